@@ -1,0 +1,152 @@
+"""What a run hands over: the adapter with its labels, processor, card and base; written whole, read strictly.
+
+The directory is a PEFT adapter that `PeftModel.from_pretrained` loads. Beside the adapter stand `config.json` (the
+architecture and the label map), `preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of
+the base) and `README.md`. A run with `--tuning full` hands over a whole `transformers` model instead.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor
+
+from lora_dist import adapters
+from lora_dist.errors import UserError
+from lora_dist.model import Base, load_base
+from lora_dist.transforms import ImageTransforms
+
+BASE_MODEL = "base_model.json"
+TOLERANCE = 1e-3
+"""Relative difference of logits up to which two ways of computing them on one device or two count as equal."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model ready to classify.
+
+    Attributes:
+        model: in evaluation mode, fp32; with its adapter, or whole.
+        processor: its image processor.
+        labels: class names in order.
+    """
+
+    model: nn.Module
+    processor: Any
+    labels: list[str]
+
+
+def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
+    """Writes the bundle of an adapter; a bundle that stands there is replaced only when the new one is whole."""
+    with _whole(directory) as aside:
+        adapters.save_adapter(model, aside, initial)
+        base.model.config.save_pretrained(aside)
+        base.processor.save_pretrained(aside)
+        (aside / BASE_MODEL).write_text(json.dumps(base.identity(), indent=2) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
+    """Writes a whole `transformers` model with its processor and card, in the same way."""
+    with _whole(directory) as aside:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (directory.with_name(f".{directory.name}-{state}") for state in ("writing", "removing"))
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir()
+    yield aside
+    if directory.exists():
+        directory.rename(old)
+    aside.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_classifier(directory: Path, base_model: str | None = None) -> Classifier:
+    """Loads what a run handed over: a bundle with an adapter, or a whole model.
+
+    Args:
+        directory: of the bundle or model.
+        base_model: where the base is now, if not where the bundle says.
+
+    Raises:
+        UserError: part of the bundle is missing, or the base is another one than the adapter was trained on.
+    """
+    if not directory.is_dir():
+        raise UserError(f"no such directory: {directory}")
+    if not (directory / adapters.ADAPTER_CONFIG).is_file():
+        whole = load_base(str(directory), read_labels(directory))
+        return Classifier(whole.model.eval(), whole.processor, read_labels(directory))
+    labels = read_labels(directory)
+    identity = _read_json(directory / BASE_MODEL)
+    name = base_model or identity["model_name_or_path"]
+    base = load_base(name, labels, revision=None if base_model else identity["revision"])
+    if base.fingerprint != identity["fingerprint"]:
+        raise UserError(
+            f"{name} is not the base that the adapter in {directory} was trained on: the fingerprint of its weights is "
+            f"{base.fingerprint}, and that of {identity['model_name_or_path']} was {identity['fingerprint']}"
+        )
+    processor = AutoImageProcessor.from_pretrained(directory)
+    return Classifier(adapters.load_adapter(base.model, directory), processor, labels)
+
+
+def read_labels(directory: Path) -> list[str]:
+    """Class names in order, from the label map of a bundle or model.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}/config.json is damaged: {error}") from error
+    names: dict[int, str] = config.id2label or {}
+    if sorted(names) != list(range(len(names))) or not names:
+        raise UserError(f"the label map in {directory}/config.json is not numbered from 0 on")
+    return [names[place] for place in range(len(names))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing, so the adapter's base is not known") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def require_same_logits(directory: Path, model: nn.Module, images: Sequence[Image.Image]) -> None:
+    """Checks that what was written gives the logits of the model in memory on real images.
+
+    Raises:
+        RuntimeError: it does not; a file that is silently wrong would cost the whole run (peft#577).
+    """
+    read = load_classifier(directory)
+    pixels = ImageTransforms(read.processor).batch(images)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        expected = model.eval()(pixel_values=pixels.to(device)).logits.float().cpu()
+        actual = read.model(pixel_values=pixels).logits.float()
+    difference = relative_difference(actual, expected)
+    if difference > TOLERANCE:
+        raise RuntimeError(f"{directory} was written but gives other logits when read: relative error {difference:.1e}")
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest magnitude expected."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

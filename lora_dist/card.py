@@ -1,0 +1,106 @@
+"""The model card: what was trained on what, how well it does, and how to use it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+MOST_CLASSES = 100
+
+
+def model_card(
+    *,
+    title: str,
+    is_adapter: bool,
+    base_model: str,
+    data: str,
+    labels: Sequence[str],
+    per_class: Sequence[Mapping[str, float]],
+    results: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> str:
+    """Markdown with the Hub's metadata on top.
+
+    Args:
+        title: name of the run.
+        is_adapter: an adapter on `base_model`, rather than a whole model.
+        base_model: name or path of the base.
+        data: name or path of the data.
+        labels: class names in order.
+        per_class: precision, recall, F1 and support of each.
+        results: as in `all_results.json`.
+        settings: flat, as used.
+    """
+    metadata = {
+        "base_model": base_model,
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "lora_dist", *(["lora"] if is_adapter else [])],
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": title,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": data, "type": data},
+                        "metrics": [{"type": "accuracy", "value": results["eval_accuracy"]}],
+                    }
+                ],
+            }
+        ],
+    }
+    use = (
+        "python -m lora_dist.predict --adapter THIS_DIRECTORY --images photos/"
+        if is_adapter
+        else "python -m lora_dist.predict --model THIS_DIRECTORY --images photos/"
+    )
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"{'A LoRA adapter' if is_adapter else 'A model'} for images of {len(labels)} classes, "
+        f"trained with lora_dist on {_code(data)} from {_code(base_model)}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if name.startswith("eval_")),
+        f"| validation images | {results['eval_samples']:,} |",
+        f"| training images | {results['train_samples']:,} |",
+        f"| trainable parameters | {results['trainable_params']:,} of {results['all_params']:,} |",
+        "",
+        "## Use",
+        "",
+        f"    {use}",
+        "",
+        "## Classes",
+        "",
+        "| class | precision | recall | F1 | images |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {_cell(label)} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['support']} |"
+            for label, row in list(zip(labels, per_class, strict=True))[:MOST_CLASSES]
+        ),
+        "",
+        *([f"… and {len(labels) - MOST_CLASSES} more.", ""] if len(labels) > MOST_CLASSES else []),
+        "## Settings",
+        "",
+        "```yaml",
+        yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,144 @@
+"""Checkpoints on disk: written aside, flushed, renamed and marked complete; verified when read; kept to a number.
+
+A checkpoint is a directory `step-00000120` with what trains, the optimizer's moments and the run's position, in
+safetensors and JSON: reading one runs no code. `COMPLETE`, written last, holds the size and digest of each file.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "trained.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+COMPLETE = "COMPLETE"
+_PREFIX = "step-"
+_ASIDE = ".writing-"
+_OLD = ".removing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint.
+
+    Attributes:
+        trained: name to tensor of all that training changes.
+        optimizer: `<moment>/<parameter>` to tensor.
+        state: position and counters, as JSON holds them.
+    """
+
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates stands."""
+    return root / f"{_PREFIX}{step:08d}"
+
+
+def write(root: Path, step: int, content: Checkpoint) -> Path:
+    """Writes a checkpoint so that it is there whole or not at all, whenever the process dies."""
+    root.mkdir(parents=True, exist_ok=True)
+    aside, final = root / f"{_ASIDE}{step:08d}", path_of(root, step)
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    save_file(content.trained, aside / TRAINED)
+    save_file(content.optimizer, aside / OPTIMIZER)
+    (aside / STATE).write_text(json.dumps(content.state, indent=2) + "\n", encoding="utf-8")
+    manifest = {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER, STATE)}
+    (aside / COMPLETE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for file in aside.iterdir():
+        _flush(file)
+    _flush(aside)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    _flush(root)
+    return final
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint after verifying every file of it.
+
+    Raises:
+        UserError: the directory is no checkpoint, or an incomplete or damaged one.
+    """
+    problem = find_damage(path)
+    if problem:
+        raise UserError(f"cannot resume from {path}: {problem}")
+    return Checkpoint(
+        trained=load_file(path / TRAINED),
+        optimizer=load_file(path / OPTIMIZER),
+        state=json.loads((path / STATE).read_text(encoding="utf-8")),
+    )
+
+
+def read_newest(root: Path) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that is whole, passing over damaged ones and saying so; None where there is none."""
+    for path in reversed(listed(root)):
+        try:
+            return path, read(path)
+        except (UserError, OSError, SafetensorError, ValueError) as error:
+            logger.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+def listed(root: Path) -> list[Path]:
+    """Checkpoints below `root`, oldest first, whole or not."""
+    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        for name in (TRAINED, OPTIMIZER, STATE):
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _digest(path / name) != manifest[name]:
+                return f"{name} differs from what was written"
+    except FileNotFoundError:
+        return f"no {COMPLETE} in it, so it was never finished" if path.is_dir() else "no such directory"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{COMPLETE} is unreadable ({error})"
+    return None
+
+
+def prune(root: Path, keep: int, best_step: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints and the best, and what killed runs left half done."""
+    best = path_of(root, best_step) if best_step is not None else None
+    for path in listed(root)[:-keep]:
+        if path != best:
+            doomed = root / f"{_OLD}{path.name}"
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+    for leftover in [*root.glob(f"{_ASIDE}*"), *root.glob(f"{_OLD}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

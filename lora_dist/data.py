@@ -1,0 +1,288 @@
+"""Where images and labels come from: folders, Hub data sets and local files, as two splits under one label map."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+
+from lora_dist import demo
+from lora_dist.config import DataSettings
+from lora_dist.errors import UserError
+from lora_dist.images import IMAGE_SUFFIXES, from_cell, load_rgb
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+        table: a `datasets` table; its image column is left undecoded.
+        column: name of that column.
+        rows: row of the table for each sample, shape [N].
+        labels: class of each sample as a place in the label map, shape [N].
+    """
+
+    table: Dataset
+    column: str
+    rows: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Any:
+        """Sample `index` as an upright RGB image; raises `UnreadableImageError` with its name."""
+        source, _ = from_cell(self.table[int(self.rows[index])][self.column])
+        return load_rgb(source, self.name(index))
+
+    def name(self, index: int) -> str:
+        """The file of sample `index`, or its row where the data set has no files."""
+        row = int(self.rows[index])
+        _, name = from_cell(self.table[row][self.column])
+        return name or f"row {row}"
+
+    def select(self, places: np.ndarray) -> "Split":
+        """The samples at `places`, in that order."""
+        return replace(self, rows=self.rows[places], labels=self.labels[places])
+
+    def fingerprint(self) -> str:
+        """Digest of which rows are used with which labels, and of the table's own fingerprint of its files."""
+        digest = hashlib.sha256()
+        digest.update(self.rows.astype(np.int64).tobytes())
+        digest.update(self.labels.astype(np.int64).tobytes())
+        for cell in self.table.select(self.rows[:: max(1, len(self) // 64)])[self.column]:
+            _, name = from_cell(cell)
+            digest.update(os.path.basename(name).encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What a run trains and validates on.
+
+    Attributes:
+        labels: class names; the place of a name is its class index everywhere.
+        train: training split.
+        validation: validation split.
+    """
+
+    labels: list[str]
+    train: Split
+    validation: Split
+
+    def describe_splits(self) -> dict[str, Any]:
+        """The split, to be written down: for each part the number, digest and names of its samples."""
+        return {
+            part: {
+                "num_samples": len(split),
+                "fingerprint": split.fingerprint(),
+                "rows": split.rows.tolist(),
+            }
+            for part, split in (("train", self.train), ("validation", self.validation))
+        }
+
+
+def load_data(settings: DataSettings, seed: int) -> ImageData:
+    """Loads both splits and checks that they speak of the same classes.
+
+    Raises:
+        UserError: names what is missing: a directory, a split, a column, the classes of one split only.
+    """
+    train_table, validation_table = _load_tables(settings)
+    column = settings.image_column_name or _find_image_column(train_table)
+    labels, train = _labelled(train_table, column, settings.label_column_name, None)
+    if validation_table is not None:
+        _, validation = _labelled(validation_table, column, settings.label_column_name, labels)
+    else:
+        kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
+        train, validation = train.select(kept), train.select(held_out)
+    if not len(train) or not len(validation):
+        raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
+    if not settings.allow_missing_classes:
+        _require_same_classes(labels, train, validation)
+    return ImageData(
+        labels=labels,
+        train=_limited(train, settings.max_train_samples, seed),
+        validation=_limited(validation, settings.max_eval_samples, seed),
+    )
+
+
+def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
+    """Loads the validation split alone, numbered by the label map of a trained model.
+
+    Raises:
+        UserError: as `load_data`; or a class that the model does not know.
+    """
+    if not settings.validation_dir and not settings.validation_split:
+        data = load_data(settings, seed)
+        if data.labels != list(labels):
+            raise UserError(f"the data has the classes {data.labels}, and the model {list(labels)}")
+        return data.validation
+    if settings.validation_dir:
+        table = _load_folder(demo.local_path(settings.validation_dir))
+    else:
+        table = _load_split(settings, settings.validation_split or "")
+    column = settings.image_column_name or _find_image_column(table)
+    _, split = _labelled(table, column, settings.label_column_name, labels)
+    return _limited(split, settings.max_eval_samples, seed)
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places to keep and places to hold out, both ascending: `fraction` of each class, at least one of two.
+
+    Args:
+        labels: class of each sample, shape [N].
+        fraction: share to hold out.
+        seed: decides which; the same on every process.
+    """
+    held_out = []
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        count = min(max(round(fraction * len(places)), 1), len(places) - 1)
+        held_out.append(np.random.default_rng([seed, int(label)]).permutation(places)[:count])
+    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _load_tables(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+    if settings.train_dir:
+        train = _load_folder(demo.local_path(settings.train_dir))
+        return train, _load_folder(demo.local_path(settings.validation_dir)) if settings.validation_dir else None
+    assert settings.dataset_name is not None
+    train = _load_split(settings, settings.train_split)
+    return train, _load_split(settings, settings.validation_split) if settings.validation_split else None
+
+
+def _load_folder(directory: str) -> Dataset:
+    """Class folders as a table sorted by path, so that its order is the same on every machine."""
+    root = Path(directory)
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(
+            f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
+            f"such as {directory}/rose/1.jpg"
+        )
+    paths, labels = [], []
+    for place, name in enumerate(classes):
+        for folder, folders, files in os.walk(root / name, followlinks=True):
+            folders.sort()
+            for file in sorted(files):
+                if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):
+                    paths.append(os.path.join(folder, file))
+                    labels.append(place)
+    if not paths:
+        raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
+    return Dataset.from_dict({"image": paths, "label": labels}).cast_column("label", ClassLabel(names=classes))
+
+
+def _load_split(settings: DataSettings, split: str) -> Dataset:
+    name = settings.dataset_name
+    assert name is not None
+    directory = Path(name)
+    try:
+        if (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file():
+            saved = load_from_disk(name)
+            if not isinstance(saved, DatasetDict):
+                saved = DatasetDict({"train": saved})
+            base, _, slice_ = split.partition("[")
+            if base not in saved:
+                raise UserError(f"{name} has no split {base!r}; it has {', '.join(saved)}")
+            return _sliced(saved[base], slice_, split)
+        return load_dataset(name, settings.dataset_config_name, split=split)
+    except UserError:
+        raise
+    except Exception as error:
+        # `datasets` raises a different class for each of a missing name, split, file and network.
+        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
+    """Applies the `start:stop]` of a split such as `train[:5000]`."""
+    if not slice_:
+        return table
+    start, colon, stop = slice_.removesuffix("]").partition(":")
+    if not colon or not all(part == "" or part.lstrip("-").isdigit() for part in (start, stop)):
+        raise UserError(f"{split}: a data set saved to disk takes slices of rows such as train[:5000]")
+    return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
+
+
+def _find_image_column(table: Dataset) -> str:
+    columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    if not columns and "image" in table.column_names:
+        columns = ["image"]
+    if len(columns) != 1:
+        found = "no column" if not columns else f"columns {', '.join(columns)}"
+        raise UserError(
+            f"{found} of images in the data set; name one with --image_column_name: {', '.join(table.column_names)}"
+        )
+    return columns[0]
+
+
+def _find_label_column(table: Dataset) -> str:
+    columns = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
+    if len(columns) != 1:
+        columns = [name for name in ("label", "labels") if name in table.column_names]
+    if not columns:
+        raise UserError(f"no column of labels; name one with --label_column_name: {', '.join(table.column_names)}")
+    return columns[0]
+
+
+def _labelled(
+    table: Dataset, image_column: str, label_column: str | None, known: Sequence[str] | None
+) -> tuple[list[str], Split]:
+    """The label map and the split; with `known` labels, the split is numbered by them whatever its own order."""
+    label_column = label_column or _find_label_column(table)
+    for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
+        if column not in table.column_names:
+            raise UserError(f"--{flag} {column}: the data set has {', '.join(table.column_names)}")
+    feature = table.features[label_column]
+    values = list(table[label_column])
+    missing = [row for row, value in enumerate(values) if value is None or value == -1]
+    if missing:
+        raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
+    if isinstance(feature, ClassLabel):
+        names: list[str] = list(feature.names)
+        named = [names[value] for value in values]
+    else:
+        named = [str(value) for value in values]
+        distinct = set(values)
+        names = [str(value) for value in (sorted(distinct, key=lambda value: (isinstance(value, str), value)))]
+    labels = list(known) if known is not None else names
+    place = {name: index for index, name in enumerate(labels)}
+    unknown = sorted(set(named) - place.keys())
+    if unknown:
+        raise UserError(
+            f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
+            f"Add training images of them, or leave them out."
+        )
+    if isinstance(table.features[image_column], Image) or isinstance(table[0][image_column], str):
+        table = table.cast_column(image_column, Image(decode=False))
+    numbers = np.fromiter((place[name] for name in named), dtype=np.int64, count=len(named))
+    return labels, Split(table, image_column, np.arange(len(named)), numbers)
+
+
+def _require_same_classes(labels: Sequence[str], train: Split, validation: Split) -> None:
+    in_train, in_validation = set(train.labels.tolist()), set(validation.labels.tolist())
+    for part, absent in (("training", in_validation - in_train), ("validation", in_train - in_validation)):
+        if absent:
+            raise UserError(
+                f"classes without a single {part} image: {', '.join(labels[place] for place in sorted(absent))}. "
+                f"Add some, or go on without them by --allow_missing_classes."
+            )
+
+
+def _limited(split: Split, limit: int | None, seed: int) -> Split:
+    if limit is None or limit >= len(split):
+        return split
+    return split.select(np.sort(np.random.default_rng([seed, len(split)]).permutation(len(split))[:limit]))
+
+
+def write_splits(data: ImageData, path: Path) -> None:
+    """Writes down which samples train and which validate."""
+    path.write_text(json.dumps(data.describe_splits()) + "\n", encoding="utf-8")

@@ -1,0 +1,37 @@
+"""The exceptions for what a user can put right, and how a command ends on them."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UserError(Exception):
+    """Something the user can fix. The message names the thing and the way out; no traceback is shown."""
+
+    exit_code = 2
+
+
+class TrainingStoppedError(UserError):
+    """A run that cannot sensibly go on, although its settings were fine."""
+
+    exit_code = 1
+
+
+def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
+    """Makes a command print a `UserError` once (on the first process) and exit with its code."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+
+    return run

@@ -1,0 +1,56 @@
+"""Any image file to upright RGB pixels."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+)
+"""Files of these endings are taken for images, in any case of letters."""
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+def load_rgb(source: str | bytes | Image.Image, name: str = "") -> Image.Image:
+    """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to 8-bit RGB, turned as EXIF says.
+
+    Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits rather than
+    cut off at 255.
+
+    Args:
+        source: a path, an encoded file's bytes, or an opened image.
+        name: what to call it in an error; defaults to the path.
+
+    Raises:
+        UnreadableImageError: the file is missing, truncated, or no image.
+    """
+    name = name or (source if isinstance(source, str) else "image")
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(ImageOps.exif_transpose(source))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def from_cell(cell: Any) -> tuple[str | bytes | Image.Image, str]:
+    """Source and name of an undecoded image cell of `datasets`: `{"path": …, "bytes": …}`, a path or an image."""
+    if isinstance(cell, dict):
+        path, data = cell.get("path"), cell.get("bytes")
+        return (data, path or "") if data is not None else (path or "", path or "")
+    return cell, cell if isinstance(cell, str) else ""

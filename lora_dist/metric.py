@@ -1,0 +1,76 @@
+"""Classification metrics as an offline `evaluate.Metric`: `evaluate.load` would fetch code from the Hub."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+CALIBRATION_BINS = 15
+
+
+class ClassificationMetric(evaluate.Metric):
+    """Accuracy, top-5 accuracy, macro F1, mean loss, calibration, a report by class and the confusion matrix.
+
+    Inputs of `compute`, one value a sample: `predictions` and `references` (classes), `confidences` (probability
+    of the prediction), `ranks` (place of the reference among the classes by probability, from 0) and `losses`.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        """
+        Args:
+            num_classes: rows of the confusion matrix and of the report.
+        """
+        self.num_classes = num_classes
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Classification metrics, each over every sample once.",
+            citation="",
+            inputs_description=type(self).__doc__ or "",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("int64"),
+                    "references": datasets.Value("int64"),
+                    "confidences": datasets.Value("float32"),
+                    "ranks": datasets.Value("int64"),
+                    "losses": datasets.Value("float32"),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: Any, references: Any, confidences: Any, ranks: Any, losses: Any) -> dict[str, Any]:
+        predicted, true = np.asarray(predictions), np.asarray(references)
+        confusion = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
+        np.add.at(confusion, (true, predicted), 1)
+        hits, support, claimed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+        precision = hits / np.maximum(claimed, 1)
+        recall = hits / np.maximum(support, 1)
+        f1 = 2 * hits / np.maximum(support + claimed, 1)
+        seen = (support + claimed) > 0
+        return {
+            "accuracy": float((predicted == true).mean()),
+            "top5_accuracy": float((np.asarray(ranks) < 5).mean()),
+            "macro_f1": float(f1[seen].mean()),
+            "loss": float(np.asarray(losses, dtype=np.float64).mean()),
+            "calibration_error": expected_calibration_error(np.asarray(confidences), predicted == true),
+            "per_class": [
+                {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+                for p, r, f, n in zip(precision, recall, f1, support, strict=True)
+            ],
+            "confusion_matrix": confusion.tolist(),
+        }
+
+
+def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+    """Mean gap between confidence and accuracy, over equal bins of confidence (https://arxiv.org/abs/1706.04599).
+
+    Args:
+        confidences: probability of each prediction, shape [N].
+        correct: whether each prediction is right, shape [N].
+        bins: number of bins.
+    """
+    place = np.minimum((np.asarray(confidences, dtype=np.float64) * bins).astype(int), bins - 1)
+    gap = np.bincount(place, weights=confidences, minlength=bins) - np.bincount(place, weights=correct, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidences))

@@ -1,0 +1,193 @@
+"""The classifier: backbone and head from `transformers`, what of it trains, and who the base is."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from lora_dist import adapters, demo
+from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as loaded, before anything is added to it.
+
+    Attributes:
+        model: the classifier, a `transformers` model in fp32, its head sized for the labels.
+        processor: its image processor.
+        heads: names of the modules that are not of the backbone, and of parts that the checkpoint lacked.
+        name: path or Hub name.
+        revision: commit on the Hub, if it came from there.
+        fingerprint: of the backbone's weights.
+    """
+
+    model: Any
+    processor: Any
+    heads: list[str]
+    name: str
+    revision: str | None
+    fingerprint: str
+
+    def identity(self) -> dict[str, str | None]:
+        """What an adapter says of the base it belongs to."""
+        return {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+
+
+def load_base(
+    name: str,
+    labels: Sequence[str],
+    *,
+    revision: str | None = None,
+    seed: int = 0,
+    init_from_config: bool = False,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Loads a base model and its processor, in fp32, with a head for `labels`.
+
+    Args:
+        name: Hub name, local directory, or a packaged model.
+        labels: class names in order.
+        revision: branch, tag or commit on the Hub.
+        seed: of weights that the checkpoint lacks, such as a new head.
+        init_from_config: all weights are random.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: the model cannot be found or is no image classifier.
+    """
+    name = demo.local_path(name)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    labelled: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: place for place, label in enumerate(labels)},
+    }
+    torch.manual_seed(seed)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **source)
+        config = AutoConfig.from_pretrained(name, **source, **labelled)
+        if init_from_config:
+            config.architectures = config.architectures or []
+            model, missing = AutoModelForImageClassification.from_config(config, dtype=torch.float32), []
+        else:
+            model, loading = AutoModelForImageClassification.from_pretrained(
+                name,
+                config=config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **source,
+            )
+            missing = sorted(loading["missing_keys"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # `transformers` raises one of these for a missing name, an unreachable Hub and a foreign architecture.
+        raise UserError(f"cannot load the base model {name!r} as an image classifier: {error}") from error
+    heads = find_heads(model, missing)
+    return Base(
+        model=model,
+        processor=processor,
+        heads=heads,
+        name=name,
+        revision=getattr(config, "_commit_hash", None),
+        fingerprint=fingerprint(model, heads),
+    )
+
+
+def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
+    """Names of the modules to train in full: all that is not of the backbone, and what the checkpoint lacked.
+
+    Args:
+        model: a `transformers` classifier.
+        missing: parameters that the checkpoint did not have, such as the pooler of a masked-image model.
+    """
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    for parameter in missing:
+        module = parameter.rpartition(".")[0]
+        if module and not any(module == head or module.startswith(f"{head}.") for head in heads):
+            heads.append(module)
+    if not heads:
+        raise UserError(f"{type(model).__name__} has no head beside its backbone {model.base_model_prefix!r}")
+    return heads
+
+
+def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
+    """Digest of the backbone's weights in fp32, whatever names a release of `transformers` gives them."""
+    digests = sorted(
+        hashlib.sha256(str(list(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
+        for name, tensor in model.state_dict().items()
+        if tensor.dtype == torch.float32 and not any(name.startswith(f"{head}.") for head in heads)
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> nn.Module:
+    """The model as it trains: with LoRA, with a new head on a frozen backbone, or whole."""
+    model = base.model
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.tuning == "lora":
+        model = adapters.inject(model, lora, base.heads)
+    elif settings.tuning == "head":
+        model = adapters.inject_head_only(model, base.heads)
+    else:
+        model.requires_grad_(True)
+    freeze_unreached(model, base)
+    return model
+
+
+def freeze_unreached(model: nn.Module, base: Base) -> None:
+    """Freezes parameters that the loss does not reach, such as a mask token: under DDP they would stop the run."""
+    size = base.processor(_blank(), return_tensors="pt")["pixel_values"]
+    model.eval()
+    model(pixel_values=size).logits.float().sum().backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _blank() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64), (127, 127, 127))
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode, except for batch norms that do not train: their statistics belong to the frozen base."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _trains(module):
+            module.eval()
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all that training changes: parameters, and the buffers that stand beside them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    for prefix, module in model.named_modules():
+        if _trains(module):
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable and of all parameters; a head counts once, although PEFT keeps its first state as well."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if adapters.is_counted(name))
+    return trainable, total

@@ -1,0 +1,102 @@
+"""The directory of a run: what stands where, and that no run overwrites another."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_dist import checkpoint
+from lora_dist.checkpoint import Checkpoint
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Paths in a run's `output_dir`."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run needs to go on."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result of `--tuning lora` and `head`."""
+        return self.root / "adapter"
+
+    @property
+    def adapter_init(self) -> Path:
+        """The adapter before training, where it was taken out of the base (PiSSA)."""
+        return self.root / "adapter_init"
+
+    @property
+    def model(self) -> Path:
+        """The result of `--tuning full`."""
+        return self.root / "model"
+
+    @property
+    def config(self) -> Path:
+        """The settings as used, for `--config`."""
+        return self.root / "config.yaml"
+
+    @property
+    def split(self) -> Path:
+        """Which rows of the data train and which validate."""
+        return self.root / "split.json"
+
+    @property
+    def results(self) -> Path:
+        """Final metrics and the record of the run."""
+        return self.root / "all_results.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Report by class and confusion matrix."""
+        return self.root / "evaluation.json"
+
+
+def find_resume(output: Output, resume_from_checkpoint: str | None) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint to go on from, or None for a run from scratch.
+
+    Raises:
+        UserError: the directory holds a run and there is no word of resuming; or the checkpoint named is damaged.
+    """
+    if resume_from_checkpoint is None:
+        if output.root.exists() and (not output.root.is_dir() or any(output.root.iterdir())):
+            raise UserError(
+                f"--output_dir {output.root} is not empty. Go on with the run in it by --resume_from_checkpoint auto, "
+                f"or name another directory."
+            )
+        return None
+    if resume_from_checkpoint == "auto":
+        return checkpoint.read_newest(output.checkpoints)
+    path = Path(resume_from_checkpoint)
+    return path, checkpoint.read(path)
+
+
+def write_config(output: Output, flat: Mapping[str, Any]) -> None:
+    """Saves the settings, after saying which differ from those that the run began with."""
+    output.root.mkdir(parents=True, exist_ok=True)
+    if output.config.is_file():
+        before = yaml.safe_load(output.config.read_text(encoding="utf-8")) or {}
+        for name, value in flat.items():
+            if name != "resume_from_checkpoint" and before.get(name, value) != value:
+                logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
+    output.config.write_text(
+        "# The settings of this run; run it again with --config on this file.\n"
+        + yaml.safe_dump(dict(flat), sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file that people may read as well."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,51 @@
+"""An evaluation as people see it: the worst images and the confusion matrix as pictures, the numbers as JSON."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_dist.data import Split
+from lora_dist.evaluation import Evaluation
+from lora_dist.figures import confusion_picture, grid, to_images
+from lora_dist.loader import TrainImages
+from lora_dist.order import Order
+from lora_dist.tracking import Tracker
+
+WORST = 24
+INPUTS = 24
+
+
+def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
+    """Adds the confusion matrix and the worst-classified images to TensorBoard."""
+    if not tracker.enabled:
+        return
+    tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
+    worst = evaluation.worst(min(WORST, len(split)))
+    captions = [
+        f"is {labels[split.labels[index]]}\n"
+        f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
+        for index in worst
+    ]
+    tracker.picture("eval/worst", grid([split.image(index) for index in worst], captions), step)
+
+
+def show_inputs(tracker: Tracker, images: TrainImages, order: Order, step: int, labels: Sequence[str]) -> None:
+    """Adds a grid of the next training inputs, as augmented, to TensorBoard."""
+    if not tracker.enabled:
+        return
+    samples = next(order.micro_batches(step))[:INPUTS]
+    batch = images.batch(samples)
+    tracker.picture(
+        "train/inputs", grid(to_images(batch.pixel_values), [labels[label] for label in batch.labels.tolist()]), step
+    )
+
+
+def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
+    """Writes the metrics, the report by class and the confusion matrix."""
+    content: dict[str, Any] = {
+        "metrics": evaluation.metrics,
+        "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
+        "confusion_matrix": {"labels": list(labels), "rows_true_columns_predicted": evaluation.confusion.tolist()},
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""The `Accelerator` for this launch, and whether what was launched is what is running."""
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=10)
+PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate")
+
+
+def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerator:
+    """Joins the other processes of this launch.
+
+    Args:
+        mixed_precision: `auto` follows the launch file, and else takes fp16 on a CUDA device and fp32 elsewhere.
+
+    Raises:
+        UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
+            processes than were launched.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Named only where there is a group to join: a backend makes accelerate expect one.
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=TIMEOUT)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=on_cpu,
+        kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; "
+            f"see accelerate_configs/ for launch files that work"
+        )
+    return accelerator
+
+
+def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
+    """The precision to train in, from the setting, the launch file and the device.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    if asked != "auto" and launched != "no" and asked != launched:
+        raise UserError(
+            f"--mixed_precision {asked}, but the launch file says mixed_precision: {launched}; drop one of them"
+        )
+    wanted = asked if asked != "auto" else launched
+    if on_cpu and wanted == "fp16":
+        raise UserError("fp16 needs a GPU and this machine has none; use --mixed_precision no (fp32)")
+    if on_cpu and wanted == "bf16":
+        logger.warning("bf16 is very slow on most CPUs; --mixed_precision no (fp32) is the faster choice there")
+    if asked == "auto" and launched == "no" and torch.cuda.is_available():
+        return "fp16"
+    return wanted
+
+
+def quiet_libraries(is_main: bool) -> None:
+    """Logging of this package to stderr, on the first process; of the libraries, errors alone."""
+    import datasets
+    import transformers
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, hardware and git state, for the record of a run."""
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _processor()
+    return {
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "device": device,
+        "num_processes": accelerator.num_processes,
+        "distributed_type": str(accelerator.distributed_type.value),
+        "mixed_precision": accelerator.mixed_precision,
+        "git_commit": _git_commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, with `+` where it has changes; None outside a repository."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changes else "")

@@ -1,0 +1,50 @@
+"""Durations to updates, the learning rate as a pure function of the update, and when a periodic action is due."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run of `total_steps` updates.
+
+    Attributes:
+        peak: learning rate at the end of the warm-up.
+        kind: how it falls from there to 0 (`constant` does not).
+        warmup_steps: updates over which it rises linearly from 0.
+        total_steps: updates in the whole run.
+    """
+
+    peak: float
+    kind: Literal["linear", "cosine", "constant"]
+    warmup_steps: int
+    total_steps: int
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update `step` (from 0), equal to that of `transformers.get_scheduler`."""
+        if step < self.warmup_steps:
+            return self.peak * step / max(1, self.warmup_steps)
+        if self.kind == "constant":
+            return self.peak
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.kind == "linear":
+            return self.peak * max(0.0, 1.0 - done)
+        return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def total_steps(num_epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
+    """Updates in a run: `max_steps` if given, else epochs (fractions count) times updates an epoch."""
+    return max_steps if max_steps is not None else max(1, math.ceil(num_epochs * steps_per_epoch))
+
+
+def warmup_steps(steps: int, ratio: float, total: int) -> int:
+    """Updates of warm-up, given as a number or as a share of all."""
+    return steps or math.ceil(ratio * total)
+
+
+def is_due(every: int | Literal["epoch", "no"], step: int, steps_per_epoch: int, total: int) -> bool:
+    """Whether an action is due after `step` updates. What happens at all also happens after the last one."""
+    if every == "no":
+        return False
+    return step == total or step % (steps_per_epoch if every == "epoch" else every) == 0

@@ -1,0 +1,137 @@
+"""What people watch: TensorBoard, JSON lines and a progress bar, written by one process."""
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+HPARAM_TYPES = (bool, str, float, int)
+
+
+class Tracker:
+    """Writes a run's curves, pictures and log.
+
+    On other processes than the first it does nothing, so that callers need no condition.
+    """
+
+    def __init__(self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int) -> None:
+        """
+        Args:
+            output_dir: gets `tensorboard/` and `metrics.jsonl`.
+            enabled: whether this is the process that writes.
+            first_step: updates done before; what an interrupted run logged beyond is removed from both.
+            total_steps: updates in the whole run.
+        """
+        self.enabled = enabled
+        self._total = total_steps
+        if not enabled:
+            return
+        self._lines = output_dir / "metrics.jsonl"
+        _drop_lines_after(self._lines, first_step)
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            desc="train",
+            file=sys.stderr,
+        )
+
+    def advance(self, step: int, loss: float, samples_per_second: float) -> None:
+        """Moves the progress bar to `step` updates."""
+        if self.enabled:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {samples_per_second:.0f} images/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def scalars(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Logs numbers under names such as `train/loss`, to the curves and as a JSON line."""
+        if not self.enabled:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+
+    def say(self, message: str) -> None:
+        """A line for the reader, above the progress bar or in the log file."""
+        if self.enabled:
+            if self._bar.disable:
+                logger.info(message)
+            else:
+                self._bar.write(message, file=sys.stderr)
+
+    def progress_line(self, step: int, epoch: float, values: Mapping[str, float], seconds_left: float) -> None:
+        """The progress bar's content as a line, where there is no terminal."""
+        if self.enabled and self._bar.disable:
+            logger.info(
+                "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  left %s",
+                step,
+                self._total,
+                epoch,
+                values["train/loss"],
+                values["train/learning_rate"],
+                values["train/samples_per_second"],
+                tqdm.format_interval(seconds_left),
+            )
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """Adds a picture to TensorBoard."""
+        if self.enabled:
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self._board.flush()
+
+    def settings(self, flat: Mapping[str, Any]) -> None:
+        """Adds the settings as text."""
+        if self.enabled:
+            text = yaml.safe_dump(dict(flat), sort_keys=False, allow_unicode=True)
+            self._board.add_text("settings", "\n".join(f"    {line}" for line in text.splitlines()))
+
+    def hyperparameters(self, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Adds the settings with the final metrics, for TensorBoard's comparison of runs."""
+        if self.enabled:
+            hparams = {
+                name: value if isinstance(value, HPARAM_TYPES) else json.dumps(value) for name, value in flat.items()
+            }
+            self._board.add_hparams(hparams, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self.enabled:
+            self._bar.close()
+            self._board.close()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Highest memory use so far: of the CUDA device, or of this process (2**20 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Removes the JSON lines of updates that a resumed run will do again, and a half-written last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
