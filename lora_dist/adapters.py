@@ -192,12 +192,13 @@ def _require_same_keys(found: dict[str, Tensor], expected: dict[str, Tensor], di
         raise UserError("\n  ".join([f"the adapter in {directory} does not fit this base model:", *problems]))
 
 
-def merge(model: PeftModel) -> nn.Module:
+def merge(model: nn.Module) -> nn.Module:
     """The base model with the adapter folded into its weights, in fp32; `model` is used up.
 
     Raises:
         UserError: the merged weights are not finite.
     """
+    assert isinstance(model, PeftModel)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     try:
         return model.merge_and_unload(safe_merge=True)

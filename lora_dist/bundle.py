@@ -6,9 +6,7 @@ the base) and `README.md`. A run with `--tuning full` hands over a whole `transf
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from lora_dist import adapters
 from lora_dist.errors import UserError
+from lora_dist.files import whole_directory
 from lora_dist.model import Base, load_base
 from lora_dist.transforms import ImageTransforms
 
@@ -45,7 +44,7 @@ class Classifier:
 
 def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
     """Writes the bundle of an adapter; a bundle that stands there is replaced only when the new one is whole."""
-    with _whole(directory) as aside:
+    with whole_directory(directory) as aside:
         adapters.save_adapter(model, aside, initial)
         base.model.config.save_pretrained(aside)
         base.processor.save_pretrained(aside)
@@ -55,24 +54,10 @@ def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, init
 
 def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
     """Writes a whole `transformers` model with its processor and card, in the same way."""
-    with _whole(directory) as aside:
+    with whole_directory(directory) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (directory.with_name(f".{directory.name}-{state}") for state in ("writing", "removing"))
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir()
-    yield aside
-    if directory.exists():
-        directory.rename(old)
-    aside.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_classifier(directory: Path, base_model: str | None = None) -> Classifier:

@@ -7,8 +7,6 @@ safetensors and JSON: reading one runs no code. `COMPLETE`, written last, holds 
 import hashlib
 import json
 import logging
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
+from lora_dist.files import remove_directory, remove_leftovers, whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +25,6 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 COMPLETE = "COMPLETE"
 _PREFIX = "step-"
-_ASIDE = ".writing-"
-_OLD = ".removing-"
 
 
 @dataclass(frozen=True)
@@ -51,24 +48,14 @@ def path_of(root: Path, step: int) -> Path:
 
 
 def write(root: Path, step: int, content: Checkpoint) -> Path:
-    """Writes a checkpoint so that it is there whole or not at all, whenever the process dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    aside, final = root / f"{_ASIDE}{step:08d}", path_of(root, step)
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir()
-    save_file(content.trained, aside / TRAINED)
-    save_file(content.optimizer, aside / OPTIMIZER)
-    (aside / STATE).write_text(json.dumps(content.state, indent=2) + "\n", encoding="utf-8")
-    manifest = {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER, STATE)}
-    (aside / COMPLETE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for file in aside.iterdir():
-        _flush(file)
-    _flush(aside)
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    _flush(root)
+    """Writes a checkpoint and returns where."""
+    final = path_of(root, step)
+    with whole_directory(final) as aside:
+        save_file(content.trained, aside / TRAINED)
+        save_file(content.optimizer, aside / OPTIMIZER)
+        (aside / STATE).write_text(json.dumps(content.state, indent=2) + "\n", encoding="utf-8")
+        manifest = {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER, STATE)}
+        (aside / COMPLETE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return final
 
 
@@ -124,21 +111,10 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
     best = path_of(root, best_step) if best_step is not None else None
     for path in listed(root)[:-keep]:
         if path != best:
-            doomed = root / f"{_OLD}{path.name}"
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-    for leftover in [*root.glob(f"{_ASIDE}*"), *root.glob(f"{_OLD}*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+            remove_directory(path)
+    remove_leftovers(root)
 
 
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -149,7 +149,7 @@ def _parser(
         groups[field.group].add_argument(
             f"--{name}",
             nargs="*" if field.takes_several else "?",
-            const="true" if field.is_bool else _NO_VALUE,
+            const=None if field.takes_several else "true" if field.is_bool else _NO_VALUE,
             metavar=field.metavar(),
             help=field.help(),
         )

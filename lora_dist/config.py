@@ -63,7 +63,7 @@ class ModelSettings(Group):
 
 
 class LoraSettings(Group):
-    """LoRA"""
+    """LoRA (with --tuning lora)"""
 
     lora_r: Count = 16
     """Rank of the update matrices."""
@@ -231,13 +231,6 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem((name,), f"no such directory: {directory}")
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two lengths of warm-up: give one of them")
-    if model.tuning != "lora":
-        changed = sorted(settings.lora.model_fields_set)
-        differing = [name for name in changed if getattr(settings.lora, name) != getattr(LoraSettings(), name)]
-        if differing:
-            yield Problem(
-                (*differing, "tuning"), f"--tuning {model.tuning} has no LoRA: drop these or use --tuning lora"
-            )
     if model.init_from_config and model.tuning != "full":
         yield Problem(("init_from_config", "tuning"), "random weights have to be trained: add --tuning full")
     if run.do_eval_only and not model.adapter_name_or_path:

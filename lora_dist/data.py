@@ -1,7 +1,6 @@
 """Where images and labels come from: folders, Hub data sets and local files, as two splits under one label map."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -281,8 +280,3 @@ def _limited(split: Split, limit: int | None, seed: int) -> Split:
     if limit is None or limit >= len(split):
         return split
     return split.select(np.sort(np.random.default_rng([seed, len(split)]).permutation(len(split))[:limit]))
-
-
-def write_splits(data: ImageData, path: Path) -> None:
-    """Writes down which samples train and which validate."""
-    path.write_text(json.dumps(data.describe_splits()) + "\n", encoding="utf-8")

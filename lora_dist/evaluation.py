@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from lora_dist.loader import batches
+from lora_dist.config import DataSettings
+from lora_dist.data import Split
+from lora_dist.loader import Batch, batches, evaluation_loader
 from lora_dist.metric import ClassificationMetric
 from lora_dist.order import FILLER
+from lora_dist.transforms import ImageTransforms
 
 SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
@@ -41,57 +43,78 @@ class Evaluation:
         return np.argsort(-self.losses, kind="stable")[:count].tolist()
 
 
-@torch.inference_mode()
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader, num_samples: int, num_classes: int
-) -> Evaluation:
-    """Runs the model over this process's batches and gathers one row a sample from all processes.
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs a model over the validation split. Called on every process; each gets the same result.
 
-    Called on every process; each returns the same. Leaves the model in evaluation mode.
-
-    Args:
+    Attributes:
         accelerator: of the launch.
-        model: as prepared.
-        loader: this process's part, from `loader.evaluation_loader`.
-        num_samples: size of the whole split.
-        num_classes: size of the label map.
+        model: as prepared; left in evaluation mode.
+        split: to evaluate on.
+        transforms: of the model's processor.
+        labels: class names in order.
+        batch_size: samples in a forward pass of one process.
+        settings: of the loader.
     """
-    model.eval()
-    whole, real = [], []
-    for batch in batches(loader):
-        batch = batch.to(accelerator.device)
-        logits = model(pixel_values=batch.pixel_values).logits.float()
-        log_probabilities = logits.log_softmax(dim=-1)
-        confidence, prediction = log_probabilities.max(dim=-1)
-        own = log_probabilities.gather(1, batch.labels[:, None])
-        rank = (log_probabilities > own).sum(dim=-1)
-        whole.append(torch.stack([batch.indices, batch.labels, prediction, rank], dim=1))
-        real.append(torch.stack([confidence.exp(), -own[:, 0]], dim=1))
-    integers = _gathered(accelerator, torch.cat(whole), FILLER)
-    reals = _gathered(accelerator, torch.cat(real), 0.0)
-    kept = integers[:, 0] != FILLER
-    integers, reals = integers[kept], reals[kept]
-    ascending = np.argsort(integers[:, 0], kind="stable")
-    integers, reals = integers[ascending], reals[ascending]
-    assert np.array_equal(integers[:, 0], np.arange(num_samples)), "a sample was counted twice or left out"
-    results: dict[str, Any] = ClassificationMetric(num_classes).compute(
-        predictions=integers[:, 2],
-        references=integers[:, 1],
-        confidences=reals[:, 0],
-        ranks=integers[:, 3],
-        losses=reals[:, 1],
-    )
-    return Evaluation(
-        metrics={name: results[name] for name in SCALARS},
-        per_class=results["per_class"],
-        confusion=np.array(results["confusion_matrix"]),
-        predictions=integers[:, 2],
-        confidences=reals[:, 0],
-        losses=reals[:, 1],
-    )
+
+    accelerator: Accelerator
+    model: nn.Module
+    split: Split
+    transforms: ImageTransforms
+    labels: list[str]
+    batch_size: int
+    settings: DataSettings
+
+    @torch.inference_mode()
+    def __call__(self) -> Evaluation:
+        """Gathers one row a sample from all processes, and computes the metrics."""
+        accelerator = self.accelerator
+        loader = evaluation_loader(
+            self.split,
+            self.transforms,
+            self.batch_size,
+            accelerator.num_processes,
+            accelerator.process_index,
+            self.settings,
+            accelerator.device,
+        )
+        self.model.eval()
+        parts = [_rows(self.model, batch.to(accelerator.device)) for batch in batches(loader)]
+        integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), FILLER)
+        reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
+        kept = integers[:, 0] != FILLER
+        integers, reals = integers[kept], reals[kept]
+        ascending = np.argsort(integers[:, 0], kind="stable")
+        integers, reals = integers[ascending], reals[ascending]
+        assert np.array_equal(integers[:, 0], np.arange(len(self.split))), "a sample was counted twice or left out"
+        results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
+            predictions=integers[:, 2],
+            references=integers[:, 1],
+            confidences=reals[:, 0],
+            ranks=integers[:, 3],
+            losses=reals[:, 1],
+        )
+        return Evaluation(
+            metrics={name: results[name] for name in SCALARS},
+            per_class=results["per_class"],
+            confusion=np.array(results["confusion_matrix"]),
+            predictions=integers[:, 2],
+            confidences=reals[:, 0],
+            losses=reals[:, 1],
+        )
 
 
-def _gathered(accelerator: Accelerator, rows: torch.Tensor, filler: float) -> np.ndarray:
+def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each sample its row, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2]."""
+    log_probabilities = model(pixel_values=batch.pixel_values).logits.float().log_softmax(dim=-1)
+    confidence, prediction = log_probabilities.max(dim=-1)
+    own = log_probabilities.gather(1, batch.labels[:, None])
+    rank = (log_probabilities > own).sum(dim=-1)
+    integers = torch.stack([batch.indices, batch.labels, prediction, rank], dim=1)
+    return integers, torch.stack([confidence.exp(), -own[:, 0]], dim=1)
+
+
+def _gathered(accelerator: Accelerator, rows: Tensor, filler: float) -> np.ndarray:
     """The rows of all processes, which have different numbers of them."""
     padded = accelerator.pad_across_processes(rows, dim=0, pad_index=filler)
     return accelerator.gather(padded).cpu().numpy()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
 from lora_dist.config import Settings
 from lora_dist.errors import TrainingStoppedError
-from lora_dist.evaluation import Evaluation
-from lora_dist.loader import Batch, batches
+from lora_dist.evaluation import Evaluator
+from lora_dist.loader import Batch, TrainImages, batches, train_loader
 from lora_dist.model import set_training
 from lora_dist.order import Order
+from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
-from lora_dist.state import Progress
+from lora_dist.state import Checkpointer, Progress
 from lora_dist.tracking import Tracker, peak_memory_mb
 from lora_dist.transforms import seed_of
 
@@ -55,30 +55,28 @@ class Job:
     """The parts that `fit` drives, as built by `train`.
 
     Attributes:
+        settings: of the run.
         accelerator: of the launch.
         model: as prepared.
         optimizer: as prepared; each group may have an `lr_ratio`.
-        order: which samples come when.
+        images: what to train on.
+        order: which of them come when.
         schedule: of the learning rate.
-        settings: of the run.
-        train_batches: first update to a loader of micro-batches.
-        sample_name: row of the training split to its file.
-        evaluate: exact metrics of the model as it is; called on every process.
-        save: writes a checkpoint; called on every process.
-        show_evaluation: hands an evaluation to the reader.
+        evaluator: exact metrics of the model as it is.
+        checkpointer: saves the run.
+        tracker: shows it.
     """
 
+    settings: Settings
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    images: TrainImages
     order: Order
     schedule: Schedule
-    settings: Settings
-    train_batches: Callable[[int], DataLoader]
-    sample_name: Callable[[int], str]
-    evaluate: Callable[[], Evaluation]
-    save: Callable[[Progress], None]
-    show_evaluation: Callable[[Evaluation, Progress], None]
+    evaluator: Evaluator
+    checkpointer: Checkpointer
+    tracker: Tracker
 
 
 def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
@@ -148,7 +146,7 @@ def train_step(
     return Update(loss, grad_norm, accelerator.optimizer_step_was_skipped)
 
 
-def fit(job: Job, progress: Progress, tracker: Tracker) -> None:
+def fit(job: Job, progress: Progress) -> None:
     """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
 
     Called on every process. Changes `progress` as it goes.
@@ -159,7 +157,9 @@ def fit(job: Job, progress: Progress, tracker: Tracker) -> None:
     settings, order, total = job.settings, job.order, job.schedule.total_steps
     optimization, run = settings.optimization, settings.run
     window = Window()
-    stream = window.timed(batches(job.train_batches(progress.step)))
+    device = job.accelerator.device
+    loader = train_loader(job.images, order, progress.step, total, settings.data, device)
+    stream = window.timed(batches(loader))
     set_training(job.model)
     while progress.step < total and not _exhausted(progress, optimization.early_stopping_patience):
         step = progress.step
@@ -179,27 +179,27 @@ def fit(job: Job, progress: Progress, tracker: Tracker) -> None:
                 dropout_seed=(run.seed, step),
             )
         except NonFiniteLossError as error:
-            job.save(progress)
+            job.checkpointer.save(progress)
             raise _stopped(job, step, error) from error
         progress.train_seconds += window.end_update(order.samples_in(step), update)
         progress.samples += order.samples_in(step)
         progress.step += 1
         progress.loss_sum += update.loss
         progress.skipped_updates += update.skipped
-        tracker.advance(progress.step, update.loss, window.samples_per_second)
+        job.tracker.advance(progress.step, update.loss, window.samples_per_second)
 
         def due(every: Any) -> bool:
             return is_due(every, progress.step, order.steps_per_epoch, total)
 
         if progress.step % run.logging_steps == 0 or progress.step == total:
-            _log_training(job, progress, tracker, window)
+            _log_training(job, progress, window)
             window.reset()
         best = False
         if due(run.eval_steps):
-            best = _evaluate(job, progress, tracker)
+            best = _evaluate(job, progress)
             set_training(job.model)
         if best or due(run.checkpointing_steps):
-            job.save(progress)
+            job.checkpointer.save(progress)
 
 
 class Window:
@@ -260,7 +260,7 @@ def _epoch(job: Job, step: int) -> float:
     return job.order.samples_before(step) / job.order.num_samples
 
 
-def _log_training(job: Job, progress: Progress, tracker: Tracker, window: Window) -> None:
+def _log_training(job: Job, progress: Progress, window: Window) -> None:
     step = progress.step
     values = {
         "train/loss": window.loss_sum / window.updates,
@@ -271,29 +271,29 @@ def _log_training(job: Job, progress: Progress, tracker: Tracker, window: Window
         "train/peak_memory_mb": peak_memory_mb(job.accelerator.device),
         "train/skipped_updates": float(progress.skipped_updates),
     }
-    tracker.scalars(step, _epoch(job, step), values)
+    job.tracker.scalars(step, _epoch(job, step), values)
     left = (job.schedule.total_steps - step) * window.seconds / window.updates
-    tracker.progress_line(step, _epoch(job, step), values, left)
+    job.tracker.progress_line(step, _epoch(job, step), values, left)
 
 
-def _evaluate(job: Job, progress: Progress, tracker: Tracker) -> bool:
+def _evaluate(job: Job, progress: Progress) -> bool:
     """Evaluates, logs and notes the result; True where it is the best so far."""
-    evaluation = job.evaluate()
+    evaluation = job.evaluator()
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
-    tracker.scalars(
+    job.tracker.scalars(
         progress.step,
         _epoch(job, progress.step),
         {f"eval/{metric}": value for metric, value in evaluation.metrics.items()},
     )
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())
-    tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
-    job.show_evaluation(evaluation, progress)
+    job.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
+    show_evaluation(job.tracker, evaluation, progress.step, job.evaluator.split, job.evaluator.labels)
     return best
 
 
 def _stopped(job: Job, step: int, error: NonFiniteLossError) -> TrainingStoppedError:
-    names = sorted(set(gather_object([job.sample_name(row) for row in error.indices])))
+    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices])))
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
     return TrainingStoppedError(
         f"the {error.what} of update {step + 1} is not finite. The update was not made and the state before it is "

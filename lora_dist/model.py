@@ -142,6 +142,8 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     else:
         model.requires_grad_(True)
     freeze_unreached(model, base)
+    if settings.torch_compile:
+        model.compile()
     return model
 
 

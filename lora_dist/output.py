@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
-from lora_dist import checkpoint
+from lora_dist import adapters, checkpoint
 from lora_dist.checkpoint import Checkpoint
 from lora_dist.errors import UserError
+from lora_dist.files import whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +64,32 @@ class Output:
         """Report by class and confusion matrix."""
         return self.root / "evaluation.json"
 
+    def begin(self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module) -> None:
+        """Writes down what a run starts from, after saying which settings changed since it was interrupted.
 
-def find_resume(output: Output, resume_from_checkpoint: str | None) -> tuple[Path, Checkpoint] | None:
+        Args:
+            settings: flat.
+            splits: which samples train and which validate.
+            model: before it is trained.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        if self.config.is_file():
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+            for name, value in settings.items():
+                if name != "resume_from_checkpoint" and before.get(name, value) != value:
+                    logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
+        self.config.write_text(
+            "# The settings of this run; run it again with --config on this file.\n"
+            + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True),
+            encoding="utf-8",
+        )
+        write_json(self.split, splits)
+        if adapters.mutates_base(model) and not self.adapter_init.exists():
+            with whole_directory(self.adapter_init) as aside:
+                adapters.save_adapter(model, aside)
+
+
+def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoint | None:
     """The checkpoint to go on from, or None for a run from scratch.
 
     Raises:
@@ -76,25 +102,15 @@ def find_resume(output: Output, resume_from_checkpoint: str | None) -> tuple[Pat
                 f"or name another directory."
             )
         return None
-    if resume_from_checkpoint == "auto":
-        return checkpoint.read_newest(output.checkpoints)
-    path = Path(resume_from_checkpoint)
-    return path, checkpoint.read(path)
-
-
-def write_config(output: Output, flat: Mapping[str, Any]) -> None:
-    """Saves the settings, after saying which differ from those that the run began with."""
-    output.root.mkdir(parents=True, exist_ok=True)
-    if output.config.is_file():
-        before = yaml.safe_load(output.config.read_text(encoding="utf-8")) or {}
-        for name, value in flat.items():
-            if name != "resume_from_checkpoint" and before.get(name, value) != value:
-                logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
-    output.config.write_text(
-        "# The settings of this run; run it again with --config on this file.\n"
-        + yaml.safe_dump(dict(flat), sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
-    )
+    if resume_from_checkpoint != "auto":
+        return checkpoint.read(Path(resume_from_checkpoint))
+    newest = checkpoint.read_newest(output.checkpoints)
+    if newest is None:
+        logger.info("no complete checkpoint in %s: starting from scratch", output.checkpoints)
+        return None
+    path, content = newest
+    logger.info("resuming from %s", path)
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

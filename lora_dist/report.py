@@ -1,19 +1,39 @@
-"""An evaluation as people see it: the worst images and the confusion matrix as pictures, the numbers as JSON."""
+"""A run as people see it: what is about to run, the inputs and the worst images as pictures, the numbers as JSON."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_dist.data import Split
+from accelerate import Accelerator
+
+from lora_dist.data import ImageData, Split
 from lora_dist.evaluation import Evaluation
 from lora_dist.figures import confusion_picture, grid, to_images
 from lora_dist.loader import TrainImages
 from lora_dist.order import Order
+from lora_dist.schedule import Schedule
 from lora_dist.tracking import Tracker
+
+logger = logging.getLogger(__name__)
 
 WORST = 24
 INPUTS = 24
+
+
+def announce(
+    data: ImageData, order: Order, schedule: Schedule, parameters: tuple[int, int], accelerator: Accelerator
+) -> None:
+    """Says what is about to run: the data, what trains, and the size of an update."""
+    trainable, total = parameters
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    logger.info(
+        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes\n"
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
+        f"{schedule.total_steps:,} updates of {order.effective_batch} samples: {order.per_device_batch} a process x "
+        f"{order.accumulation} accumulated x {order.world_size} processes; {precision} on {accelerator.device}"
+    )
 
 
 def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lora_dist.errors import UserError
+from lora_dist.logs import set_up_logs
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerato
             f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; "
             f"see accelerate_configs/ for launch files that work"
         )
+    set_up_logs(accelerator.is_main_process)
     return accelerator
 
 
@@ -68,19 +69,6 @@ def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
     if asked == "auto" and launched == "no" and torch.cuda.is_available():
         return "fp16"
     return wanted
-
-
-def quiet_libraries(is_main: bool) -> None:
-    """Logging of this package to stderr, on the first process; of the libraries, errors alone."""
-    import datasets
-    import transformers
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

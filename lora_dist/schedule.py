@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_dist.config import OptimizationSettings
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -21,6 +23,13 @@ class Schedule:
     warmup_steps: int
     total_steps: int
 
+    @classmethod
+    def of(cls, settings: OptimizationSettings, steps_per_epoch: int) -> "Schedule":
+        """The schedule that the settings ask for, with an epoch of `steps_per_epoch` updates."""
+        total = total_steps(settings.num_train_epochs, settings.max_train_steps, steps_per_epoch)
+        warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total)
+        return cls(settings.learning_rate, settings.lr_scheduler_type, warmup, total)
+
     def learning_rate(self, step: int) -> float:
         """The rate of update `step` (from 0), equal to that of `transformers.get_scheduler`."""
         if step < self.warmup_steps:
@@ -36,11 +45,6 @@ class Schedule:
 def total_steps(num_epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
     """Updates in a run: `max_steps` if given, else epochs (fractions count) times updates an epoch."""
     return max_steps if max_steps is not None else max(1, math.ceil(num_epochs * steps_per_epoch))
-
-
-def warmup_steps(steps: int, ratio: float, total: int) -> int:
-    """Updates of warm-up, given as a number or as a share of all."""
-    return steps or math.ceil(ratio * total)
 
 
 def is_due(every: int | Literal["epoch", "no"], step: int, steps_per_epoch: int, total: int) -> bool:

@@ -1,13 +1,14 @@
 """A run's state in memory: its position, and the way of weights and moments into a checkpoint and back."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lora_dist import checkpoint
 from lora_dist.checkpoint import Checkpoint
 from lora_dist.errors import UserError
 from lora_dist.model import trained_tensors
@@ -49,84 +50,106 @@ class Progress:
         return better
 
 
-def capture(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    identity: dict[str, Any],
-) -> Checkpoint:
-    """A checkpoint of this moment. Called on every process.
+class Checkpointer:
+    """Saves a run's state and puts it back. Every method is called on every process.
 
-    Args:
-        accelerator: of the launch.
-        model: as prepared.
-        optimizer: as prepared.
-        progress: of the run.
-        identity: what a run has to share with this one to go on from it.
+    Attributes:
+        directory: where the checkpoints stand.
     """
-    bare = accelerator.unwrap_model(model)
-    trained = {name: _host(tensor) for name, tensor in trained_tensors(bare)}
-    moments = {
-        f"{moment}/{name}": _host(value)
-        for name, parameter in bare.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    return Checkpoint(trained, moments, {"progress": asdict(progress), "identity": identity, "scaler": scaler})
 
+    def __init__(
+        self,
+        directory: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        identity: dict[str, Any],
+        keep: int,
+    ) -> None:
+        """
+        Args:
+            directory: where the checkpoints stand.
+            accelerator: of the launch.
+            model: as prepared.
+            optimizer: as prepared.
+            identity: what a run has to share with this one to go on from it.
+            keep: checkpoints to keep, besides the best.
+        """
+        self.directory = directory
+        self._accelerator = accelerator
+        self._model = accelerator.unwrap_model(model)
+        self._optimizer = optimizer
+        self._identity = identity
+        self._keep = keep
 
-def restore(
-    checkpoint: Checkpoint,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-) -> Progress:
-    """Puts a checkpoint back, exactly. Called on every process.
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint of this moment and removes those that are no longer needed."""
+        content = self._capture(progress)
+        if self._accelerator.is_main_process:
+            checkpoint.write(self.directory, progress.step, content)
+            checkpoint.prune(self.directory, self._keep, progress.best_step)
+        self._accelerator.wait_for_everyone()
 
-    Raises:
-        UserError: the checkpoint is of a run that differs in a way that would change the result.
-    """
-    saved = checkpoint.state["identity"]
-    differing = [name for name in identity if saved.get(name) != identity[name]]
-    if differing:
-        changes = (f"{name} was {saved.get(name)} and is now {identity[name]}" for name in differing)
-        raise UserError(
-            "\n  ".join(["the checkpoint is of another run:", *changes])
-            + "\nUse the settings of that run (its config.yaml), or another --output_dir."
+    def restore(self, content: Checkpoint) -> Progress:
+        """Puts a checkpoint back, exactly.
+
+        Raises:
+            UserError: it is of a run that differs in a way that would change the result.
+        """
+        saved = content.state["identity"]
+        differing = [name for name in self._identity if saved.get(name) != self._identity[name]]
+        if differing:
+            changes = (f"{name} was {saved.get(name)} and is now {self._identity[name]}" for name in differing)
+            raise UserError(
+                "\n  ".join(["the checkpoint is of another run:", *changes])
+                + "\nUse the settings of that run (its config.yaml), or another --output_dir."
+            )
+        self._restore_trained(content.trained)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in content.optimizer.items():
+            moment, _, name = key.partition("/")
+            moments.setdefault(name, {})[moment] = value
+        for name, parameter in self._model.named_parameters():
+            if name in moments:
+                # AdamW keeps the count of steps on the host.
+                self._optimizer.state[parameter] = {
+                    moment: value if moment == "step" else value.to(parameter.device)
+                    for moment, value in moments[name].items()
+                }
+        if self._accelerator.scaler is not None and content.state["scaler"]:
+            self._accelerator.scaler.load_state_dict(content.state["scaler"])
+        return Progress(**content.state["progress"])
+
+    def restore_best(self, progress: Progress) -> None:
+        """Puts the weights of the best checkpoint into the model."""
+        if progress.best_step not in (None, progress.step):
+            best = checkpoint.read(checkpoint.path_of(self.directory, progress.best_step))
+            self._restore_trained(best.trained)
+
+    def _capture(self, progress: Progress) -> Checkpoint:
+        scaler = self._accelerator.scaler
+        return Checkpoint(
+            trained={name: _host(tensor) for name, tensor in trained_tensors(self._model)},
+            optimizer={
+                f"{moment}/{name}": _host(value)
+                for name, parameter in self._model.named_parameters()
+                for moment, value in self._optimizer.state.get(parameter, {}).items()
+            },
+            state={
+                "progress": asdict(progress),
+                "identity": self._identity,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
         )
-    restore_trained(checkpoint.trained, accelerator, model)
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        moments = {
-            key.partition("/")[0]: value.to("cpu" if key.startswith("step/") else parameter.device)
-            for key, value in checkpoint.optimizer.items()
-            if key.partition("/")[2] == name
-        }
-        if moments:
-            optimizer.state[parameter] = moments
-    if accelerator.scaler is not None and checkpoint.state["scaler"]:
-        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-    return Progress(**checkpoint.state["progress"])
 
-
-def restore_trained(trained: dict[str, Tensor], accelerator: Accelerator, model: nn.Module) -> None:
-    """Puts the weights of a checkpoint back.
-
-    Raises:
-        UserError: names of tensors that the checkpoint or the model lacks.
-    """
-    targets = dict(trained_tensors(accelerator.unwrap_model(model)))
-    differing = _symmetric_difference(trained, targets)
-    if differing:
-        raise UserError(f"the checkpoint trains other tensors than this run: {', '.join(differing[:5])}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(trained[name])
-
-
-def _symmetric_difference(first: Iterable[str], second: Iterable[str]) -> list[str]:
-    return sorted(set(first) ^ set(second))
+    def _restore_trained(self, trained: dict[str, Tensor]) -> None:
+        targets = dict(trained_tensors(self._model))
+        differing = sorted(trained.keys() ^ targets.keys())
+        if differing:
+            raise UserError(f"the checkpoint trains other tensors than this run: {', '.join(differing[:5])} …")
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(trained[name])
 
 
 def _host(tensor: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# One compute thread a process where several share the cores; a single one may take them all.
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml
+
+.PHONY: demo test quality clean
+
+demo: .venv/installed
+	rm -rf runs/demo
+	$(LAUNCH) -m lora_dist.train --config demo
+	$(BIN)/python -m lora_dist.predict --adapter runs/demo/adapter --images demo:digits/validation --top_k 3 \
+		--output runs/demo/predictions.jsonl --grid runs/demo/predictions.png
+	@head -n 3 runs/demo/predictions.jsonl
+	@echo "pictures of the predictions: runs/demo/predictions.png"
+	@echo "curves: $(BIN)/tensorboard --logdir runs"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+quality: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch torchvision
+	$(BIN)/pip install -q -e '.[demo]'
+	touch $@
+
+# deepspeed builds against the torch that is there, so it comes after it.
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install -q -e '.[demo,dev,deepspeed]'
+	touch $@

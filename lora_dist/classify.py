@@ -1,0 +1,224 @@
+"""Files to rows of predictions: find the images, decode them beside the model, write JSON lines or CSV."""
+
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lora_dist.bundle import Classifier
+from lora_dist.errors import UserError
+from lora_dist.figures import grid
+from lora_dist.images import IMAGE_SUFFIXES, UnreadableImageError, load_rgb
+from lora_dist.transforms import ImageTransforms
+
+GRID = 32
+
+
+class Row(NamedTuple):
+    """What is known of one image.
+
+    Attributes:
+        path: of the file, as found.
+        top_k: classes with their probabilities, most likely first; empty where there is an error.
+        error: why the image could not be read, or None.
+    """
+
+    path: str
+    top_k: list[tuple[str, float]]
+    error: str | None = None
+
+
+def find_images(names: Sequence[str]) -> list[str]:
+    """Files that `names` stand for: files as they are, folders with all below them, patterns; in order, each once.
+
+    Raises:
+        UserError: a folder or a pattern with no image, or a name of nothing.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if Path(name).is_dir():
+            files = sorted(
+                os.path.join(folder, file)
+                for folder, _, files in os.walk(name, followlinks=True)
+                for file in files
+                if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+            )
+        else:
+            files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        if not files:
+            raise UserError(f"--images {name}: no images there")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on; `auto` takes an accelerator where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    try:
+        if name == "auto":
+            return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+    return device
+
+
+@torch.inference_mode()
+def classify(
+    classifier: Classifier,
+    files: Sequence[str],
+    *,
+    top_k: int,
+    batch_size: int,
+    num_workers: int | None,
+    device: torch.device,
+) -> Iterator[Row]:
+    """Yields a row for each file, in order; a file that cannot be read gets one with its error.
+
+    Args:
+        classifier: to ask.
+        files: paths.
+        top_k: classes to name.
+        batch_size: images in a forward pass.
+        num_workers: decoding processes; None for one where there is more than a batch.
+        device: to run the model on.
+    """
+    model = classifier.model.to(device)
+    workers = num_workers if num_workers is not None else int(len(files) > batch_size)
+    starts = range(0, len(files), batch_size)
+    loader = DataLoader(
+        _Files(files, ImageTransforms(classifier.processor)),
+        batch_sampler=[list(range(start, min(start + batch_size, len(files)))) for start in starts],
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+    )
+    for part in loader:
+        scores: list[list[tuple[str, float]]] = []
+        if part.pixel_values is not None:
+            logits = model(pixel_values=part.pixel_values.to(device, non_blocking=True)).logits
+            best = logits.float().softmax(dim=-1).topk(min(top_k, len(classifier.labels)))
+            for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                scores.append([(classifier.labels[place], value) for place, value in zip(places, values, strict=True)])
+        remaining = iter(scores)
+        for path, error in zip(part.paths, part.errors, strict=True):
+            yield Row(path, [] if error else next(remaining), error)
+
+
+class _Part(NamedTuple):
+    """A batch of files: pixels of those that could be read, and the error of those that could not."""
+
+    paths: list[str]
+    errors: list[str | None]
+    pixel_values: Tensor | None
+
+
+class _Files(Dataset):
+    def __init__(self, files: Sequence[str], transforms: ImageTransforms) -> None:
+        self.files = files
+        self.transforms = transforms
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitems__(self, places: Sequence[int]) -> _Part:
+        paths = [self.files[place] for place in places]
+        errors: list[str | None] = []
+        pixels = []
+        for path in paths:
+            try:
+                pixels.append(self.transforms.evaluation(load_rgb(path)))
+                errors.append(None)
+            except UnreadableImageError as error:
+                errors.append(str(error))
+        return _Part(paths, errors, torch.stack(pixels) if pixels else None)
+
+
+def _as_is(part: Any) -> Any:
+    return part
+
+
+def split_first(rows: Iterator[Row], count: int) -> tuple[Iterator[Row], list[Row]]:
+    """The same rows, and the first `count` of them."""
+    first = list(islice(rows, count))
+    return chain(first, rows), first
+
+
+def draw_grid(rows: Sequence[Row], path: Path) -> None:
+    """Draws images with their predictions into a PNG file."""
+    shown = [row for row in rows if row.error is None]
+    if not shown:
+        raise UserError("--grid: none of the first images can be read")
+    captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid([load_rgb(row.path) for row in shown], captions).save(path)
+
+
+@contextmanager
+def writer(output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: int) -> Iterator[Callable[[Row], None]]:
+    """A function that writes a row, to a file or to standard output, flushed row by row.
+
+    Args:
+        output: path, or None to print.
+        format_: None to go by the path's suffix.
+        top_k: number of class columns in a CSV.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    chosen = format_ or ("csv" if output and output.lower().endswith(".csv") else "jsonl")
+    try:
+        if output:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+        file = Path(output).open("w", encoding="utf-8", newline="") if output else sys.stdout  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from error
+    try:
+        yield _csv_rows(file, top_k) if chosen == "csv" else _json_lines(file)
+    finally:
+        if output:
+            file.close()
+
+
+def _json_lines(file: Any) -> Callable[[Row], None]:
+    def write(row: Row) -> None:
+        content: dict[str, Any] = {"path": row.path}
+        if row.error is None:
+            label, score = row.top_k[0]
+            content |= {"label": label, "score": score}
+            content["top_k"] = [{"label": label, "score": score} for label, score in row.top_k]
+        else:
+            content["error"] = row.error
+        file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        file.flush()
+
+    return write
+
+
+def _csv_rows(file: Any, top_k: int) -> Callable[[Row], None]:
+    lines = csv.writer(file)
+    columns: Iterable[tuple[str, str]] = (
+        (f"label{suffix}", f"score{suffix}") for suffix in ["", *(f"_{place}" for place in range(2, top_k + 1))]
+    )
+    lines.writerow(["path", *chain.from_iterable(columns), "error"])
+
+    def write(row: Row) -> None:
+        cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
+        lines.writerow([row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""])
+        file.flush()
+
+    return write

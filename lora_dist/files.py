@@ -1,0 +1,57 @@
+"""Directories that appear whole or not at all, whenever the process dies."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_WRITING, _REMOVING = ".writing-", ".removing-"
+
+
+@contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `final` at the end; what stood there goes only then.
+
+    Everything is flushed to the disk before the rename, so that a power cut leaves the old or the new one.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(_WRITING + final.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    yield aside
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in aside.iterdir():
+        # safetensors makes its files readable by their owner alone.
+        file.chmod(0o666 & ~umask)
+        _flush(file)
+    _flush(aside)
+    if final.exists():
+        remove_directory(final)
+    aside.rename(final)
+    _flush(final.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory so that it is never seen half empty under its name."""
+    doomed = path.with_name(_REMOVING + path.name)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what killed processes left half written or half removed in `parent`."""
+    for leftover in [*parent.glob(f"{_WRITING}*"), *parent.glob(f"{_REMOVING}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

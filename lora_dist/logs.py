@@ -1,0 +1,29 @@
+"""What reaches the terminal or the log file: this package's messages from one process, the libraries' errors alone."""
+
+import logging
+import os
+import sys
+import warnings
+
+import torch
+
+
+def set_up_logs(is_main: bool) -> None:
+    """Logs this package to stderr, on the first process, and quietens the libraries.
+
+    Args:
+        is_main: whether this is the first process; the others log errors alone.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.accelerator.is_available():
+        # Or deepspeed, where it is installed, prints that there is none whenever a library looks for it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
