@@ -64,14 +64,20 @@ class Output:
         """Report by class and confusion matrix."""
         return self.root / "evaluation.json"
 
-    def begin(self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module) -> None:
+    def begin(self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int) -> None:
         """Writes down what a run starts from, after saying which settings changed since it was interrupted.
 
         Args:
             settings: flat.
             splits: which samples train and which validate.
-            model: before it is trained.
+            model: as it stands.
+            step: updates done.
+
+        Raises:
+            UserError: the run cannot be finished, because what its adapter started from is gone.
         """
+        if adapters.mutates_base(model) and not self.adapter_init.exists() and step:
+            raise UserError(f"{self.adapter_init} is gone, and without it the trained adapter cannot be converted")
         self.root.mkdir(parents=True, exist_ok=True)
         if self.config.is_file():
             before = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}

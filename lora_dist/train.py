@@ -70,8 +70,6 @@ def train(settings: Settings) -> None:
         seed=run.seed,
     )
     schedule = Schedule.of(optimization, order.steps_per_epoch)
-    if accelerator.is_main_process:
-        output.begin(flatten(settings), data.describe_splits(), model)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     identity = {
@@ -83,6 +81,8 @@ def train(settings: Settings) -> None:
     }
     checkpointer = Checkpointer(output.checkpoints, accelerator, model, optimizer, identity, run.save_total_limit)
     progress = checkpointer.restore(resumed) if resumed is not None else Progress()
+    if accelerator.is_main_process:
+        output.begin(flatten(settings), data.describe_splits(), accelerator.unwrap_model(model), progress.step)
     job = Job(
         settings=settings,
         accelerator=accelerator,

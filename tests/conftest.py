@@ -1,0 +1,21 @@
+"""Models and folders that many tests share."""
+
+from pathlib import Path
+
+import pytest
+from tiny import make_folder, make_model
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT of two classes, on disk."""
+    return make_model(tmp_path_factory.mktemp("models") / "vit")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` with 11, 9 and 7 images of three classes, and `validation/` with 3 of each."""
+    root = tmp_path_factory.mktemp("photos")
+    make_folder(root / "train", per_class=(11, 9, 7))
+    make_folder(root / "validation", per_class=3, first=100)
+    return root

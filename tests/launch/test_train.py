@@ -1,0 +1,217 @@
+"""The training command through real launchers: what it writes, on one process and on two, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launching import command, environment, lines_of, results_of, train
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import make_folder
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from lora_dist.images import load_rgb
+
+FAST = ("--logging_steps", 1, "--learning_rate", 5e-3, "--lora_dropout", 0)
+
+
+def _arguments(vit: Path, photos: Path, out: Path, *more: object) -> list[object]:
+    return [
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--output_dir", out, *FAST, *more,
+    ]  # fmt: skip
+
+
+def _adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def _scalars(out: Path, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(out / "tensorboard"))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3)
+
+
+@pytest.fixture(scope="module")
+def single(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs of four updates: 27 samples in windows of 8, 8, 8 and 3."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    train(*_arguments(vit, photos, out, *BATCH, "--checkpointing_steps", 3), launch_file="single.yaml")
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(single: Path) -> None:
+    assert {path.name for path in single.iterdir()} == {
+        "adapter", "checkpoints", "tensorboard", "all_results.json", "config.yaml", "evaluation.json",
+        "metrics.jsonl", "split.json",
+    }  # fmt: skip
+    assert {path.name for path in (single / "adapter").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "config.json",
+        "preprocessor_config.json",
+    }  # fmt: skip
+    results = results_of(single)
+    assert results["step"] == 12
+    assert results["epoch"] == 3
+    assert results["eval_accuracy"] > 0.6
+    assert 0 < results["trainable_params"] < results["all_params"]
+    assert results["train_samples_per_second"] > 0
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_the_curves_are_in_tensorboard_and_in_the_json_lines(single: Path) -> None:
+    reader = EventAccumulator(str(single / "tensorboard"), size_guidance={"images": 0})
+    reader.Reload()
+    tags = reader.Tags()
+    for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "data_wait", "peak_memory_mb"):
+        assert f"train/{name}" in tags["scalars"]
+    for name in ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error"):
+        assert f"eval/{name}" in tags["scalars"]
+    assert {"train/inputs", "eval/worst", "eval/confusion_matrix"} <= set(tags["images"])
+    assert "settings/text_summary" in tags["tensors"]
+    assert "_hparams_/session_start_info" in reader.summary_metadata or "hparam/accuracy" in tags["scalars"]
+    lines = [line for line in lines_of(single) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert _scalars(single, "train/loss") == [
+        (line["step"], pytest.approx(line["train/loss"], rel=1e-5)) for line in lines
+    ]
+
+
+def test_checkpoints_hold_only_what_trains_and_are_kept_to_two_and_the_best(single: Path) -> None:
+    kept = sorted(path.name for path in (single / "checkpoints").iterdir())
+    best = results_of(single)["best_step"]
+    assert kept == sorted({f"step-{step:08d}" for step in (9, 12, best)})
+    names = load_file(single / "checkpoints" / kept[-1] / "trained.safetensors").keys()
+    assert all("lora_" in name or "modules_to_save" in name for name in names)
+
+
+def test_plain_peft_loads_the_adapter_and_agrees_with_the_results(single: Path, photos: Path) -> None:
+    config = json.loads((single / "adapter" / "config.json").read_text())
+    assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    adapter = json.loads((single / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForImageClassification.from_pretrained(
+        adapter["base_model_name_or_path"], num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(base, single / "adapter").eval()
+    processor = AutoImageProcessor.from_pretrained(single / "adapter")
+    files = sorted((photos / "validation").rglob("*.png"))
+    with torch.inference_mode():
+        predicted = [
+            "abc"[model(**processor(load_rgb(str(file)), return_tensors="pt")).logits.argmax()] for file in files
+        ]
+    accuracy = sum(label == file.parent.name for label, file in zip(predicted, files, strict=True)) / len(files)
+    assert accuracy == pytest.approx(results_of(single)["eval_accuracy"])
+
+
+def test_the_model_card_has_the_numbers_and_valid_metadata(single: Path) -> None:
+    card = (single / "adapter" / "README.md").read_text(encoding="utf-8")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert metadata["library_name"] == "peft"
+    assert f"{results_of(single)['eval_accuracy']:.4f}" in card
+
+
+def test_two_processes_train_as_one_does(single: Path, vit: Path, photos: Path, tmp_path: Path) -> None:
+    """The same effective batch, split over processes instead of accumulated, remainders included."""
+    out = tmp_path / "run"
+    batch = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--num_train_epochs", 3)
+    train(*_arguments(vit, photos, out, *batch), launch_file="ddp_cpu.yaml")
+    assert results_of(out)["num_processes"] == 2
+    for tag in ("train/loss", "eval/loss", "eval/accuracy"):
+        assert [value for _, value in _scalars(out, tag)] == pytest.approx(
+            [value for _, value in _scalars(single, tag)], abs=1e-5
+        )
+    expected = _adapter(single)
+    for name, tensor in _adapter(out).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_seven_samples_on_two_processes(vit: Path, tmp_path: Path) -> None:
+    """A data set smaller than a batch, of which one process gets more than the other; evaluation counts each once."""
+    make_folder(tmp_path / "train", classes=("a", "b"), per_class=(4, 3))
+    make_folder(tmp_path / "validation", classes=("a", "b"), per_class=(2, 1), first=50)
+    arguments = _arguments(vit, tmp_path, tmp_path / "run", "--max_train_steps", 3)
+    train(*arguments, "--per_device_train_batch_size", 16, launch_file="ddp_cpu.yaml")
+    results = results_of(tmp_path / "run")
+    assert results["epoch"] == 3
+    assert results["eval_samples"] == 3
+    assert sum(map(sum, _confusion(tmp_path / "run"))) == 3
+
+
+def _confusion(out: Path) -> list[list[int]]:
+    return json.loads((out / "evaluation.json").read_text())["confusion_matrix"]["rows_true_columns_predicted"]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, then `--resume_from_checkpoint auto`; dropout and augmentation are on."""
+    more = (*BATCH, "--lora_dropout", 0.1, "--augmentation", "randaugment", "--checkpointing_steps", 2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(*_arguments(vit, photos, whole, *more))
+    process = subprocess.Popen(
+        command("lora_dist.train", _arguments(vit, photos, broken, *more)),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _wait_for(lambda: sorted((broken / "checkpoints").glob("step-*")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (broken / "all_results.json").exists()
+    resumed = train(*_arguments(vit, photos, broken, *more), "--resume_from_checkpoint", "auto")
+    assert "resuming from" in resumed.stderr
+    expected = _adapter(whole)
+    for name, tensor in _adapter(broken).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert _scalars(broken, "train/loss") == _scalars(whole, "train/loss")
+    assert [line["step"] for line in lines_of(broken)] == [line["step"] for line in lines_of(whole)]
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_an_output_dir_in_use_and_a_resume_of_another_run_are_refused(single: Path, vit: Path, photos: Path) -> None:
+    again = train(*_arguments(vit, photos, single, *BATCH), code=2)
+    assert "--resume_from_checkpoint auto" in again.stderr
+    assert "Traceback" not in again.stderr
+    before = (single / "config.yaml").read_text()
+    other = train(*_arguments(vit, photos, single, *BATCH), "--resume_from_checkpoint", "auto", "--seed", 1, code=2)
+    assert "seed was 42 and is now 1" in other.stderr
+    assert (single / "config.yaml").read_text() == before
+
+
+def test_evaluation_of_a_given_adapter(single: Path, photos: Path, tmp_path: Path) -> None:
+    result = train(
+        "--do_eval_only", "--adapter_name_or_path", single / "adapter", "--validation_dir", photos / "validation",
+        "--output_dir", tmp_path / "eval", launch_file="ddp_cpu.yaml",
+    )  # fmt: skip
+    metrics = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
+    assert metrics["eval_accuracy"] == pytest.approx(results_of(single)["eval_accuracy"])
+    assert metrics["eval_loss"] == pytest.approx(results_of(single)["eval_loss"], abs=1e-5)
+
+
+def test_settings_saved_with_a_run_repeat_it(single: Path, tmp_path: Path) -> None:
+    train("--config", single / "config.yaml", "--output_dir", tmp_path / "run")
+    expected = _adapter(single)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _adapter(tmp_path / "run").items())
+
+
+def test_half_precision_without_a_gpu_is_refused(vit: Path, photos: Path, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    result = train(*_arguments(vit, photos, tmp_path / "run"), "--mixed_precision", "fp16", code=2)
+    assert "use --mixed_precision no" in result.stderr

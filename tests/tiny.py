@@ -1,0 +1,106 @@
+"""Tiny models with random weights and small learnable image folders, written to disk as users have them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    MobileViTConfig,
+    MobileViTImageProcessor,
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+    Swinv2Config,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
+
+
+def make_config(architecture: str, image_size: int = 32) -> PreTrainedConfig:
+    """A configuration with some thousands of parameters."""
+    plain: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": image_size,
+        "patch_size": 8,
+    }
+    windowed: dict[str, Any] = {
+        "image_size": image_size,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    }
+    configs = {
+        "vit": lambda: ViTConfig(**plain),
+        "deit": lambda: DeiTConfig(**plain),
+        "beit": lambda: BeitConfig(**plain),
+        "dinov2": lambda: Dinov2Config(**plain),
+        "swin": lambda: SwinConfig(**windowed),
+        "swinv2": lambda: Swinv2Config(**windowed),
+        "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+        "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+        "mobilevit": lambda: MobileViTConfig(
+            hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 32, 64], num_attention_heads=2
+        ),
+    }
+    config = configs[architecture]()
+    config.architectures = [type(config).__name__.replace("Config", "ForImageClassification")]
+    return config
+
+
+def make_model(
+    directory: Path, architecture: str = "vit", num_labels: int = 2, image_size: int = 32, seed: int = 0
+) -> Path:
+    """Writes a model with random weights and its processor, and returns the directory."""
+    torch.manual_seed(seed)
+    config = make_config(architecture, image_size)
+    config.num_labels = num_labels
+    AutoModelForImageClassification.from_config(config).save_pretrained(directory)
+    if architecture == "mobilevit":
+        processor: Any = MobileViTImageProcessor(
+            size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}, do_flip_channel_order=True
+        )
+    else:
+        processor = ViTImageProcessor(size={"height": image_size, "width": image_size})
+    processor.save_pretrained(directory)
+    return directory
+
+
+def make_image(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A noisy picture whose stripes tell its class."""
+    noise = np.random.default_rng([label, number])
+    width, height = size
+    waves = np.sin(np.arange(width)[None, :] * (label + 1) / 3 + np.zeros((height, 1)))
+    color = np.array([[80, 160, 120], [160, 90, 60], [60, 100, 170]])[label % 3]
+    pixels = waves[..., None] * 60 + color + noise.normal(0, 12, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_folder(
+    directory: Path,
+    classes: Sequence[str] = ("a", "b", "c"),
+    per_class: int | Sequence[int] = 4,
+    size: tuple[int, int] = (40, 32),
+    first: int = 0,
+) -> Path:
+    """Writes class folders of PNG files, and returns the directory."""
+    counts = [per_class] * len(classes) if isinstance(per_class, int) else per_class
+    for label, (name, count) in enumerate(zip(classes, counts, strict=True)):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+        for number in range(first, first + count):
+            make_image(label, number, size).save(directory / name / f"{number:03d}.png")
+    return directory
