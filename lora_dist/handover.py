@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+from torch import Tensor
+
 from lora_dist import adapters, bundle
 from lora_dist.card import model_card
 from lora_dist.cli import flatten
+from lora_dist.config import Settings
 from lora_dist.data import ImageData
 from lora_dist.evaluation import Evaluation
 from lora_dist.loop import Job
-from lora_dist.model import Base
+from lora_dist.model import Base, load_base_of, load_trained, make_trainable
 from lora_dist.output import Output, write_json
 from lora_dist.report import write_evaluation
 from lora_dist.runtime import environment
@@ -38,11 +43,16 @@ def hand_over(
         parameters: trainable and all.
         output: where to write.
     """
-    accelerator, tracker = job.accelerator, job.tracker
+    accelerator, tracker = job.engine.accelerator, job.tracker
+    trained = job.engine.trained()
+    images = [data.validation.image(index) for index in range(min(CHECKED_IMAGES, len(data.validation)))]
+    expected = _logits(job, images)
     if accelerator.is_main_process:
         results = _results(job, progress, evaluation, base, data, parameters)
         write_evaluation(output.evaluation, evaluation, data.labels)
-        written = _write_bundle(job, evaluation, base, data, results, output)
+        written = _write_bundle(job.settings, trained, evaluation, data, results, output)
+        tolerance = bundle.TOLERANCE if accelerator.mixed_precision == "no" else bundle.HALF_PRECISION_TOLERANCE
+        bundle.require_same_logits(written, images, expected, tolerance)
         write_json(output.results, results)
         tracker.hyperparameters(flatten(job.settings), evaluation.metrics)
         tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
@@ -70,16 +80,30 @@ def _results(
         "effective_batch": job.order.effective_batch,
         "data_fingerprint": {"train": data.train.fingerprint(), "validation": data.validation.fingerprint()},
         "base_model": base.identity(),
-        **environment(job.accelerator),
+        **environment(job.engine.accelerator),
     }
 
 
+@torch.inference_mode()
+def _logits(job: Job, images: list[Image.Image]) -> Tensor:
+    """What the trained model says of some images, on every process alike."""
+    pixels = job.evaluator.transforms.batch(images).to(job.engine.accelerator.device)
+    return job.engine.model(pixel_values=pixels).logits.float().cpu()
+
+
 def _write_bundle(
-    job: Job, evaluation: Evaluation, base: Base, data: ImageData, results: dict[str, Any], output: Output
+    settings: Settings,
+    trained: dict[str, Tensor],
+    evaluation: Evaluation,
+    data: ImageData,
+    results: dict[str, Any],
+    output: Output,
 ) -> Path:
-    settings = job.settings
+    """Puts the trained tensors into a fresh model, whatever engine they come from, and writes that."""
     is_adapter = settings.model.tuning != "full"
-    model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+    base = load_base_of(settings, data.labels)
+    model = make_trainable(base, settings.model, settings.lora)
+    load_trained(model, trained)
     card = model_card(
         title=output.root.resolve().name,
         is_adapter=is_adapter,
@@ -90,13 +114,9 @@ def _write_bundle(
         results=results,
         settings=flatten(settings),
     )
-    if is_adapter:
-        written = output.adapter
-        initial = output.adapter_init if adapters.mutates_base(model) else None
-        bundle.write_adapter(written, model, base, card, initial)
-    else:
-        written = output.model
-        bundle.write_model(written, model, base.processor, card)
-    images = [data.validation.image(index) for index in range(min(CHECKED_IMAGES, len(data.validation)))]
-    bundle.require_same_logits(written, model, images)
-    return written
+    if not is_adapter:
+        bundle.write_model(output.model, model, base.processor, card)
+        return output.model
+    initial = output.adapter_init if adapters.mutates_base(model) else None
+    bundle.write_adapter(output.adapter, model, base, card, initial)
+    return output.adapter

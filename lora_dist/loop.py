@@ -3,18 +3,17 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_dist.config import Settings
+from lora_dist.engine import Engine
 from lora_dist.errors import TrainingStoppedError
 from lora_dist.evaluation import Evaluator
 from lora_dist.loader import Batch, TrainImages, batches, train_loader
@@ -56,9 +55,7 @@ class Job:
 
     Attributes:
         settings: of the run.
-        accelerator: of the launch.
-        model: as prepared.
-        optimizer: as prepared; each group may have an `lr_ratio`.
+        engine: the model and its optimizer.
         images: what to train on.
         order: which of them come when.
         schedule: of the learning rate.
@@ -68,9 +65,7 @@ class Job:
     """
 
     settings: Settings
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     images: TrainImages
     order: Order
     schedule: Schedule
@@ -89,9 +84,7 @@ def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
 
 
 def train_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     micro_batches: Iterable[Batch],
     *,
     micro_batch_count: int,
@@ -107,9 +100,7 @@ def train_step(
     of micro-batches instead would mis-scale a last, smaller window (transformers#39659).
 
     Args:
-        accelerator: of the launch.
-        model: in training mode.
-        optimizer: each of its groups may have an `lr_ratio`.
+        engine: its model in training mode.
         micro_batches: this process's share.
         micro_batch_count: their number, the same on every process.
         sample_count: samples over all micro-batches and processes.
@@ -121,29 +112,27 @@ def train_step(
     Raises:
         NonFiniteLossError: before the update is made.
     """
+    accelerator = engine.accelerator
     device = accelerator.device
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
-    optimizer.zero_grad()
+    engine.begin_update(learning_rate)
     total = torch.zeros((), device=device)
     suspects: list[tuple[Tensor, Tensor]] = []
     for place, host_batch in enumerate(micro_batches):
         batch = host_batch.to(device)
         torch.manual_seed(seed_of((*dropout_seed, place, accelerator.process_index)))
-        with _gradient_sync(accelerator, model, place == micro_batch_count - 1):
-            losses = batch_loss(model(pixel_values=batch.pixel_values).logits, batch, label_smoothing)
-            # DDP averages gradients over processes; here they are to be summed.
-            accelerator.backward(losses.sum() / sample_count * accelerator.num_processes)
+        with engine.micro_batch(last=place == micro_batch_count - 1):
+            losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits, batch, label_smoothing)
+            engine.backward(losses.sum() / sample_count)
         total += losses.detach().sum()
         suspects.append((batch.indices, losses.detach()))
     loss = float(accelerator.reduce(total, "sum")) / sample_count
     if not math.isfinite(loss):
         raise NonFiniteLossError("loss", [int(row) for rows, seen in suspects for row in rows[~seen.isfinite()]])
-    grad_norm = float(accelerator.clip_grad_norm_(_trained(optimizer), max_grad_norm or math.inf))
-    if accelerator.scaler is None and not math.isfinite(grad_norm):
-        raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows])
-    optimizer.step()
-    return Update(loss, grad_norm, accelerator.optimizer_step_was_skipped)
+    try:
+        grad_norm = engine.step(max_grad_norm)
+    except ArithmeticError as error:
+        raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows]) from error
+    return Update(loss, grad_norm, engine.was_skipped())
 
 
 def fit(job: Job, progress: Progress) -> None:
@@ -157,19 +146,17 @@ def fit(job: Job, progress: Progress) -> None:
     settings, order, total = job.settings, job.order, job.schedule.total_steps
     optimization, run = settings.optimization, settings.run
     window = Window()
-    device = job.accelerator.device
+    device = job.engine.accelerator.device
     loader = train_loader(job.images, order, progress.step, total, settings.data, device)
     stream = window.timed(batches(loader))
-    set_training(job.model)
+    set_training(job.engine.model)
     while progress.step < total and not _exhausted(progress, optimization.early_stopping_patience):
         step = progress.step
         micro_batch_count = order.micro_batches_in(step)
         window.start_update()
         try:
             update = train_step(
-                job.accelerator,
-                job.model,
-                job.optimizer,
+                job.engine,
                 islice(stream, micro_batch_count),
                 micro_batch_count=micro_batch_count,
                 sample_count=order.samples_in(step),
@@ -197,7 +184,7 @@ def fit(job: Job, progress: Progress) -> None:
         best = False
         if due(run.eval_steps):
             best = _evaluate(job, progress)
-            set_training(job.model)
+            set_training(job.engine.model)
         if best or due(run.checkpointing_steps):
             job.checkpointer.save(progress)
 
@@ -244,14 +231,6 @@ class Window:
         return seconds
 
 
-def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
-    return nullcontext() if last else accelerator.no_sync(model)
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _exhausted(progress: Progress, patience: int | None) -> bool:
     return patience is not None and progress.stale_evaluations >= patience
 
@@ -268,7 +247,7 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
         "train/grad_norm": window.grad_norm,
         "train/samples_per_second": window.samples_per_second,
         "train/data_wait": min(1.0, window.waited / max(window.seconds, 1e-9)),
-        "train/peak_memory_mb": peak_memory_mb(job.accelerator.device),
+        "train/peak_memory_mb": peak_memory_mb(job.engine.accelerator.device),
         "train/skipped_updates": float(progress.skipped_updates),
     }
     job.tracker.scalars(step, _epoch(job, step), values)

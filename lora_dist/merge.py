@@ -40,7 +40,8 @@ def merge_to(classifier: Classifier, source: Path, out: Path, files: Sequence[st
         before = classifier.model(pixel_values=pixels).logits
     merged = adapters.merge(classifier.model).eval()
     with torch.inference_mode():
-        difference = relative_difference(merged(pixel_values=pixels).logits, before)
+        after = merged(pixel_values=pixels).logits
+    difference = relative_difference(after, before)
     if not difference <= tolerance:
         raise UserError(
             f"the merged model differs from the adapter by {difference:.1e}, more than --merge_tolerance "
@@ -53,7 +54,7 @@ def merge_to(classifier: Classifier, source: Path, out: Path, files: Sequence[st
         f'    pipeline("image-classification", model="THIS_DIRECTORY")\n'
     )
     bundle.write_model(out, merged, classifier.processor, card)
-    require_same_logits(out, merged, images)
+    require_same_logits(out, images, after)
     return difference
 
 

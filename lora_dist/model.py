@@ -1,7 +1,7 @@
 """The classifier: backbone and head from `transformers`, what of it trains, and who the base is."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import adapters, demo
-from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.config import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
 
 
@@ -96,6 +96,18 @@ def load_base(
         name=name,
         revision=getattr(config, "_commit_hash", None),
         fingerprint=fingerprint(model, heads),
+    )
+
+
+def load_base_of(settings: Settings, labels: Sequence[str]) -> Base:
+    """The base that a training run's settings name."""
+    return load_base(
+        settings.model.model_name_or_path,
+        labels,
+        revision=settings.model.model_revision,
+        seed=settings.run.seed,
+        init_from_config=settings.model.init_from_config,
+        trust_remote_code=settings.model.trust_remote_code,
     )
 
 
@@ -186,6 +198,13 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
                     yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    """Puts the tensors that training changed into a model, in place."""
+    with torch.no_grad():
+        for name, target in trained_tensors(model):
+            target.copy_(trained[name])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -1,17 +1,17 @@
 """A run's state in memory: its position, and the way of weights and moments into a checkpoint and back."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-
 from lora_dist import checkpoint
 from lora_dist.checkpoint import Checkpoint
+from lora_dist.engine import Engine
 from lora_dist.errors import UserError
 from lora_dist.model import trained_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,38 +57,34 @@ class Checkpointer:
         directory: where the checkpoints stand.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        identity: dict[str, Any],
-        keep: int,
-    ) -> None:
+    def __init__(self, directory: Path, engine: Engine, identity: dict[str, Any], keep: int) -> None:
         """
         Args:
             directory: where the checkpoints stand.
-            accelerator: of the launch.
-            model: as prepared.
-            optimizer: as prepared.
+            engine: whose state it is.
             identity: what a run has to share with this one to go on from it.
             keep: checkpoints to keep, besides the best.
         """
         self.directory = directory
-        self._accelerator = accelerator
-        self._model = accelerator.unwrap_model(model)
-        self._optimizer = optimizer
+        self._engine = engine
         self._identity = identity
         self._keep = keep
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint of this moment and removes those that are no longer needed."""
-        content = self._capture(progress)
-        if self._accelerator.is_main_process:
+        content = Checkpoint(
+            trained=self._engine.trained(),
+            optimizer=self._engine.moments(),
+            state={
+                "progress": asdict(progress),
+                "identity": self._identity,
+                "scaler": self._engine.scaler_state(),
+            },
+        )
+        if self._engine.accelerator.is_main_process:
             checkpoint.write(self.directory, progress.step, content)
             checkpoint.prune(self.directory, self._keep, progress.best_step)
-        self._accelerator.wait_for_everyone()
+        self._engine.accelerator.wait_for_everyone()
 
     def restore(self, content: Checkpoint) -> Progress:
         """Puts a checkpoint back, exactly.
@@ -104,53 +100,24 @@ class Checkpointer:
                 "\n  ".join(["the checkpoint is of another run:", *changes])
                 + "\nUse the settings of that run (its config.yaml), or another --output_dir."
             )
-        self._restore_trained(content.trained)
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in content.optimizer.items():
-            moment, _, name = key.partition("/")
-            moments.setdefault(name, {})[moment] = value
-        for name, parameter in self._model.named_parameters():
-            if name in moments:
-                # AdamW keeps the count of steps on the host.
-                self._optimizer.state[parameter] = {
-                    moment: value if moment == "step" else value.to(parameter.device)
-                    for moment, value in moments[name].items()
-                }
-        if self._accelerator.scaler is not None and content.state["scaler"]:
-            self._accelerator.scaler.load_state_dict(content.state["scaler"])
-        return Progress(**content.state["progress"])
+        targets = dict(trained_tensors(self._engine.bare))
+        unmatched = sorted(content.trained.keys() ^ targets.keys())
+        if unmatched:
+            raise UserError(f"the checkpoint trains other tensors than this run: {', '.join(unmatched[:5])} …")
+        self._engine.load_trained(content.trained)
+        self._engine.load_moments(content.optimizer)
+        self._engine.load_scaler_state(content.state["scaler"])
+        progress = Progress(**content.state["progress"])
+        if progress.best_step is not None and checkpoint.find_damage(self._best(progress)):
+            logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
+            progress.best_step = progress.best_value = None
+        return progress
 
     def restore_best(self, progress: Progress) -> None:
         """Puts the weights of the best checkpoint into the model."""
         if progress.best_step not in (None, progress.step):
-            best = checkpoint.read(checkpoint.path_of(self.directory, progress.best_step))
-            self._restore_trained(best.trained)
+            self._engine.load_trained(checkpoint.read(self._best(progress)).trained)
 
-    def _capture(self, progress: Progress) -> Checkpoint:
-        scaler = self._accelerator.scaler
-        return Checkpoint(
-            trained={name: _host(tensor) for name, tensor in trained_tensors(self._model)},
-            optimizer={
-                f"{moment}/{name}": _host(value)
-                for name, parameter in self._model.named_parameters()
-                for moment, value in self._optimizer.state.get(parameter, {}).items()
-            },
-            state={
-                "progress": asdict(progress),
-                "identity": self._identity,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            },
-        )
-
-    def _restore_trained(self, trained: dict[str, Tensor]) -> None:
-        targets = dict(trained_tensors(self._model))
-        differing = sorted(trained.keys() ^ targets.keys())
-        if differing:
-            raise UserError(f"the checkpoint trains other tensors than this run: {', '.join(differing[:5])} …")
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(trained[name])
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    def _best(self, progress: Progress) -> Path:
+        assert progress.best_step is not None
+        return checkpoint.path_of(self.directory, progress.best_step)

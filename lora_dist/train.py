@@ -27,11 +27,12 @@ def train(settings: Settings) -> None:
     from pathlib import Path
 
     from lora_dist.data import load_data
+    from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
     from lora_dist.handover import hand_over
     from lora_dist.loader import TrainImages
     from lora_dist.loop import Job, fit
-    from lora_dist.model import count_parameters, load_base, make_trainable
+    from lora_dist.model import count_parameters, load_base_of, make_trainable
     from lora_dist.optimizer import make_optimizer
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
@@ -49,14 +50,7 @@ def train(settings: Settings) -> None:
 
     with accelerator.main_process_first():
         data = load_data(settings.data, run.seed)
-        base = load_base(
-            settings.model.model_name_or_path,
-            data.labels,
-            revision=settings.model.model_revision,
-            seed=run.seed,
-            init_from_config=settings.model.init_from_config,
-            trust_remote_code=settings.model.trust_remote_code,
-        )
+        base = load_base_of(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
     model = make_trainable(base, settings.model, settings.lora)
     parameters = count_parameters(model)
@@ -70,7 +64,7 @@ def train(settings: Settings) -> None:
         seed=run.seed,
     )
     schedule = Schedule.of(optimization, order.steps_per_epoch)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    engine = make_engine(accelerator, model, optimizer, optimization)
 
     identity = {
         "base": base.fingerprint,
@@ -79,21 +73,19 @@ def train(settings: Settings) -> None:
         "effective_batch": order.effective_batch,
         "train_data": data.train.fingerprint(),
     }
-    checkpointer = Checkpointer(output.checkpoints, accelerator, model, optimizer, identity, run.save_total_limit)
+    checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
     progress = checkpointer.restore(resumed) if resumed is not None else Progress()
     if accelerator.is_main_process:
-        output.begin(flatten(settings), data.describe_splits(), accelerator.unwrap_model(model), progress.step)
+        output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
     job = Job(
         settings=settings,
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
+        engine=engine,
         images=TrainImages(data.train, transforms, settings.augmentation, run.seed),
         order=order,
         schedule=schedule,
         evaluator=Evaluator(
             accelerator,
-            model,
+            engine.model,
             data.validation,
             transforms,
             data.labels,
