@@ -71,7 +71,7 @@ class LoraSettings(Group):
     """Scale of the update: alpha / r."""
     lora_dropout: Fraction = 0.1
     """Dropout on the input of the update."""
-    lora_target_modules: Names = ["auto"]
+    lora_target_modules: Annotated[Names, Field(min_length=1)] = ["auto"]
     """Modules to adapt, separated by commas. auto: the query and value projections, or what stands for them."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""

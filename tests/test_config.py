@@ -1,0 +1,145 @@
+"""Settings from flags, YAML and recipes: precedence, and every mistake reported at once."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_dist import cli, config
+from lora_dist.config import Settings
+from lora_dist.errors import UserError
+
+
+def parse(*argv: object) -> Settings:
+    return cli.parse(
+        Settings,
+        [str(word) for word in argv],
+        prog="train",
+        description="",
+        contradictions=config.contradictions,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    return tmp_path / "photos"
+
+
+def problems_of(*argv: object) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*argv)
+    return str(caught.value)
+
+
+def test_the_defaults_are_the_recipe_of_the_guide(folder: Path) -> None:
+    settings = parse("--train_dir", folder)
+    assert settings.model.model_name_or_path == "google/vit-base-patch16-224-in21k"
+    lora, optimization = settings.lora, settings.optimization
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (16, 16, 0.1, "none")
+    assert (optimization.learning_rate, optimization.num_train_epochs) == (5e-3, 5)
+    assert (optimization.per_device_train_batch_size, optimization.gradient_accumulation_steps) == (128, 4)
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train_dir: {folder}\nlora_r: 4\nseed: 7\nlearning_rate: 5e-3\nmixed_precision: no\n")
+    settings = parse("--config", file, "--lora_r", 8)
+    assert (settings.lora.lora_r, settings.run.seed, settings.lora.lora_alpha) == (8, 7, 16)
+    assert settings.optimization.learning_rate == 5e-3  # which YAML 1.1 reads as a string
+    assert settings.optimization.mixed_precision == "no"  # which YAML 1.1 reads as False
+
+
+def test_dashes_equals_signs_bare_booleans_and_comma_lists(folder: Path) -> None:
+    settings = parse(
+        f"--train-dir={folder}", "--learning-rate=1e-4", "--use_dora", "--lora_target_modules", "query, value",
+        "--checkpointing_steps", "50",
+    )  # fmt: skip
+    assert settings.optimization.learning_rate == 1e-4
+    assert settings.lora.use_dora is True
+    assert settings.lora.lora_target_modules == ["query", "value"]
+    assert settings.run.checkpointing_steps == 50
+
+
+def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("learning_rat: 1\nlora_dropout: 2\n")
+    message = problems_of(
+        "--config", file, "--lora_rank", 3, "--seed", "--train_dir", folder, "--dataset_name", "x",
+        "--mixed_precision", "fp8", "--warmup_steps", 5, "--warmup_ratio", 0.1,
+    )  # fmt: skip
+    for part in (
+        "7 problems", "learning_rat: unknown setting", f"(in {file})", "did you mean --learning_rate?",
+        "--lora_dropout: 2 is not valid", "--lora_rank: unknown flag; did you mean --lora_r?",
+        "--seed: needs a value", "--train_dir, --dataset_name: two sources of data",
+        "--mixed_precision: 'fp8' is not valid", "--warmup_steps, --warmup_ratio",
+    ):  # fmt: skip
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ([], "no data"),
+        (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
+        (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
+        (["--dataset_name", "x", "--do_eval_only"], "name the adapter"),
+        (["--dataset_name", "x", "--init_from_config"], "--tuning full"),
+        (["--dataset_name", "x", "--early_stopping_patience", "2", "--eval_steps", "no"], "needs evaluations"),
+        (["--dataset_name", "x", "stray"], "stray: a value without a flag"),
+        (["--config", "fod101"], "did you mean food101?"),
+        (["--dataset_name", "x", "--checkpointing_steps", "0"], "--checkpointing_steps: '0' is not valid"),
+        (["--dataset_name", "x", "--learning_rate", "nan"], "--learning_rate: 'nan' is not valid"),
+    ],
+)
+def test_impossible_settings_name_the_way_out(argv: list[str], part: str) -> None:
+    assert part in problems_of(*argv)
+
+
+@pytest.mark.parametrize("content", ["- a list", "just text", "a: [1", "a: b: c", "\x00"])
+def test_a_file_that_is_no_settings_is_named(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(content)
+    assert str(file) in problems_of("--config", file)
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_every_packaged_recipe_parses_and_says_its_command(name: str) -> None:
+    assert parse("--config", name).run.output_dir == f"runs/{name}"
+    text = (config.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"lora_dist.train --config {name}" in text
+
+
+def test_settings_survive_the_way_through_yaml(folder: Path, tmp_path: Path) -> None:
+    settings = parse("--train_dir", folder, "--eval_steps", 3, "--lora_target_modules", "a,b", "--mixed_precision=no")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(cli.flatten(settings)))
+    assert parse("--config", file) == settings
+
+
+def test_mistakes_end_with_code_2_before_torch_is_loaded() -> None:
+    code = (
+        "import sys\nfrom lora_dist.train import main\n"
+        "try: main(['--nonsense'])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["2", "False"]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict"])
+def test_help_is_grouped_and_quick(module: str) -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+    assert re.search(r"^Model:$", result.stdout, re.MULTILINE)
+    fields = cli.flat_fields(Settings)
+    assert all(f"--{name}" in result.stdout for name in fields) or module.endswith("predict")
+    assert all(field.info.description for field in fields.values())

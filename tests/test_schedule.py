@@ -1,0 +1,38 @@
+"""Durations, the learning rate against transformers', and when something is due."""
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from lora_dist.config import OptimizationSettings
+from lora_dist.schedule import Schedule, is_due, total_steps
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_the_learning_rate_is_that_of_transformers(kind: str, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    reference = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    schedule = Schedule.of(
+        OptimizationSettings(learning_rate=0.3, lr_scheduler_type=kind, warmup_steps=warmup, max_train_steps=20), 9
+    )
+    for step in range(20):
+        assert schedule.learning_rate(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_durations() -> None:
+    assert total_steps(5, None, 4) == 20
+    assert total_steps(0.3, None, 4) == 2
+    assert total_steps(0.001, None, 4) == 1
+    assert total_steps(5, 3, 4) == 3
+    assert Schedule.of(OptimizationSettings(warmup_ratio=0.1, num_train_epochs=3), 5).warmup_steps == 2
+
+
+def test_what_is_due_when() -> None:
+    due = [step for step in range(1, 12) if is_due("epoch", step, 4, 11)]
+    assert due == [4, 8, 11]
+    assert [step for step in range(1, 12) if is_due(5, step, 4, 11)] == [5, 10, 11]
+    assert not any(is_due("no", step, 4, 11) for step in range(1, 12))
