@@ -190,7 +190,7 @@ def _find_config(name: str) -> Path:
     hint = difflib.get_close_matches(name, recipe_names(), n=1)
     raise UserError(
         f"--config {name}: no such file or recipe"
-        + (f"; did you mean {hint[0]}?" if hint else "")
+        + (f"; did you mean {hint[0]}?" if hint else ".")
         + f" Recipes: {', '.join(recipe_names())}."
     )
 

@@ -28,8 +28,8 @@ def _split_commas(value: Any) -> Any:
 
 
 def _yaml_no(value: Any) -> Any:
-    """YAML 1.1 reads a bare `no` as False."""
-    return "no" if value is False else value
+    """YAML 1.1 reads a bare `no` as False, and `yes` as True, which must not pass for the number 1."""
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 Names = Annotated[list[str], BeforeValidator(_split_commas)]

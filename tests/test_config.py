@@ -143,3 +143,84 @@ def test_help_is_grouped_and_quick(module: str) -> None:
     fields = cli.flat_fields(Settings)
     assert all(f"--{name}" in result.stdout for name in fields) or module.endswith("predict")
     assert all(field.info.description for field in fields.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--use_dora", "true"], True),
+        (["--use_dora=True"], True),
+        (["--use_dora=false"], False),
+        (["--use_dora", "no"], False),
+        (["--use_dora", "--lora_r", "4"], True),
+    ],
+)
+def test_a_boolean_may_have_a_value(words: list[str], expected: bool) -> None:
+    assert parse("--dataset_name", "x", *words).lora.use_dora is expected
+
+
+def test_the_last_of_two_equal_flags_wins_and_dashes_in_a_value_stay() -> None:
+    settings = parse("--dataset_name", "x", "--lora_r", 4, "--lora-r=8", "--output-dir", "my-runs/a-b")
+    assert settings.lora.lora_r == 8
+    assert settings.run.output_dir == "my-runs/a-b"
+
+
+def test_a_flag_overrides_a_wrong_value_in_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: x\nlora_r: many\n")
+    assert parse("--config", file, "--lora_r", 4).lora.lora_r == 4
+
+
+@pytest.mark.parametrize("text", ["lora_target_modules: query, value", "lora_target_modules:\n- query\n- value"])
+def test_a_list_in_yaml_is_a_list_or_words_with_commas(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"dataset_name: x\n{text}\nmax_train_steps: null\n")
+    settings = parse("--config", file)
+    assert settings.lora.lora_target_modules == ["query", "value"]
+    assert settings.optimization.max_train_steps is None
+
+
+def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: x\neval_steps: no\n")
+    assert parse("--config", file).run.eval_steps == "no"
+    file.write_text("dataset_name: x\neval_steps: yes\n")
+    assert "--eval_steps: True is not valid" in problems_of("--config", file)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--lora_r", "4.5"], "--lora_r: '4.5' is not valid"),
+        (["--lora_dropout", "1"], "--lora_dropout: '1' is not valid: Input should be less than 1"),
+        (["--horizontal_flip", "nan"], "--horizontal_flip: 'nan' is not valid"),
+        (["--learning_rate", "-1"], "--learning_rate: '-1' is not valid"),
+        (["--seed", "4294967296"], "--seed: '4294967296' is not valid"),
+        (["--tuning", "lor"], "--tuning: 'lor' is not valid: Input should be 'lora', 'head' or 'full'"),
+        (["--lora_target_modules", ","], "--lora_target_modules: ',' is not valid"),
+        (["--eval_steps", "sometimes"], "--eval_steps: 'sometimes' is not valid"),
+        (["--learn", "1e-3"], "--learn: unknown flag"),
+        (["-c", "demo"], "-c: unknown flag"),
+        (["--config"], "--config: needs a path or one of demo"),
+        (["--early_stopping_patience", "many", "--eval_steps", "no"], "--early_stopping_patience: 'many' is not valid"),
+        (["--adapter_name_or_path", "y"], "add --do_eval_only"),
+    ],
+)
+def test_a_wrong_setting_is_one_problem_by_name(words: list[str], part: str) -> None:
+    message = problems_of("--dataset_name", "x", *words)
+    assert message.startswith("1 problem with the settings of train\n")
+    assert part in message
+
+
+def test_a_config_that_is_nowhere_is_refused_with_the_recipes() -> None:
+    assert "nowhere.yaml: no such file or recipe. Recipes: demo" in problems_of("--config", "nowhere.yaml")
+
+
+def test_a_file_named_like_a_recipe_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").write_text("dataset_name: x\nlora_r: 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "demo").lora.lora_r == 3
+
+
+def test_packaged_data_is_not_looked_for_on_the_disk() -> None:
+    assert parse("--train_dir", "demo:digits/train").data.train_dir == "demo:digits/train"

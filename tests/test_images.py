@@ -1,13 +1,15 @@
 """Any image to upright RGB, as transformers loads it; what cannot be read is named."""
 
+import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from transformers.image_utils import load_image
 
-from lora_dist.images import UnreadableImageError, load_rgb
+from lora_dist.images import UnreadableImageError, from_cell, load_rgb
 
 
 def sample(mode: str) -> Image.Image:
@@ -78,3 +80,65 @@ def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImageError, match=r"bomb\.png"):
         load_rgb(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize("mode", ["PA", "HSV", "YCbCr", "LAB"])
+def test_an_opened_image_of_a_rare_mode_becomes_rgb_and_stays_as_it_was(mode: str) -> None:
+    image = sample("RGB").convert(mode)
+    before = image.copy()
+    assert np.array_equal(np.asarray(load_rgb(image)), np.asarray(image.convert("RGB")))
+    assert image == before
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i4"])
+def test_deep_tiffs_are_scaled_too(kind: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(kind)
+    Image.fromarray(ramp).save(tmp_path / "deep.tiff")
+    assert np.array_equal(np.asarray(load_rgb(str(tmp_path / "deep.tiff")))[..., 1], ramp >> 8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "avif"])
+def test_no_damage_to_a_file_raises_anything_else(suffix: str) -> None:
+    """Pillow's decoders raise RuntimeError, struct.error and more; one that escapes would end a run without a name."""
+    if f".{suffix}" not in Image.registered_extensions() or (suffix == "avif" and not features.check("avif")):
+        pytest.skip(f"this Pillow cannot write {suffix}")
+    file = io.BytesIO()
+    sample("RGB").save(file, suffix)
+    whole = file.getvalue()
+    random = np.random.default_rng(1)
+    unreadable = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), 4):
+            damaged[place] = random.integers(256)
+        try:
+            load_rgb(bytes(damaged), "x")
+        except UnreadableImageError:
+            unreadable += 1
+    assert unreadable
+
+
+def test_exif_that_pillow_cannot_write_back_is_an_error_with_the_name() -> None:
+    """ImageOps.exif_transpose writes the EXIF block anew, and fails with struct.error on a tag of the wrong type."""
+    entries = [(0x0103, 2, 1, b"\7\0\0\0"), (0x0112, 3, 1, b"\6\0\0\0")]
+    block = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    file = io.BytesIO()
+    sample("RGB").save(file, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + block + bytes(4))
+    with pytest.raises(UnreadableImageError, match=r"^phone\.png: "):
+        load_rgb(file.getvalue(), "phone.png")
+
+
+def test_a_folder_with_the_name_of_an_image_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UnreadableImageError, match=r"folder\.png"):
+        load_rgb(str(tmp_path / "folder.png"))
+
+
+def test_cells_of_datasets_give_source_and_name() -> None:
+    image = sample("RGB")
+    assert from_cell({"path": "a.png", "bytes": None}) == ("a.png", "a.png")
+    assert from_cell({"path": "a.png", "bytes": b"x"}) == (b"x", "a.png")
+    assert from_cell({"path": None, "bytes": b"x"}) == (b"x", "")
+    assert from_cell("a.png") == ("a.png", "a.png")
+    assert from_cell(image) == (image, "")
