@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_dist.config import LoraSettings
@@ -50,7 +50,13 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
         and not any(name == head or name.startswith(f"{head}.") for head in heads)
     }
     if list(names) == ["all-linear"]:
-        return _shortest([name for name, module in adaptable.items() if isinstance(module, nn.Linear)], model)
+        linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UserError(
+                f"--lora_target_modules all-linear: {type(model).__name__} has no linear layer outside its head; "
+                f"use auto"
+            )
+        return _shortest(linear, model)
     if list(names) == ["auto"]:
         for group in AUTO:
             found = [match for name in group for match in _matches(name, adaptable)]
@@ -74,10 +80,18 @@ def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:
     """Full names of the modules that `name`, or else a synonym of it, stands for."""
     synonyms = next((group for group in SYNONYMS if name in group), (name,))
     for candidate in (name, *synonyms):
-        found = [module for module in modules if module == candidate or module.endswith(f".{candidate}")]
+        found = [module for module in modules if _ends(module, candidate)]
+        if candidate != name:
+            # A new name means one projection; the old name that stands for it may end that of another one.
+            longer = [old for group in SYNONYMS for old in group if _ends(old, candidate) and old != candidate]
+            found = [module for module in found if not any(_ends(module, old) for old in longer)]
         if found:
             return found
     return []
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _last(name: str) -> list[str]:
@@ -103,6 +117,9 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
         model: the classifier.
         settings: of LoRA.
         heads: names of the modules to train in full.
+
+    Raises:
+        UserError: this kind of LoRA does not exist for the target modules.
     """
     config = LoraConfig(
         r=settings.lora_r,
@@ -115,7 +132,13 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
         init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
         modules_to_save=list(heads),
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be adapted with these settings of LoRA: {error} "
+            f"(--init_lora_weights pissa, for one, is for linear layers only)"
+        ) from error
 
 
 def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
@@ -144,9 +167,29 @@ def save_adapter(model: nn.Module, directory: Path, initial: Path | None = None)
     empty = [name for name, tensor in get_peft_model_state_dict(model).items() if tensor.numel() == 0]
     if empty:
         raise ValueError(f"empty tensors in the adapter: {', '.join(empty)}")
-    model.save_pretrained(
-        str(directory), path_initial_model_for_weight_conversion=str(initial) if initial is not None else None
-    )
+    model.save_pretrained(str(directory))
+    if initial is not None:
+        _make_plain(directory, initial)
+
+
+def _make_plain(directory: Path, initial: Path) -> None:
+    """Turns a saved adapter into LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
+
+    `save_pretrained` of PEFT would do it too, but it loses the heads, and all else that is no LoRA matrix.
+    """
+    path, config_path = directory / SAFETENSORS_WEIGHTS_NAME, directory / ADAPTER_CONFIG
+    state, start = load_file(path), load_file(initial / SAFETENSORS_WEIGHTS_NAME)
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            state[name] = torch.cat([tensor, start[name]], dim=0)
+        elif ".lora_B." in name:
+            state[name] = torch.cat([tensor, -start[name]], dim=1)
+    save_file(state, path, metadata={"format": "pt"})
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["init_lora_weights"] = True
+    config["r"] *= 2
+    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
