@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny import make_folder, make_model
+from tiny import ARCHITECTURES, make_folder, make_model
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +19,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(root / "train", per_class=(11, 9, 7))
     make_folder(root / "validation", per_class=3, first=100)
     return root
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of each supported architecture in turn, on disk; the directory has the architecture's name."""
+    return make_model(tmp_path_factory.mktemp("architectures") / request.param, request.param)

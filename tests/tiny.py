@@ -51,10 +51,15 @@ def make_config(architecture: str, image_size: int = 32) -> PreTrainedConfig:
         "dinov2": lambda: Dinov2Config(**plain),
         "swin": lambda: SwinConfig(**windowed),
         "swinv2": lambda: Swinv2Config(**windowed),
-        "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+        "convnext": lambda: ConvNextConfig(
+            hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, layer_scale_init_value=1.0
+        ),
         "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
         "mobilevit": lambda: MobileViTConfig(
-            hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 32, 64], num_attention_heads=2
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8, 8, 16, 16, 24, 32, 64],
+            num_attention_heads=2,
+            initializer_range=0.3,
         ),
     }
     config = configs[architecture]()
@@ -78,6 +83,15 @@ def make_model(
         processor = ViTImageProcessor(size={"height": image_size, "width": image_size})
     processor.save_pretrained(directory)
     return directory
+
+
+def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Moves everything that trains, as training does: a fresh adapter changes nothing, and would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def make_image(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
