@@ -1,0 +1,253 @@
+"""Checkpoints that a run can rely on: exact, verified, kept to a number, and never half there."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_dist import checkpoint
+from lora_dist.checkpoint import COMPLETE, OPTIMIZER, STATE, TRAINED, Checkpoint
+from lora_dist.errors import UserError
+
+FILES = (TRAINED, OPTIMIZER, STATE, COMPLETE)
+
+
+def content(step: int = 3) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    return Checkpoint(
+        trained={
+            "a.weight": torch.randn(4, 3, generator=generator),
+            "batch_norm.num_batches_tracked": torch.tensor(7),
+            "half": torch.randn(5, generator=generator).to(torch.bfloat16),
+        },
+        optimizer={
+            "exp_avg/a.weight": torch.randn(4, 3, generator=generator) * 1e-30,
+            "step/a.weight": torch.tensor(float(step)),
+        },
+        state={"progress": {"step": step, "loss_sum": 0.1 + 0.2, "best_value": None}, "scaler": None},
+    )
+
+
+def assert_same(read: Checkpoint, written: Checkpoint) -> None:
+    for found, expected in ((read.trained, written.trained), (read.optimizer, written.optimizer)):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), name
+    assert read.state == written.state
+
+
+def steps(root: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.listed(root)]
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path / "checkpoints", 3, content())
+    assert path == checkpoint.path_of(tmp_path / "checkpoints", 3)
+    assert checkpoint.find_damage(path) is None
+    assert_same(checkpoint.read(path), content())
+    assert {file.name for file in path.iterdir()} == set(FILES)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_of_a_run_that_has_no_moments_yet_is_read_too(tmp_path: Path) -> None:
+    written = Checkpoint(content().trained, {}, {"progress": {"step": 0}})
+    assert_same(checkpoint.read(checkpoint.write(tmp_path, 0, written)), written)
+
+
+def test_a_checkpoint_of_the_same_step_replaces_the_old_one(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, 3, content(3))
+    checkpoint.write(tmp_path, 3, content(4))
+    assert_same(checkpoint.read(checkpoint.path_of(tmp_path, 3)), content(4))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    """safetensors makes its files readable by their owner alone, and a group shares a cluster's disk."""
+    before = os.umask(0o022)
+    try:
+        path = checkpoint.write(tmp_path, 3, content())
+    finally:
+        os.umask(before)
+    assert {(path / name).stat().st_mode & 0o777 for name in FILES} == {0o644}
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path: Path) -> None:
+    """Changes a bit in the middle, of the numbers in a tensor or a digest, so that the file still parses."""
+    data = bytearray(path.read_bytes())
+    place = len(data) - 8 if path.suffix == ".safetensors" else next(i for i, c in enumerate(data) if chr(c).isdigit())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _zero(path: Path) -> None:
+    """As a power cut leaves files on some file systems: the length is there and the content is not."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES: list[Callable[[Path], None]] = [_truncate, _flip, _empty, _zero, Path.unlink]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_after_any_damage_the_older_one_is_read_and_the_reader_told(
+    damage: Callable[[Path], None], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.write(tmp_path, 3, content(3))
+    newest = checkpoint.write(tmp_path, 4, content(4))
+    assert checkpoint.read_newest(tmp_path)[0] == newest  # type: ignore[index]
+    damage(newest / name)
+    assert checkpoint.find_damage(newest)
+    with pytest.raises(UserError, match=f"cannot resume from {newest}: .*({name}|differs)"):
+        checkpoint.read(newest)
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.read_newest(tmp_path)
+    assert found is not None
+    assert found[0] == checkpoint.path_of(tmp_path, 3)
+    assert_same(found[1], content(3))
+    assert "passing over a damaged checkpoint" in caplog.text
+    assert str(newest) in caplog.text
+    assert newest.is_dir(), "what is damaged may still be of use to somebody"
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '"text"', "3", "{}", '{"trained.safetensors": 1}', "{"])
+def test_any_rubbish_in_the_manifest_is_damage(text: str, tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, 3, content())
+    (path / COMPLETE).write_text(text)
+    assert checkpoint.find_damage(path)
+    assert checkpoint.read_newest(tmp_path) is None
+
+
+def test_nothing_is_found_where_there_is_nothing(tmp_path: Path) -> None:
+    assert checkpoint.read_newest(tmp_path) is None
+    assert checkpoint.read_newest(tmp_path / "nowhere") is None
+    with pytest.raises(UserError, match="no such directory"):
+        checkpoint.read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="never finished"):
+        checkpoint.read(tmp_path)
+
+
+def test_the_newest_is_that_of_the_highest_step_and_not_of_the_latest_write(tmp_path: Path) -> None:
+    for step in (100, 9, 20):
+        checkpoint.write(tmp_path, step, content(step))
+    assert steps(tmp_path) == [9, 20, 100]
+    assert checkpoint.read_newest(tmp_path)[0] == checkpoint.path_of(tmp_path, 100)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [
+        (2, None, [4, 5]),
+        (2, 1, [1, 4, 5]),
+        (2, 5, [4, 5]),
+        (1, 4, [4, 5]),
+        (9, 2, [1, 2, 3, 4, 5]),
+        (1, 99, [5]),
+    ],
+)
+def test_pruning_keeps_the_newest_and_the_best(keep: int, best: int | None, kept: list[int], tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint.write(tmp_path, step, content(step))
+    checkpoint.prune(tmp_path, keep, best)
+    assert steps(tmp_path) == kept
+    assert all(checkpoint.find_damage(path) is None for path in checkpoint.listed(tmp_path))
+
+
+def _write_for_ever(root: Path) -> None:
+    for step in range(1, 1_000_000):
+        checkpoint.write(root, step, content(step))
+        checkpoint.prune(root, 2, None)
+
+
+def test_a_process_that_is_killed_leaves_nothing_half_under_the_name_of_a_checkpoint(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(8):
+        root = tmp_path / str(number)
+        process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(root,))
+        process.start()
+        while not checkpoint.listed(root):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        found = checkpoint.listed(root)
+        assert 1 <= len(found) <= 3
+        assert all(checkpoint.find_damage(path) is None for path in found)
+        checkpoint.prune(root, 2, None)
+        assert sorted(root.iterdir()) == found[-2:]
+
+
+def test_leftovers_of_killed_writes_and_removals_go_at_the_next_pruning(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, 3, content())
+    for name in (".writing-step-00000004", ".removing-step-00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / TRAINED).write_bytes(b"half")
+    assert steps(tmp_path) == [3]
+    checkpoint.prune(tmp_path, 2, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_leftover_does_not_get_into_the_next_checkpoint_of_that_step(tmp_path: Path) -> None:
+    (tmp_path / ".writing-step-00000003").mkdir()
+    (tmp_path / ".writing-step-00000003" / "stale").write_text("old")
+    path = checkpoint.write(tmp_path, 3, content())
+    assert {file.name for file in path.iterdir()} == set(FILES)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class _Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, bytes]]:
+        return _leave, (str(self.mark), b"ran")
+
+
+def _leave(path: str, data: bytes) -> None:
+    Path(path).write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [TRAINED, OPTIMIZER])
+def test_a_pickle_in_place_of_the_weights_runs_no_code(name: str, tmp_path: Path) -> None:
+    """Even one with a manifest that vouches for it."""
+    path = checkpoint.write(tmp_path, 3, content())
+    (path / name).write_bytes(pickle.dumps(_Trap(tmp_path / "mark")))
+    manifest = {file: checkpoint._digest(path / file) for file in (TRAINED, OPTIMIZER, STATE)}
+    (path / COMPLETE).write_text(json.dumps(manifest))
+    assert checkpoint.find_damage(path) is None
+    assert checkpoint.read_newest(tmp_path) is None
+    assert not (tmp_path / "mark").exists()
+    pickle.loads((path / name).read_bytes())
+    assert (tmp_path / "mark").exists(), "the trap works, so the test shows something"
+
+
+def test_a_checkpoint_of_plain_safetensors_files_can_be_read_without_this_package(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, 3, content())
+    save_file(content().trained, tmp_path / "expected")
+    assert (path / TRAINED).read_bytes() == (tmp_path / "expected").read_bytes()
+    assert json.loads((path / STATE).read_text())["progress"]["step"] == 3
+
+
+def test_no_module_loads_pickles() -> None:
+    for path in (Path(checkpoint.__file__).parent).rglob("*.py"):
+        assert not re.search(r"torch\.load\(|\bpickle\b|allow_pickle", path.read_text(encoding="utf-8")), path

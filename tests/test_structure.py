@@ -1,0 +1,170 @@
+"""Rules that hold the package together: which way imports go, what stays light, and that everything is described."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from lora_dist.config import Group, Settings
+from lora_dist.predict import PredictSettings
+
+PACKAGE = Path(__file__).parents[1] / "lora_dist"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {
+    ".".join(("lora_dist", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(
+        path.read_text(encoding="utf-8")
+    )
+    for path in FILES
+}
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Modules imported anywhere in `tree`, inside functions as well; those for type checkers alone left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import of {node.module}"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in TREES else str(node.module)
+        else:
+            yield from _imports(node)
+
+
+def _imports_at_start(tree: ast.Module) -> Iterator[str]:
+    """Modules imported by importing this one."""
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield from _imports(ast.Module([node], []))
+
+
+def _internal(names: Iterator[str]) -> set[str]:
+    return {name for name in names if name in TREES and name != "lora_dist"}
+
+
+def _reached(module: str) -> set[str]:
+    """All modules, of this package and others, that importing `module` imports."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for name in _imports_at_start(TREES[waiting.pop()]):
+            if name not in found:
+                found.add(name)
+                if name in TREES:
+                    waiting.append(name)
+    return found
+
+
+def test_the_rules_see_the_package() -> None:
+    assert {"lora_dist.train", "lora_dist.config", "lora_dist.demo.digits"} <= TREES.keys()
+    assert "torch" in _reached("lora_dist.loop")
+    assert "lora_dist.order" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
+
+
+def test_imports_go_one_way() -> None:
+    """`static_order` raises CycleError, which names the modules of the cycle."""
+    graph = {module: _internal(_imports(tree)) - {module} for module, tree in TREES.items()}
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("lora_dist.config") < order.index("lora_dist.train")
+
+
+def test_no_module_imports_a_command() -> None:
+    commands = {"lora_dist.train", "lora_dist.predict"}
+    importers = {module for module, tree in TREES.items() if _internal(_imports(tree)) & commands}
+    assert not importers - commands
+
+
+@pytest.mark.parametrize("name", ["config", "cli", "schedule", "errors", "demo", "train", "predict"])
+def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
+    heavy = {"torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "PIL"}
+    assert not {module.partition(".")[0] for module in _reached(f"lora_dist.{name}")} & heavy
+
+
+def test_only_adapters_imports_peft() -> None:
+    importers = {module for module, tree in TREES.items() if any(_root(name) == "peft" for name in _imports(tree))}
+    assert importers == {"lora_dist.adapters"}
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_prediction_needs_no_accelerator_and_no_deepspeed() -> None:
+    found: set[str] = set()
+    waiting = ["lora_dist.predict"]
+    while waiting:
+        for name in _imports(TREES[waiting.pop()]):
+            if name not in found:
+                found.add(name)
+                if name in TREES:
+                    waiting.append(name)
+    assert "lora_dist.bundle" in found
+    assert not {_root(name) for name in found} & {"accelerate", "deepspeed"}
+
+
+def _public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Public functions and classes of a module, and the public methods of these."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                        yield f"{node.name}.{inner.name}", inner
+
+
+def _interfaces() -> set[str]:
+    """Names of methods that a protocol of the package describes; classes that follow it need not repeat that."""
+    return {
+        inner.name
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases)
+        for inner in node.body
+        if isinstance(inner, ast.FunctionDef) and ast.get_docstring(inner)
+    }
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_everything_public_is_described(module: str) -> None:
+    tree = TREES[module]
+    described = _interfaces()
+    bare = [
+        name for name, node in _public(tree) if not ast.get_docstring(node) and name.rpartition(".")[2] not in described
+    ]
+    assert not bare
+    assert ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("settings", [Settings, PredictSettings])
+def test_names_of_settings_are_unique(settings: type[BaseModel]) -> None:
+    names = [name for group in settings.model_fields.values() for name in group.annotation.model_fields]
+    assert len(names) == len(set(names)) > 10
+
+
+def _groups(settings: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    for group, field in settings.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Group)
+        yield group, field.annotation
+
+
+SETTINGS = [(group, name) for group, annotation in _groups(Settings) for name in annotation.model_fields]
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_every_setting_is_read(group: str, name: str) -> None:
+    """Somewhere outside `config.py`, as an attribute."""
+    readers = [
+        module
+        for module, tree in TREES.items()
+        if module != "lora_dist.config"
+        and any(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
+    ]
+    assert readers, f"nothing reads {group}.{name}"
