@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -84,9 +85,9 @@ def load_base(
                 dtype=torch.float32,
                 **source,
             )
-            missing = sorted(loading["missing_keys"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # `transformers` raises one of these for a missing name, an unreachable Hub and a foreign architecture.
+            missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        # One of these comes of a missing name, an unreachable Hub, a foreign architecture and a truncated file.
         raise UserError(f"cannot load the base model {name!r} as an image classifier: {error}") from error
     heads = find_heads(model, missing)
     return Base(
@@ -116,15 +117,16 @@ def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
 
     Args:
         model: a `transformers` classifier.
-        missing: parameters that the checkpoint did not have, such as the pooler of a masked-image model.
+        missing: parameters that the checkpoint did not have, such as the pooler of a masked-image model, or had in
+            another shape. `transformers` makes them anew; left frozen they would be noise.
     """
     heads = [
         name
         for name, child in model.named_children()
         if name != model.base_model_prefix and any(True for _ in child.parameters())
     ]
-    for parameter in missing:
-        module = parameter.rpartition(".")[0]
+    # Shorter names come first, so that no head stands inside another one.
+    for module in sorted({parameter.rpartition(".")[0] for parameter in missing}, key=lambda name: (len(name), name)):
         if module and not any(module == head or module.startswith(f"{head}.") for head in heads):
             heads.append(module)
     if not heads:
@@ -143,20 +145,32 @@ def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
 
 
 def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> nn.Module:
-    """The model as it trains: with LoRA, with a new head on a frozen backbone, or whole."""
+    """The model as it trains: with LoRA, with a new head on a frozen backbone, or whole.
+
+    Raises:
+        UserError: the model cannot be adapted so, or cannot recompute its activations.
+    """
     model = base.model
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.tuning == "lora":
         model = adapters.inject(model, lora, base.heads)
     elif settings.tuning == "head":
         model = adapters.inject_head_only(model, base.heads)
     else:
         model.requires_grad_(True)
+    if settings.gradient_checkpointing:
+        _checkpoint_gradients(base.model)
     freeze_unreached(model, base)
     if settings.torch_compile:
         model.compile()
     return model
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    # After LoRA is in: PEFT would hook the embeddings for the sake of reentrant checkpoints, and breaks on Swin's.
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient_checkpointing: {error} Train without it, with smaller batches.") from error
 
 
 def freeze_unreached(model: nn.Module, base: Base) -> None:
