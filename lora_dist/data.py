@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 
 from lora_dist import demo
 from lora_dist.config import DataSettings
@@ -21,7 +21,7 @@ class Split:
     """Images with their labels.
 
     Attributes:
-        table: a `datasets` table; its image column is left undecoded.
+        table: a `datasets` table of the image column alone, left undecoded.
         column: name of that column.
         rows: row of the table for each sample, shape [N].
         labels: class of each sample as a place in the label map, shape [N].
@@ -37,21 +37,23 @@ class Split:
 
     def image(self, index: int) -> Any:
         """Sample `index` as an upright RGB image; raises `UnreadableImageError` with its name."""
-        source, _ = from_cell(self.table[int(self.rows[index])][self.column])
-        return load_rgb(source, self.name(index))
+        return load_rgb(*self._source(index))
 
     def name(self, index: int) -> str:
         """The file of sample `index`, or its row where the data set has no files."""
+        return self._source(index)[1]
+
+    def _source(self, index: int) -> tuple[Any, str]:
         row = int(self.rows[index])
-        _, name = from_cell(self.table[row][self.column])
-        return name or f"row {row}"
+        source, name = from_cell(self.table[row][self.column])
+        return source, name or f"row {row}"
 
     def select(self, places: np.ndarray) -> "Split":
         """The samples at `places`, in that order."""
         return replace(self, rows=self.rows[places], labels=self.labels[places])
 
     def fingerprint(self) -> str:
-        """Digest of which rows are used with which labels, and of the table's own fingerprint of its files."""
+        """Digest of which rows are used with which labels, and of the names of some of their files."""
         digest = hashlib.sha256()
         digest.update(self.rows.astype(np.int64).tobytes())
         digest.update(self.labels.astype(np.int64).tobytes())
@@ -76,7 +78,7 @@ class ImageData:
     validation: Split
 
     def describe_splits(self) -> dict[str, Any]:
-        """The split, to be written down: for each part the number, digest and names of its samples."""
+        """The split, to be written down: for each part the number, digest and rows of its samples."""
         return {
             part: {
                 "num_samples": len(split),
@@ -129,6 +131,8 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         table = _load_split(settings, settings.validation_split or "")
     column = settings.image_column_name or _find_image_column(table)
     _, split = _labelled(table, column, settings.label_column_name, labels)
+    if not len(split):
+        raise UserError("0 validation images: nothing to evaluate on")
     return _limited(split, settings.max_eval_samples, seed)
 
 
@@ -241,6 +245,11 @@ def _labelled(
         if column not in table.column_names:
             raise UserError(f"--{flag} {column}: the data set has {', '.join(table.column_names)}")
     feature = table.features[label_column]
+    if not isinstance(feature, ClassLabel | Value):
+        raise UserError(
+            f"column {label_column} holds {type(feature).__name__}, and not one label a sample; "
+            f"name another with --label_column_name: {', '.join(table.column_names)}"
+        )
     values = list(table[label_column])
     missing = [row for row, value in enumerate(values) if value is None or value == -1]
     if missing:
@@ -260,7 +269,8 @@ def _labelled(
             f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
             f"Add training images of them, or leave them out."
         )
-    if isinstance(table.features[image_column], Image) or isinstance(table[0][image_column], str):
+    table = table.select_columns([image_column])
+    if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):
         table = table.cast_column(image_column, Image(decode=False))
     numbers = np.fromiter((place[name] for name in named), dtype=np.int64, count=len(named))
     return labels, Split(table, image_column, np.arange(len(named)), numbers)
