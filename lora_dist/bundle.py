@@ -49,6 +49,7 @@ def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, init
     with whole_directory(directory) as aside:
         adapters.save_adapter(model, aside, initial)
         base.model.config.save_pretrained(aside)
+        _write_labels(aside, base.model.config)
         base.processor.save_pretrained(aside)
         (aside / BASE_MODEL).write_text(json.dumps(base.identity(), indent=2) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -58,6 +59,7 @@ def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
     """Writes a whole `transformers` model with its processor and card, in the same way."""
     with whole_directory(directory) as aside:
         model.save_pretrained(aside)
+        _write_labels(aside, model.config)
         processor.save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
@@ -76,9 +78,13 @@ def load_classifier(directory: Path, base_model: str | None = None) -> Classifie
         raise UserError(f"no such directory: {directory}")
     if not (directory / adapters.ADAPTER_CONFIG).is_file():
         whole = load_base(str(directory), read_labels(directory))
+        if whole.missing:
+            raise UserError(
+                f"{directory} is no whole {type(whole.model).__name__}: its weights lack {', '.join(whole.missing[:5])}"
+            )
         return Classifier(whole.model.eval(), whole.processor, read_labels(directory))
     labels = read_labels(directory)
-    identity = _read_json(directory / BASE_MODEL)
+    identity = _read_identity(directory / BASE_MODEL)
     name = base_model or identity["model_name_or_path"]
     base = load_base(name, labels, revision=None if base_model else identity["revision"])
     if base.fingerprint != identity["fingerprint"]:
@@ -86,7 +92,10 @@ def load_classifier(directory: Path, base_model: str | None = None) -> Classifie
             f"{name} is not the base that the adapter in {directory} was trained on: the fingerprint of its weights is "
             f"{base.fingerprint}, and that of {identity['model_name_or_path']} was {identity['fingerprint']}"
         )
-    processor = AutoImageProcessor.from_pretrained(directory)
+    try:
+        processor = AutoImageProcessor.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error
     return Classifier(adapters.load_adapter(base.model, directory), processor, labels)
 
 
@@ -99,8 +108,11 @@ def read_labels(directory: Path) -> list[str]:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
     try:
+        # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
+        if "id2label" not in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+            raise UserError(f"{directory}/config.json has no label map (id2label), so nobody knows the classes")
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{directory}/config.json is damaged: {error}") from error
     names: dict[int, str] = config.id2label or {}
     if sorted(names) != list(range(len(names))) or not names:
@@ -108,12 +120,24 @@ def read_labels(directory: Path) -> list[str]:
     return [names[place] for place in range(len(names))]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _write_labels(directory: Path, config: Any) -> None:
+    """Puts the label map into `config.json`, where `transformers` leaves it out if it is LABEL_0, LABEL_1."""
+    path = directory / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {"id2label": config.id2label, "label2id": config.label2id}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    """What `Base.identity` wrote."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        identity = json.loads(path.read_text(encoding="utf-8"))
+        return {key: identity[key] for key in ("model_name_or_path", "revision", "fingerprint")}
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing, so the adapter's base is not known") from error
-    except ValueError as error:
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it does not say {error}") from error
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

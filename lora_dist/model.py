@@ -23,6 +23,7 @@ class Base:
         model: the classifier, a `transformers` model in fp32, its head sized for the labels.
         processor: its image processor.
         heads: names of the modules that are not of the backbone, and of parts that the checkpoint lacked.
+        missing: parameters that the checkpoint lacked or had in another shape, and that are random now.
         name: path or Hub name.
         revision: commit on the Hub, if it came from there.
         fingerprint: of the backbone's weights.
@@ -31,6 +32,7 @@ class Base:
     model: Any
     processor: Any
     heads: list[str]
+    missing: list[str]
     name: str
     revision: str | None
     fingerprint: str
@@ -94,6 +96,7 @@ def load_base(
         model=model,
         processor=processor,
         heads=heads,
+        missing=missing,
         name=name,
         revision=getattr(config, "_commit_hash", None),
         fingerprint=fingerprint(model, heads),
