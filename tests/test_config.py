@@ -12,6 +12,7 @@ import yaml
 from lora_dist import cli, config
 from lora_dist.config import Settings
 from lora_dist.errors import UserError
+from lora_dist.predict import PredictSettings
 
 
 def parse(*argv: object) -> Settings:
@@ -224,3 +225,51 @@ def test_a_file_named_like_a_recipe_is_preferred(tmp_path: Path, monkeypatch: py
 
 def test_packaged_data_is_not_looked_for_on_the_disk() -> None:
     assert parse("--train_dir", "demo:digits/train").data.train_dir == "demo:digits/train"
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "parts"),
+    [
+        ("lora_dist.train", ["--lora_rank", "3"], ["2 problems", "--lora_rank: unknown flag", "no data"]),
+        ("lora_dist.predict", ["--adaptr", "x", "--top_k", "0"], ["did you mean --adapter?", "--top_k: '0'"]),
+    ],
+)
+def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[str], parts: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"), [("lora_dist.train", Settings), ("lora_dist.predict", PredictSettings)]
+)
+def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(
+    module: str, settings: type[Settings | PredictSettings]
+) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    places = []
+    for field in settings.model_fields.values():
+        assert field.annotation is not None
+        places.append(lines.index(f"{(field.annotation.__doc__ or '').splitlines()[0]}:"))
+        text = "\n".join(lines[places[-1] :]).partition("\n\n")[0]
+        assert all(re.search(rf"^  --{name} ", text, re.MULTILINE) for name in field.annotation.model_fields)
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_flags_override_a_packaged_recipe(name: str) -> None:
+    settings = parse("--config", name, "--lora_r=3", "--output_dir", "elsewhere")
+    assert (settings.lora.lora_r, settings.run.output_dir) == (3, "elsewhere")
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_a_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -> None:
+    settings = parse("--config", name)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(cli.flatten(settings)))
+    assert parse("--config", file) == settings

@@ -477,3 +477,43 @@ def test_a_validation_split_is_numbered_by_the_model_and_limited(tmp_path: Path)
     settings = DataSettings(dataset_name=str(tmp_path), validation_split="test[:0]")
     with pytest.raises(UserError, match="0 validation images"):
         load_validation(settings, 0, ["eel", "dog", "cat"])
+
+
+def test_nothing_to_evaluate_a_model_on_is_refused(tmp_path: Path) -> None:
+    _table(LABELS).save_to_disk(tmp_path)
+    settings = DataSettings(dataset_name=str(tmp_path), validation_split="train[3:3]")
+    with pytest.raises(UserError, match="0 validation images"):
+        load_validation(settings, 0, ["cat", "dog", "eel"])
+
+
+def test_several_labels_a_sample_are_refused(tmp_path: Path) -> None:
+    _saved(tmp_path, {"image": _cells([0, 0]), "label": [[0], [0, 1]]}, _features([Value("int64")]))
+    message = refusal(dataset_name=tmp_path)
+    assert "column label holds List, and not one label a sample" in message
+    assert "--label_column_name: image, label" in message
+
+
+def test_names_without_images_stay_in_the_label_map(tmp_path: Path) -> None:
+    """The PEFT guide's recipe trains 101 outputs on images of 7 classes."""
+    kind = ClassLabel(names=["v", "w", "x", "y", "z"])
+    _saved(tmp_path, {"image": _cells([0] * 10), "label": [3, 1] * 5}, _features(kind))
+    data = load(dataset_name=tmp_path)
+    assert data.labels == ["v", "w", "x", "y", "z"]
+    assert set(data.train.labels.tolist()) == set(data.validation.labels.tolist()) == {1, 3}
+
+
+def test_linked_class_folders_are_followed(tmp_path: Path) -> None:
+    make_folder(tmp_path / "real", classes=("a", "b"), per_class=2)
+    (tmp_path / "train").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).symlink_to(tmp_path / "real" / name)
+    assert counts(load(train_dir=tmp_path / "train", validation_dir=tmp_path / "real").train, 2) == [2, 2]
+
+
+def test_an_empty_class_folder_that_training_lacks_shifts_no_number(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", classes=("b", "c"), per_class=2)
+    make_folder(tmp_path / "validation", classes=("b", "c"), per_class=1)
+    (tmp_path / "validation" / "a").mkdir()
+    data = load(train_dir=tmp_path / "train", validation_dir=tmp_path / "validation")
+    assert data.labels == ["b", "c"]
+    assert data.validation.labels.tolist() == [0, 1]

@@ -142,3 +142,12 @@ def test_cells_of_datasets_give_source_and_name() -> None:
     assert from_cell({"path": None, "bytes": b"x"}) == (b"x", "")
     assert from_cell("a.png") == ("a.png", "a.png")
     assert from_cell(image) == (image, "")
+
+
+def test_a_palette_with_transparency_agrees_with_transformers(tmp_path: Path) -> None:
+    file = str(tmp_path / "clear.png")
+    sample("P").save(file, transparency=3)
+    with Image.open(file) as image:
+        assert image.mode == "P"
+        assert "transparency" in image.info
+    assert np.array_equal(np.asarray(load_rgb(file)), np.asarray(load_image(file)))

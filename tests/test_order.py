@@ -96,3 +96,37 @@ def test_evaluation_covers_every_row_once_in_equally_many_batches(size: int, wor
     rows = [row for share in shares for part in share for row in part]
     assert sorted(row for row in rows if row != FILLER) == list(range(size))
     assert np.all([len(part) <= batch for share in shares for part in share])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_fillers_appear_only_where_a_process_has_nothing(sizes: tuple[int, int, int, int]) -> None:
+    """A micro-batch of fewer samples than processes has one filler for each process too many, and others none."""
+    _, batch, _, world = sizes
+    for step in range(order(*sizes).steps_per_epoch):
+        shares = [list(order(*sizes, rank).micro_batches(step)) for rank in range(world)]
+        left = order(*sizes).samples_in(step)
+        for number in range(len(shares[0])):
+            together = [sample for share in shares for sample in share[number]]
+            expected = min(batch * world, left)
+            left -= expected
+            assert sum(sample.weight for sample in together) == expected
+            assert len(together) == max(expected, world)
+        assert left == 0
+
+
+@pytest.mark.parametrize("first", range(8))
+def test_a_sampler_may_start_at_any_update_of_any_epoch(first: int) -> None:
+    for rank in range(2):
+        whole = order(27, 4, 1, 2, rank)
+        expected = [micro for step in range(first, 8) for micro in whole.micro_batches(step)]
+        found = list(MicroBatches(whole, first, 8))
+        assert found == expected
+        assert len(MicroBatches(whole, first, 8)) == len(found)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_samples_are_counted_as_they_come(sizes: tuple[int, int, int, int]) -> None:
+    seen = 0
+    for step in range(2 * order(*sizes).steps_per_epoch):
+        assert order(*sizes).samples_before(step) == seen
+        seen += len(rows_of(*sizes, step))

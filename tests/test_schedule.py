@@ -36,3 +36,33 @@ def test_what_is_due_when() -> None:
     assert due == [4, 8, 11]
     assert [step for step in range(1, 12) if is_due(5, step, 4, 11)] == [5, 10, 11]
     assert not any(is_due("no", step, 4, 11) for step in range(1, 12))
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (5, 5), (9, 5), (4, 5)])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+def test_short_runs_follow_transformers_too(kind: str, warmup: int, total: int) -> None:
+    """A warm-up as long as the run, longer, and a run of one update."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    reference = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    schedule = Schedule(0.3, kind.partition("_")[0], warmup, total)  # type: ignore[arg-type]
+    for step in range(total):
+        assert schedule.learning_rate(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_rate_ends_at_zero_and_stays_there(kind: str) -> None:
+    schedule = Schedule(0.3, kind, 2, 10)  # type: ignore[arg-type]
+    assert schedule.learning_rate(9) > 0
+    assert schedule.learning_rate(10) == pytest.approx(0)
+    assert schedule.learning_rate(2) == 0.3
+
+
+def test_warm_up_in_updates_and_as_a_share_agree() -> None:
+    given = [
+        Schedule.of(OptimizationSettings(max_train_steps=40, **warmup), 7)
+        for warmup in ({"warmup_steps": 10}, {"warmup_ratio": 0.25})
+    ]
+    assert given[0] == given[1]
+    assert given[0].total_steps == 40

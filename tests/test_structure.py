@@ -1,6 +1,8 @@
 """Rules that hold the package together: which way imports go, what stays light, and that everything is described."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -168,3 +170,34 @@ def test_every_setting_is_read(group: str, name: str) -> None:
         and any(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
     ]
     assert readers, f"nothing reads {group}.{name}"
+
+
+def test_reading_settings_loads_no_torch() -> None:
+    """In a real process: what a package of `lora_dist` imports may itself import more than can be seen here."""
+    code = (
+        "import sys, lora_dist.config, lora_dist.cli, lora_dist.errors, lora_dist.predict, lora_dist.train\n"
+        "print(*sorted({'torch', 'transformers', 'datasets', 'peft', 'accelerate', 'numpy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_every_setting_of_a_prediction_is_read() -> None:
+    names = [name for group in PredictSettings.model_fields.values() for name in group.annotation.model_fields]
+    read = {node.attr for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not set(names) - read
+
+
+@pytest.mark.parametrize("name", ["predict", "classify", "merge", "bundle"])
+def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
+    found: set[str] = set()
+    waiting = [f"lora_dist.{name}"]
+    while waiting:
+        for module in _imports(TREES[waiting.pop()]):
+            if module not in found:
+                found.add(module)
+                if module in TREES:
+                    waiting.append(module)
+    assert found
+    assert not found & {"lora_dist.loop", "lora_dist.engine", "lora_dist.train", "lora_dist.runtime"}
+    assert not {_root(module) for module in found} & {"accelerate", "deepspeed"}
