@@ -78,6 +78,17 @@ def test_a_view_of_the_whole_image_keeps_range_and_channel_order(name: str) -> N
     assert expected.mean(dim=(1, 2)).unique().numel() == 3, "three different channels, so that their order shows"
 
 
+def test_a_processor_that_crops_does_not_crop_a_view_again() -> None:
+    """ConvNeXt's resizes to size / crop_pct and cuts out the middle; a view has its final size already."""
+    processor = ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.5, do_normalize=False)
+    transforms = ImageTransforms(processor, AugmentationSettings(crop_scale_min=1.0, horizontal_flip=0.0))
+    pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[:4] = 255
+    edged = Image.fromarray(pixels)
+    assert transforms.evaluation(edged)[:, 0].max() < 0.1
+    assert max(float(transforms.training(edged, (seed,))[:, 0].mean()) for seed in range(30)) > 0.9
+
+
 def test_mobilevit_wants_blue_first_in_training_too() -> None:
     image = Image.new("RGB", (64, 64), (255, 0, 0))
     view = transforms_of("mobilevit", crop_scale_min=1.0, horizontal_flip=0.0).training(image, (0, 0, 0))
