@@ -174,7 +174,7 @@ def _load_folder(directory: str) -> Dataset:
     paths, labels = [], []
     for place, name in enumerate(classes):
         for folder, folders, files in os.walk(root / name, followlinks=True):
-            folders.sort()
+            folders[:] = sorted(inner for inner in folders if not _leads_back(Path(folder, inner)))
             for file in sorted(files):
                 if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):
                     paths.append(os.path.join(folder, file))
@@ -182,6 +182,11 @@ def _load_folder(directory: str) -> Dataset:
     if not paths:
         raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
     return Dataset.from_dict({"image": paths, "label": labels}).cast_column("label", ClassLabel(names=classes))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one on the way to it, where a walk would go round for ever."""
+    return folder.is_symlink() and any(parent.resolve() == folder.resolve() for parent in folder.absolute().parents)
 
 
 def _load_split(settings: DataSettings, split: str) -> Dataset:

@@ -517,3 +517,21 @@ def test_an_empty_class_folder_that_training_lacks_shifts_no_number(tmp_path: Pa
     data = load(train_dir=tmp_path / "train", validation_dir=tmp_path / "validation")
     assert data.labels == ["b", "c"]
     assert data.validation.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("target", ["a", "."])
+@pytest.mark.timeout(30)
+def test_a_link_back_to_a_folder_above_is_not_followed(target: str, tmp_path: Path) -> None:
+    """It would give each image many times over, in training and validation, and one to the root without an end."""
+    make_folder(tmp_path, classes=("a", "b"), per_class=2)
+    for name in ("x", "y"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / target)
+    assert counts(load(train_dir=tmp_path, validation_dir=tmp_path).train, 2) == [2, 2]
+
+
+@pytest.mark.timeout(30)
+def test_two_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=("a", "b"), per_class=2)
+    (tmp_path / "a" / "x").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "x").symlink_to(tmp_path / "a")
+    assert counts(load(train_dir=tmp_path, validation_dir=tmp_path).train, 2) == [4, 4]
