@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from lora_dist.demo import is_packaged
 
@@ -22,18 +22,20 @@ class Group(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads a bare `no` as False, and `yes` as True, which must not pass for the number 1."""
+        is_bool = cls.model_fields[str(info.field_name)].annotation is bool
+        return ("no", "yes")[value] if isinstance(value, bool) and not is_bool else value
+
 
 def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _yaml_no(value: Any) -> Any:
-    """YAML 1.1 reads a bare `no` as False, and `yes` as True, which must not pass for the number 1."""
-    return ("no", "yes")[value] if isinstance(value, bool) else value
-
-
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
-Interval = Annotated[Annotated[int, Field(gt=0)] | Literal["epoch", "no"], BeforeValidator(_yaml_no)]
+Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -168,7 +170,7 @@ class OptimizationSettings(Group):
     """AdamW's term for stability."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 leaves it as it is."""
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_yaml_no)] = "auto"
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: what the launch file says, else fp16 on a GPU and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that chooses the best checkpoint."""

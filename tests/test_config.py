@@ -273,3 +273,23 @@ def test_a_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -> No
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(cli.flatten(settings)))
     assert parse("--config", file) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("lora_r", "yes"), ("seed", "no"), ("learning_rate", "on"), ("max_train_steps", "true"), ("mixup_alpha", "off")],
+)
+def test_a_yes_or_no_in_yaml_is_no_number(name: str, word: str, tmp_path: Path) -> None:
+    """Python's True is a 1, and pydantic takes it for one."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"dataset_name: x\n{name}: {word}\n")
+    assert re.search(
+        rf"--{name}: (True|False) is not valid: .* \(in {re.escape(str(file))}\)", problems_of("--config", file)
+    )
+
+
+@pytest.mark.parametrize(("word", "expected"), [("yes", True), ("off", False), ("'true'", True), ("1", True)])
+def test_a_yes_or_no_in_yaml_is_a_boolean(word: str, expected: bool, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"dataset_name: x\nuse_dora: {word}\n")
+    assert parse("--config", file).lora.use_dora is expected
