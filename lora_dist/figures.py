@@ -42,6 +42,8 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 
 def confusion_picture(counts: np.ndarray, labels: Sequence[str], side: int = 720) -> Image.Image:
     """Rows are true classes, columns predictions, shades the share of the row; numbers where there is room."""
     classes = len(labels)
+    # Pillow measures one line at a time, and a class may have a line break in its name.
+    labels = [" ".join(label.split()) for label in labels]
     cell = max(4, side // classes)
     font = ImageFont.load_default(max(9, min(14, cell // 2)))
     title = ImageFont.load_default(14)

@@ -1,0 +1,78 @@
+"""The model card: valid metadata for the Hub, the numbers of the run, and any class name."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_dist.card import MOST_CLASSES, model_card
+
+RESULTS: dict[str, Any] = {
+    "eval_accuracy": 0.87654, "eval_loss": 0.4321, "eval_samples": 1234, "train_samples": 75750,
+    "trainable_params": 667493, "all_params": 86466149, "versions": {"torch": "9.9.9", "peft": "1.2.3"},
+}  # fmt: skip
+
+
+def card(labels: list[str], is_adapter: bool = True, **more: Any) -> str:
+    rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + place} for place in range(len(labels))]
+    given: dict[str, Any] = {
+        "title": "food", "is_adapter": is_adapter, "base_model": "google/vit", "data": "ethz/food101", "labels": labels,
+        "per_class": rows, "results": RESULTS, "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
+    }  # fmt: skip
+    return model_card(**(given | more))
+
+
+def metadata(text: str) -> dict[str, Any]:
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+
+
+def test_the_metadata_is_what_the_hub_reads() -> None:
+    found = metadata(card(["a", "b"]))
+    assert found["base_model"] == "google/vit"
+    assert found["library_name"] == "peft"
+    assert found["pipeline_tag"] == "image-classification"
+    assert "lora" in found["tags"]
+    result = found["model-index"][0]["results"][0]
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.87654}]
+    assert result["dataset"]["name"] == "ethz/food101"
+
+
+def test_a_whole_model_is_no_adapter() -> None:
+    text = card(["a", "b"], is_adapter=False)
+    assert metadata(text)["library_name"] == "transformers"
+    assert "lora" not in metadata(text)["tags"]
+    assert "--model THIS_DIRECTORY" in text
+    assert "--adapter THIS_DIRECTORY" in card(["a", "b"])
+
+
+def test_the_numbers_of_the_run_are_in_it() -> None:
+    text = card(["cat", "dog"])
+    for part in ("0.8765", "0.4321", "1,234", "75,750", "667,493 of 86,466,149", "torch 9.9.9", "lora_r: 16"):
+        assert part in text
+    assert "| dog | 0.500 | 0.250 | 0.333 | 41 |" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["a|b", "two\nlines", "<script>alert(1)</script>", "back\\slash", "äöü 🦊", "---", "*"]
+)
+def test_any_class_name_is_one_row_of_the_table(name: str) -> None:
+    text = card([name, "other"])
+    rows = [line for line in text.splitlines() if line.endswith("| 40 |")]
+    assert len(rows) == 1
+    assert len(rows[0].replace("\\\\", "").replace("\\|", "").split("|")) == 7
+    assert "<script>" not in text
+    assert metadata(text)["base_model"] == "google/vit"
+
+
+@pytest.mark.parametrize("name", ["C:\\models\\vit", "my: model #1", "---", "a|b"])
+def test_any_path_of_base_and_data_leaves_the_metadata_valid(name: str) -> None:
+    found = metadata(card(["a"], base_model=name, data=name, title=name))
+    assert found["base_model"] == found["model-index"][0]["name"] == name
+
+
+def test_of_very_many_classes_the_first_are_listed() -> None:
+    text = card([f"class {number}" for number in range(MOST_CLASSES + 7)])
+    assert f"| class {MOST_CLASSES - 1} |" in text
+    assert f"| class {MOST_CLASSES} |" not in text
+    assert "… and 7 more." in text

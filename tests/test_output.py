@@ -1,0 +1,120 @@
+"""The directory of a run: none is overwritten, an interrupted one is found again, and a changed setting is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import perturb
+
+from lora_dist import adapters, checkpoint
+from lora_dist.cli import flatten
+from lora_dist.config import LoraSettings, ModelSettings, Settings
+from lora_dist.errors import UserError
+from lora_dist.model import load_base, make_trainable
+from lora_dist.output import Output, find_resume
+from lora_dist.runtime import launch
+
+SPLITS: dict[str, Any] = {"train": {"num_samples": 2, "rows": [0, 1]}, "validation": {"num_samples": 1, "rows": [2]}}
+
+
+def model(vit: Path, **lora: Any) -> Any:
+    return make_trainable(load_base(str(vit), ["a", "b"]), ModelSettings(), LoraSettings(lora_r=4, **lora))
+
+
+def write(root: Path, *steps: int) -> None:
+    for step in steps:
+        checkpoint.write(root / "checkpoints", step, checkpoint.Checkpoint({}, {}, {"step": step}))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_or_empty_directory_is_a_start(there: bool, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    if there:
+        root.mkdir()
+    assert find_resume(Output(root), None) is None
+    assert find_resume(Output(root), "auto") is None
+
+
+@pytest.mark.parametrize("kind", ["directory in use", "file"])
+def test_a_directory_in_use_is_refused_with_the_way_out(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    if kind == "file":
+        root.write_text("x")
+    else:
+        write(root, 3)
+    with pytest.raises(UserError, match=r"run is not empty.*--resume_from_checkpoint auto"):
+        find_resume(Output(root), None)
+
+
+def test_auto_finds_the_newest_checkpoint_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 3, 20, 100)
+    (checkpoint.path_of(tmp_path / "checkpoints", 100) / checkpoint.COMPLETE).unlink()
+    launch("no")
+    found = find_resume(Output(tmp_path), "auto")
+    assert found is not None
+    assert found.state == {"step": 20}
+    said = capsys.readouterr().err
+    assert "step-00000100" in said
+    assert f"resuming from {checkpoint.path_of(tmp_path / 'checkpoints', 20)}" in said
+
+
+def test_a_checkpoint_may_be_named_and_has_to_be_whole(tmp_path: Path) -> None:
+    write(tmp_path / "old", 3, 5)
+    path = checkpoint.path_of(tmp_path / "old" / "checkpoints", 3)
+    found = find_resume(Output(tmp_path / "new"), str(path))
+    assert found is not None
+    assert found.state == {"step": 3}
+    (path / checkpoint.STATE).write_text("{}")
+    with pytest.raises(UserError, match="cannot resume from"):
+        find_resume(Output(tmp_path / "new"), str(path))
+
+
+def test_a_run_writes_down_what_it_starts_from(vit: Path, tmp_path: Path) -> None:
+    settings = flatten(Settings())
+    Output(tmp_path / "run").begin(settings, SPLITS, model(vit), 0)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")) == settings
+    assert json.loads((tmp_path / "run" / "split.json").read_text()) == SPLITS
+    assert not (tmp_path / "run" / "adapter_init").exists()
+
+
+def test_a_setting_that_changed_since_the_run_began_is_told(
+    vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch("no")
+    settings = flatten(Settings())
+    Output(tmp_path).begin(settings, SPLITS, model(vit), 0)
+    changed = settings | {"learning_rate": 0.1, "lora_dropout": 0.5, "resume_from_checkpoint": "auto"}
+    Output(tmp_path).begin(changed, SPLITS, model(vit), 4)
+    said = capsys.readouterr().err
+    assert "--learning_rate was 0.005 when the run began and is now 0.1" in said
+    assert "--lora_dropout was 0.1" in said
+    assert "resume_from_checkpoint" not in said
+
+
+def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: Path) -> None:
+    """The adapter is converted back by it at the end; after training has begun it cannot be had again."""
+    output, pissa = Output(tmp_path), model(vit, init_lora_weights="pissa")
+    output.begin(flatten(Settings()), SPLITS, pissa, 0)
+    first = (output.adapter_init / "adapter_model.safetensors").read_bytes()
+    perturb(pissa)
+    output.begin(flatten(Settings()), SPLITS, pissa, 4)
+    assert (output.adapter_init / "adapter_model.safetensors").read_bytes() == first
+    adapters.load_adapter(load_base(str(vit), ["a", "b"]).model, output.adapter_init)
+
+
+@pytest.mark.xfail(strict=True, reason="begin keeps an adapter_init of a run that never got to a checkpoint")
+def test_a_start_from_scratch_has_its_own_start_of_pissa(vit: Path, tmp_path: Path) -> None:
+    """The run before was killed before its first checkpoint, and had other settings."""
+    output = Output(tmp_path)
+    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 0)
+    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa", use_rslora=True), 0)
+    config = json.loads((output.adapter_init / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True
+
+
+def test_a_run_that_lost_the_start_of_pissa_is_refused(vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="adapter_init is gone"):
+        Output(tmp_path / "run").begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 4)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,63 @@
+"""Which precision a run trains in, and that what was launched is what is running."""
+
+import logging
+
+import pytest
+import torch
+
+from lora_dist.errors import UserError
+from lora_dist.runtime import PACKAGES, choose_precision, environment, launch
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "on_cpu", "expected"),
+    [
+        ("no", "no", True, "no"),
+        ("auto", "no", True, "no"),
+        ("auto", "bf16", True, "bf16"),
+        ("bf16", "no", True, "bf16"),
+        ("auto", "fp16", False, "fp16"),
+        ("auto", "bf16", False, "bf16"),
+        ("fp16", "fp16", False, "fp16"),
+        ("fp16", "no", False, "fp16"),
+        ("no", "no", False, "no"),
+    ],
+)
+def test_the_precision_follows_the_setting_then_the_launch_file(
+    asked: str, launched: str, on_cpu: bool, expected: str
+) -> None:
+    assert choose_precision(asked, launched, on_cpu) == expected
+
+
+@pytest.mark.parametrize(("asked", "launched"), [("no", "bf16"), ("fp16", "bf16"), ("bf16", "fp16")])
+def test_a_launch_file_of_another_precision_is_an_error_naming_both(asked: str, launched: str) -> None:
+    with pytest.raises(UserError, match=f"--mixed_precision {asked}, but the launch file says .* {launched}"):
+        choose_precision(asked, launched, on_cpu=False)
+
+
+@pytest.mark.parametrize(("asked", "launched"), [("fp16", "no"), ("auto", "fp16")])
+def test_fp16_needs_a_gpu(asked: str, launched: str) -> None:
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        choose_precision(asked, launched, on_cpu=True)
+
+
+def test_bf16_on_a_cpu_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        choose_precision("bf16", "no", on_cpu=True)
+    assert "very slow" in caplog.text
+
+
+def test_without_a_gpu_auto_is_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision on a CPU is some hundred times slower."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert launch("auto").mixed_precision == "no"
+
+
+def test_the_record_of_a_run_names_versions_and_hardware() -> None:
+    record = environment(launch("no"))
+    assert set(PACKAGES) | {"python"} == record["versions"].keys()
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["num_processes"] == 1
+    assert record["device"]
