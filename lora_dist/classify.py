@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 import json
 import os
 import sys
@@ -184,7 +185,7 @@ def writer(output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: i
     try:
         if output:
             Path(output).parent.mkdir(parents=True, exist_ok=True)
-        file = Path(output).open("w", encoding="utf-8", newline="") if output else sys.stdout  # noqa: SIM115
+        file = _utf8(output)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}") from error
     try:
@@ -192,6 +193,15 @@ def writer(output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: i
     finally:
         if output:
             file.close()
+
+
+def _utf8(output: str | None) -> Any:
+    """The file, or standard output, in UTF-8 whatever the locale is; of a name that is no text, bytes are escaped."""
+    if output:
+        return Path(output).open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    return sys.stdout
 
 
 def _json_lines(file: Any) -> Callable[[Row], None]:

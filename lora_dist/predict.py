@@ -103,9 +103,6 @@ def main(argv: list[str] | None = None) -> None:
     from lora_dist import bundle, classify, demo, logs, merge
 
     logs.set_up_logs(is_main=True)
-    if hasattr(signal, "SIGPIPE"):
-        # `… | head` ends the command without a traceback.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     names = [demo.local_path(name) for name in settings.images.images]
     files = classify.find_images(names)
     directory = Path(settings.source.adapter or settings.source.model or "")
@@ -123,6 +120,9 @@ def _classify(classifier: Classifier, files: list[str], settings: Images) -> boo
     """Writes a row for each file; False where some could not be read."""
     from lora_dist import classify
 
+    if hasattr(signal, "SIGPIPE"):
+        # `… | head` ends the command without a traceback. Not before: a lost connection to the Hub is an error.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     rows = classify.classify(
         classifier,
         files,
