@@ -1,0 +1,263 @@
+"""The prediction command in real processes: files in, rows out, and adapters merged into plain models."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launching import command, environment, predict
+from PIL import Image
+from tiny import make_image, make_model, perturb
+from transformers import pipeline
+
+from lora_dist.bundle import load_classifier, write_adapter
+from lora_dist.classify import classify
+from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.model import load_base, make_trainable
+
+LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
+MODES = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "F")
+
+
+def _bundle(directory: Path, base_model: Path, seed: int = 0, labels: Sequence[str] = LABELS) -> Path:
+    base = load_base(str(base_model), labels)
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
+    perturb(model, seed, scale=0.5)
+    write_adapter(directory, model, base, "card\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose class names are hard on every format."""
+    return _bundle(tmp_path_factory.mktemp("bundles") / "adapter", vit)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    return image.convert("L").convert("F") if mode == "F" else image.convert(mode)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of every mode, in nested folders, with good and bad company."""
+    root = tmp_path_factory.mktemp("images")
+    for mode in MODES:
+        suffix = {"CMYK": "jpg", "F": "tif"}.get(mode, "png")
+        _in_mode(make_image(0, 1), mode).save(root / f"mode {mode.replace(';', '')}.{suffix}")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    make_image(0, 1).rotate(90, expand=True).save(root / "turned.png", exif=turned)
+    make_image(0, 1).save(root / "mode RGB.png")
+    (root / "deep" / "er").mkdir(parents=True)
+    make_image(1, 1).save(root / "deep" / "er" / "UPPER.PNG")
+    make_image(2, 1).save(root / "deep" / "er" / "two.jpeg")
+    (root / "notes.txt").write_text("no image")
+    make_image(2, 1).save(root / ".hidden.png")
+    return root
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_folders_files_and_patterns_in_every_image_mode(adapter: Path, folder: Path, tmp_path: Path) -> None:
+    """One process for all of it: rows come in order, each file once, and the grid is drawn beside them."""
+    result = predict(
+        "--adapter", adapter, "--images", folder / "turned.png", folder, folder / "deep" / "*" / "*",
+        "--top_k", 5, "--grid", tmp_path / "new" / "grid.png", "--batch_size", 4,
+    )  # fmt: skip
+    rows = _rows(result.stdout)
+    paths = [str(Path(row["path"]).relative_to(folder)) for row in rows]
+    assert paths[0] == "turned.png"
+    assert sorted(paths) == sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("notes.txt", ".hidden.png")
+    )
+    assert len(paths) == len(MODES) + 4
+    by_name = dict(zip(paths, rows, strict=True))
+    for row in rows:
+        assert "error" not in row
+        assert [entry["label"] for entry in row["top_k"]] == [
+            entry["label"] for entry in sorted(row["top_k"], key=lambda entry: -entry["score"])
+        ]
+        assert {entry["label"] for entry in row["top_k"]} == set(LABELS)
+        assert sum(entry["score"] for entry in row["top_k"]) == pytest.approx(1, abs=1e-5)
+        assert (row["label"], row["score"]) == (row["top_k"][0]["label"], row["top_k"][0]["score"])
+    # Lossless modes that keep the picture give its prediction, and so does EXIF's turn.
+    for name in ("mode RGBA.png", "turned.png"):
+        assert by_name[name]["score"] == pytest.approx(by_name["mode RGB.png"]["score"], abs=1e-6)
+    for name in ("mode LA.png", "mode I16.png", "mode F.tif"):
+        assert by_name[name]["score"] == pytest.approx(by_name["mode L.png"]["score"], abs=1e-6)
+    assert by_name["mode L.png"]["score"] != by_name["mode RGB.png"]["score"]
+    with Image.open(tmp_path / "new" / "grid.png") as grid:
+        assert grid.format == "PNG"
+        assert len(grid.convert("RGB").getcolors(1 << 20) or []) > 100
+
+
+def test_bad_files_get_a_row_and_the_others_go_on(adapter: Path, tmp_path: Path) -> None:
+    """A truncated, an empty and a foreign file, a dangling link; commas and quotes in names, as CSV."""
+    odd = tmp_path / 'a "quoted", name.png'
+    make_image(0, 0).save(odd)
+    make_image(1, 0).save(tmp_path / "z.png")
+    content = odd.read_bytes()
+    (tmp_path / "truncated.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    result = predict(
+        "--adapter", adapter, "--images", tmp_path, "--output", tmp_path / "out" / "rows.csv", "--top_k", 2,
+        "--grid", tmp_path / "grid.png", "--batch_size", 2, "--num_workers", 1, code=1,
+    )  # fmt: skip
+    assert "4 of 6 images could not be read" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    with (tmp_path / "out" / "rows.csv").open(encoding="utf-8", newline="") as file:
+        rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    assert list(rows) == ['a "quoted", name.png', "dangling.png", "empty.jpg", "text.png", "truncated.png", "z.png"]
+    for name, row in rows.items():
+        assert row.keys() == {"path", "label", "score", "label_2", "score_2", "error"}
+        if name in (odd.name, "z.png"):
+            assert {row["label"], row["label_2"]} <= set(LABELS)
+            assert float(row["score"]) >= float(row["score_2"]) > 0
+            assert row["error"] == ""
+        else:
+            assert name in row["error"]
+            assert row["label"] == row["score"] == row["label_2"] == row["score_2"] == ""
+    assert Image.open(tmp_path / "grid.png").size[0] > 128
+
+
+def test_any_class_and_file_name_goes_through_a_pipe_of_another_encoding(
+    adapter: Path, folder: Path, tmp_path: Path
+) -> None:
+    """In a locale without UTF-8, and with a file name that is none."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    try:
+        make_image(0, 0).save(odd)
+    except OSError:
+        odd = tmp_path / "café.png"
+        make_image(0, 0).save(odd)
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    images = (folder / "deep" / "er" / "two.jpeg", odd)
+    text = predict("--adapter", adapter, "--images", *images, "--top_k", 3, "--device", "cpu", **ascii_only).stdout
+    rows = _rows(text)
+    assert [os.fsencode(row["path"]) for row in rows] == [os.fsencode(path) for path in images]
+    for row in rows:
+        assert {entry["label"] for entry in row["top_k"]} == set(LABELS)
+
+
+def test_a_merged_model_is_a_plain_one_and_predicts_the_same(adapter: Path, folder: Path, tmp_path: Path) -> None:
+    images = [folder / "mode RGB.png", folder / "deep"]
+    merged = tmp_path / "merged"
+    merge = predict("--adapter", adapter, "--merge_to", merged, "--images", *images, "--top_k", 3)
+    assert "merged into" in merge.stderr
+    expected = _rows(merge.stdout)
+    assert not (merged / "adapter_config.json").exists()
+    assert _rows(predict("--model", merged, "--images", *images, "--top_k", 3).stdout) == expected
+    serve = pipeline("image-classification", model=str(merged), device="cpu")
+    unmerged = classify(
+        load_classifier(adapter), [row["path"] for row in expected], top_k=3, batch_size=8, num_workers=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    for row, own in zip(expected, unmerged, strict=True):
+        served = serve(Image.open(row["path"]).convert("RGB"), top_k=3)
+        for entry, theirs, (label, score) in zip(row["top_k"], served, own.top_k, strict=True):
+            assert entry["label"] == theirs["label"] == label
+            assert entry["score"] == pytest.approx(theirs["score"], abs=1e-5)
+            assert entry["score"] == pytest.approx(score, abs=1e-5)
+
+
+def _refused(*arguments: object, words: Sequence[str]) -> None:
+    result = predict(*arguments, code=2)
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_merge_into_a_directory_in_use_is_refused(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    _refused("--adapter", adapter, "--merge_to", tmp_path, words=["is not empty", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_another_base_is_refused(adapter: Path, folder: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", seed=1)
+    _refused("--adapter", adapter, "--base_model", other, "--images", folder, words=["is not the base", str(other)])
+
+
+def test_an_adapter_without_a_label_map_is_refused(vit: Path, folder: Path, tmp_path: Path) -> None:
+    """Two classes, since `transformers` makes up two names where there are none."""
+    adapter = _bundle(tmp_path / "adapter", vit, labels=["cat", "dog"])
+    config = json.loads((adapter / "config.json").read_text())
+    (adapter / "config.json").write_text(json.dumps({key: config[key] for key in config if "label" not in key}))
+    _refused("--adapter", adapter, "--images", folder, words=["no label map"])
+
+
+def test_a_name_of_nothing_is_refused_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.png"
+    words = [f"--images {missing}: no images there"]
+    _refused("--adapter", tmp_path / "no adapter", "--images", folder, missing, words=words)
+
+
+def test_a_reader_that_stops_early_ends_it_without_a_traceback(adapter: Path, tmp_path: Path) -> None:
+    """As `| head -1` does. The rows are more than a pipe holds, so that some must meet a closed one."""
+    make_image(0, 0).save(tmp_path / "000.png")
+    for number in range(1, 300):
+        (tmp_path / f"{number:03d}.png").hardlink_to(tmp_path / "000.png")
+    words = command("lora_dist.predict", ["--adapter", adapter, "--images", tmp_path, "--top_k", 3])
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None
+    assert process.stderr is not None
+    first = process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == -signal.SIGPIPE
+    assert json.loads(first)["label"] in LABELS
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+WATCH = """
+import sys
+import accelerate, torch.distributed
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("predict built an Accelerator")
+
+accelerate.Accelerator.__init__ = accelerate.PartialState.__init__ = forbidden
+torch.distributed.init_process_group = forbidden
+from lora_dist.predict import main
+main(sys.argv[1:])
+assert "deepspeed" not in sys.modules
+"""
+
+
+def test_prediction_builds_no_accelerator_even_under_the_variables_of_a_launch(adapter: Path, folder: Path) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", WATCH, "--adapter", str(adapter), "--images", str(folder / "turned.png")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(**launched),
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["path"] == os.fspath(folder / "turned.png")
+
+
+def test_contradictions_are_told_in_words_and_at_once(adapter: Path, folder: Path) -> None:
+    _refused(words=["--adapter", "--model", "--images"])
+    _refused("--adapter", adapter, "--model", adapter, "--images", folder, words=["give one of them"])
+    _refused("--model", adapter, "--merge_to", folder, words=["nothing to merge"])
