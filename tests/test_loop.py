@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from lora_dist import train
+from lora_dist.bundle import load_classifier
 from lora_dist.config import AugmentationSettings, DataSettings, LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.data import load_data
 from lora_dist.engine import Engine, make_engine
@@ -355,3 +356,29 @@ def test_what_is_handed_over_is_the_best_and_not_the_last(vit: Path, photos: Pat
     assert best != 9, "the last update happened to be the best, which proves nothing"
     assert results["best_step"] == best
     assert results["eval_loss"] == pytest.approx(losses[best], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--init_lora_weights", "pissa"),
+        ("--init_lora_weights", "pissa", "--use_rslora", "true", "--lora_bias", "all"),
+        ("--use_dora", "true", "--loraplus_lr_ratio", 16),
+        ("--gradient_checkpointing", "true", "--lora_target_modules", "query,value,fc2"),
+        ("--tuning", "head"),
+        ("--tuning", "full", "--learning_rate", 1e-3),
+        ("--tuning", "full", "--init_from_config", "true", "--mixup_alpha", 0.4, "--cutmix_alpha", 1.0),
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_every_way_of_tuning_trains_and_hands_over_what_it_evaluated(
+    more: tuple[object, ...], vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    _run(vit, photos, tmp_path, "--eval_steps", 3, "--max_train_steps", 3, *more)
+    written = load_classifier(tmp_path / ("model" if "full" in more else "adapter"))
+    data = load_data(DataSettings(train_dir=str(photos / "train"), validation_dir=str(photos / "validation")), 0)
+    pixels = ImageTransforms(written.processor).batch([data.validation.image(row) for row in range(9)])
+    with torch.inference_mode():
+        logits = written.model(pixel_values=pixels).logits
+    loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(data.validation.labels)))
+    assert loss == pytest.approx(results_of(tmp_path)["eval_loss"], rel=1e-4)
