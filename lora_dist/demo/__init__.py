@@ -36,6 +36,6 @@ def local_path(name: str) -> str:
         cache = Path(os.environ.get("LORA_DIST_CACHE", Path.home() / ".cache" / "lora_dist"))
         root = cache / "digits"
         digits.write(root)
-        if (root / inside).is_dir():
+        if inside and (root / inside).is_dir():
             return str(root / inside)
     raise UserError(f"{name}: the demo has {PREFIX}vit, {PREFIX}digits/train and {PREFIX}digits/validation")

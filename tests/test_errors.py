@@ -1,0 +1,48 @@
+"""How a command ends on what the user can put right: a line and a code, once, and no traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lora_dist.errors import TrainingStoppedError, UserError, exit_on_user_error
+
+
+@exit_on_user_error
+def command(error: Exception | None) -> str:
+    if error is not None:
+        raise error
+    return "done"
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("no such thing"), 2), (TrainingStoppedError("stopped"), 1)])
+def test_an_error_of_the_user_is_a_line_and_a_code(
+    error: UserError, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        command(error)
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+def test_only_the_first_process_says_it_and_all_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        command(UserError("no such thing"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback_and_success_its_result() -> None:
+    with pytest.raises(ZeroDivisionError):
+        command(ZeroDivisionError())
+    assert command(None) == "done"
+
+
+def test_no_traceback_reaches_the_terminal() -> None:
+    code = "from lora_dist.errors import *\n@exit_on_user_error\ndef f():\n    raise UserError('sorry')\nf()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: sorry\n")
