@@ -31,8 +31,9 @@ def base(vit: Path) -> Base:
 
 
 def evaluator(model: nn.Module, base: Base, data: ImageData, batch_size: int = 8) -> Evaluator:
-    transforms = ImageTransforms(base.processor)
-    return Evaluator(launch("no"), model, data.validation, transforms, data.labels, batch_size, DataSettings())
+    accelerator, transforms = launch("no"), ImageTransforms(base.processor)
+    model = model.to(accelerator.device)
+    return Evaluator(accelerator, model, data.validation, transforms, data.labels, batch_size, DataSettings())
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_every_number_is_that_of_scikit_learn_on_the_logits(
     split = data.validation
     pixels = torch.stack([base.processor(split.image(i), return_tensors="pt")["pixel_values"][0] for i in range(27)])
     with torch.inference_mode():
-        logits = base.model.eval()(pixel_values=pixels).logits
+        logits = base.model.eval().cpu()(pixel_values=pixels).logits
     probabilities, true = logits.softmax(-1).numpy(), split.labels
     predicted = probabilities.argmax(1)
     metrics = evaluation.metrics
@@ -81,7 +82,7 @@ class Tie(nn.Module):
     """Finds all classes equally likely."""
 
     def forward(self, pixel_values: torch.Tensor) -> object:
-        return type("Output", (), {"logits": torch.zeros(len(pixel_values), 3)})
+        return type("Output", (), {"logits": pixel_values.new_zeros(len(pixel_values), 3)})
 
 
 def test_a_model_that_knows_nothing_is_calibrated_at_one_class_in_three(base: Base, data: ImageData) -> None:

@@ -35,10 +35,10 @@ def train(one: Engine, updates: int, seed: int = 0) -> list[float]:
     set_training(one.model)
     losses = []
     for number in range(updates):
-        generator = torch.Generator().manual_seed(seed + number)
+        pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed + number))
         one.begin_update(1e-2)
-        logits = one.model(pixel_values=torch.randn(4, 3, 32, 32, generator=generator)).logits
-        loss = cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+        logits = one.model(pixel_values=pixels.to(one.accelerator.device)).logits
+        loss = cross_entropy(logits, torch.tensor([0, 1, 2, 0], device=logits.device))
         one.backward(loss)
         one.step(1.0)
         losses.append(float(loss.detach()))
