@@ -66,6 +66,13 @@ def test_images_may_stand_in_folders_within_a_class(tmp_path: Path) -> None:
     assert (counts(data.train, 2), counts(data.validation, 2)) == ([3, 1], [3, 1])
 
 
+def test_folders_within_a_class_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    inner = [f"a/{number * 7 % 16:02d}" for number in range(16)]
+    make_folder(tmp_path, classes=(*inner, "b"), per_class=1)
+    found = names(load(train_dir=tmp_path, validation_dir=tmp_path).train)
+    assert found == [str(tmp_path / name / "000.png") for name in (*sorted(inner), "b")]
+
+
 def test_the_order_does_not_depend_on_that_of_the_disk(tmp_path: Path) -> None:
     """Files are created in another order, and one folder is a link."""
     make_folder(tmp_path / "one", per_class=3)
