@@ -220,18 +220,18 @@ class ZeroEngine:
         return found
 
     def load_trained(self, trained: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
 
-        with torch.no_grad():
-            for name, target in trained_tensors(self.bare):
-                if isinstance(target, nn.Parameter):
-                    safe_set_full_fp32_param(target, trained[name].to(self.accelerator.device))
-                else:
-                    target.copy_(trained[name])
+        for name, target in trained_tensors(self.bare):
+            value = trained[name].to(self.accelerator.device)
+            # The weights that the model computes with, which are the whole tensor in ZeRO-1 and 2 …
+            with torch.no_grad(), GatheredParameters([target], modifier_rank=0, enabled=hasattr(target, "ds_id")):
+                target.copy_(value)
+            # … and the optimizer's own fp32 copy of them.
+            if isinstance(target, nn.Parameter):
+                self._set_whole(target, value)
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not moments:
             return
         count = next(value for key, value in moments.items() if key.startswith("step/"))
@@ -242,7 +242,7 @@ class ZeroEngine:
             if isinstance(target, nn.Parameter):
                 for moment in MOMENTS:
                     value = moments[f"{moment}/{name}"].to(self.accelerator.device)
-                    safe_set_full_optimizer_state(target, value, moment)
+                    self._set_whole(target, value, moment)
 
     def scaler_state(self) -> dict[str, Any] | None:
         return {"cur_scale": self._engine.optimizer.cur_scale} if self._engine.fp16_enabled() else None
@@ -251,18 +251,40 @@ class ZeroEngine:
         if state and "cur_scale" in state and self._engine.fp16_enabled():
             self._engine.optimizer.loss_scaler.cur_scale = state["cur_scale"]
 
+    def _set_whole(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
+        """Sets the optimizer's fp32 copy of a parameter, or one of its moments, from the whole tensor."""
+        from deepspeed import utils
+
+        if hasattr(parameter, "ds_id"):
+            # ZeRO-3's own setter of whole tensors fails where the last process's part is padded.
+            size = parameter.ds_tensor.numel()
+            parts = value.new_zeros(self.accelerator.num_processes * size)
+            parts[: value.numel()] = value.flatten()
+            mine = parts.narrow(0, self.accelerator.process_index * size, size)
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, mine)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, mine, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+
     def _flat_states(self) -> list[dict[str, Tensor]]:
         return list(self._engine.optimizer.optimizer.state.values())
 
     def _make_flat_states(self) -> None:
         """AdamW's state of the flat partitions, which it makes at its first step otherwise."""
-        inner = self._engine.optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                if not inner.state[flat]:
-                    inner.state[flat] = {"step": torch.tensor(0.0)} | {
-                        moment: torch.zeros_like(flat) for moment in MOMENTS
-                    }
+        zero = self._engine.optimizer
+        sharded = hasattr(zero, "fp32_partitioned_groups_flat")
+        for flat in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
+            if not zero.optimizer.state[flat]:
+                zero.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {
+                    moment: torch.zeros_like(flat) for moment in MOMENTS
+                }
+        if not sharded:
+            # ZeRO-1 and 2 link parameters to these states after their first step otherwise.
+            zero._lazy_init_hp_params_optimizer_state()
 
 
 def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings) -> None:

@@ -16,6 +16,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class ProcessError(UserError):
+    """A `UserError` that one process alone knows of, so that it has to speak whichever it is."""
+
+
 class TrainingStoppedError(UserError):
     """A run that cannot sensibly go on, although its settings were fine."""
 
@@ -23,14 +27,14 @@ class TrainingStoppedError(UserError):
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
-    """Makes a command print a `UserError` once (on the first process) and exit with its code."""
+    """Makes a command print a `UserError` once, not on each of its processes, and exit with its code."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if isinstance(error, ProcessError) or os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
 

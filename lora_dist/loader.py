@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_dist.config import AugmentationSettings, DataSettings
 from lora_dist.data import Split
-from lora_dist.errors import UserError
+from lora_dist.errors import ProcessError
 from lora_dist.images import UnreadableImageError
 from lora_dist.order import FILLER, MicroBatches, Order, Sample, evaluation_batches
 from lora_dist.transforms import ImageTransforms, mix_pair
@@ -144,11 +144,11 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
     """The batches of a loader.
 
     Raises:
-        UserError: names an image that cannot be read.
+        ProcessError: names an image that cannot be read.
     """
     for batch in loader:
         if isinstance(batch, UnreadableImageError):
-            raise UserError(f"cannot read an image of the data set: {batch}. Repair it or take it out.")
+            raise ProcessError(f"cannot read an image of the data set: {batch}. Repair it or take it out.")
         yield batch
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
@@ -39,7 +40,8 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerato
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=TIMEOUT)
     accelerator = Accelerator(
         mixed_precision=precision,
-        cpu=on_cpu,
+        # `cpu` would quietly turn ZeRO into plain data parallel.
+        cpu=on_cpu and engine_launched() == "NO",
         kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != launched:
@@ -47,8 +49,25 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerato
             f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; "
             f"see accelerate_configs/ for launch files that work"
         )
+    if engine_launched() not in ("NO", accelerator.distributed_type.value):
+        raise UserError(
+            f"the launch file asks for {engine_launched()} but {accelerator.distributed_type.value} is running; "
+            f"see accelerate_configs/ for launch files that work"
+        )
+    if engine_launched() == "DEEPSPEED":
+        # Or from_pretrained shards the model as it loads it, and leaves nothing to read, probe or adapt before ZeRO
+        # takes it over. Whole image models fit a host's memory.
+        unset_hf_deepspeed_config()
     set_up_logs(accelerator.is_main_process)
     return accelerator
+
+
+def engine_launched() -> str:
+    """The engine that `accelerate launch` asks for beyond plain data parallel: DEEPSPEED, FSDP or NO."""
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            return engine
+    return "NO"
 
 
 def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:

@@ -215,3 +215,25 @@ def test_half_precision_without_a_gpu_is_refused(vit: Path, photos: Path, tmp_pa
         pytest.skip("this machine has an accelerator")
     result = train(*_arguments(vit, photos, tmp_path / "run"), "--mixed_precision", "fp16", code=2)
     assert "use --mixed_precision no" in result.stderr
+
+
+def test_a_bad_image_stops_the_run_and_is_named_whichever_process_meets_it(vit: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", per_class=4)
+    bad = tmp_path / "train" / "b" / "002.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    arguments = _arguments(vit, tmp_path, tmp_path / "run", "--train_val_split", 0.25, *BATCH)
+    validation = arguments.index("--validation_dir")
+    del arguments[validation : validation + 2]
+    result = train(*arguments, launch_file="ddp_cpu.yaml", code=None)
+    assert str(bad) in result.stderr
+    assert "cannot read an image" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(vit: Path, photos: Path, tmp_path: Path) -> None:
+    more = ("--learning_rate", 1e30, "--max_grad_norm", 0, "--checkpointing_steps", 1)
+    result = train(*_arguments(vit, photos, tmp_path / "run", *BATCH, *more), code=1)
+    assert "is not finite" in result.stderr
+    assert str(photos / "train") in result.stderr
+    assert "Traceback" not in result.stderr
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "trained.safetensors").values())

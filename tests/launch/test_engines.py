@@ -1,0 +1,107 @@
+"""DDP and DeepSpeed ZeRO-1, 2 and 3 on two real processes: one loss, one adapter, one kind of checkpoint."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import lines_of, results_of, train
+from safetensors.torch import load_file
+
+LAUNCH_FILES = {
+    "single": None,
+    "ddp": "ddp_cpu.yaml",
+    "zero1": "zero1_cpu.yaml",
+    "zero2": "zero2_cpu.yaml",
+    "zero3": "zero3_cpu.yaml",
+}
+ELASTIC = ("single", "ddp", "zero2", "zero3")
+STEPS, MIDDLE = 8, 3
+
+
+def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *more: object) -> Path:
+    """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine."""
+    if engine != "single":
+        pytest.importorskip("deepspeed")
+    batch = 8 // accumulation // (1 if engine == "single" else 2)
+    train(
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--output_dir", out, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation,
+        "--num_train_epochs", 2, "--logging_steps", 1, "--checkpointing_steps", 1, "--save_total_limit", 99,
+        "--lora_dropout", 0, "--learning_rate", 1e-3, *more, launch_file=LAUNCH_FILES[engine],
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """A whole run of each engine, with accumulation 4 and 1."""
+    root = tmp_path_factory.mktemp("engines")
+    return {
+        (engine, accumulation): _train(engine, accumulation, vit, photos, root / f"{engine}_{accumulation}")
+        for accumulation in (4, 1)
+        for engine in LAUNCH_FILES
+    }
+
+
+def _losses(out: Path, name: str = "train/loss") -> list[float]:
+    return [line[name] for line in lines_of(out) if name in line]
+
+
+def _last_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "trained.safetensors")
+
+
+@pytest.mark.parametrize("accumulation", [4, 1])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engine: str, accumulation: int) -> None:
+    reference, out = runs["single", 4], runs[engine, accumulation]
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert _losses(out, name) == pytest.approx(_losses(reference, name), rel=1e-5, abs=1e-5), name
+    assert len(_losses(out)) == STEPS
+    assert results_of(out)["distributed_type"] == ("MULTI_CPU" if engine == "ddp" else "DEEPSPEED")
+    for name, tensor in _last_weights(reference).items():
+        torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_adapters_are_complete_and_of_one_format(runs: dict[tuple[str, int], Path], engine: str) -> None:
+    expected = load_file(runs["single", 4] / "adapter" / "adapter_model.safetensors")
+    found = load_file(runs[engine, 4] / "adapter" / "adapter_model.safetensors")
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert all(tensor.numel() and tensor.dtype == torch.float32 for tensor in found.values())
+    files = [{path.name for path in (runs[key, 4] / "adapter").iterdir()} for key in ("single", engine)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("target", ELASTIC)
+@pytest.mark.parametrize("source", ELASTIC)
+def test_a_checkpoint_goes_on_under_any_engine(
+    runs: dict[tuple[str, int], Path], source: str, target: str, vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    """From the middle of an epoch; on the same engine to the same bits, elsewhere to float error."""
+    whole, out = runs[source, 4], tmp_path / "run"
+    checkpoints = f"checkpoints/step-{MIDDLE:08d}"
+    shutil.copytree(whole / checkpoints, out / checkpoints)
+    _train(target, 4, vit, photos, out, "--resume_from_checkpoint", "auto")
+    assert [line["step"] for line in lines_of(out) if "train/loss" in line] == list(range(MIDDLE + 1, STEPS + 1))
+    tolerance = 0 if source == target else 1e-5
+    assert _losses(out) == pytest.approx(_losses(whole)[MIDDLE:], rel=tolerance, abs=tolerance)
+    for name, tensor in _last_weights(whole).items():
+        torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=tolerance)
+
+
+def test_a_deepspeed_file_that_contradicts_the_settings_is_an_error_naming_both(
+    vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    text = (Path(__file__).parents[2] / "accelerate_configs" / "zero2_cpu.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "other.yaml"
+    file.write_text(text.replace("gradient_clipping: auto", "gradient_clipping: 0.5"), encoding="utf-8")
+    result = train(
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--output_dir", tmp_path / "run",
+        launch_file=str(file), code=None,
+    )  # fmt: skip
+    assert "gradient_clipping: 0.5, but --max_grad_norm makes it 1.0" in result.stderr
