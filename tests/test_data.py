@@ -1,5 +1,6 @@
 """Where images and labels come from: two splits under one label map, or an error that names what is missing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,17 @@ def test_the_fingerprint_tells_selections_labels_and_files_apart(tmp_path: Path)
     assert len(same) == 1, "where a folder stands and what its classes are called does not matter"
     assert len({fingerprint("1"), fingerprint("4", first=2), fingerprint("1", max_train_samples=5)}) == 3
     assert fingerprint("1") != fingerprint("5", classes=("a", "b", "c"))
+
+
+def test_the_fingerprint_needs_no_file_names(tmp_path: Path) -> None:
+    """Images of a parquet file have none; rows and labels tell the splits apart."""
+    _saved(tmp_path, {"image": _cells([0] * 8), "label": [0, 1] * 4}, _features(ClassLabel(names=["x", "y"])))
+    split = load(dataset_name=tmp_path).train
+    first, second = np.flatnonzero(split.labels == 0)[:2]
+    assert split.select(np.array([first])).fingerprint() != split.select(np.array([second])).fingerprint()
+    relabelled = replace(split, labels=1 - split.labels)
+    assert relabelled.fingerprint() != split.fingerprint()
+    assert replace(split, labels=split.labels.copy()).fingerprint() == split.fingerprint()
 
 
 # Data sets

@@ -80,6 +80,10 @@ def test_certainty_that_is_right_is_calibrated_and_certainty_that_is_wrong_is_no
     assert compute(2, [0, 0], [0, 1], confidences=[1.0, 1.0])["calibration_error"] == 0.5
 
 
+def test_full_confidence_is_in_the_last_bin_and_not_in_one_of_its_own() -> None:
+    assert expected_calibration_error(np.array([1.0, 0.95]), np.array([False, True])) == pytest.approx(0.95 / 2)
+
+
 def test_a_metric_may_be_computed_again_and_forgets() -> None:
     metric = ClassificationMetric(2)
     given = {"references": [0, 1], "confidences": [1.0, 1.0], "ranks": [0, 0], "losses": [0.0, 0.0]}
