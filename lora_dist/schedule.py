@@ -44,7 +44,7 @@ class Schedule:
 
 def total_steps(num_epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
     """Updates in a run: `max_steps` if given, else epochs (fractions count) times updates an epoch."""
-    return max_steps if max_steps is not None else max(1, math.ceil(num_epochs * steps_per_epoch))
+    return max_steps if max_steps is not None else math.ceil(num_epochs * steps_per_epoch)
 
 
 def is_due(every: int | Literal["epoch", "no"], step: int, steps_per_epoch: int, total: int) -> bool:

@@ -204,6 +204,7 @@ def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Pat
         (["-c", "demo"], "-c: unknown flag"),
         (["--config"], "--config: needs a path or one of demo"),
         (["--early_stopping_patience", "many", "--eval_steps", "no"], "--early_stopping_patience: 'many' is not valid"),
+        (["--init_from_config", "--tuning", "ful"], "--tuning: 'ful' is not valid"),
         (["--adapter_name_or_path", "y"], "add --do_eval_only"),
     ],
 )

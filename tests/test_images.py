@@ -39,7 +39,7 @@ def test_modes_agree_with_transformers(mode: str, suffix: str, tmp_path: Path) -
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    ramp = np.linspace(0, 65535, 320, dtype=np.uint16).reshape(16, 20)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     pixels = np.asarray(load_rgb(str(tmp_path / "deep.png")))
     assert pixels.min() == 0
@@ -92,7 +92,7 @@ def test_an_opened_image_of_a_rare_mode_becomes_rgb_and_stays_as_it_was(mode: st
 
 @pytest.mark.parametrize("kind", ["<u2", ">u2", "<i4"])
 def test_deep_tiffs_are_scaled_too(kind: str, tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(kind)
+    ramp = np.linspace(0, 65535, 320).reshape(16, 20).astype(kind)
     Image.fromarray(ramp).save(tmp_path / "deep.tiff")
     assert np.array_equal(np.asarray(load_rgb(str(tmp_path / "deep.tiff")))[..., 1], ramp >> 8)
 

@@ -116,15 +116,17 @@ def test_a_checkpoint_of_another_rank_is_refused(rank: int, vit: Path, tmp_path:
         checkpointer(tmp_path, engine(vit)).restore(content)
 
 
-@pytest.mark.parametrize(("lower_is_better", "values"), [(False, (0.5, 0.7, 0.7, 0.6)), (True, (0.5, 0.3, 0.3, 0.4))])
+@pytest.mark.parametrize(
+    ("lower_is_better", "values"), [(False, (0.5, 0.4, 0.7, 0.7, 0.6)), (True, (0.5, 0.6, 0.3, 0.3, 0.4))]
+)
 def test_the_best_evaluation_is_the_first_of_the_best(lower_is_better: bool, values: tuple[float, ...]) -> None:
     progress = Progress()
     better = []
     for step, value in enumerate(values, 1):
         progress.step = step
         better.append(progress.note_evaluation(value, lower_is_better))
-    assert better == [True, True, False, False]
-    assert (progress.best_step, progress.best_value, progress.stale_evaluations) == (2, values[1], 2)
+    assert better == [True, False, True, False, False]
+    assert (progress.best_step, progress.best_value, progress.stale_evaluations) == (3, values[2], 2)
 
 
 def test_the_best_weights_come_back_at_the_end(vit: Path, tmp_path: Path) -> None:
