@@ -1,5 +1,6 @@
 """An evaluation is what scikit-learn and plain torch say of the same images, whatever the size of a batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,18 @@ def test_a_model_that_knows_nothing_is_calibrated_at_one_class_in_three(base: Ba
     assert metrics["accuracy"] == pytest.approx(11 / 27), "the first class wins a tie"
     assert metrics["loss"] == pytest.approx(np.log(3), rel=1e-5)
     assert metrics["calibration_error"] == pytest.approx(11 / 27 - 1 / 3, abs=1e-5)
+
+
+class Descending(nn.Module):
+    """Finds the last of seven classes likeliest and the first one least likely."""
+
+    def forward(self, pixel_values: torch.Tensor) -> object:
+        return type("Output", (), {"logits": torch.arange(7.0).expand(len(pixel_values), 7).to(pixel_values.device)})
+
+
+def test_the_fifth_of_seven_classes_is_among_the_first_five_and_the_sixth_is_not(base: Base, data: ImageData) -> None:
+    named = replace(data, labels=list("abcdefg"))
+    assert evaluator(Descending(), base, named)().metrics["top5_accuracy"] == pytest.approx(7 / 27), "those of class c"
 
 
 def test_evaluation_is_without_dropout_and_leaves_gradients_and_random_numbers_alone(
