@@ -28,10 +28,13 @@ def whole_directory(final: Path) -> Iterator[Path]:
         file.chmod(0o666 & ~umask)
         _flush(file)
     _flush(aside)
+    old = final.with_name(_REMOVING + final.name)
     if final.exists():
-        remove_directory(final)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     aside.rename(final)
     _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:

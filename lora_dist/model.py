@@ -202,6 +202,9 @@ def set_training(model: nn.Module) -> None:
 
 
 def _trains(module: nn.Module) -> bool:
+    """Whether a module's own parameters train; of a batch norm, a bias alone does not make it."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.weight is not None and module.weight.requires_grad
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 

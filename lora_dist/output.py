@@ -90,7 +90,7 @@ class Output:
             encoding="utf-8",
         )
         write_json(self.split, splits)
-        if adapters.mutates_base(model) and not self.adapter_init.exists():
+        if adapters.mutates_base(model) and step == 0:
             with whole_directory(self.adapter_init) as aside:
                 adapters.save_adapter(model, aside)
 

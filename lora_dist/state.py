@@ -1,6 +1,7 @@
 """A run's state in memory: its position, and the way of weights and moments into a checkpoint and back."""
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class Progress:
 
     def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
         """Takes a validation metric into account; True where it is the best so far."""
-        better = self.best_value is None or (value < self.best_value if lower_is_better else value > self.best_value)
+        before = self.best_value
+        # A metric that is not a number is better than none, and worse than any.
+        better = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
         if better:
             self.best_step, self.best_value, self.stale_evaluations = self.step, value, 0
         else:
@@ -100,10 +103,17 @@ class Checkpointer:
                 "\n  ".join(["the checkpoint is of another run:", *changes])
                 + "\nUse the settings of that run (its config.yaml), or another --output_dir."
             )
-        targets = dict(trained_tensors(self._engine.bare))
-        unmatched = sorted(content.trained.keys() ^ targets.keys())
+        # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
+        expected = {
+            name: tuple(getattr(tensor, "ds_shape", tensor.shape))
+            for name, tensor in trained_tensors(self._engine.bare)
+        }
+        found = {name: tuple(tensor.shape) for name, tensor in content.trained.items()}
+        unmatched = sorted({name for name, _ in expected.items() ^ found.items()})
         if unmatched:
-            raise UserError(f"the checkpoint trains other tensors than this run: {', '.join(unmatched[:5])} …")
+            raise UserError(
+                f"the checkpoint trains other tensors than this run, or of other shapes: {', '.join(unmatched[:5])} …"
+            )
         self._engine.load_trained(content.trained)
         self._engine.load_moments(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])

@@ -104,7 +104,6 @@ def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: P
     adapters.load_adapter(load_base(str(vit), ["a", "b"]).model, output.adapter_init)
 
 
-@pytest.mark.xfail(strict=True, reason="begin keeps an adapter_init of a run that never got to a checkpoint")
 def test_a_start_from_scratch_has_its_own_start_of_pissa(vit: Path, tmp_path: Path) -> None:
     """The run before was killed before its first checkpoint, and had other settings."""
     output = Output(tmp_path)

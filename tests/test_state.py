@@ -102,11 +102,10 @@ def test_a_checkpoint_of_other_targets_is_refused(vit: Path, tmp_path: Path) -> 
     checkpointer(tmp_path, engine(vit)).save(Progress())
     content = checkpoint.read(checkpoint.path_of(tmp_path, 0))
     other = engine(vit, lora_target_modules=["query"])
-    with pytest.raises(UserError, match=r"trains other tensors than this run: .*v_proj\.lora_A"):
+    with pytest.raises(UserError, match=r"trains other tensors than this run.*v_proj\.lora_A"):
         checkpointer(tmp_path, other).restore(content)
 
 
-@pytest.mark.xfail(strict=True, reason="restore compares names and not shapes")
 @pytest.mark.parametrize("rank", [1, 8])
 def test_a_checkpoint_of_another_rank_is_refused(rank: int, vit: Path, tmp_path: Path) -> None:
     """A matrix of rank 1 would be broadcast into one of rank 4 without a word."""
@@ -167,3 +166,11 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_is_looked_for_anew(
     progress = keeper.restore(checkpoint.read(checkpoint.path_of(tmp_path, 2)))
     assert (progress.step, progress.best_step, progress.best_value) == (2, None, None)
     assert "best checkpoint so far, of update 1," in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_a_number_is_beaten_by_any_other() -> None:
+    progress = Progress()
+    assert progress.note_evaluation(float("nan"), lower_is_better=True)
+    assert progress.note_evaluation(3.0, lower_is_better=True)
+    assert not progress.note_evaluation(float("nan"), lower_is_better=True)
+    assert progress.best_value == 3.0
