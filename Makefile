@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# One compute thread a process where several share the cores; a single one may take them all.
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml
+# accelerate gives a process one thread unless told otherwise.
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc)
 
 .PHONY: demo test quality clean
 

@@ -59,7 +59,19 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerato
         # takes it over. Whole image models fit a host's memory.
         unset_hf_deepspeed_config()
     set_up_logs(accelerator.is_main_process)
+    if on_cpu:
+        _hint_at_threads()
     return accelerator
+
+
+def _hint_at_threads() -> None:
+    """`accelerate launch` gives each process a single thread unless told otherwise."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.get_num_threads() < cores:
+        logger.info(
+            f"computing on {torch.get_num_threads()} of {cores} cores a process; "
+            f"accelerate launch --num_cpu_threads_per_process {cores} would use them all"
+        )
 
 
 def engine_launched() -> str:
