@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -153,17 +153,17 @@ def _as_is(part: Any) -> Any:
     return part
 
 
-def split_first(rows: Iterator[Row], count: int) -> tuple[Iterator[Row], list[Row]]:
-    """The same rows, and the first `count` of them."""
-    first = list(islice(rows, count))
-    return chain(first, rows), first
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` places among `total`, evenly spread: folders come sorted by class."""
+    chosen = min(total, count)
+    return [place * total // chosen for place in range(chosen)]
 
 
 def draw_grid(rows: Sequence[Row], path: Path) -> None:
     """Draws images with their predictions into a PNG file."""
     shown = [row for row in rows if row.error is None]
     if not shown:
-        raise UserError("--grid: none of the first images can be read")
+        raise UserError("--grid: none of the images to draw can be read")
     captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid([load_rgb(row.path) for row in shown], captions).save(path)

@@ -49,7 +49,7 @@ class Images(Group):
     format: Literal["jsonl", "csv"] | None = None
     """JSON lines or CSV; by default what the name of --output says."""
     grid: str | None = None
-    """Also draw the first images with their predictions into this PNG file."""
+    """Also draw some of the images, spread evenly, with their predictions into this PNG file."""
     batch_size: Count = 32
     """Images in a forward pass."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
@@ -131,14 +131,17 @@ def _classify(classifier: Classifier, files: list[str], settings: Images) -> boo
         num_workers=settings.num_workers,
         device=classify.choose_device(settings.device),
     )
-    if settings.grid:
-        rows, shown = classify.split_first(rows, classify.GRID)
-        classify.draw_grid(shown, Path(settings.grid))
+    drawn = set(classify.spread(len(files), classify.GRID)) if settings.grid else set()
+    shown = []
     bad = 0
     with classify.writer(settings.output, settings.format, settings.top_k) as write:
-        for row in rows:
+        for place, row in enumerate(rows):
             write(row)
             bad += row.error is not None
+            if place in drawn:
+                shown.append(row)
+    if settings.grid:
+        classify.draw_grid(shown, Path(settings.grid))
     if bad:
         logger.warning("%d of %d images could not be read; their rows say why", bad, len(files))
     return not bad

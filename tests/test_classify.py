@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import ViTImageProcessor
 
 from lora_dist import merge
 from lora_dist.bundle import Classifier
-from lora_dist.classify import Row, choose_device, classify, draw_grid, find_images, split_first, writer
+from lora_dist.classify import Row, choose_device, classify, draw_grid, find_images, spread, writer
 from lora_dist.errors import UserError
 
 HARD = [
@@ -200,14 +199,11 @@ def test_rows_come_while_the_rest_is_still_to_be_done(tmp_path: Path) -> None:
     assert classifier.model.sizes == [1]
 
 
-def test_the_first_rows_are_seen_without_losing_them() -> None:
-    def count() -> Iterator[Row]:
-        for number in range(5):
-            yield Row(str(number), [])
-
-    rows, first = split_first(count(), 2)
-    assert [row.path for row in first] == ["0", "1"]
-    assert [row.path for row in rows] == list("01234")
+def test_the_images_drawn_are_spread_over_all() -> None:
+    assert spread(355, 32)[:3] == [0, 11, 22]
+    assert len(set(spread(355, 32))) == 32
+    assert max(spread(355, 32)) > 340
+    assert spread(3, 32) == [0, 1, 2]
 
 
 def test_the_grid_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
