@@ -173,7 +173,7 @@ def fit(job: Job, progress: Progress) -> None:
         progress.step += 1
         progress.loss_sum += update.loss
         progress.skipped_updates += update.skipped
-        job.tracker.advance(progress.step, update.loss, window.samples_per_second)
+        job.tracker.advance(progress.step, window.loss_sum / window.updates, window.samples_per_second)
 
         def due(every: Any) -> bool:
             return is_due(every, progress.step, order.steps_per_epoch, total)

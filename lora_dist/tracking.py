@@ -44,10 +44,9 @@ class Tracker:
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
-            unit="step",
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
-            desc="train",
+            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
             file=sys.stderr,
         )
 

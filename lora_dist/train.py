@@ -77,6 +77,7 @@ def train(settings: Settings) -> None:
     progress = checkpointer.restore(resumed) if resumed is not None else Progress()
     if accelerator.is_main_process:
         output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
+    announce(data, order, schedule, parameters, accelerator)
     job = Job(
         settings=settings,
         engine=engine,
@@ -100,7 +101,6 @@ def train(settings: Settings) -> None:
             total_steps=schedule.total_steps,
         ),
     )
-    announce(data, order, schedule, parameters, accelerator)
     job.tracker.settings(flatten(settings))
     show_inputs(job.tracker, job.images, order, progress.step, data.labels)
     fit(job, progress)
