@@ -256,4 +256,4 @@ def is_counted(name: str) -> bool:
 
 def is_lora_b(name: str) -> bool:
     """Whether a parameter is a B matrix, which LoRA+ trains at a higher rate."""
-    return ".lora_B." in name or ".lora_embedding_B." in name
+    return ".lora_B." in name

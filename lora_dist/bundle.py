@@ -64,12 +64,13 @@ def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_classifier(directory: Path, base_model: str | None = None) -> Classifier:
+def load_classifier(directory: Path, base_model: str | None = None, trust_remote_code: bool = False) -> Classifier:
     """Loads what a run handed over: a bundle with an adapter, or a whole model.
 
     Args:
         directory: of the bundle or model.
         base_model: where the base is now, if not where the bundle says.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: part of the bundle is missing, or the base is another one than the adapter was trained on.
@@ -77,16 +78,18 @@ def load_classifier(directory: Path, base_model: str | None = None) -> Classifie
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}")
     if not (directory / adapters.ADAPTER_CONFIG).is_file():
-        whole = load_base(str(directory), read_labels(directory))
+        labels = read_labels(directory, trust_remote_code)
+        whole = load_base(str(directory), labels, trust_remote_code=trust_remote_code)
         if whole.missing:
             raise UserError(
                 f"{directory} is no whole {type(whole.model).__name__}: its weights lack {', '.join(whole.missing[:5])}"
             )
-        return Classifier(whole.model.eval(), whole.processor, read_labels(directory))
-    labels = read_labels(directory)
+        return Classifier(whole.model.eval(), whole.processor, labels)
+    labels = read_labels(directory, trust_remote_code)
     identity = _read_identity(directory / BASE_MODEL)
     name = base_model or identity["model_name_or_path"]
-    base = load_base(name, labels, revision=None if base_model else identity["revision"])
+    revision = None if base_model else identity["revision"]
+    base = load_base(name, labels, revision=revision, trust_remote_code=trust_remote_code)
     if base.fingerprint != identity["fingerprint"]:
         raise UserError(
             f"{name} is not the base that the adapter in {directory} was trained on: the fingerprint of its weights is "
@@ -99,8 +102,12 @@ def load_classifier(directory: Path, base_model: str | None = None) -> Classifie
     return Classifier(adapters.load_adapter(base.model, directory), processor, labels)
 
 
-def read_labels(directory: Path) -> list[str]:
+def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
     """Class names in order, from the label map of a bundle or model.
+
+    Args:
+        directory: of the bundle or model.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: there is none.
@@ -111,7 +118,7 @@ def read_labels(directory: Path) -> list[str]:
         # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
         if "id2label" not in json.loads((directory / "config.json").read_text(encoding="utf-8")):
             raise UserError(f"{directory}/config.json has no label map (id2label), so nobody knows the classes")
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{directory}/config.json is damaged: {error}") from error
     names: dict[int, str] = config.id2label or {}
@@ -142,7 +149,11 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def require_same_logits(
-    directory: Path, images: Sequence[Image.Image], expected: Tensor, tolerance: float = TOLERANCE
+    directory: Path,
+    images: Sequence[Image.Image],
+    expected: Tensor,
+    tolerance: float = TOLERANCE,
+    trust_remote_code: bool = False,
 ) -> None:
     """Checks that what was written gives the logits of the model it was written from, on real images.
 
@@ -151,11 +162,12 @@ def require_same_logits(
         images: to classify.
         expected: logits [B, classes] of the model in memory.
         tolerance: largest difference, relative to the largest logit.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         RuntimeError: it does not; a file that is silently wrong would cost the whole run (peft#577).
     """
-    read = load_classifier(directory)
+    read = load_classifier(directory, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
         actual = read.model(pixel_values=ImageTransforms(read.processor).batch(images)).logits.float()
     difference = relative_difference(actual, expected)

@@ -7,6 +7,7 @@ safetensors and JSON: reading one runs no code. `COMPLETE`, written last, holds 
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,23 @@ def find_damage(path: Path) -> str | None:
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and the best, and what killed runs left half done."""
+    """Removes all but the newest `keep` whole checkpoints and the best, and what killed runs left half done."""
     best = path_of(root, best_step) if best_step is not None else None
-    for path in listed(root)[:-keep]:
-        if path != best:
+    whole = [path for path in listed(root) if find_damage(path) is None]
+    for path in listed(root):
+        if path not in (*whole[-keep:], best):
             remove_directory(path)
     remove_leftovers(root)
+
+
+def abandon_after(root: Path, step: int) -> None:
+    """Puts aside the checkpoints after `step` updates, when a run goes on from there on another course."""
+    for path in listed(root):
+        if path > path_of(root, step):
+            logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def _digest(path: Path) -> dict[str, Any]:

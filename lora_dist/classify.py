@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_dist.bundle import Classifier
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
-from lora_dist.images import IMAGE_SUFFIXES, UnreadableImageError, load_rgb
+from lora_dist.images import UnreadableImageError, image_files, load_rgb
 from lora_dist.transforms import ImageTransforms
 
 GRID = 32
@@ -48,12 +48,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         if Path(name).is_dir():
-            files = sorted(
-                os.path.join(folder, file)
-                for folder, _, files in os.walk(name, followlinks=True)
-                for file in files
-                if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
-            )
+            files = list(image_files(name))
         else:
             files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         if not files:

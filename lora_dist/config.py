@@ -171,7 +171,7 @@ class OptimizationSettings(Group):
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 leaves it as it is."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: what the launch file says, else fp16 on a GPU and no on a CPU."""
+    """auto: fp16 or bf16 where the launch file says so, else fp16 on a GPU and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that chooses the best checkpoint."""
     early_stopping_patience: Count | None = None

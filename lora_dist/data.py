@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from lora_dist import demo
 from lora_dist.config import DataSettings
 from lora_dist.errors import UserError
-from lora_dist.images import IMAGE_SUFFIXES, from_cell, load_rgb
+from lora_dist.images import from_cell, image_files, load_rgb
 
 
 @dataclass(frozen=True)
@@ -171,22 +171,15 @@ def _load_folder(directory: str) -> Dataset:
             f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
             f"such as {directory}/rose/1.jpg"
         )
-    paths, labels = [], []
+    paths: list[str] = []
+    labels: list[int] = []
     for place, name in enumerate(classes):
-        for folder, folders, files in os.walk(root / name, followlinks=True):
-            folders[:] = sorted(inner for inner in folders if not _leads_back(Path(folder, inner)))
-            for file in sorted(files):
-                if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):
-                    paths.append(os.path.join(folder, file))
-                    labels.append(place)
+        found = list(image_files(root / name))
+        paths += found
+        labels += [place] * len(found)
     if not paths:
         raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
     return Dataset.from_dict({"image": paths, "label": labels}).cast_column("label", ClassLabel(names=classes))
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one on the way to it, where a walk would go round for ever."""
-    return folder.is_symlink() and any(parent.resolve() == folder.resolve() for parent in folder.absolute().parents)
 
 
 def _load_split(settings: DataSettings, split: str) -> Dataset:

@@ -188,7 +188,8 @@ class ZeroEngine:
     def step(self, max_grad_norm: float) -> float:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
-        if not self._engine.fp16_enabled() and not math.isfinite(norm):
+        # DeepSpeed reports a norm that it cannot compute as -1.
+        if not self._engine.fp16_enabled() and (norm < 0 or not math.isfinite(norm)):
             raise ArithmeticError
         return norm
 

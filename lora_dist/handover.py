@@ -52,8 +52,8 @@ def hand_over(
         write_evaluation(output.evaluation, evaluation, data.labels)
         written = _write_bundle(job.settings, trained, evaluation, data, results, output)
         tolerance = bundle.TOLERANCE if accelerator.mixed_precision == "no" else bundle.HALF_PRECISION_TOLERANCE
-        bundle.require_same_logits(written, images, expected, tolerance)
         write_json(output.results, results)
+        bundle.require_same_logits(written, images, expected, tolerance, job.settings.model.trust_remote_code)
         tracker.hyperparameters(flatten(job.settings), evaluation.metrics)
         tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
         tracker.close()

@@ -1,6 +1,9 @@
 """Any image file to upright RGB pixels."""
 
 import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,20 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
 """Files of these endings are taken for images, in any case of letters."""
+
+
+def image_files(directory: str | Path) -> Iterator[str]:
+    """Images below a directory, hidden ones left out, in an order that is the same on every machine."""
+    for folder, folders, files in os.walk(directory, followlinks=True):
+        folders[:] = sorted(inner for inner in folders if not _leads_back(Path(folder, inner)))
+        for file in sorted(files):
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):
+                yield os.path.join(folder, file)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one on the way to it, where a walk would go round for ever."""
+    return folder.is_symlink() and any(parent.resolve() == folder.resolve() for parent in folder.absolute().parents)
 
 
 class UnreadableImageError(Exception):

@@ -275,6 +275,7 @@ def _stopped(job: Job, step: int, error: NonFiniteLossError) -> TrainingStoppedE
     names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices])))
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
     return TrainingStoppedError(
-        f"the {error.what} of update {step + 1} is not finite. The update was not made and the state before it is "
-        f"saved. A lower --learning_rate, --max_grad_norm or a warm-up may help. Samples:\n  {shown}"
+        f"the {error.what} of update {step + 1} is not finite. The update was not made; --resume_from_checkpoint auto "
+        f"goes on from before it. A lower --learning_rate, --max_grad_norm or a warm-up may help. "
+        f"Samples:\n  {shown}"
     )

@@ -85,8 +85,12 @@ class Output:
                 if name != "resume_from_checkpoint" and before.get(name, value) != value:
                     logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
         self.config.write_text(
-            "# The settings of this run; run it again with --config on this file.\n"
-            + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True),
+            "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
+            + yaml.safe_dump(
+                {name: value for name, value in settings.items() if name != "resume_from_checkpoint"},
+                sort_keys=False,
+                allow_unicode=True,
+            ),
             encoding="utf-8",
         )
         write_json(self.split, splits)

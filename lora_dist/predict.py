@@ -35,6 +35,8 @@ class ModelSource(Group):
     """Directory of a whole model: merged, or trained with --tuning full."""
     base_model: str | None = None
     """Where the adapter's base model is now, if not where it was."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model. Only for sources you trust."""
 
 
 class Images(Group):
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [demo.local_path(name) for name in settings.images.images]
     files = classify.find_images(names)
     directory = Path(settings.source.adapter or settings.source.model or "")
-    classifier = bundle.load_classifier(directory, settings.source.base_model)
+    classifier = bundle.load_classifier(directory, settings.source.base_model, settings.source.trust_remote_code)
     if settings.merging.merge_to:
         out = Path(settings.merging.merge_to)
         difference = merge.merge_to(classifier, directory, out, files, settings.merging.merge_tolerance)

@@ -84,7 +84,10 @@ class Checkpointer:
                 "scaler": self._engine.scaler_state(),
             },
         )
-        if self._engine.accelerator.is_main_process:
+        broken = [name for name, tensor in content.trained.items() if not tensor.isfinite().all()]
+        if broken:
+            logger.warning("not saved, because %s is not finite: the checkpoint before stands", broken[0])
+        elif self._engine.accelerator.is_main_process:
             checkpoint.write(self.directory, progress.step, content)
             checkpoint.prune(self.directory, self._keep, progress.best_step)
         self._engine.accelerator.wait_for_everyone()
@@ -118,6 +121,9 @@ class Checkpointer:
         self._engine.load_moments(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
         progress = Progress(**content.state["progress"])
+        if self._engine.accelerator.is_main_process:
+            checkpoint.abandon_after(self.directory, progress.step)
+        self._engine.accelerator.wait_for_everyone()
         if progress.best_step is not None and checkpoint.find_damage(self._best(progress)):
             logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
             progress.best_step = progress.best_value = None

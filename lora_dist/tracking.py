@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -63,7 +64,9 @@ class Tracker:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         with self._lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            # JSON has no infinity, which is the gradient's norm in an update that fp16 skips.
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
 
     def say(self, message: str) -> None:
         """A line for the reader, above the progress bar or in the log file."""

@@ -117,12 +117,17 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.bundle import load_classifier
     from lora_dist.data import load_validation
     from lora_dist.evaluation import Evaluator
+    from lora_dist.output import Output, find_resume
     from lora_dist.report import write_evaluation
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
 
     accelerator = launch(settings.optimization.mixed_precision)
-    classifier = load_classifier(Path(settings.model.adapter_name_or_path or ""))
+    output = Output(Path(settings.run.output_dir))
+    find_resume(output, None)
+    classifier = load_classifier(
+        Path(settings.model.adapter_name_or_path or ""), trust_remote_code=settings.model.trust_remote_code
+    )
     with accelerator.main_process_first():
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     evaluation = Evaluator(
@@ -135,9 +140,8 @@ def evaluate_only(settings: Settings) -> None:
         settings.data,
     )()
     if accelerator.is_main_process:
-        directory = Path(settings.run.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_evaluation(directory / "evaluation.json", evaluation, classifier.labels)
+        output.root.mkdir(parents=True, exist_ok=True)
+        write_evaluation(output.evaluation, evaluation, classifier.labels)
         print(json.dumps({f"eval_{name}": value for name, value in evaluation.metrics.items()}))
     accelerator.end_training()
 

@@ -251,3 +251,20 @@ def test_a_checkpoint_of_plain_safetensors_files_can_be_read_without_this_packag
 def test_no_module_loads_pickles() -> None:
     for path in (Path(checkpoint.__file__).parent).rglob("*.py"):
         assert not re.search(r"torch\.load\(|\bpickle\b|allow_pickle", path.read_text(encoding="utf-8")), path
+
+
+def test_pruning_counts_whole_checkpoints_alone(tmp_path: Path) -> None:
+    """A damaged newer one must not push out the good one just written."""
+    for step in (20, 40):
+        checkpoint.write(tmp_path, step, content())
+    (checkpoint.path_of(tmp_path, 40) / checkpoint.COMPLETE).unlink()
+    checkpoint.prune(tmp_path, keep=1, best_step=None)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-00000020"]
+
+
+def test_a_course_that_is_left_is_put_aside(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        checkpoint.write(tmp_path, step, content())
+    checkpoint.abandon_after(tmp_path, 10)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-00000010"]
+    assert (tmp_path / "abandoned-step-00000030" / COMPLETE).is_file()

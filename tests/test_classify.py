@@ -237,3 +237,9 @@ def test_a_merge_that_changes_what_the_model_says_is_refused(tmp_path: Path, mon
     with pytest.raises(UserError, match=r"differs from the adapter by .*e-0[23].*--merge_tolerance 1\.0e-04"):
         merge.merge_to(classifier, tmp_path / "adapter", tmp_path / "out", _colors(tmp_path), 1e-4)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path) -> None:
+    make_image(0, 0).save(tmp_path / "one.png")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert find_images([str(tmp_path)]) == [str(tmp_path / "one.png")]
