@@ -102,8 +102,14 @@ def parse(
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     config = given.pop("config", None)
+    unread = False
     if config is not None and config is not _NO_VALUE:
-        for name, value in _read_yaml(_find_config(config)).items():
+        try:
+            content = _read_yaml(_find_config(config))
+        except UserError as error:
+            content, unread = {}, True
+            problems.append(str(error))
+        for name, value in content.items():
             if name in fields:
                 values[name], origin[name] = value, f" (in {config})"
             else:
@@ -118,7 +124,8 @@ def parse(
 
     settings, invalid = _validate(settings_class, fields, values)
     problems += [f"--{name}: {message}{origin[name]}" for name, message in invalid.items()]
-    for problem in contradictions(settings):
+    # Without the file, what seems to contradict may only be missing.
+    for problem in () if unread else contradictions(settings):
         if not invalid.keys() & set(problem.names):
             problems.append(f"{', '.join('--' + name for name in problem.names)}: {problem.message}")
     if problems:

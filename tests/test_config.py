@@ -294,3 +294,10 @@ def test_a_yes_or_no_in_yaml_is_a_boolean(word: str, expected: bool, tmp_path: P
     file = tmp_path / "run.yaml"
     file.write_text(f"dataset_name: x\nuse_dora: {word}\n")
     assert parse("--config", file).lora.use_dora is expected
+
+
+def test_a_config_that_is_not_found_hides_no_other_mistake() -> None:
+    message = problems_of("--config", "fod101", "--bogus", "1", "--lora_r", "x")
+    for part in ("3 problems", "did you mean food101?", "--bogus: unknown flag", "--lora_r: 'x' is not valid"):
+        assert part in message, part
+    assert "no data" not in message
