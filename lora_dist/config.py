@@ -193,6 +193,8 @@ class RunSettings(Group):
     """Checkpoints to keep, besides the best."""
     resume_from_checkpoint: str | None = None
     """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or a checkpoint's path."""
+    ddp_timeout: Count = 1800
+    """Seconds after which a process that waits for others gives up."""
     logging_steps: Count = 10
     """Log every N updates."""
     do_eval_only: bool = False

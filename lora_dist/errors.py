@@ -14,6 +14,7 @@ class UserError(Exception):
     """Something the user can fix. The message names the thing and the way out; no traceback is shown."""
 
     exit_code = 2
+    label = "error"
 
 
 class ProcessError(UserError):
@@ -26,6 +27,16 @@ class TrainingStoppedError(UserError):
     exit_code = 1
 
 
+class PreemptedError(UserError):
+    """A run that was asked to stop and has saved; it goes on from there.
+
+    The code is that of `EX_TEMPFAIL` in sysexits.h: nothing is wrong, try again later.
+    """
+
+    exit_code = 75
+    label = "stopped"
+
+
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
     """Makes a command print a `UserError` once, not on each of its processes, and exit with its code."""
 
@@ -35,7 +46,7 @@ def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except UserError as error:
             if isinstance(error, ProcessError) or os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"{error.label}: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
 
     return run

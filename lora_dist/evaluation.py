@@ -1,5 +1,6 @@
 """Exact metrics over the whole validation split: every sample once, for any number of processes and any remainder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +67,12 @@ class Evaluator:
     settings: DataSettings
 
     @torch.inference_mode()
-    def __call__(self) -> Evaluation:
-        """Gathers one row a sample from all processes, and computes the metrics."""
+    def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
+        """Gathers one row a sample from all processes, and computes the metrics.
+
+        Args:
+            after_batch: called on all processes after each batch; what it raises ends the evaluation.
+        """
         accelerator = self.accelerator
         loader = evaluation_loader(
             self.split,
@@ -79,7 +84,10 @@ class Evaluator:
             accelerator.device,
         )
         self.model.eval()
-        parts = [_rows(self.model, batch.to(accelerator.device)) for batch in batches(loader)]
+        parts = []
+        for batch in batches(loader):
+            parts.append(_rows(self.model, batch.to(accelerator.device)))
+            after_batch()
         integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), FILLER)
         reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
         kept = integers[:, 0] != FILLER

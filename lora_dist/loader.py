@@ -13,6 +13,7 @@ from lora_dist.data import Split
 from lora_dist.errors import ProcessError
 from lora_dist.images import UnreadableImageError
 from lora_dist.order import FILLER, MicroBatches, Order, Sample, evaluation_batches
+from lora_dist.preemption import ignore_signals
 from lora_dist.transforms import ImageTransforms, mix_pair
 
 
@@ -161,6 +162,7 @@ def _loader(dataset: Dataset, batch_sampler: Any, settings: DataSettings, device
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_as_is,
+        worker_init_fn=_set_up_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
         generator=torch.Generator(),
@@ -173,6 +175,10 @@ def default_workers(device: torch.device) -> int:
         return 0
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, len(os.sched_getaffinity(0)) // local_processes - 1))
+
+
+def _set_up_worker(worker: int) -> None:
+    ignore_signals()
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,52 +1,27 @@
-"""The training loop: one exact update from its micro-batches, and the sequence of updates, evaluations and saves."""
+"""The training loop: the sequence of updates, logs, evaluations and saves, and where it may be left."""
 
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from accelerate.utils import gather_object
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from lora_dist.config import Settings
 from lora_dist.engine import Engine
-from lora_dist.errors import TrainingStoppedError
+from lora_dist.errors import PreemptedError, TrainingStoppedError
 from lora_dist.evaluation import Evaluator
 from lora_dist.loader import Batch, TrainImages, batches, train_loader
 from lora_dist.model import set_training
 from lora_dist.order import Order
+from lora_dist.preemption import Preemption, StopRequested
 from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
 from lora_dist.state import Checkpointer, Progress
+from lora_dist.step import NonFiniteLossError, Update, train_step
 from lora_dist.tracking import Tracker, peak_memory_mb
-from lora_dist.transforms import seed_of
-
-
-class Update(NamedTuple):
-    """What one update did.
-
-    Attributes:
-        loss: mean over all its samples, on all processes.
-        grad_norm: before clipping.
-        skipped: whether fp16 loss scaling left the update out.
-    """
-
-    loss: float
-    grad_norm: float
-    skipped: bool
-
-
-class NonFiniteLossError(Exception):
-    """The loss or gradient of an update is not finite; the weights are as they were before it."""
-
-    def __init__(self, what: str, indices: list[int]) -> None:
-        super().__init__(what)
-        self.what = what
-        self.indices = indices
 
 
 @dataclass(frozen=True)
@@ -61,6 +36,7 @@ class Job:
         schedule: of the learning rate.
         evaluator: exact metrics of the model as it is.
         checkpointer: saves the run.
+        preemption: stops or saves it when asked from outside.
         tracker: shows it.
     """
 
@@ -71,122 +47,8 @@ class Job:
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
+    preemption: Preemption
     tracker: Tracker
-
-
-def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """Weighted cross-entropy of each sample, shape [B], towards both labels of mixed images."""
-    own = cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
-    if batch.partner_labels is not None and batch.shares is not None:
-        partner = cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=label_smoothing)
-        own = batch.shares * own + (1 - batch.shares) * partner
-    return own * batch.weights
-
-
-def train_step(
-    engine: Engine,
-    micro_batches: Iterable[Batch],
-    *,
-    micro_batch_count: int,
-    sample_count: int,
-    learning_rate: float,
-    max_grad_norm: float,
-    label_smoothing: float,
-    dropout_seed: tuple[int, ...],
-) -> Update:
-    """One update whose gradient is that of the mean loss over its samples, however they are split.
-
-    Every sample counts 1 / `sample_count`, over micro-batches and processes of any size; dividing by the number
-    of micro-batches instead would mis-scale a last, smaller window (transformers#39659).
-
-    Args:
-        engine: its model in training mode.
-        micro_batches: this process's share.
-        micro_batch_count: their number, the same on every process.
-        sample_count: samples over all micro-batches and processes.
-        learning_rate: of this update.
-        max_grad_norm: bound on the gradient's norm; 0 for none.
-        label_smoothing: share of the target spread over all classes.
-        dropout_seed: decides the dropout of this update.
-
-    Raises:
-        NonFiniteLossError: before the update is made.
-    """
-    accelerator = engine.accelerator
-    device = accelerator.device
-    engine.begin_update(learning_rate)
-    total = torch.zeros((), device=device)
-    suspects: list[tuple[Tensor, Tensor]] = []
-    for place, host_batch in enumerate(micro_batches):
-        batch = host_batch.to(device)
-        torch.manual_seed(seed_of((*dropout_seed, place, accelerator.process_index)))
-        with engine.micro_batch(last=place == micro_batch_count - 1):
-            losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits, batch, label_smoothing)
-            engine.backward(losses.sum() / sample_count)
-        total += losses.detach().sum()
-        suspects.append((batch.indices, losses.detach()))
-    loss = float(accelerator.reduce(total, "sum")) / sample_count
-    if not math.isfinite(loss):
-        raise NonFiniteLossError("loss", [int(row) for rows, seen in suspects for row in rows[~seen.isfinite()]])
-    try:
-        grad_norm = engine.step(max_grad_norm)
-    except ArithmeticError as error:
-        raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows]) from error
-    return Update(loss, grad_norm, engine.was_skipped())
-
-
-def fit(job: Job, progress: Progress) -> None:
-    """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
-
-    Called on every process. Changes `progress` as it goes.
-
-    Raises:
-        TrainingStoppedError: the loss is not finite; the last good state has been saved.
-    """
-    settings, order, total = job.settings, job.order, job.schedule.total_steps
-    optimization, run = settings.optimization, settings.run
-    window = Window()
-    device = job.engine.accelerator.device
-    loader = train_loader(job.images, order, progress.step, total, settings.data, device)
-    stream = window.timed(batches(loader))
-    set_training(job.engine.model)
-    while progress.step < total and not _exhausted(progress, optimization.early_stopping_patience):
-        step = progress.step
-        micro_batch_count = order.micro_batches_in(step)
-        window.start_update()
-        try:
-            update = train_step(
-                job.engine,
-                islice(stream, micro_batch_count),
-                micro_batch_count=micro_batch_count,
-                sample_count=order.samples_in(step),
-                learning_rate=job.schedule.learning_rate(step),
-                max_grad_norm=optimization.max_grad_norm,
-                label_smoothing=settings.augmentation.label_smoothing_factor,
-                dropout_seed=(run.seed, step),
-            )
-        except NonFiniteLossError as error:
-            job.checkpointer.save(progress)
-            raise _stopped(job, step, error) from error
-        progress.train_seconds += window.end_update(order.samples_in(step), update)
-        progress.samples += order.samples_in(step)
-        progress.step += 1
-        progress.loss_sum += update.loss
-        progress.skipped_updates += update.skipped
-        job.tracker.advance(progress.step, window.loss_sum / window.updates, window.samples_per_second)
-
-        def due(every: Any) -> bool:
-            return is_due(every, progress.step, order.steps_per_epoch, total)
-
-        if progress.step % run.logging_steps == 0 or progress.step == total:
-            _log_training(job, progress, window)
-            window.reset()
-        best = False
-        if due(run.eval_steps):
-            best = _evaluate(job, progress)
-            set_training(job.engine.model)
-        if best or due(run.checkpointing_steps):
-            job.checkpointer.save(progress)
 
 
 class Window:
@@ -197,7 +59,7 @@ class Window:
 
     def reset(self) -> None:
         """Starts a new window."""
-        self.seconds = self.waited = self.loss_sum = self.grad_norm = 0.0
+        self.seconds = self.waited = self.grad_norm = 0.0
         self.samples = self.updates = 0
 
     @property
@@ -226,9 +88,116 @@ class Window:
         self.seconds += seconds
         self.samples += samples
         self.updates += 1
-        self.loss_sum += update.loss
         self.grad_norm = update.grad_norm
         return seconds
+
+
+def fit(job: Job, progress: Progress) -> None:
+    """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
+
+    Called on every process. Changes `progress` as it goes.
+
+    Raises:
+        TrainingStoppedError: the loss is not finite; the last good state has been saved.
+        PreemptedError: a stop was asked for; the state has been saved.
+    """
+    try:
+        with job.preemption.listening():
+            _fit(job, progress)
+    except StopRequested:
+        job.engine.accelerator.end_training()
+        raise PreemptedError(
+            f"after update {progress.step} of {job.schedule.total_steps}, which is saved. "
+            f"--resume_from_checkpoint auto goes on from there."
+        ) from None
+    finally:
+        job.tracker.flush()
+
+
+def _fit(job: Job, progress: Progress) -> None:
+    total, patience = job.schedule.total_steps, job.settings.optimization.early_stopping_patience
+    window = Window()
+    stream = window.timed(batches(_loader(job, progress.step)))
+    if progress.settled_step < progress.step:
+        _settle(job, progress)
+    set_training(job.engine.model)
+    while progress.step < total and not _exhausted(progress, patience):
+        _update(job, progress, window, stream)
+        if progress.step % job.settings.run.logging_steps == 0:
+            _log_training(job, progress, window)
+        if _check(job, progress):
+            _save(job, progress)
+            job.preemption.saved()
+        _settle(job, progress)
+    if window.updates:
+        _log_training(job, progress, window)
+
+
+def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
+    """Makes the next update."""
+    order, optimization, step = job.order, job.settings.optimization, progress.step
+    micro_batch_count = order.micro_batches_in(step)
+    window.start_update()
+    try:
+        update = train_step(
+            job.engine,
+            islice(stream, micro_batch_count),
+            micro_batch_count=micro_batch_count,
+            sample_count=order.samples_in(step),
+            learning_rate=job.schedule.learning_rate(step),
+            max_grad_norm=optimization.max_grad_norm,
+            label_smoothing=job.settings.augmentation.label_smoothing_factor,
+            dropout_seed=(job.settings.run.seed, step),
+        )
+    except NonFiniteLossError as error:
+        _save(job, progress)
+        raise _stopped(job, step, error) from error
+    progress.train_seconds += window.end_update(order.samples_in(step), update)
+    progress.samples += order.samples_in(step)
+    progress.step += 1
+    progress.loss_sum += update.loss
+    progress.skipped_updates += update.skipped
+    job.tracker.advance(progress.step, _mean_loss(progress), window.samples_per_second)
+
+
+def _settle(job: Job, progress: Progress) -> None:
+    """Evaluates and saves where that is due after an update."""
+    run = job.settings.run
+
+    def due(every: Any) -> bool:
+        return is_due(every, progress.step, job.order.steps_per_epoch, job.schedule.total_steps)
+
+    best = False
+    if due(run.eval_steps):
+        best = _evaluate(job, progress)
+        set_training(job.engine.model)
+    progress.settled_step = progress.step
+    if best or due(run.checkpointing_steps):
+        _save(job, progress)
+
+
+def _check(job: Job, progress: Progress) -> bool:
+    """Whether a checkpoint is asked for; where a stop is, saves and passes that on."""
+    try:
+        return job.preemption.check()
+    except StopRequested:
+        _save(job, progress)
+        raise
+
+
+def _save(job: Job, progress: Progress) -> None:
+    job.tracker.flush()
+    job.checkpointer.save(progress)
+
+
+def _loader(job: Job, first_step: int) -> DataLoader:
+    device = job.engine.accelerator.device
+    return train_loader(job.images, job.order, first_step, job.schedule.total_steps, job.settings.data, device)
+
+
+def _mean_loss(progress: Progress) -> float:
+    """Over the updates since the last log."""
+    return (progress.loss_sum - progress.logged_loss_sum) / (progress.step - progress.logged_step)
 
 
 def _exhausted(progress: Progress, patience: int | None) -> bool:
@@ -242,7 +211,7 @@ def _epoch(job: Job, step: int) -> float:
 def _log_training(job: Job, progress: Progress, window: Window) -> None:
     step = progress.step
     values = {
-        "train/loss": window.loss_sum / window.updates,
+        "train/loss": _mean_loss(progress),
         "train/learning_rate": job.schedule.learning_rate(step - 1),
         "train/grad_norm": window.grad_norm,
         "train/samples_per_second": window.samples_per_second,
@@ -253,11 +222,13 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
     job.tracker.scalars(step, _epoch(job, step), values)
     left = (job.schedule.total_steps - step) * window.seconds / window.updates
     job.tracker.progress_line(step, _epoch(job, step), values, left)
+    progress.logged_step, progress.logged_loss_sum = step, progress.loss_sum
+    window.reset()
 
 
 def _evaluate(job: Job, progress: Progress) -> bool:
     """Evaluates, logs and notes the result; True where it is the best so far."""
-    evaluation = job.evaluator()
+    evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
     job.tracker.scalars(

@@ -45,6 +45,11 @@ class Output:
         return self.root / "model"
 
     @property
+    def save_request(self) -> Path:
+        """Asks a run for a checkpoint by being there."""
+        return self.root / "SAVE"
+
+    @property
     def config(self) -> Path:
         """The settings as used, for `--config`."""
         return self.root / "config.yaml"

@@ -16,28 +16,34 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
+from lora_dist.preemption import end_with_launcher
+from lora_dist.preflight import Preflight
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = timedelta(minutes=10)
 PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate")
 
 
-def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerator:
+def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800) -> Accelerator:
     """Joins the other processes of this launch.
 
     Args:
         mixed_precision: `auto` follows the launch file, and else takes fp16 on a CUDA device and fp32 elsewhere.
+        ddp_timeout: seconds after which a process that waits for another gives up.
 
     Raises:
         UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
-            processes than were launched.
+            processes than were launched, or than arrive in time.
     """
+    end_with_launcher()
     on_cpu = not torch.accelerator.is_available()
     precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    timeout = timedelta(seconds=ddp_timeout)
+    preflight = Preflight(timeout)
+    preflight.arrive("started")
     # Named only where there is a group to join: a backend makes accelerate expect one.
-    group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=TIMEOUT)
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=timeout)
     accelerator = Accelerator(
         mixed_precision=precision,
         # `cpu` would quietly turn ZeRO into plain data parallel.
@@ -59,6 +65,8 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerato
         # takes it over. Whole image models fit a host's memory.
         unset_hf_deepspeed_config()
     set_up_logs(accelerator.is_main_process)
+    preflight.arrive("connected")
+    preflight.time_all_reduce(accelerator)
     if on_cpu:
         _hint_at_threads()
     return accelerator

@@ -30,6 +30,10 @@ class Progress:
         train_seconds: time spent in updates, evaluation and saving not counted.
         samples: samples trained on in that time.
         loss_sum: sum of the losses of all updates.
+        logged_step: update of the last log.
+        logged_loss_sum: `loss_sum` then.
+        settled_step: last update after which the evaluation that was due has been made; a run that was stopped before
+            it makes it when it goes on.
     """
 
     step: int = 0
@@ -40,6 +44,9 @@ class Progress:
     train_seconds: float = 0.0
     samples: int = 0
     loss_sum: float = 0.0
+    logged_step: int = 0
+    logged_loss_sum: float = 0.0
+    settled_step: int = 0
 
     def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
         """Takes a validation metric into account; True where it is the best so far."""

@@ -110,8 +110,13 @@ class Tracker:
             }
             self._board.add_hparams(hparams, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
 
+    def flush(self) -> None:
+        """Writes out what is buffered: what a checkpoint lies behind is not logged again."""
+        if self.enabled:
+            self._board.flush()
+
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Ends the progress bar and the files."""
         if self.enabled:
             self._bar.close()
             self._board.close()

@@ -36,6 +36,7 @@ def train(settings: Settings) -> None:
     from lora_dist.optimizer import make_optimizer
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
+    from lora_dist.preemption import Preemption
     from lora_dist.report import announce, show_inputs
     from lora_dist.runtime import launch
     from lora_dist.schedule import Schedule
@@ -44,7 +45,7 @@ def train(settings: Settings) -> None:
     from lora_dist.transforms import ImageTransforms
 
     optimization, run = settings.optimization, settings.run
-    accelerator = launch(optimization.mixed_precision)
+    accelerator = launch(optimization.mixed_precision, run.ddp_timeout)
     output = Output(Path(run.output_dir))
     resumed = find_resume(output, run.resume_from_checkpoint)
 
@@ -94,6 +95,7 @@ def train(settings: Settings) -> None:
             settings.data,
         ),
         checkpointer=checkpointer,
+        preemption=Preemption(accelerator, output.save_request),
         tracker=Tracker(
             output.root,
             enabled=accelerator.is_main_process,
@@ -122,7 +124,7 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
 
-    accelerator = launch(settings.optimization.mixed_precision)
+    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     find_resume(output, None)
     classifier = load_classifier(

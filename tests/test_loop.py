@@ -18,12 +18,12 @@ from lora_dist.config import AugmentationSettings, DataSettings, LoraSettings, M
 from lora_dist.data import load_data
 from lora_dist.engine import Engine, make_engine
 from lora_dist.loader import Batch, TrainImages
-from lora_dist.loop import NonFiniteLossError, Update, batch_loss, train_step
 from lora_dist.model import Base, load_base, make_trainable, set_training
 from lora_dist.optimizer import make_optimizer
 from lora_dist.order import Order
 from lora_dist.runtime import launch
 from lora_dist.schedule import Schedule
+from lora_dist.step import NonFiniteLossError, Update, batch_loss, train_step
 from lora_dist.transforms import ImageTransforms
 
 LABELS = ["a", "b", "c"]

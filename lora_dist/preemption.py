@@ -1,0 +1,124 @@
+"""Stopping and saving on request: signals to any process and the file `SAVE`, agreed upon by all processes."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+"""What asks for a stop. SIGUSR1 is NCCL's own."""
+
+SAME_REQUEST_SECONDS = 3.0
+"""Signals this close together are one request: a Ctrl-C arrives from the terminal and from the launcher as well."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequested(Exception):  # noqa: N818  (not an error)
+    """All processes have agreed to stop here."""
+
+
+class Preemption:
+    """Listens for requests from outside, and settles on every process alike what to do about them."""
+
+    def __init__(self, accelerator: Accelerator, save_file: Path) -> None:
+        """
+        Args:
+            accelerator: of the launch.
+            save_file: asks for a checkpoint by being there.
+        """
+        self._accelerator = accelerator
+        self._save_file = save_file
+        self._stop = threading.Event()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes signals as requests; a second one ends the process at once, even one that hangs."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # Python runs handlers only between instructions of the main thread, which may wait in a collective for ever.
+        # The numbers written to this file reach the thread even then.
+        wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        listener = threading.Thread(target=self._listen, args=(reading,), daemon=True)
+        listener.start()
+        try:
+            yield
+        except StopRequested:
+            # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
+            handlers = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            os.close(writing)
+            listener.join()
+            os.close(reading)
+
+    def check(self) -> bool:
+        """Settles what is asked for; called on every process at the same moment.
+
+        Returns:
+            Whether a checkpoint is asked for.
+
+        Raises:
+            StopRequested: on every process, if any of them was sent a signal.
+        """
+        asked = [self._stop.is_set(), self._accelerator.is_main_process and self._save_file.exists()]
+        if self._accelerator.num_processes > 1:
+            votes = torch.tensor(asked, dtype=torch.float32, device=self._accelerator.device)
+            asked = self._accelerator.reduce(votes, "sum").tolist()
+        stop, save = asked
+        if stop:
+            raise StopRequested
+        return bool(save)
+
+    def saved(self) -> None:
+        """Takes away the file that asked for a checkpoint."""
+        if self._accelerator.is_main_process:
+            self._save_file.unlink(missing_ok=True)
+
+    def _listen(self, reading: int) -> None:
+        first = 0.0
+        while numbers := os.read(reading, 1):
+            number = numbers[0]
+            if number not in SIGNALS:
+                continue
+            if not self._stop.is_set():
+                first = time.monotonic()
+                self._stop.set()
+                logger.warning("%s: saving and stopping after this update; a second one ends at once", _name(number))
+            elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+                print(f"a second signal, {_name(number)}: ending at once", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """For helper processes: those who signal a whole group mean the training, which has work for its helpers yet."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send SIGTERM to this process when its launcher dies, if there is one.
+
+    The launcher of a single process passes no signals on: sent SIGTERM, it would leave the training behind, running.
+    """
+    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
