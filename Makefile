@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo test quality clean
+.PHONY: demo test quality engine-costs clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -16,6 +16,14 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# Needs Linux and root, for a loopback interface of its own.
+engine-costs: .venv/installed-dev
+	rm -f tests/benchmarks/results/engine_costs.csv
+	for model in vit_b vit_l; do for engine in ddp zero1 zero2 zero3 fsdp2; do \
+		OMP_NUM_THREADS=1 unshare -n sh -c "ip link set lo up; $(BIN)/accelerate launch --main_process_port 0 \
+			--config_file accelerate_configs/$${engine}_cpu.yaml tests/benchmarks/engine_costs.py $$model" || exit 1; \
+	done; done
 
 quality: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -16,7 +16,9 @@ def set_up_logs(is_main: bool) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # DeepSpeed calls what torch is about to rename.
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.accelerator.is_available():
         # Or deepspeed, where it is installed, prints that there is none whenever a library looks for it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -123,7 +123,7 @@ def _fit(job: Job, progress: Progress) -> None:
     set_training(job.engine.model)
     while progress.step < total and not _exhausted(progress, patience):
         _update(job, progress, window, stream)
-        if progress.step % job.settings.run.logging_steps == 0:
+        if progress.step % job.settings.run.logging_steps == 0 or progress.step == total:
             _log_training(job, progress, window)
         if _check(job, progress):
             _save(job, progress)

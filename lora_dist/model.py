@@ -227,6 +227,11 @@ def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
             target.copy_(trained[name])
 
 
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy on the host, in fp32 where it is a floating-point tensor."""
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True).contiguous()
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all parameters; a head counts once, although PEFT keeps its first state as well."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

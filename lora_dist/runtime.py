@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
@@ -47,7 +52,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     accelerator = Accelerator(
         mixed_precision=precision,
         # `cpu` would quietly turn ZeRO into plain data parallel.
-        cpu=on_cpu and engine_launched() == "NO",
+        cpu=on_cpu and engine_launched() != "DEEPSPEED",
         kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != launched:
@@ -55,10 +60,19 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
             f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; "
             f"see accelerate_configs/ for launch files that work"
         )
+    if on_cpu and engine_launched() == "FSDP":
+        # accelerate shards on GPUs alone, but torch anywhere; what follows is the same.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if engine_launched() not in ("NO", accelerator.distributed_type.value):
         raise UserError(
             f"the launch file asks for {engine_launched()} but {accelerator.distributed_type.value} is running; "
             f"see accelerate_configs/ for launch files that work"
+        )
+    if accelerator.mixed_precision != precision:
+        raise UserError(
+            f"mixed precision is to be {precision}, but {accelerator.mixed_precision} is running; if a DeepSpeed "
+            f"configuration file sets fp16 or bf16, leave that to --mixed_precision"
         )
     if engine_launched() == "DEEPSPEED":
         # Or from_pretrained shards the model as it loads it, and leaves nothing to read, probe or adapt before ZeRO

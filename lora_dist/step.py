@@ -83,7 +83,7 @@ def train_step(
         batch = host_batch.to(device)
         torch.manual_seed(seed_of((*dropout_seed, place, accelerator.process_index)))
         with engine.micro_batch(last=place == micro_batch_count - 1):
-            losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits, batch, label_smoothing)
+            losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits.float(), batch, label_smoothing)
             engine.backward(losses.sum() / sample_count)
         total += losses.detach().sum()
         suspects.append((batch.indices, losses.detach()))

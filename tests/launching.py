@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 240
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def environment(**extra: str) -> dict[str, str]:

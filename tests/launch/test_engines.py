@@ -1,11 +1,14 @@
-"""DDP and DeepSpeed ZeRO-1, 2 and 3 on two real processes: one loss, one adapter, one kind of checkpoint."""
+"""DDP, DeepSpeed ZeRO-1, 2 and 3, and FSDP2 on two real processes: one loss, one adapter, one kind of checkpoint."""
 
+import itertools
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launching import lines_of, results_of, train
+from accelerate.commands.config.config_args import load_config_from_file
+from launching import ROOT, TIMEOUT, command, environment, free_port, lines_of, results_of, train
 from safetensors.torch import load_file
 
 LAUNCH_FILES = {
@@ -14,14 +17,18 @@ LAUNCH_FILES = {
     "zero1": "zero1_cpu.yaml",
     "zero2": "zero2_cpu.yaml",
     "zero3": "zero3_cpu.yaml",
+    "fsdp2": "fsdp2_cpu.yaml",
 }
+RUNNING = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+DISTRIBUTED = tuple(engine for engine in LAUNCH_FILES if engine != "single")
 ELASTIC = ("single", "ddp", "zero2", "zero3")
+PAIRS = [*itertools.product(ELASTIC, ELASTIC), ("single", "fsdp2"), ("fsdp2", "single"), ("fsdp2", "fsdp2")]
 STEPS, MIDDLE = 8, 3
 
 
 def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *more: object) -> Path:
     """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine."""
-    if engine != "single":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     batch = 8 // accumulation // (1 if engine == "single" else 2)
     train(
@@ -53,18 +60,18 @@ def _last_weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("accumulation", [4, 1])
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engine: str, accumulation: int) -> None:
     reference, out = runs["single", 4], runs[engine, accumulation]
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         assert _losses(out, name) == pytest.approx(_losses(reference, name), rel=1e-5, abs=1e-5), name
     assert len(_losses(out)) == STEPS
-    assert results_of(out)["distributed_type"] == ("MULTI_CPU" if engine == "ddp" else "DEEPSPEED")
+    assert results_of(out)["distributed_type"] == RUNNING[engine]
     for name, tensor in _last_weights(reference).items():
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_adapters_are_complete_and_of_one_format(runs: dict[tuple[str, int], Path], engine: str) -> None:
     expected = load_file(runs["single", 4] / "adapter" / "adapter_model.safetensors")
     found = load_file(runs[engine, 4] / "adapter" / "adapter_model.safetensors")
@@ -76,8 +83,15 @@ def test_adapters_are_complete_and_of_one_format(runs: dict[tuple[str, int], Pat
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("target", ELASTIC)
-@pytest.mark.parametrize("source", ELASTIC)
+@pytest.mark.parametrize("engine", DISTRIBUTED)
+def test_checkpoints_are_of_one_size(runs: dict[tuple[str, int], Path], engine: str) -> None:
+    checkpoint = f"checkpoints/step-{STEPS:08d}"
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        sizes = {(runs[key, 4] / checkpoint / name).stat().st_size for key in ("single", engine)}
+        assert len(sizes) == 1, name
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_checkpoint_goes_on_under_any_engine(
     runs: dict[tuple[str, int], Path], source: str, target: str, vit: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -105,3 +119,42 @@ def test_a_deepspeed_file_that_contradicts_the_settings_is_an_error_naming_both(
         launch_file=str(file), code=None,
     )  # fmt: skip
     assert "gradient_clipping: 0.5, but --max_grad_norm makes it 1.0" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["ddp_bf16", "fsdp2", "zero1", "zero3_offload"])
+def test_launch_files_for_gpus_train_on_two_cpu_processes(name: str, vit: Path, photos: Path, tmp_path: Path) -> None:
+    """All but precision and the number of processes as it stands in the file."""
+    out = _launch(name, 0, vit, photos, tmp_path)
+    assert out.wait(TIMEOUT) == 0
+    assert results_of(tmp_path / "run")["num_processes"] == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_two_nodes_join_one_run(vit: Path, photos: Path, tmp_path: Path) -> None:
+    port = free_port()
+    nodes = [_launch("multi_node", port, vit, photos, tmp_path, "--machine_rank", str(rank)) for rank in (1, 0)]
+    assert [node.wait(TIMEOUT) for node in nodes] == [0, 0]
+    assert results_of(tmp_path / "run")["num_processes"] == 2
+
+
+def _launch(name: str, port: int, vit: Path, photos: Path, root: Path, *more: str) -> subprocess.Popen[bytes]:
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    arguments = [
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--output_dir", root / "run", "--per_device_train_batch_size", 2, "--max_train_steps", 2,
+    ]  # fmt: skip
+    words = command("lora_dist.train", arguments, f"{name}.yaml")
+    here = words.index("-m", words.index("--config_file"))
+    address = ("--main_process_ip", "127.0.0.1", "--main_process_port", str(port))
+    words[here:here] = ["--num_processes", "2", "--mixed_precision", "no", *address, *more]
+    return subprocess.Popen(words, env=environment())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_files_open_with_what_they_are_for(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    comment = text[: text.index("compute_environment")]
+    assert f"accelerate launch --config_file accelerate_configs/{file.name}" in comment
+    assert "Choose it" in comment
+    assert load_config_from_file(str(file)).num_processes >= 1
