@@ -15,6 +15,14 @@ from lora_dist.model import host_copy, trained_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+DEFAULTS = {
+    "reduce_bucket_size": 10_000_000,
+    "stage3_max_live_parameters": 100_000_000,
+    "stage3_max_reuse_distance": 100_000_000,
+}
+"""Numbers of elements, where the DeepSpeed configuration leaves them open. DeepSpeed's own are for language models: a
+bucket of 2 GB for gradients of 3 MB, and a billion weights that may stay whole, more than most image models have."""
+
 
 class ZeroEngine:
     """DeepSpeed ZeRO-1, 2 and 3, with or without offloading."""
@@ -180,4 +188,8 @@ def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings
     if problems:
         raise UserError("\n  ".join(["the DeepSpeed configuration contradicts the settings:", *problems]))
     config.update(wanted)
+    zero = config["zero_optimization"]
+    for name, value in DEFAULTS.items():
+        if zero.get(name, "auto") == "auto":
+            zero[name] = value
     accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
