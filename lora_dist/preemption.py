@@ -63,9 +63,11 @@ class Preemption:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
-            os.close(writing)
+            # Not by closing it: workers that were forked from here keep it open.
+            os.write(writing, bytes([0]))
             listener.join()
             os.close(reading)
+            os.close(writing)
 
     def check(self) -> bool:
         """Settles what is asked for; called on every process at the same moment.
@@ -92,8 +94,7 @@ class Preemption:
 
     def _listen(self, reading: int) -> None:
         first = 0.0
-        while numbers := os.read(reading, 1):
-            number = numbers[0]
+        while number := os.read(reading, 1)[0]:
             if number not in SIGNALS:
                 continue
             if not self._stop.is_set():

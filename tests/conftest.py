@@ -1,9 +1,15 @@
 """Models and folders that many tests share."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny import ARCHITECTURES, make_folder, make_model
+
+from lora_dist.preemption import SIGNALS
+
+pytest.register_assert_rewrite("launching")
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of each supported architecture in turn, on disk; the directory has the architecture's name."""
     return make_model(tmp_path_factory.mktemp("architectures") / request.param, request.param)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back what signals do, for tests that stop a run: it leaves them ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
