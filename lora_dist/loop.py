@@ -20,7 +20,7 @@ from lora_dist.preemption import Preemption, StopRequested
 from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
 from lora_dist.state import Checkpointer, Progress
-from lora_dist.step import NonFiniteLossError, Update, train_step
+from lora_dist.step import NonFiniteLossError, train_step
 from lora_dist.tracking import Tracker, peak_memory_mb
 
 
@@ -59,7 +59,7 @@ class Window:
 
     def reset(self) -> None:
         """Starts a new window."""
-        self.seconds = self.waited = self.grad_norm = 0.0
+        self.seconds = self.waited = 0.0
         self.samples = self.updates = 0
 
     @property
@@ -82,13 +82,12 @@ class Window:
         """Called before an update."""
         self._started = time.perf_counter()
 
-    def end_update(self, samples: int, update: Update) -> float:
+    def end_update(self, samples: int) -> float:
         """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         self.samples += samples
         self.updates += 1
-        self.grad_norm = update.grad_norm
         return seconds
 
 
@@ -115,22 +114,19 @@ def fit(job: Job, progress: Progress) -> None:
 
 
 def _fit(job: Job, progress: Progress) -> None:
-    total, patience = job.schedule.total_steps, job.settings.optimization.early_stopping_patience
     window = Window()
     stream = window.timed(batches(_loader(job, progress.step)))
     if progress.settled_step < progress.step:
-        _settle(job, progress)
+        _settle(job, progress, window, save=True)
     set_training(job.engine.model)
-    while progress.step < total and not _exhausted(progress, patience):
+    while not _is_over(job, progress):
         _update(job, progress, window, stream)
-        if progress.step % job.settings.run.logging_steps == 0 or progress.step == total:
+        if progress.step % job.settings.run.logging_steps == 0:
             _log_training(job, progress, window)
-        if _check(job, progress):
-            _save(job, progress)
+        asked = _check(job, progress)
+        _settle(job, progress, window, save=asked)
+        if asked:
             job.preemption.saved()
-        _settle(job, progress)
-    if window.updates:
-        _log_training(job, progress, window)
 
 
 def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
@@ -152,16 +148,20 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
     except NonFiniteLossError as error:
         _save(job, progress)
         raise _stopped(job, step, error) from error
-    progress.train_seconds += window.end_update(order.samples_in(step), update)
+    progress.train_seconds += window.end_update(order.samples_in(step))
     progress.samples += order.samples_in(step)
     progress.step += 1
     progress.loss_sum += update.loss
+    progress.grad_norm = update.grad_norm
     progress.skipped_updates += update.skipped
     job.tracker.advance(progress.step, _mean_loss(progress), window.samples_per_second)
 
 
-def _settle(job: Job, progress: Progress) -> None:
-    """Evaluates and saves where that is due after an update."""
+def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
+    """Evaluates and saves where that is due after an update; saves as well if told so.
+
+    A checkpoint holds what has been logged of its update, so that what goes on from it logs nothing twice.
+    """
     run = job.settings.run
 
     def due(every: Any) -> bool:
@@ -171,8 +171,10 @@ def _settle(job: Job, progress: Progress) -> None:
     if due(run.eval_steps):
         best = _evaluate(job, progress)
         set_training(job.engine.model)
+    if _is_over(job, progress) and progress.logged_step < progress.step:
+        _log_training(job, progress, window)
     progress.settled_step = progress.step
-    if best or due(run.checkpointing_steps):
+    if save or best or due(run.checkpointing_steps):
         _save(job, progress)
 
 
@@ -200,8 +202,10 @@ def _mean_loss(progress: Progress) -> float:
     return (progress.loss_sum - progress.logged_loss_sum) / (progress.step - progress.logged_step)
 
 
-def _exhausted(progress: Progress, patience: int | None) -> bool:
-    return patience is not None and progress.stale_evaluations >= patience
+def _is_over(job: Job, progress: Progress) -> bool:
+    patience = job.settings.optimization.early_stopping_patience
+    exhausted = patience is not None and progress.stale_evaluations >= patience
+    return exhausted or progress.step >= job.schedule.total_steps
 
 
 def _epoch(job: Job, step: int) -> float:
@@ -213,14 +217,14 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
     values = {
         "train/loss": _mean_loss(progress),
         "train/learning_rate": job.schedule.learning_rate(step - 1),
-        "train/grad_norm": window.grad_norm,
+        "train/grad_norm": progress.grad_norm,
         "train/samples_per_second": window.samples_per_second,
         "train/data_wait": min(1.0, window.waited / max(window.seconds, 1e-9)),
         "train/peak_memory_mb": peak_memory_mb(job.engine.accelerator.device),
         "train/skipped_updates": float(progress.skipped_updates),
     }
     job.tracker.scalars(step, _epoch(job, step), values)
-    left = (job.schedule.total_steps - step) * window.seconds / window.updates
+    left = (job.schedule.total_steps - step) * window.seconds / max(1, window.updates)
     job.tracker.progress_line(step, _epoch(job, step), values, left)
     progress.logged_step, progress.logged_loss_sum = step, progress.loss_sum
     window.reset()

@@ -29,6 +29,7 @@ class Progress:
         skipped_updates: updates that fp16 loss scaling left out.
         train_seconds: time spent in updates, evaluation and saving not counted.
         samples: samples trained on in that time.
+        grad_norm: of the last update, before clipping.
         loss_sum: sum of the losses of all updates.
         logged_step: update of the last log.
         logged_loss_sum: `loss_sum` then.
@@ -43,6 +44,7 @@ class Progress:
     skipped_updates: int = 0
     train_seconds: float = 0.0
     samples: int = 0
+    grad_norm: float = 0.0
     loss_sum: float = 0.0
     logged_step: int = 0
     logged_loss_sum: float = 0.0

@@ -1,16 +1,23 @@
-"""A run stops where it should, hands over its best, and does so with every way of tuning."""
+"""A run stops where it should or is told to, hands over its best, and does so with every way of tuning."""
 
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from launching import lines_of, results_of
+from launching import assert_same_run, lines_of, results_of, saved_in
 from torch import nn
 
 from lora_dist import train
 from lora_dist.bundle import load_classifier
 from lora_dist.config import DataSettings
 from lora_dist.data import load_data
+from lora_dist.loader import EvaluationImages
+from lora_dist.tracking import Tracker
 from lora_dist.transforms import ImageTransforms
 
 
@@ -56,6 +63,107 @@ def test_what_is_handed_over_is_the_best_and_not_the_last(vit: Path, photos: Pat
     assert best != 9, "the last update happened to be the best, which proves nothing"
     assert results["best_step"] == best
     assert results["eval_loss"] == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_the_last_loss_is_that_of_the_updates_since_the_last_log(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """Where the run ends early as well: here after update 3, in the window from 3 to 4."""
+    losses = {}
+    for every in (1, 2, 4):
+        more = ("--early_stopping_patience", 2, "--learning_rate", 1e-30, "--logging_steps", every)
+        out = _run(vit, photos, tmp_path / str(every), *more)
+        assert results_of(out)["step"] == 3
+        losses[every] = {line["step"]: line["train/loss"] for line in lines_of(out) if "train/loss" in line}
+    one, two, three = losses[1].values()
+    assert losses[2] == pytest.approx({2: (one + two) / 2, 3: three})
+    assert losses[4] == pytest.approx({3: (one + two + three) / 3})
+
+
+def _sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)  # until it has been read
+
+
+def _die() -> None:
+    raise KeyboardInterrupt
+
+
+def _after(
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, acts: dict[int, Callable[[], None]], run: tuple[Any, ...]
+) -> int | None:
+    """A run that is interrupted: what happens after which call of a method. Returns its exit code."""
+    original, calls = getattr(owner, method), 0
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        result = original(self, *arguments)
+        calls += 1
+        if calls in acts:
+            acts[calls]()
+        return result
+
+    monkeypatch.setattr(owner, method, watched)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        _run(*run)
+    monkeypatch.undo()
+    return getattr(end.value, "code", None)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("step", "logged"), [(3, 0), (4, 4), (6, 4), (9, 8)])
+def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not_been(
+    step: int, logged: int, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two logs, at one, in an epoch and at its end; and after the last update, which is logged nevertheless."""
+    more = ("--logging_steps", 4, "--eval_steps", 3, "--checkpointing_steps", "no")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(vit, photos, whole, *more)
+    code = _after(monkeypatch, Tracker, "advance", {step: _sigterm}, (vit, photos, broken, *more))
+    assert code == 75
+    assert (saved_in(broken)["step"], saved_in(broken)["logged_step"]) == (step, logged)
+    _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
+    assert_same_run(broken, whole)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_evaluation_that_was_left_is_made_first(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it ends the run: the third one, in whose fifth image the signal comes, is as good as the first."""
+    more = (
+        "--logging_steps", 4, "--early_stopping_patience", 2, "--learning_rate", 1e-30,
+        "--per_device_eval_batch_size", 1,
+    )  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(vit, photos, whole, *more)
+    _after(monkeypatch, EvaluationImages, "__getitems__", {2 * 9 + 5: _sigterm}, (vit, photos, broken, *more))
+    saved = saved_in(broken)
+    assert (saved["step"], saved["settled_step"], saved["stale_evaluations"]) == (3, 2, 1)
+    _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
+    assert results_of(broken)["step"] == 3
+    assert_same_run(broken, whole)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_evaluation_is_logged_twice(
+    asked: bool, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that dies in update 5, after the checkpoint of update 4 and the evaluation that was due there."""
+    more = (
+        "--eval_steps", 2, "--checkpointing_steps", "no", "--learning_rate", 1e-30, "--per_device_eval_batch_size", 1,
+    )  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(vit, photos, whole, *more)
+    run = (vit, photos, broken, *more)
+    if asked:
+        _after(monkeypatch, Tracker, "advance", {4: (broken / "SAVE").touch, 5: _die}, run)
+    else:
+        _after(monkeypatch, EvaluationImages, "__getitems__", {9 + 5: _sigterm}, run)
+        run = (*run, "--resume_from_checkpoint", "auto")
+        _after(monkeypatch, Tracker, "advance", {1: _die}, run)
+    assert saved_in(broken)["step"] == saved_in(broken)["settled_step"] == 4
+    _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
+    assert_same_run(broken, whole)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,12 @@
 """The training command through real launchers: what it writes, on one process and on two, and how it goes on."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from launching import command, environment, lines_of, results_of, train
+from launching import adapter_of, assert_same_run, lines_of, results_of, scalars_of, started, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,16 +23,6 @@ def _arguments(vit: Path, photos: Path, out: Path, *more: object) -> list[object
         "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
         "--output_dir", out, *FAST, *more,
     ]  # fmt: skip
-
-
-def _adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def _scalars(out: Path, tag: str) -> list[tuple[int, float]]:
-    reader = EventAccumulator(str(out / "tensorboard"))
-    reader.Reload()
-    return [(event.step, event.value) for event in reader.Scalars(tag)]
 
 
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3)
@@ -82,7 +67,7 @@ def test_the_curves_are_in_tensorboard_and_in_the_json_lines(single: Path) -> No
     assert "_hparams_/session_start_info" in reader.summary_metadata or "hparam/accuracy" in tags["scalars"]
     lines = [line for line in lines_of(single) if "train/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
-    assert _scalars(single, "train/loss") == [
+    assert scalars_of(single, "train/loss") == [
         (line["step"], pytest.approx(line["train/loss"], rel=1e-5)) for line in lines
     ]
 
@@ -128,11 +113,11 @@ def test_two_processes_train_as_one_does(single: Path, vit: Path, photos: Path, 
     train(*_arguments(vit, photos, out, *batch), launch_file="ddp_cpu.yaml")
     assert results_of(out)["num_processes"] == 2
     for tag in ("train/loss", "eval/loss", "eval/accuracy"):
-        assert [value for _, value in _scalars(out, tag)] == pytest.approx(
-            [value for _, value in _scalars(single, tag)], abs=1e-5
+        assert [value for _, value in scalars_of(out, tag)] == pytest.approx(
+            [value for _, value in scalars_of(single, tag)], abs=1e-5
         )
-    expected = _adapter(single)
-    for name, tensor in _adapter(out).items():
+    expected = adapter_of(single)
+    for name, tensor in adapter_of(out).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
@@ -157,31 +142,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(vit: Path, photos: Path, tmp_path
     more = (*BATCH, "--lora_dropout", 0.1, "--augmentation", "randaugment", "--checkpointing_steps", 2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*_arguments(vit, photos, whole, *more))
-    process = subprocess.Popen(
-        command("lora_dist.train", _arguments(vit, photos, broken, *more)),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _wait_for(lambda: sorted((broken / "checkpoints").glob("step-*")), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(tmp_path / "log", *_arguments(vit, photos, broken, *more)) as launch:
+        launch.wait_for(lambda: sorted((broken / "checkpoints").glob("step-*")))
+        launch.process.kill()
+        launch.wait()
     assert not (broken / "all_results.json").exists()
     resumed = train(*_arguments(vit, photos, broken, *more), "--resume_from_checkpoint", "auto")
     assert "resuming from" in resumed.stderr
-    expected = _adapter(whole)
-    for name, tensor in _adapter(broken).items():
-        assert torch.equal(tensor, expected[name]), name
-    assert _scalars(broken, "train/loss") == _scalars(whole, "train/loss")
-    assert [line["step"] for line in lines_of(broken)] == [line["step"] for line in lines_of(whole)]
-
-
-def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    assert_same_run(broken, whole)
 
 
 def test_an_output_dir_in_use_and_a_resume_of_another_run_are_refused(single: Path, vit: Path, photos: Path) -> None:
@@ -206,8 +174,8 @@ def test_evaluation_of_a_given_adapter(single: Path, photos: Path, tmp_path: Pat
 
 def test_settings_saved_with_a_run_repeat_it(single: Path, tmp_path: Path) -> None:
     train("--config", single / "config.yaml", "--output_dir", tmp_path / "run")
-    expected = _adapter(single)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _adapter(tmp_path / "run").items())
+    expected = adapter_of(single)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_of(tmp_path / "run").items())
 
 
 def test_half_precision_without_a_gpu_is_refused(vit: Path, photos: Path, tmp_path: Path) -> None:
