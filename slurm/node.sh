@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs the training on one node of train.sbatch: stages the data, starts the node's processes, tells how they ended.
+set -euo pipefail
+
+# Launchers would die of these signals, or leave the training behind. Ignored here, they are ignored by all that this
+# shell starts; the training sets its own handlers.
+trap '' USR2 TERM INT
+
+# Any GPU can do fp16; without one there is gloo.
+launch_file=$PROJECT_DIR/accelerate_configs/ddp_cpu.yaml
+if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+  launch_file=$PROJECT_DIR/accelerate_configs/ddp_fp16.yaml
+fi
+processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+threads=$((${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} / processes))
+
+NODE_DIR=$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/lora_dist-$SLURM_JOB_ID-XXXXXX")
+export NODE_DIR
+trap 'rm -rf "$NODE_DIR"' EXIT
+
+arguments=("$@")
+if [ -n "${STAGE_DIR:-}" ]; then
+  source_dir=${STAGE_DIR%/}
+  copy=$NODE_DIR/$(basename "$source_dir")
+  echo "$SLURMD_NODENAME: copying $source_dir to $copy"
+  cp -RL "$source_dir" "$copy"
+  arguments=()
+  for argument in "$@"; do
+    case $argument in
+      "$source_dir" | "$source_dir"/*) argument=$copy${argument#"$source_dir"} ;;
+      --*="$source_dir" | --*="$source_dir"/*) argument=${argument%%=*}=$copy${argument#*="$source_dir"} ;;
+    esac
+    arguments+=("$argument")
+  done
+fi
+
+# deepspeed_multinode_launcher: DeepSpeed's own launcher would start the other nodes by ssh. Others ignore it.
+code=0
+accelerate launch \
+  --config_file "${LAUNCH_FILE:-$launch_file}" \
+  --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes $((SLURM_NNODES * processes)) \
+  --main_process_ip "$MAIN_ADDRESS" --main_process_port "$MAIN_PORT" --deepspeed_multinode_launcher standard \
+  --num_cpu_threads_per_process $((threads > 0 ? threads : 1)) \
+  --no_python bash "$PROJECT_DIR/slurm/rank.sh" "${arguments[@]}" || code=$?
+
+# accelerate makes every failure a 1.
+if [ "$code" != 0 ] && [ -e "$NODE_DIR/stopped" ]; then
+  code=75
+fi
+exit "$code"

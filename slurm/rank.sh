@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs one process of the training: its log in a file of its own, rank 0's in the job's log as well.
+set -uo pipefail
+
+# This shell and tee outlive the signals that stop the training. (torchrun takes back what node.sh ignores.)
+trap '' USR2 TERM INT
+
+rank=${RANK:-0}
+log=$LOG_DIR/rank-$rank.log
+echo "== job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, rank $rank on $SLURMD_NODENAME" >>"$log"
+if [ "$rank" = 0 ]; then
+  python -m lora_dist.train "$@" 2>&1 | tee -a "$log"
+else
+  python -m lora_dist.train "$@" >>"$log" 2>&1
+fi
+code=${PIPESTATUS[0]}
+echo "== exit code $code" >>"$log"
+
+# For node.sh, which does not get to see the code.
+if [ "$code" = 75 ]; then
+  touch "$NODE_DIR/stopped"
+fi
+exit "$code"

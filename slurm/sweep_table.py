@@ -1,0 +1,59 @@
+"""Gathers a sweep: `python slurm/sweep_table.py GRID_FILE OUTPUT_DIR` prints a table and writes it to table.csv."""
+
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+
+METRICS = ("eval_accuracy", "eval_macro_f1", "eval_loss", "best_step", "train_runtime")
+
+
+def grid_of(path: Path) -> list[dict[str, str]]:
+    """The flags of each run, as sweep.sbatch counts them: blank lines and comments are none."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_flags(shlex.split(line)) for line in lines if line and not line.startswith("#")]
+
+
+def _flags(words: list[str]) -> dict[str, str]:
+    flags: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            flags[name] = value
+        else:
+            flags[name] = f"{flags[name]} {word}".strip()
+    # A flag alone switches something on.
+    return {name: value or "true" for name, value in flags.items()}
+
+
+def rows_of(grid: list[dict[str, str]], output_dir: Path) -> list[list[str]]:
+    """The heading, and a row a run; the results of one that has not finished are blank."""
+    names = list(dict.fromkeys(name for flags in grid for name in flags))
+    rows = [["run", *names, *METRICS]]
+    for number, flags in enumerate(grid, start=1):
+        results = output_dir / str(number) / "all_results.json"
+        values = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        rows.append(
+            [str(number), *(flags.get(name, "") for name in names), *(_shown(values.get(name)) for name in METRICS)]
+        )
+    return rows
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def main(grid_file: str, output_dir: str) -> None:
+    """Prints the table as Markdown and writes it as CSV."""
+    rows = rows_of(grid_of(Path(grid_file)), Path(output_dir))
+    with (Path(output_dir) / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    print("\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python slurm/sweep_table.py GRID_FILE OUTPUT_DIR")
+    main(sys.argv[1], sys.argv[2])
