@@ -1,0 +1,198 @@
+"""The scripts of slurm/ on a real cluster of two nodes."""
+
+import csv
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, why_not
+from launching import ROOT, command, environment, lines_of, results_of
+from safetensors.torch import load_file
+from tiny import make_folder
+
+SCRIPTS = ROOT / "slurm"
+START_UP = 180
+"""Seconds that a job may take to start training."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A running cluster."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    # Not pytest's directory: the path of a socket is at most 107 characters long.
+    directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = Cluster(directory)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where jobs are submitted: slurm/ is not there, and the path has what careless scripts trip over."""
+    place = tmp_path / "it's a place"
+    place.mkdir()
+    return place
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """The scratch disk of the nodes, with a short path: worker processes put sockets there."""
+    with tempfile.TemporaryDirectory(prefix="scratch-") as directory:
+        yield Path(directory)
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    """What a user's shell has: this Python first, this checkout, and no network."""
+    here = environment(PYTHONPATH=str(ROOT), **extra)
+    return here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"}
+
+
+def _log(job: str, place: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in place.glob(f"*-{job}.out"))
+
+
+@pytest.mark.timeout(900)
+def test_a_job_on_two_nodes_goes_on_after_a_time_limit_and_preemption(
+    cluster: Cluster, vit: Path, place: Path, scratch: Path
+) -> None:
+    """Requeued at its time limit and again when preempted, one run of two nodes ends with the bits of a run left alone.
+
+    The data is staged; a job that depends on this one waits for its real end.
+    """
+    photos = place / "photos"
+    make_folder(photos / "train", per_class=40, size=(400, 320))
+    make_folder(photos / "validation", per_class=3, first=100)
+    arguments: list[object] = [
+        "--model_name_or_path", vit, "--train_dir", photos / "train", f"--validation_dir={photos / 'validation'}",
+        "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--max_train_steps", 400,
+        "--logging_steps", 5, "--eval_steps", "no", "--checkpointing_steps", "no", "--dataloader_num_workers", 1,
+    ]  # fmt: skip
+    whole, broken = place / "whole", place / "broken"
+    reference = subprocess.Popen(
+        command("lora_dist.train", [*arguments, "--output_dir", whole], "ddp_cpu.yaml"),
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        job = cluster.submit(
+            "--nodes=2", "--time=10", "--signal=B:USR2@120", SCRIPTS / "train.sbatch", *arguments, "--output_dir",
+            "broken", cwd=place,
+            **_environment(PROJECT_DIR=str(ROOT), TMPDIR=str(scratch), STAGE_DIR=str(photos)),
+        )  # fmt: skip
+        after = cluster.submit(f"--dependency=afterok:{job}", "--wrap", "touch after", cwd=place)
+        cluster.wait_for(lambda: "step 10/" in _log(job, place), lambda: _log(job, place), START_UP)
+
+        # How long a start takes is not known beforehand, so the limit is moved to where the job is now. Slurm looks at
+        # limits twice a minute.
+        hours, minutes, _ = map(int, cluster.field(job, "RunTime").split(":"))
+        cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+        cluster.wait_for(lambda: cluster.field(job, "Restarts") == "1", lambda: _log(job, place), 120)
+        cluster.wait_for(lambda: cluster.field(job, "JobState") == "PENDING", lambda: _log(job, place), 60)
+        assert cluster.field(after, "Reason") == "Dependency"
+        assert not (broken / "all_results.json").exists()
+        cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+
+        cluster.wait_for(
+            lambda: "step " in _log(job, place).partition("start 1 ")[2], lambda: _log(job, place), START_UP
+        )
+        cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap", "true", cwd=place)
+        cluster.wait_for(lambda: cluster.field(job, "Restarts") == "2", lambda: _log(job, place), 60)
+        cluster.wait_for(
+            lambda: cluster.field(job, "JobState") == "COMPLETED", lambda: _log(job, place), START_UP + 120
+        )
+        cluster.wait_for(lambda: (place / "after").exists(), "the dependent job", 30)
+        assert reference.wait(120) == 0
+    finally:
+        reference.kill()
+
+    log = _log(job, place)
+    assert log.count("saved and requeued") == 2
+    assert log.count("resuming from broken/checkpoints/step-") == 2
+    assert log.count("SIGUSR2: saving and stopping") == log.count("SIGTERM: saving and stopping") == 1
+    assert results_of(broken)["num_processes"] == 2
+    for rank, node in enumerate(("n1", "n2")):
+        text = (place / "slurm_logs" / job / f"rank-{rank}.log").read_text(encoding="utf-8")
+        assert [line for line in text.splitlines() if line.startswith("==")] == [
+            line
+            for start, code in enumerate((75, 75, 0))
+            for line in (f"== job {job}, start {start}, rank {rank} on {node}", f"== exit code {code}")
+        ]
+    assert "400 updates" in (place / "slurm_logs" / job / "rank-0.log").read_text(encoding="utf-8")
+    assert str(scratch) in (broken / "config.yaml").read_text(encoding="utf-8")
+    assert list(scratch.glob("lora_dist-*")) == []
+
+    expected = load_file(whole / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(broken / "adapter" / "adapter_model.safetensors")
+    assert adapter.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())
+    losses = [[line["train/loss"] for line in lines_of(out) if "train/loss" in line] for out in (whole, broken)]
+    assert losses[0] == losses[1]
+
+
+def test_a_sweep_ends_in_one_table(cluster: Cluster, vit: Path, photos: Path, place: Path) -> None:
+    """Two runs that finish, and one that cannot: it fails, is not requeued, and leaves its row blank."""
+    (place / "my grid.txt").write_text(
+        "# rate and rank\n--learning_rate 1e-3 --lora_r 4\n\n--learning_rate=5e-3 --lora_r '8'\n--learning_rate fast\n"
+    )
+    sweep = cluster.submit(
+        "--array=1-3", "--time=10", SCRIPTS / "sweep.sbatch", "my grid.txt", "runs/my sweep",
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--max_train_steps", 2, cwd=place,
+        **_environment(PROJECT_DIR=str(ROOT), LAUNCH_FILE=str(ROOT / "accelerate_configs" / "single.yaml")),
+    )  # fmt: skip
+    never = cluster.submit(f"--dependency=afterok:{sweep}", "--wrap", "touch never", cwd=place)
+    tasks = [f"{sweep}_{number}" for number in (1, 2, 3)]
+    ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
+    cluster.wait_for(
+        lambda: all(cluster.field(task, "JobState") in ends for task in tasks),
+        lambda: "\n".join(_log(task, place) for task in tasks),
+        START_UP,
+    )
+    assert [cluster.field(task, "JobState") for task in tasks] == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert cluster.field(tasks[2], "Restarts") == "0"
+    assert "--learning_rate" in _log(tasks[2], place)
+    cluster.wait_for(lambda: cluster.field(never, "Reason") == "DependencyNeverSatisfied", "the dependent job", 30)
+
+    printed = subprocess.run(
+        [sys.executable, SCRIPTS / "sweep_table.py", "my grid.txt", "runs/my sweep"],
+        cwd=place, capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    with (place / "runs" / "my sweep" / "table.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["run"], row["learning_rate"], row["lora_r"]) for row in table] == [
+        ("1", "1e-3", "4"), ("2", "5e-3", "8"), ("3", "fast", ""),
+    ]  # fmt: skip
+    results = [results_of(place / "runs" / "my sweep" / number) for number in ("1", "2")]
+    assert [row["eval_accuracy"] for row in table] == [*(f"{each['eval_accuracy']:.4f}" for each in results), ""]
+    assert results[0]["trainable_params"] < results[1]["trainable_params"]
+    assert len(printed.splitlines()) == 5
+
+
+def test_tensorboard_answers_where_the_job_says(cluster: Cluster, place: Path) -> None:
+    """Submitted from the checkout."""
+    job = cluster.submit(
+        "--time=10", f"--output={place}/%x-%j.out", SCRIPTS / "tensorboard.sbatch", place, cwd=ROOT, **_environment()
+    )
+    port = 10000 + int(job) % 20000
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as response:
+                return b"TensorBoard" in response.read()
+        except OSError:
+            return False
+
+    cluster.wait_for(answers, lambda: _log(job, place), START_UP)
+    assert f"ssh -N -L {port}:localhost:{port} " in _log(job, place)
+    cluster.call("scancel", job)
