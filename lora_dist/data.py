@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from lora_dist import demo
+from lora_dist.columns import class_names, find_image_column, find_label_column, require_columns
 from lora_dist.config import DataSettings
 from lora_dist.errors import UserError
 from lora_dist.images import from_cell, image_files, load_rgb
@@ -96,7 +97,7 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
         UserError: names what is missing: a directory, a split, a column, the classes of one split only.
     """
     train_table, validation_table = _load_tables(settings)
-    column = settings.image_column_name or _find_image_column(train_table)
+    column = settings.image_column_name or find_image_column(train_table.features)
     labels, train = _labelled(train_table, column, settings.label_column_name, None)
     if validation_table is not None:
         _, validation = _labelled(validation_table, column, settings.label_column_name, labels)
@@ -129,7 +130,7 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         table = _load_folder(demo.local_path(settings.validation_dir))
     else:
         table = _load_split(settings, settings.validation_split or "")
-    column = settings.image_column_name or _find_image_column(table)
+    column = settings.image_column_name or find_image_column(table.features)
     _, split = _labelled(table, column, settings.label_column_name, labels)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
@@ -213,53 +214,19 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
     return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
 
 
-def _find_image_column(table: Dataset) -> str:
-    columns = [name for name, feature in table.features.items() if isinstance(feature, Image)]
-    if not columns and "image" in table.column_names:
-        columns = ["image"]
-    if len(columns) != 1:
-        found = "no column" if not columns else f"columns {', '.join(columns)}"
-        raise UserError(
-            f"{found} of images in the data set; name one with --image_column_name: {', '.join(table.column_names)}"
-        )
-    return columns[0]
-
-
-def _find_label_column(table: Dataset) -> str:
-    columns = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
-    if len(columns) != 1:
-        columns = [name for name in ("label", "labels") if name in table.column_names]
-    if not columns:
-        raise UserError(f"no column of labels; name one with --label_column_name: {', '.join(table.column_names)}")
-    return columns[0]
-
-
 def _labelled(
     table: Dataset, image_column: str, label_column: str | None, known: Sequence[str] | None
 ) -> tuple[list[str], Split]:
     """The label map and the split; with `known` labels, the split is numbered by them whatever its own order."""
-    label_column = label_column or _find_label_column(table)
-    for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
-        if column not in table.column_names:
-            raise UserError(f"--{flag} {column}: the data set has {', '.join(table.column_names)}")
-    feature = table.features[label_column]
-    if not isinstance(feature, ClassLabel | Value):
-        raise UserError(
-            f"column {label_column} holds {type(feature).__name__}, and not one label a sample; "
-            f"name another with --label_column_name: {', '.join(table.column_names)}"
-        )
+    label_column = label_column or find_label_column(table.features)
+    require_columns(table.features, image_column, label_column)
     values = list(table[label_column])
     missing = [row for row, value in enumerate(values) if value is None or value == -1]
     if missing:
         raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
-    if isinstance(feature, ClassLabel):
-        names: list[str] = list(feature.names)
-        named = [names[value] for value in values]
-    else:
-        named = [str(value) for value in values]
-        distinct = set(values)
-        names = [str(value) for value in (sorted(distinct, key=lambda value: (isinstance(value, str), value)))]
-    labels = list(known) if known is not None else names
+    names = class_names(table.features[label_column], set(values))
+    named = [names[value] for value in values]
+    labels = list(known) if known is not None else list(names.values())
     place = {name: index for index, name in enumerate(labels)}
     unknown = sorted(set(named) - place.keys())
     if unknown:

@@ -1,0 +1,66 @@
+"""Which columns of a data set hold the images and the labels, and how the classes are named."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import ClassLabel, Image, Value
+
+from lora_dist.errors import UserError
+
+
+def find_image_column(features: Mapping[str, Any]) -> str:
+    """The column of type Image, or the one called `image`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if not columns and "image" in features:
+        columns = ["image"]
+    if len(columns) != 1:
+        found = "no column" if not columns else f"columns {', '.join(columns)}"
+        raise UserError(f"{found} of images in the data set; name one with --image_column_name: {', '.join(features)}")
+    return columns[0]
+
+
+def find_label_column(features: Mapping[str, Any]) -> str:
+    """The column of type ClassLabel, or one with a customary name; `cls` is WebDataset's.
+
+    Raises:
+        UserError: there is none.
+    """
+    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if len(columns) != 1:
+        columns = [name for name in ("label", "labels", "cls") if name in features]
+    if not columns:
+        raise UserError(f"no column of labels; name one with --label_column_name: {', '.join(features)}")
+    return columns[0]
+
+
+def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
+    """Checks that both columns are there and that the second holds one label a sample.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
+        if column not in features:
+            raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")
+    feature = features[label_column]
+    if not isinstance(feature, ClassLabel | Value):
+        raise UserError(
+            f"column {label_column} holds {type(feature).__name__}, and not one label a sample; "
+            f"name another with --label_column_name: {', '.join(features)}"
+        )
+
+
+def class_names(feature: Any, values: set[Any]) -> dict[Any, str]:
+    """Name of each label as the data holds it, in the order of the classes: that of ClassLabel, else sorted.
+
+    Args:
+        feature: of the label column.
+        values: distinct labels.
+    """
+    if isinstance(feature, ClassLabel):
+        return dict(enumerate(feature.names))
+    return {value: str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))}
