@@ -98,6 +98,12 @@ class DataSettings(Group):
     """A Hub data set, a local directory of parquet or Arrow files, or one written by save_to_disk."""
     dataset_config_name: str | None = None
     """Configuration of the data set."""
+    streaming: bool = False
+    """Read the training split of a data set as it goes, and keep none of it: parquet or WebDataset tar files."""
+    streaming_lanes: Count | None = None
+    """Shards that are read at the same time. Default: the largest power of two up to 64 and the number of shards."""
+    shuffle_buffer_size: Annotated[int, Field(ge=2)] = 4096
+    """Encoded images held in memory, over all processes, to be shuffled (with --streaming)."""
     train_split: str = "train"
     """Split to train on; slices such as train[:5000] work."""
     validation_split: str | None = None
@@ -230,6 +236,17 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("validation_dir", "dataset_name"), "a data set takes its validation from --validation_split")
     if data.validation_split and data.train_dir:
         yield Problem(("validation_split", "train_dir"), "a folder takes its validation from --validation_dir")
+    if data.streaming:
+        if data.train_dir:
+            yield Problem(("streaming", "train_dir"), "a folder is not streamed: drop one of them")
+        elif not data.validation_split:
+            yield Problem(("streaming", "validation_split"), "no part of a stream is held out: name a split")
+        if data.max_train_samples:
+            yield Problem(("streaming", "max_train_samples"), "a stream is read whole: bound it by --max_train_steps")
+        if "[" in data.train_split or "+" in data.train_split:
+            yield Problem(("streaming", "train_split"), "a stream is one whole split, without a slice or sum")
+    elif data.streaming_lanes:
+        yield Problem(("streaming_lanes", "streaming"), "lanes are for streams: add --streaming")
     for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
         if directory and not is_packaged(directory) and not Path(directory).is_dir():
             yield Problem((name,), f"no such directory: {directory}")

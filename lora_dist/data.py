@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from lora_dist.columns import class_names, find_image_column, find_label_column,
 from lora_dist.config import DataSettings
 from lora_dist.errors import UserError
 from lora_dist.images import from_cell, image_files, load_rgb
+from lora_dist.order import Arrangement, Shuffled
+from lora_dist.shards import load_alone
+from lora_dist.splits import Encoded, Reader, TrainingSplit
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,19 @@ class Split:
         return load_rgb(*self._source(index))
 
     def name(self, index: int) -> str:
-        """The file of sample `index`, or its row where the data set has no files."""
         return self._source(index)[1]
+
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+        return {row: Encoded(*self._source(row), int(self.labels[row])) for row in rows}
+
+    def reader(self) -> Reader:
+        return self
+
+    def arrangement(self, seed: int) -> Arrangement:
+        return Shuffled(len(self), seed)
+
+    def describe(self) -> dict[str, Any]:
+        return {"num_samples": len(self), "fingerprint": self.fingerprint(), "rows": self.rows.tolist()}
 
     def _source(self, index: int) -> tuple[Any, str]:
         row = int(self.rows[index])
@@ -54,7 +68,6 @@ class Split:
         return replace(self, rows=self.rows[places], labels=self.labels[places])
 
     def fingerprint(self) -> str:
-        """Digest of which rows are used with which labels, and of the names of some of their files."""
         digest = hashlib.sha256()
         digest.update(self.rows.astype(np.int64).tobytes())
         digest.update(self.labels.astype(np.int64).tobytes())
@@ -75,19 +88,12 @@ class ImageData:
     """
 
     labels: list[str]
-    train: Split
+    train: TrainingSplit
     validation: Split
 
     def describe_splits(self) -> dict[str, Any]:
-        """The split, to be written down: for each part the number, digest and rows of its samples."""
-        return {
-            part: {
-                "num_samples": len(split),
-                "fingerprint": split.fingerprint(),
-                "rows": split.rows.tolist(),
-            }
-            for part, split in (("train", self.train), ("validation", self.validation))
-        }
+        """The split, to be written down: for each part the number, digest and rows, or shards, of its samples."""
+        return {"train": self.train.describe(), "validation": self.validation.describe()}
 
 
 def load_data(settings: DataSettings, seed: int) -> ImageData:
@@ -107,7 +113,7 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
     if not settings.allow_missing_classes:
-        _require_same_classes(labels, train, validation)
+        require_same_classes(labels, set(train.labels.tolist()), set(validation.labels.tolist()))
     return ImageData(
         labels=labels,
         train=_limited(train, settings.max_train_samples, seed),
@@ -196,6 +202,8 @@ def _load_split(settings: DataSettings, split: str) -> Dataset:
             if base not in saved:
                 raise UserError(f"{name} has no split {base!r}; it has {', '.join(saved)}")
             return _sliced(saved[base], slice_, split)
+        if settings.streaming:
+            return load_alone(settings, split)
         return load_dataset(name, settings.dataset_config_name, split=split)
     except UserError:
         raise
@@ -241,8 +249,12 @@ def _labelled(
     return labels, Split(table, image_column, np.arange(len(named)), numbers)
 
 
-def _require_same_classes(labels: Sequence[str], train: Split, validation: Split) -> None:
-    in_train, in_validation = set(train.labels.tolist()), set(validation.labels.tolist())
+def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:
+    """Checks that both splits have images of the same classes.
+
+    Raises:
+        UserError: names the classes of one of them only.
+    """
     for part, absent in (("training", in_validation - in_train), ("validation", in_train - in_validation)):
         if absent:
             raise UserError(

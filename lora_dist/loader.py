@@ -1,20 +1,23 @@
 """Splits to batches of tensors, prepared by worker processes in the order that `order` prescribes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_dist.config import AugmentationSettings, DataSettings
 from lora_dist.data import Split
 from lora_dist.errors import ProcessError
-from lora_dist.images import UnreadableImageError
+from lora_dist.images import UnreadableImageError, load_rgb
 from lora_dist.order import FILLER, MicroBatches, Order, Sample, evaluation_batches
 from lora_dist.preemption import ignore_signals
+from lora_dist.splits import Reader, TrainingSplit
 from lora_dist.transforms import ImageTransforms, mix_pair
+
+CPU = torch.device("cpu")
 
 
 class Batch(NamedTuple):
@@ -42,11 +45,28 @@ class Batch(NamedTuple):
         return Batch(*moved)  # type: ignore[arg-type]  # only the optional fields can be None
 
 
-class TrainImages(Dataset):
-    """Random views of the training split, fetched a micro-batch at a time."""
+class Part(NamedTuple):
+    """What one worker process contributes to a micro-batch: the samples of its lanes.
 
-    def __init__(self, split: Split, transforms: ImageTransforms, augmentation: AugmentationSettings, seed: int):
+    Attributes:
+        content: the samples, or once they are fetched the batch of them; None where there are none.
+        places: places of the samples in the micro-batch, shape [B].
+        parts: number of parts of the micro-batch.
+    """
+
+    content: Any
+    places: Tensor
+    parts: int
+
+
+class TrainImages(Dataset):
+    """Random views of the training split, fetched a micro-batch, or a part of one, at a time."""
+
+    def __init__(
+        self, split: TrainingSplit, transforms: ImageTransforms, augmentation: AugmentationSettings, seed: int
+    ) -> None:
         self.split = split
+        self._reader: Reader | None = None
         self.transforms = transforms
         self.mixup_alpha = augmentation.mixup_alpha
         self.cutmix_alpha = augmentation.cutmix_alpha
@@ -55,46 +75,86 @@ class TrainImages(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, samples: list[Sample]) -> Batch | UnreadableImageError:
+    def __getitems__(self, part: Part) -> Part | UnreadableImageError:
         try:
-            return self.batch(samples)
+            return part._replace(content=self.batch(part.content) if part.content else None)
         except UnreadableImageError as error:
             return error
 
+    def close(self) -> None:
+        """Lets go of what has been read ahead, so that worker processes do not inherit it."""
+        self._reader = None
+
     def batch(self, samples: list[Sample]) -> Batch:
-        """The micro-batch of `samples`; raises `UnreadableImageError`."""
-        labels = self.split.labels
-        views: dict[tuple[int, int], Tensor] = {}
-
-        def view(epoch: int, index: int) -> Tensor:
-            if (epoch, index) not in views:
-                views[epoch, index] = self.transforms.training(self.split.image(index), (self.seed, epoch, index))
-            return views[epoch, index]
-
-        indices = [sample.row for sample in samples]
+        """The micro-batch of `samples`, which are of one epoch; raises `UnreadableImageError`."""
+        mixing = bool(self.mixup_alpha or self.cutmix_alpha)
+        if samples[0].row == FILLER:
+            return self._filler(mixing)
+        if self._reader is None:
+            self._reader = self.split.reader()
+        epoch = samples[0].epoch
+        rows = [row for sample in samples for row in ((sample.row, sample.partner) if mixing else (sample.row,))]
+        encoded = self._reader.read(epoch, rows)
+        views = {
+            row: self.transforms.training(load_rgb(one.source, one.name), (self.seed, epoch, row))
+            for row, one in encoded.items()
+        }
         batch = Batch(
-            pixel_values=torch.stack([view(sample.epoch, sample.row) for sample in samples]),
-            labels=torch.from_numpy(labels[indices]),
+            pixel_values=torch.stack([views[sample.row] for sample in samples]),
+            labels=torch.tensor([encoded[sample.row].label for sample in samples]),
             weights=torch.tensor([sample.weight for sample in samples]),
-            indices=torch.tensor(indices),
+            indices=torch.tensor([sample.row for sample in samples]),
         )
-        if not (self.mixup_alpha or self.cutmix_alpha):
+        if not mixing:
             return batch
         mixed = [
             mix_pair(
-                view(sample.epoch, sample.row),
-                view(sample.epoch, sample.partner),
+                views[sample.row],
+                views[sample.partner],
                 self.mixup_alpha,
                 self.cutmix_alpha,
-                (self.seed, sample.epoch, sample.row, sample.position),
+                (self.seed, epoch, sample.row, sample.position),
             )
             for sample in samples
         ]
         return batch._replace(
             pixel_values=torch.stack([image for image, _ in mixed]),
-            partner_labels=torch.from_numpy(labels[[sample.partner for sample in samples]]),
+            partner_labels=torch.tensor([encoded[sample.partner].label for sample in samples]),
             shares=torch.tensor([share for _, share in mixed]),
         )
+
+    def _filler(self, mixing: bool) -> Batch:
+        """A black image of no weight."""
+        return Batch(
+            pixel_values=torch.zeros(1, 3, self.transforms.height, self.transforms.width),
+            labels=torch.tensor([0]),
+            weights=torch.tensor([0.0]),
+            indices=torch.tensor([FILLER]),
+            partner_labels=torch.tensor([0]) if mixing else None,
+            shares=torch.tensor([1.0]) if mixing else None,
+        )
+
+
+class Parts(Sampler[Part]):
+    """The micro-batches of a process, cut up for its workers, for a `DataLoader`'s `batch_sampler`.
+
+    A `DataLoader` gives what its batch sampler yields to its workers in turn. So where samples are in lanes, each
+    micro-batch comes in as many parts as there are workers, and each lane is read by one of them alone.
+    """
+
+    def __init__(self, micro_batches: Iterable[list[Sample]], workers: int) -> None:
+        self.micro_batches = micro_batches
+        self.workers = max(workers, 1)
+
+    def __iter__(self) -> Iterator[Part]:
+        for samples in self.micro_batches:
+            lanes = [sample.lane for sample in samples]
+            if self.workers == 1 or lanes[0] is None:
+                yield Part(samples, torch.arange(len(samples)), 1)
+                continue
+            for worker in range(self.workers):
+                places = [place for place, lane in enumerate(lanes) if (lane or 0) % self.workers == worker]
+                yield Part([samples[place] for place in places], torch.tensor(places, dtype=torch.int64), self.workers)
 
 
 class EvaluationImages(Dataset):
@@ -124,7 +184,8 @@ def train_loader(
     images: TrainImages, order: Order, first_step: int, last_step: int, settings: DataSettings, device: torch.device
 ) -> DataLoader:
     """All micro-batches of this process for updates `first_step` to `last_step`, in one pass over all epochs."""
-    return _loader(images, MicroBatches(order, first_step, last_step), settings, device)
+    workers = _workers(settings, device)
+    return _loader(images, Parts(MicroBatches(order, first_step, last_step), workers), workers, settings, device)
 
 
 def evaluation_loader(
@@ -138,25 +199,47 @@ def evaluation_loader(
 ) -> DataLoader:
     """This process's part of the validation split."""
     batches = evaluation_batches(len(split), batch_size, world_size, rank)
-    return _loader(EvaluationImages(split, transforms), batches, settings, device)
+    return _loader(EvaluationImages(split, transforms), batches, _workers(settings, device), settings, device)
 
 
-def batches(loader: DataLoader) -> Iterator[Batch]:
-    """The batches of a loader.
+def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
+    """The batches of a loader. Those that come in parts are put together on `device`.
 
     Raises:
         ProcessError: names an image that cannot be read.
     """
-    for batch in loader:
-        if isinstance(batch, UnreadableImageError):
-            raise ProcessError(f"cannot read an image of the data set: {batch}. Repair it or take it out.")
-        yield batch
+    parts: list[Part] = []
+    for found in loader:
+        if isinstance(found, UnreadableImageError):
+            raise ProcessError(f"cannot read an image of the data set: {found}. Repair it or take it out.")
+        if isinstance(found, Part):
+            parts.append(found)
+            if len(parts) == found.parts:
+                yield _together(parts, device)
+                parts = []
+        else:
+            yield found
 
 
-def _loader(dataset: Dataset, batch_sampler: Any, settings: DataSettings, device: torch.device) -> DataLoader:
+def _together(parts: list[Part], device: torch.device) -> Batch:
+    """The samples of all parts in the order of their places, which no number of workers changes."""
+    filled = [part for part in parts if part.content is not None]
+    if len(filled) == 1:
+        return filled[0].content
+    order = torch.cat([part.places for part in filled]).argsort().to(device)
+    fields = zip(*(part.content.to(device) for part in filled), strict=True)
+    together = (None if field[0] is None else torch.cat(field)[order] for field in fields)
+    return Batch(*together)  # type: ignore[arg-type]  # only the optional fields can be None
+
+
+def _workers(settings: DataSettings, device: torch.device) -> int:
     workers = settings.dataloader_num_workers
-    if workers is None:
-        workers = default_workers(device)
+    return default_workers(device) if workers is None else workers
+
+
+def _loader(
+    dataset: Dataset, batch_sampler: Any, workers: int, settings: DataSettings, device: torch.device
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,

@@ -15,7 +15,7 @@ from lora_dist.errors import PreemptedError, TrainingStoppedError
 from lora_dist.evaluation import Evaluator
 from lora_dist.loader import Batch, TrainImages, batches, train_loader
 from lora_dist.model import set_training
-from lora_dist.order import Order
+from lora_dist.order import FILLER, Order
 from lora_dist.preemption import Preemption, StopRequested
 from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
@@ -115,7 +115,7 @@ def fit(job: Job, progress: Progress) -> None:
 
 def _fit(job: Job, progress: Progress) -> None:
     window = Window()
-    stream = window.timed(batches(_loader(job, progress.step)))
+    stream = window.timed(batches(_loader(job, progress.step), job.engine.accelerator.device))
     if progress.settled_step < progress.step:
         _settle(job, progress, window, save=True)
     set_training(job.engine.model)
@@ -247,7 +247,7 @@ def _evaluate(job: Job, progress: Progress) -> bool:
 
 
 def _stopped(job: Job, step: int, error: NonFiniteLossError) -> TrainingStoppedError:
-    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices])))
+    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices if row != FILLER])))
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
     return TrainingStoppedError(
         f"the {error.what} of update {step + 1} is not finite. The update was not made; --resume_from_checkpoint auto "

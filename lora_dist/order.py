@@ -1,18 +1,20 @@
 """Which samples each process sees in each update: a pure function of (seed, epoch, row), whatever the world size.
 
-An epoch is one permutation of all samples. Update `u` of an epoch takes the next `effective_batch` of them, the
-last one what is left. A window of an update is cut into micro-batches over all processes at once, and each
-micro-batch into one share for each process, so every way of splitting the same effective batch trains on the
-same samples in the same update.
+An epoch is an arrangement of all samples, each once. Update `u` of an epoch takes the next `effective_batch` of them,
+the last one what is left. So every way of splitting the same effective batch trains on the same samples in the same
+update. How a window of an update is dealt to the processes, and cut into micro-batches, is up to the arrangement.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
+
+FILLER = -1
+"""Stands in a batch for a row that this process only sees to keep step with the others."""
 
 
 class Sample(NamedTuple):
@@ -20,10 +22,11 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: from 0.
-        row: in the data set.
+        row: in the data set, or `FILLER`.
         position: place in the epoch's order; samples are mixed (mixup, cutmix) in pairs of neighbours.
         partner: row of the neighbour.
         weight: 1, or 0 for a filler on a process that would otherwise have nothing to do.
+        lane: decides which worker process reads it; None where any may.
     """
 
     epoch: int
@@ -31,6 +34,72 @@ class Sample(NamedTuple):
     position: int
     partner: int
     weight: float = 1.0
+    lane: int | None = None
+
+
+class Arrangement(Protocol):
+    """The order of an epoch's samples, and how a window of it is dealt to processes."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What, besides the data and the seed, decides the order."""
+        ...
+
+    def micro_batch_count(self, epoch: int, window: range, batch: int, world_size: int) -> int:
+        """Micro-batches of at most `batch` samples a process that the positions in `window` make on each process."""
+        ...
+
+    def micro_batches(
+        self, epoch: int, window: range, batch: int, world_size: int, rank: int
+    ) -> Iterator[list[Sample]]:
+        """The share of process `rank` in each of them; never empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """One permutation of all rows an epoch, where any process can read any row.
+
+    Attributes:
+        num_samples: rows of the data set.
+        seed: of the permutations.
+    """
+
+    num_samples: int
+    seed: int
+    description = "shuffled"
+
+    def micro_batch_count(self, epoch: int, window: range, batch: int, world_size: int) -> int:
+        return -(-len(window) // (batch * world_size))
+
+    def micro_batches(
+        self, epoch: int, window: range, batch: int, world_size: int, rank: int
+    ) -> Iterator[list[Sample]]:
+        positions = np.array(window)
+        together = batch * world_size
+        for first in range(0, len(positions), together):
+            share = np.array_split(positions[first : first + together], world_size)[rank]
+            if len(share):
+                yield [self._sample(epoch, int(position)) for position in share]
+            else:
+                yield [self._sample(epoch, int(positions[first]))._replace(weight=0.0)]
+
+    def _sample(self, epoch: int, position: int) -> Sample:
+        permutation = _permutation(self.seed, epoch, self.num_samples)
+        neighbour = position ^ 1
+        if neighbour >= self.num_samples:
+            neighbour = max(position - 1, 0)
+        return Sample(epoch, int(permutation[position]), position, int(permutation[neighbour]))
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 @dataclass(frozen=True)
@@ -38,20 +107,23 @@ class Order:
     """The order of a run.
 
     Attributes:
-        num_samples: rows of the training set.
-        per_device_batch: samples in a micro-batch of one process.
+        arrangement: of the samples of each epoch.
+        per_device_batch: most samples in a micro-batch of one process.
         accumulation: micro-batches in an update.
         world_size: number of processes.
         rank: this process.
-        seed: of the permutations.
     """
 
-    num_samples: int
+    arrangement: Arrangement
     per_device_batch: int
     accumulation: int
     world_size: int
     rank: int
-    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch, over all processes."""
+        return self.arrangement.num_samples
 
     @property
     def effective_batch(self) -> int:
@@ -65,8 +137,7 @@ class Order:
 
     def samples_in(self, step: int) -> int:
         """Samples in update `step` (from 0), over all processes."""
-        start = step % self.steps_per_epoch * self.effective_batch
-        return min(self.effective_batch, self.num_samples - start)
+        return len(self._window(step))
 
     def samples_before(self, step: int) -> int:
         """Samples in all updates before `step`, over all processes."""
@@ -75,32 +146,20 @@ class Order:
 
     def micro_batches_in(self, step: int) -> int:
         """Micro-batches in update `step`, the same number on every process."""
-        return -(-self.samples_in(step) // (self.per_device_batch * self.world_size))
+        epoch = step // self.steps_per_epoch
+        return self.arrangement.micro_batch_count(epoch, self._window(step), self.per_device_batch, self.world_size)
 
     def micro_batches(self, step: int) -> Iterator[list[Sample]]:
         """This process's share of each micro-batch of update `step`; never empty."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self.effective_batch
-        window = np.arange(start, start + self.samples_in(step))
-        together = self.per_device_batch * self.world_size
-        for first in range(0, len(window), together):
-            share = np.array_split(window[first : first + together], self.world_size)[self.rank]
-            if len(share):
-                yield [self._sample(epoch, int(position)) for position in share]
-            else:
-                yield [self._sample(epoch, int(window[first]))._replace(weight=0.0)]
+        epoch = step // self.steps_per_epoch
+        return self.arrangement.micro_batches(
+            epoch, self._window(step), self.per_device_batch, self.world_size, self.rank
+        )
 
-    def _sample(self, epoch: int, position: int) -> Sample:
-        permutation = _permutation(self.seed, epoch, self.num_samples)
-        neighbour = position ^ 1
-        if neighbour >= self.num_samples:
-            neighbour = max(position - 1, 0)
-        return Sample(epoch, int(permutation[position]), position, int(permutation[neighbour]))
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+    def _window(self, step: int) -> range:
+        """Positions of update `step` in its epoch."""
+        start = step % self.steps_per_epoch * self.effective_batch
+        return range(start, min(start + self.effective_batch, self.num_samples))
 
 
 class MicroBatches(Sampler[list[Sample]]):
@@ -116,10 +175,6 @@ class MicroBatches(Sampler[list[Sample]]):
 
     def __len__(self) -> int:
         return sum(self.order.micro_batches_in(step) for step in self.steps)
-
-
-FILLER = -1
-"""Stands in an evaluation batch for a row that this process only sees to keep step with the others."""
 
 
 def evaluation_batches(num_samples: int, batch: int, world_size: int, rank: int) -> list[list[int]]:

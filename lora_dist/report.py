@@ -56,6 +56,7 @@ def show_inputs(tracker: Tracker, images: TrainImages, order: Order, step: int, 
         return
     samples = next(order.micro_batches(step))[:INPUTS]
     batch = images.batch(samples)
+    images.close()
     tracker.picture(
         "train/inputs", grid(to_images(batch.pixel_values), [labels[label] for label in batch.labels.tolist()]), step
     )

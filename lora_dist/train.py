@@ -26,6 +26,7 @@ def train(settings: Settings) -> None:
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
 
+    from lora_dist import streamed
     from lora_dist.data import load_data
     from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
@@ -45,24 +46,28 @@ def train(settings: Settings) -> None:
     from lora_dist.transforms import ImageTransforms
 
     optimization, run = settings.optimization, settings.run
+    if settings.data.streaming:
+        streamed.prepare(settings.data)
     accelerator = launch(optimization.mixed_precision, run.ddp_timeout)
     output = Output(Path(run.output_dir))
     resumed = find_resume(output, run.resume_from_checkpoint)
 
     with accelerator.main_process_first():
-        data = load_data(settings.data, run.seed)
+        if settings.data.streaming:
+            data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
+        else:
+            data = load_data(settings.data, run.seed)
         base = load_base_of(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
     model = make_trainable(base, settings.model, settings.lora)
     parameters = count_parameters(model)
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = Order(
-        num_samples=len(data.train),
+        arrangement=data.train.arrangement(run.seed),
         per_device_batch=optimization.per_device_train_batch_size,
         accumulation=optimization.gradient_accumulation_steps,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
-        seed=run.seed,
     )
     schedule = Schedule.of(optimization, order.steps_per_epoch)
     engine = make_engine(accelerator, model, optimizer, optimization)
@@ -73,6 +78,7 @@ def train(settings: Settings) -> None:
         "seed": run.seed,
         "effective_batch": order.effective_batch,
         "train_data": data.train.fingerprint(),
+        "order": order.arrangement.description,
     }
     checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
     progress = checkpointer.restore(resumed) if resumed is not None else Progress()

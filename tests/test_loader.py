@@ -17,7 +17,7 @@ from lora_dist.config import AugmentationSettings, DataSettings
 from lora_dist.data import ImageData, Split, load_data
 from lora_dist.errors import UserError
 from lora_dist.loader import Batch, TrainImages, batches, default_workers, evaluation_loader, train_loader
-from lora_dist.order import FILLER, Order
+from lora_dist.order import FILLER, Order, Shuffled
 from lora_dist.transforms import ImageTransforms
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def training_batches(
     """The batches of one process, by default of two epochs."""
     settings = AugmentationSettings(**augmentation)
     images = TrainImages(split, ImageTransforms(PROCESSOR, settings), settings, seed=3)
-    order = Order(len(split), batch, accumulation, world, rank, seed=3)
+    order = Order(Shuffled(len(split), seed=3), batch, accumulation, world, rank)
     first, last = steps if steps[1] else (0, 2 * order.steps_per_epoch)
     return list(batches(train_loader(images, order, first, last, workers(num_workers), CPU)))
 
@@ -60,7 +60,7 @@ def evaluation_batches(
 
 def samples(split: Split, batch: int, accumulation: int = 1, world: int = 1, **more: Any) -> dict[Any, list[Tensor]]:
     """(epoch, row) to all that the batches of all processes say of that sample, over two epochs."""
-    length = Order(len(split), batch, accumulation, world, 0, seed=3).steps_per_epoch
+    length = Order(Shuffled(len(split), seed=3), batch, accumulation, world, 0).steps_per_epoch
     found: dict[Any, list[Tensor]] = {}
     for epoch in (0, 1):
         steps = (epoch * length, (epoch + 1) * length)

@@ -17,7 +17,7 @@ from lora_dist.engine import Engine, make_engine
 from lora_dist.loader import Batch, TrainImages
 from lora_dist.model import Base, load_base, make_trainable, set_training
 from lora_dist.optimizer import make_optimizer
-from lora_dist.order import Order
+from lora_dist.order import Order, Shuffled
 from lora_dist.runtime import launch
 from lora_dist.schedule import Schedule
 from lora_dist.step import NonFiniteLossError, Update, batch_loss, train_step
@@ -270,7 +270,7 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
     ours = Trained(vit)
     images = TrainImages(data.train, ImageTransforms(ours.base.processor, augmentation), augmentation, seed=0)
     # 24 of the 27 samples: whole windows only, since the Trainer would end an epoch's last window elsewhere.
-    order = Order(24, MICRO_BATCH, ACCUMULATION, world_size=1, rank=0, seed=0)
+    order = Order(Shuffled(24, seed=0), MICRO_BATCH, ACCUMULATION, world_size=1, rank=0)
     schedule = Schedule.of(settings, order.steps_per_epoch)
     losses, norms, samples = [], [], []
     for step in range(UPDATES):

@@ -1,10 +1,15 @@
 """Tiny models with random weights and small learnable image folders, written to disk as users have them."""
 
-from collections.abc import Sequence
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from transformers import (
@@ -117,4 +122,52 @@ def make_folder(
         (directory / name).mkdir(parents=True, exist_ok=True)
         for number in range(first, first + count):
             make_image(label, number, size).save(directory / name / f"{number:03d}.png")
+    return directory
+
+
+CLASSES = ("a", "b", "c")
+
+
+def make_png(label: int, number: int) -> bytes:
+    """An image of `make_image` as the content of a file."""
+    content = io.BytesIO()
+    make_image(label, number).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_parquet(path: Path, samples: Iterable[tuple[bytes, int]], rows_in_group: int = 1000) -> None:
+    """Writes encoded images and their labels as the Hub's data sets have them."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    rows = [{"image": {"bytes": content, "path": None}, "label": label} for content, label in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), path, row_group_size=rows_in_group)
+
+
+def write_tar(path: Path, samples: Iterable[tuple[bytes, int]]) -> None:
+    """Writes encoded images and their labels as a shard of WebDataset."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, (content, label) in enumerate(samples):
+            for extension, data in (("png", content), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{path.stem}-{number:05d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def make_shards(
+    directory: Path, counts: Sequence[int], validation: int = 9, tar: bool = False, rows_in_group: int = 1000
+) -> Path:
+    """Writes a data set in shards with so many samples for training, and one for validation.
+
+    Image `n` of the training split is `make_image(n % 3, n)`.
+    """
+    names = [f"train-{place:05d}-of-{len(counts):05d}" for place in range(len(counts))]
+    starts = np.cumsum([0, *counts])
+    parts = {name: range(start, start + count) for name, start, count in zip(names, starts, counts, strict=False)}
+    for name, numbers in (parts | {"validation-00000-of-00001": range(1000, 1000 + validation)}).items():
+        samples = [(make_png(number % 3, number), number % 3) for number in numbers]
+        if tar:
+            write_tar(directory / f"{name}.tar", samples)
+        else:
+            write_parquet(directory / f"{name}.parquet", samples, rows_in_group)
     return directory
