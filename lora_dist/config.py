@@ -95,7 +95,7 @@ class DataSettings(Group):
     validation_dir: str | None = None
     """The same for validation; without it a part of the training images is held out."""
     dataset_name: str | None = None
-    """A Hub data set, a local directory of parquet or Arrow files, or one written by save_to_disk."""
+    """A Hub data set, a local directory of parquet, Arrow or tar files, or one written by save_to_disk."""
     dataset_config_name: str | None = None
     """Configuration of the data set."""
     streaming: bool = False

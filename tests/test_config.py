@@ -14,6 +14,8 @@ from lora_dist.config import Settings
 from lora_dist.errors import UserError
 from lora_dist.predict import PredictSettings
 
+STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
+
 
 def parse(*argv: object) -> Settings:
     return cli.parse(
@@ -89,6 +91,12 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
         (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--dataset_name", "x", "--do_eval_only"], "name the adapter"),
+        (["--train_dir", "/tmp", "--streaming"], "a folder is not streamed"),
+        (["--dataset_name", "x", "--streaming"], "no part of a stream is held out"),
+        ([*STREAM, "--max_train_samples", "9"], "bound it by --max_train_steps"),
+        ([*STREAM, "--train_split", "train[:9]"], "without a slice or sum"),
+        ([*STREAM, "--train_split", "train+more"], "without a slice or sum"),
+        (["--dataset_name", "x", "--streaming_lanes", "4"], "add --streaming"),
         (["--dataset_name", "x", "--init_from_config"], "--tuning full"),
         (["--dataset_name", "x", "--early_stopping_patience", "2", "--eval_steps", "no"], "needs evaluations"),
         (["--dataset_name", "x", "stray"], "stray: a value without a flag"),
@@ -301,3 +309,8 @@ def test_a_config_that_is_not_found_hides_no_other_mistake() -> None:
     for part in ("3 problems", "did you mean food101?", "--bogus: unknown flag", "--lora_r: 'x' is not valid"):
         assert part in message, part
     assert "no data" not in message
+
+
+def test_a_stream_with_a_validation_split_is_no_contradiction() -> None:
+    data = parse(*STREAM, "--streaming_lanes", 4, "--shuffle_buffer_size", 64).data
+    assert (data.streaming, data.streaming_lanes, data.shuffle_buffer_size) == (True, 4, 64)
