@@ -1,16 +1,12 @@
 """Training from streamed shards through real launchers: the same on two processes, after a kill, and to the end."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from launching import command, environment, lines_of, results_of, train
+from launching import lines_of, results_of, started, train
 from safetensors.torch import load_file
 from tiny import make_png, make_shards, write_tar
 
@@ -89,19 +85,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(vit: Path, tars: Path, tmp_path: 
     more = (*BATCH, "--lora_dropout", 0.1, "--augmentation", "randaugment", "--mixup_alpha", 0.4)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*_arguments(vit, tars, whole, *more, "--checkpointing_steps", 2))
-    process = subprocess.Popen(
-        command("lora_dist.train", _arguments(vit, tars, broken, *more, "--checkpointing_steps", 2)),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    end = time.monotonic() + 120
-    while not sorted((broken / "checkpoints").glob("step-*")):
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(tmp_path / "log", *_arguments(vit, tars, broken, *more, "--checkpointing_steps", 2)) as launch:
+        launch.wait_for(lambda: sorted((broken / "checkpoints").glob("step-*")))
+        launch.process.kill()
+        launch.wait()
     assert not (broken / "all_results.json").exists()
     again = (*more, "--checkpointing_steps", 2, "--resume_from_checkpoint", "auto", "--dataloader_num_workers", 2)
     resumed = train(*_arguments(vit, tars, broken, *again))
