@@ -1,0 +1,175 @@
+"""Real launches that are signalled, asked to save, and lose a process: all end together, saved where that can be."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launching import Launch, assert_same_run, saved_in, started, train
+from tiny import make_folder
+
+RESUME = ("--resume_from_checkpoint", "auto")
+TWO = ("--per_device_train_batch_size", 2)
+ENDLESS = ("--max_train_steps", 100_000, "--eval_steps", "no", "--logging_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough of them for updates and evaluations that a signal can fall into."""
+    root = tmp_path_factory.mktemp("pictures")
+    make_folder(root / "train", per_class=40)
+    make_folder(root / "validation", per_class=150, first=100)
+    return root
+
+
+def _arguments(vit: Path, pictures: Path, out: Path, *more: object) -> list[object]:
+    """Twenty updates of which four are an epoch, with two evaluations of a second or more."""
+    return [
+        "--model_name_or_path", vit, "--train_dir", pictures / "train", "--validation_dir", pictures / "validation",
+        "--output_dir", out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 8,
+        "--max_train_steps", 20, "--learning_rate", 5e-3, "--augmentation", "randaugment",
+        "--per_device_eval_batch_size", 1, "--eval_steps", 10, "--logging_steps", 5, "--checkpointing_steps", "no",
+        *more,
+    ]  # fmt: skip
+
+
+def _until(launch: Launch, update: int) -> None:
+    """Waits until the log of an update."""
+    launch.wait_for(lambda: f"step {update}/" in launch.text)
+
+
+def test_ctrl_c_stops_one_process_and_it_goes_on_to_the_same_bits(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    """A terminal signals the whole group, and so the workers of the loader too, between two logs."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("--dataloader_num_workers", 1, "--per_device_eval_batch_size", 32)
+    train(*_arguments(vit, pictures, whole, *more))
+    with started(tmp_path / "log", *_arguments(vit, pictures, broken, *more)) as launch:
+        _until(launch, 5)
+        group = launch.processes()
+        assert len(group) == 2
+        for one in group:
+            one.send_signal(signal.SIGINT)
+        assert launch.wait() == 75
+    saved = saved_in(broken)
+    assert saved["logged_step"] < saved["step"] < 20
+    assert "SIGINT: saving and stopping after this update" in launch.text
+    assert f"stopped: after update {saved['step']} of 20, which is saved" in launch.text
+    assert "Traceback" not in launch.text
+    train(*_arguments(vit, pictures, broken, *more, *RESUME))
+    assert_same_run(broken, whole)
+
+
+def test_one_process_under_a_launcher_saves_on_demand_and_outlives_the_launcher(
+    vit: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """`accelerate launch` of a single process dies of SIGTERM at once and passes nothing on."""
+    out = tmp_path / "run"
+    with started(tmp_path / "log", *_arguments(vit, pictures, out, *ENDLESS), launch_file="single.yaml") as launch:
+        _until(launch, 2)
+        assert not (out / "checkpoints").exists()
+        (out / "SAVE").touch()
+        launch.wait_for(lambda: not (out / "SAVE").exists())
+        first = saved_in(out)["step"]
+        _until(launch, first + 2)
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.process.wait(10) == -signal.SIGTERM
+        assert launch.wait() == -signal.SIGTERM
+    last = saved_in(out)["step"]
+    assert last >= first + 2
+    assert f"stopped: after update {last} of" in launch.text
+
+
+@pytest.fixture(scope="module")
+def whole(vit: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of two processes."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(*_arguments(vit, pictures, out, *TWO), launch_file="ddp_cpu.yaml")
+    return out
+
+
+def test_two_processes_stop_together_wherever_the_signal_arrives_and_go_on_to_the_same_bits(
+    whole: Path, vit: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """First at one rank alone and in an evaluation, which is made when the run goes on; then at the launcher."""
+    out = tmp_path / "run"
+    arguments = _arguments(vit, pictures, out, *TWO)
+    with started(tmp_path / "first", *arguments, launch_file="ddp_cpu.yaml") as launch:
+        _until(launch, 5)
+        second = launch.rank(1)
+        _until(launch, 10)
+        time.sleep(0.1)
+        second.send_signal(signal.SIGUSR2)
+        assert launch.wait() == 1
+    saved = saved_in(out)
+    assert (saved["step"], saved["settled_step"]) == (10, 9)
+    assert "stopped: after update 10 of 20" in launch.text
+    assert launch.text.count("exitcode  : 75") == 2
+    assert "Traceback" not in launch.text.partition("stopped:")[0]
+
+    with started(tmp_path / "second", *arguments, *RESUME, launch_file="ddp_cpu.yaml") as launch:
+        launch.wait_for(lambda: "eval at step 10" in launch.text)
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.wait() == 1
+    assert 10 < saved_in(out)["step"] < 20
+    assert f"stopped: after update {saved_in(out)['step']} of 20" in launch.text
+
+    train(*arguments, *RESUME, launch_file="ddp_cpu.yaml")
+    assert_same_run(out, whole)
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_another_for_ever(
+    vit: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Its main thread is in a collective and runs no Python."""
+    arguments = _arguments(vit, pictures, tmp_path / "run", *TWO, *ENDLESS)
+    with started(tmp_path / "log", *arguments, launch_file="ddp_cpu.yaml") as launch:
+        _until(launch, 2)
+        first, second = launch.rank(0), launch.rank(1)
+        second.suspend()
+        time.sleep(0.5)
+        first.send_signal(signal.SIGTERM)
+        launch.wait_for(lambda: "SIGTERM: saving and stopping after this update" in launch.text)
+        time.sleep(3.5)
+        assert "ending at once" not in launch.text.splitlines()[-1]
+        first.send_signal(signal.SIGTERM)
+        launch.wait_for(lambda: "a second signal, SIGTERM: ending at once" in launch.text, seconds=5)
+        second.kill()
+        assert launch.wait() == 1
+    assert f"exitcode  : {128 + signal.SIGTERM} (pid: {first.pid})" in launch.text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_rank_that_dies_takes_the_others_with_it(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = _arguments(vit, pictures, tmp_path / "run", *TWO, *ENDLESS)
+    with started(tmp_path / "log", *arguments, launch_file="ddp_cpu.yaml") as launch:
+        _until(launch, 2)
+        launch.rank(1).kill()
+        assert launch.wait(20) == 1
+
+
+FAILING = """
+import ctypes, os, threading, time
+from pathlib import Path
+
+def fail(main):
+    while not Path(os.environ["FAIL"]).exists():
+        time.sleep(0.05)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(ZeroDivisionError))
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=fail, args=(threading.get_ident(),), daemon=True).start()
+"""
+
+
+def test_the_first_traceback_is_that_of_the_rank_that_failed(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    """Those of the others only tell that it is gone."""
+    (tmp_path / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
+    arguments = _arguments(vit, pictures, tmp_path / "run", *TWO, *ENDLESS)
+    extra = {"PYTHONPATH": str(tmp_path), "FAIL": str(tmp_path / "fail")}
+    with started(tmp_path / "log", *arguments, launch_file="ddp_cpu.yaml", **extra) as launch:
+        _until(launch, 2)
+        (tmp_path / "fail").touch()
+        assert launch.wait() == 1
+    first = launch.text.split("Traceback (most recent call last)")[1]
+    assert "ZeroDivisionError" in first
+    assert "lora_dist/loop.py" in first
