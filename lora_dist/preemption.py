@@ -1,6 +1,5 @@
 """Stopping and saving on request: signals to any process and the file `SAVE`, agreed upon by all processes."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -21,8 +20,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 SAME_REQUEST_SECONDS = 3.0
 """Signals this close together are one request: a Ctrl-C arrives from the terminal and from the launcher as well."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 class StopRequested(Exception):  # noqa: N818  (not an error)
@@ -110,15 +107,6 @@ def ignore_signals() -> None:
     """For helper processes: those who signal a whole group mean the training, which has work for its helpers yet."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM to this process when its launcher dies, if there is one.
-
-    The launcher of a single process passes no signals on: sent SIGTERM, it would leave the training behind, running.
-    """
-    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _name(number: int) -> str:

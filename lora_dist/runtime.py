@@ -21,7 +21,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
-from lora_dist.preemption import end_with_launcher
 from lora_dist.preflight import Preflight
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,6 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
         UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
             processes than were launched, or than arrive in time.
     """
-    end_with_launcher()
     on_cpu = not torch.accelerator.is_available()
     precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))

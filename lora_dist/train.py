@@ -3,11 +3,13 @@
 from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings, contradictions
 from lora_dist.errors import exit_on_user_error
+from lora_dist.launcher import end_with_launcher
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
+    end_with_launcher()
     settings = parse(
         Settings,
         argv_or(argv),

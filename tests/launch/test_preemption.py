@@ -39,7 +39,10 @@ def _until(launch: Launch, update: int) -> None:
 
 
 def test_ctrl_c_stops_one_process_and_it_goes_on_to_the_same_bits(vit: Path, pictures: Path, tmp_path: Path) -> None:
-    """A terminal signals the whole group, and so the workers of the loader too, between two logs."""
+    """Between two logs; and the workers of the loader get it too, as from a terminal, which signals the whole group.
+
+    SIGTERM comes with it, as from a scheduler: PyTorch's workers would end on it.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ("--dataloader_num_workers", 1, "--per_device_eval_batch_size", 32)
     train(*_arguments(vit, pictures, whole, *more))
@@ -47,8 +50,9 @@ def test_ctrl_c_stops_one_process_and_it_goes_on_to_the_same_bits(vit: Path, pic
         _until(launch, 5)
         group = launch.processes()
         assert len(group) == 2
-        for one in group:
-            one.send_signal(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for one in group:
+                one.send_signal(number)
         assert launch.wait() == 75
     saved = saved_in(broken)
     assert saved["logged_step"] < saved["step"] < 20
@@ -77,6 +81,19 @@ def test_one_process_under_a_launcher_saves_on_demand_and_outlives_the_launcher(
     last = saved_in(out)["step"]
     assert last >= first + 2
     assert f"stopped: after update {last} of" in launch.text
+
+
+def test_a_launcher_that_dies_while_torch_is_loaded_leaves_nothing_behind(
+    vit: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with started(tmp_path / "log", *_arguments(vit, pictures, out, *ENDLESS), launch_file="single.yaml") as launch:
+        launch.wait_for(lambda: len(launch.processes()) == 2)
+        training = next(one for one in launch.processes() if one.pid != launch.process.pid)
+        launch.wait_for(lambda: any("libtorch" in file.path for file in training.memory_maps()))
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.wait(60) == -signal.SIGTERM
+    assert not out.exists()
 
 
 @pytest.fixture(scope="module")
