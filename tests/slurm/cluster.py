@@ -94,7 +94,7 @@ class Cluster:
         if any(daemon.poll() is None for daemon in self._daemons[1:]):
             self.call("scancel", "--full", "--signal=KILL", "--user=root", check=False)
             self.call("scancel", "--user=root", check=False)
-            end = time.monotonic() + 30
+            end = time.monotonic() + 60
             while self.call("squeue", "-h", "-o", "%i %T", check=False).strip() and time.monotonic() < end:
                 time.sleep(0.5)
         for daemon in reversed(self._daemons):
