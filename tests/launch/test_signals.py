@@ -1,5 +1,6 @@
 """Real launches that are signalled, asked to save, and lose a process: all end together, saved where that can be."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_ctrl_c_stops_one_process_and_it_goes_on_to_the_same_bits(vit: Path, pic
         assert launch.wait() == 75
     saved = saved_in(broken)
     assert saved["logged_step"] < saved["step"] < 20
-    assert "SIGINT: saving and stopping after this update" in launch.text
+    # Of two signals that wait, either comes first.
+    assert re.search("SIG(INT|TERM): saving and stopping after this update", launch.text)
     assert f"stopped: after update {saved['step']} of 20, which is saved" in launch.text
     assert "Traceback" not in launch.text
     train(*_arguments(vit, pictures, broken, *more, *RESUME))
