@@ -9,10 +9,11 @@ import pytest
 import torch
 from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load_file, save_file
-from tiny import perturb
+from tiny import make_config, perturb
 from torch import Tensor
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from lora_dist import adapters
+from lora_dist import adapter_files, adapters
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
 from lora_dist.legacy_names import LegacyNames
@@ -222,21 +223,42 @@ def test_an_adapter_renamed_to_the_old_names_loads_on_every_architecture(
     size = 64 if architecture.name == "mobilevit" else 32
     expected = logits(trained, size)
     adapters.save_adapter(trained, tmp_path)
-    names = LegacyNames.of(base.model)
-    file = tmp_path / "adapter_model.safetensors"
-    state = load_file(file)
-    prefix = "base_model.model."
-    renamed = {
-        prefix
-        + names.to_old(key.removeprefix(prefix).replace(".base_layer.", ".").replace(".modules_to_save.", ".")): tensor
-        for key, tensor in state.items()
-        if "original_module" not in key
-    }
-    save_file(renamed, file)
+    renamed = _rename(tmp_path, LegacyNames.of(base.model))
     if architecture.name in ("vit", "deit", "beit", "swin", "dinov2"):
         assert not {key for key in renamed if ".q_proj." in key or ".v_proj." in key}
     found = adapters.load_adapter(load_base(str(architecture), LABELS, seed=1).model, tmp_path)
     torch.testing.assert_close(logits(found, size), expected)
+
+
+def _rename(directory: Path, names: LegacyNames) -> dict[str, Tensor]:
+    """Writes the weights of an adapter under old names, and returns them."""
+    file = directory / "adapter_model.safetensors"
+    plain = {adapter_files.plain_name(key): tensor for key, tensor in load_file(file).items()}
+    renamed = {f"base_model.model.{names.to_old(name)}": tensor for name, tensor in plain.items() if name is not None}
+    save_file(renamed, file)
+    return renamed
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"layers_to_transform": list(range(12)), "layers_pattern": "layer"}, {"exclude_modules": r".*\.layers\.0\..*"}],
+    ids=str,
+)
+def test_what_chose_by_old_names_does_not_choose_again_by_new_ones(option: dict[str, Any], tmp_path: Path) -> None:
+    """From twenty targets on, PEFT shortens the list of names, and asks about layers anew."""
+    config = make_config("vit")
+    config.num_hidden_layers = 12
+    torch.manual_seed(0)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "deep")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
+    base = load_base(str(tmp_path / "deep"), LABELS)
+    trained = make_trainable(base, ModelSettings(), LoraSettings(lora_r=2))
+    perturb(trained)
+    adapters.save_adapter(trained, tmp_path)
+    _rename(tmp_path, LegacyNames.of(base.model))
+    _edit(tmp_path, target_modules=["query", "value"], **option)
+    found = adapters.load_adapter(load_base(str(tmp_path / "deep"), LABELS).model, tmp_path)
+    torch.testing.assert_close(logits(found, 32), logits(trained, 32))
 
 
 def _edit(directory: Path, **changes: Any) -> None:

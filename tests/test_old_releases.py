@@ -90,7 +90,9 @@ def test_a_merged_model_is_read(old: Old, architecture: Path, precision: Any, tm
     adapter = _adapter(tmp_path / "adapter", architecture)
     merge_to(load_classifier(adapter), "x", tmp_path / "merged", [], 1e-4, precision)
     read = old.run("logits", tmp_path / "merged", "--size", _size(architecture))
-    assert read["missing"] == read["unexpected"] == []
+    assert read["unexpected"] == []
+    # Swin's table of positions is computed now, and was saved as well then; where it is missing it was computed, too.
+    assert [name for name in read["missing"] if not name.endswith("attention.self.relative_position_index")] == []
     expected = logits(load_classifier(tmp_path / "merged").model, _size(architecture))
     torch.testing.assert_close(torch.tensor(read["logits"]), expected, rtol=1e-4, atol=1e-4)
     if precision == "fp32":

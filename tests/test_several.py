@@ -87,6 +87,7 @@ def test_a_whole_model_is_no_adapter(vit: Path, tmp_path: Path) -> None:
 
 KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"lora_r": 4, "lora_alpha": 8}, {"lora_r": 2, "use_rslora": True}),
+    ({"lora_r": 4, "use_rslora": True}, {"lora_r": 2}),
     ({"lora_r": 4}, {"lora_r": 3, "lora_target_modules": ["key", "fc1"]}),
     ({"lora_r": 4}, {"tuning": "head"}),
     ({"tuning": "head"}, {"tuning": "head"}),
