@@ -95,7 +95,7 @@ def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     writes = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names}
     for name in (name for name, value in writes.items() if value):
         if source.model:
-            yield Problem(("model", name), "a whole model has no adapter to merge or export: give an --adapter")
+            yield Problem(("model", name), "a whole model has nothing to merge or export: give an --adapter")
         if len(source.adapter) > 1 and not source.weights:
             yield Problem(("adapter", name), "of several adapters, a blend is written: give --weights")
     for name in ("base_model", "labels", "weights"):

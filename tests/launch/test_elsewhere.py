@@ -116,7 +116,7 @@ def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path
         ((*pair, "--images", images, "--grid", "g.png"), "a grid shows the predictions of one adapter"),
         (("--adapter", "x", "--dtype", "bf16", "--images", images), "give a directory to merge to"),
         (("--model", "x", "--labels", "y", "--images", images), "this belongs to an adapter"),
-        (("--model", "x", "--export_legacy_names", "y"), "no adapter to merge or export"),
+        (("--model", "x", "--export_legacy_names", "y"), "nothing to merge or export"),
         (("--adapter", "x", "x", "--images", images), "x is there twice"),
         ((*GUIDE, "--labels", tmp_path / "nowhere", "--images", images), "nowhere"),
     ):
