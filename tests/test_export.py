@@ -15,6 +15,7 @@ from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
 from lora_dist.export import export_legacy_names
 from lora_dist.model import load_base, make_trainable
+from lora_dist.several import load_several
 
 KINDS: list[dict[str, Any]] = [
     {"lora_r": 4},
@@ -67,6 +68,21 @@ def test_targets_whose_last_part_is_shared_are_named_in_full(vit: Path, tmp_path
     export_legacy_names(load_classifier(tmp_path / "adapter"), tmp_path / "adapter", tmp_path / "old", [])
     config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"vit.encoder.layer.{layer}.output.dense" for layer in (0, 1)]
+
+
+def test_one_of_several_is_exported_with_its_own_labels(vit: Path, tmp_path: Path) -> None:
+    """The base that they share has the labels of the first."""
+    labels = {"one": ["x", "y"], "two": ["p", "q", "r"]}
+    for name in labels:
+        base = load_base(str(vit), labels[name])
+        model = make_trainable(base, ModelSettings(), LoraSettings())
+        perturb(model, len(labels[name]))
+        write_adapter(tmp_path / name, model, base, "card\n")
+    several = load_several({name: tmp_path / name for name in labels})
+    export_legacy_names(several.use("two"), tmp_path / "two", tmp_path / "old", [])
+    found = load_classifier(tmp_path / "old")
+    assert found.labels == labels["two"]
+    torch.testing.assert_close(logits(found.model, 32), logits(load_classifier(tmp_path / "two").model, 32))
 
 
 def test_a_directory_in_use_is_left_alone(vit: Path, tmp_path: Path) -> None:

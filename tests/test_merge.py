@@ -64,6 +64,23 @@ def test_weights_too_large_for_fp16_are_refused(vit: Path, tmp_path: Path) -> No
     assert not (tmp_path / "half").exists()
 
 
+def test_a_rounding_that_changes_the_logits_is_refused(vit: Path, tmp_path: Path) -> None:
+    """Features of a layer norm add up to 0, so a head of large weights lives by small differences between them."""
+    base = load_base(str(vit), LABELS)
+    model: Any = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
+    perturb(model)
+    with torch.no_grad():
+        model.get_base_model().classifier.weight.add_(300)
+    write_adapter(tmp_path / "adapter", model, base, "card\n")
+    classifier = load_classifier(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"in bf16 the merged model differs .* more than 5\.0e-02; nothing was written"):
+        merge_to(classifier, "x", tmp_path / "half", [], 1e-2, "bf16")
+    assert not (tmp_path / "half").exists()
+    loose = merge_to(load_classifier(tmp_path / "adapter"), "x", tmp_path / "half", [], 10.0, "bf16")
+    assert loose.rounding is not None
+    assert 0.05 < loose.rounding < 10
+
+
 def test_a_merge_that_changes_the_logits_is_refused(vit: Path, tmp_path: Path) -> None:
     classifier = load_classifier(_adapter(tmp_path / "adapter", vit))
     with pytest.raises(UserError, match="nothing was written"):
