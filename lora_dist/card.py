@@ -13,6 +13,7 @@ def model_card(
     title: str,
     is_adapter: bool,
     base_model: str,
+    start: str | None,
     data: str,
     labels: Sequence[str],
     per_class: Sequence[Mapping[str, float]],
@@ -25,6 +26,7 @@ def model_card(
         title: name of the run.
         is_adapter: an adapter on `base_model`, rather than a whole model.
         base_model: name or path of the base.
+        start: the adapter that training went on from, if any.
         data: name or path of the data.
         labels: class names in order.
         per_class: precision, recall, F1 and support of each.
@@ -63,7 +65,8 @@ def model_card(
         f"# {title}",
         "",
         f"{'A LoRA adapter' if is_adapter else 'A model'} for images of {len(labels)} classes, "
-        f"trained with lora_dist on {_code(data)} from {_code(base_model)}.",
+        f"trained with lora_dist on {_code(data)} from {_code(base_model)}"
+        f"{f', going on from the adapter {_code(start)}' if start else ''}.",
         "",
         "| | |",
         "|---|---|",

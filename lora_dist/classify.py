@@ -32,11 +32,13 @@ class Row(NamedTuple):
         path: of the file, as found.
         top_k: classes with their probabilities, most likely first; empty where there is an error.
         error: why the image could not be read, or None.
+        adapter: whose prediction this is, where there are several.
     """
 
     path: str
     top_k: list[tuple[str, float]]
     error: str | None = None
+    adapter: str | None = None
 
 
 def find_images(names: Sequence[str]) -> list[str]:
@@ -165,13 +167,16 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
 
 
 @contextmanager
-def writer(output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: int) -> Iterator[Callable[[Row], None]]:
+def writer(
+    output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: int, several: bool = False
+) -> Iterator[Callable[[Row], None]]:
     """A function that writes a row, to a file or to standard output, flushed row by row.
 
     Args:
         output: path, or None to print.
         format_: None to go by the path's suffix.
         top_k: number of class columns in a CSV.
+        several: whether rows are of several adapters, which a CSV has a column for.
 
     Raises:
         UserError: the file cannot be written.
@@ -184,7 +189,7 @@ def writer(output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: i
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}") from error
     try:
-        yield _csv_rows(file, top_k) if chosen == "csv" else _json_lines(file)
+        yield _csv_rows(file, top_k, several) if chosen == "csv" else _json_lines(file)
     finally:
         if output:
             file.close()
@@ -201,7 +206,8 @@ def _utf8(output: str | None) -> Any:
 
 def _json_lines(file: Any) -> Callable[[Row], None]:
     def write(row: Row) -> None:
-        content: dict[str, Any] = {"path": row.path}
+        content: dict[str, Any] = {} if row.adapter is None else {"adapter": row.adapter}
+        content["path"] = row.path
         if row.error is None:
             label, score = row.top_k[0]
             content |= {"label": label, "score": score}
@@ -214,16 +220,18 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
     return write
 
 
-def _csv_rows(file: Any, top_k: int) -> Callable[[Row], None]:
+def _csv_rows(file: Any, top_k: int, several: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
     columns: Iterable[tuple[str, str]] = (
         (f"label{suffix}", f"score{suffix}") for suffix in ["", *(f"_{place}" for place in range(2, top_k + 1))]
     )
-    lines.writerow(["path", *chain.from_iterable(columns), "error"])
+    lines.writerow([*(["adapter"] if several else []), "path", *chain.from_iterable(columns), "error"])
 
     def write(row: Row) -> None:
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
-        lines.writerow([row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""])
+        lines.writerow(
+            [*([row.adapter] if several else []), row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""]
+        )
         file.flush()
 
     return write

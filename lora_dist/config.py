@@ -51,7 +51,7 @@ class ModelSettings(Group):
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
     adapter_name_or_path: str | None = None
-    """An adapter to evaluate with --do_eval_only."""
+    """An adapter to go on from, with its base and its shape of LoRA, or to evaluate with --do_eval_only."""
     tuning: Literal["lora", "head", "full"] = "lora"
     """What trains: LoRA and the head, the head alone (linear probe), or every weight."""
     init_from_config: bool = False
@@ -257,7 +257,10 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
     if run.do_eval_only and not model.adapter_name_or_path:
         yield Problem(("do_eval_only", "adapter_name_or_path"), "nothing to evaluate: name the adapter")
     if model.adapter_name_or_path and not run.do_eval_only:
-        yield Problem(("adapter_name_or_path", "do_eval_only"), "an adapter is only evaluated: add --do_eval_only")
+        if model.tuning != "lora":
+            yield Problem(("adapter_name_or_path", "tuning"), "an adapter goes on as LoRA: drop one of them")
+        if settings.lora.init_lora_weights != "default":
+            yield Problem(("adapter_name_or_path", "init_lora_weights"), "an adapter is the start: drop one of them")
     if run.do_eval_only and run.resume_from_checkpoint:
         yield Problem(("do_eval_only", "resume_from_checkpoint"), "an evaluation has nothing to resume: drop one")
     if optimization.early_stopping_patience and run.eval_steps == "no":

@@ -108,6 +108,7 @@ def _write_bundle(
         title=output.root.resolve().name,
         is_adapter=is_adapter,
         base_model=base.name,
+        start=settings.model.adapter_name_or_path,
         data=settings.data.dataset_name or settings.data.train_dir or "",
         labels=data.labels,
         per_class=evaluation.per_class,

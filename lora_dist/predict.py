@@ -6,9 +6,10 @@ One plain process: no launcher, no `Accelerator`, no deepspeed.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,10 +17,11 @@ from pydantic import Field
 
 from lora_dist.cli import SEVERAL, argv_or, parse
 from lora_dist.config import Count, Group, Names, Positive, Problem
-from lora_dist.errors import exit_on_user_error
+from lora_dist.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from lora_dist.bundle import Classifier
+    from lora_dist.classify import Row
 
 logger = logging.getLogger("lora_dist.predict")
 
@@ -29,8 +31,12 @@ EXIT_BAD_IMAGES = 1
 class ModelSource(Group):
     """Model"""
 
-    adapter: str | None = None
-    """Directory of an adapter, such as runs/demo/adapter."""
+    adapter: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
+    """Directory of an adapter, such as runs/demo/adapter; or of several on one base, plain or as NAME=DIRECTORY."""
+    weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
+    """Blend several adapters into one: a weight for each, together 1."""
+    labels: str | None = None
+    """Text file of class names, one a line, for an adapter from elsewhere that has no label map."""
     model: str | None = None
     """Directory of a whole model: merged, or trained with --tuning full."""
     base_model: str | None = None
@@ -61,12 +67,16 @@ class Images(Group):
 
 
 class Merging(Group):
-    """Merging"""
+    """Merging and export"""
 
     merge_to: str | None = None
     """Write the base with the adapter merged into it, as a plain transformers model, to this directory."""
     merge_tolerance: Positive = 1e-4
     """Refuse a merge whose logits differ by more than this, relative to the largest."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of the merged weights: they are merged in fp32 and rounded last."""
+    export_legacy_names: str | None = None
+    """Write the adapter in the names that transformers 4 and its PEFT read, to this directory."""
 
 
 class PredictSettings(Group):
@@ -82,12 +92,42 @@ def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     source, images, merging = settings.source, settings.images, settings.merging
     if bool(source.adapter) == bool(source.model):
         yield Problem(("adapter", "model"), "give one of them")
-    if source.model and merging.merge_to:
-        yield Problem(("model", "merge_to"), "a whole model has nothing to merge: give an --adapter")
-    if source.model and source.base_model:
-        yield Problem(("model", "base_model"), "a whole model has no base: give an --adapter")
-    if not images.images and not merging.merge_to:
+    writes = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names}
+    for name in (name for name, value in writes.items() if value):
+        if source.model:
+            yield Problem(("model", name), "a whole model has nothing to merge or export: give an --adapter")
+        if len(source.adapter) > 1 and not source.weights:
+            yield Problem(("adapter", name), "of several adapters, a blend is written: give --weights")
+    for name in ("base_model", "labels", "weights"):
+        if source.model and getattr(source, name):
+            yield Problem(("model", name), "this belongs to an adapter: give an --adapter")
+    if source.weights and source.adapter and len(source.weights) != len(source.adapter):
+        yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
+    if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
+        yield Problem(("weights",), f"they add up to {sum(source.weights):g} and not to 1")
+    if merging.dtype != "fp32" and not merging.merge_to:
+        yield Problem(("dtype", "merge_to"), "the type of merged weights: give a directory to merge to")
+    if images.grid and len(source.adapter) > 1 and not source.weights:
+        yield Problem(("grid", "adapter"), "a grid shows the predictions of one adapter")
+    if not images.images and not any(writes.values()):
         yield Problem(("images", "merge_to"), "nothing to do: give images to classify, or a directory to merge to")
+
+
+def named_adapters(words: Sequence[str]) -> dict[str, Path]:
+    """Directories of adapters by name: NAME=DIRECTORY, or a directory that is its own name.
+
+    Raises:
+        UserError: a name stands there twice.
+    """
+    named: dict[str, Path] = {}
+    for word in words:
+        name, equals, directory = word.partition("=")
+        if not equals or Path(word).exists():
+            name, directory = word, word
+        if name in named:
+            raise UserError(f"--adapter: {name} is there twice; write NAME=DIRECTORY")
+        named[name] = Path(directory)
+    return named
 
 
 @exit_on_user_error
@@ -102,30 +142,65 @@ def main(argv: list[str] | None = None) -> None:
         takes_config=False,
     )
     # What follows imports torch; a mistake in the settings has been reported by now.
-    from lora_dist import bundle, classify, demo, logs, merge
+    from lora_dist import classify, demo, foreign, logs, several
 
     logs.set_up_logs(is_main=True)
+    source = settings.source
     names = [demo.local_path(name) for name in settings.images.images]
     files = classify.find_images(names)
-    directory = Path(settings.source.adapter or settings.source.model or "")
-    classifier = bundle.load_classifier(directory, settings.source.base_model, settings.source.trust_remote_code)
-    if settings.merging.merge_to:
-        out = Path(settings.merging.merge_to)
-        difference = merge.merge_to(classifier, directory, out, files, settings.merging.merge_tolerance)
-        logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, difference)
-        classifier = bundle.load_classifier(out)
-    if files and not _classify(classifier, files, settings.images):
+    chosen = named_adapters(source.adapter)
+    labels = foreign.read_labels_file(source.labels) if source.labels else None
+    rows: Iterator[Row]
+    if len(chosen) > 1 and not source.weights:
+        group = several.load_several(chosen, source.base_model, source.trust_remote_code, labels)
+        rows = (
+            row._replace(adapter=name)
+            for name in group.classifiers
+            for row in _rows(group.use(name), files, settings.images)
+        )
+    else:
+        classifier = _load(source, chosen, labels)
+        classifier = _write(classifier, chosen, files, settings)
+        rows = _rows(classifier, files, settings.images)
+    if files and not _output(rows, files, settings.images, len(chosen) > 1 and not source.weights):
         sys.exit(EXIT_BAD_IMAGES)
 
 
-def _classify(classifier: Classifier, files: list[str], settings: Images) -> bool:
-    """Writes a row for each file; False where some could not be read."""
+def _load(source: ModelSource, chosen: dict[str, Path], labels: list[str] | None) -> Classifier:
+    """One classifier: a whole model, an adapter, or a blend of adapters."""
+    from lora_dist import bundle, several
+
+    if len(chosen) > 1:
+        return several.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
+    directory = next(iter(chosen.values()), Path(source.model or ""))
+    return bundle.load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+
+
+def _write(classifier: Classifier, chosen: dict[str, Path], files: list[str], settings: PredictSettings) -> Classifier:
+    """Exports and merges as asked, and returns what to classify with: the merged model, where there is one."""
+    from lora_dist import bundle, export, merge
+
+    source, merging = settings.source, settings.merging
+    if merging.export_legacy_names:
+        out = Path(merging.export_legacy_names)
+        export.export_legacy_names(classifier, next(iter(chosen.values())), out, files)
+        logger.info("exported to %s, in the names of transformers 4", out)
+    if not merging.merge_to:
+        return classifier
+    out = Path(merging.merge_to)
+    shares = [f"{weight:g} x {name}" for name, weight in zip(chosen, source.weights, strict=False)]
+    title = " + ".join(shares or chosen)
+    merged = merge.merge_to(classifier, title, out, files, merging.merge_tolerance, merging.dtype)
+    logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
+    if merged.rounding is not None:
+        logger.info("with weights rounded to %s they differ by %.1e", merging.dtype, merged.rounding)
+    return bundle.load_classifier(out)
+
+
+def _rows(classifier: Classifier, files: list[str], settings: Images) -> Iterator[Row]:
     from lora_dist import classify
 
-    if hasattr(signal, "SIGPIPE"):
-        # `… | head` ends the command without a traceback. Not before: a lost connection to the Hub is an error.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    rows = classify.classify(
+    return classify.classify(
         classifier,
         files,
         top_k=settings.top_k,
@@ -133,19 +208,29 @@ def _classify(classifier: Classifier, files: list[str], settings: Images) -> boo
         num_workers=settings.num_workers,
         device=classify.choose_device(settings.device),
     )
+
+
+def _output(rows: Iterator[Row], files: list[str], settings: Images, several: bool) -> bool:
+    """Writes the rows; False where some images could not be read."""
+    from lora_dist import classify
+
+    if hasattr(signal, "SIGPIPE"):
+        # `… | head` ends the command without a traceback. Not before: a lost connection to the Hub is an error.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     drawn = set(classify.spread(len(files), classify.GRID)) if settings.grid else set()
     shown = []
-    bad = 0
-    with classify.writer(settings.output, settings.format, settings.top_k) as write:
+    bad = set()
+    with classify.writer(settings.output, settings.format, settings.top_k, several) as write:
         for place, row in enumerate(rows):
             write(row)
-            bad += row.error is not None
+            if row.error is not None:
+                bad.add(row.path)
             if place in drawn:
                 shown.append(row)
     if settings.grid:
         classify.draw_grid(shown, Path(settings.grid))
     if bad:
-        logger.warning("%d of %d images could not be read; their rows say why", bad, len(files))
+        logger.warning("%d of %d images could not be read; their rows say why", len(bad), len(files))
     return not bad
 
 

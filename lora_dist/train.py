@@ -35,7 +35,7 @@ def train(settings: Settings) -> None:
     from lora_dist.handover import hand_over
     from lora_dist.loader import TrainImages
     from lora_dist.loop import Job, fit
-    from lora_dist.model import count_parameters, load_base_of, make_trainable
+    from lora_dist.model import count_parameters, make_trainable
     from lora_dist.optimizer import make_optimizer
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
@@ -43,6 +43,7 @@ def train(settings: Settings) -> None:
     from lora_dist.report import announce, show_inputs
     from lora_dist.runtime import launch
     from lora_dist.schedule import Schedule
+    from lora_dist.start import load_start
     from lora_dist.state import Checkpointer, Progress
     from lora_dist.tracking import Tracker
     from lora_dist.transforms import ImageTransforms
@@ -59,9 +60,11 @@ def train(settings: Settings) -> None:
             data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
         else:
             data = load_data(settings.data, run.seed)
-        base = load_base_of(settings, data.labels)
+        settings, base, start = load_start(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
     model = make_trainable(base, settings.model, settings.lora)
+    if start is not None:
+        start.load_into(model)
     parameters = count_parameters(model)
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = Order(
@@ -76,6 +79,7 @@ def train(settings: Settings) -> None:
 
     identity = {
         "base": base.fingerprint,
+        "start": start.fingerprint() if start is not None else None,
         "tuning": settings.model.tuning,
         "seed": run.seed,
         "effective_batch": order.effective_batch,

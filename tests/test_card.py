@@ -16,8 +16,9 @@ RESULTS: dict[str, Any] = {
 def card(labels: list[str], is_adapter: bool = True, **more: Any) -> str:
     rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + place} for place in range(len(labels))]
     given: dict[str, Any] = {
-        "title": "food", "is_adapter": is_adapter, "base_model": "google/vit", "data": "ethz/food101", "labels": labels,
-        "per_class": rows, "results": RESULTS, "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
+        "title": "food", "is_adapter": is_adapter, "base_model": "google/vit", "start": None, "data": "ethz/food101",
+        "labels": labels, "per_class": rows, "results": RESULTS,
+        "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
     }  # fmt: skip
     return model_card(**(given | more))
 
@@ -76,3 +77,10 @@ def test_of_very_many_classes_the_first_are_listed() -> None:
     assert f"| class {MOST_CLASSES - 1} |" in text
     assert f"| class {MOST_CLASSES} |" not in text
     assert "… and 7 more." in text
+
+
+def test_the_adapter_that_a_run_went_on_from_is_named() -> None:
+    assert "from `google/vit`, going on from the adapter `runs/first/adapter`." in card(
+        ["a"], start="runs/first/adapter"
+    )
+    assert "going on" not in card(["a"])

@@ -213,7 +213,9 @@ def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Pat
         (["--config"], "--config: needs a path or one of demo"),
         (["--early_stopping_patience", "many", "--eval_steps", "no"], "--early_stopping_patience: 'many' is not valid"),
         (["--init_from_config", "--tuning", "ful"], "--tuning: 'ful' is not valid"),
-        (["--adapter_name_or_path", "y"], "add --do_eval_only"),
+        (["--adapter_name_or_path", "y", "--tuning", "full"], "an adapter goes on as LoRA"),
+        (["--adapter_name_or_path", "y", "--tuning", "head"], "an adapter goes on as LoRA"),
+        (["--adapter_name_or_path", "y", "--init_lora_weights", "pissa"], "an adapter is the start"),
     ],
 )
 def test_a_wrong_setting_is_one_problem_by_name(words: list[str], part: str) -> None:
