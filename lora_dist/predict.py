@@ -30,9 +30,9 @@ class ModelSource(Group):
     """Model"""
 
     adapter: str | None = None
-    """Directory of an adapter, such as runs/demo/adapter."""
+    """Directory of an adapter, such as runs/demo/adapter; or its name on the Hub: org/name or org/name@revision."""
     model: str | None = None
-    """Directory of a whole model: merged, or trained with --tuning full."""
+    """Directory of a whole model, merged or trained with --tuning full; or its name on the Hub."""
     base_model: str | None = None
     """Where the adapter's base model is now, if not where it was."""
     trust_remote_code: bool = False
@@ -102,12 +102,12 @@ def main(argv: list[str] | None = None) -> None:
         takes_config=False,
     )
     # What follows imports torch; a mistake in the settings has been reported by now.
-    from lora_dist import bundle, classify, demo, logs, merge
+    from lora_dist import bundle, classify, demo, hub, logs, merge
 
     logs.set_up_logs(is_main=True)
     names = [demo.local_path(name) for name in settings.images.images]
     files = classify.find_images(names)
-    directory = Path(settings.source.adapter or settings.source.model or "")
+    directory = hub.local_directory(settings.source.adapter or settings.source.model or "")
     classifier = bundle.load_classifier(directory, settings.source.base_model, settings.source.trust_remote_code)
     if settings.merging.merge_to:
         out = Path(settings.merging.merge_to)
