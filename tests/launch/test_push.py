@@ -1,4 +1,4 @@
-"""The commands and a Hub on this machine: two processes push, both commands pull, and a Hub that dies costs no result."""
+"""The commands and a Hub on this machine: two processes push, both commands pull, a Hub that dies costs no result."""
 
 import json
 from collections.abc import Iterator
