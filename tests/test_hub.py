@@ -191,6 +191,13 @@ def test_a_token_given_where_a_name_belongs_is_not_repeated(server: Hub) -> None
     assert "hf_another" not in str(caught.value)
 
 
+def test_nor_is_one_of_another_form(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret-of-a-company")
+    with pytest.raises(HubError, match="Repo id must") as caught:
+        open_repository("https://ada:secret-of-a-company@hub.example/ada/x", private=False)
+    assert "secret-of-a-company" not in str(caught.value)
+
+
 # --- in the background ---
 
 
