@@ -186,8 +186,6 @@ def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Outp
             if going_on and error.passing:
                 logger.warning("%s\nThe run goes on all the same.", problem)
                 problem = ""
-        # What a killed run had not pushed.
-        shutil.rmtree(output.outbox, ignore_errors=True)
     if settings.push_to_hub:
         (problem,) = broadcast_object_list([problem])
     if problem:
