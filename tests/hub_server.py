@@ -99,7 +99,8 @@ class Hub:
             failures: statuses; `drop`: the connection is closed without an answer; `lose`: done, but the answer is
                 lost; `html`: 503 with a page; `for ever` after one of these: that goes on.
         """
-        self._failures[route] = list(failures)
+        with self.lock:
+            self._failures[route] = list(failures)
 
     def delay(self, route: str, seconds: float) -> None:
         """Makes a route slow."""
@@ -340,6 +341,8 @@ def serving() -> Iterator[Hub]:
     server = _Server(("127.0.0.1", 0), _Handler)
 
     def stop() -> None:
+        # Connections that stand outlive the server that took them.
+        hub.fail("*", "drop", "for ever")
         server.shutdown()
         server.server_close()
 
