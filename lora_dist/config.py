@@ -51,7 +51,8 @@ class ModelSettings(Group):
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
     adapter_name_or_path: str | None = None
-    """An adapter to go on from, with its base and its shape of LoRA, or to evaluate with --do_eval_only."""
+    """An adapter to go on from, with its base and its shape of LoRA, or to evaluate with --do_eval_only: a directory,
+    or a name on the Hub (org/name or org/name@revision)."""
     tuning: Literal["lora", "head", "full"] = "lora"
     """What trains: LoRA and the head, the head alone (linear probe), or every weight."""
     init_from_config: bool = False
@@ -207,6 +208,18 @@ class RunSettings(Group):
     """Evaluate --adapter_name_or_path on the validation data and train nothing."""
 
 
+class HubSettings(Group):
+    """Hugging Face Hub"""
+
+    push_to_hub: bool = False
+    """Push the adapter, or model, with its card after each best evaluation and at the end. Needs a token, which is no
+    setting: `hf auth login` or HF_TOKEN."""
+    hub_model_id: str | None = None
+    """Repository to push to; by default the name of --output_dir, in your own namespace."""
+    hub_private_repo: bool = False
+    """Make the repository private, if it has to be made; otherwise the namespace's default decides."""
+
+
 class Settings(Group):
     """All settings of a training run, by group; on the command line and in YAML the names are flat."""
 
@@ -216,6 +229,7 @@ class Settings(Group):
     augmentation: AugmentationSettings = AugmentationSettings()
     optimization: OptimizationSettings = OptimizationSettings()
     run: RunSettings = RunSettings()
+    hub: HubSettings = HubSettings()
 
 
 class Problem(NamedTuple):
@@ -228,6 +242,7 @@ class Problem(NamedTuple):
 def contradictions(settings: Settings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work, for the parser to report all at once."""
     model, data, optimization, run = settings.model, settings.data, settings.optimization, settings.run
+    hub = settings.hub
     if data.train_dir and data.dataset_name:
         yield Problem(("train_dir", "dataset_name"), "two sources of data: give one of them")
     if not (data.train_dir or data.dataset_name or (run.do_eval_only and data.validation_dir)):
@@ -265,6 +280,10 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("do_eval_only", "resume_from_checkpoint"), "an evaluation has nothing to resume: drop one")
     if optimization.early_stopping_patience and run.eval_steps == "no":
         yield Problem(("early_stopping_patience", "eval_steps"), "early stopping needs evaluations")
+    if hub.push_to_hub and run.do_eval_only:
+        yield Problem(("push_to_hub", "do_eval_only"), "an evaluation has nothing to push: drop one")
+    if (hub.hub_model_id or hub.hub_private_repo) and not hub.push_to_hub:
+        yield Problem(("hub_model_id", "hub_private_repo", "push_to_hub"), "nothing is pushed: add --push_to_hub")
 
 
 def recipe_names() -> list[str]:

@@ -1,7 +1,7 @@
 """The training loop: the sequence of updates, logs, evaluations and saves, and where it may be left."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lora_dist.config import Settings
 from lora_dist.engine import Engine
 from lora_dist.errors import PreemptedError, TrainingStoppedError
-from lora_dist.evaluation import Evaluator
+from lora_dist.evaluation import Evaluation, Evaluator
 from lora_dist.loader import Batch, TrainImages, batches, train_loader
 from lora_dist.model import set_training
 from lora_dist.order import FILLER, Order
@@ -38,6 +38,7 @@ class Job:
         checkpointer: saves the run.
         preemption: stops or saves it when asked from outside.
         tracker: shows it.
+        on_best: called on every process after an evaluation that is the best so far, once it has been saved.
     """
 
     settings: Settings
@@ -49,6 +50,7 @@ class Job:
     checkpointer: Checkpointer
     preemption: Preemption
     tracker: Tracker
+    on_best: Callable[["Job", Progress, Evaluation], None]
 
 
 class Window:
@@ -167,7 +169,7 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
     def due(every: Any) -> bool:
         return is_due(every, progress.step, job.order.steps_per_epoch, job.schedule.total_steps)
 
-    best = False
+    best = None
     if due(run.eval_steps):
         best = _evaluate(job, progress)
         set_training(job.engine.model)
@@ -176,6 +178,8 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
     progress.settled_step = progress.step
     if save or best or due(run.checkpointing_steps):
         _save(job, progress)
+    if best:
+        job.on_best(job, progress, best)
 
 
 def _check(job: Job, progress: Progress) -> bool:
@@ -230,8 +234,8 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
     window.reset()
 
 
-def _evaluate(job: Job, progress: Progress) -> bool:
-    """Evaluates, logs and notes the result; True where it is the best so far."""
+def _evaluate(job: Job, progress: Progress) -> Evaluation | None:
+    """Evaluates, logs and notes the result; returns it where it is the best so far."""
     evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
@@ -243,7 +247,7 @@ def _evaluate(job: Job, progress: Progress) -> bool:
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())
     job.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
     show_evaluation(job.tracker, evaluation, progress.step, job.evaluator.split, job.evaluator.labels)
-    return best
+    return evaluation if best else None
 
 
 def _stopped(job: Job, step: int, error: NonFiniteLossError) -> TrainingStoppedError:

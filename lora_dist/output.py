@@ -45,6 +45,11 @@ class Output:
         return self.root / "model"
 
     @property
+    def outbox(self) -> Path:
+        """Bundles on their way to the Hub; gone at the end."""
+        return self.root / "outbox"
+
+    @property
     def save_request(self) -> Path:
         """Asks a run for a checkpoint by being there."""
         return self.root / "SAVE"

@@ -32,13 +32,14 @@ class ModelSource(Group):
     """Model"""
 
     adapter: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
-    """Directory of an adapter, such as runs/demo/adapter; or of several on one base, plain or as NAME=DIRECTORY."""
+    """Directory of an adapter, such as runs/demo/adapter, or its name on the Hub: org/name or org/name@revision. Or
+    several on one base, plain or as NAME=DIRECTORY."""
     weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Blend several adapters into one: a weight for each, together 1."""
     labels: str | None = None
     """Text file of class names, one a line, for an adapter from elsewhere that has no label map."""
     model: str | None = None
-    """Directory of a whole model: merged, or trained with --tuning full."""
+    """Directory of a whole model, merged or trained with --tuning full; or its name on the Hub."""
     base_model: str | None = None
     """Where the adapter's base model is now, if not where it was."""
     trust_remote_code: bool = False
@@ -113,20 +114,20 @@ def contradictions(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("images", "merge_to"), "nothing to do: give images to classify, or a directory to merge to")
 
 
-def named_adapters(words: Sequence[str]) -> dict[str, Path]:
-    """Directories of adapters by name: NAME=DIRECTORY, or a directory that is its own name.
+def named_adapters(words: Sequence[str]) -> dict[str, str]:
+    """Directories of adapters, or their names on the Hub, by name: NAME=DIRECTORY, or a directory that is its own name.
 
     Raises:
         UserError: a name stands there twice.
     """
-    named: dict[str, Path] = {}
+    named: dict[str, str] = {}
     for word in words:
         name, equals, directory = word.partition("=")
         if not equals or Path(word).exists():
             name, directory = word, word
         if name in named:
             raise UserError(f"--adapter: {name} is there twice; write NAME=DIRECTORY")
-        named[name] = Path(directory)
+        named[name] = directory
     return named
 
 
@@ -142,13 +143,13 @@ def main(argv: list[str] | None = None) -> None:
         takes_config=False,
     )
     # What follows imports torch; a mistake in the settings has been reported by now.
-    from lora_dist import classify, demo, foreign, logs, several
+    from lora_dist import classify, demo, foreign, hub, logs, several
 
     logs.set_up_logs(is_main=True)
     source = settings.source
     names = [demo.local_path(name) for name in settings.images.images]
     files = classify.find_images(names)
-    chosen = named_adapters(source.adapter)
+    chosen = {name: hub.local_directory(place) for name, place in named_adapters(source.adapter).items()}
     labels = foreign.read_labels_file(source.labels) if source.labels else None
     rows: Iterator[Row]
     if len(chosen) > 1 and not source.weights:
@@ -168,11 +169,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _load(source: ModelSource, chosen: dict[str, Path], labels: list[str] | None) -> Classifier:
     """One classifier: a whole model, an adapter, or a blend of adapters."""
-    from lora_dist import bundle, several
+    from lora_dist import bundle, hub, several
 
     if len(chosen) > 1:
         return several.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
-    directory = next(iter(chosen.values()), Path(source.model or ""))
+    directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
     return bundle.load_classifier(directory, source.base_model, source.trust_remote_code, labels)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from lora_dist.adapter_files import place_of
 from lora_dist.adapters import Adapter
 from lora_dist.config import LoraSettings, Settings
 from lora_dist.errors import UserError
+from lora_dist.hub import local_directory
 from lora_dist.model import Base, load_base_of
 from lora_dist.targets import resolve_targets, shortest
 
@@ -66,7 +66,7 @@ def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Bas
     """
     if not settings.model.adapter_name_or_path:
         return settings, load_base_of(settings, labels), None
-    directory = Path(settings.model.adapter_name_or_path)
+    directory = local_directory(settings.model.adapter_name_or_path)
     if not directory.is_dir():
         raise UserError(f"--adapter_name_or_path: no such directory: {directory}")
     given = settings.model.model_name_or_path if "model_name_or_path" in settings.model.model_fields_set else None

@@ -32,7 +32,7 @@ def train(settings: Settings) -> None:
     from lora_dist.data import load_data
     from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
-    from lora_dist.handover import hand_over
+    from lora_dist.handover import Handover
     from lora_dist.loader import TrainImages
     from lora_dist.loop import Job, fit
     from lora_dist.model import count_parameters, make_trainable
@@ -40,6 +40,7 @@ def train(settings: Settings) -> None:
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
     from lora_dist.preemption import Preemption
+    from lora_dist.publisher import open_publisher
     from lora_dist.report import announce, show_inputs
     from lora_dist.runtime import launch
     from lora_dist.schedule import Schedule
@@ -54,6 +55,7 @@ def train(settings: Settings) -> None:
     accelerator = launch(optimization.mixed_precision, run.ddp_timeout)
     output = Output(Path(run.output_dir))
     resumed = find_resume(output, run.resume_from_checkpoint)
+    publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
     with accelerator.main_process_first():
         if settings.data.streaming:
@@ -91,6 +93,7 @@ def train(settings: Settings) -> None:
     if accelerator.is_main_process:
         output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
     announce(data, order, schedule, parameters, accelerator)
+    handover = Handover(base, data, parameters, output, publisher)
     job = Job(
         settings=settings,
         engine=engine,
@@ -114,13 +117,16 @@ def train(settings: Settings) -> None:
             first_step=progress.step,
             total_steps=schedule.total_steps,
         ),
+        on_best=handover.after_best,
     )
     job.tracker.settings(flatten(settings))
     show_inputs(job.tracker, job.images, order, progress.step, data.labels)
     fit(job, progress)
     checkpointer.restore_best(progress)
-    hand_over(job, progress, job.evaluator(), base, data, parameters, output)
+    handover.at_the_end(job, progress, job.evaluator())
     accelerator.end_training()
+    # When no process waits for another any more, and all files of the run are there.
+    handover.publish(job, progress)
 
 
 def evaluate_only(settings: Settings) -> None:
@@ -131,6 +137,7 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.bundle import load_classifier
     from lora_dist.data import load_validation
     from lora_dist.evaluation import Evaluator
+    from lora_dist.hub import local_directory
     from lora_dist.output import Output, find_resume
     from lora_dist.report import write_evaluation
     from lora_dist.runtime import launch
@@ -139,9 +146,9 @@ def evaluate_only(settings: Settings) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     find_resume(output, None)
-    classifier = load_classifier(
-        Path(settings.model.adapter_name_or_path or ""), trust_remote_code=settings.model.trust_remote_code
-    )
+    with accelerator.main_process_first():
+        directory = local_directory(settings.model.adapter_name_or_path or "")
+    classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
     with accelerator.main_process_first():
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     evaluation = Evaluator(

@@ -316,3 +316,19 @@ def test_a_config_that_is_not_found_hides_no_other_mistake() -> None:
 def test_a_stream_with_a_validation_split_is_no_contradiction() -> None:
     data = parse(*STREAM, "--streaming_lanes", 4, "--shuffle_buffer_size", 64).data
     assert (data.streaming, data.streaming_lanes, data.shuffle_buffer_size) == (True, 4, 64)
+
+
+def test_pushing_to_the_hub_has_its_contradictions(folder: Path) -> None:
+    assert not parse("--train_dir", folder).hub.push_to_hub
+    settings = parse("--train_dir", folder, "--push_to_hub", "--hub_model_id", "ada/x", "--hub_private_repo")
+    assert (settings.hub.hub_model_id, settings.hub.hub_private_repo) == ("ada/x", True)
+    for lonely in (("--hub_model_id", "ada/x"), ("--hub_private_repo",)):
+        assert "nothing is pushed: add --push_to_hub" in problems_of("--train_dir", folder, *lonely)
+    evaluation = ("--do_eval_only", "--adapter_name_or_path", "x", "--validation_dir", folder)
+    assert "an evaluation has nothing to push" in problems_of(*evaluation, "--push_to_hub")
+
+
+def test_a_token_is_no_setting_and_is_not_repeated(folder: Path) -> None:
+    said = problems_of("--train_dir", folder, "--push_to_hub", "--hub_token", "hf_secret0123456789")
+    assert "--hub_token: unknown flag" in said
+    assert "hf_secret" not in said
