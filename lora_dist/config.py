@@ -121,6 +121,9 @@ class DataSettings(Group):
     """Use a seeded random selection of this many validation samples."""
     allow_missing_classes: bool = False
     """Go on when a class has images in one of training and validation only."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """An image that cannot be read stops the run (fail), or is left out and counted (skip); the others stay where they
+    are, and an update is what they make of it."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
     """Worker processes that decode images, for each training process. Default: by cores and device."""
     dataloader_prefetch_factor: Count = 4
@@ -181,6 +184,8 @@ class OptimizationSettings(Group):
     """auto: fp16 or bf16 where the launch file says so, else fp16 on a GPU and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that chooses the best checkpoint."""
+    max_nonfinite_updates: Count = 3
+    """Stop when the loss or gradient of this many updates in a row is not finite; the ones before are left out."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations without a better metric."""
 

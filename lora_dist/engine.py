@@ -48,6 +48,9 @@ class Engine(Protocol):
             ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
         """
 
+    def drop_update(self) -> bool:
+        """Forgets the gradient of an update that is not to be made; False where that cannot be done."""
+
     def was_skipped(self) -> bool:
         """Whether fp16 loss scaling left the last update out."""
 

@@ -2,12 +2,15 @@
 
 import logging
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_dist import adapters, bundle
@@ -15,7 +18,7 @@ from lora_dist.card import model_card
 from lora_dist.cli import flatten
 from lora_dist.config import Settings
 from lora_dist.data import ImageData
-from lora_dist.errors import UserError
+from lora_dist.errors import TrainingStoppedError, UserError
 from lora_dist.evaluation import Evaluation
 from lora_dist.loop import Job
 from lora_dist.model import Base, load_base_of, load_trained, make_trainable
@@ -80,20 +83,42 @@ class Handover:
         """
         accelerator, tracker, validation = job.engine.accelerator, job.tracker, self.data.validation
         trained = job.engine.trained()
-        images = [validation.image(index) for index in range(min(CHECKED_IMAGES, len(validation)))]
+        images = [validation.image(index) for index in np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]]
         expected = _logits(job, images)
         if accelerator.is_main_process:
             results = self._results(job, progress, evaluation)
-            write_evaluation(self.output.evaluation, evaluation, self.data.labels)
             written = self._result(job)
-            self._write(written, job, trained, evaluation, results)
+            try:
+                self._write(written, job, trained, evaluation, results)
+                write_evaluation(self.output.evaluation, evaluation, self.data.labels)
+                write_json(self.output.results, results)
+            except (OSError, SafetensorError) as error:
+                self._write_elsewhere(error, job, trained, evaluation, results)
             tolerance = bundle.TOLERANCE if accelerator.mixed_precision == "no" else bundle.HALF_PRECISION_TOLERANCE
-            write_json(self.output.results, results)
             bundle.require_same_logits(written, images, expected, tolerance, job.settings.model.trust_remote_code)
             tracker.hyperparameters(flatten(job.settings), evaluation.metrics)
             tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
             tracker.close()
         accelerator.wait_for_everyone()
+
+    def _write_elsewhere(
+        self,
+        error: Exception,
+        job: Job,
+        trained: dict[str, Tensor],
+        evaluation: Evaluation,
+        results: dict[str, Any],
+    ) -> NoReturn:
+        """Puts the result of a run whose directory cannot be written to where temporary files go."""
+        saved, reason = job.checkpointer.saved_step, f"cannot write the result to {self.output.root}: {error}."
+        resume = "" if saved is None else f" Make room, then --resume_from_checkpoint auto goes on from update {saved}."
+        try:
+            rescue = Path(tempfile.mkdtemp(prefix="lora_dist-"))
+            self._write(rescue / self._result(job).name, job, trained, evaluation, results)
+            write_json(rescue / self.output.results.name, results)
+        except (OSError, SafetensorError) as second:
+            raise TrainingStoppedError(f"{reason} Nor elsewhere: {second}.{resume}") from error
+        raise TrainingStoppedError(f"{reason} It is in {rescue}.{resume}") from error
 
     def publish(self, job: Job, progress: Progress) -> None:
         """Pushes the result to the Hub, where that was asked for, and waits for it; a failure is no more than said."""
@@ -108,8 +133,8 @@ class Handover:
         trainable, total = self.parameters
         return {
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
-            "eval_samples": len(self.data.validation),
-            "train_loss": progress.loss_sum / max(1, progress.step),
+            "eval_samples": evaluation.num_samples,
+            "train_loss": progress.loss_sum / max(1, progress.loss_count),
             "train_runtime": progress.train_seconds,
             "train_samples": len(self.data.train),
             "train_samples_per_second": progress.samples / max(progress.train_seconds, 1e-9),
@@ -119,6 +144,10 @@ class Handover:
             "step": progress.step,
             "best_step": progress.best_step,
             "skipped_updates": progress.skipped_updates,
+            "unreadable_images": {
+                "train": progress.unreadable_images,
+                "validation": len(self.data.validation) - evaluation.num_samples,
+            },
             "effective_batch": job.order.effective_batch,
             "data_fingerprint": {
                 "train": self.data.train.fingerprint(),

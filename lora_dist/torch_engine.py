@@ -52,6 +52,10 @@ class TorchEngine:
         self._optimizer.step()
         return norm
 
+    def drop_update(self) -> bool:
+        self._optimizer.zero_grad()
+        return True
+
     def was_skipped(self) -> bool:
         return self.accelerator.optimizer_step_was_skipped
 

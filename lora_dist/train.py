@@ -29,11 +29,11 @@ def train(settings: Settings) -> None:
     from pathlib import Path
 
     from lora_dist import streamed
+    from lora_dist.batch import TrainImages
     from lora_dist.data import load_data
     from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
     from lora_dist.handover import Handover
-    from lora_dist.loader import TrainImages
     from lora_dist.loop import Job, fit
     from lora_dist.model import count_parameters, make_trainable
     from lora_dist.optimizer import make_optimizer
@@ -97,7 +97,9 @@ def train(settings: Settings) -> None:
     job = Job(
         settings=settings,
         engine=engine,
-        images=TrainImages(data.train, transforms, settings.augmentation, run.seed),
+        images=TrainImages(
+            data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip"
+        ),
         order=order,
         schedule=schedule,
         evaluator=Evaluator(

@@ -65,6 +65,10 @@ class ZeroEngine:
             raise ArithmeticError
         return norm
 
+    def drop_update(self) -> bool:
+        # A gradient that is not finite shows after the update; one that DeepSpeed has reduced stays in its buckets.
+        return False
+
     def was_skipped(self) -> bool:
         return not self._engine.was_step_applied()
 

@@ -13,10 +13,10 @@ from launching import assert_same_run, lines_of, results_of, saved_in
 from torch import nn
 
 from lora_dist import train
+from lora_dist.batch import EvaluationImages
 from lora_dist.bundle import load_classifier
 from lora_dist.config import DataSettings
 from lora_dist.data import load_data
-from lora_dist.loader import EvaluationImages
 from lora_dist.tracking import Tracker
 from lora_dist.transforms import ImageTransforms
 
