@@ -160,6 +160,8 @@ class OptimizationSettings(Group):
     """Samples in one forward pass of one process."""
     gradient_accumulation_steps: Count = 4
     """Forward passes in one update."""
+    auto_batch_size: bool = False
+    """Halve --per_device_train_batch_size until it fits into memory, on all processes, and accumulate as many more."""
     per_device_eval_batch_size: Count = 128
     """Samples in one evaluation pass of one process."""
     learning_rate: Positive = 5e-3

@@ -7,12 +7,13 @@ from itertools import islice
 from typing import Any
 
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 
 from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import Settings
 from lora_dist.engine import Engine
-from lora_dist.errors import PreemptedError, TrainingStoppedError
+from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError
 from lora_dist.evaluation import Evaluation, Evaluator
 from lora_dist.loader import batches, train_loader
 from lora_dist.model import set_training
@@ -158,6 +159,13 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
             label_smoothing=job.settings.augmentation.label_smoothing_factor,
             dropout_seed=(job.settings.run.seed, step),
         )
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise ProcessError(
+                f"out of memory in update {step + 1}: {error}\nGo on with --resume_from_checkpoint auto and "
+                f"--auto_batch_size, which finds a batch that fits; or with --gradient_checkpointing."
+            ) from error
+        raise
     except NonFiniteLossError as error:
         _leave_out(job, progress, error)
         unreadable = error.unreadable

@@ -30,6 +30,7 @@ def train(settings: Settings) -> None:
 
     from lora_dist import streamed
     from lora_dist.batch import TrainImages
+    from lora_dist.batch_size import fit_batch_size
     from lora_dist.data import load_data
     from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
@@ -67,6 +68,9 @@ def train(settings: Settings) -> None:
     model = make_trainable(base, settings.model, settings.lora)
     if start is not None:
         start.load_into(model)
+    if optimization.auto_batch_size:
+        optimization = fit_batch_size(accelerator, model, transforms, optimization)
+        settings = settings.model_copy(update={"optimization": optimization})
     parameters = count_parameters(model)
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = Order(
