@@ -211,6 +211,8 @@ class RunSettings(Group):
     """Seconds after which a process that waits for others gives up."""
     logging_steps: Count = 10
     """Log every N updates."""
+    dry_run: bool = False
+    """Say what would run, with its time and memory from two updates and what speaks against it, and write nothing."""
     do_eval_only: bool = False
     """Evaluate --adapter_name_or_path on the validation data and train nothing."""
 
@@ -283,6 +285,8 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("adapter_name_or_path", "tuning"), "an adapter goes on as LoRA: drop one of them")
         if settings.lora.init_lora_weights != "default":
             yield Problem(("adapter_name_or_path", "init_lora_weights"), "an adapter is the start: drop one of them")
+    if run.do_eval_only and run.dry_run:
+        yield Problem(("dry_run", "do_eval_only"), "a dry run is of a training: drop one of them")
     if run.do_eval_only and run.resume_from_checkpoint:
         yield Problem(("do_eval_only", "resume_from_checkpoint"), "an evaluation has nothing to resume: drop one")
     if optimization.early_stopping_patience and run.eval_steps == "no":

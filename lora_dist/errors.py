@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -35,6 +36,28 @@ class PreemptedError(UserError):
 
     exit_code = 75
     label = "stopped"
+
+
+class Problems:
+    """What speaks against a run: any run ends at the first such thing, but a dry run, which says all of them.
+
+    Attributes:
+        found: messages, of a dry run.
+    """
+
+    def __init__(self, dry_run: bool) -> None:
+        self._dry_run = dry_run
+        self.found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Whatever `UserError` comes in this block is noted, or passed on."""
+        try:
+            yield
+        except UserError as error:
+            if not self._dry_run:
+                raise
+            self.found.append(str(error))
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:

@@ -43,6 +43,16 @@ class HubError(Exception):
         self.passing = passing
 
 
+def require_login() -> None:
+    """Raises a `HubError` where it is plain that nothing can be written."""
+    from huggingface_hub import get_token, is_offline_mode
+
+    if is_offline_mode():
+        raise HubError("HF_HUB_OFFLINE is set; unset it", passing=False)
+    if get_token() is None:
+        raise HubError(f"there is no token: {LOG_IN}", passing=False)
+
+
 def open_repository(name: str, private: bool) -> str:
     """Makes sure that a repository for a model exists, and returns its whole name.
 
@@ -53,12 +63,9 @@ def open_repository(name: str, private: bool) -> str:
     Raises:
         HubError: it cannot be written to, or not now.
     """
-    from huggingface_hub import HfApi, get_token, is_offline_mode
+    from huggingface_hub import HfApi
 
-    if is_offline_mode():
-        raise HubError("HF_HUB_OFFLINE is set; unset it", passing=False)
-    if get_token() is None:
-        raise HubError(f"there is no token: {LOG_IN}", passing=False)
+    require_login()
     return _within(ANSWER_SECONDS, lambda: HfApi().create_repo(name, private=private or None, exist_ok=True).repo_id)
 
 

@@ -162,6 +162,15 @@ class Publisher:
             return self._changed.wait_for(lambda: self._next is not None, timeout=seconds)
 
 
+def require_token(settings: HubSettings) -> None:
+    """Raises a `UserError` where pushing is asked for and cannot be, as is plain without asking the Hub."""
+    if settings.push_to_hub:
+        try:
+            hub.require_login()
+        except HubError as error:
+            raise UserError(f"--push_to_hub: {error}") from error
+
+
 def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Output, going_on: bool) -> Publisher | None:
     """The publisher of a run, on the process that has it: the first one, with `--push_to_hub`.
 

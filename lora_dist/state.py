@@ -186,9 +186,6 @@ class Checkpointer:
         self._engine.load_scaler_state(content.state["scaler"])
         progress = Progress(**content.state["progress"])
         self.saved_step = progress.step
-        if self._engine.accelerator.is_main_process:
-            checkpoint.abandon_after(self.directory, progress.step)
-        self._engine.accelerator.wait_for_everyone()
         if progress.best_step is not None and checkpoint.find_damage(self._best(progress)):
             logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
             progress.best_step = progress.best_value = None

@@ -2,7 +2,7 @@
 
 from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings, contradictions
-from lora_dist.errors import exit_on_user_error
+from lora_dist.errors import Problems, exit_on_user_error
 from lora_dist.launcher import end_with_launcher
 
 
@@ -40,9 +40,11 @@ def train(settings: Settings) -> None:
     from lora_dist.optimizer import make_optimizer
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
+    from lora_dist.plan import rehearse
     from lora_dist.preemption import Preemption
-    from lora_dist.publisher import open_publisher
+    from lora_dist.publisher import open_publisher, require_token
     from lora_dist.report import announce, show_inputs
+    from lora_dist.room import Sizes, require_room, require_writable
     from lora_dist.runtime import launch
     from lora_dist.schedule import Schedule
     from lora_dist.start import load_start
@@ -54,9 +56,14 @@ def train(settings: Settings) -> None:
     if settings.data.streaming:
         streamed.prepare(settings.data)
     accelerator = launch(optimization.mixed_precision, run.ddp_timeout)
-    output = Output(Path(run.output_dir))
-    resumed = find_resume(output, run.resume_from_checkpoint)
-    publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
+    output, problems, resumed, publisher = Output(Path(run.output_dir)), Problems(run.dry_run), None, None
+    with problems.noted():
+        require_writable(output.root)
+        resumed = find_resume(output, run.resume_from_checkpoint)
+    with problems.noted():
+        require_token(settings.hub)
+    if not run.dry_run:
+        publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
     with accelerator.main_process_first():
         if settings.data.streaming:
@@ -72,6 +79,10 @@ def train(settings: Settings) -> None:
         optimization = fit_batch_size(accelerator, model, transforms, optimization)
         settings = settings.model_copy(update={"optimization": optimization})
     parameters = count_parameters(model)
+    sizes = Sizes.of(model, settings.model.tuning == "full", run.save_total_limit)
+    with problems.noted():
+        if accelerator.is_main_process:
+            require_room(output.root, sizes)
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = Order(
         arrangement=data.train.arrangement(run.seed),
@@ -93,8 +104,11 @@ def train(settings: Settings) -> None:
         "order": order.arrangement.description,
     }
     checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
-    progress = checkpointer.restore(resumed) if resumed is not None else Progress()
-    if accelerator.is_main_process:
+    progress = Progress()
+    with problems.noted():
+        progress = checkpointer.restore(resumed) if resumed is not None else progress
+    writes = accelerator.is_main_process and not run.dry_run
+    if writes:
         output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
     announce(data, order, schedule, parameters, accelerator)
     handover = Handover(base, data, parameters, output, publisher)
@@ -119,12 +133,15 @@ def train(settings: Settings) -> None:
         preemption=Preemption(accelerator, output.save_request),
         tracker=Tracker(
             output.root,
-            enabled=accelerator.is_main_process,
+            enabled=writes,
             first_step=progress.step,
             total_steps=schedule.total_steps,
         ),
         on_best=handover.after_best,
     )
+    if run.dry_run:
+        rehearse(job, data, parameters, sizes, progress.step, problems)
+        return
     job.tracker.settings(flatten(settings))
     show_inputs(job.tracker, job.images, order, progress.step, data.labels)
     fit(job, progress)
