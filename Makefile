@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo test quality engine-costs clean
+.PHONY: demo test stress quality engine-costs clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -16,6 +16,11 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+stress: .venv/installed-dev
+	(date -I; uname -sr; nproc) > tests/stress.txt
+	STRESS=1 STRESS_RECORD=$(CURDIR)/tests/stress.txt $(BIN)/python -m pytest --timeout=7200 tests/launch/test_kills.py \
+		tests/test_malformed.py tests/test_full_disk.py tests/test_checkpoint.py | tail -n 1 >> tests/stress.txt
 
 # Needs Linux and root, for a loopback interface of its own.
 engine-costs: .venv/installed-dev
