@@ -1,0 +1,19 @@
+"""Prints the lowest release of each dependency that `pyproject.toml` allows, for `pip install -r`."""
+
+import re
+import tomllib
+from pathlib import Path
+
+
+def lowest() -> list[str]:
+    """Requirements such as `torch==2.6`."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    return [
+        f"{name}=={version}"
+        for name, version in (re.fullmatch(r"([\w-]+)>=([\w.]+)", one).groups() for one in requirements)
+    ]  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    print("\n".join(lowest()))
