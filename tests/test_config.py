@@ -89,6 +89,9 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
     [
         ([], "no data"),
         (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
+        (["--train_dir", "/tmp", "--exclude", "/nowhere.txt"], "--exclude: no such file: /nowhere.txt"),
+        (["--train_dir", "/tmp", "--exclude", "/tmp"], "--exclude: no such file: /tmp"),
+        (["--dataset_name", "x", "--exclude", __file__], "a list of files goes with folders"),
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--dataset_name", "x", "--do_eval_only"], "name the adapter"),
         (["--train_dir", "/tmp", "--streaming"], "a folder is not streamed"),
