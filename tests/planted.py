@@ -1,7 +1,9 @@
 """A data set with a fault of every kind that an audit finds, each planted once, and what it has to say of them."""
 
 import io
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +63,8 @@ def plant_sound(root: Path, classes: tuple[str, ...] = ("a", "b", ODD_CLASS), tr
     return planted
 
 
-def plant_all(root: Path) -> Planted:
-    """A data set with everything that there is to find, in files of odd names, too."""
+def plant_files(root: Path) -> Planted:
+    """A data set with every fault that files can have, some of odd names among them."""
     planted = plant_sound(root)
     train, validation = planted.train, planted.validation
     a, b, odd = (train / name for name in ("a", "b", ODD_CLASS))
@@ -116,6 +118,13 @@ def plant_all(root: Path) -> Planted:
     Image.open(two).save(odd / "or odd.jpg", quality=70)
     planted.expect("near_conflict", two, odd / "or odd.jpg")
 
+    return planted
+
+
+def plant_all(root: Path) -> Planted:
+    """A data set with everything that there is to find."""
+    planted = plant_files(root)
+    train, validation = planted.train, planted.validation
     for number in range(12):
         planted.new(train / "only trained" / f"{number}.png")
     planted.new(validation / "only validated" / "1.png")
@@ -128,6 +137,13 @@ def plant_all(root: Path) -> Planted:
     for kind in ("one_split", "one_split", "few_images", "imbalance"):
         planted.expect(kind)
     return planted
+
+
+def die_of_it(path: str) -> str:
+    """Work on a file, for `in_processes`, that some do not survive."""
+    if "deadly" in path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path.upper()
 
 
 def _plain(size: tuple[int, int]) -> bytes:
