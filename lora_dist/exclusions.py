@@ -39,7 +39,7 @@ def write_exclusions(file: Path, sections: Iterable[Section]) -> None:
     for section in sections:
         mark = "" if section.active else "#"
         lines += ["", f"# {section.heading}", *(mark + _line(absolute(path)) for path in section.paths)]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape", newline="\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def _line(path: str) -> str:

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,12 @@ def die_of_it(path: str) -> str:
     if "deadly" in path:
         os.kill(os.getpid(), signal.SIGKILL)
     return path.upper()
+
+
+def wait_long(path: str) -> str:
+    """Work on a file that takes a while."""
+    time.sleep(300)
+    return path
 
 
 def _plain(size: tuple[int, int]) -> bytes:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 from planted import ODD_CLASS, ODD_NAME, Planted, die_of_it, picture, plant_all, plant_sound
@@ -286,6 +289,22 @@ def test_a_process_that_dies_costs_the_file_it_was_at() -> None:
     assert results == {
         place: "died" if place in (3, 40, 41) else path.upper() for place, path in enumerate(paths)
     }  # fmt: skip
+
+
+def test_processes_do_not_outlive_their_parent() -> None:
+    """Killed while files are read, it cannot end them itself."""
+    code = "from planted import wait_long; from lora_dist.audit.pool import in_processes; "
+    code += "print(list(in_processes(wait_long, ['x'] * 99, 2, '')))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    end = time.monotonic() + 60
+    while len(workers := psutil.Process(parent.pid).children()) < 3:
+        assert parent.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 # Reports

@@ -5,6 +5,7 @@ Needs neither torch nor `datasets`. Exit codes: 0 nothing found, 2 settings to p
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def audit(settings: AuditSettings) -> Report:
 
 
 def _workers(settings: AuditSettings) -> int:
-    return settings.run.num_workers or os.cpu_count() or 1
+    return settings.run.num_workers or len(os.sched_getaffinity(0))
 
 
 def _scan(files: Sequence[File], workers: int) -> Scanned:
@@ -117,6 +118,8 @@ def _write(report: Report, output: Path, workers: int) -> None:
     write_quarantine(report, quarantine)
     write_json(report, output / "report.json")
     write_page(report, page, thumbnails)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for line in report.lines():
         print(line)
     out = len(report.excluded) + len(left_out(report.findings))
