@@ -177,6 +177,7 @@ def test_reading_settings_loads_no_torch() -> None:
     """In a real process: what a package of `lora_dist` imports may itself import more than can be seen here."""
     code = (
         "import sys, lora_dist.config, lora_dist.cli, lora_dist.errors, lora_dist.predict, lora_dist.train\n"
+        "import lora_dist.audit.__main__\n"
         "print(*sorted({'torch', 'transformers', 'datasets', 'peft', 'accelerate', 'numpy'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
