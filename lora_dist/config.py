@@ -111,6 +111,8 @@ class DataSettings(Group):
     """Split to validate on; without it a part of the training split is held out."""
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share held out for validation, seeded and stratified by class, when no validation data is given."""
+    exclude: str | None = None
+    """Leave out the files listed in this text file, one path a line; lora_dist.audit writes one."""
     image_column_name: str | None = None
     """Column of the images; by default the one of type Image."""
     label_column_name: str | None = None
@@ -248,10 +250,19 @@ class Problem(NamedTuple):
     message: str
 
 
+def missing_paths(train_dir: str | None, validation_dir: str | None, exclude: str | None) -> Iterator[Problem]:
+    """Yields what is named and is not there."""
+    for name, path in {"train_dir": train_dir, "validation_dir": validation_dir}.items():
+        if path and not is_packaged(path) and not Path(path).is_dir():
+            yield Problem((name,), f"no such directory: {path}")
+    if exclude and not Path(exclude).is_file():
+        yield Problem(("exclude",), f"no such file: {exclude}")
+
+
 def contradictions(settings: Settings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work, for the parser to report all at once."""
-    model, data, optimization, run = settings.model, settings.data, settings.optimization, settings.run
-    hub = settings.hub
+    model, data, optimization = settings.model, settings.data, settings.optimization
+    run, hub = settings.run, settings.hub
     if data.train_dir and data.dataset_name:
         yield Problem(("train_dir", "dataset_name"), "two sources of data: give one of them")
     if not (data.train_dir or data.dataset_name or (run.do_eval_only and data.validation_dir)):
@@ -271,9 +282,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("streaming", "train_split"), "a stream is one whole split, without a slice or sum")
     elif data.streaming_lanes:
         yield Problem(("streaming_lanes", "streaming"), "lanes are for streams: add --streaming")
-    for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
-        if directory and not is_packaged(directory) and not Path(directory).is_dir():
-            yield Problem((name,), f"no such directory: {directory}")
+    if data.exclude and data.dataset_name:
+        yield Problem(("exclude", "dataset_name"), "a list of files goes with folders of them")
+    yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two lengths of warm-up: give one of them")
     if model.init_from_config and model.tuning != "full":

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from lora_dist import cli, config
+from lora_dist.audit.settings import AuditSettings
 from lora_dist.config import Settings
 from lora_dist.errors import UserError
 from lora_dist.predict import PredictSettings
@@ -89,6 +91,9 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
     [
         ([], "no data"),
         (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
+        (["--train_dir", "/tmp", "--exclude", "/nowhere.txt"], "--exclude: no such file: /nowhere.txt"),
+        (["--train_dir", "/tmp", "--exclude", "/tmp"], "--exclude: no such file: /tmp"),
+        (["--dataset_name", "x", "--exclude", __file__], "a list of files goes with folders"),
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--dataset_name", "x", "--do_eval_only"], "name the adapter"),
         (["--train_dir", "/tmp", "--streaming"], "a folder is not streamed"),
@@ -140,7 +145,7 @@ def test_mistakes_end_with_code_2_before_torch_is_loaded() -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict"])
+@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict", "lora_dist.audit"])
 def test_help_is_grouped_and_quick(module: str) -> None:
     seconds = []
     for _ in range(3):
@@ -148,9 +153,9 @@ def test_help_is_grouped_and_quick(module: str) -> None:
         result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-    assert re.search(r"^Model:$", result.stdout, re.MULTILINE)
+    assert re.search(r"^(Model|Data):$", result.stdout, re.MULTILINE)
     fields = cli.flat_fields(Settings)
-    assert all(f"--{name}" in result.stdout for name in fields) or module.endswith("predict")
+    assert all(f"--{name}" in result.stdout for name in fields) or not module.endswith("train")
     assert all(field.info.description for field in fields.values())
 
 
@@ -243,6 +248,7 @@ def test_packaged_data_is_not_looked_for_on_the_disk() -> None:
     [
         ("lora_dist.train", ["--lora_rank", "3"], ["2 problems", "--lora_rank: unknown flag", "no data"]),
         ("lora_dist.predict", ["--adaptr", "x", "--top_k", "0"], ["did you mean --adapter?", "--top_k: '0'"]),
+        ("lora_dist.audit", ["--trian_dir", "x", "--max_aspect_ratio", "1"], ["did you mean --train_dir?", "'1'"]),
     ],
 )
 def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[str], parts: list[str]) -> None:
@@ -256,11 +262,10 @@ def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[st
 
 
 @pytest.mark.parametrize(
-    ("module", "settings"), [("lora_dist.train", Settings), ("lora_dist.predict", PredictSettings)]
+    ("module", "settings"),
+    [("lora_dist.train", Settings), ("lora_dist.predict", PredictSettings), ("lora_dist.audit", AuditSettings)],
 )
-def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(
-    module: str, settings: type[Settings | PredictSettings]
-) -> None:
+def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: str, settings: type[BaseModel]) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     places = []
