@@ -3,6 +3,7 @@
 from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings, contradictions
 from lora_dist.errors import exit_on_user_error
+from lora_dist.failure import others_told
 from lora_dist.launcher import end_with_launcher
 
 
@@ -10,22 +11,24 @@ from lora_dist.launcher import end_with_launcher
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
     end_with_launcher()
-    settings = parse(
-        Settings,
-        argv_or(argv),
-        prog="lora_dist.train",
-        description="Fine-tune an image classifier with LoRA, on one process or many.",
-        contradictions=contradictions,
-    )
-    if settings.run.do_eval_only:
-        evaluate_only(settings)
-    else:
-        train(settings)
+    with others_told():
+        settings = parse(
+            Settings,
+            argv_or(argv),
+            prog="lora_dist.train",
+            description="Fine-tune an image classifier with LoRA, on one process or many.",
+            contradictions=contradictions,
+        )
+        if settings.run.do_eval_only:
+            evaluate_only(settings)
+        else:
+            train(settings)
 
 
 def train(settings: Settings) -> None:
     """Trains, evaluates the best checkpoint, and hands over the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
+    from datetime import timedelta
     from pathlib import Path
 
     from lora_dist import streamed
@@ -40,6 +43,7 @@ def train(settings: Settings) -> None:
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
     from lora_dist.preemption import Preemption
+    from lora_dist.preflight import Preflight
     from lora_dist.publisher import open_publisher
     from lora_dist.report import announce, show_inputs
     from lora_dist.runtime import launch
@@ -57,7 +61,8 @@ def train(settings: Settings) -> None:
     resumed = find_resume(output, run.resume_from_checkpoint)
     publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-    with accelerator.main_process_first():
+    preflight = Preflight(timedelta(seconds=run.ddp_timeout))
+    with preflight.first_process_first("loaded", accelerator):
         if settings.data.streaming:
             data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
         else:
