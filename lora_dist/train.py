@@ -37,7 +37,7 @@ def train(settings: Settings) -> None:
     from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
     from lora_dist.handover import Handover
-    from lora_dist.loop import Job, fit
+    from lora_dist.loop import Job, fit, stopped_on_request
     from lora_dist.model import count_parameters, make_trainable
     from lora_dist.optimizer import make_optimizer
     from lora_dist.order import Order
@@ -128,9 +128,11 @@ def train(settings: Settings) -> None:
     )
     job.tracker.settings(flatten(settings))
     show_inputs(job.tracker, job.images, order, progress.step, data.labels)
-    fit(job, progress)
-    checkpointer.restore_best(progress)
-    handover.at_the_end(job, progress, job.evaluator())
+    with stopped_on_request(job, progress):
+        fit(job, progress)
+        checkpointer.restore_best(progress)
+        handover.at_the_end(job, progress, job.evaluator(after_batch=job.preemption.check))
+        job.preemption.saved()
     accelerator.end_training()
     # When no process waits for another any more, and all files of the run are there.
     handover.publish(job, progress)
