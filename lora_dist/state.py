@@ -189,7 +189,11 @@ class Checkpointer:
         if self._engine.accelerator.is_main_process:
             checkpoint.abandon_after(self.directory, progress.step)
         self._engine.accelerator.wait_for_everyone()
-        if progress.best_step is not None and checkpoint.find_damage(self._best(progress)):
+        # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
+        (gone,) = broadcast_object_list(
+            [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
+        )
+        if gone:
             logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
             progress.best_step = progress.best_value = None
         return progress

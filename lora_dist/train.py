@@ -32,6 +32,7 @@ def train(settings: Settings) -> None:
     from pathlib import Path
 
     from lora_dist import streamed
+    from lora_dist.agreement import VISIBLE_SECONDS, require_agreement
     from lora_dist.batch import TrainImages
     from lora_dist.data import load_data
     from lora_dist.engine import make_engine
@@ -82,8 +83,6 @@ def train(settings: Settings) -> None:
         rank=accelerator.process_index,
     )
     schedule = Schedule.of(optimization, order.steps_per_epoch)
-    engine = make_engine(accelerator, model, optimizer, optimization)
-
     identity = {
         "base": base.fingerprint,
         "start": start.fingerprint() if start is not None else None,
@@ -93,6 +92,18 @@ def train(settings: Settings) -> None:
         "train_data": data.train.fingerprint(),
         "order": order.arrangement.description,
     }
+    facts = {
+        "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
+        "validation_data": data.validation.fingerprint(),
+        **identity,
+        **optimization.model_dump(),
+        **settings.lora.model_dump(),
+        **settings.augmentation.model_dump(),
+    }
+    preflight.arrive("ready")
+    require_agreement(accelerator, output.root, facts, min(VISIBLE_SECONDS, run.ddp_timeout / 2))
+
+    engine = make_engine(accelerator, model, optimizer, optimization)
     checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
     progress = checkpointer.restore(resumed) if resumed is not None else Progress()
     if accelerator.is_main_process:
@@ -141,6 +152,7 @@ def train(settings: Settings) -> None:
 def evaluate_only(settings: Settings) -> None:
     """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
     import json
+    from datetime import timedelta
     from pathlib import Path
 
     from lora_dist.bundle import load_classifier
@@ -148,6 +160,7 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.evaluation import Evaluator
     from lora_dist.hub import local_directory
     from lora_dist.output import Output, find_resume
+    from lora_dist.preflight import Preflight
     from lora_dist.report import write_evaluation
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
@@ -155,11 +168,13 @@ def evaluate_only(settings: Settings) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     find_resume(output, None)
-    with accelerator.main_process_first():
+    preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
+    with preflight.first_process_first("adapter", accelerator):
         directory = local_directory(settings.model.adapter_name_or_path or "")
     classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
-    with accelerator.main_process_first():
+    with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
+    preflight.arrive("ready")
     evaluation = Evaluator(
         accelerator,
         classifier.model.to(accelerator.device),
