@@ -204,7 +204,7 @@ class RunSettings(Group):
     eval_steps: Interval = "epoch"
     """Evaluate every N updates, every epoch, or only at the end (no)."""
     checkpointing_steps: Interval = "epoch"
-    """Save a checkpoint every N updates, every epoch, or only of the best evaluation (no)."""
+    """Save a checkpoint every N updates, every epoch, or only of the best evaluation and at the end (no)."""
     save_total_limit: Count = 2
     """Checkpoints to keep, besides the best."""
     resume_from_checkpoint: str | None = None

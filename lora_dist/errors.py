@@ -1,6 +1,7 @@
 """The exceptions for what a user can put right, and how a command ends on them."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,15 +62,17 @@ class Problems:
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
-    """Makes a command print a `UserError` once, not on each of its processes, and exit with its code."""
+    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            if isinstance(error, ProcessError) or os.environ.get("RANK", "0") == "0":
-                print(f"{error.label}: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            if isinstance(error, ProcessError) or os.environ.get("LOCAL_RANK", "0") == "0":
+                who = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+                print(f"{error.label}: {who}{error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
 
     return run

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -98,19 +99,17 @@ class Window:
         return seconds
 
 
-def fit(job: Job, progress: Progress) -> None:
-    """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
-
-    Called on every process. Changes `progress` as it goes.
+@contextmanager
+def stopped_on_request(job: Job, progress: Progress) -> Iterator[None]:
+    """Takes signals as requests to stop, from the first update until the result has been written.
 
     Raises:
-        TrainingStoppedError: the loss is not finite, and the last good state has been saved; or a stop was asked for,
-            and the state could not be saved.
+        TrainingStoppedError: a stop was asked for, and the state could not be saved.
         PreemptedError: a stop was asked for; the state has been saved.
     """
     try:
         with job.preemption.listening():
-            _fit(job, progress)
+            yield
     except StopRequested:
         job.engine.accelerator.end_training()
         saved = job.checkpointer.saved_step
@@ -127,7 +126,15 @@ def fit(job: Job, progress: Progress) -> None:
         job.tracker.flush()
 
 
-def _fit(job: Job, progress: Progress) -> None:
+def fit(job: Job, progress: Progress) -> None:
+    """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
+
+    Called on every process. Changes `progress` as it goes. The state at the end is saved.
+
+    Raises:
+        TrainingStoppedError: the loss is not finite, and the last good state has been saved.
+        StopRequested: a stop was asked for, and the state saved if that could be.
+    """
     window = Window()
     stream = window.timed(batches(_loader(job, progress.step), job.engine.accelerator.device))
     if progress.settled_step < progress.step:
@@ -226,7 +233,7 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
     if _is_over(job, progress) and progress.logged_step < progress.step:
         _log_training(job, progress, window)
     progress.settled_step = progress.step
-    if save or best or due(run.checkpointing_steps):
+    if save or best or due(run.checkpointing_steps) or _is_over(job, progress):
         _save(job, progress)
     if best:
         job.on_best(job, progress, best)

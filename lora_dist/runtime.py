@@ -39,6 +39,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
         UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
             processes than were launched, or than arrive in time.
     """
+    _require_company()
     on_cpu = not torch.accelerator.is_available()
     precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,6 +83,26 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     if on_cpu:
         _hint_at_threads()
     return accelerator
+
+
+def _require_company() -> None:
+    """Refuses a process that would train alone, next to others that do the same into the same files."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    # accelerate's launcher of single processes sets it if it was asked for several, and starts one all the same.
+    if "MASTER_ADDR" in os.environ:
+        raise UserError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set but not WORLD_SIZE: several processes were asked for and "
+            f"this one was started alone. In the launch file, distributed_type: MULTI_GPU starts them, on CPUs as well "
+            f"(accelerate_configs/ddp_cpu.yaml); for a run of one process, num_processes: 1, or unset MASTER_ADDR."
+        )
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{name}={os.environ[name]} but WORLD_SIZE is not set: each of these processes would train by itself. "
+                f"Start one task a node, and the processes in it by accelerate launch --num_machines … "
+                f"--machine_rank …; slurm/train.sbatch does so."
+            )
 
 
 def _hint_at_threads() -> None:

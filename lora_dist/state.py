@@ -186,7 +186,11 @@ class Checkpointer:
         self._engine.load_scaler_state(content.state["scaler"])
         progress = Progress(**content.state["progress"])
         self.saved_step = progress.step
-        if progress.best_step is not None and checkpoint.find_damage(self._best(progress)):
+        # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
+        (gone,) = broadcast_object_list(
+            [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
+        )
+        if gone:
             logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
             progress.best_step = progress.best_value = None
         return progress

@@ -3,6 +3,7 @@
 from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings, contradictions
 from lora_dist.errors import Problems, exit_on_user_error
+from lora_dist.failure import others_told
 from lora_dist.launcher import end_with_launcher
 
 
@@ -10,38 +11,42 @@ from lora_dist.launcher import end_with_launcher
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
     end_with_launcher()
-    settings = parse(
-        Settings,
-        argv_or(argv),
-        prog="lora_dist.train",
-        description="Fine-tune an image classifier with LoRA, on one process or many.",
-        contradictions=contradictions,
-    )
-    if settings.run.do_eval_only:
-        evaluate_only(settings)
-    else:
-        train(settings)
+    with others_told():
+        settings = parse(
+            Settings,
+            argv_or(argv),
+            prog="lora_dist.train",
+            description="Fine-tune an image classifier with LoRA, on one process or many.",
+            contradictions=contradictions,
+        )
+        if settings.run.do_eval_only:
+            evaluate_only(settings)
+        else:
+            train(settings)
 
 
 def train(settings: Settings) -> None:
     """Trains, evaluates the best checkpoint, and hands over the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
+    from datetime import timedelta
     from pathlib import Path
 
     from lora_dist import streamed
+    from lora_dist.agreement import VISIBLE_SECONDS, require_agreement
     from lora_dist.batch import TrainImages
     from lora_dist.batch_size import fit_batch_size
     from lora_dist.data import load_data
     from lora_dist.engine import make_engine
     from lora_dist.evaluation import Evaluator
     from lora_dist.handover import Handover
-    from lora_dist.loop import Job, fit
+    from lora_dist.loop import Job, fit, stopped_on_request
     from lora_dist.model import count_parameters, make_trainable
     from lora_dist.optimizer import make_optimizer
     from lora_dist.order import Order
     from lora_dist.output import Output, find_resume
     from lora_dist.plan import rehearse
     from lora_dist.preemption import Preemption
+    from lora_dist.preflight import Preflight
     from lora_dist.publisher import open_publisher, require_token
     from lora_dist.report import announce, show_inputs
     from lora_dist.room import Sizes, require_room, require_writable
@@ -65,7 +70,8 @@ def train(settings: Settings) -> None:
     if not run.dry_run:
         publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-    with accelerator.main_process_first():
+    preflight = Preflight(timedelta(seconds=run.ddp_timeout))
+    with preflight.first_process_first("loaded", accelerator):
         if settings.data.streaming:
             data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
         else:
@@ -92,8 +98,6 @@ def train(settings: Settings) -> None:
         rank=accelerator.process_index,
     )
     schedule = Schedule.of(optimization, order.steps_per_epoch)
-    engine = make_engine(accelerator, model, optimizer, optimization)
-
     identity = {
         "base": base.fingerprint,
         "start": start.fingerprint() if start is not None else None,
@@ -103,6 +107,19 @@ def train(settings: Settings) -> None:
         "train_data": data.train.fingerprint(),
         "order": order.arrangement.description,
     }
+    facts = {
+        "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
+        "validation_data": data.validation.fingerprint(),
+        **identity,
+        **optimization.model_dump(),
+        **settings.lora.model_dump(),
+        **settings.augmentation.model_dump(),
+    }
+    preflight.arrive("ready")
+    shared = None if run.dry_run else output.root
+    require_agreement(accelerator, shared, facts, min(VISIBLE_SECONDS, run.ddp_timeout / 2))
+
+    engine = make_engine(accelerator, model, optimizer, optimization)
     checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
     progress = Progress()
     with problems.noted():
@@ -144,9 +161,11 @@ def train(settings: Settings) -> None:
         return
     job.tracker.settings(flatten(settings))
     show_inputs(job.tracker, job.images, order, progress.step, data.labels)
-    fit(job, progress)
-    checkpointer.restore_best(progress)
-    handover.at_the_end(job, progress, job.evaluator())
+    with stopped_on_request(job, progress):
+        fit(job, progress)
+        checkpointer.restore_best(progress)
+        handover.at_the_end(job, progress, job.evaluator(after_batch=job.preemption.check))
+        job.preemption.saved()
     accelerator.end_training()
     # When no process waits for another any more, and all files of the run are there.
     handover.publish(job, progress)
@@ -155,6 +174,7 @@ def train(settings: Settings) -> None:
 def evaluate_only(settings: Settings) -> None:
     """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
     import json
+    from datetime import timedelta
     from pathlib import Path
 
     from lora_dist.bundle import load_classifier
@@ -162,6 +182,7 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.evaluation import Evaluator
     from lora_dist.hub import local_directory
     from lora_dist.output import Output, find_resume
+    from lora_dist.preflight import Preflight
     from lora_dist.report import write_evaluation
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
@@ -169,11 +190,13 @@ def evaluate_only(settings: Settings) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     find_resume(output, None)
-    with accelerator.main_process_first():
+    preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
+    with preflight.first_process_first("adapter", accelerator):
         directory = local_directory(settings.model.adapter_name_or_path or "")
     classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
-    with accelerator.main_process_first():
+    with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
+    preflight.arrive("ready")
     evaluation = Evaluator(
         accelerator,
         classifier.model.to(accelerator.device),

@@ -55,6 +55,32 @@ def test_without_a_gpu_auto_is_full_precision(monkeypatch: pytest.MonkeyPatch) -
     assert launch("auto").mixed_precision == "no"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "way_out"),
+    [
+        ("MASTER_ADDR", "127.0.0.1", "distributed_type: MULTI_GPU"),
+        ("SLURM_STEP_NUM_TASKS", "2", "slurm/train.sbatch"),
+        ("OMPI_COMM_WORLD_SIZE", "4", "accelerate launch"),
+        ("PMI_SIZE", "2", "accelerate launch"),
+    ],
+)
+def test_a_process_that_would_run_alone_among_others_is_refused(
+    variable: str, value: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would train the whole run, into the same files."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable}={value}.*{way_out}"):
+        launch("no")
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_single_task_of_a_scheduler_is_a_run_of_one_process(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(variable, "1")
+    assert launch("no").num_processes == 1
+
+
 def test_the_record_of_a_run_names_versions_and_hardware() -> None:
     record = environment(launch("no"))
     assert set(PACKAGES) | {"python"} == record["versions"].keys()
