@@ -1,7 +1,8 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
 from lora_dist.cli import argv_or, flatten, parse
-from lora_dist.config import Settings, contradictions
+from lora_dist.config import Settings
+from lora_dist.contradictions import contradictions
 from lora_dist.errors import Problems, exit_on_user_error
 from lora_dist.failure import others_told
 from lora_dist.launcher import end_with_launcher

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from lora_dist import cli, config
 from lora_dist.audit.settings import AuditSettings
 from lora_dist.config import Settings
+from lora_dist.contradictions import contradictions
 from lora_dist.errors import UserError
 from lora_dist.predict import PredictSettings
 
@@ -25,7 +26,7 @@ def parse(*argv: object) -> Settings:
         [str(word) for word in argv],
         prog="train",
         description="",
-        contradictions=config.contradictions,
+        contradictions=contradictions,
     )
 
 

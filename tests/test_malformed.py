@@ -18,7 +18,8 @@ from tiny import make_image, perturb
 
 from lora_dist import bundle, predict
 from lora_dist.cli import flat_fields, parse
-from lora_dist.config import LoraSettings, ModelSettings, Settings, contradictions
+from lora_dist.config import LoraSettings, ModelSettings, Settings
+from lora_dist.contradictions import contradictions
 from lora_dist.errors import UserError
 from lora_dist.images import UnreadableImageError, load_rgb
 from lora_dist.model import load_base, make_trainable

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lora_dist.config import Count, Group, NonNegative, Problem, missing_paths
+from lora_dist.config import Count, Group, NonNegative, Problem
+from lora_dist.contradictions import missing_paths
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
