@@ -40,6 +40,8 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
             processes than were launched, or than arrive in time.
     """
     _require_company()
+    if engine_launched() == "FSDP":
+        prepare_fsdp()
     on_cpu = not torch.accelerator.is_available()
     precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,6 +105,22 @@ def _require_company() -> None:
                 f"Start one task a node, and the processes in it by accelerate launch --num_machines … "
                 f"--machine_rank …; slurm/train.sbatch does so."
             )
+
+
+def prepare_fsdp() -> None:
+    """Looks after what launch files for other programs say of FSDP.
+
+    Raises:
+        UserError: they ask for its first version, which is not supported.
+    """
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"the launch file asks for FSDP of version {version}; write fsdp_version: 2, as in "
+            f"accelerate_configs/fsdp2.yaml"
+        )
+    # With it, from_pretrained leaves all processes but the first without weights. Image models fit a host's memory.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def _hint_at_threads() -> None:

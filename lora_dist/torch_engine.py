@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_dist.model import host_copy, load_trained, trained_tensors
@@ -60,19 +60,26 @@ class TorchEngine:
         return self.accelerator.optimizer_step_was_skipped
 
     def trained(self) -> dict[str, Tensor]:
+        self._reshard()
         return {name: host_copy(_whole(tensor)) for name, tensor in trained_tensors(self.bare)}
 
     def moments(self) -> dict[str, Tensor]:
+        self._reshard()
+        states = {name: self._optimizer.state.get(parameter) for name, parameter in self.bare.named_parameters()}
+        states = {name: state for name, state in states.items() if state}
+        assert len(states) == len(self._optimizer.state), "the optimizer holds other parameters than the model"
         return {
             f"{moment}/{name}": host_copy(_whole(value))
-            for name, parameter in self.bare.named_parameters()
-            for moment, value in self._optimizer.state.get(parameter, {}).items()
+            for name, state in states.items()
+            for moment, value in state.items()
         }
 
     def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        self._reshard()
         load_trained(self.bare, {name: _placed(trained[name], like) for name, like in trained_tensors(self.bare)})
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        self._reshard()
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
             moment, _, name = key.partition("/")
@@ -84,6 +91,12 @@ class TorchEngine:
                     moment: value if moment == "step" else _placed(value, parameter)
                     for moment, value in by_parameter[name].items()
                 }
+
+    def _reshard(self) -> None:
+        """Puts the parts of parameters back into the model: after a forward pass alone it may still hold whole ones."""
+        for module in self.bare.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def scaler_state(self) -> dict[str, Any] | None:
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None

@@ -107,6 +107,23 @@ def test_a_checkpoint_goes_on_under_any_engine(
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=tolerance)
 
 
+def test_fsdp2_that_keeps_weights_whole_after_the_forward_pass_saves_the_same(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an evaluation the model holds whole tensors, of which the optimizer knows nothing."""
+    text = (ROOT / "accelerate_configs" / "fsdp2_cpu.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "other.yaml"
+    file.write_text(text.replace("reshard_after_forward: true", "reshard_after_forward: false"), encoding="utf-8")
+    monkeypatch.setitem(LAUNCH_FILES, "fsdp2", str(file))
+    whole = _train("single", 4, vit, photos, tmp_path / "whole")
+    out = _train("fsdp2", 4, vit, photos, tmp_path / "run", "--eval_steps", 1)
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        expected, found = (load_file(root / "checkpoints" / f"step-{STEPS:08d}" / name) for root in (whole, out))
+        assert found.keys() == expected.keys() != set()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
+
+
 def test_a_deepspeed_file_that_contradicts_the_settings_is_an_error_naming_both(
     vit: Path, photos: Path, tmp_path: Path
 ) -> None:
