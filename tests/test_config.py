@@ -12,7 +12,7 @@ import yaml
 from lora_dist import cli, config
 from lora_dist.config import Settings
 from lora_dist.errors import UserError
-from lora_dist.predict import PredictSettings
+from lora_dist.predict_settings import PredictSettings
 
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from lora_dist.config import Group, Settings
-from lora_dist.predict import PredictSettings
+from lora_dist.predict_settings import PredictSettings
 
 PACKAGE = Path(__file__).parents[1] / "lora_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -82,7 +82,9 @@ def test_no_module_imports_a_command() -> None:
     assert not importers - commands
 
 
-@pytest.mark.parametrize("name", ["config", "cli", "schedule", "errors", "demo", "train", "predict"])
+@pytest.mark.parametrize(
+    "name", ["config", "cli", "schedule", "errors", "demo", "train", "predict", "predict_settings"]
+)
 def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
     heavy = {"torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "PIL"}
     assert not {module.partition(".")[0] for module in _reached(f"lora_dist.{name}")} & heavy
@@ -188,7 +190,7 @@ def test_every_setting_of_a_prediction_is_read() -> None:
     assert not set(names) - read
 
 
-@pytest.mark.parametrize("name", ["predict", "classify", "merge", "bundle"])
+@pytest.mark.parametrize("name", ["predict", "classify", "merge", "bundle", "onnx_export", "serve"])
 def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
     found: set[str] = set()
     waiting = [f"lora_dist.{name}"]

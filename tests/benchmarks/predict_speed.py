@@ -1,0 +1,162 @@
+"""How fast `predict` goes over a folder of JPEGs: against the bare model, and against `transformers.pipeline`.
+
+    OMP_NUM_THREADS=2 python tests/benchmarks/predict_speed.py vit_s --image_size 224
+
+Weights are random, which changes no time; the JPEGs are cut out of the packaged photographs. The contenders take turns
+in every round, each with the same model, files and threads, and a ratio is the median over rounds of what stands in the
+same round, so that whatever else the machine does meets all of them. `bare` is the model alone, on pixels prepared
+before the clock starts. CPU time counts all processes of a contender.
+"""
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Dinov2Config,
+    ViTConfig,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from lora_dist.bundle import Classifier
+from lora_dist.classify import classify
+from lora_dist.demo import local_path
+from lora_dist.images import load_rgb
+from lora_dist.merge import PHOTOS
+from lora_dist.transforms import ImageTransforms
+
+SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
+JPEG_SIZE = (500, 375)
+JPEG_QUALITY = 90
+CPU = torch.device("cpu")
+
+
+def make_classifier(name: str, image_size: int) -> Classifier:
+    """A ViT-S or DINOv2-S with random weights, or the demo's base model, whose size is fixed."""
+    torch.manual_seed(0)
+    if name == "demo":
+        directory = local_path("demo:vit")
+        model = AutoModelForImageClassification.from_pretrained(directory, dtype=torch.float32)
+        processor: Any = AutoImageProcessor.from_pretrained(directory)
+    else:
+        config = (
+            ViTConfig(**SMALL, intermediate_size=1536, image_size=image_size)
+            if name == "vit_s"
+            else Dinov2Config(**SMALL, mlp_ratio=4, image_size=image_size, patch_size=14)
+        )
+        model = AutoModelForImageClassification.from_config(config)
+        processor = ViTImageProcessor(size={"height": image_size, "width": image_size})
+    labels = [f"class {number}" for number in range(model.config.num_labels)]
+    return Classifier(model.eval(), processor, labels)
+
+
+def make_jpegs(directory: Path, count: int, size: tuple[int, int]) -> list[str]:
+    """Files of `size`, each another piece of a photograph."""
+    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
+    random = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        width, height = (int(side * random.uniform(0.5, 0.9)) for side in photo.size)
+        left, top = int(random.integers(photo.width - width)), int(random.integers(photo.height - height))
+        piece = photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+        files.append(str(directory / f"{number:05d}.jpg"))
+        piece.save(files[-1], quality=JPEG_QUALITY)
+    return files
+
+
+def contenders(classifier: Classifier, files: Sequence[str], batch_size: int) -> dict[str, Callable[[], None]]:
+    """Each goes over all files once."""
+    prepare = ImageTransforms(classifier.processor)
+    pixels = [
+        prepare.batch([load_rgb(file) for file in files[start : start + batch_size]])
+        for start in range(0, len(files), batch_size)
+    ]
+    pipe = pipeline("image-classification", model=classifier.model, image_processor=classifier.processor, device=CPU)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for part in pixels:
+            classifier.model(pixel_values=part)
+
+    def predict() -> None:
+        settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": CPU}
+        assert all(row.error is None for row in classify(classifier, files, **settings))
+
+    def pipeline_as_it_is() -> None:
+        pipe(list(files), top_k=1)
+
+    def pipeline_in_batches() -> None:
+        pipe(list(files), top_k=1, batch_size=batch_size, num_workers=1)
+
+    return {
+        "bare": bare,
+        "predict": predict,
+        "pipeline": pipeline_as_it_is,
+        f"pipeline, batches of {batch_size}, 1 worker": pipeline_in_batches,
+    }
+
+
+def measure(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds on the clock, and CPU seconds of this process and of the children that it waited for."""
+    start, cpu = time.perf_counter(), _cpu_seconds()
+    run()
+    return time.perf_counter() - start, _cpu_seconds() - cpu
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main() -> None:
+    """Prints the medians of each contender, and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=["vit_s", "dinov2_s", "demo"])
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    classifier = make_classifier(arguments.model, arguments.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
+        files = make_jpegs(Path(folder), arguments.images, size)
+        runs = contenders(classifier, files, arguments.batch_size)
+        few = contenders(classifier, files[: 2 * arguments.batch_size], arguments.batch_size)
+        for run in few.values():
+            run()
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for number in range(arguments.rounds):
+            for name in [*runs, *reversed(runs)][number % 2 * len(runs) :][: len(runs)]:
+                results[name].append(measure(runs[name]))
+    height, width = ImageTransforms(classifier.processor).height, ImageTransforms(classifier.processor).width
+    print(
+        f"{arguments.model} at {height} x {width}, {len(files)} JPEGs of {size[0]} x {size[1]}, "
+        f"{torch.get_num_threads()} threads, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
+        f"median of {arguments.rounds} rounds"
+    )
+    print(f"{'':36}{'images/s':>9}{'CPU ms/image':>14}{'predict is faster by':>22}{'from':>7}{'to':>6}")
+    for name, timings in results.items():
+        seconds, cpu = (median(column) for column in zip(*timings, strict=True))
+        ratios = [other / own for (other, _), (own, _) in zip(timings, results["predict"], strict=True)]
+        print(
+            f"{name:36}{len(files) / seconds:9.1f}{1000 * cpu / len(files):14.2f}"
+            f"{median(ratios):22.3f}{min(ratios):7.2f}{max(ratios):6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
