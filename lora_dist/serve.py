@@ -3,7 +3,6 @@
 import asyncio
 import html
 import ipaddress
-import json
 import logging
 import os
 import socket
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from string import Template
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import uvicorn
@@ -24,6 +23,7 @@ from torch import Tensor
 from lora_dist.batching import Batcher
 from lora_dist.bundle import Classifier
 from lora_dist.errors import UserError
+from lora_dist.guard import Guard
 from lora_dist.uploads import Limits, RefusedUploadError, check_name, decode
 
 logger = logging.getLogger("lora_dist.serve")
@@ -31,11 +31,6 @@ logger = logging.getLogger("lora_dist.serve")
 PAGE = Path(__file__).parent / "page"
 MOST_CONNECTIONS = 64
 MOST_DECODERS = 4
-HEADERS = [
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
 
 
 class Score(BaseModel):
@@ -58,44 +53,6 @@ class Predictions(BaseModel):
     """One prediction a file, in the order of the request."""
 
     predictions: list[Prediction]
-
-
-class _Guard:
-    """Refuses a request that is too large, as soon as that shows, and adds `HEADERS` to every response."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self.app = app
-        self.most = most
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *HEADERS]}
-            await send(message)
-
-        detail = f"a request may hold {self.most / 1e6:g} MB"
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.most:
-            content = json.dumps({"detail": detail}).encode()
-            start = [(b"content-type", b"application/json"), (b"connection", b"close")]
-            await send_with_headers({"type": "http.response.start", "status": 413, "headers": start})
-            await send({"type": "http.response.body", "body": content})
-            return
-        received = 0
-
-        async def receive_at_most() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.most:
-                raise HTTPException(413, detail)
-            return message
-
-        await self.app(scope, receive_at_most, send_with_headers)
 
 
 def make_app(
@@ -123,7 +80,7 @@ def make_app(
 
     # Its own pages for the API load scripts from elsewhere.
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Guard, most=limits.body)
+    app.add_middleware(Guard, most=limits.body)
     page = Template((PAGE / "index.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(name), classes=len(classifier.labels), top_k=min(top_k, len(classifier.labels)),
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",

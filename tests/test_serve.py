@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTImageProcessor
 from web import BOUNDARY, multipart, post
 
-from lora_dist import serve
+from lora_dist import guard, serve
 from lora_dist.bundle import Classifier
 from lora_dist.classify import classify
 from lora_dist.errors import UserError
@@ -130,6 +131,7 @@ HOSTILE: dict[str, tuple[list[tuple[str, bytes]], int]] = {
     "long name": ([("x" * 300 + ".png", GOOD)], 400),
     "too many bytes": ([("a.png", bytes(BODY))], 413),
     "too many files": ([("a.png", GOOD)] * 9, 413),
+    "thousands of files": ([("a", b"")] * 2000, 400),
     "one bad of two": ([("a.png", GOOD), ("b.png", b"bad")], 415),
     "no file": ([], 422),
 }
@@ -183,7 +185,47 @@ def test_a_declared_size_beyond_the_limit_is_refused_unread(url: str) -> None:
     assert b" 413 " in _raw(url, f"{HEAD}Content-Length: {BODY + 1}\r\n\r\n", [])
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"--boundary-of-the-parts\r\nbroken"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_who_sends_much_too_much_still_gets_to_read_why(url: str, declared: bool) -> None:
+    """A connection that is closed on bytes nobody has read is reset, and the answer lost; so most of them are read."""
+    body = multipart([("a.png", bytes(100 * BODY))])
+    size = f"Content-Length: {len(body)}" if declared else "Transfer-Encoding: chunked"
+    chunks = [body] if declared else [b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n"]
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}{size}\r\n\r\n".encode())
+        for chunk in chunks:
+            connection.sendall(chunk)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b" 413 " in answer.partition(b"\r\n")[0]
+    assert b"may hold 0.3 MB" in answer
+
+
+def _send_for(connection: socket.socket, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        connection.sendall(bytes(10_000))
+        time.sleep(0.01)
+
+
+def test_who_never_stops_sending_is_hung_up_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.5)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {10**12}\r\n\r\n".encode())
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            _send_for(connection, 30)
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+FIELD = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n'.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nonsense", b"--boundary-of-the-parts\r\nbroken", FIELD * 2000 + f"--{BOUNDARY}--".encode()],
+    ids=["empty", "nonsense", "broken", "thousands of fields"],
+)
 def test_a_body_that_is_no_form_is_refused(url: str, content: bytes) -> None:
     answer = _raw(url, f"{HEAD}Content-Length: {len(content)}\r\n\r\n", [content])
     assert b" 400 " in answer or b" 422 " in answer

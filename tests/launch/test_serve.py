@@ -73,12 +73,17 @@ def _cards(browser: Browser) -> list[dict[str, Any]]:
     return json.loads(browser.evaluate(script))
 
 
-def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(adapter: Path, images: list[Path]) -> None:
-    """All in one process. What it says is what `predict` says of the same files."""
+def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(
+    adapter: Path, images: list[Path], tmp_path: Path
+) -> None:
+    """All in one process, which serves the ONNX file of a blend of an adapter with itself. What it says is what
+    `predict` says of the same files with that adapter."""
     told = predict("--adapter", adapter, "--images", *images, "--top_k", 3).stdout
     rows = [json.loads(line) for line in told.splitlines()]
+    onnx = tmp_path / "blend.onnx"
+    served = ["--adapter", adapter, f"again={adapter}", "--weights", 0.25, 0.75, "--onnx", onnx]
     files = [(f"{number}.png", image.read_bytes()) for number, image in enumerate(images)]
-    with _serving("--adapter", adapter, "--max_upload_mb", 1, "--max_megapixels", 1) as (process, url):
+    with _serving(*served, "--max_upload_mb", 1, "--max_megapixels", 1) as (process, url):
         assert url.startswith("http://127.0.0.1:")
         hostile = [b"", b"text", b"<svg/>", files[0][1][:-99], png_of(50_000, 50_000, bytes(1000)), bytes(2_000_000)]
         for data in hostile:
