@@ -1,14 +1,18 @@
 """How fast `predict` goes over a folder of JPEGs: against the bare model, and against `transformers.pipeline`.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/predict_speed.py vit_s --image_size 224
+    OMP_NUM_THREADS=1 python tests/benchmarks/predict_speed.py vit_s
+    OMP_NUM_THREADS=1 python tests/benchmarks/predict_speed.py demo --memory 10000
 
 Weights are random, which changes no time; the JPEGs are cut out of the packaged photographs. The contenders take turns
 in every round, each with the same model, files and threads, and a ratio is the median over rounds of what stands in the
 same round, so that whatever else the machine does meets all of them. `bare` is the model alone, on pixels prepared
-before the clock starts. CPU time counts all processes of a contender.
+before the clock starts. CPU time counts all processes of a contender. Each run adds its rows to
+`results/predict_speed.csv`. With `--memory` no clock is read: `predict` goes over that many files, and its memory is
+written to `results/predict_memory.csv` on the way.
 """
 
 import argparse
+import csv
 import os
 import resource
 import tempfile
@@ -19,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from transformers import (
@@ -40,6 +45,7 @@ from lora_dist.transforms import ImageTransforms
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
 JPEG_SIZE = (500, 375)
 JPEG_QUALITY = 90
+RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
 
@@ -121,6 +127,31 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def add_rows(name: str, rows: Sequence[dict[str, object]]) -> None:
+    """Adds rows to a file of results."""
+    path = RESULTS / name
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def watch_memory(classifier: Classifier, files: Sequence[str], batch_size: int) -> None:
+    """Goes over all files once, and writes down ten times what the process and its workers keep."""
+    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": CPU}
+    own = psutil.Process()
+    rows: list[dict[str, object]] = []
+    for done, row in enumerate(classify(classifier, files, **settings), 1):
+        assert row.error is None
+        if done % (len(files) // 10) == 0:
+            memory = [one.memory_info().rss / 1e6 for one in (own, *own.children())]
+            rows.append({"files": done, "process_mb": round(memory[0], 1), "workers_mb": round(sum(memory[1:]), 1)})
+            print(rows[-1])
+    add_rows("predict_memory.csv", rows)
+
+
 def main() -> None:
     """Prints the medians of each contender, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,33 +160,44 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=int, metavar="FILES")
     arguments = parser.parse_args()
     classifier = make_classifier(arguments.model, arguments.image_size)
+    size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
     with tempfile.TemporaryDirectory() as folder:
-        size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
-        files = make_jpegs(Path(folder), arguments.images, size)
+        files = make_jpegs(Path(folder), arguments.memory or arguments.images, size)
+        if arguments.memory:
+            watch_memory(classifier, files, arguments.batch_size)
+            return
         runs = contenders(classifier, files, arguments.batch_size)
-        few = contenders(classifier, files[: 2 * arguments.batch_size], arguments.batch_size)
+        few = contenders(classifier, files[: arguments.batch_size + 1], arguments.batch_size)
         for run in few.values():
             run()
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for number in range(arguments.rounds):
             for name in [*runs, *reversed(runs)][number % 2 * len(runs) :][: len(runs)]:
                 results[name].append(measure(runs[name]))
-    height, width = ImageTransforms(classifier.processor).height, ImageTransforms(classifier.processor).width
-    print(
-        f"{arguments.model} at {height} x {width}, {len(files)} JPEGs of {size[0]} x {size[1]}, "
-        f"{torch.get_num_threads()} threads, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
-        f"median of {arguments.rounds} rounds"
-    )
+    conditions: dict[str, object] = {
+        "model": arguments.model, "image_size": ImageTransforms(classifier.processor).height,
+        "jpeg": f"{size[0]}x{size[1]}", "images": len(files), "batch_size": arguments.batch_size,
+        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
+        "rounds": arguments.rounds, "torch": torch.__version__,
+    }  # fmt: skip
+    print(conditions)
     print(f"{'':36}{'images/s':>9}{'CPU ms/image':>14}{'predict is faster by':>22}{'from':>7}{'to':>6}")
+    rows = []
     for name, timings in results.items():
         seconds, cpu = (median(column) for column in zip(*timings, strict=True))
         ratios = [other / own for (other, _), (own, _) in zip(timings, results["predict"], strict=True)]
-        print(
-            f"{name:36}{len(files) / seconds:9.1f}{1000 * cpu / len(files):14.2f}"
-            f"{median(ratios):22.3f}{min(ratios):7.2f}{max(ratios):6.2f}"
+        rate, milliseconds = len(files) / seconds, 1000 * cpu / len(files)
+        print(f"{name:36}{rate:9.1f}{milliseconds:14.2f}{median(ratios):22.3f}{min(ratios):7.2f}{max(ratios):6.2f}")
+        rows.append(
+            conditions
+            | {"contender": name, "images_per_second": round(rate, 1), "cpu_ms_per_image": round(milliseconds, 2)}
+            | {"predict_is_faster_by": round(median(ratios), 3)}
+            | {"lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)}
         )
+    add_rows("predict_speed.csv", rows)
 
 
 if __name__ == "__main__":
