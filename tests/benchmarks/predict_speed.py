@@ -165,10 +165,14 @@ def main() -> None:
     classifier = make_classifier(arguments.model, arguments.image_size)
     size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
     with tempfile.TemporaryDirectory() as folder:
-        files = make_jpegs(Path(folder), arguments.memory or arguments.images, size)
         if arguments.memory:
+            made = make_jpegs(Path(folder), 100, size)
+            files = [f"{made[number % 100]}.{number}.jpg" for number in range(arguments.memory)]
+            for number, file in enumerate(files):
+                Path(file).hardlink_to(made[number % 100])
             watch_memory(classifier, files, arguments.batch_size)
             return
+        files = make_jpegs(Path(folder), arguments.images, size)
         runs = contenders(classifier, files, arguments.batch_size)
         few = contenders(classifier, files[: arguments.batch_size + 1], arguments.batch_size)
         for run in few.values():
