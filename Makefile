@@ -46,5 +46,5 @@ clean:
 
 # deepspeed builds against the torch that is there, so it comes after it.
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -e '.[demo,dev,deepspeed]'
+	$(BIN)/pip install -q -e '.[demo,dev,deepspeed,onnx,serve]'
 	touch $@

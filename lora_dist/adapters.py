@@ -282,6 +282,11 @@ def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_lab
                         module.out_features = num_labels
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model carries an adapter that is not merged."""
+    return isinstance(model, PeftModel)
+
+
 def merge(model: nn.Module) -> nn.Module:
     """The base model with the adapter folded into its weights, in fp32; `model` is used up.
 

@@ -98,8 +98,9 @@ def classify(
     model = classifier.model.to(device)
     workers = num_workers if num_workers is not None else int(len(files) > batch_size)
     starts = range(0, len(files), batch_size)
+    transforms = ImageTransforms(classifier.processor)
     loader = DataLoader(
-        _Files(files, ImageTransforms(classifier.processor)),
+        _Files(files, transforms),
         batch_sampler=[list(range(start, min(start + batch_size, len(files)))) for start in starts],
         num_workers=workers,
         collate_fn=_as_is,
@@ -107,8 +108,9 @@ def classify(
     )
     for part in loader:
         scores: list[list[tuple[str, float]]] = []
-        if part.pixel_values is not None:
-            logits = model(pixel_values=part.pixel_values.to(device, non_blocking=True)).logits
+        if part.pixels is not None:
+            pixel_values = transforms.finished(part.pixels.to(device, non_blocking=True))
+            logits = model(pixel_values=pixel_values).logits
             best = logits.float().softmax(dim=-1).topk(min(top_k, len(classifier.labels)))
             for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 scores.append([(classifier.labels[place], value) for place, value in zip(places, values, strict=True)])
@@ -122,7 +124,7 @@ class _Part(NamedTuple):
 
     paths: list[str]
     errors: list[str | None]
-    pixel_values: Tensor | None
+    pixels: Tensor | None
 
 
 class _Files(Dataset):
@@ -136,14 +138,14 @@ class _Files(Dataset):
     def __getitems__(self, places: Sequence[int]) -> _Part:
         paths = [self.files[place] for place in places]
         errors: list[str | None] = []
-        pixels = []
+        images = []
         for path in paths:
             try:
-                pixels.append(self.transforms.evaluation(load_rgb(path)))
+                images.append(load_rgb(path))
                 errors.append(None)
             except UnreadableImageError as error:
                 errors.append(str(error))
-        return _Part(paths, errors, torch.stack(pixels) if pixels else None)
+        return _Part(paths, errors, self.transforms.resized(images) if images else None)
 
 
 def _as_is(part: Any) -> Any:

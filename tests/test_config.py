@@ -15,7 +15,7 @@ from lora_dist.audit.settings import AuditSettings
 from lora_dist.config import Settings
 from lora_dist.contradictions import contradictions
 from lora_dist.errors import UserError
-from lora_dist.predict import PredictSettings
+from lora_dist.predict_settings import PredictSettings
 
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
 

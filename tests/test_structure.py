@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lora_dist.audit.settings import AuditSettings
 from lora_dist.config import Group, Settings
-from lora_dist.predict import PredictSettings
+from lora_dist.predict_settings import PredictSettings
 
 PACKAGE = Path(__file__).parents[1] / "lora_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -83,7 +83,10 @@ def test_no_module_imports_a_command() -> None:
     assert not importers - commands
 
 
-@pytest.mark.parametrize("name", ["config", "cli", "schedule", "errors", "demo", "train", "predict", "audit.__main__"])
+@pytest.mark.parametrize(
+    "name",
+    ["config", "cli", "schedule", "errors", "demo", "train", "predict", "predict_settings", "audit.__main__"],
+)
 def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
     heavy = {"torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "PIL"}
     assert not {module.partition(".")[0] for module in _reached(f"lora_dist.{name}")} & heavy
@@ -204,7 +207,7 @@ def test_every_setting_of_a_command_is_read(settings: type[BaseModel]) -> None:
     assert not set(names) - read
 
 
-@pytest.mark.parametrize("name", ["predict", "classify", "merge", "bundle"])
+@pytest.mark.parametrize("name", ["predict", "classify", "merge", "bundle", "onnx_export", "serve"])
 def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
     found: set[str] = set()
     waiting = [f"lora_dist.{name}"]
