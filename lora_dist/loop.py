@@ -1,6 +1,5 @@
 """The training loop: the sequence of updates, logs, evaluations and saves, and where it may be left."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
 from lora_dist.state import Checkpointer, Progress
 from lora_dist.step import NonFiniteLossError, train_step
-from lora_dist.tracking import Tracker, peak_memory_mb
+from lora_dist.tracking import Tracker, Window, peak_memory_mb
 
 MOST_SKIPPED = 32
 """Updates in a row that fp16 loss scaling may leave out; each of them halves the scale, from 65,536."""
@@ -57,46 +56,6 @@ class Job:
     preemption: Preemption
     tracker: Tracker
     on_best: Callable[["Job", Progress, Evaluation], None]
-
-
-class Window:
-    """Times the updates since the last log: how long they took, and how much of that was waiting for data."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts a new window."""
-        self.seconds = self.waited = 0.0
-        self.samples = self.updates = 0
-
-    @property
-    def samples_per_second(self) -> float:
-        """Over all processes."""
-        return self.samples / max(self.seconds, 1e-9)
-
-    def timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the time until each arrives counted as waiting."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(stream)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - start
-            yield batch
-
-    def start_update(self) -> None:
-        """Called before an update."""
-        self._started = time.perf_counter()
-
-    def end_update(self, samples: int) -> float:
-        """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
-        seconds = time.perf_counter() - self._started
-        self.seconds += seconds
-        self.samples += samples
-        self.updates += 1
-        return seconds
 
 
 @contextmanager

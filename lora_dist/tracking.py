@@ -5,7 +5,8 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from lora_dist.batch import Batch
 from lora_dist.curves import Board, Lines
 
 logger = logging.getLogger(__name__)
@@ -122,6 +124,46 @@ class Tracker:
         if self.enabled:
             self._bar.close()
             self._board.write(SummaryWriter.close)
+
+
+class Window:
+    """Times the updates since the last log: how long they took, and how much of that was waiting for data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self.seconds = self.waited = 0.0
+        self.samples = self.updates = 0
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all processes."""
+        return self.samples / max(self.seconds, 1e-9)
+
+    def timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the time until each arrives counted as waiting."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def start_update(self) -> None:
+        """Called before an update."""
+        self._started = time.perf_counter()
+
+    def end_update(self, samples: int) -> float:
+        """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
+        self.samples += samples
+        self.updates += 1
+        return seconds
 
 
 def peak_memory_mb(device: torch.device) -> float:

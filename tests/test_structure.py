@@ -67,7 +67,7 @@ def _reached(module: str) -> set[str]:
 def test_the_rules_see_the_package() -> None:
     assert {"lora_dist.train", "lora_dist.config", "lora_dist.demo.digits"} <= TREES.keys()
     assert "torch" in _reached("lora_dist.loop")
-    assert "lora_dist.order" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
+    assert "lora_dist.assembly" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
 
 
 def test_imports_go_one_way() -> None:
