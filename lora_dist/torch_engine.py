@@ -1,5 +1,6 @@
 """Training with torch alone: one process, DDP or FSDP2."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -119,7 +120,7 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     """
     plugin = accelerator.state.fsdp_plugin
     options = {
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mp_policy": precision(plugin),
         "reshard_after_forward": plugin.reshard_after_forward,
         "offload_policy": plugin.cpu_offload,
     }
@@ -134,6 +135,12 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     fully_shard(model, **options)
     for group, members in groups:
         group["params"] = [model.get_parameter(name) for name in members]
+
+
+def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
+    """The launch file's precision, but gradients are summed over processes in fp32, as they are under DDP."""
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    return dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
 def _whole(tensor: Tensor) -> Tensor:
