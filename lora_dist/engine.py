@@ -69,10 +69,10 @@ class Engine(Protocol):
         """Puts the optimizer's state back."""
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """State of fp16 loss scaling, for JSON."""
+        """State of fp16 loss scaling, for JSON: `scale`, and `growth_tracker`, the updates since it last changed."""
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Puts it back."""
+        """Puts it back, whatever engine it is of; a state in another form is left alone."""
 
 
 def share_statistics(engine: Engine) -> None:

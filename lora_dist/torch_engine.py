@@ -100,11 +100,18 @@ class TorchEngine:
                 module.reshard()
 
     def scaler_state(self) -> dict[str, Any] | None:
-        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return None
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]}
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        if self.accelerator.scaler is not None and state:
-            self.accelerator.scaler.load_state_dict(state)
+        scaler = self.accelerator.scaler
+        if scaler is not None and state and state.keys() == {"scale", "growth_tracker"}:
+            # Past its interval the scale would not grow any more.
+            tracker = state["growth_tracker"] % scaler.get_growth_interval()
+            scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"], "_growth_tracker": tracker})
 
 
 def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
