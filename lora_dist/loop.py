@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import Settings
-from lora_dist.engine import Engine
+from lora_dist.engine import Engine, share_statistics
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError
 from lora_dist.evaluation import Evaluation, Evaluator
 from lora_dist.loader import batches, train_loader
@@ -107,6 +107,7 @@ def fit(job: Job, progress: Progress) -> None:
         _settle(job, progress, window, save=asked)
         if asked:
             job.preemption.saved()
+    share_statistics(job.engine)
 
 
 def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
@@ -248,6 +249,7 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
 
 def _evaluate(job: Job, progress: Progress) -> Evaluation | None:
     """Evaluates, logs and notes the result; returns it where it is the best so far."""
+    share_statistics(job.engine)
     evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")

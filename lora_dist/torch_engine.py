@@ -1,5 +1,6 @@
 """Training with torch alone: one process, DDP or FSDP2."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -99,11 +100,18 @@ class TorchEngine:
                 module.reshard()
 
     def scaler_state(self) -> dict[str, Any] | None:
-        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return None
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]}
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        if self.accelerator.scaler is not None and state:
-            self.accelerator.scaler.load_state_dict(state)
+        scaler = self.accelerator.scaler
+        if scaler is not None and state and state.keys() == {"scale", "growth_tracker"}:
+            # Past its interval the scale would not grow any more.
+            tracker = state["growth_tracker"] % scaler.get_growth_interval()
+            scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"], "_growth_tracker": tracker})
 
 
 def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -119,7 +127,7 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     """
     plugin = accelerator.state.fsdp_plugin
     options = {
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mp_policy": precision(plugin),
         "reshard_after_forward": plugin.reshard_after_forward,
         "offload_policy": plugin.cpu_offload,
     }
@@ -134,6 +142,12 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     fully_shard(model, **options)
     for group, members in groups:
         group["params"] = [model.get_parameter(name) for name in members]
+
+
+def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
+    """The launch file's precision, but gradients are summed over processes in fp32, as they are under DDP."""
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    return dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
 def _whole(tensor: Tensor) -> Tensor:

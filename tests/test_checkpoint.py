@@ -262,6 +262,26 @@ def test_pruning_counts_whole_checkpoints_alone(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-00000020"]
 
 
+def test_a_truncated_checkpoint_is_none_that_pruning_counts(tmp_path: Path) -> None:
+    for step in (20, 40):
+        checkpoint.write(tmp_path, step, content())
+    _truncate(checkpoint.path_of(tmp_path, 40) / TRAINED)
+    checkpoint.prune(tmp_path, keep=1, best_step=None)
+    assert steps(tmp_path) == [20]
+
+
+@pytest.mark.timeout(20)
+def test_pruning_does_not_read_what_it_keeps(tmp_path: Path) -> None:
+    """A tebibyte of it, most of which is a hole, would take half an hour at every save."""
+    path = checkpoint.write(tmp_path, 20, content())
+    os.truncate(path / TRAINED, 2**40)
+    manifest = json.loads((path / COMPLETE).read_text())
+    manifest[TRAINED]["bytes"] = 2**40
+    (path / COMPLETE).write_text(json.dumps(manifest))
+    checkpoint.prune(tmp_path, keep=1, best_step=None)
+    assert steps(tmp_path) == [20]
+
+
 def test_a_course_that_is_left_is_put_aside(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         checkpoint.write(tmp_path, step, content())
