@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo test stress quality engine-costs clean
+.PHONY: demo test test-lowest stress quality engine-costs clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -22,6 +22,13 @@ stress: .venv/installed-dev
 	STRESS=1 STRESS_RECORD=$(CURDIR)/tests/stress.txt $(BIN)/python -m pytest --timeout=7200 tests/launch/test_kills.py \
 		tests/test_malformed.py tests/test_full_disk.py tests/test_checkpoint.py | tail -n 1 >> tests/stress.txt
 
+# With the lowest releases that pyproject.toml allows, in an environment of its own: some gigabytes to download.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/pip install -q -r .venv-lowest/requirements.txt hypothesis psutil pytest pytest-timeout
+	.venv-lowest/bin/python -m pytest --ignore tests/launch --ignore tests/slurm
+
 # Needs Linux and root, for a loopback interface of its own.
 engine-costs: .venv/installed-dev
 	rm -f tests/benchmarks/results/engine_costs.csv
@@ -38,13 +45,13 @@ quality: .venv/installed-dev
 clean:
 	rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch torchvision
-	$(BIN)/pip install -q -e '.[demo]'
+	$(BIN)/pip install -q -c constraints.txt torch torchvision
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
 # deepspeed builds against the torch that is there, so it comes after it.
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -e '.[demo,dev,deepspeed,onnx,serve]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,deepspeed,onnx,serve]'
 	touch $@

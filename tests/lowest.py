@@ -8,11 +8,9 @@ from pathlib import Path
 def lowest() -> list[str]:
     """Requirements such as `torch==2.6`."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
-    return [
-        f"{name}=={version}"
-        for name, version in (re.fullmatch(r"([\w-]+)>=([\w.]+)", one).groups() for one in requirements)
-    ]  # type: ignore[union-attr]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["demo"], *extras["onnx"], *extras["serve"]]
+    return [re.sub(">=", "==", requirement) for requirement in requirements]
 
 
 if __name__ == "__main__":
