@@ -199,4 +199,5 @@ def test_launch_files_open_with_what_they_are_for(file: Path) -> None:
     comment = text[: text.index("compute_environment")]
     assert f"accelerate launch --config_file accelerate_configs/{file.name}" in comment
     assert "Choose it" in comment
+    assert "Costs" in comment
     assert load_config_from_file(str(file)).num_processes >= 1
