@@ -56,7 +56,8 @@ def test_ctrl_c_stops_one_process_and_it_goes_on_to_the_same_bits(vit: Path, pic
         assert launch.wait() == 75
     saved = saved_in(broken)
     assert saved["logged_step"] < saved["step"] < 20
-    assert "SIGINT: saving and stopping after this update" in launch.text
+    # Whichever of two signals that are there at once is handled first.
+    assert launch.text.count(": saving and stopping after this update") == 1
     assert f"stopped: after update {saved['step']} of 20, which is saved" in launch.text
     assert "Traceback" not in launch.text
     train(*_arguments(vit, pictures, broken, *more, *RESUME))
