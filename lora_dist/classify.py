@@ -23,6 +23,8 @@ from lora_dist.images import UnreadableImageError, image_files, load_rgb
 from lora_dist.transforms import ImageTransforms
 
 GRID = 32
+PART = 32
+"""Images, at least, that are decoded and handed over at once: that costs as much as to decode a few small ones."""
 
 
 class Row(NamedTuple):
@@ -75,6 +77,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_batch_size(given: int | None, device: torch.device) -> int:
+    """The number of images in a forward pass. On a CPU, a ViT-S took a seventh less time for 8 than for 32."""
+    return given or (8 if device.type == "cpu" else 32)
+
+
 @torch.inference_mode()
 def classify(
     classifier: Classifier,
@@ -92,31 +99,41 @@ def classify(
         files: paths.
         top_k: classes to name.
         batch_size: images in a forward pass.
-        num_workers: decoding processes; None for one where there is more than a batch.
+        num_workers: decoding processes; None for one where there are more than a few files.
         device: to run the model on.
     """
-    model = classifier.model.to(device)
-    workers = num_workers if num_workers is not None else int(len(files) > batch_size)
-    starts = range(0, len(files), batch_size)
+    classifier.model.to(device)
+    size = max(batch_size, PART)
+    workers = num_workers if num_workers is not None else int(len(files) > size)
+    starts = range(0, len(files), size)
     transforms = ImageTransforms(classifier.processor)
     loader = DataLoader(
         _Files(files, transforms),
-        batch_sampler=[list(range(start, min(start + batch_size, len(files)))) for start in starts],
+        batch_sampler=[list(range(start, min(start + size, len(files)))) for start in starts],
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=device.type == "cuda",
     )
     for part in loader:
-        scores: list[list[tuple[str, float]]] = []
-        if part.pixels is not None:
-            pixel_values = transforms.finished(part.pixels.to(device, non_blocking=True))
-            logits = model(pixel_values=pixel_values).logits
-            best = logits.float().softmax(dim=-1).topk(min(top_k, len(classifier.labels)))
-            for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                scores.append([(classifier.labels[place], value) for place, value in zip(places, values, strict=True)])
-        remaining = iter(scores)
+        scores = _scores(classifier, transforms, part.pixels, top_k, batch_size, device)
         for path, error in zip(part.paths, part.errors, strict=True):
-            yield Row(path, [] if error else next(remaining), error)
+            yield Row(path, [] if error else next(scores), error)
+
+
+def _scores(
+    classifier: Classifier,
+    transforms: ImageTransforms,
+    pixels: Tensor | None,
+    top_k: int,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[list[tuple[str, float]]]:
+    """Yields classes with their probabilities for each image, batch by batch."""
+    for batch in () if pixels is None else pixels.split(batch_size):
+        logits = classifier.model(pixel_values=transforms.finished(batch.to(device, non_blocking=True))).logits
+        best = logits.float().softmax(dim=-1).topk(min(top_k, len(classifier.labels)))
+        for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield [(classifier.labels[place], value) for place, value in zip(places, values, strict=True)]
 
 
 class _Part(NamedTuple):

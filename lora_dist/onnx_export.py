@@ -192,7 +192,7 @@ def _quantize(proto: Any, out: Path) -> None:
 
 
 def _int8_cost(exact: Classifier, quantized: Classifier, files: Sequence[str]) -> Int8Cost:
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": 32, "num_workers": None, "device": torch.device("cpu")}
+    settings: dict[str, Any] = {"top_k": 1, "batch_size": 8, "num_workers": None, "device": torch.device("cpu")}
     images = changed = labelled = right_before = right_after = 0
     names = set(exact.labels)
     rows = zip(classify(exact, files, **settings), classify(quantized, files, **settings), strict=True)

@@ -133,9 +133,9 @@ def _title(chosen: Mapping[str, Path], settings: PredictSettings) -> str:
 
 def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: PredictSettings) -> None:
     """Serves until it is interrupted."""
-    from lora_dist import serve, uploads
+    from lora_dist import classify, serve, uploads
 
-    serving = settings.serving
+    serving, device = settings.serving, _device(settings)
     limits = uploads.Limits(
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
@@ -144,8 +144,8 @@ def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: Predict
         _title(chosen, settings),
         limits,
         top_k=settings.images.top_k or 5,
-        batch_size=settings.images.batch_size,
-        device=_device(settings),
+        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
+        device=device,
     )
     serve.run(app, serving.host, serving.port)
 
@@ -159,13 +159,14 @@ def _device(settings: PredictSettings) -> torch.device:
 def _rows(classifier: Classifier, files: list[str], settings: PredictSettings) -> Iterator[Row]:
     from lora_dist import classify
 
+    device = _device(settings)
     return classify.classify(
         classifier,
         files,
         top_k=settings.images.top_k or 1,
-        batch_size=settings.images.batch_size,
+        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         num_workers=settings.images.num_workers,
-        device=_device(settings),
+        device=device,
     )
 
 

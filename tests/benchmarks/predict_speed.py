@@ -1,7 +1,7 @@
 """How fast `predict` goes over a folder of JPEGs: against the bare model, and against `transformers.pipeline`.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/predict_speed.py vit_s
-    OMP_NUM_THREADS=1 python tests/benchmarks/predict_speed.py demo --memory 10000
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/predict_speed.py vit_s
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/predict_speed.py demo --memory 10000
 
 Weights are random, which changes no time; the JPEGs are cut out of the packaged photographs. The contenders take turns
 in every round, each with the same model, files and threads, and a ratio is the median over rounds of what stands in the
@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from lora_dist.bundle import Classifier
-from lora_dist.classify import classify
+from lora_dist.classify import choose_batch_size, classify
 from lora_dist.demo import local_path
 from lora_dist.images import load_rgb
 from lora_dist.merge import PHOTOS
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("model", choices=["vit_s", "dinov2_s", "demo"])
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--images", type=int, default=192)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=choose_batch_size(None, CPU))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, metavar="FILES")
     arguments = parser.parse_args()
