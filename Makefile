@@ -26,7 +26,7 @@ stress: .venv/installed-dev
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) tests/lowest.py > .venv-lowest/requirements.txt
-	.venv-lowest/bin/pip install -q -r .venv-lowest/requirements.txt hypothesis psutil pytest pytest-timeout
+	.venv-lowest/bin/pip install -q -r .venv-lowest/requirements.txt hypothesis psutil pytest pytest-timeout -e .
 	.venv-lowest/bin/python -m pytest --ignore tests/launch --ignore tests/slurm
 
 # Needs Linux and root, for a loopback interface of its own.
