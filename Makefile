@@ -14,8 +14,9 @@ demo: .venv/installed
 	@echo "pictures of the predictions: runs/demo/predictions.png"
 	@echo "curves: $(BIN)/tensorboard --logdir runs"
 
+# A file of tests stays on one worker; a launch takes a core or two.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 stress: .venv/installed-dev
 	(date -I; uname -sr; nproc) > tests/stress.txt
