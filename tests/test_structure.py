@@ -220,3 +220,9 @@ def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
     assert found
     assert not found & {"lora_dist.loop", "lora_dist.engine", "lora_dist.train", "lora_dist.runtime"}
     assert not {_root(module) for module in found} & {"accelerate", "deepspeed"}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest would collect the first and refuse the second."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
