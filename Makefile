@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc)
 
-.PHONY: demo test quality engine-costs clean
+.PHONY: demo test test-lowest stress quality engine-costs clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -14,8 +14,21 @@ demo: .venv/installed
 	@echo "pictures of the predictions: runs/demo/predictions.png"
 	@echo "curves: $(BIN)/tensorboard --logdir runs"
 
+# A file of tests stays on one worker; a launch takes a core or two.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+stress: .venv/installed-dev
+	(date -I; uname -sr; nproc) > tests/stress.txt
+	STRESS=1 STRESS_RECORD=$(CURDIR)/tests/stress.txt $(BIN)/python -m pytest --timeout=7200 tests/launch/test_kills.py \
+		tests/test_malformed.py tests/test_full_disk.py tests/test_checkpoint.py | tail -n 1 >> tests/stress.txt
+
+# With the lowest releases that pyproject.toml allows, in an environment of its own: some gigabytes to download.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/pip install -q -r .venv-lowest/requirements.txt hypothesis psutil pytest pytest-timeout -e .
+	.venv-lowest/bin/python -m pytest --ignore tests/launch --ignore tests/slurm
 
 # Needs Linux and root, for a loopback interface of its own.
 engine-costs: .venv/installed-dev
@@ -33,13 +46,13 @@ quality: .venv/installed-dev
 clean:
 	rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch torchvision
-	$(BIN)/pip install -q -e '.[demo]'
+	$(BIN)/pip install -q -c constraints.txt torch torchvision
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
 # deepspeed builds against the torch that is there, so it comes after it.
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -e '.[demo,dev,deepspeed]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,deepspeed,onnx,serve]'
 	touch $@

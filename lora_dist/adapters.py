@@ -1,113 +1,28 @@
-"""LoRA on an image classifier: find targets, inject, save, load strictly, merge. Only this module imports peft."""
+"""LoRA on an image classifier: inject, save, load strictly, merge. Only this module imports peft."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import SafetensorError
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_dist import adapter_files
+from lora_dist.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from lora_dist.config import LoraSettings
 from lora_dist.errors import UserError
+from lora_dist.legacy_names import LegacyNames, current_names
+from lora_dist.targets import resolve_targets
 
-ADAPTER_CONFIG = "adapter_config.json"
-
-SYNONYMS: tuple[tuple[str, ...], ...] = (
-    ("query", "q_proj"),
-    ("key", "k_proj"),
-    ("value", "v_proj"),
-    ("attention.output.dense", "o_proj"),
-    ("intermediate.dense", "fc1"),
-    ("output.dense", "fc2"),
-)
-"""Names of the same projection in transformers 4 and 5, where most models were renamed (transformers#41693)."""
-
-AUTO: tuple[tuple[str, ...], ...] = (("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
-"""What `auto` adapts: the first of these that the model has, else all its convolutions."""
-
-
-def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]) -> list[str]:
-    """Names for `LoraConfig.target_modules` that exist in this model.
-
-    Args:
-        model: the classifier, without adapters.
-        names: suffixes of module names, in the names of transformers 4 or 5; or `["auto"]`, or `["all-linear"]`.
-        heads: modules that train in full and take no adapter.
-
-    Raises:
-        UserError: a name that the model lacks, with the names that it has.
-    """
-    adaptable: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and not any(name == head or name.startswith(f"{head}.") for head in heads)
-    }
-    if list(names) == ["all-linear"]:
-        linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise UserError(
-                f"--lora_target_modules all-linear: {type(model).__name__} has no linear layer outside its head; "
-                f"use auto"
-            )
-        return _shortest(linear, model)
-    if list(names) == ["auto"]:
-        for group in AUTO:
-            found = [match for name in group for match in _matches(name, adaptable)]
-            if found:
-                return _shortest(found, model)
-        return _shortest([name for name, module in adaptable.items() if isinstance(module, nn.Conv2d)], model)
-    resolved: list[str] = []
-    for name in names:
-        found = _matches(name, adaptable)
-        if not found:
-            exist = sorted({".".join(_last(module)) for module in adaptable})
-            raise UserError(
-                f"--lora_target_modules {name}: {type(model).__name__} has no such module. "
-                f"It has {', '.join(exist)}; or use auto."
-            )
-        resolved += found
-    return _shortest(resolved, model)
-
-
-def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:
-    """Full names of the modules that `name`, or else a synonym of it, stands for."""
-    synonyms = next((group for group in SYNONYMS if name in group), (name,))
-    for candidate in (name, *synonyms):
-        found = [module for module in modules if _ends(module, candidate)]
-        if candidate != name:
-            # A new name means one projection; the old name that stands for it may end that of another one.
-            longer = [old for group in SYNONYMS for old in group if _ends(old, candidate) and old != candidate]
-            found = [module for module in found if not any(_ends(module, old) for old in longer)]
-        if found:
-            return found
-    return []
-
-
-def _ends(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
-
-
-def _last(name: str) -> list[str]:
-    """The last part of a module's name that is no number, and what follows it."""
-    parts = name.split(".")
-    start = next((place for place in reversed(range(len(parts))) if not parts[place].isdigit()), 0)
-    return parts[start:]
-
-
-def _shortest(wanted: list[str], model: nn.Module) -> list[str]:
-    """The last components of `wanted`, where these name nothing else in the model; else the full names."""
-    if not wanted:
-        raise UserError(f"{type(model).__name__} has no linear or convolutional layer outside its head to adapt")
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in wanted})
-    hit = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes}
-    return suffixes if hit == set(wanted) else sorted(set(wanted))
+DEFAULT = "default"
+"""PEFT's name of the only adapter."""
 
 
 def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> PeftModel:
@@ -177,8 +92,8 @@ def _make_plain(directory: Path, initial: Path) -> None:
 
     `save_pretrained` of PEFT would do it too, but it loses the heads, and all else that is no LoRA matrix.
     """
-    path, config_path = directory / SAFETENSORS_WEIGHTS_NAME, directory / ADAPTER_CONFIG
-    state, start = load_file(path), load_file(initial / SAFETENSORS_WEIGHTS_NAME)
+    path, config_path = directory / WEIGHTS, directory / ADAPTER_CONFIG
+    state, start = load_file(path), load_file(initial / WEIGHTS)
     for name, tensor in state.items():
         if ".lora_A." in name:
             state[name] = torch.cat([tensor, start[name]], dim=0)
@@ -192,47 +107,184 @@ def _make_plain(directory: Path, initial: Path) -> None:
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as read for a certain base model.
+
+    Attributes:
+        config: PEFT's `LoraConfig`, with targets in the names of the model.
+        state: tensors under plain names of the model (see `adapter_files`).
+        names: the old names, where the adapter was saved under these.
+        directory: where it came from.
+    """
+
+    config: Any
+    state: dict[str, Tensor]
+    names: LegacyNames | None
+    directory: Path
+
+
+def read_adapter(model: nn.Module, directory: Path) -> Adapter:
+    """Reads an adapter for a base model, whichever release of PEFT and `transformers` saved it.
+
+    Args:
+        model: the base, with or without adapters on it.
+        directory: of the adapter.
+
+    Raises:
+        UserError: no adapter there, or a damaged one, or one that targets nothing in this model.
+    """
+    base = base_of(model)
+    files = adapter_files.read(directory)
+    try:
+        # PEFT warns of what it does not know, rightly so where it is set: the numbers may differ then.
+        known = {field.name for field in fields(LoraConfig)}
+        config: Any = LoraConfig.from_peft_type(
+            **{name: value for name, value in files.config.items() if name in known or value}
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the adapter in {directory} is damaged: {error}") from error
+    config.inference_mode = True
+    config.init_lora_weights = True
+    current = current_names(base)
+    modules = {name.rpartition(".")[0] for name in current}
+    if all(place in (modules if lora else current) for place, lora in map(adapter_files.place_of, files.state)):
+        return Adapter(config, files.state, None, directory)
+    names = LegacyNames.of(base)
+    if not names.are_used_by(files.state):
+        return Adapter(config, files.state, None, directory)
+    state = {names.to_current(name): tensor for name, tensor in files.state.items()}
+    _modernise(config, names, state, f"the adapter in {directory} does not fit {type(base).__name__}")
+    return Adapter(config, state, names, directory)
+
+
+def _modernise(config: Any, names: LegacyNames, state: Mapping[str, Tensor], refused: str) -> None:
+    """Puts the targets, and what else goes by names, into the names of the model: whole ones, each one target."""
+    leaves = [module for module in names.modules if f"{module}.weight" in names.parameters]
+    found = [
+        {module: name for module, name in named if check_target_module_exists(config, name)}
+        # Somebody may have renamed the targets, but not the keys.
+        for named in ([(module, names.modules[module]) for module in leaves], [(module, module) for module in leaves])
+    ]
+    adapted = {place for place, lora in map(adapter_files.place_of, state) if lora}
+    targets = next((given for given in found if given.keys() == adapted), found[0] or found[1])
+    if not targets and adapted:
+        raise UserError(f"{refused}: no {config.target_modules} in it")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, pattern)
+        keys = {module: get_pattern_key(list(given), old) for module, old in targets.items()}
+        setattr(config, pattern, {module: given[key] for module, key in keys.items() if key in given})
+    if targets:
+        config.target_modules = set(targets)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = [
+        module
+        for module, old in names.modules.items()
+        if any(old == name or old.endswith(f".{name}") for name in config.modules_to_save or [])
+    ] or None
+
+
+def load_adapter(model: nn.Module, directory: Path, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
     """Puts a saved adapter on its base, strictly: every key has a place and every place a key.
 
     Args:
-        model: the base, with a head of the adapter's number of classes.
+        model: the base, with a head of the adapter's number of classes; or a base with adapters already.
         directory: of the adapter.
+        name: to `activate` it by, in the second case.
+        num_labels: of the adapter, in the second case: its head may be of another size than those before.
 
     Raises:
         UserError: no adapter there, keys missing or left over, or shapes that differ.
     """
-    path = directory / SAFETENSORS_WEIGHTS_NAME
-    config_path = directory / ADAPTER_CONFIG
-    for file in (config_path, path):
-        if not file.is_file():
-            raise UserError(f"{directory} is no adapter: it has no {file.name}")
+    return put_on(model, read_adapter(model, directory), name, num_labels)
+
+
+def put_on(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
+    """Puts an adapter that was read on its base, as `load_adapter` does; the one put on last is active."""
+    before: list[Any] = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    if before and any(config.bias != "none" for config in [*before, adapter.config]):
+        # PEFT does not always see it, and the biases of one would stay when another one is active.
+        raise UserError(f"the adapter in {adapter.directory} or one before it trains biases, and has to stand alone")
     try:
-        config: Any = LoraConfig.from_pretrained(str(directory))
-        state = load_file(path)
-    except (json.JSONDecodeError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"the adapter in {directory} is damaged: {error}") from error
-    config.inference_mode = True
-    config.init_lora_weights = True
-    try:
-        adapted = PeftModel(model, config)
+        if isinstance(model, PeftModel):
+            adapted = model
+            adapted.add_adapter(name, adapter.config)
+        else:
+            adapted = PeftModel(model, adapter.config, name)
     except ValueError as error:
-        raise UserError(f"the adapter in {directory} does not fit {type(model).__name__}: {error}") from error
-    _require_same_keys(state, get_peft_model_state_dict(adapted), directory)
-    set_peft_model_state_dict(adapted, state)
+        kind = type(base_of(model)).__name__
+        raise UserError(f"the adapter in {adapter.directory} does not fit {kind}: {error}") from error
+    if num_labels is not None:
+        _fit_heads(adapted, name, adapter.state, num_labels)
+    set_adapter_state(adapted, adapter, adapter.state, name)
+    adapted.set_adapter(name)
     return adapted.eval()
 
 
-def _require_same_keys(found: dict[str, Tensor], expected: dict[str, Tensor], directory: Path) -> None:
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"left over {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} is {list(found[name].shape)} and should be {list(expected[name].shape)}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise UserError("\n  ".join([f"the adapter in {directory} does not fit this base model:", *problems]))
+def base_of(model: nn.Module) -> Any:
+    """The `transformers` model under an adapter, or the model itself where there is none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def activate(model: nn.Module, name: str) -> None:
+    """Makes one of several adapters the one that the model runs with."""
+    assert isinstance(model, PeftModel)
+    model.set_adapter(name)
+
+
+def active_adapter(model: nn.Module) -> Adapter:
+    """The adapter that a model runs with."""
+    assert isinstance(model, PeftModel)
+    name = str(model.active_adapter)
+    state = {}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
+        plain = adapter_files.plain_name(key)
+        if plain is not None:
+            state[plain] = tensor.detach().cpu()
+    return Adapter(model.peft_config[name], state, None, Path(name))
+
+
+def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], name: str = DEFAULT) -> None:
+    """Puts tensors under plain names into an adapter of a model, strictly.
+
+    Raises:
+        UserError: keys missing or left over, or shapes that differ, in the names that the adapter's files have.
+    """
+    assert isinstance(model, PeftModel)
+    slots: dict[str, list[str]] = {}
+    expected: dict[str, Tensor] = {}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
+        plain = adapter_files.plain_name(key)
+        if plain is not None:
+            slots.setdefault(plain, []).append(key)
+            expected[plain] = tensor
+    shown = adapter.names.to_old if adapter.names else None
+    adapter_files.require_same_names(state, expected, adapter.directory, shown)
+    set_peft_model_state_dict(model, {key: state[plain] for plain, keys in slots.items() for key in keys}, name)
+
+
+def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_labels: int) -> None:
+    """Gives the heads of one adapter its number of classes, where the base has the number of another one."""
+    base = base_of(model)
+    before = base.config.num_labels
+    if before == num_labels:
+        return
+    for place, wrapper in base.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
+            continue
+        for inner, module in wrapper.modules_to_save[name].named_modules(prefix=place):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                found = state.get(f"{inner}.{leaf}")
+                if found is not None and (parameter.shape[0], len(found)) == (before, num_labels):
+                    shape = (num_labels, *parameter.shape[1:])
+                    setattr(module, leaf, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
+                    if isinstance(module, nn.Linear):
+                        module.out_features = num_labels
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model carries an adapter that is not merged."""
+    return isinstance(model, PeftModel)
 
 
 def merge(model: nn.Module) -> nn.Module:

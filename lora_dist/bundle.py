@@ -6,6 +6,7 @@ the base) and `README.md`. A run with `--tuning full` hands over a whole `transf
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
 
-from lora_dist import adapters
+from lora_dist import adapters, foreign
+from lora_dist.adapter_files import ADAPTER_CONFIG
 from lora_dist.errors import UserError
 from lora_dist.files import whole_directory
 from lora_dist.model import Base, load_base
 from lora_dist.transforms import ImageTransforms
 
+logger = logging.getLogger("lora_dist.bundle")
+
 BASE_MODEL = "base_model.json"
+IDENTITY = ("model_name_or_path", "revision", "fingerprint")
 TOLERANCE = 1e-3
 """Relative difference of logits up to which two ways of computing them on one device or two count as equal."""
 HALF_PRECISION_TOLERANCE = 5e-2
@@ -37,22 +42,37 @@ class Classifier:
         model: in evaluation mode, fp32; with its adapter, or whole.
         processor: its image processor.
         labels: class names in order.
+        base: of an adapter: the name, revision and fingerprint of the base.
     """
 
     model: nn.Module
     processor: Any
     labels: list[str]
+    base: dict[str, str | None] | None = None
 
 
 def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
     """Writes the bundle of an adapter; a bundle that stands there is replaced only when the new one is whole."""
     with whole_directory(directory) as aside:
         adapters.save_adapter(model, aside, initial)
-        base.model.config.save_pretrained(aside)
-        _write_labels(aside, base.model.config)
-        base.processor.save_pretrained(aside)
-        (aside / BASE_MODEL).write_text(json.dumps(base.identity(), indent=2) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        write_company(aside, base.model.config, base.processor, base.identity(), card)
+
+
+def write_company(directory: Path, config: Any, processor: Any, identity: dict[str, str | None], card: str) -> None:
+    """Writes what stands beside an adapter.
+
+    Args:
+        directory: must be there.
+        config: of the base, with the label map.
+        processor: of images.
+        identity: of the base.
+        card: content of the model card.
+    """
+    config.save_pretrained(directory)
+    _write_labels(directory, config)
+    processor.save_pretrained(directory)
+    (directory / BASE_MODEL).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
@@ -64,42 +84,123 @@ def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_classifier(directory: Path, base_model: str | None = None, trust_remote_code: bool = False) -> Classifier:
-    """Loads what a run handed over: a bundle with an adapter, or a whole model.
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter belongs to.
+
+    Attributes:
+        base: name or path of its base.
+        named: the same, where the adapter was trained.
+        revision: of the base on the Hub.
+        fingerprint: of the base's weights, where the adapter's directory says.
+        labels: class names in order.
+    """
+
+    base: str
+    named: str
+    revision: str | None
+    fingerprint: str | None
+    labels: list[str]
+
+
+def load_classifier(
+    directory: Path,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+    labels: Sequence[str] | None = None,
+) -> Classifier:
+    """Loads what a run handed over, or an adapter or model from elsewhere.
 
     Args:
-        directory: of the bundle or model.
-        base_model: where the base is now, if not where the bundle says.
+        directory: of the adapter or whole model.
+        base_model: where the base is now, if not where the adapter says.
         trust_remote_code: run code that comes with the model.
+        labels: class names of an adapter that has no label map.
 
     Raises:
-        UserError: part of the bundle is missing, or the base is another one than the adapter was trained on.
+        UserError: part of it is missing, or the base is another one than the adapter was trained on.
     """
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}")
-    if not (directory / adapters.ADAPTER_CONFIG).is_file():
-        labels = read_labels(directory, trust_remote_code)
-        whole = load_base(str(directory), labels, trust_remote_code=trust_remote_code)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        own = read_labels(directory, trust_remote_code)
+        whole = load_base(str(directory), own, trust_remote_code=trust_remote_code)
         if whole.missing:
             raise UserError(
                 f"{directory} is no whole {type(whole.model).__name__}: its weights lack {', '.join(whole.missing[:5])}"
             )
-        return Classifier(whole.model.eval(), whole.processor, labels)
-    labels = read_labels(directory, trust_remote_code)
-    identity = _read_identity(directory / BASE_MODEL)
-    name = base_model or identity["model_name_or_path"]
-    revision = None if base_model else identity["revision"]
-    base = load_base(name, labels, revision=revision, trust_remote_code=trust_remote_code)
-    if base.fingerprint != identity["fingerprint"]:
+        return Classifier(whole.model.eval(), whole.processor, own)
+    origin = read_origin(directory, base_model, trust_remote_code, labels)
+    base = load_base(origin.base, origin.labels, revision=origin.revision, trust_remote_code=trust_remote_code)
+    return put_on(base, directory, origin)
+
+
+def put_on(base: Base, directory: Path, origin: Origin, name: str = adapters.DEFAULT) -> Classifier:
+    """A classifier of a base and an adapter; the base may have adapters on it already, and then knows it by `name`.
+
+    Raises:
+        UserError: as of `fit`, or the adapter's keys are not those of the base.
+    """
+    adapter, processor = fit(base, directory, origin)
+    model = adapters.put_on(base.model, adapter, name, len(origin.labels))
+    return Classifier(model, processor, origin.labels, base.identity())
+
+
+def fit(base: Base, directory: Path, origin: Origin) -> tuple[adapters.Adapter, Any]:
+    """Reads an adapter for a base, and the processor that it was trained with.
+
+    Raises:
+        UserError: the base is another one than the adapter was trained on, or lacks what the adapter does not bring.
+    """
+    if origin.fingerprint not in (None, base.fingerprint):
         raise UserError(
-            f"{name} is not the base that the adapter in {directory} was trained on: the fingerprint of its weights is "
-            f"{base.fingerprint}, and that of {identity['model_name_or_path']} was {identity['fingerprint']}"
+            f"{base.name} is not the base that the adapter in {directory} was trained on: the fingerprint of its "
+            f"weights is {base.fingerprint}, and that of {origin.named} was {origin.fingerprint}"
         )
+    adapter = adapters.read_adapter(base.model, directory)
+    random = [parameter for parameter in base.missing if parameter not in adapter.state]
+    if random:
+        raise UserError(
+            f"{base.name} lacks weights that the adapter in {directory} does not bring either: {', '.join(random[:5])}"
+        )
+    if not any((directory / name).is_file() for name in ("preprocessor_config.json", BASE_MODEL)):
+        return adapter, base.processor
     try:
-        processor = AutoImageProcessor.from_pretrained(directory)
+        return adapter, AutoImageProcessor.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error
-    return Classifier(adapters.load_adapter(base.model, directory), processor, labels)
+
+
+def read_origin(
+    directory: Path, base_model: str | None, trust_remote_code: bool, labels: Sequence[str] | None
+) -> Origin:
+    """What an adapter says of its base and classes; of one from elsewhere, what can be found out.
+
+    Args:
+        directory: of the adapter.
+        base_model: where the base is now, if not where the adapter says.
+        trust_remote_code: run code that comes with the model.
+        labels: class names of an adapter that has no label map.
+
+    Raises:
+        UserError: part of the bundle is missing or damaged, or there are two label maps.
+    """
+    has_identity, has_config = ((directory / name).is_file() for name in (BASE_MODEL, "config.json"))
+    fingerprint = None
+    if has_identity or (has_config and base_model is None):
+        identity = _read_identity(directory / BASE_MODEL)
+        named, revision, fingerprint = (identity[key] for key in IDENTITY)
+    else:
+        named, revision = (base_model, None) if base_model else foreign.base_of(directory)
+        logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
+    base, revision = (base_model, None) if base_model else (named, revision)
+    if labels is None and (has_identity or has_config):
+        own = read_labels(directory, trust_remote_code)
+    elif not _has_label_map(directory):
+        own = foreign.labels_of(directory, base, revision, labels, trust_remote_code)
+    elif (own := read_labels(directory, trust_remote_code)) != list(labels or []):
+        raise UserError(f"--labels: the adapter in {directory} has a label map of its own, and another one")
+    return Origin(base, named, revision, fingerprint, own)
 
 
 def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
@@ -116,7 +217,7 @@ def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
         raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
     try:
         # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
-        if "id2label" not in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+        if not _has_label_map(directory):
             raise UserError(f"{directory}/config.json has no label map (id2label), so nobody knows the classes")
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -125,6 +226,14 @@ def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"the label map in {directory}/config.json is not numbered from 0 on")
     return [names[place] for place in range(len(names))]
+
+
+def _has_label_map(directory: Path) -> bool:
+    path = directory / "config.json"
+    try:
+        return path.is_file() and "id2label" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _write_labels(directory: Path, config: Any) -> None:
@@ -139,9 +248,9 @@ def _read_identity(path: Path) -> dict[str, Any]:
     """What `Base.identity` wrote."""
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return {key: identity[key] for key in ("model_name_or_path", "revision", "fingerprint")}
+        return {key: identity[key] for key in IDENTITY}
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing, so the adapter's base is not known") from error
+        raise UserError(f"{path} is missing, so the adapter's base is not known; name it with --base_model") from error
     except KeyError as error:
         raise UserError(f"{path} is damaged: it does not say {error}") from error
     except (ValueError, TypeError) as error:

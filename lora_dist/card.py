@@ -13,7 +13,11 @@ def model_card(
     title: str,
     is_adapter: bool,
     base_model: str,
+    base_is_on_hub: bool,
+    start: str | None,
     data: str,
+    data_is_on_hub: bool,
+    name_on_hub: str | None,
     labels: Sequence[str],
     per_class: Sequence[Mapping[str, float]],
     results: Mapping[str, Any],
@@ -25,14 +29,20 @@ def model_card(
         title: name of the run.
         is_adapter: an adapter on `base_model`, rather than a whole model.
         base_model: name or path of the base.
+        base_is_on_hub: it is a name there, which links the card to it; of a path the Hub would take no card at all.
+        start: the adapter that training went on from, if any.
         data: name or path of the data.
+        data_is_on_hub: it is a name there.
+        name_on_hub: where this card goes, if it goes there.
         labels: class names in order.
         per_class: precision, recall, F1 and support of each.
         results: as in `all_results.json`.
         settings: flat, as used.
     """
+    relation = {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
     metadata = {
-        "base_model": base_model,
+        **(relation if base_is_on_hub else {}),
+        **({"datasets": [data]} if data_is_on_hub else {}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "lora_dist", *(["lora"] if is_adapter else [])],
@@ -43,18 +53,15 @@ def model_card(
                 "results": [
                     {
                         "task": {"type": "image-classification"},
-                        "dataset": {"name": data, "type": data},
+                        "dataset": {"name": data, "type": data if data_is_on_hub else "imagefolder"},
                         "metrics": [{"type": "accuracy", "value": results["eval_accuracy"]}],
                     }
                 ],
             }
         ],
     }
-    use = (
-        "python -m lora_dist.predict --adapter THIS_DIRECTORY --images photos/"
-        if is_adapter
-        else "python -m lora_dist.predict --model THIS_DIRECTORY --images photos/"
-    )
+    place = name_on_hub or "THIS_DIRECTORY"
+    use = f"python -m lora_dist.predict --{'adapter' if is_adapter else 'model'} {place} --images photos/"
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
@@ -63,7 +70,8 @@ def model_card(
         f"# {title}",
         "",
         f"{'A LoRA adapter' if is_adapter else 'A model'} for images of {len(labels)} classes, "
-        f"trained with lora_dist on {_code(data)} from {_code(base_model)}.",
+        f"trained with lora_dist on {_code(data)} from {_code(base_model)}"
+        f"{f', going on from the adapter {_code(start)}' if start else ''}.",
         "",
         "| | |",
         "|---|---|",

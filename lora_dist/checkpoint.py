@@ -110,11 +110,20 @@ def find_damage(path: Path) -> str | None:
 def prune(root: Path, keep: int, best_step: int | None) -> None:
     """Removes all but the newest `keep` whole checkpoints and the best, and what killed runs left half done."""
     best = path_of(root, best_step) if best_step is not None else None
-    whole = [path for path in listed(root) if find_damage(path) is None]
+    whole = [path for path in listed(root) if _was_finished(path)]
     for path in listed(root):
         if path not in (*whole[-keep:], best):
             remove_directory(path)
     remove_leftovers(root)
+
+
+def _was_finished(path: Path) -> bool:
+    """Whether the files of a checkpoint have their sizes; a save need not read all that was saved before."""
+    try:
+        manifest = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        return all((path / name).stat().st_size == manifest[name]["bytes"] for name in (TRAINED, OPTIMIZER, STATE))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def abandon_after(root: Path, step: int) -> None:

@@ -1,18 +1,15 @@
-"""Every setting of a training run: its name, type, default, help text, and what contradicts what.
+"""Every setting of a training run: its name, type, default and help text.
 
 Names are those of `transformers.TrainingArguments`, `peft.LoraConfig` and the `run_image_classification`
 scripts. The defaults are the recipe of the PEFT guide "Image classification using LoRA". Nothing here
 imports torch, so that a mistake in the settings costs a second and not a minute.
 """
 
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-
-from lora_dist.demo import is_packaged
 
 RECIPES = resources.files("lora_dist") / "recipes"
 
@@ -51,7 +48,8 @@ class ModelSettings(Group):
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
     adapter_name_or_path: str | None = None
-    """An adapter to evaluate with --do_eval_only."""
+    """An adapter to go on from, with its base and its shape of LoRA, or to evaluate with --do_eval_only: a directory,
+    or a name on the Hub (org/name or org/name@revision)."""
     tuning: Literal["lora", "head", "full"] = "lora"
     """What trains: LoRA and the head, the head alone (linear probe), or every weight."""
     init_from_config: bool = False
@@ -110,6 +108,8 @@ class DataSettings(Group):
     """Split to validate on; without it a part of the training split is held out."""
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share held out for validation, seeded and stratified by class, when no validation data is given."""
+    exclude: str | None = None
+    """Leave out the files listed in this text file, one path a line; lora_dist.audit writes one."""
     image_column_name: str | None = None
     """Column of the images; by default the one of type Image."""
     label_column_name: str | None = None
@@ -120,6 +120,9 @@ class DataSettings(Group):
     """Use a seeded random selection of this many validation samples."""
     allow_missing_classes: bool = False
     """Go on when a class has images in one of training and validation only."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """An image that cannot be read stops the run (fail), or is left out and counted (skip); the others stay where they
+    are, and an update is what they make of it."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
     """Worker processes that decode images, for each training process. Default: by cores and device."""
     dataloader_prefetch_factor: Count = 4
@@ -156,6 +159,8 @@ class OptimizationSettings(Group):
     """Samples in one forward pass of one process."""
     gradient_accumulation_steps: Count = 4
     """Forward passes in one update."""
+    auto_batch_size: bool = False
+    """Halve --per_device_train_batch_size until it fits into memory, on all processes, and accumulate as many more."""
     per_device_eval_batch_size: Count = 128
     """Samples in one evaluation pass of one process."""
     learning_rate: Positive = 5e-3
@@ -180,6 +185,8 @@ class OptimizationSettings(Group):
     """auto: fp16 or bf16 where the launch file says so, else fp16 on a GPU and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that chooses the best checkpoint."""
+    max_nonfinite_updates: Count = 3
+    """Stop when the loss or gradient of this many updates in a row is not finite; the ones before are left out."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations without a better metric."""
 
@@ -194,7 +201,7 @@ class RunSettings(Group):
     eval_steps: Interval = "epoch"
     """Evaluate every N updates, every epoch, or only at the end (no)."""
     checkpointing_steps: Interval = "epoch"
-    """Save a checkpoint every N updates, every epoch, or only of the best evaluation (no)."""
+    """Save a checkpoint every N updates, every epoch, or only of the best evaluation and at the end (no)."""
     save_total_limit: Count = 2
     """Checkpoints to keep, besides the best."""
     resume_from_checkpoint: str | None = None
@@ -203,8 +210,22 @@ class RunSettings(Group):
     """Seconds after which a process that waits for others gives up."""
     logging_steps: Count = 10
     """Log every N updates."""
+    dry_run: bool = False
+    """Say what would run, with its time and memory from two updates and what speaks against it, and write nothing."""
     do_eval_only: bool = False
     """Evaluate --adapter_name_or_path on the validation data and train nothing."""
+
+
+class HubSettings(Group):
+    """Hugging Face Hub"""
+
+    push_to_hub: bool = False
+    """Push the adapter, or model, with its card after each best evaluation and at the end. Needs a token, which is no
+    setting: `hf auth login` or HF_TOKEN."""
+    hub_model_id: str | None = None
+    """Repository to push to; by default the name of --output_dir, in your own namespace."""
+    hub_private_repo: bool = False
+    """Make the repository private, if it has to be made; otherwise the namespace's default decides."""
 
 
 class Settings(Group):
@@ -216,6 +237,7 @@ class Settings(Group):
     augmentation: AugmentationSettings = AugmentationSettings()
     optimization: OptimizationSettings = OptimizationSettings()
     run: RunSettings = RunSettings()
+    hub: HubSettings = HubSettings()
 
 
 class Problem(NamedTuple):
@@ -223,45 +245,6 @@ class Problem(NamedTuple):
 
     names: tuple[str, ...]
     message: str
-
-
-def contradictions(settings: Settings) -> Iterator[Problem]:
-    """Yields every combination of settings that cannot work, for the parser to report all at once."""
-    model, data, optimization, run = settings.model, settings.data, settings.optimization, settings.run
-    if data.train_dir and data.dataset_name:
-        yield Problem(("train_dir", "dataset_name"), "two sources of data: give one of them")
-    if not (data.train_dir or data.dataset_name or (run.do_eval_only and data.validation_dir)):
-        yield Problem(("train_dir", "dataset_name"), "no data: give a folder of images or the name of a data set")
-    if data.validation_dir and data.dataset_name:
-        yield Problem(("validation_dir", "dataset_name"), "a data set takes its validation from --validation_split")
-    if data.validation_split and data.train_dir:
-        yield Problem(("validation_split", "train_dir"), "a folder takes its validation from --validation_dir")
-    if data.streaming:
-        if data.train_dir:
-            yield Problem(("streaming", "train_dir"), "a folder is not streamed: drop one of them")
-        elif not data.validation_split:
-            yield Problem(("streaming", "validation_split"), "no part of a stream is held out: name a split")
-        if data.max_train_samples:
-            yield Problem(("streaming", "max_train_samples"), "a stream is read whole: bound it by --max_train_steps")
-        if "[" in data.train_split or "+" in data.train_split:
-            yield Problem(("streaming", "train_split"), "a stream is one whole split, without a slice or sum")
-    elif data.streaming_lanes:
-        yield Problem(("streaming_lanes", "streaming"), "lanes are for streams: add --streaming")
-    for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
-        if directory and not is_packaged(directory) and not Path(directory).is_dir():
-            yield Problem((name,), f"no such directory: {directory}")
-    if optimization.warmup_steps and optimization.warmup_ratio:
-        yield Problem(("warmup_steps", "warmup_ratio"), "two lengths of warm-up: give one of them")
-    if model.init_from_config and model.tuning != "full":
-        yield Problem(("init_from_config", "tuning"), "random weights have to be trained: add --tuning full")
-    if run.do_eval_only and not model.adapter_name_or_path:
-        yield Problem(("do_eval_only", "adapter_name_or_path"), "nothing to evaluate: name the adapter")
-    if model.adapter_name_or_path and not run.do_eval_only:
-        yield Problem(("adapter_name_or_path", "do_eval_only"), "an adapter is only evaluated: add --do_eval_only")
-    if run.do_eval_only and run.resume_from_checkpoint:
-        yield Problem(("do_eval_only", "resume_from_checkpoint"), "an evaluation has nothing to resume: drop one")
-    if optimization.early_stopping_patience and run.eval_steps == "no":
-        yield Problem(("early_stopping_patience", "eval_steps"), "early stopping needs evaluations")
 
 
 def recipe_names() -> list[str]:

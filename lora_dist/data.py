@@ -1,6 +1,7 @@
 """Where images and labels come from: folders, Hub data sets and local files, as two splits under one label map."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,14 @@ from lora_dist import demo
 from lora_dist.columns import class_names, find_image_column, find_label_column, require_columns
 from lora_dist.config import DataSettings
 from lora_dist.errors import UserError
-from lora_dist.images import from_cell, image_files, load_rgb
+from lora_dist.exclusions import absolute, read_exclusions
+from lora_dist.folders import read_class_folders
+from lora_dist.images import from_cell, load_rgb
 from lora_dist.order import Arrangement, Shuffled
 from lora_dist.shards import load_alone
 from lora_dist.splits import Encoded, Reader, TrainingSplit
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,11 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     """
     train_table, validation_table = _load_tables(settings)
     column = settings.image_column_name or find_image_column(train_table.features)
-    labels, train = _labelled(train_table, column, settings.label_column_name, None)
+    tables = [train_table] if validation_table is None else [train_table, validation_table]
+    excluded = _excluded(settings.exclude, tables)
+    labels, train = _labelled(train_table, column, settings.label_column_name, None, excluded)
     if validation_table is not None:
-        _, validation = _labelled(validation_table, column, settings.label_column_name, labels)
+        _, validation = _labelled(validation_table, column, settings.label_column_name, labels, excluded)
     else:
         kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
         train, validation = train.select(kept), train.select(held_out)
@@ -137,7 +144,9 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
     else:
         table = _load_split(settings, settings.validation_split or "")
     column = settings.image_column_name or find_image_column(table.features)
-    _, split = _labelled(table, column, settings.label_column_name, labels)
+    # A list of files of both splits: those of training are not missed here.
+    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
+    _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
     return _limited(split, settings.max_eval_samples, seed)
@@ -170,22 +179,8 @@ def _load_tables(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
 
 
 def _load_folder(directory: str) -> Dataset:
-    """Class folders as a table sorted by path, so that its order is the same on every machine."""
-    root = Path(directory)
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(
-            f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
-            f"such as {directory}/rose/1.jpg"
-        )
-    paths: list[str] = []
-    labels: list[int] = []
-    for place, name in enumerate(classes):
-        found = list(image_files(root / name))
-        paths += found
-        labels += [place] * len(found)
-    if not paths:
-        raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
+    """Class folders as a table."""
+    classes, paths, labels = read_class_folders(directory)
     return Dataset.from_dict({"image": paths, "label": labels}).cast_column("label", ClassLabel(names=classes))
 
 
@@ -222,10 +217,34 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
     return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
 
 
+def _excluded(exclude: str | None, folders: Sequence[Dataset]) -> frozenset[str]:
+    """The files on the list of that name, which says so if some are not in the data."""
+    if exclude is None:
+        return frozenset()
+    excluded = read_exclusions(exclude)
+    unused = excluded.difference(*map(_files, folders))
+    if unused:
+        text = "--exclude %s: %d of %d files are not in the data, the first is %s"
+        logger.warning(text, exclude, len(unused), len(excluded), min(unused))
+    return excluded
+
+
+def _files(folder: Dataset) -> list[str]:
+    """Absolute paths of the images of a folder, by row."""
+    return [absolute(path) for path in folder["image"]]
+
+
 def _labelled(
-    table: Dataset, image_column: str, label_column: str | None, known: Sequence[str] | None
+    table: Dataset,
+    image_column: str,
+    label_column: str | None,
+    known: Sequence[str] | None,
+    excluded: frozenset[str],
 ) -> tuple[list[str], Split]:
-    """The label map and the split; with `known` labels, the split is numbered by them whatever its own order."""
+    """The label map and the split; with `known` labels, the split is numbered by them whatever its own order.
+
+    Excluded files are left out of the split and stay in the table, so that rows tell what was left out.
+    """
     label_column = label_column or find_label_column(table.features)
     require_columns(table.features, image_column, label_column)
     values = list(table[label_column])
@@ -233,7 +252,10 @@ def _labelled(
     if missing:
         raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
     names = class_names(table.features[label_column], set(values))
-    named = [names[value] for value in values]
+    rows = np.arange(len(values))
+    if excluded:
+        rows = np.flatnonzero([file not in excluded for file in _files(table)])
+    named = [names[values[row]] for row in rows]
     labels = list(known) if known is not None else list(names.values())
     place = {name: index for index, name in enumerate(labels)}
     unknown = sorted(set(named) - place.keys())
@@ -246,7 +268,7 @@ def _labelled(
     if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):
         table = table.cast_column(image_column, Image(decode=False))
     numbers = np.fromiter((place[name] for name in named), dtype=np.int64, count=len(named))
-    return labels, Split(table, image_column, np.arange(len(named)), numbers)
+    return labels, Split(table, image_column, rows, numbers)
 
 
 def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:

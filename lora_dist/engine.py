@@ -13,8 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed import broadcast
 
 from lora_dist.config import OptimizationSettings
+from lora_dist.model import trained_tensors
 from lora_dist.torch_engine import TorchEngine
 from lora_dist.zero_engine import ZeroEngine
 
@@ -48,6 +50,9 @@ class Engine(Protocol):
             ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
         """
 
+    def drop_update(self) -> bool:
+        """Forgets the gradient of an update that is not to be made; False where that cannot be done."""
+
     def was_skipped(self) -> bool:
         """Whether fp16 loss scaling left the last update out."""
 
@@ -64,10 +69,21 @@ class Engine(Protocol):
         """Puts the optimizer's state back."""
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """State of fp16 loss scaling, for JSON."""
+        """State of fp16 loss scaling, for JSON: `scale`, and `growth_tracker`, the updates since it last changed."""
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Puts it back."""
+        """Puts it back, whatever engine it is of; a state in another form is left alone."""
+
+
+def share_statistics(engine: Engine) -> None:
+    """Gives all processes the first one's buffers of what trains, such as the running statistics of batch norms.
+
+    Its are those that are saved and handed over. Only DDP shares them by itself.
+    """
+    if engine.accelerator.num_processes > 1:
+        for _, tensor in trained_tensors(engine.bare):
+            if not isinstance(tensor, nn.Parameter):
+                broadcast(tensor, 0)
 
 
 def make_engine(

@@ -1,8 +1,10 @@
 """The exceptions for what a user can put right, and how a command ends on them."""
 
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -37,16 +39,40 @@ class PreemptedError(UserError):
     label = "stopped"
 
 
+class Problems:
+    """What speaks against a run: any run ends at the first such thing, but a dry run, which says all of them.
+
+    Attributes:
+        found: messages, of a dry run.
+    """
+
+    def __init__(self, dry_run: bool) -> None:
+        self._dry_run = dry_run
+        self.found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Whatever `UserError` comes in this block is noted, or passed on."""
+        try:
+            yield
+        except UserError as error:
+            if not self._dry_run:
+                raise
+            self.found.append(str(error))
+
+
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
-    """Makes a command print a `UserError` once, not on each of its processes, and exit with its code."""
+    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            if isinstance(error, ProcessError) or os.environ.get("RANK", "0") == "0":
-                print(f"{error.label}: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            if isinstance(error, ProcessError) or os.environ.get("LOCAL_RANK", "0") == "0":
+                who = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+                print(f"{error.label}: {who}{error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
 
     return run

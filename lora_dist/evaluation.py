@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lora_dist.batch import Batch
 from lora_dist.config import DataSettings
 from lora_dist.data import Split
-from lora_dist.loader import Batch, batches, evaluation_loader
+from lora_dist.errors import UserError
+from lora_dist.loader import batches, evaluation_loader
 from lora_dist.metric import ClassificationMetric
 from lora_dist.order import FILLER
 from lora_dist.transforms import ImageTransforms
@@ -27,9 +29,9 @@ class Evaluation:
         metrics: scalars by name (`accuracy`, `loss` …).
         per_class: precision, recall, F1 and support of each class.
         confusion: counts [true class, predicted class].
-        predictions: predicted class of each sample, shape [N].
-        confidences: probability of that class, shape [N].
-        losses: cross-entropy of each sample, shape [N].
+        predictions: predicted class of each sample, shape [N]; -1 where its image could not be read.
+        confidences: probability of that class, shape [N]; NaN there.
+        losses: cross-entropy of each sample, shape [N]; NaN there.
     """
 
     metrics: dict[str, float]
@@ -39,9 +41,14 @@ class Evaluation:
     confidences: np.ndarray
     losses: np.ndarray
 
+    @property
+    def num_samples(self) -> int:
+        """Samples that were evaluated: all whose image could be read."""
+        return int((self.predictions >= 0).sum())
+
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
-        return np.argsort(-self.losses, kind="stable")[:count].tolist()
+        return np.argsort(-self.losses, kind="stable")[: min(count, self.num_samples)].tolist()
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ class Evaluator:
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
+
+        Raises:
+            UserError: no image can be read.
         """
         accelerator = self.accelerator
         loader = evaluation_loader(
@@ -94,7 +104,11 @@ class Evaluator:
         integers, reals = integers[kept], reals[kept]
         ascending = np.argsort(integers[:, 0], kind="stable")
         integers, reals = integers[ascending], reals[ascending]
-        assert np.array_equal(integers[:, 0], np.arange(len(self.split))), "a sample was counted twice or left out"
+        rows = integers[:, 0]
+        assert np.array_equal(rows, np.unique(rows)), "a sample was counted twice"
+        assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
+        if not len(rows):
+            raise UserError("none of the validation images can be read")
         results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
             predictions=integers[:, 2],
             references=integers[:, 1],
@@ -106,10 +120,16 @@ class Evaluator:
             metrics={name: results[name] for name in SCALARS},
             per_class=results["per_class"],
             confusion=np.array(results["confusion_matrix"]),
-            predictions=integers[:, 2],
-            confidences=reals[:, 0],
-            losses=reals[:, 1],
+            predictions=self._by_row(rows, integers[:, 2], -1),
+            confidences=self._by_row(rows, reals[:, 0], np.nan),
+            losses=self._by_row(rows, reals[:, 1], np.nan),
         )
+
+    def _by_row(self, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
+        """One value for each sample of the split."""
+        whole = np.full(len(self.split), missing, dtype=values.dtype)
+        whole[rows] = values
+        return whole
 
 
 def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

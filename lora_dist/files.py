@@ -13,14 +13,23 @@ _WRITING, _REMOVING = ".writing-", ".removing-"
 def whole_directory(final: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `final` at the end; what stood there goes only then.
 
-    Everything is flushed to the disk before the rename, so that a power cut leaves the old or the new one.
+    Everything is flushed to the disk before the rename, so that a power cut leaves the old or the new one. After an
+    error nothing is left of what was written: on a full disk, room is what is needed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(_WRITING + final.name)
     if aside.exists():
         shutil.rmtree(aside)
     aside.mkdir()
-    yield aside
+    try:
+        yield aside
+        _put_in_place(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for file in aside.iterdir():

@@ -23,9 +23,13 @@ def set_up_logs(is_main: bool) -> None:
         # Or deepspeed, where it is installed, prints that there is none whenever a library looks for it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import datasets
+    import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # It would log addresses for uploads, whose signatures are as good as a token.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

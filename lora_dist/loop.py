@@ -1,19 +1,21 @@
 """The training loop: the sequence of updates, logs, evaluations and saves, and where it may be left."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 
+from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import Settings
-from lora_dist.engine import Engine
-from lora_dist.errors import PreemptedError, TrainingStoppedError
-from lora_dist.evaluation import Evaluator
-from lora_dist.loader import Batch, TrainImages, batches, train_loader
+from lora_dist.engine import Engine, share_statistics
+from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError
+from lora_dist.evaluation import Evaluation, Evaluator
+from lora_dist.loader import batches, train_loader
 from lora_dist.model import set_training
 from lora_dist.order import FILLER, Order
 from lora_dist.preemption import Preemption, StopRequested
@@ -21,7 +23,10 @@ from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
 from lora_dist.state import Checkpointer, Progress
 from lora_dist.step import NonFiniteLossError, train_step
-from lora_dist.tracking import Tracker, peak_memory_mb
+from lora_dist.tracking import Tracker, Window, peak_memory_mb
+
+MOST_SKIPPED = 32
+"""Updates in a row that fp16 loss scaling may leave out; each of them halves the scale, from 65,536."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Job:
         checkpointer: saves the run.
         preemption: stops or saves it when asked from outside.
         tracker: shows it.
+        on_best: called on every process after an evaluation that is the best so far, once it has been saved.
     """
 
     settings: Settings
@@ -49,62 +55,28 @@ class Job:
     checkpointer: Checkpointer
     preemption: Preemption
     tracker: Tracker
+    on_best: Callable[["Job", Progress, Evaluation], None]
 
 
-class Window:
-    """Times the updates since the last log: how long they took, and how much of that was waiting for data."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts a new window."""
-        self.seconds = self.waited = 0.0
-        self.samples = self.updates = 0
-
-    @property
-    def samples_per_second(self) -> float:
-        """Over all processes."""
-        return self.samples / max(self.seconds, 1e-9)
-
-    def timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the time until each arrives counted as waiting."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(stream)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - start
-            yield batch
-
-    def start_update(self) -> None:
-        """Called before an update."""
-        self._started = time.perf_counter()
-
-    def end_update(self, samples: int) -> float:
-        """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
-        seconds = time.perf_counter() - self._started
-        self.seconds += seconds
-        self.samples += samples
-        self.updates += 1
-        return seconds
-
-
-def fit(job: Job, progress: Progress) -> None:
-    """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
-
-    Called on every process. Changes `progress` as it goes.
+@contextmanager
+def stopped_on_request(job: Job, progress: Progress) -> Iterator[None]:
+    """Takes signals as requests to stop, from the first update until the result has been written.
 
     Raises:
-        TrainingStoppedError: the loss is not finite; the last good state has been saved.
+        TrainingStoppedError: a stop was asked for, and the state could not be saved.
         PreemptedError: a stop was asked for; the state has been saved.
     """
     try:
         with job.preemption.listening():
-            _fit(job, progress)
+            yield
     except StopRequested:
         job.engine.accelerator.end_training()
+        saved = job.checkpointer.saved_step
+        if saved != progress.step:
+            raise TrainingStoppedError(
+                f"told to stop after update {progress.step} of {job.schedule.total_steps}, which could not be saved. "
+                + ("Nothing was." if saved is None else f"--resume_from_checkpoint auto goes on from update {saved}.")
+            ) from None
         raise PreemptedError(
             f"after update {progress.step} of {job.schedule.total_steps}, which is saved. "
             f"--resume_from_checkpoint auto goes on from there."
@@ -113,7 +85,15 @@ def fit(job: Job, progress: Progress) -> None:
         job.tracker.flush()
 
 
-def _fit(job: Job, progress: Progress) -> None:
+def fit(job: Job, progress: Progress) -> None:
+    """Trains from where `progress` stands to the end of the schedule, or until it stops getting better.
+
+    Called on every process. Changes `progress` as it goes. The state at the end is saved.
+
+    Raises:
+        TrainingStoppedError: the loss is not finite, and the last good state has been saved.
+        StopRequested: a stop was asked for, and the state saved if that could be.
+    """
     window = Window()
     stream = window.timed(batches(_loader(job, progress.step), job.engine.accelerator.device))
     if progress.settled_step < progress.step:
@@ -127,6 +107,7 @@ def _fit(job: Job, progress: Progress) -> None:
         _settle(job, progress, window, save=asked)
         if asked:
             job.preemption.saved()
+    share_statistics(job.engine)
 
 
 def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
@@ -145,16 +126,54 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
             label_smoothing=job.settings.augmentation.label_smoothing_factor,
             dropout_seed=(job.settings.run.seed, step),
         )
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise ProcessError(
+                f"out of memory in update {step + 1}: {error}\nGo on with --resume_from_checkpoint auto and "
+                f"--auto_batch_size, which finds a batch that fits; or with --gradient_checkpointing."
+            ) from error
+        raise
     except NonFiniteLossError as error:
-        _save(job, progress)
-        raise _stopped(job, step, error) from error
+        _leave_out(job, progress, error)
+        unreadable = error.unreadable
+    else:
+        progress.note_update(update.loss, update.grad_norm, update.skipped)
+        unreadable = update.unreadable
+        if progress.skipped_in_a_row > MOST_SKIPPED:
+            _save(job, progress)
+            raise TrainingStoppedError(
+                f"fp16 loss scaling has left out {progress.skipped_in_a_row} updates in a row: the gradient is not "
+                f"finite at any scale. Use bf16 or fp32 (--mixed_precision), or a lower --learning_rate."
+            )
+    progress.unreadable_images += unreadable
     progress.train_seconds += window.end_update(order.samples_in(step))
     progress.samples += order.samples_in(step)
     progress.step += 1
-    progress.loss_sum += update.loss
-    progress.grad_norm = update.grad_norm
-    progress.skipped_updates += update.skipped
-    job.tracker.advance(progress.step, _mean_loss(progress), window.samples_per_second)
+    job.tracker.advance(progress.step, progress.mean_loss, window.samples_per_second)
+
+
+def _leave_out(job: Job, progress: Progress, error: NonFiniteLossError) -> None:
+    """Goes on without an update that is not finite, if that can be done and is not the last one allowed.
+
+    Raises:
+        TrainingStoppedError: otherwise; the last good state has been saved.
+    """
+    engine, limit = job.engine, job.settings.optimization.max_nonfinite_updates
+    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices if row != FILLER])))
+    shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
+    what = f"the {error.what} of update {progress.step + 1} is not finite"
+    # A batch that is not finite spoils the statistics of batch norms that train.
+    intact = all(tensor.isfinite().all() for tensor in engine.trained().values())
+    if engine.drop_update() and all(gather_object([intact])) and progress.skipped_in_a_row + 1 < limit:
+        progress.skipped_updates += 1
+        progress.skipped_in_a_row += 1
+        job.tracker.say(f"{what}: left out. Samples:\n  {shown}")
+        return
+    _save(job, progress)
+    raise TrainingStoppedError(
+        f"{what}. The update was not made; --resume_from_checkpoint auto goes on from before it. "
+        f"A lower --learning_rate, --max_grad_norm or a warm-up may help. Samples:\n  {shown}"
+    ) from error
 
 
 def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
@@ -167,15 +186,17 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
     def due(every: Any) -> bool:
         return is_due(every, progress.step, job.order.steps_per_epoch, job.schedule.total_steps)
 
-    best = False
+    best = None
     if due(run.eval_steps):
         best = _evaluate(job, progress)
         set_training(job.engine.model)
     if _is_over(job, progress) and progress.logged_step < progress.step:
         _log_training(job, progress, window)
     progress.settled_step = progress.step
-    if save or best or due(run.checkpointing_steps):
+    if save or best or due(run.checkpointing_steps) or _is_over(job, progress):
         _save(job, progress)
+    if best:
+        job.on_best(job, progress, best)
 
 
 def _check(job: Job, progress: Progress) -> bool:
@@ -197,11 +218,6 @@ def _loader(job: Job, first_step: int) -> DataLoader:
     return train_loader(job.images, job.order, first_step, job.schedule.total_steps, job.settings.data, device)
 
 
-def _mean_loss(progress: Progress) -> float:
-    """Over the updates since the last log."""
-    return (progress.loss_sum - progress.logged_loss_sum) / (progress.step - progress.logged_step)
-
-
 def _is_over(job: Job, progress: Progress) -> bool:
     patience = job.settings.optimization.early_stopping_patience
     exhausted = patience is not None and progress.stale_evaluations >= patience
@@ -215,23 +231,25 @@ def _epoch(job: Job, step: int) -> float:
 def _log_training(job: Job, progress: Progress, window: Window) -> None:
     step = progress.step
     values = {
-        "train/loss": _mean_loss(progress),
+        "train/loss": progress.mean_loss,
         "train/learning_rate": job.schedule.learning_rate(step - 1),
         "train/grad_norm": progress.grad_norm,
         "train/samples_per_second": window.samples_per_second,
         "train/data_wait": min(1.0, window.waited / max(window.seconds, 1e-9)),
         "train/peak_memory_mb": peak_memory_mb(job.engine.accelerator.device),
         "train/skipped_updates": float(progress.skipped_updates),
+        "train/unreadable_images": float(progress.unreadable_images),
     }
     job.tracker.scalars(step, _epoch(job, step), values)
     left = (job.schedule.total_steps - step) * window.seconds / max(1, window.updates)
     job.tracker.progress_line(step, _epoch(job, step), values, left)
-    progress.logged_step, progress.logged_loss_sum = step, progress.loss_sum
+    progress.note_log()
     window.reset()
 
 
-def _evaluate(job: Job, progress: Progress) -> bool:
-    """Evaluates, logs and notes the result; True where it is the best so far."""
+def _evaluate(job: Job, progress: Progress) -> Evaluation | None:
+    """Evaluates, logs and notes the result; returns it where it is the best so far."""
+    share_statistics(job.engine)
     evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
@@ -243,14 +261,4 @@ def _evaluate(job: Job, progress: Progress) -> bool:
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())
     job.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
     show_evaluation(job.tracker, evaluation, progress.step, job.evaluator.split, job.evaluator.labels)
-    return best
-
-
-def _stopped(job: Job, step: int, error: NonFiniteLossError) -> TrainingStoppedError:
-    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices if row != FILLER])))
-    shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
-    return TrainingStoppedError(
-        f"the {error.what} of update {step + 1} is not finite. The update was not made; --resume_from_checkpoint auto "
-        f"goes on from before it. A lower --learning_rate, --max_grad_norm or a warm-up may help. "
-        f"Samples:\n  {shown}"
-    )
+    return evaluation if best else None

@@ -103,12 +103,18 @@ def load_base(
     )
 
 
-def load_base_of(settings: Settings, labels: Sequence[str]) -> Base:
-    """The base that a training run's settings name."""
+def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None = None) -> Base:
+    """The base that a training run's settings name.
+
+    Args:
+        settings: of the run.
+        labels: class names in order.
+        revision: to load it once more as it was, whatever has become of it on the Hub.
+    """
     return load_base(
         settings.model.model_name_or_path,
         labels,
-        revision=settings.model.model_revision,
+        revision=revision or settings.model.model_revision,
         seed=settings.run.seed,
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,

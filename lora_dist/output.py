@@ -45,6 +45,11 @@ class Output:
         return self.root / "model"
 
     @property
+    def outbox(self) -> Path:
+        """Bundles on their way to the Hub; gone at the end."""
+        return self.root / "outbox"
+
+    @property
     def save_request(self) -> Path:
         """Asks a run for a checkpoint by being there."""
         return self.root / "SAVE"
@@ -72,6 +77,8 @@ class Output:
     def begin(self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int) -> None:
         """Writes down what a run starts from, after saying which settings changed since it was interrupted.
 
+        Checkpoints of later updates are put aside.
+
         Args:
             settings: flat.
             splits: which samples train and which validate.
@@ -84,6 +91,7 @@ class Output:
         if adapters.mutates_base(model) and not self.adapter_init.exists() and step:
             raise UserError(f"{self.adapter_init} is gone, and without it the trained adapter cannot be converted")
         self.root.mkdir(parents=True, exist_ok=True)
+        checkpoint.abandon_after(self.checkpoints, step)
         if self.config.is_file():
             before = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
             for name, value in settings.items():

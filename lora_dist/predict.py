@@ -1,4 +1,4 @@
-"""Classifies images with what a run handed over, and merges adapters: `python -m lora_dist.predict --adapter DIR …`.
+"""Classifies images with a model, and merges, exports or serves it: `python -m lora_dist.predict --adapter DIR …`.
 
 One plain process: no launcher, no `Accelerator`, no deepspeed.
 """
@@ -8,144 +8,199 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from lora_dist.cli import SEVERAL, argv_or, parse
-from lora_dist.config import Count, Group, Names, Positive, Problem
-from lora_dist.errors import exit_on_user_error
+from lora_dist.cli import argv_or, parse
+from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.predict_settings import PredictSettings, contradictions
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_dist.bundle import Classifier
+    from lora_dist.classify import Row
 
 logger = logging.getLogger("lora_dist.predict")
 
 EXIT_BAD_IMAGES = 1
 
 
-class ModelSource(Group):
-    """Model"""
-
-    adapter: str | None = None
-    """Directory of an adapter, such as runs/demo/adapter."""
-    model: str | None = None
-    """Directory of a whole model: merged, or trained with --tuning full."""
-    base_model: str | None = None
-    """Where the adapter's base model is now, if not where it was."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the model. Only for sources you trust."""
-
-
-class Images(Group):
-    """Images"""
-
-    images: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
-    """Files, folders and patterns such as 'photos/*.jpg'."""
-    top_k: Count = 1
-    """Classes to name for each image, most likely first."""
-    output: str | None = None
-    """File for the predictions; without it they are printed."""
-    format: Literal["jsonl", "csv"] | None = None
-    """JSON lines or CSV; by default what the name of --output says."""
-    grid: str | None = None
-    """Also draw some of the images, spread evenly, with their predictions into this PNG file."""
-    batch_size: Count = 32
-    """Images in a forward pass."""
-    num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that decode images while the model runs."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps …"""
-
-
-class Merging(Group):
-    """Merging"""
-
-    merge_to: str | None = None
-    """Write the base with the adapter merged into it, as a plain transformers model, to this directory."""
-    merge_tolerance: Positive = 1e-4
-    """Refuse a merge whose logits differ by more than this, relative to the largest."""
-
-
-class PredictSettings(Group):
-    """Settings of a prediction, by group."""
-
-    source: ModelSource = ModelSource()
-    images: Images = Images()
-    merging: Merging = Merging()
-
-
-def contradictions(settings: PredictSettings) -> Iterator[Problem]:
-    """Yields every combination of settings that cannot work."""
-    source, images, merging = settings.source, settings.images, settings.merging
-    if bool(source.adapter) == bool(source.model):
-        yield Problem(("adapter", "model"), "give one of them")
-    if source.model and merging.merge_to:
-        yield Problem(("model", "merge_to"), "a whole model has nothing to merge: give an --adapter")
-    if source.model and source.base_model:
-        yield Problem(("model", "base_model"), "a whole model has no base: give an --adapter")
-    if not images.images and not merging.merge_to:
-        yield Problem(("images", "merge_to"), "nothing to do: give images to classify, or a directory to merge to")
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Merges, classifies, or both; exits with code 1 when an image could not be read."""
+    """Merges, exports, classifies or serves; exits with code 1 when an image could not be read."""
     settings = parse(
         PredictSettings,
         argv_or(argv),
         prog="lora_dist.predict",
-        description="Classify images with an adapter or a model, or merge an adapter into its base.",
+        description="Classify images with an adapter or a model; merge an adapter, export to ONNX, or serve.",
         contradictions=contradictions,
         takes_config=False,
     )
     # What follows imports torch; a mistake in the settings has been reported by now.
-    from lora_dist import bundle, classify, demo, logs, merge
+    from lora_dist import classify, demo, extras, hub, logs
 
     logs.set_up_logs(is_main=True)
-    names = [demo.local_path(name) for name in settings.images.images]
-    files = classify.find_images(names)
-    directory = Path(settings.source.adapter or settings.source.model or "")
-    classifier = bundle.load_classifier(directory, settings.source.base_model, settings.source.trust_remote_code)
-    if settings.merging.merge_to:
-        out = Path(settings.merging.merge_to)
-        difference = merge.merge_to(classifier, directory, out, files, settings.merging.merge_tolerance)
-        logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, difference)
-        classifier = bundle.load_classifier(out)
-    if files and not _classify(classifier, files, settings.images):
+    if settings.serving.serve:
+        extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
+    files = classify.find_images([demo.local_path(name) for name in settings.images.images])
+    chosen = {name: hub.local_directory(place) for name, place in named_adapters(settings.source.adapter).items()}
+    if settings.source.side_by_side:
+        rows = _rows_of_each(chosen, files, settings)
+    else:
+        classifier = _write(_load(chosen, settings), chosen, files, settings)
+        if settings.serving.serve:
+            _serve(classifier, chosen, settings)
+        rows = _rows(classifier, files, settings)
+    if files and not _output(rows, files, settings):
         sys.exit(EXIT_BAD_IMAGES)
 
 
-def _classify(classifier: Classifier, files: list[str], settings: Images) -> bool:
-    """Writes a row for each file; False where some could not be read."""
+def named_adapters(words: Sequence[str]) -> dict[str, str]:
+    """Directories of adapters, or their names on the Hub, by name: NAME=DIRECTORY, or a directory that is its own name.
+
+    Raises:
+        UserError: a name stands there twice.
+    """
+    named: dict[str, str] = {}
+    for word in words:
+        name, equals, directory = word.partition("=")
+        if not equals or Path(word).exists():
+            name, directory = word, word
+        if name in named:
+            raise UserError(f"--adapter: {name} is there twice; write NAME=DIRECTORY")
+        named[name] = directory
+    return named
+
+
+def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
+    """One classifier: an adapter, a blend of adapters, a whole model, or an ONNX file."""
+    from lora_dist import bundle, hub, onnx_model, several
+
+    source = settings.source
+    if not chosen and not source.model:
+        return onnx_model.load_onnx(Path(settings.exporting.onnx or ""))
+    labels = _labels(settings)
+    if len(chosen) > 1:
+        return several.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
+    directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
+    return bundle.load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+
+
+def _labels(settings: PredictSettings) -> list[str] | None:
+    from lora_dist import foreign
+
+    return foreign.read_labels_file(settings.source.labels) if settings.source.labels else None
+
+
+def _write(
+    classifier: Classifier, chosen: Mapping[str, Path], files: list[str], settings: PredictSettings
+) -> Classifier:
+    """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
+    from lora_dist import bundle, export, merge, onnx_export, onnx_model
+
+    merging, exporting = settings.merging, settings.exporting
+    if merging.export_legacy_names:
+        out = Path(merging.export_legacy_names)
+        export.export_legacy_names(classifier, next(iter(chosen.values())), out, files)
+        logger.info("exported to %s, in the names of transformers 4", out)
+    if merging.merge_to:
+        out = Path(merging.merge_to)
+        title = _title(chosen, settings)
+        merged = merge.merge_to(classifier, title, out, files, merging.merge_tolerance, merging.dtype)
+        logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
+        if merged.rounding is not None:
+            logger.info("with weights rounded to %s they differ by %.1e", merging.dtype, merged.rounding)
+        classifier = bundle.load_classifier(out)
+    if exporting.onnx and (chosen or settings.source.model):
+        out = Path(exporting.onnx)
+        exported = onnx_export.export(classifier, out, files, exporting.int8)
+        what = ", before it was quantised," if exporting.int8 else ""
+        logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
+        if exporting.int8:
+            logger.info("%s", exported.int8 or "give --images to see what int8 costs, best in folders named as classes")
+        classifier = onnx_model.load_onnx(out)
+    return classifier
+
+
+def _title(chosen: Mapping[str, Path], settings: PredictSettings) -> str:
+    """The model in words."""
+    source = settings.source
+    shares = [f"{weight:g} x {name}" for name, weight in zip(chosen, source.weights, strict=False)]
+    return " + ".join(shares or chosen) or source.model or settings.exporting.onnx or ""
+
+
+def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: PredictSettings) -> None:
+    """Serves until it is interrupted."""
+    from lora_dist import classify, serve, uploads
+
+    serving, device = settings.serving, _device(settings)
+    limits = uploads.Limits(
+        body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
+    )
+    app = serve.make_app(
+        classifier,
+        _title(chosen, settings),
+        limits,
+        top_k=settings.images.top_k or 5,
+        batch_size=classify.choose_batch_size(settings.images.batch_size, device, classifier.processor),
+        device=device,
+    )
+    serve.run(app, serving.host, serving.port)
+
+
+def _device(settings: PredictSettings) -> torch.device:
     from lora_dist import classify
 
+    return classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
+
+
+def _rows(classifier: Classifier, files: list[str], settings: PredictSettings) -> Iterator[Row]:
+    from lora_dist import classify
+
+    device = _device(settings)
+    return classify.classify(
+        classifier,
+        files,
+        top_k=settings.images.top_k or 1,
+        batch_size=classify.choose_batch_size(settings.images.batch_size, device, classifier.processor),
+        num_workers=settings.images.num_workers,
+        device=device,
+    )
+
+
+def _rows_of_each(chosen: Mapping[str, Path], files: list[str], settings: PredictSettings) -> Iterator[Row]:
+    """All rows of one adapter after those of another, on a base that is loaded once."""
+    from lora_dist import several
+
+    source = settings.source
+    group = several.load_several(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    return (row._replace(adapter=name) for name in group.classifiers for row in _rows(group.use(name), files, settings))
+
+
+def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) -> bool:
+    """Writes the rows; False where some images could not be read."""
+    from lora_dist import classify
+
+    images = settings.images
     if hasattr(signal, "SIGPIPE"):
         # `… | head` ends the command without a traceback. Not before: a lost connection to the Hub is an error.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    rows = classify.classify(
-        classifier,
-        files,
-        top_k=settings.top_k,
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
-        device=classify.choose_device(settings.device),
-    )
-    drawn = set(classify.spread(len(files), classify.GRID)) if settings.grid else set()
+    drawn = set(classify.spread(len(files), classify.GRID)) if images.grid else set()
     shown = []
-    bad = 0
-    with classify.writer(settings.output, settings.format, settings.top_k) as write:
+    bad = set()
+    with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
         for place, row in enumerate(rows):
             write(row)
-            bad += row.error is not None
+            if row.error is not None:
+                bad.add(row.path)
             if place in drawn:
                 shown.append(row)
-    if settings.grid:
-        classify.draw_grid(shown, Path(settings.grid))
+    if images.grid:
+        classify.draw_grid(shown, Path(images.grid))
     if bad:
-        logger.warning("%d of %d images could not be read; their rows say why", bad, len(files))
+        logger.warning("%d of %d images could not be read; their rows say why", len(bad), len(files))
     return not bad
 
 

@@ -7,13 +7,16 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from torch.distributed import Store, all_reduce, rendezvous
+from torch.distributed import DistNetworkError, all_reduce
 
 from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
+from lora_dist.failure import launch_store, told_failure
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +37,8 @@ class Preflight:
             timeout: to wait for the slowest process.
         """
         self._timeout = timeout
-        self._store: Store | None = None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
-            self._store, self._rank, self._world_size = next(rendezvous("env://", timeout=timeout))
+        self._store = launch_store(timeout)
+        self._rank, self._world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
 
     def arrive(self, where: str) -> None:
         """Waits for all processes.
@@ -45,17 +47,30 @@ class Preflight:
             where: a place in the program, named once.
 
         Raises:
-            UserError: some have not arrived in time; they are named, with the hosts of those that have.
+            UserError: some have not arrived in time, and are named, with the hosts of those that have; or one has
+                failed, and said of what.
+        """
+        if self._store is not None:
+            self._set(where)
+            self._wait_for(where, range(self._world_size))
+
+    @contextmanager
+    def first_process_first(self, where: str, accelerator: Accelerator) -> Iterator[None]:
+        """Holds the other processes back until the first one has left the context.
+
+        As `accelerator.main_process_first`, but that leaves them waiting where the first one fails.
+
+        Raises:
+            UserError: as `arrive`.
         """
         if self._store is None:
+            with accelerator.main_process_first():
+                yield
             return
-        self._store.set(f"{where}/{self._rank}", socket.gethostname())
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        missing = list(range(self._world_size))
-        while missing := [rank for rank in missing if not self._store.check([f"{where}/{rank}"])]:
-            if time.monotonic() > deadline:
-                raise self._not_here(where, missing)
-            time.sleep(0.01)
+        if self._rank:
+            self._wait_for(where, [0])
+        yield
+        self._set(where)
 
     def time_all_reduce(self, accelerator: Accelerator) -> None:
         """Times the interconnect; ends the process if that does not answer."""
@@ -80,16 +95,35 @@ class Preflight:
             1e3 * statistics.median(seconds[1:]),
         )
 
+    def _set(self, where: str) -> None:
+        assert self._store is not None
+        self._store.set(f"{where}/{self._rank}", socket.gethostname())
+
+    def _wait_for(self, where: str, ranks: Iterable[int]) -> None:
+        assert self._store is not None
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        missing = list(ranks)
+        try:
+            while missing := [rank for rank in missing if not self._store.check([f"{where}/{rank}"])]:
+                if failure := told_failure(self._store):
+                    raise UserError(failure)
+                if time.monotonic() > deadline:
+                    raise self._not_here(where, missing)
+                time.sleep(0.01)
+        except DistNetworkError as error:
+            raise UserError("the launcher on the first node has ended; its log says why") from error
+
     def _not_here(self, where: str, missing: list[int]) -> UserError:
         assert self._store is not None
-        arrived = [rank for rank in range(self._world_size) if rank not in missing]
-        hosts = ", ".join(f"{rank} on {self._store.get(f'{where}/{rank}').decode()}" for rank in arrived)
+        there = [rank for rank in range(self._world_size) if self._store.check([f"{where}/{rank}"])]
+        arrived = ", ".join(f"{rank} on {self._store.get(f'{where}/{rank}').decode()}" for rank in there)
         message = (
             f"rank {', '.join(map(str, missing))} of {self._world_size} did not arrive within "
-            f"{self._timeout.total_seconds():.0f} s. Arrived: {hosts}. See what the missing ones logged last; if they "
-            f"are only slow to start, raise --ddp_timeout."
+            f"{self._timeout.total_seconds():.0f} s. Arrived: {arrived or 'none'}. See what the missing ones logged "
+            f"last; if they are only slow to start, raise --ddp_timeout."
         )
-        return ProcessError(message) if self._rank == arrived[0] else UserError(message)
+        speaker = next(rank for rank in range(self._world_size) if rank not in missing)
+        return ProcessError(message) if self._rank == speaker else UserError(message)
 
     def _give_up(self) -> None:
         if self._rank == 0:

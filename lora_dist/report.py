@@ -8,10 +8,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from lora_dist.batch import TrainImages
 from lora_dist.data import ImageData, Split
 from lora_dist.evaluation import Evaluation
 from lora_dist.figures import confusion_picture, grid, to_images
-from lora_dist.loader import TrainImages
 from lora_dist.order import Order
 from lora_dist.schedule import Schedule
 from lora_dist.tracking import Tracker
@@ -41,7 +41,7 @@ def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: 
     if not tracker.enabled:
         return
     tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
-    worst = evaluation.worst(min(WORST, len(split)))
+    worst = evaluation.worst(WORST)
     captions = [
         f"is {labels[split.labels[index]]}\n"
         f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"

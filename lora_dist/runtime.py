@@ -39,6 +39,9 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
         UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
             processes than were launched, or than arrive in time.
     """
+    _require_company()
+    if engine_launched() == "FSDP":
+        prepare_fsdp()
     on_cpu = not torch.accelerator.is_available()
     precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,6 +85,42 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     if on_cpu:
         _hint_at_threads()
     return accelerator
+
+
+def _require_company() -> None:
+    """Refuses a process that would train alone, next to others that do the same into the same files."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    # accelerate's launcher of single processes sets it if it was asked for several, and starts one all the same.
+    if "MASTER_ADDR" in os.environ:
+        raise UserError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set but not WORLD_SIZE: several processes were asked for and "
+            f"this one was started alone. In the launch file, distributed_type: MULTI_GPU starts them, on CPUs as well "
+            f"(accelerate_configs/ddp_cpu.yaml); for a run of one process, num_processes: 1, or unset MASTER_ADDR."
+        )
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{name}={os.environ[name]} but WORLD_SIZE is not set: each of these processes would train by itself. "
+                f"Start one task a node, and the processes in it by accelerate launch --num_machines … "
+                f"--machine_rank …; slurm/train.sbatch does so."
+            )
+
+
+def prepare_fsdp() -> None:
+    """Looks after what launch files for other programs say of FSDP.
+
+    Raises:
+        UserError: they ask for its first version, which is not supported.
+    """
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"the launch file asks for FSDP of version {version}; write fsdp_version: 2, as in "
+            f"accelerate_configs/fsdp2.yaml"
+        )
+    # With it, from_pretrained leaves all processes but the first without weights. Image models fit a host's memory.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def _hint_at_threads() -> None:

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
+
 from lora_dist import checkpoint
 from lora_dist.checkpoint import Checkpoint
 from lora_dist.engine import Engine
@@ -26,13 +30,17 @@ class Progress:
         best_step: update with the best validation metric so far.
         best_value: that metric.
         stale_evaluations: evaluations since then.
-        skipped_updates: updates that fp16 loss scaling left out.
+        skipped_updates: updates that were left out, by fp16 loss scaling or because they were not finite.
+        skipped_in_a_row: those since the last one that was made.
+        unreadable_images: samples that were left out because their images could not be read, each time they came.
         train_seconds: time spent in updates, evaluation and saving not counted.
         samples: samples trained on in that time.
         grad_norm: of the last update, before clipping.
-        loss_sum: sum of the losses of all updates.
+        loss_sum: sum of the losses of all updates that were finite.
+        loss_count: number of those.
         logged_step: update of the last log.
         logged_loss_sum: `loss_sum` then.
+        logged_loss_count: `loss_count` then.
         settled_step: last update after which the evaluation that was due has been made; a run that was stopped before
             it makes it when it goes on.
     """
@@ -42,13 +50,35 @@ class Progress:
     best_value: float | None = None
     stale_evaluations: int = 0
     skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    unreadable_images: int = 0
     train_seconds: float = 0.0
     samples: int = 0
     grad_norm: float = 0.0
     loss_sum: float = 0.0
+    loss_count: int = 0
     logged_step: int = 0
     logged_loss_sum: float = 0.0
+    logged_loss_count: int = 0
     settled_step: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the updates since the last log; NaN if none of them was finite."""
+        count = self.loss_count - self.logged_loss_count
+        return (self.loss_sum - self.logged_loss_sum) / count if count else math.nan
+
+    def note_update(self, loss: float, grad_norm: float, skipped: bool) -> None:
+        """Takes an update into account, whether or not fp16 loss scaling left it out."""
+        self.loss_sum += loss
+        self.loss_count += 1
+        self.grad_norm = grad_norm
+        self.skipped_updates += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def note_log(self) -> None:
+        """The next mean is over what comes from here."""
+        self.logged_step, self.logged_loss_sum, self.logged_loss_count = self.step, self.loss_sum, self.loss_count
 
     def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
         """Takes a validation metric into account; True where it is the best so far."""
@@ -67,6 +97,7 @@ class Checkpointer:
 
     Attributes:
         directory: where the checkpoints stand.
+        saved_step: update of the last checkpoint that was written or restored.
     """
 
     def __init__(self, directory: Path, engine: Engine, identity: dict[str, Any], keep: int) -> None:
@@ -81,9 +112,15 @@ class Checkpointer:
         self._engine = engine
         self._identity = identity
         self._keep = keep
+        self.saved_step: int | None = None
+        self._unsaved: tuple[int, dict[str, Tensor]] | None = None
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint of this moment and removes those that are no longer needed."""
+        """Writes a checkpoint of this moment and removes those that are no longer needed.
+
+        A disk that is full or gone is no more than said: training goes on, and the next checkpoint may find room. The
+        best weights are kept in memory until then.
+        """
         content = Checkpoint(
             trained=self._engine.trained(),
             optimizer=self._engine.moments(),
@@ -93,13 +130,31 @@ class Checkpointer:
                 "scaler": self._engine.scaler_state(),
             },
         )
+        # The first process decides for all: the statistics of batch norms differ by process.
+        (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
+        if saved:
+            self.saved_step, self._unsaved = progress.step, None
+        elif progress.best_step == progress.step:
+            self._unsaved = progress.step, content.trained
+
+    def _write(self, progress: Progress, content: Checkpoint) -> bool:
         broken = [name for name, tensor in content.trained.items() if not tensor.isfinite().all()]
         if broken:
             logger.warning("not saved, because %s is not finite: the checkpoint before stands", broken[0])
-        elif self._engine.accelerator.is_main_process:
+            return False
+        try:
             checkpoint.write(self.directory, progress.step, content)
             checkpoint.prune(self.directory, self._keep, progress.best_step)
-        self._engine.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError) as error:
+            logger.error(
+                "cannot write the checkpoint of update %d: %s. Training goes on. Make room for the next one; until "
+                "then what there is to go on from is %s.",
+                progress.step,
+                error,
+                "nothing" if self.saved_step is None else f"update {self.saved_step}",
+            )
+            return False
+        return True
 
     def restore(self, content: Checkpoint) -> Progress:
         """Puts a checkpoint back, exactly.
@@ -130,17 +185,23 @@ class Checkpointer:
         self._engine.load_moments(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
         progress = Progress(**content.state["progress"])
-        if self._engine.accelerator.is_main_process:
-            checkpoint.abandon_after(self.directory, progress.step)
-        self._engine.accelerator.wait_for_everyone()
-        if progress.best_step is not None and checkpoint.find_damage(self._best(progress)):
+        self.saved_step = progress.step
+        # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
+        (gone,) = broadcast_object_list(
+            [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
+        )
+        if gone:
             logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
             progress.best_step = progress.best_value = None
         return progress
 
     def restore_best(self, progress: Progress) -> None:
         """Puts the weights of the best checkpoint into the model."""
-        if progress.best_step not in (None, progress.step):
+        if progress.best_step in (None, progress.step):
+            return
+        if self._unsaved is not None and self._unsaved[0] == progress.best_step:
+            self._engine.load_trained(self._unsaved[1])
+        else:
             self._engine.load_trained(checkpoint.read(self._best(progress)).trained)
 
     def _best(self, progress: Progress) -> Path:

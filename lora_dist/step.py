@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lora_dist.batch import Batch
 from lora_dist.engine import Engine
-from lora_dist.loader import Batch
 from lora_dist.transforms import seed_of
 
 
@@ -20,20 +20,29 @@ class Update(NamedTuple):
         loss: mean over all its samples, on all processes.
         grad_norm: before clipping.
         skipped: whether fp16 loss scaling left the update out.
+        unreadable: samples, on all processes, whose image could not be read; the loss is the mean over the others.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
+    unreadable: int
 
 
 class NonFiniteLossError(Exception):
-    """The loss or gradient of an update is not finite; the weights are as they were before it."""
+    """The loss or gradient of an update is not finite.
 
-    def __init__(self, what: str, indices: list[int]) -> None:
+    Attributes:
+        what: of them.
+        indices: rows of the samples that may be why, on this process.
+        unreadable: as in `Update`.
+    """
+
+    def __init__(self, what: str, indices: list[int], unreadable: int) -> None:
         super().__init__(what)
         self.what = what
         self.indices = indices
+        self.unreadable = unreadable
 
 
 def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
@@ -59,7 +68,8 @@ def train_step(
     """One update whose gradient is that of the mean loss over its samples, however they are split.
 
     Every sample counts 1 / `sample_count`, over micro-batches and processes of any size; dividing by the number
-    of micro-batches instead would mis-scale a last, smaller window (transformers#39659).
+    of micro-batches instead would mis-scale a last, smaller window (transformers#39659). A sample whose image cannot be
+    read adds nothing to the gradient, and changes nothing in what the others add.
 
     Args:
         engine: its model in training mode.
@@ -77,7 +87,7 @@ def train_step(
     accelerator = engine.accelerator
     device = accelerator.device
     engine.begin_update(learning_rate)
-    total = torch.zeros((), device=device)
+    total, unreadable = torch.zeros((), device=device), torch.zeros((), device=device)
     suspects: list[tuple[Tensor, Tensor]] = []
     for place, host_batch in enumerate(micro_batches):
         batch = host_batch.to(device)
@@ -86,12 +96,17 @@ def train_step(
             losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits.float(), batch, label_smoothing)
             engine.backward(losses.sum() / sample_count)
         total += losses.detach().sum()
+        if batch.unreadable is not None:
+            unreadable += batch.unreadable.sum()
         suspects.append((batch.indices, losses.detach()))
-    loss = float(accelerator.reduce(total, "sum")) / sample_count
+    loss_sum, left_out = accelerator.reduce(torch.stack([total, unreadable]), "sum").tolist()
+    # Where nothing could be read, the loss of nothing is 0.
+    loss, left_out = loss_sum / max(1, sample_count - left_out), int(left_out)
     if not math.isfinite(loss):
-        raise NonFiniteLossError("loss", [int(row) for rows, seen in suspects for row in rows[~seen.isfinite()]])
+        found = [int(row) for rows, seen in suspects for row in rows[~seen.isfinite()]]
+        raise NonFiniteLossError("loss", found, left_out)
     try:
         grad_norm = engine.step(max_grad_norm)
     except ArithmeticError as error:
-        raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows]) from error
-    return Update(loss, grad_norm, engine.was_skipped())
+        raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows], left_out) from error
+    return Update(loss, grad_norm, engine.was_skipped(), left_out)

@@ -1,5 +1,6 @@
 """Training with torch alone: one process, DDP or FSDP2."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,9 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_dist.model import host_copy, load_trained, trained_tensors
@@ -52,23 +53,34 @@ class TorchEngine:
         self._optimizer.step()
         return norm
 
+    def drop_update(self) -> bool:
+        self._optimizer.zero_grad()
+        return True
+
     def was_skipped(self) -> bool:
         return self.accelerator.optimizer_step_was_skipped
 
     def trained(self) -> dict[str, Tensor]:
+        self._reshard()
         return {name: host_copy(_whole(tensor)) for name, tensor in trained_tensors(self.bare)}
 
     def moments(self) -> dict[str, Tensor]:
+        self._reshard()
+        states = {name: self._optimizer.state.get(parameter) for name, parameter in self.bare.named_parameters()}
+        states = {name: state for name, state in states.items() if state}
+        assert len(states) == len(self._optimizer.state), "the optimizer holds other parameters than the model"
         return {
             f"{moment}/{name}": host_copy(_whole(value))
-            for name, parameter in self.bare.named_parameters()
-            for moment, value in self._optimizer.state.get(parameter, {}).items()
+            for name, state in states.items()
+            for moment, value in state.items()
         }
 
     def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        self._reshard()
         load_trained(self.bare, {name: _placed(trained[name], like) for name, like in trained_tensors(self.bare)})
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        self._reshard()
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
             moment, _, name = key.partition("/")
@@ -81,12 +93,25 @@ class TorchEngine:
                     for moment, value in by_parameter[name].items()
                 }
 
+    def _reshard(self) -> None:
+        """Puts the parts of parameters back into the model: after a forward pass alone it may still hold whole ones."""
+        for module in self.bare.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def scaler_state(self) -> dict[str, Any] | None:
-        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return None
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]}
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        if self.accelerator.scaler is not None and state:
-            self.accelerator.scaler.load_state_dict(state)
+        scaler = self.accelerator.scaler
+        if scaler is not None and state and state.keys() == {"scale", "growth_tracker"}:
+            # Past its interval the scale would not grow any more.
+            tracker = state["growth_tracker"] % scaler.get_growth_interval()
+            scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"], "_growth_tracker": tracker})
 
 
 def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -102,7 +127,7 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     """
     plugin = accelerator.state.fsdp_plugin
     options = {
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mp_policy": precision(plugin),
         "reshard_after_forward": plugin.reshard_after_forward,
         "offload_policy": plugin.cpu_offload,
     }
@@ -117,6 +142,12 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     fully_shard(model, **options)
     for group, members in groups:
         group["params"] = [model.get_parameter(name) for name in members]
+
+
+def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
+    """The launch file's precision, but gradients are summed over processes in fp32, as they are under DDP."""
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    return dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
 def _whole(tensor: Tensor) -> Tensor:

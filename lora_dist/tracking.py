@@ -5,7 +5,8 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import yaml
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from lora_dist.batch import Batch
+from lora_dist.curves import Board, Lines
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +43,8 @@ class Tracker:
         self._total = total_steps
         if not enabled:
             return
-        self._lines = output_dir / "metrics.jsonl"
-        _drop_lines_after(self._lines, first_step)
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+        self._lines = Lines(output_dir / "metrics.jsonl", first_step)
+        self._board = Board(output_dir / "tensorboard", first_step)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -62,11 +65,10 @@ class Tracker:
         if not self.enabled:
             return
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        with self._lines.open("a", encoding="utf-8") as file:
-            # JSON has no infinity, which is the gradient's norm in an update that fp16 skips.
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
+            self._board.write(SummaryWriter.add_scalar, name, value, step)
+        # JSON has no infinity, which is the gradient's norm in an update that fp16 skips.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
 
     def say(self, message: str) -> None:
         """A line for the reader, above the progress bar or in the log file."""
@@ -93,14 +95,15 @@ class Tracker:
     def picture(self, name: str, image: Image.Image, step: int) -> None:
         """Adds a picture to TensorBoard."""
         if self.enabled:
-            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
-            self._board.flush()
+            self._board.write(SummaryWriter.add_image, name, np.asarray(image), step, dataformats="HWC")
+            self._board.write(SummaryWriter.flush)
 
     def settings(self, flat: Mapping[str, Any]) -> None:
         """Adds the settings as text."""
         if self.enabled:
             text = yaml.safe_dump(dict(flat), sort_keys=False, allow_unicode=True)
-            self._board.add_text("settings", "\n".join(f"    {line}" for line in text.splitlines()))
+            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            self._board.write(SummaryWriter.add_text, "settings", indented)
 
     def hyperparameters(self, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Adds the settings with the final metrics, for TensorBoard's comparison of runs."""
@@ -108,18 +111,59 @@ class Tracker:
             hparams = {
                 name: value if isinstance(value, HPARAM_TYPES) else json.dumps(value) for name, value in flat.items()
             }
-            self._board.add_hparams(hparams, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
+            results = {f"hparam/{name}": value for name, value in metrics.items()}
+            self._board.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
 
     def flush(self) -> None:
         """Writes out what is buffered: what a checkpoint lies behind is not logged again."""
         if self.enabled:
-            self._board.flush()
+            self._board.write(SummaryWriter.flush)
 
     def close(self) -> None:
         """Ends the progress bar and the files."""
         if self.enabled:
             self._bar.close()
-            self._board.close()
+            self._board.write(SummaryWriter.close)
+
+
+class Window:
+    """Times the updates since the last log: how long they took, and how much of that was waiting for data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self.seconds = self.waited = 0.0
+        self.samples = self.updates = 0
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all processes."""
+        return self.samples / max(self.seconds, 1e-9)
+
+    def timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the time until each arrives counted as waiting."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def start_update(self) -> None:
+        """Called before an update."""
+        self._started = time.perf_counter()
+
+    def end_update(self, samples: int) -> float:
+        """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
+        self.samples += samples
+        self.updates += 1
+        return seconds
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -128,17 +172,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Removes the JSON lines of updates that a resumed run will do again, and a half-written last one."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,8 +1,10 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
 from lora_dist.cli import argv_or, flatten, parse
-from lora_dist.config import Settings, contradictions
-from lora_dist.errors import exit_on_user_error
+from lora_dist.config import Settings
+from lora_dist.contradictions import contradictions
+from lora_dist.errors import Problems, exit_on_user_error
+from lora_dist.failure import others_told
 from lora_dist.launcher import end_with_launcher
 
 
@@ -10,17 +12,18 @@ from lora_dist.launcher import end_with_launcher
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
     end_with_launcher()
-    settings = parse(
-        Settings,
-        argv_or(argv),
-        prog="lora_dist.train",
-        description="Fine-tune an image classifier with LoRA, on one process or many.",
-        contradictions=contradictions,
-    )
-    if settings.run.do_eval_only:
-        evaluate_only(settings)
-    else:
-        train(settings)
+    with others_told():
+        settings = parse(
+            Settings,
+            argv_or(argv),
+            prog="lora_dist.train",
+            description="Fine-tune an image classifier with LoRA, on one process or many.",
+            contradictions=contradictions,
+        )
+        if settings.run.do_eval_only:
+            evaluate_only(settings)
+        else:
+            train(settings)
 
 
 def train(settings: Settings) -> None:
@@ -29,105 +32,58 @@ def train(settings: Settings) -> None:
     from pathlib import Path
 
     from lora_dist import streamed
-    from lora_dist.data import load_data
-    from lora_dist.engine import make_engine
-    from lora_dist.evaluation import Evaluator
-    from lora_dist.handover import hand_over
-    from lora_dist.loader import TrainImages
-    from lora_dist.loop import Job, fit
-    from lora_dist.model import count_parameters, load_base_of, make_trainable
-    from lora_dist.optimizer import make_optimizer
-    from lora_dist.order import Order
+    from lora_dist.assembly import assemble
+    from lora_dist.loop import fit, stopped_on_request
     from lora_dist.output import Output, find_resume
-    from lora_dist.preemption import Preemption
+    from lora_dist.plan import rehearse
+    from lora_dist.publisher import open_publisher, require_token
     from lora_dist.report import announce, show_inputs
+    from lora_dist.room import require_writable
     from lora_dist.runtime import launch
-    from lora_dist.schedule import Schedule
-    from lora_dist.state import Checkpointer, Progress
-    from lora_dist.tracking import Tracker
-    from lora_dist.transforms import ImageTransforms
 
-    optimization, run = settings.optimization, settings.run
+    run, problems = settings.run, Problems(settings.run.dry_run)
     if settings.data.streaming:
         streamed.prepare(settings.data)
-    accelerator = launch(optimization.mixed_precision, run.ddp_timeout)
-    output = Output(Path(run.output_dir))
-    resumed = find_resume(output, run.resume_from_checkpoint)
+    accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
+    output, resumed, publisher = Output(Path(run.output_dir)), None, None
+    with problems.noted():
+        require_writable(output.root)
+        resumed = find_resume(output, run.resume_from_checkpoint)
+    with problems.noted():
+        require_token(settings.hub)
+    if not run.dry_run:
+        publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-    with accelerator.main_process_first():
-        if settings.data.streaming:
-            data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
-        else:
-            data = load_data(settings.data, run.seed)
-        base = load_base_of(settings, data.labels)
-    transforms = ImageTransforms(base.processor, settings.augmentation)
-    model = make_trainable(base, settings.model, settings.lora)
-    parameters = count_parameters(model)
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
-    order = Order(
-        arrangement=data.train.arrangement(run.seed),
-        per_device_batch=optimization.per_device_train_batch_size,
-        accumulation=optimization.gradient_accumulation_steps,
-        world_size=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
-    schedule = Schedule.of(optimization, order.steps_per_epoch)
-    engine = make_engine(accelerator, model, optimizer, optimization)
-
-    identity = {
-        "base": base.fingerprint,
-        "tuning": settings.model.tuning,
-        "seed": run.seed,
-        "effective_batch": order.effective_batch,
-        "train_data": data.train.fingerprint(),
-        "order": order.arrangement.description,
-    }
-    checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
-    progress = checkpointer.restore(resumed) if resumed is not None else Progress()
-    if accelerator.is_main_process:
-        output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
-    announce(data, order, schedule, parameters, accelerator)
-    job = Job(
-        settings=settings,
-        engine=engine,
-        images=TrainImages(data.train, transforms, settings.augmentation, run.seed),
-        order=order,
-        schedule=schedule,
-        evaluator=Evaluator(
-            accelerator,
-            engine.model,
-            data.validation,
-            transforms,
-            data.labels,
-            optimization.per_device_eval_batch_size,
-            settings.data,
-        ),
-        checkpointer=checkpointer,
-        preemption=Preemption(accelerator, output.save_request),
-        tracker=Tracker(
-            output.root,
-            enabled=accelerator.is_main_process,
-            first_step=progress.step,
-            total_steps=schedule.total_steps,
-        ),
-    )
-    job.tracker.settings(flatten(settings))
-    show_inputs(job.tracker, job.images, order, progress.step, data.labels)
-    fit(job, progress)
-    checkpointer.restore_best(progress)
-    hand_over(job, progress, job.evaluator(), base, data, parameters, output)
+    parts = assemble(settings, accelerator, output, resumed, publisher, problems)
+    job, progress, handover = parts.job, parts.progress, parts.handover
+    announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
+    if run.dry_run:
+        rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
+        return
+    job.tracker.settings(flatten(job.settings))
+    show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
+    with stopped_on_request(job, progress):
+        fit(job, progress)
+        job.checkpointer.restore_best(progress)
+        handover.at_the_end(job, progress, job.evaluator(after_batch=job.preemption.check))
+        job.preemption.saved()
     accelerator.end_training()
+    # When no process waits for another any more, and all files of the run are there.
+    handover.publish(job, progress)
 
 
 def evaluate_only(settings: Settings) -> None:
     """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
     import json
+    from datetime import timedelta
     from pathlib import Path
 
     from lora_dist.bundle import load_classifier
     from lora_dist.data import load_validation
     from lora_dist.evaluation import Evaluator
+    from lora_dist.hub import local_directory
     from lora_dist.output import Output, find_resume
+    from lora_dist.preflight import Preflight
     from lora_dist.report import write_evaluation
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
@@ -135,11 +91,13 @@ def evaluate_only(settings: Settings) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     find_resume(output, None)
-    classifier = load_classifier(
-        Path(settings.model.adapter_name_or_path or ""), trust_remote_code=settings.model.trust_remote_code
-    )
-    with accelerator.main_process_first():
+    preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
+    with preflight.first_process_first("adapter", accelerator):
+        directory = local_directory(settings.model.adapter_name_or_path or "")
+    classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
+    with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
+    preflight.arrive("ready")
     evaluation = Evaluator(
         accelerator,
         classifier.model.to(accelerator.device),

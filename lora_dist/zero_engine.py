@@ -65,6 +65,10 @@ class ZeroEngine:
             raise ArithmeticError
         return norm
 
+    def drop_update(self) -> bool:
+        # A gradient that is not finite shows after the update; one that DeepSpeed has reduced stays in its buckets.
+        return False
+
     def was_skipped(self) -> bool:
         return not self._engine.was_step_applied()
 
@@ -118,11 +122,11 @@ class ZeroEngine:
                     self._set_whole(target, value, moment)
 
     def scaler_state(self) -> dict[str, Any] | None:
-        return {"cur_scale": self._engine.optimizer.cur_scale} if self._engine.fp16_enabled() else None
+        return scaling_of(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else None
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        if state and "cur_scale" in state and self._engine.fp16_enabled():
-            self._engine.optimizer.loss_scaler.cur_scale = state["cur_scale"]
+        if state and self._engine.fp16_enabled():
+            set_scaling(self._engine.optimizer.loss_scaler, state)
 
     def _set_whole(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
         """Sets the optimizer's fp32 copy of a parameter, or one of its moments, from the whole tensor."""
@@ -158,6 +162,19 @@ class ZeroEngine:
         if not sharded:
             # ZeRO-1 and 2 link parameters to these states after their first step otherwise.
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def scaling_of(scaler: Any) -> dict[str, Any]:
+    """The state of DeepSpeed's loss scaler, as `Engine.scaler_state` has it."""
+    tracker = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if scaler.dynamic else 0
+    return {"scale": float(scaler.cur_scale), "growth_tracker": tracker}
+
+
+def set_scaling(scaler: Any, state: Mapping[str, Any]) -> None:
+    """Puts that back; a scale that is fixed by the DeepSpeed configuration stays."""
+    if scaler.dynamic and state.keys() == {"scale", "growth_tracker"}:
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = state["growth_tracker"], -1
 
 
 def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings) -> None:

@@ -20,6 +20,7 @@ from lora_dist.config import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.errors import UserError
 from lora_dist.model import Base, load_base, make_trainable
 from lora_dist.optimizer import make_optimizer
+from lora_dist.targets import resolve_targets
 from lora_dist.transforms import ImageTransforms
 
 LABELS = ["x", "y", "z"]
@@ -38,7 +39,7 @@ def _base(directory: Path, seed: int = 0) -> Base:
 
 def _targets(base: Base, *names: str) -> set[str]:
     """Full names of the modules that these targets adapt, as PEFT understands the answer."""
-    wanted = adapters.resolve_targets(base.model, names, base.heads)
+    wanted = resolve_targets(base.model, names, base.heads)
     return {
         name
         for name, _ in base.model.named_modules()
@@ -111,7 +112,7 @@ def test_the_second_layer_of_the_mlp_is_not_the_output_of_the_attention(name: st
 def test_a_target_that_does_not_exist_is_answered_with_those_that_do(architecture: Path) -> None:
     base = _base(architecture)
     with pytest.raises(UserError) as caught:
-        adapters.resolve_targets(base.model, ["no_such_layer"], base.heads)
+        resolve_targets(base.model, ["no_such_layer"], base.heads)
     message = str(caught.value)
     assert "no_such_layer" in message
     assert type(base.model).__name__ in message
@@ -123,7 +124,7 @@ def test_a_target_that_does_not_exist_is_answered_with_those_that_do(architectur
 
 def test_the_head_is_no_target(vit: Path) -> None:
     with pytest.raises(UserError, match="classifier"):
-        adapters.resolve_targets(_base(vit).model, ["classifier"], ["classifier"])
+        resolve_targets(_base(vit).model, ["classifier"], ["classifier"])
 
 
 def test_all_linear_adapts_every_linear_layer_but_the_head(architecture: Path) -> None:
@@ -340,23 +341,6 @@ def test_an_adapter_of_another_number_of_classes_is_refused(saved: Path, vit: Pa
         adapters.load_adapter(load_base(str(vit), ["x", "y"]).model, saved)
 
 
-def test_an_adapter_under_the_old_names_is_refused_and_not_a_no_op(saved: Path, vit: Path) -> None:
-    """As every adapter trained with transformers 4 is: neither its targets nor its keys exist any more."""
-
-    def rename(state: dict[str, Tensor]) -> None:
-        for name in list(state):
-            renamed = name.replace("layers.", "encoder.layer.").replace("q_proj", "attention.query")
-            state[renamed.replace("v_proj", "attention.value")] = state.pop(name)
-
-    _rewrite(saved, rename)
-    with pytest.raises(UserError, match=r"left over .*attention\.query\.lora_A"):
-        adapters.load_adapter(_base(vit).model, saved)
-    config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["query", "value"]}))
-    with pytest.raises(UserError, match="does not fit ViTForImageClassification"):
-        adapters.load_adapter(_base(vit).model, saved)
-
-
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_or_damaged_file_is_named(name: str, saved: Path, vit: Path) -> None:
     (saved / name).write_bytes(b"{ no")
@@ -383,6 +367,35 @@ def test_an_adapter_that_is_not_finite_is_not_merged(vit: Path) -> None:
     broken.data.fill_(float("nan"))
     with pytest.raises(UserError, match="cannot be merged"):
         adapters.merge(model)
+
+
+def test_several_adapters_stand_side_by_side(architecture: Path, tmp_path: Path) -> None:
+    """Of other ranks, targets and numbers of classes; each gives its own logits whenever it is the active one."""
+    kinds: list[dict[str, Any]] = [{"lora_r": 4}, {"lora_r": 2, "use_rslora": True}, {"use_dora": True}]
+    classes = [["x", "y", "z"], ["x", "y", "z"], ["p", "q", "r", "s", "t"]]
+    expected = []
+    for number, (kind, labels) in enumerate(zip(kinds, classes, strict=True)):
+        base = load_base(str(architecture), labels)
+        trained = make_trainable(base, ModelSettings(), LoraSettings(**kind))
+        perturb(trained, seed=number)
+        expected.append(_logits(trained, base))
+        adapters.save_adapter(trained, tmp_path / str(number))
+    base = _base(architecture, seed=1)
+    model: Any = base.model
+    for number, labels in enumerate(classes):
+        model = adapters.load_adapter(model, tmp_path / str(number), f"adapter_{number}", len(labels))
+    for number in (0, 2, 1, 2, 0):
+        adapters.activate(model, f"adapter_{number}")
+        torch.testing.assert_close(_logits(model, base), expected[number])
+    adapters.activate(model, "adapter_2")
+    torch.testing.assert_close(_logits(adapters.merge(model), base), expected[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_adapter_is_loaded_as_strictly_as_the_first(saved: Path, vit: Path) -> None:
+    model = adapters.load_adapter(_base(vit).model, saved, "first")
+    _rewrite(saved, lambda state: state.pop("base_model.model.vit.layers.1.attention.v_proj.lora_A.weight"))
+    with pytest.raises(UserError, match=r"missing .*layers\.1\.attention\.v_proj\.lora_A"):
+        adapters.load_adapter(model, saved, "third", num_labels=3)
 
 
 def test_saving_twice_gives_the_same_bytes(vit: Path, tmp_path: Path) -> None:

@@ -264,6 +264,20 @@ def test_a_bundle_stands_as_it_was_when_writing_the_next_one_fails(
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
 
+def test_a_fine_tuned_checkpoint_is_a_base_for_other_classes(tmp_path: Path) -> None:
+    """Of another number, or of as many with other names."""
+    fine_tuned = make_model(tmp_path / "base", num_labels=5)
+    for labels in (["x", "y"], [f"other {number}" for number in range(5)]):
+        base = load_base(str(fine_tuned), labels)
+        model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=2))
+        perturb(model)
+        directory = tmp_path / str(len(labels))
+        write_adapter(directory, model, base, "card\n")
+        loaded = load_classifier(directory)
+        assert loaded.labels == labels
+        torch.testing.assert_close(_logits(loaded.model, loaded.processor), _logits(model, base.processor))
+
+
 def test_files_of_a_bundle_can_be_read_by_others(adapter: Path) -> None:
     """safetensors writes with mode 600, which locks out whoever serves the model."""
     modes = {path.name: path.stat().st_mode & 0o777 for path in adapter.iterdir()}

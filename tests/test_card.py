@@ -16,7 +16,8 @@ RESULTS: dict[str, Any] = {
 def card(labels: list[str], is_adapter: bool = True, **more: Any) -> str:
     rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + place} for place in range(len(labels))]
     given: dict[str, Any] = {
-        "title": "food", "is_adapter": is_adapter, "base_model": "google/vit", "data": "ethz/food101", "labels": labels,
+        "title": "food", "is_adapter": is_adapter, "base_model": "google/vit", "base_is_on_hub": True, "start": None,
+        "data": "ethz/food101", "data_is_on_hub": True, "name_on_hub": None, "labels": labels,
         "per_class": rows, "results": RESULTS, "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
     }  # fmt: skip
     return model_card(**(given | more))
@@ -30,6 +31,8 @@ def metadata(text: str) -> dict[str, Any]:
 def test_the_metadata_is_what_the_hub_reads() -> None:
     found = metadata(card(["a", "b"]))
     assert found["base_model"] == "google/vit"
+    assert found["base_model_relation"] == "adapter"
+    assert found["datasets"] == ["ethz/food101"]
     assert found["library_name"] == "peft"
     assert found["pipeline_tag"] == "image-classification"
     assert "lora" in found["tags"]
@@ -41,6 +44,7 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
 def test_a_whole_model_is_no_adapter() -> None:
     text = card(["a", "b"], is_adapter=False)
     assert metadata(text)["library_name"] == "transformers"
+    assert metadata(text)["base_model_relation"] == "finetune"
     assert "lora" not in metadata(text)["tags"]
     assert "--model THIS_DIRECTORY" in text
     assert "--adapter THIS_DIRECTORY" in card(["a", "b"])
@@ -67,8 +71,18 @@ def test_any_class_name_is_one_row_of_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["C:\\models\\vit", "my: model #1", "---", "a|b"])
 def test_any_path_of_base_and_data_leaves_the_metadata_valid(name: str) -> None:
-    found = metadata(card(["a"], base_model=name, data=name, title=name))
-    assert found["base_model"] == found["model-index"][0]["name"] == name
+    """The Hub refuses a card whose `base_model` or `datasets` is a path."""
+    text = card(["a"], base_model=name, base_is_on_hub=False, data=name, data_is_on_hub=False, title=name)
+    found = metadata(text)
+    assert not {"base_model", "base_model_relation", "datasets"} & found.keys()
+    assert found["model-index"][0]["name"] == name
+    assert found["model-index"][0]["results"][0]["dataset"] == {"name": name, "type": "imagefolder"}
+    assert f"from `{name}`" in text
+
+
+def test_a_card_on_the_hub_says_how_to_use_what_is_there() -> None:
+    assert "--adapter ada/food --images" in card(["a"], name_on_hub="ada/food")
+    assert "--model ada/food --images" in card(["a"], is_adapter=False, name_on_hub="ada/food")
 
 
 def test_of_very_many_classes_the_first_are_listed() -> None:
@@ -76,3 +90,10 @@ def test_of_very_many_classes_the_first_are_listed() -> None:
     assert f"| class {MOST_CLASSES - 1} |" in text
     assert f"| class {MOST_CLASSES} |" not in text
     assert "… and 7 more." in text
+
+
+def test_the_adapter_that_a_run_went_on_from_is_named() -> None:
+    assert "from `google/vit`, going on from the adapter `runs/first/adapter`." in card(
+        ["a"], start="runs/first/adapter"
+    )
+    assert "going on" not in card(["a"])

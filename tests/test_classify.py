@@ -16,7 +16,7 @@ from transformers import ViTImageProcessor
 
 from lora_dist import merge
 from lora_dist.bundle import Classifier
-from lora_dist.classify import Row, choose_device, classify, draw_grid, find_images, spread, writer
+from lora_dist.classify import Row, choose_batch_size, choose_device, classify, draw_grid, find_images, spread, writer
 from lora_dist.errors import UserError
 
 HARD = [
@@ -243,3 +243,11 @@ def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path) -> None:
     make_image(0, 0).save(tmp_path / "one.png")
     (tmp_path / "again").symlink_to(tmp_path)
     assert find_images([str(tmp_path)]) == [str(tmp_path / "one.png")]
+
+
+def test_a_forward_pass_is_smaller_on_a_cpu_where_images_are_large_unless_its_size_is_given() -> None:
+    small, large = (ViTImageProcessor(size={"height": size, "width": size}) for size in (32, 224))
+    devices = [torch.device(name) for name in ("cpu", "cuda:1", "mps")]
+    assert [choose_batch_size(None, device, large) for device in devices] == [8, 32, 32]
+    assert choose_batch_size(None, devices[0], small) == 32
+    assert choose_batch_size(100, devices[0], large) == 100

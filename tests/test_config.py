@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from lora_dist import cli, config
+from lora_dist.audit.settings import AuditSettings
 from lora_dist.config import Settings
+from lora_dist.contradictions import contradictions
 from lora_dist.errors import UserError
-from lora_dist.predict import PredictSettings
+from lora_dist.predict_settings import PredictSettings
 
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
 
@@ -23,7 +26,7 @@ def parse(*argv: object) -> Settings:
         [str(word) for word in argv],
         prog="train",
         description="",
-        contradictions=config.contradictions,
+        contradictions=contradictions,
     )
 
 
@@ -89,6 +92,9 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
     [
         ([], "no data"),
         (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
+        (["--train_dir", "/tmp", "--exclude", "/nowhere.txt"], "--exclude: no such file: /nowhere.txt"),
+        (["--train_dir", "/tmp", "--exclude", "/tmp"], "--exclude: no such file: /tmp"),
+        (["--dataset_name", "x", "--exclude", __file__], "a list of files goes with folders"),
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--dataset_name", "x", "--do_eval_only"], "name the adapter"),
         (["--train_dir", "/tmp", "--streaming"], "a folder is not streamed"),
@@ -140,7 +146,7 @@ def test_mistakes_end_with_code_2_before_torch_is_loaded() -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict"])
+@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict", "lora_dist.audit"])
 def test_help_is_grouped_and_quick(module: str) -> None:
     seconds = []
     for _ in range(3):
@@ -148,9 +154,9 @@ def test_help_is_grouped_and_quick(module: str) -> None:
         result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-    assert re.search(r"^Model:$", result.stdout, re.MULTILINE)
+    assert re.search(r"^(Model|Data):$", result.stdout, re.MULTILINE)
     fields = cli.flat_fields(Settings)
-    assert all(f"--{name}" in result.stdout for name in fields) or module.endswith("predict")
+    assert all(f"--{name}" in result.stdout for name in fields) or not module.endswith("train")
     assert all(field.info.description for field in fields.values())
 
 
@@ -213,7 +219,9 @@ def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Pat
         (["--config"], "--config: needs a path or one of demo"),
         (["--early_stopping_patience", "many", "--eval_steps", "no"], "--early_stopping_patience: 'many' is not valid"),
         (["--init_from_config", "--tuning", "ful"], "--tuning: 'ful' is not valid"),
-        (["--adapter_name_or_path", "y"], "add --do_eval_only"),
+        (["--adapter_name_or_path", "y", "--tuning", "full"], "an adapter goes on as LoRA"),
+        (["--adapter_name_or_path", "y", "--tuning", "head"], "an adapter goes on as LoRA"),
+        (["--adapter_name_or_path", "y", "--init_lora_weights", "pissa"], "an adapter is the start"),
     ],
 )
 def test_a_wrong_setting_is_one_problem_by_name(words: list[str], part: str) -> None:
@@ -241,6 +249,7 @@ def test_packaged_data_is_not_looked_for_on_the_disk() -> None:
     [
         ("lora_dist.train", ["--lora_rank", "3"], ["2 problems", "--lora_rank: unknown flag", "no data"]),
         ("lora_dist.predict", ["--adaptr", "x", "--top_k", "0"], ["did you mean --adapter?", "--top_k: '0'"]),
+        ("lora_dist.audit", ["--trian_dir", "x", "--max_aspect_ratio", "1"], ["did you mean --train_dir?", "'1'"]),
     ],
 )
 def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[str], parts: list[str]) -> None:
@@ -254,11 +263,10 @@ def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[st
 
 
 @pytest.mark.parametrize(
-    ("module", "settings"), [("lora_dist.train", Settings), ("lora_dist.predict", PredictSettings)]
+    ("module", "settings"),
+    [("lora_dist.train", Settings), ("lora_dist.predict", PredictSettings), ("lora_dist.audit", AuditSettings)],
 )
-def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(
-    module: str, settings: type[Settings | PredictSettings]
-) -> None:
+def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: str, settings: type[BaseModel]) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     places = []
@@ -314,3 +322,19 @@ def test_a_config_that_is_not_found_hides_no_other_mistake() -> None:
 def test_a_stream_with_a_validation_split_is_no_contradiction() -> None:
     data = parse(*STREAM, "--streaming_lanes", 4, "--shuffle_buffer_size", 64).data
     assert (data.streaming, data.streaming_lanes, data.shuffle_buffer_size) == (True, 4, 64)
+
+
+def test_pushing_to_the_hub_has_its_contradictions(folder: Path) -> None:
+    assert not parse("--train_dir", folder).hub.push_to_hub
+    settings = parse("--train_dir", folder, "--push_to_hub", "--hub_model_id", "ada/x", "--hub_private_repo")
+    assert (settings.hub.hub_model_id, settings.hub.hub_private_repo) == ("ada/x", True)
+    for lonely in (("--hub_model_id", "ada/x"), ("--hub_private_repo",)):
+        assert "nothing is pushed: add --push_to_hub" in problems_of("--train_dir", folder, *lonely)
+    evaluation = ("--do_eval_only", "--adapter_name_or_path", "x", "--validation_dir", folder)
+    assert "an evaluation has nothing to push" in problems_of(*evaluation, "--push_to_hub")
+
+
+def test_a_token_is_no_setting_and_is_not_repeated(folder: Path) -> None:
+    said = problems_of("--train_dir", folder, "--push_to_hub", "--hub_token", "hf_secret0123456789")
+    assert "--hub_token: unknown flag" in said
+    assert "hf_secret" not in said

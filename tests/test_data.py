@@ -245,6 +245,79 @@ def test_the_fingerprint_needs_no_file_names(tmp_path: Path) -> None:
     assert replace(split, labels=split.labels.copy()).fingerprint() == split.fingerprint()
 
 
+# Files left out
+
+
+def _list(file: Path, *paths: object) -> Path:
+    file.write_text("".join(f"{path}\n" for path in paths))
+    return file
+
+
+def test_listed_files_are_left_out_of_both_splits(photos: Path, tmp_path: Path) -> None:
+    folders = {"train_dir": photos / "train", "validation_dir": photos / "validation"}
+    out = [photos / "train" / "b" / "004.png", photos / "validation" / "c" / "101.png"]
+    whole, data = load(**folders), load(**folders, exclude=_list(tmp_path / "list.txt", *out))
+    for part, left_out in zip(("train", "validation"), out, strict=True):
+        before, after = getattr(whole, part), getattr(data, part)
+        assert names(after) == [name for name in names(before) if name != str(left_out)]
+        assert classes_of(after, data.labels) == [Path(name).parent.name for name in names(after)]
+    np.testing.assert_array_equal(np.asarray(data.train.image(15)), np.asarray(make_image(1, 5)))
+    held_out = load(train_dir=photos / "train", exclude=tmp_path / "list.txt")
+    assert len(held_out.train) + len(held_out.validation) == 26
+    assert str(out[0]) not in names(held_out.train) + names(held_out.validation)
+    settings = DataSettings(validation_dir=str(photos / "validation"), exclude=str(tmp_path / "list.txt"))
+    assert names(load_validation(settings, 0, data.labels)) == names(data.validation)
+
+
+def test_what_is_left_out_changes_the_fingerprint_whichever_file_it_is(tmp_path: Path) -> None:
+    """Of a large split the fingerprint reads a few names alone."""
+    make_folder(tmp_path / "train", classes=("a", "b"), per_class=100)
+
+    def fingerprint(*left_out: int) -> str:
+        exclude = _list(tmp_path / "list.txt", *(tmp_path / "train" / "a" / f"{number:03d}.png" for number in left_out))
+        data = load(train_dir=tmp_path / "train", validation_dir=tmp_path / "train", exclude=exclude)
+        return data.train.fingerprint()
+
+    prints = [fingerprint(number) for number in range(50, 60)]
+    whole = load(train_dir=tmp_path / "train", validation_dir=tmp_path / "train").train.fingerprint()
+    assert len({whole, *prints}) == 11
+    assert fingerprint() == whole
+    assert fingerprint(50) == prints[0]
+
+
+def test_a_list_fits_however_the_folder_is_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    exclude = _list(tmp_path / "list.txt", photos / "train" / "a" / "001.png", "train/../train/a/002.png")
+    for name in ("train", "./train/", str(photos / "train")):
+        data = load(train_dir=name, validation_dir="validation", exclude=exclude)
+        assert counts(data.train, 3) == [9, 9, 7]
+
+
+def test_listed_files_that_are_not_in_the_data_are_said(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {"train_dir": photos / "train", "validation_dir": photos / "validation"}
+    here = (photos / "train" / "a" / "000.png", photos / "validation" / "a" / "100.png")
+    load(**folders, exclude=_list(tmp_path / "list.txt", *here))
+    assert caplog.text == ""
+    load(**folders, exclude=_list(tmp_path / "list.txt", *here, "/gone/2.png", "/gone/1.png"))
+    assert "2 of 4 files are not in the data, the first is /gone/1.png" in caplog.text
+
+
+def test_a_class_of_which_nothing_is_left_is_named(photos: Path, tmp_path: Path) -> None:
+    exclude = _list(tmp_path / "list.txt", *(photos / "validation" / "b").iterdir())
+    folders = {"train_dir": photos / "train", "validation_dir": photos / "validation"}
+    assert "without a single validation image: b" in refusal(**folders, exclude=exclude)
+
+
+def test_a_class_that_training_lacks_may_be_left_out_of_validation(photos: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "validation", classes=("a", "b", "c", "x"), per_class=1)
+    folders = {"train_dir": photos / "train", "validation_dir": tmp_path / "validation"}
+    assert "training data lacks: x" in refusal(**folders)
+    exclude = _list(tmp_path / "list.txt", tmp_path / "validation" / "x" / "000.png")
+    assert load(**folders, exclude=exclude).labels == ["a", "b", "c"]
+
+
 # Data sets
 
 

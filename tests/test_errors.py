@@ -1,11 +1,12 @@
 """How a command ends on what the user can put right: a line and a code, once, and no traceback."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from lora_dist.errors import TrainingStoppedError, UserError, exit_on_user_error
+from lora_dist.errors import ProcessError, TrainingStoppedError, UserError, exit_on_user_error
 
 
 @exit_on_user_error
@@ -26,14 +27,30 @@ def test_an_error_of_the_user_is_a_line_and_a_code(
     assert capsys.readouterr() == ("", f"error: {error}\n")
 
 
-def test_only_the_first_process_says_it_and_all_end(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "said"),
+    [
+        ("0", "0", UserError("no such thing"), "error: no such thing\n"),
+        ("1", "1", UserError("no such thing"), ""),
+        ("1", "1", ProcessError("alone"), f"error: rank 1 on {socket.gethostname()}: alone\n"),
+        ("8", "0", UserError("no such thing"), f"error: rank 8 on {socket.gethostname()}: no such thing\n"),
+    ],
+)
+def test_one_process_of_each_node_says_it_and_all_end(
+    rank: str,
+    local_rank: str,
+    error: UserError,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    """The others of a node would say the same; those of another node may have met what is wrong there alone."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit) as end:
-        command(UserError("no such thing"))
+        command(error)
     assert end.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == said
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback_and_success_its_result() -> None:

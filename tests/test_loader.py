@@ -13,10 +13,11 @@ from tiny import make_folder
 from torch import Tensor
 from transformers import ViTImageProcessor
 
+from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import AugmentationSettings, DataSettings
 from lora_dist.data import ImageData, Split, load_data
 from lora_dist.errors import UserError
-from lora_dist.loader import Batch, TrainImages, batches, default_workers, evaluation_loader, train_loader
+from lora_dist.loader import batches, default_workers, evaluation_loader, train_loader
 from lora_dist.order import FILLER, Order, Shuffled
 from lora_dist.transforms import ImageTransforms
 
@@ -156,7 +157,8 @@ def test_types_and_shapes_are_as_described(data: ImageData) -> None:
     assert mixed.shares is not None
     assert (mixed.partner_labels.dtype, mixed.shares.dtype) == (torch.int64, torch.float32)
     moved = mixed.to(torch.device("meta"))
-    assert all(field is not None and field.device.type == "meta" for field in moved)
+    assert moved.unreadable is None
+    assert all(field is not None and field.device.type == "meta" for field in moved[:-1])
 
 
 def plain_folder(root: Path, colors: dict[str, int], per_class: int) -> Split:

@@ -13,10 +13,11 @@ from tiny import make_png, make_shards, write_parquet
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTImageProcessor
 
+from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import AugmentationSettings, DataSettings
 from lora_dist.data import load_data
 from lora_dist.errors import UserError
-from lora_dist.loader import Batch, TrainImages, batches, train_loader
+from lora_dist.loader import batches, train_loader
 from lora_dist.order import FILLER, Order
 from lora_dist.splits import TrainingSplit
 from lora_dist.streamed import load_streamed

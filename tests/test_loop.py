@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from launching import assert_same_run, lines_of, results_of, saved_in
+from launching import adapter_of, assert_same_run, lines_of, results_of, saved_in
 from torch import nn
 
 from lora_dist import train
+from lora_dist.batch import EvaluationImages
 from lora_dist.bundle import load_classifier
 from lora_dist.config import DataSettings
 from lora_dist.data import load_data
-from lora_dist.loader import EvaluationImages
+from lora_dist.handover import Handover
 from lora_dist.tracking import Tracker
 from lora_dist.transforms import ImageTransforms
 
@@ -164,6 +165,47 @@ def test_no_evaluation_is_logged_twice(
     assert saved_in(broken)["step"] == saved_in(broken)["settled_step"] == 4
     _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
     assert_same_run(broken, whole)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("eval_steps", "evaluated"), [("no", 0), (5, 2 * 9)])
+def test_the_final_evaluation_is_left_as_well_and_made_when_the_run_goes_on(
+    eval_steps: object, evaluated: int, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last state is saved before it, whatever is saved beside."""
+    more = (
+        "--eval_steps", eval_steps, "--checkpointing_steps", "no", "--per_device_eval_batch_size", 1,
+        "--metric_for_best_model", "loss",
+    )  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(vit, photos, whole, *more)
+    acts = {evaluated + 5: _sigterm}
+    assert _after(monkeypatch, EvaluationImages, "__getitems__", acts, (vit, photos, broken, *more)) == 75
+    assert saved_in(broken)["step"] == 9
+    assert not (broken / "adapter").exists()
+    _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
+    assert adapter_of(broken).keys() == adapter_of(whole).keys()
+    assert all(tensor.equal(adapter_of(whole)[name]) for name, tensor in adapter_of(broken).items())
+    assert results_of(broken)["eval_loss"] == results_of(whole)["eval_loss"]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_while_the_result_is_written_does_not_keep_it_from_being_whole(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the file that asks for a checkpoint, which there is by then, goes away."""
+    at_the_end = Handover.at_the_end
+
+    def signalled(self: Handover, *arguments: Any) -> None:
+        (tmp_path / "SAVE").touch()
+        _sigterm()
+        at_the_end(self, *arguments)
+
+    monkeypatch.setattr(Handover, "at_the_end", signalled)
+    _run(vit, photos, tmp_path, "--eval_steps", "no")
+    assert results_of(tmp_path)["step"] == 9
+    assert load_classifier(tmp_path / "adapter").labels == ["a", "b", "c"]
+    assert not (tmp_path / "SAVE").exists()
 
 
 @pytest.mark.parametrize(

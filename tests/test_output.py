@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import PeftModel
 from tiny import perturb
 
-from lora_dist import adapters, checkpoint
+from lora_dist import checkpoint
 from lora_dist.cli import flatten
 from lora_dist.config import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
@@ -103,7 +104,7 @@ def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: P
     perturb(pissa)
     output.begin(flatten(Settings()), SPLITS, pissa, 4)
     assert (output.adapter_init / "adapter_model.safetensors").read_bytes() == first
-    adapters.load_adapter(load_base(str(vit), ["a", "b"]).model, output.adapter_init)
+    PeftModel.from_pretrained(load_base(str(vit), ["a", "b"]).model, output.adapter_init)
 
 
 def test_a_start_from_scratch_has_its_own_start_of_pissa(vit: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Which precision a run trains in, and that what was launched is what is running."""
 
 import logging
+import os
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from lora_dist.errors import UserError
-from lora_dist.runtime import PACKAGES, choose_precision, environment, launch
+from lora_dist.runtime import PACKAGES, choose_precision, environment, launch, prepare_fsdp
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,51 @@ def test_without_a_gpu_auto_is_full_precision(monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("this machine has a GPU")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     assert launch("auto").mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "way_out"),
+    [
+        ("MASTER_ADDR", "127.0.0.1", "distributed_type: MULTI_GPU"),
+        ("SLURM_STEP_NUM_TASKS", "2", "slurm/train.sbatch"),
+        ("OMPI_COMM_WORLD_SIZE", "4", "accelerate launch"),
+        ("PMI_SIZE", "2", "accelerate launch"),
+    ],
+)
+def test_a_process_that_would_run_alone_among_others_is_refused(
+    variable: str, value: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would train the whole run, into the same files."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable}={value}.*{way_out}"):
+        launch("no")
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_single_task_of_a_scheduler_is_a_run_of_one_process(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(variable, "1")
+    assert launch("no").num_processes == 1
+
+
+@pytest.mark.parametrize("version", ["1", None])
+def test_the_first_fsdp_is_refused(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    if version:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        launch("no")
+
+
+def test_no_process_of_fsdp_loads_a_model_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` would, on all but the first, if a launch file asks for that or leaves it open."""
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    prepare_fsdp()
+    assert FullyShardedDataParallelPlugin().cpu_ram_efficient_loading is False
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"].lower() == "false"
 
 
 def test_the_record_of_a_run_names_versions_and_hardware() -> None:

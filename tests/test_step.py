@@ -11,10 +11,10 @@ from tiny import perturb
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import AugmentationSettings, DataSettings, LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.data import load_data
 from lora_dist.engine import Engine, make_engine
-from lora_dist.loader import Batch, TrainImages
 from lora_dist.model import Base, load_base, make_trainable, set_training
 from lora_dist.optimizer import make_optimizer
 from lora_dist.order import Order, Shuffled

@@ -23,9 +23,9 @@ from accelerate.utils import DistributedType
 from transformers import ViTConfig, ViTForImageClassification
 
 from lora_dist.adapters import inject
+from lora_dist.batch import Batch
 from lora_dist.config import LoraSettings, OptimizationSettings
 from lora_dist.engine import Engine, make_engine
-from lora_dist.loader import Batch
 from lora_dist.model import set_training
 from lora_dist.optimizer import make_optimizer
 from lora_dist.runtime import launch

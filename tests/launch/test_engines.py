@@ -10,6 +10,13 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from launching import ROOT, TIMEOUT, command, environment, free_port, lines_of, results_of, train
 from safetensors.torch import load_file
+from tiny import make_model
+from torch.nn.functional import cross_entropy
+
+from lora_dist.bundle import load_classifier
+from lora_dist.config import DataSettings
+from lora_dist.data import load_data
+from lora_dist.transforms import ImageTransforms
 
 LAUNCH_FILES = {
     "single": None,
@@ -107,6 +114,41 @@ def test_a_checkpoint_goes_on_under_any_engine(
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=tolerance)
 
 
+def test_fsdp2_that_keeps_weights_whole_after_the_forward_pass_saves_the_same(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an evaluation the model holds whole tensors, of which the optimizer knows nothing."""
+    text = (ROOT / "accelerate_configs" / "fsdp2_cpu.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "other.yaml"
+    file.write_text(text.replace("reshard_after_forward: true", "reshard_after_forward: false"), encoding="utf-8")
+    monkeypatch.setitem(LAUNCH_FILES, "fsdp2", str(file))
+    whole = _train("single", 4, vit, photos, tmp_path / "whole")
+    out = _train("fsdp2", 4, vit, photos, tmp_path / "run", "--eval_steps", 1)
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        expected, found = (load_file(root / "checkpoints" / f"step-{STEPS:08d}" / name) for root in (whole, out))
+        assert found.keys() == expected.keys() != set()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_all_processes_evaluate_with_the_statistics_that_are_handed_over(photos: Path, tmp_path: Path) -> None:
+    """Batch norms that train have gathered them on each process from its own samples."""
+    base = make_model(tmp_path / "resnet", "resnet")
+    train(
+        "--model_name_or_path", base, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--output_dir", tmp_path / "run", "--per_device_train_batch_size", 2, "--max_train_steps", 4,
+        "--gradient_accumulation_steps", 1, "--tuning", "full", "--eval_steps", "no", "--learning_rate", 1e-2,
+        launch_file="fsdp2_cpu.yaml",
+    )  # fmt: skip
+    written = load_classifier(tmp_path / "run" / "model")
+    data = load_data(DataSettings(train_dir=str(photos / "train"), validation_dir=str(photos / "validation")), 0)
+    pixels = ImageTransforms(written.processor).batch([data.validation.image(row) for row in range(9)])
+    with torch.inference_mode():
+        logits = written.model(pixel_values=pixels).logits
+    loss = float(cross_entropy(logits, torch.from_numpy(data.validation.labels)))
+    assert results_of(tmp_path / "run")["eval_loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_a_deepspeed_file_that_contradicts_the_settings_is_an_error_naming_both(
     vit: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -157,4 +199,5 @@ def test_launch_files_open_with_what_they_are_for(file: Path) -> None:
     comment = text[: text.index("compute_environment")]
     assert f"accelerate launch --config_file accelerate_configs/{file.name}" in comment
     assert "Choose it" in comment
+    assert "Costs" in comment
     assert load_config_from_file(str(file)).num_processes >= 1

@@ -1,6 +1,5 @@
 """Real launches that are signalled, asked to save, and lose a process: all end together, saved where that can be."""
 
-import re
 import signal
 import time
 from pathlib import Path
@@ -57,8 +56,8 @@ def test_ctrl_c_stops_one_process_and_it_goes_on_to_the_same_bits(vit: Path, pic
         assert launch.wait() == 75
     saved = saved_in(broken)
     assert saved["logged_step"] < saved["step"] < 20
-    # Of two signals that wait, either comes first.
-    assert re.search("SIG(INT|TERM): saving and stopping after this update", launch.text)
+    # Whichever of two signals that are there at once is handled first.
+    assert launch.text.count(": saving and stopping after this update") == 1
     assert f"stopped: after update {saved['step']} of 20, which is saved" in launch.text
     assert "Traceback" not in launch.text
     train(*_arguments(vit, pictures, broken, *more, *RESUME))

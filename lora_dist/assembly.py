@@ -1,0 +1,174 @@
+"""A run put together from its settings: data, model, order, and what drives and records them."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from accelerate import Accelerator
+
+from lora_dist import streamed
+from lora_dist.agreement import VISIBLE_SECONDS, require_agreement
+from lora_dist.batch import TrainImages
+from lora_dist.batch_size import fit_batch_size
+from lora_dist.checkpoint import Checkpoint
+from lora_dist.cli import flatten
+from lora_dist.config import Settings
+from lora_dist.data import ImageData, load_data
+from lora_dist.engine import make_engine
+from lora_dist.errors import Problems
+from lora_dist.evaluation import Evaluator
+from lora_dist.handover import Handover
+from lora_dist.loop import Job
+from lora_dist.model import Base, count_parameters, make_trainable
+from lora_dist.optimizer import make_optimizer
+from lora_dist.order import Order
+from lora_dist.output import Output
+from lora_dist.preemption import Preemption
+from lora_dist.preflight import Preflight
+from lora_dist.publisher import Publisher
+from lora_dist.room import Sizes, require_room
+from lora_dist.schedule import Schedule
+from lora_dist.start import Start, load_start
+from lora_dist.state import Checkpointer, Progress
+from lora_dist.tracking import Tracker
+from lora_dist.transforms import ImageTransforms
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run that is ready to begin, or to go on.
+
+    Attributes:
+        job: what `fit` drives.
+        progress: where it stands.
+        handover: what it leaves behind.
+        data: that it trains on.
+        parameters: trainable and all.
+        sizes: of what it writes.
+    """
+
+    job: Job
+    progress: Progress
+    handover: Handover
+    data: ImageData
+    parameters: tuple[int, int]
+    sizes: Sizes
+
+
+def assemble(
+    settings: Settings,
+    accelerator: Accelerator,
+    output: Output,
+    resumed: Checkpoint | None,
+    publisher: Publisher | None,
+    problems: Problems,
+) -> Parts:
+    """Loads, checks and connects all parts of a run. Called on every process.
+
+    Args:
+        settings: as given.
+        accelerator: of the launch.
+        output: directory of the run.
+        resumed: to go on from.
+        publisher: pushes to the Hub, on the process that has it.
+        problems: takes note, in a dry run, of what speaks against the run.
+
+    Raises:
+        UserError: something of it is not there, does not fit, or is not the same on all processes.
+    """
+    run, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
+    with preflight.first_process_first("loaded", accelerator):
+        if settings.data.streaming:
+            data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
+        else:
+            data = load_data(settings.data, run.seed)
+        settings, base, start = load_start(settings, data.labels)
+    transforms = ImageTransforms(base.processor, settings.augmentation)
+    model = make_trainable(base, settings.model, settings.lora)
+    if start is not None:
+        start.load_into(model)
+    if settings.optimization.auto_batch_size:
+        fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
+        settings = settings.model_copy(update={"optimization": fitting})
+    parameters = count_parameters(model)
+    sizes = Sizes.of(model, settings.model.tuning == "full", run.save_total_limit)
+    with problems.noted():
+        if accelerator.is_main_process:
+            require_room(output.root, sizes)
+
+    optimization = settings.optimization
+    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
+    order = Order(
+        arrangement=data.train.arrangement(run.seed),
+        per_device_batch=optimization.per_device_train_batch_size,
+        accumulation=optimization.gradient_accumulation_steps,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    schedule = Schedule.of(optimization, order.steps_per_epoch)
+    identity = _identity(settings, base, start, data, order)
+    preflight.arrive("ready")
+    require_agreement(
+        accelerator,
+        None if run.dry_run else output.root,
+        _facts(settings, identity, data, resumed),
+        min(VISIBLE_SECONDS, run.ddp_timeout / 2),
+    )
+
+    engine = make_engine(accelerator, model, optimizer, optimization)
+    checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
+    progress = Progress()
+    with problems.noted():
+        progress = checkpointer.restore(resumed) if resumed is not None else progress
+    writes = accelerator.is_main_process and not run.dry_run
+    if writes:
+        output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
+    handover = Handover(base, data, parameters, output, publisher)
+    job = Job(
+        settings=settings,
+        engine=engine,
+        images=TrainImages(
+            data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip"
+        ),
+        order=order,
+        schedule=schedule,
+        evaluator=Evaluator(
+            accelerator,
+            engine.model,
+            data.validation,
+            transforms,
+            data.labels,
+            optimization.per_device_eval_batch_size,
+            settings.data,
+        ),
+        checkpointer=checkpointer,
+        preemption=Preemption(accelerator, output.save_request),
+        tracker=Tracker(output.root, enabled=writes, first_step=progress.step, total_steps=schedule.total_steps),
+        on_best=handover.after_best,
+    )
+    return Parts(job, progress, handover, data, parameters, sizes)
+
+
+def _identity(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:
+    """What a checkpoint has to share with a run that goes on from it."""
+    return {
+        "base": base.fingerprint,
+        "start": start.fingerprint() if start is not None else None,
+        "tuning": settings.model.tuning,
+        "seed": settings.run.seed,
+        "effective_batch": order.effective_batch,
+        "train_data": data.train.fingerprint(),
+        "order": order.arrangement.description,
+    }
+
+
+def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:
+    """What the processes of a launch have to share."""
+    return {
+        "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
+        "validation_data": data.validation.fingerprint(),
+        **identity,
+        **settings.optimization.model_dump(),
+        **settings.lora.model_dump(),
+        **settings.augmentation.model_dump(),
+    }

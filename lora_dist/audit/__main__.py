@@ -1,0 +1,132 @@
+"""Looks for faults in a data set before it is trained on: `python -m lora_dist.audit --train_dir DIR …`.
+
+Needs neither torch nor `datasets`. Exit codes: 0 nothing found, 2 settings to put right, 3 warnings, 4 errors.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_dist.audit.settings import AuditSettings, contradictions
+from lora_dist.cli import argv_or, parse
+from lora_dist.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from lora_dist.audit.findings import File, Scanned
+    from lora_dist.audit.report import Report
+
+DESCRIPTION = """Look for faults in a folder of images before training on it: files that cannot be read, duplicates,
+leaks between training and validation, classes that lack images. Writes a report, and a list of files to leave out for
+lora_dist.train --exclude. Exit codes: 0 nothing found, 2 settings to put right, 3 warnings, 4 errors."""
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Scans, reports, and exits with the code of the worst finding."""
+    settings = parse(
+        AuditSettings,
+        argv_or(argv),
+        prog="lora_dist.audit",
+        description=DESCRIPTION,
+        contradictions=contradictions,
+        takes_config=False,
+    )
+    # What follows imports numpy and Pillow; a mistake in the settings has been reported by now.
+    from lora_dist.audit.findings import exit_code
+
+    output = Path(settings.run.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "quarantine.txt").touch()
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: {error.strerror}") from error
+    report = audit(settings)
+    _write(report, output, _workers(settings))
+    sys.exit(exit_code(report.findings))
+
+
+def audit(settings: AuditSettings) -> Report:
+    """Scans the data and checks it.
+
+    Raises:
+        UserError: there is nothing to audit.
+    """
+    from lora_dist import demo
+    from lora_dist.audit.checks import check
+    from lora_dist.audit.findings import File
+    from lora_dist.audit.report import Report
+    from lora_dist.exclusions import absolute, read_exclusions
+    from lora_dist.folders import read_class_folders
+
+    data = settings.data
+    named = {"train": data.train_dir, "validation": data.validation_dir}
+    folders = {split: demo.local_path(name) for split, name in named.items() if name}
+    excluded = read_exclusions(data.exclude) if data.exclude else frozenset()
+    files: list[File] = []
+    classes: dict[str, None] = {}
+    for split, folder in folders.items():
+        found = read_class_folders(folder)
+        classes |= dict.fromkeys(found.classes)
+        files += (
+            File(path, split, found.classes[label])
+            for path, label in zip(found.paths, found.labels, strict=True)
+            if absolute(path) not in excluded
+        )
+    scanned = _scan(files, _workers(settings))
+    findings = check(scanned, list(classes), "validation" in folders, settings.checks)
+    return Report(folders, list(classes), scanned, findings, excluded)
+
+
+def _workers(settings: AuditSettings) -> int:
+    return settings.run.num_workers or len(os.sched_getaffinity(0))
+
+
+def _scan(files: Sequence[File], workers: int) -> Scanned:
+    from tqdm import tqdm
+
+    from lora_dist.audit.findings import Scanned
+    from lora_dist.audit.pool import in_processes
+    from lora_dist.audit.scan import Facts, scan
+
+    died = Facts("unreadable", "the process that read it died")
+    facts = [died] * len(files)
+    results = in_processes(scan, [file.path for file in files], workers, died)
+    bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    for place, found in bar:
+        facts[place] = found
+    return Scanned(files, facts)
+
+
+def _write(report: Report, output: Path, workers: int) -> None:
+    """Writes the three files and prints what was found."""
+    from lora_dist.audit.findings import left_out
+    from lora_dist.audit.pool import in_processes
+    from lora_dist.audit.report import write_json, write_page, write_quarantine
+    from lora_dist.audit.thumbnails import thumbnail
+
+    def thumbnails(places: Sequence[int]) -> dict[int, str]:
+        readable = [place for place in places if not report.scanned.facts[place].fault]
+        paths = [report.scanned.files[place].path for place in readable]
+        return {readable[place]: found for place, found in in_processes(thumbnail, paths, workers, "")}
+
+    page, quarantine = output / "report.html", output / "quarantine.txt"
+    write_quarantine(report, quarantine)
+    write_json(report, output / "report.json")
+    write_page(report, page, thumbnails)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for line in report.lines():
+        print(line)
+    out = len(report.excluded) + len(left_out(report.findings))
+    if out:
+        print(f"{out:,} files to leave out: lora_dist.train --exclude {quarantine}")
+    print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    main()

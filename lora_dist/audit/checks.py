@@ -1,0 +1,129 @@
+"""Facts about files to findings: faults of single files, copies of one image, and how the classes are filled."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from PIL import Image
+
+from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
+from lora_dist.audit.settings import Checks
+from lora_dist.audit.similar import connected, near_pairs
+
+SAME_FORMAT = {"MPO": "JPEG"}
+"""Several JPEG images in one file, as telephones write them, are a JPEG file to everyone else."""
+
+
+def check(scanned: Scanned, classes: Sequence[str], has_validation: bool, checks: Checks) -> list[Finding]:
+    """All findings, by kind.
+
+    Args:
+        scanned: the files.
+        classes: names of all classes, those without files included.
+        has_validation: whether there is a validation split; else training holds a part out.
+        checks: limits.
+    """
+    findings = [*_single(scanned, checks), *_exact(scanned), *_near(scanned, checks.near_distance)]
+    out = left_out(findings)
+    counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
+    for place, file in enumerate(scanned.files):
+        if place not in out:
+            counts[file.split][file.label] += 1
+    findings += _classes(classes, counts["train"], counts["validation"] if has_validation else None, checks)
+    order = list(KINDS)
+    return sorted(findings, key=lambda finding: (order.index(finding.kind.name), finding.files))
+
+
+def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
+    """Faults of single files."""
+    formats = Image.registered_extensions()
+    for place, (file, facts) in enumerate(zip(*scanned, strict=True)):
+        if facts.fault:
+            yield Finding(KINDS[facts.fault], facts.message, [place], left_out=[place])
+            continue
+        suffix = os.path.splitext(file.path)[1].lower()
+        if formats.get(suffix, facts.format) != SAME_FORMAT.get(facts.format, facts.format):
+            yield Finding(KINDS["wrong_extension"], f"{suffix} with the content of {facts.format}", [place])
+        if facts.width * facts.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [place])
+        if max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
+            yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [place])
+
+
+def _exact(scanned: Scanned) -> Iterator[Finding]:
+    """Groups of images with the same pixels."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for place, facts in enumerate(scanned.facts):
+        if facts.digest:
+            groups[facts.digest].append(place)
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        train, validation = (_of_split(scanned, group, split) for split in ("train", "validation"))
+        conflict = len({scanned.files[place].label for place in group}) > 1
+        if conflict:
+            yield Finding(KINDS["conflict"], _labels(scanned, group), group, left_out=group)
+        if train and validation:
+            yield Finding(KINDS["leak"], "", group, left_out=train + validation[1:])
+        elif not conflict:
+            yield Finding(KINDS["duplicate"], "", group, left_out=group[1:])
+
+
+def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
+    """Groups of images that look the same, of which each looks the same as another one of its group."""
+    if not distance:
+        return
+    # Of exact copies, one in each class of each split stands for the others.
+    firsts: dict[tuple[bytes, str, str], int] = {}
+    for place, (file, facts) in enumerate(zip(*scanned, strict=True)):
+        if facts.digest:
+            firsts.setdefault((facts.digest, file.split, file.label), place)
+    places = list(firsts.values())
+    facts_of = [scanned.facts[place] for place in places]
+    pairs: dict[str, list[tuple[int, int]]] = {"near_leak": [], "near_conflict": [], "near_duplicate": []}
+    for pair in near_pairs([facts.look for facts in facts_of], [facts.colors for facts in facts_of], distance):
+        first, second = (places[place] for place in pair)
+        if scanned.facts[first].digest == scanned.facts[second].digest:
+            continue
+        one, other = scanned.files[first], scanned.files[second]
+        if one.label != other.label:
+            pairs["near_conflict"].append((first, second))
+        if one.split != other.split:
+            pairs["near_leak"].append((first, second))
+        elif one.label == other.label:
+            pairs["near_duplicate"].append((first, second))
+    for group in connected(pairs["near_leak"]):
+        yield Finding(KINDS["near_leak"], "", group, left_out=_of_split(scanned, group, "train"))
+    for group in connected(pairs["near_conflict"]):
+        yield Finding(KINDS["near_conflict"], _labels(scanned, group), group)
+    for group in connected(pairs["near_duplicate"]):
+        yield Finding(KINDS["near_duplicate"], "", group, proposed=group[1:])
+
+
+def _of_split(scanned: Scanned, group: Iterable[int], split: str) -> list[int]:
+    return [place for place in group if scanned.files[place].split == split]
+
+
+def _labels(scanned: Scanned, group: Iterable[int]) -> str:
+    return " and ".join(dict.fromkeys(scanned.files[place].label for place in group))
+
+
+def _classes(
+    classes: Sequence[str], train: Counter[str], validation: Counter[str] | None, checks: Checks
+) -> Iterator[Finding]:
+    """How many images each class has, when what should be left out has been."""
+    for name in classes:
+        if validation is not None and bool(train[name]) != bool(validation[name]):
+            yield Finding(KINDS["one_split"], f"{name}: {train[name]} training, {validation[name]} validation images")
+        elif validation is None and train[name] == 1:
+            yield Finding(KINDS["one_split"], f"{name}: one image, of which none can be held out for validation")
+        if train[name] < checks.min_class_images and (train[name] or not (validation and validation[name])):
+            yield Finding(KINDS["few_images"], f"{name}: {_images(train[name])}")
+    if train:
+        (largest, most), (smallest, least) = train.most_common(1)[0], train.most_common()[-1]
+        if most > checks.max_imbalance * least:
+            yield Finding(KINDS["imbalance"], f"{largest}: {_images(most)}, {smallest}: {_images(least)}")
+
+
+def _images(count: int) -> str:
+    return f"{count:,} training image" + "s" * (count != 1)

@@ -1,0 +1,76 @@
+"""Work on files in processes, of which one may die: that costs the file it was at, and nothing else."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+R = TypeVar("R")
+
+FILES_AT_ONCE = 16
+
+
+def in_processes(work: Callable[[str], R], paths: Sequence[str], workers: int, died: R) -> Iterator[tuple[int, R]]:
+    """Yields the place of each path with what `work` makes of it, in the order in which they are done.
+
+    Args:
+        work: a function of a module, which raises nothing.
+        paths: to work on.
+        workers: processes.
+        died: stands for the result where a process died, of a crash in a decoder or for want of memory.
+    """
+    chunks = deque(range(len(paths))[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE))
+    while chunks:
+        lost = yield from _run(work, paths, chunks, workers, ahead=2 * workers)
+        # One at a time, to see which one it was.
+        suspects = deque(range(place, place + 1) for chunk in lost for place in chunk)
+        while suspects:
+            for (place,) in (yield from _run(work, paths, suspects, workers=1, ahead=1)):
+                yield place, died
+
+
+def _run(
+    work: Callable[[str], R], paths: Sequence[str], chunks: deque[range], workers: int, ahead: int
+) -> Generator[tuple[int, R], None, list[range]]:
+    """Takes chunks off the left until none is left or a process dies; returns those that were lost with it."""
+    running: dict[Future[list[R]], range] = {}
+    # A fork would have the threads' locks of this process, but not its threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_set_up) as pool:
+        try:
+            while chunks or running:
+                while chunks and len(running) < ahead:
+                    running[pool.submit(_work_on, work, [paths[place] for place in chunks[0]])] = chunks[0]
+                    chunks.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield from zip(running[future], future.result(), strict=True)
+                    del running[future]
+        except BrokenProcessPool:
+            pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return list(running.values())
+
+
+def _work_on(work: Callable[[str], R], paths: list[str]) -> list[R]:
+    return [work(path) for path in paths]
+
+
+def _set_up() -> None:
+    # Ctrl-C is for the command, and what Pillow warns of is in the report.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

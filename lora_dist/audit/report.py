@@ -1,0 +1,201 @@
+"""The report of an audit: an HTML page that needs no other file, JSON, and lines for the terminal."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from lora_dist.audit.findings import KINDS, Finding, Kind, Scanned, Severity, exit_code, left_out
+from lora_dist.exclusions import Section, write_exclusions
+
+SHOWN_FINDINGS = 40
+"""Of each kind in the page; the JSON has them all."""
+SHOWN_FILES = 8
+"""Of each finding in the page."""
+SHOWN_LINES = 3
+"""Of each kind in the terminal."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found, and where.
+
+    Attributes:
+        folders: directory of each split.
+        classes: names of all classes.
+        scanned: the files.
+        findings: by kind, the worst first.
+        excluded: files that were left out from the start, by a list.
+    """
+
+    folders: Mapping[str, str]
+    classes: Sequence[str]
+    scanned: Scanned
+    findings: Sequence[Finding]
+    excluded: Collection[str] = ()
+
+    def by_kind(self) -> dict[Kind, list[Finding]]:
+        """Findings of each kind that there is."""
+        found = {
+            kind: [finding for finding in self.findings if finding.kind.name == name] for name, kind in KINDS.items()
+        }
+        return {kind: findings for kind, findings in found.items() if findings}
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of the whole."""
+        severities = Counter(finding.kind.severity for finding in self.findings)
+        splits = Counter(file.split for file in self.scanned.files)
+        return {
+            "images": len(self.scanned.files),
+            "train": splits["train"],
+            "validation": splits["validation"],
+            "classes": len(self.classes),
+            "errors": severities[Severity.ERROR],
+            "warnings": severities[Severity.WARNING],
+            "left_out": len(left_out(self.findings)),
+        }
+
+    def class_counts(self) -> list[dict[str, Any]]:
+        """For each class its files by split, and how many training images remain without those left out."""
+        counts = Counter((file.split, file.label) for file in self.scanned.files)
+        files = self.scanned.files
+        gone = Counter(files[place].label for place in left_out(self.findings) if files[place].split == "train")
+        return [
+            {
+                "class": name,
+                "train": counts["train", name],
+                "validation": counts["validation", name],
+                "train_kept": counts["train", name] - gone[name],
+            }
+            for name in self.classes
+        ]
+
+    def lines(self) -> Iterator[str]:
+        """A summary for the terminal."""
+        counts = self.counts()
+        yield (
+            f"{counts['images']:,} images in {counts['classes']:,} classes ({counts['train']:,} training, "
+            f"{counts['validation']:,} validation): {counts['errors']:,} errors, {counts['warnings']:,} warnings"
+        )
+        for kind, findings in self.by_kind().items():
+            yield f"{kind.severity}: {kind.title.lower()}: {len(findings):,}"
+            yield from (f"    {self._line(finding)}" for finding in findings[:SHOWN_LINES])
+            if len(findings) > SHOWN_LINES:
+                yield f"    and {len(findings) - SHOWN_LINES:,} more"
+
+    def _line(self, finding: Finding) -> str:
+        names = [visible(self.scanned.files[place].path) for place in finding.files[:SHOWN_LINES]]
+        more = [f"{len(finding.files) - SHOWN_LINES:,} more"] if len(finding.files) > SHOWN_LINES else []
+        message = [visible(finding.message)] if finding.message else []
+        return ": ".join([*([", ".join(names + more)] if names else []), *message])
+
+
+def visible(text: str) -> str:
+    """Text on one line, with escapes for what would not be seen: line breaks, controls, bytes that are not UTF-8."""
+    return "".join(
+        # A joiner holds emoji together.
+        character if character.isprintable() or character == "\u200d" else ascii(character)[1:-1]
+        for character in text
+    )
+
+
+def write_json(report: Report, file: Path) -> None:
+    """Writes all findings with all their files."""
+    content = {
+        "folders": report.folders,
+        "exit_code": exit_code(report.findings),
+        "counts": report.counts(),
+        "classes": report.class_counts(),
+        "findings": [
+            {
+                "kind": finding.kind.name,
+                "severity": finding.kind.severity,
+                "message": finding.message,
+                "files": [_described(report.scanned, place) for place in finding.files],
+                "left_out": [report.scanned.files[place].path for place in finding.left_out],
+            }
+            for finding in report.findings
+        ],
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    # Of a name that is not UTF-8 the escapes are those of JSON.
+    file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _described(scanned: Scanned, place: int) -> dict[str, Any]:
+    file, facts = scanned.files[place], scanned.facts[place]
+    described: dict[str, Any] = {"path": file.path, "split": file.split, "class": file.label}
+    return described | ({} if facts.fault else {"format": facts.format, "width": facts.width, "height": facts.height})
+
+
+def write_page(report: Report, file: Path, thumbnails: Callable[[Sequence[int]], dict[int, str]]) -> None:
+    """Writes the HTML page.
+
+    Args:
+        report: to show.
+        file: to write.
+        thumbnails: gives the `data:` addresses of the files at some places; empty ones for unreadable files.
+    """
+    by_kind = {kind: findings[:SHOWN_FINDINGS] for kind, findings in report.by_kind().items()}
+    shown = {place for some in by_kind.values() for finding in some for place in finding.files[:SHOWN_FILES]}
+    pictures = thumbnails(sorted(shown))
+    numbers = Counter(finding.kind for finding in report.findings)
+    out = left_out(report.findings)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"visible": visible, "number": "{:,}".format}
+    source = (resources.files("lora_dist.audit") / "report.html").read_text(encoding="utf-8")
+    page = environment.from_string(source).render(
+        report=report,
+        counts=report.counts(),
+        class_counts=report.class_counts(),
+        worst=exit_code(report.findings),
+        sections=[
+            {
+                "kind": kind,
+                "number": numbers[kind],
+                "findings": [_shown(report, finding, pictures, out) for finding in findings],
+            }
+            for kind, findings in by_kind.items()
+        ],
+    )
+    file.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _shown(report: Report, finding: Finding, pictures: dict[int, str], out: set[int]) -> dict[str, Any]:
+    images = []
+    for place in finding.files[:SHOWN_FILES]:
+        path, split, _ = report.scanned.files[place]
+        images.append(
+            {
+                "path": path,
+                "name": os.path.relpath(path, report.folders[split]),
+                "split": split,
+                "facts": report.scanned.facts[place],
+                "picture": pictures.get(place, ""),
+                "left_out": place in out,
+            }
+        )
+    return {"message": finding.message, "images": images, "more": max(0, len(finding.files) - SHOWN_FILES)}
+
+
+def write_quarantine(report: Report, file: Path) -> None:
+    """Writes the list of files to leave out, each under the first kind of finding that says so.
+
+    Those that an earlier list left out come first: it may be the one that is replaced.
+    """
+    names = report.scanned.files
+    listed: set[int] = set()
+    sections = [Section("Listed before", sorted(report.excluded))] if report.excluded else []
+    for attribute, active in (("left_out", True), ("proposed", False)):
+        for kind, findings in report.by_kind().items():
+            places = {place for finding in findings for place in getattr(finding, attribute)} - listed
+            listed |= places
+            if places:
+                sections.append(Section(kind.title, [names[place].path for place in sorted(places)], active))
+    write_exclusions(file, sections)

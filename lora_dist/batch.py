@@ -1,0 +1,215 @@
+"""Samples of a split to a batch of tensors, as the worker processes of a loader make it."""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lora_dist.config import AugmentationSettings
+from lora_dist.data import Split
+from lora_dist.images import UnreadableImageError, load_rgb
+from lora_dist.order import FILLER, Sample
+from lora_dist.splits import Encoded, Reader, TrainingSplit
+from lora_dist.transforms import ImageTransforms, mix_pair
+
+logger = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """A micro-batch.
+
+    Attributes:
+        pixel_values: float32 [B, 3, H, W].
+        labels: int64 [B].
+        weights: float32 [B], 1 or 0; a sample of weight 0 only keeps the processes in step.
+        indices: int64 [B], rows of the split.
+        partner_labels: int64 [B], class of what was mixed in; None without mixing.
+        shares: float32 [B], share of `labels`; None without mixing.
+        unreadable: bool [B], samples of weight 0 whose image could not be read and is black here; None where such an
+            image ends the run.
+    """
+
+    pixel_values: Tensor
+    labels: Tensor
+    weights: Tensor
+    indices: Tensor
+    partner_labels: Tensor | None = None
+    shares: Tensor | None = None
+    unreadable: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; the copy overlaps the host where memory is pinned."""
+        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return Batch(*moved)  # type: ignore[arg-type]  # only the optional fields can be None
+
+
+class Part(NamedTuple):
+    """What one worker process contributes to a micro-batch: the samples of its lanes.
+
+    Attributes:
+        content: the samples, or once they are fetched the batch of them; None where there are none.
+        places: places of the samples in the micro-batch, shape [B].
+        parts: number of parts of the micro-batch.
+    """
+
+    content: Any
+    places: Tensor
+    parts: int
+
+
+class TrainImages(Dataset):
+    """Random views of the training split, fetched a micro-batch, or a part of one, at a time."""
+
+    def __init__(
+        self,
+        split: TrainingSplit,
+        transforms: ImageTransforms,
+        augmentation: AugmentationSettings,
+        seed: int,
+        skip_bad_images: bool = False,
+    ) -> None:
+        """
+        Args:
+            split: to read from.
+            transforms: of the model's processor.
+            augmentation: which mixing there is.
+            seed: of the views.
+            skip_bad_images: give an image that cannot be read no weight, rather than to raise.
+        """
+        self.split = split
+        self._reader: Reader | None = None
+        self.transforms = transforms
+        self.mixing = (augmentation.mixup_alpha, augmentation.cutmix_alpha)
+        self.seed = seed
+        self._skipping = Skipping() if skip_bad_images else None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, part: Part) -> Part | UnreadableImageError:
+        try:
+            return part._replace(content=self.batch(part.content) if part.content else None)
+        except UnreadableImageError as error:
+            return error
+
+    def close(self) -> None:
+        """Lets go of what has been read ahead, so that worker processes do not inherit it."""
+        self._reader = None
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """The micro-batch of `samples`, which are of one epoch; raises `UnreadableImageError`."""
+        if samples[0].row == FILLER:
+            return self._filler()
+        if self._reader is None:
+            self._reader = self.split.reader()
+        epoch = samples[0].epoch
+        pairs = any(self.mixing)
+        rows = [row for sample in samples for row in ((sample.row, sample.partner) if pairs else (sample.row,))]
+        encoded = self._reader.read(epoch, rows)
+        views = {row: self._view(one, epoch, row) for row, one in encoded.items()}
+        known = {row for row, view in views.items() if view is not None}
+        # Where one of a pair cannot be read, the other is mixed with itself: that leaves it as it is.
+        partners = [sample.partner if {sample.row, sample.partner} <= known else sample.row for sample in samples]
+        images = {row: self._black() if view is None else view for row, view in views.items()}
+        batch = Batch(
+            pixel_values=torch.stack([images[sample.row] for sample in samples]),
+            labels=torch.tensor([encoded[sample.row].label for sample in samples]),
+            weights=torch.tensor([sample.weight if sample.row in known else 0.0 for sample in samples]),
+            indices=torch.tensor([sample.row for sample in samples]),
+            unreadable=self._marks([sample.weight > 0 and sample.row not in known for sample in samples]),
+        )
+        if not pairs:
+            return batch
+        mixed = [
+            mix_pair(images[sample.row], images[partner], *self.mixing, (self.seed, epoch, sample.row, sample.position))
+            for sample, partner in zip(samples, partners, strict=True)
+        ]
+        return batch._replace(
+            pixel_values=torch.stack([image for image, _ in mixed]),
+            partner_labels=torch.tensor([encoded[partner].label for partner in partners]),
+            shares=torch.tensor([share for _, share in mixed]),
+        )
+
+    def _view(self, one: Encoded, epoch: int, row: int) -> Tensor | None:
+        """An image as augmented; None where it cannot be read and may be left out."""
+        try:
+            return self.transforms.training(load_rgb(one.source, one.name), (self.seed, epoch, row))
+        except UnreadableImageError as error:
+            if self._skipping is None:
+                raise
+            self._skipping.note(error)
+            return None
+
+    def _filler(self) -> Batch:
+        """A black image of no weight."""
+        return Batch(
+            pixel_values=self._black()[None],
+            labels=torch.tensor([0]),
+            weights=torch.tensor([0.0]),
+            indices=torch.tensor([FILLER]),
+            partner_labels=torch.tensor([0]) if any(self.mixing) else None,
+            shares=torch.tensor([1.0]) if any(self.mixing) else None,
+            unreadable=self._marks([False]),
+        )
+
+    def _black(self) -> Tensor:
+        return torch.zeros(3, self.transforms.height, self.transforms.width)
+
+    def _marks(self, unreadable: list[bool]) -> Tensor | None:
+        return None if self._skipping is None else torch.tensor(unreadable)
+
+
+class EvaluationImages(Dataset):
+    """The validation split as the processor makes it, fetched a batch at a time."""
+
+    def __init__(self, split: Split, transforms: ImageTransforms, skip_bad_images: bool = False) -> None:
+        """
+        Args:
+            split: to read from.
+            transforms: of the model's processor.
+            skip_bad_images: give an image that cannot be read no weight, rather than to raise.
+        """
+        self.split = split
+        self.transforms = transforms
+        self._skipping = Skipping() if skip_bad_images else None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: list[int]) -> Batch | UnreadableImageError:
+        try:
+            views = [self._view(max(row, 0)) for row in indices]
+        except UnreadableImageError as error:
+            return error
+        black = torch.zeros(3, self.transforms.height, self.transforms.width)
+        real = [row != FILLER and view is not None for row, view in zip(indices, views, strict=True)]
+        return Batch(
+            pixel_values=torch.stack([black if view is None else view for view in views]),
+            labels=torch.from_numpy(self.split.labels[[max(row, 0) for row in indices]]),
+            weights=torch.tensor([float(known) for known in real]),
+            indices=torch.tensor([row if known else FILLER for row, known in zip(indices, real, strict=True)]),
+        )
+
+    def _view(self, row: int) -> Tensor | None:
+        try:
+            return self.transforms.evaluation(self.split.image(row))
+        except UnreadableImageError as error:
+            if self._skipping is None:
+                raise
+            self._skipping.note(error)
+            return None
+
+
+class Skipping:
+    """Says which images are left out, each once in a process."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def note(self, error: UnreadableImageError) -> None:
+        """Takes note of an image, from whichever process meets it."""
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            logger.error("left out, because it cannot be read: %s", error)

@@ -1,0 +1,84 @@
+"""Curves on disk, as TensorBoard's events and as JSON lines: neither stops a run when it cannot be written."""
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Board:
+    """TensorBoard's writer, without which a run can go on: on a full disk it fails, at any later call."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """
+        Args:
+            directory: for the event files.
+            first_step: what was written of later steps is hidden.
+        """
+        self._directory = directory
+        self._writer: SummaryWriter | None = SummaryWriter(str(directory), purge_step=first_step + 1)
+
+    def write(self, write: Callable[..., object], *arguments: object, **options: object) -> None:
+        """Calls a method of the writer, until that has failed once."""
+        if self._writer is None:
+            return
+        try:
+            if not self._directory.is_dir():
+                logger.error("%s is gone; the curves begin anew", self._directory)
+                self._writer = SummaryWriter(str(self._directory))
+            write(self._writer, *arguments, **options)
+        except Exception as error:
+            # Whatever its thread met is raised here.
+            logger.error("TensorBoard ends here: %s. Training goes on; metrics.jsonl has the numbers.", error)
+            self._writer = None
+
+
+class Lines:
+    """A file of lines. One that cannot be written is kept for the next time."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """
+        Args:
+            path: of the file.
+            first_step: lines of later steps are removed.
+        """
+        self._path = path
+        self._waiting: list[str] = []
+        _drop_lines_after(path, first_step)
+
+    def write(self, line: str) -> None:
+        """Adds a line, and those that wait."""
+        self._waiting.append(line)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                content = "".join(self._waiting).encode()
+                if file.write(content) < len(content):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if len(self._waiting) == 1:
+                logger.error("cannot write to %s: %s. Its lines wait.", self._path, error)
+        else:
+            self._waiting.clear()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Removes the JSON lines of updates that a resumed run will do again, and a half-written last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

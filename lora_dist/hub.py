@@ -1,0 +1,171 @@
+"""The Hugging Face Hub through its own client: opens a repository, uploads a directory, brings a bundle here.
+
+The client finds the token itself, in HF_TOKEN or where `hf auth login` left it. Here nothing is told what it is, and
+what the client says is passed on without anything that might be secret.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from lora_dist.errors import UserError
+
+T = TypeVar("T")
+
+LOG_IN = "log in by `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
+ANSWER_SECONDS = 60.0
+"""How long the Hub may take to open a repository; the client itself would wait for ever."""
+PASSING = (408, 409, 412, 425, 429)
+"""Client errors that go away: a time-out, a commit made meanwhile, too many requests."""
+NEEDED = ["*.json", "*.safetensors", "*.py"]
+"""What a bundle or a model may consist of."""
+
+_NAME = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
+
+
+class HubError(Exception):
+    """Something failed between here and the Hub.
+
+    Attributes:
+        passing: whether it may go away by itself.
+    """
+
+    def __init__(self, message: str, passing: bool) -> None:
+        """
+        Args:
+            message: without secrets.
+            passing: whether it may go away by itself.
+        """
+        super().__init__(message)
+        self.passing = passing
+
+
+def require_login() -> None:
+    """Raises a `HubError` where it is plain that nothing can be written."""
+    from huggingface_hub import get_token, is_offline_mode
+
+    if is_offline_mode():
+        raise HubError("HF_HUB_OFFLINE is set; unset it", passing=False)
+    if get_token() is None:
+        raise HubError(f"there is no token: {LOG_IN}", passing=False)
+
+
+def open_repository(name: str, private: bool) -> str:
+    """Makes sure that a repository for a model exists, and returns its whole name.
+
+    Args:
+        name: with or without a namespace; without, it is in the user's own.
+        private: if it has to be made; otherwise what the namespace has as its default.
+
+    Raises:
+        HubError: it cannot be written to, or not now.
+    """
+    from huggingface_hub import HfApi
+
+    require_login()
+    return _within(ANSWER_SECONDS, lambda: HfApi().create_repo(name, private=private or None, exist_ok=True).repo_id)
+
+
+def upload(repository: str, directory: Path, message: str) -> None:
+    """Makes one commit of the files in a directory; a file that has not changed is not sent again.
+
+    Raises:
+        HubError: nothing was committed, as far as is known.
+    """
+    from huggingface_hub import HfApi
+
+    _translated(lambda: HfApi().upload_folder(repo_id=repository, folder_path=directory, commit_message=message))
+
+
+def local_directory(name: str) -> Path:
+    """The directory of a bundle or model: `name` itself, or a copy of what the Hub has as `org/name[@revision]`.
+
+    Raises:
+        UserError: there is no such directory, and it cannot be had from the Hub.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    match = _NAME.fullmatch(name)
+    if Path(name).is_dir() or not match:
+        return Path(name)
+    repository, revision = match.groups()
+    missing = f"no such directory: {name}; and from the Hub it cannot be had:"
+    try:
+        # What lies deeper are checkpoints, if anything.
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=NEEDED, ignore_patterns="*/*"))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{missing} {repository} is gated. Ask for access on its page there, then `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{missing} {repository} has no branch, tag or commit {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{missing} there is no repository {repository}, or it is private: `hf auth login` or set HF_TOKEN"
+        ) from error
+    except Exception as error:  # the client passes on those of three libraries below it
+        raise UserError(
+            f"{missing} {_without_secrets(error)}\nWhere there is no network, bring it here before, by "
+            f"`hf download {repository}`."
+        ) from error
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Calls something that might wait for ever."""
+    outcome: list[T | HubError] = []
+
+    def run() -> None:
+        try:
+            outcome.append(_translated(call))
+        except HubError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    result = outcome[0] if outcome else HubError(f"no answer within {seconds:.0f} s", passing=True)
+    if isinstance(result, HubError):
+        raise result
+    return result
+
+
+def _translated(call: Callable[[], T]) -> T:
+    """Calls the client; whatever it raises becomes a `HubError`."""
+    try:
+        return call()
+    except Exception as error:  # the client passes on those of three libraries below it
+        raise HubError(_without_secrets(error), _is_passing(error)) from error
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether a second try may do better, as said by the first answer of the Hub in the chain of causes."""
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    cause = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return status in PASSING or status >= 500
+        if isinstance(cause, LocalTokenNotFoundError | OfflineModeIsEnabled):
+            return False
+        cause = cause.__cause__
+    # Of a name or a card that is not valid. A page of HTML in place of JSON comes from a proxy, or a Hub in need.
+    return isinstance(error, json.JSONDecodeError) or not isinstance(error, ValueError)
+
+
+def _without_secrets(error: BaseException) -> str:
+    """What an error says, on a line, without tokens and without the signatures in addresses for uploads."""
+    from huggingface_hub import get_token
+
+    # The client says which file it was uploading, and leaves what went wrong to the cause of that.
+    causes = [error, error.__cause__] if type(error) is RuntimeError else [error]
+    text = ": ".join(" ".join(str(cause).split()) for cause in causes) or type(error).__name__
+    token = get_token()
+    if token:
+        text = text.replace(token, "…")
+    text = re.sub(r"\bhf_\w+", "hf_…", text)
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)

@@ -1,0 +1,72 @@
+// Sends each image that is dropped or chosen to the JSON endpoint, and draws what comes back as bars.
+"use strict";
+
+const drop = document.getElementById("drop");
+const choose = document.getElementById("choose");
+const results = document.getElementById("results");
+document.getElementById("here").textContent = location.href.replace(/[?#].*$/, "");
+
+function element(name, className, text = "") {
+  const made = document.createElement(name);
+  made.className = className;
+  // Names of files and classes come from anywhere: they are text and never markup.
+  made.textContent = text;
+  return made;
+}
+
+function bar({ label, score }) {
+  const row = element("li", "");
+  const track = element("div", "track");
+  const filled = element("div", "bar");
+  filled.style.width = `${100 * score}%`;
+  track.append(filled);
+  row.append(element("span", "label", label), element("span", "score", `${(100 * score).toFixed(1)}%`), track);
+  row.title = label;
+  return row;
+}
+
+async function classify(file) {
+  const form = new FormData();
+  form.append("files", file, file.name.replace(/[/\\]/g, "_"));
+  const response = await fetch(`predict?top_k=${document.body.dataset.topK}`, { method: "POST", body: form });
+  const content = await response.json().catch(() => ({}));
+  if (!response.ok) {
+    throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
+  }
+  return content.predictions[0].top_k;
+}
+
+async function show(file) {
+  const card = element("li", "result");
+  const picture = element("img", "");
+  const told = element("div", "");
+  picture.alt = "";
+  picture.src = URL.createObjectURL(file);
+  picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+  told.append(element("h2", "", file.name));
+  card.append(picture, told);
+  results.prepend(card);
+  try {
+    const bars = element("ol", "bars");
+    bars.append(...(await classify(file)).map(bar));
+    told.append(bars);
+  } catch (error) {
+    told.append(element("p", "error", error.message));
+  }
+}
+
+choose.addEventListener("change", () => {
+  [...choose.files].forEach(show);
+  choose.value = "";
+});
+// On the whole window: an image dropped beside the box would otherwise replace the page.
+window.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  drop.classList.add("over");
+});
+window.addEventListener("dragleave", () => drop.classList.remove("over"));
+window.addEventListener("drop", (event) => {
+  event.preventDefault();
+  drop.classList.remove("over");
+  [...event.dataTransfer.files].forEach(show);
+});

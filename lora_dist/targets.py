@@ -1,0 +1,98 @@
+"""Which modules LoRA adapts: auto, all-linear, or names of any release of transformers, resolved in a model."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_dist.errors import UserError
+
+SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ("query", "q_proj"),
+    ("key", "k_proj"),
+    ("value", "v_proj"),
+    ("attention.output.dense", "o_proj"),
+    ("intermediate.dense", "fc1"),
+    ("output.dense", "fc2"),
+)
+"""Names of the same projection in transformers 4 and 5, where most models were renamed (transformers#41693)."""
+
+AUTO: tuple[tuple[str, ...], ...] = (("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
+"""What `auto` adapts: the first of these that the model has, else all its convolutions."""
+
+
+def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]) -> list[str]:
+    """Names for `LoraConfig.target_modules` that exist in this model.
+
+    Args:
+        model: the classifier, without adapters.
+        names: suffixes of module names, in the names of transformers 4 or 5; or `["auto"]`, or `["all-linear"]`.
+        heads: modules that train in full and take no adapter.
+
+    Raises:
+        UserError: a name that the model lacks, with the names that it has.
+    """
+    adaptable: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and not any(name == head or name.startswith(f"{head}.") for head in heads)
+    }
+    if list(names) == ["all-linear"]:
+        linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UserError(
+                f"--lora_target_modules all-linear: {type(model).__name__} has no linear layer outside its head; "
+                f"use auto"
+            )
+        return shortest(linear, model)
+    if list(names) == ["auto"]:
+        for group in AUTO:
+            found = [match for name in group for match in _matches(name, adaptable)]
+            if found:
+                return shortest(found, model)
+        return shortest([name for name, module in adaptable.items() if isinstance(module, nn.Conv2d)], model)
+    resolved: list[str] = []
+    for name in names:
+        found = _matches(name, adaptable)
+        if not found:
+            exist = sorted({".".join(_last(module)) for module in adaptable})
+            raise UserError(
+                f"--lora_target_modules {name}: {type(model).__name__} has no such module. "
+                f"It has {', '.join(exist)}; or use auto."
+            )
+        resolved += found
+    return shortest(resolved, model)
+
+
+def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    """Full names of the modules that `name`, or else a synonym of it, stands for."""
+    synonyms = next((group for group in SYNONYMS if name in group), (name,))
+    for candidate in (name, *synonyms):
+        found = [module for module in modules if _ends(module, candidate)]
+        if candidate != name:
+            # A new name means one projection; the old name that stands for it may end that of another one.
+            longer = [old for group in SYNONYMS for old in group if _ends(old, candidate) and old != candidate]
+            found = [module for module in found if not any(_ends(module, old) for old in longer)]
+        if found:
+            return found
+    return []
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _last(name: str) -> list[str]:
+    """The last part of a module's name that is no number, and what follows it."""
+    parts = name.split(".")
+    start = next((place for place in reversed(range(len(parts))) if not parts[place].isdigit()), 0)
+    return parts[start:]
+
+
+def shortest(wanted: list[str], model: nn.Module) -> list[str]:
+    """The last components of `wanted`, where these name nothing else in the model; else the full names."""
+    if not wanted:
+        raise UserError(f"{type(model).__name__} has no linear or convolutional layer outside its head to adapt")
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in wanted})
+    hit = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes}
+    return suffixes if hit == set(wanted) else sorted(set(wanted))

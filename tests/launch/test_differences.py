@@ -1,0 +1,45 @@
+"""Processes that would not make the same run end before it, all of them, and say how they differ."""
+
+import socket
+from pathlib import Path
+
+from launching import run
+
+SCRIPT = """
+import os, time
+from pathlib import Path
+from lora_dist.agreement import require_agreement
+from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.runtime import launch
+
+rank, here = int(os.environ["RANK"]), Path(__file__).parent
+accelerator = launch("no", 60)
+require_agreement(accelerator, here / "shared", {"seed": 42})
+assert list((here / "shared").iterdir()) == [] or rank
+try:
+    require_agreement(accelerator, here / "file" / "run", {"seed": 42})
+except UserError as error:
+    print(f"rank {rank}: {error}", flush=True)
+
+@exit_on_user_error
+def main():
+    require_agreement(accelerator, here / f"own-{rank}", {"seed": 42 + rank, "base": "same"}, 1)
+
+main()
+"""
+
+
+def test_processes_that_differ_end_before_they_train(tmp_path: Path) -> None:
+    """One that starts from other data, or on a disk of its own, would make the others wait, or train rubbish."""
+    (tmp_path / "file").touch()
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    words = ("--standalone", "--nproc_per_node", 2, tmp_path / "script.py")
+    result = run("torch.distributed.run", *words, code=1)
+    host = socket.gethostname()
+    for rank in (0, 1):
+        assert f"rank {rank}: cannot write to --output_dir: " in result.stdout
+    assert result.stderr.count("error: the processes of this launch differ:") == 1
+    assert f"seed: 42 on rank 0 ({host}); 43 on rank 1 ({host})" in result.stderr
+    own = tmp_path.resolve() / "own-1"
+    assert f"--output_dir: the same on rank 0 ({host}); another one, {own} on rank 1 ({host})" in result.stderr
+    assert "base:" not in result.stderr

@@ -1,0 +1,125 @@
+"""The prediction command with adapters from elsewhere, with several, and what it writes for elsewhere."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import predict
+from old_adapters import OLD, expected_of, logits
+from safetensors.torch import load_file
+from tiny import make_folder, perturb
+
+from lora_dist.bundle import load_classifier, write_adapter
+from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.model import load_base, make_trainable
+
+GUIDE = ("--adapter", OLD / "peft_0_2", "--base_model", OLD / "base")
+
+
+def _bundle(directory: Path, base_model: Path, labels: list[str], seed: int) -> Path:
+    base = load_base(str(base_model), labels)
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
+    perturb(model, seed, scale=0.5)
+    write_adapter(directory, model, base, "card\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images."""
+    return make_folder(tmp_path_factory.mktemp("images"), per_class=1)
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_guides_adapter_predicts_merges_and_goes_back(images: Path, tmp_path: Path) -> None:
+    """Made by transformers 4.27 and PEFT 0.2: one command classifies with it, merges it and exports it."""
+    (tmp_path / "labels.txt").write_text("rose\ntulip\ndaisy\n")
+    result = predict(
+        *GUIDE, "--labels", tmp_path / "labels.txt", "--images", images, "--top_k", 3,
+        "--merge_to", tmp_path / "merged", "--export_legacy_names", tmp_path / "old",
+    )  # fmt: skip
+    assert "cannot be checked" in result.stderr
+    assert "exported to" in result.stderr
+    rows = _rows(result.stdout)
+    assert len(rows) == 3
+    assert {entry["label"] for entry in rows[0]["top_k"]} == {"rose", "tulip", "daisy"}
+    for arguments in (("--model", tmp_path / "merged"), ("--adapter", tmp_path / "old")):
+        again = predict(*arguments, "--images", images, "--top_k", 3)
+        assert again.stderr == ""
+        for row, expected in zip(_rows(again.stdout), rows, strict=True):
+            assert [entry["label"] for entry in row["top_k"]] == [entry["label"] for entry in expected["top_k"]]
+            assert row["score"] == pytest.approx(expected["score"], abs=1e-5)
+    merged = load_classifier(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged.model), expected_of(OLD / "peft_0_2"), rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_answer_each_for_itself(vit: Path, images: Path, tmp_path: Path) -> None:
+    one = _bundle(tmp_path / "one", vit, ["cat", "dog"], 1)
+    two = _bundle(tmp_path / "two", vit, ["up", "down", "left"], 2)
+    result = predict("--adapter", f"pets={one}", two, "--images", images, "--top_k", 3)
+    rows = _rows(result.stdout)
+    assert [row["adapter"] for row in rows] == ["pets"] * 3 + [str(two)] * 3
+    for name, alone in (("pets", one), (str(two), two)):
+        expected = _rows(predict("--adapter", alone, "--images", images, "--top_k", 3).stdout)
+        found = [
+            {key: value for key, value in row.items() if key != "adapter"} for row in rows if row["adapter"] == name
+        ]
+        assert [row["path"] for row in found] == [row["path"] for row in expected]
+        for row, other in zip(found, expected, strict=True):
+            assert row["label"] == other["label"]
+            assert row["score"] == pytest.approx(other["score"], abs=1e-6)
+    (tmp_path / "bad.png").write_text("no image")
+    bad = predict(
+        "--adapter", f"a={one}", f"b={two}", "--images", tmp_path / "bad.png", images,
+        "--output", tmp_path / "rows.csv", code=1,
+    )  # fmt: skip
+    assert "1 of 4 images could not be read" in bad.stderr
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["adapter"] for row in table] == ["a"] * 4 + ["b"] * 4
+    assert list(table[0]) == ["adapter", "path", "label", "score", "error"]
+
+
+def test_a_weighted_merge_in_half_precision(vit: Path, images: Path, tmp_path: Path) -> None:
+    labels = ["cat", "dog"]
+    one, two = (_bundle(tmp_path / str(seed), vit, labels, seed) for seed in (1, 2))
+    result = predict(
+        "--adapter", f"day={one}", f"night={two}", "--weights", 0.7, 0.3, "--merge_to", tmp_path / "merged",
+        "--dtype", "bf16", "--images", images,
+    )  # fmt: skip
+    assert "rounded to bf16" in result.stderr
+    assert "adapter" not in _rows(result.stdout)[0]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "# 0.7 x day + 0.3 x night, merged" in card
+    assert "rounded to bfloat16" in card
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    for seed, directory in ((1, one), (2, two)):
+        predict("--adapter", directory, "--merge_to", tmp_path / f"alone {seed}")
+    alone = [load_file(tmp_path / f"alone {seed}" / "model.safetensors") for seed in (1, 2)]
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), 0.7 * alone[0][name] + 0.3 * alone[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path) -> None:
+    pair = ("--adapter", "a=x", "b=y")
+    for words, part in (
+        ((*pair, "--merge_to", "z"), "of several adapters, a blend is written: give --weights"),
+        ((*pair, "--weights", 0.5, "--images", images), "1 weights for 2 adapters"),
+        ((*pair, "--weights", 0.5, 0.6, "--images", images), "they add up to 1.1 and not to 1"),
+        ((*pair, "--images", images, "--grid", "g.png"), "a grid shows the predictions of one adapter"),
+        (("--adapter", "x", "--dtype", "bf16", "--images", images), "give a directory to merge to"),
+        (("--model", "x", "--labels", "y", "--images", images), "this belongs to an adapter"),
+        (("--model", "x", "--export_legacy_names", "y"), "nothing to merge or export"),
+        (("--adapter", "x", "x", "--images", images), "x is there twice"),
+        ((*GUIDE, "--labels", tmp_path / "nowhere", "--images", images), "nowhere"),
+    ):
+        result = predict(*words, code=2)
+        assert part in result.stderr, words
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,47 @@
+"""The prediction command writes an ONNX file, counts what int8 costs, and runs from the file alone."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import predict
+from tiny import make_folder, make_model, perturb
+
+from lora_dist.bundle import load_classifier, write_adapter
+from lora_dist.classify import classify, find_images
+from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.model import load_base, make_trainable
+
+CLASSES = ("red", "green", "blue")
+
+
+def test_a_file_is_all_that_is_needed(tmp_path: Path) -> None:
+    """Adapter and base are gone when it runs."""
+    there, image_folder = tmp_path / "there", make_folder(tmp_path / "photos", classes=CLASSES, per_class=3)
+    base = load_base(str(make_model(there / "base")), list(CLASSES))
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
+    perturb(model, scale=0.5)
+    write_adapter(there / "adapter", model, base, "card\n")
+    exact, small = tmp_path / "exact.onnx", tmp_path / "small.onnx"
+    images = ("--images", image_folder, "--top_k", 3)
+    options: dict[str, Any] = {"top_k": 3, "batch_size": 4, "num_workers": 0, "device": torch.device("cpu")}
+    expected = list(classify(load_classifier(there / "adapter"), find_images([str(image_folder)]), **options))
+    written = predict("--adapter", there / "adapter", "--onnx", exact, *images)
+    assert re.search(r"wrote \S+exact\.onnx; its logits differ from PyTorch's by \d\.\de-\d\d of", written.stderr)
+    quantised = predict("--adapter", there / "adapter", "--onnx", small, "--int8", *images)
+    cost = re.search(r"of 9 images, int8 gives (\d) another class than fp32; accuracy on the 9 in", quantised.stderr)
+    shutil.rmtree(there)
+    read = predict("--onnx", exact, *images)
+    assert read.stdout == written.stdout
+    for row, other in zip(map(json.loads, read.stdout.splitlines()), expected, strict=True):
+        assert row["path"] == other.path
+        assert [(entry["label"], pytest.approx(entry["score"], abs=1e-5)) for entry in row["top_k"]] == other.top_k
+    labels = [
+        json.loads(line)["label"] for line in predict("--onnx", small, "--images", image_folder).stdout.splitlines()
+    ]
+    assert cost
+    assert int(cost[1]) == sum(label != row.top_k[0][0] for label, row in zip(labels, expected, strict=True))

@@ -1,0 +1,77 @@
+"""Batches that do not fit are made smaller, on all processes alike, and the updates stay the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import ROOT, TIMEOUT, environment, lines_of, train
+from tiny import make_folder
+
+from lora_dist.batch_size import _sizes
+
+LIMITED = """
+import os, resource, sys
+from lora_dist import batch_size, train
+room = int(sys.argv[1 + int(os.environ["RANK"])]) * 2**20
+fits = batch_size._fits
+
+def limited(*arguments):
+    before = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (before + room, resource.RLIM_INFINITY))
+    try:
+        return fits(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+batch_size._fits = limited
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "sizes"),
+    [(8, 1, [8, 4, 2, 1]), (6, 1, [6, 3, 1]), (5, 2, [5, 2, 1]), (1, 4, [1]), (12, 1, [12, 6, 3, 1])],
+)
+def test_smaller_batches_make_up_the_same_update(batch: int, accumulation: int, sizes: list[int]) -> None:
+    assert _sizes(batch, accumulation) == sizes
+    assert all(batch * accumulation % size == 0 for size in sizes)
+
+
+def _limited(script: Path, launch_file: str, rooms: tuple[int, int], *arguments: object) -> str:
+    """Trains on processes that have so many MiB left when a batch is tried."""
+    script.write_text(LIMITED, encoding="utf-8")
+    words = ["--config_file", ROOT / "accelerate_configs" / launch_file, "--main_process_port", 0, script, *rooms]
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *map(str, [*words, *arguments])],
+        capture_output=True, text=True, timeout=TIMEOUT, env=environment(PYTHONPATH=str(ROOT)), check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_been(vit: Path, tmp_path: Path) -> None:
+    """A batch of 2,048 takes some 150 MiB; one process has room for half of it or less, the other for all."""
+    make_folder(tmp_path / "photos", per_class=20)
+    arguments = (
+        "--model_name_or_path", vit, "--train_dir", tmp_path / "photos", "--gradient_accumulation_steps", 1,
+        "--max_train_steps", 2, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
+    )  # fmt: skip
+    large = ("--per_device_train_batch_size", 2048, "--auto_batch_size")
+    said = _limited(
+        tmp_path / "limited.py", "ddp_cpu.yaml", (8000, 60), *arguments, *large, "--output_dir", tmp_path / "two"
+    )
+    settings = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text(encoding="utf-8"))
+    size = settings["per_device_train_batch_size"]
+    assert 16 <= size < 2048, size
+    assert settings["gradient_accumulation_steps"] * size == 2048
+    assert settings["per_device_eval_batch_size"] == min(128, size)
+    assert said.count(f"batches of 2048 a process do not fit into memory: taking {size}") == 1
+    train(
+        *arguments, "--per_device_train_batch_size", 4096, "--output_dir", tmp_path / "one", launch_file="single.yaml"
+    )
+    losses = [
+        [line["train/loss"] for line in lines_of(tmp_path / run) if "train/loss" in line] for run in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,0 +1,93 @@
+"""Adapters in the names and files of old releases: what is in them, and that they come back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from old_adapters import OLD, expected_of, logits
+from safetensors.torch import load_file
+from tiny import perturb
+
+from lora_dist.bundle import load_classifier, write_adapter
+from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.errors import UserError
+from lora_dist.export import export_legacy_names
+from lora_dist.model import load_base, make_trainable
+from lora_dist.several import load_several
+
+KINDS: list[dict[str, Any]] = [
+    {"lora_r": 4},
+    {"lora_target_modules": ["fc2"]},
+    {"lora_target_modules": ["query", "output.dense"], "lora_bias": "all", "use_rslora": True},
+    {"use_dora": True},
+]
+
+
+@pytest.mark.parametrize("lora", KINDS, ids=str)
+def test_an_export_comes_back_with_its_logits_labels_and_base(lora: dict[str, Any], vit: Path, tmp_path: Path) -> None:
+    base = load_base(str(vit), ["x", "y", "z"])
+    model = make_trainable(base, ModelSettings(), LoraSettings(**lora))
+    perturb(model)
+    write_adapter(tmp_path / "adapter", model, base, "a card\n")
+    export_legacy_names(load_classifier(tmp_path / "adapter"), tmp_path / "adapter", tmp_path / "old", [])
+    found = load_classifier(tmp_path / "old")
+    assert found.labels == ["x", "y", "z"]
+    assert found.base == base.identity()
+    assert (tmp_path / "old" / "README.md").read_text() == "a card\n"
+    torch.testing.assert_close(logits(found.model, 32), logits(model, 32))
+    state = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    pickled = torch.load(tmp_path / "old" / "adapter_model.bin", weights_only=True)
+    assert state.keys() == pickled.keys()
+    assert all(torch.equal(state[name], pickled[name]) for name in state)
+
+
+def test_the_names_are_those_of_the_guide(vit: Path, tmp_path: Path) -> None:
+    """An adapter that the guide's releases made comes back from here with the same keys, tensors and settings."""
+    source = OLD / "peft_0_2"
+    export_legacy_names(load_classifier(source, str(OLD / "base")), source, tmp_path / "old", [])
+    theirs = torch.load(source / "adapter_model.bin", weights_only=True)
+    ours = torch.load(tmp_path / "old" / "adapter_model.bin", weights_only=True)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
+    original = json.loads((source / "adapter_config.json").read_text())
+    assert config.keys() <= original.keys()
+    assert config == {name: original[name] for name in config}
+    torch.testing.assert_close(
+        logits(load_classifier(tmp_path / "old").model), expected_of(source), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_targets_whose_last_part_is_shared_are_named_in_full(vit: Path, tmp_path: Path) -> None:
+    """`dense` ends three old names of a ViT layer, of which one is meant."""
+    base = load_base(str(vit), ["x", "y"])
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_target_modules=["fc2"]))
+    write_adapter(tmp_path / "adapter", model, base, "a card\n")
+    export_legacy_names(load_classifier(tmp_path / "adapter"), tmp_path / "adapter", tmp_path / "old", [])
+    config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"vit.encoder.layer.{layer}.output.dense" for layer in (0, 1)]
+
+
+def test_one_of_several_is_exported_with_its_own_labels(vit: Path, tmp_path: Path) -> None:
+    """The base that they share has the labels of the first."""
+    labels = {"one": ["x", "y"], "two": ["p", "q", "r"]}
+    for name in labels:
+        base = load_base(str(vit), labels[name])
+        model = make_trainable(base, ModelSettings(), LoraSettings())
+        perturb(model, len(labels[name]))
+        write_adapter(tmp_path / name, model, base, "card\n")
+    several = load_several({name: tmp_path / name for name in labels})
+    export_legacy_names(several.use("two"), tmp_path / "two", tmp_path / "old", [])
+    found = load_classifier(tmp_path / "old")
+    assert found.labels == labels["two"]
+    torch.testing.assert_close(logits(found.model, 32), logits(load_classifier(tmp_path / "two").model, 32))
+
+
+def test_a_directory_in_use_is_left_alone(vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    classifier = load_classifier(OLD / "peft_0_2", str(OLD / "base"))
+    with pytest.raises(UserError, match=r"--export_legacy_names .* is not empty"):
+        export_legacy_names(classifier, OLD / "peft_0_2", tmp_path, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,65 @@
+"""What contradicts what on the prediction command line."""
+
+import pytest
+
+from lora_dist.cli import parse
+from lora_dist.errors import UserError
+from lora_dist.predict_settings import PredictSettings, contradictions
+
+
+def _parse(line: str) -> PredictSettings:
+    return parse(
+        PredictSettings, line.split(), prog="predict", description="", contradictions=contradictions, takes_config=False
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--adapter a --images x",
+        "--adapter a b --images x",
+        "--adapter a b --weights 0.5 0.5 --merge_to m --onnx f --int8",
+        "--adapter a b --weights 0.5 0.5 --serve",
+        "--adapter a --onnx f --serve",
+        "--adapter a --export_legacy_names e",
+        "--model m --onnx f",
+        "--model m --serve --device cuda",
+        "--onnx f --images x --device cpu",
+        "--onnx f --serve",
+    ],
+)
+def test_what_fits_together_is_taken(line: str) -> None:
+    _parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--images x", "--adapter, --model, --onnx: give one of them"),
+        ("--adapter a --model m --images x", "--adapter, --model: give one of them"),
+        ("--adapter a", "--images, --merge_to, --onnx, --serve: nothing to do"),
+        ("--onnx f", "--images, --merge_to, --onnx, --serve: nothing to do"),
+        ("--onnx f --images x --merge_to m", "--onnx, --merge_to: a whole model has nothing to merge"),
+        ("--onnx f --images x --labels l", "--onnx, --labels: this belongs to an adapter"),
+        ("--model m --images x --base_model b", "--model, --base_model: this belongs to an adapter"),
+        ("--adapter a b --onnx f", "--adapter, --onnx: of several adapters, a blend is written"),
+        ("--adapter a b --merge_to m", "--adapter, --merge_to: of several adapters, a blend is written"),
+        ("--adapter a b --serve", "--adapter, --serve: of several adapters, a blend is served"),
+        ("--adapter a b --images x --grid g", "--grid, --adapter: a grid shows the predictions of one adapter"),
+        ("--adapter a b --images x --weights 1", "--weights, --adapter: 1 weights for 2 adapters"),
+        ("--adapter a b --images x --weights 1 1", "--weights: they add up to 2 and not to 1"),
+        ("--adapter a --images x --dtype bf16", "--dtype, --merge_to: the type of merged weights"),
+        ("--adapter a --images x --int8", "--int8, --onnx: a file is quantised when it is written"),
+        ("--onnx f --images x --int8", "--int8, --onnx: a file is quantised when it is written"),
+        ("--onnx f --images x --device cuda", "--onnx, --device: an ONNX file runs on the CPU"),
+        ("--adapter a --serve --images x", "--serve, --images: a server takes its images from requests"),
+        ("--adapter a --serve --output o", "--serve, --output: a server takes its images from requests"),
+        ("--adapter a --serve --grid g", "--serve, --grid: a server takes its images from requests"),
+    ],
+)
+def test_what_contradicts_is_told_alone_and_by_name(line: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _parse(line)
+    first, *problems = str(caught.value).splitlines()
+    assert first == "1 problem with the settings of predict"
+    assert problems[0].strip().startswith(words)

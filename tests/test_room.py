@@ -1,0 +1,70 @@
+"""A run that has no room or no leave to write does not begin."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import make_model
+
+from lora_dist import train
+from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.errors import UserError
+from lora_dist.model import load_base, make_trainable
+from lora_dist.room import Sizes, readable, require_room, require_writable
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 100 kB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    yield directory
+    subprocess.run(["umount", "-l", directory], check=True)
+
+
+def test_too_little_room_is_said_before_training(
+    vit: Path, photos: Path, disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main(
+            ["--model_name_or_path", str(vit), "--train_dir", str(photos / "train"), "--output_dir", str(disk / "run")]
+        )
+    assert end.value.code == 2
+    assert "free, and this run writes" in capfd.readouterr().err
+    assert not list(disk.iterdir())
+
+
+def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
+    sizes = Sizes(checkpoint=20_000, result=10_000, checkpoints=4)
+    with pytest.raises(UserError, match=r"4 checkpoints of 30 kB and a result of 10 kB"):
+        require_room(disk / "run", Sizes(checkpoint=30_000, result=10_000, checkpoints=4))
+    (disk / "run").mkdir()
+    (disk / "run" / "checkpoint").write_bytes(bytes(60_000))
+    require_room(disk / "run", sizes)
+
+
+def test_a_disk_that_cannot_be_written_to_is_named(disk: Path) -> None:
+    require_writable(disk / "not" / "there" / "yet")
+    assert not list(disk.iterdir())
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(UserError, match=r"--output_dir .*run: cannot write there \(Read-only file system\)"):
+        require_writable(disk / "run")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "head", "full"])
+def test_sizes_are_those_of_the_tensors(tuning: str, tmp_path: Path) -> None:
+    base = load_base(str(make_model(tmp_path / "vit")), ["a", "b"])
+    model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(lora_r=4))  # type: ignore[arg-type]
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    sizes = Sizes.of(model, tuning == "full", save_total_limit=2)
+    assert sizes.checkpoint == 12 * sum(trained) + 4 * len(trained)
+    assert sizes.checkpoints == 4
+    assert sizes.result >= 4 * sum(trained)
+
+
+def test_sizes_are_told_in_units_of_their_own() -> None:
+    assert [readable(size) for size in (999, 1500, 2_400_000, 57_200_000_000)] == ["999 B", "2 kB", "2.4 MB", "57.2 GB"]

@@ -1,0 +1,276 @@
+"""The server over real HTTP: what it answers, what it refuses, and that it goes on."""
+
+import json
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from test_uploads import encoded, png_of
+from torch import Tensor, nn
+from transformers import ViTImageProcessor
+from web import BOUNDARY, multipart, post
+
+from lora_dist import guard, serve
+from lora_dist.bundle import Classifier
+from lora_dist.classify import classify
+from lora_dist.errors import UserError
+from lora_dist.uploads import Limits
+
+LABELS = ["<b>red</b>", "green & co", "blau 🦊"]
+LIMITS = Limits(body=300_000, pixels=20_000, files=8)
+GOOD = encoded()
+
+
+class Mean(nn.Module):
+    """How red, green and blue an image is. Notes the sizes of its batches, and waits for the test if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.broken = False
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        self.sizes.append(len(pixel_values))
+        assert self.may_go.wait(30)
+        if self.broken:
+            raise RuntimeError("out of luck")
+        return SimpleNamespace(logits=3 * pixel_values.mean(dim=(2, 3)))
+
+
+@contextmanager
+def _serving(classifier: Classifier) -> Iterator[str]:
+    app = serve.make_app(
+        classifier, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu")
+    )  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier(Mean(), ViTImageProcessor(size={"height": 8, "width": 8}), LABELS)
+
+
+@pytest.fixture(scope="module")
+def url(classifier: Classifier) -> Iterator[str]:
+    with _serving(classifier) as address:
+        yield address
+
+
+@pytest.fixture
+def model(classifier: Classifier) -> Mean:
+    assert isinstance(classifier.model, Mean)
+    classifier.model.sizes.clear()
+    return classifier.model
+
+
+def test_several_files_come_back_in_order_as_predict_says(url: str, classifier: Classifier, tmp_path: Any) -> None:
+    files = [(f"{number} ü.{kind}", encoded(kind)) for number, kind in enumerate(("PNG", "JPEG", "BMP"))]
+    for name, data in files:
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name, _ in files]
+    rows = classify(classifier, paths, top_k=2, batch_size=8, num_workers=0, device=torch.device("cpu"))
+    status, answer = post(url, files)
+    assert status == 200
+    assert [entry["file"] for entry in answer["predictions"]] == [name for name, _ in files]
+    for entry, row in zip(answer["predictions"], rows, strict=True):
+        assert [(one["label"], pytest.approx(one["score"])) for one in entry["top_k"]] == row.top_k
+        assert (entry["label"], entry["score"]) == (entry["top_k"][0]["label"], entry["top_k"][0]["score"])
+
+
+@pytest.mark.parametrize(("query", "count"), [("", 2), ("?top_k=1", 1), ("?top_k=99", 3)])
+def test_a_request_says_how_many_classes_it_wants(url: str, query: str, count: int) -> None:
+    status, answer = post(url, [("a.png", GOOD)], query)
+    assert status == 200
+    assert len(answer["predictions"][0]["top_k"]) == count
+
+
+def test_requests_at_the_same_time_share_a_batch(url: str, model: Mean) -> None:
+    model.may_go.clear()
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(post, url, [("a.png", GOOD), ("b.png", GOOD)]) for _ in range(8)]
+        # All have been taken in when the first ones block the model and the others have had time to line up.
+        threading.Event().wait(2)
+        model.may_go.set()
+        assert [answer.result()[0] for answer in answers] == [200] * 8
+    assert sum(model.sizes) == 16
+    assert len(model.sizes) < 8, "fewer runs of the model than requests"
+
+
+BODY = LIMITS.body
+HOSTILE: dict[str, tuple[list[tuple[str, bytes]], int]] = {
+    "empty": ([("a.png", b"")], 422),
+    "truncated": ([("a.png", GOOD[:-300])], 422),
+    "text": ([("a.png", b"GIF? no")], 415),
+    "svg": ([("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")], 415),
+    "tiff": ([("a.tif", encoded("TIFF"))], 415),
+    "decompression bomb": ([("a.png", png_of(65_535, 65_535, bytes(10_000_000)))], 413),
+    "too many pixels": ([("a.png", encoded(size=(201, 100)))], 413),
+    "path": ([("../../../etc/passwd", GOOD)], 400),
+    "windows path": ([("..\\\\..\\\\boot.ini", GOOD)], 400),
+    "absolute path": ([("/etc/passwd", GOOD)], 400),
+    "long name": ([("x" * 300 + ".png", GOOD)], 400),
+    "too many bytes": ([("a.png", bytes(BODY))], 413),
+    "too many files": ([("a.png", GOOD)] * 9, 413),
+    "thousands of files": ([("a", b"")] * 2000, 400),
+    "one bad of two": ([("a.png", GOOD), ("b.png", b"bad")], 415),
+    "no file": ([], 422),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_upload_is_refused_and_the_server_goes_on(name: str, url: str, model: Mean) -> None:
+    files, expected = HOSTILE[name]
+    status, answer = post(url, files)
+    assert status == expected, answer
+    assert answer["detail"]
+    assert not model.sizes
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+@pytest.mark.parametrize("query", ["?top_k=0", "?top_k=-1", "?top_k=many"])
+def test_a_wrong_parameter_is_refused(url: str, query: str) -> None:
+    assert post(url, [("a.png", GOOD)], query)[0] == 422
+
+
+def test_another_field_of_the_form_is_no_file(url: str) -> None:
+    assert post(url, [("a.png", GOOD)], field="image")[0] == 422
+
+
+def _raw(url: str, head: str, chunks: list[bytes]) -> bytes:
+    """Sends bytes that no library would, and returns the first line of the answer."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode())
+        try:
+            for chunk in chunks:
+                connection.sendall(chunk)
+        except OSError:
+            # It has answered already and hung up.
+            pass
+        return connection.recv(4096).partition(b"\r\n")[0]
+
+
+HEAD = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+
+
+def test_a_body_without_a_declared_size_is_cut_off_at_the_limit(url: str) -> None:
+    """As `curl -H 'Transfer-Encoding: chunked'` sends it."""
+    body = multipart([("a.png", bytes(BODY + 1))])
+    chunk = b"%x\r\n%s\r\n" % (len(body), body)
+    assert b" 413 " in _raw(url, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n", [chunk, b"0\r\n\r\n"])
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_a_declared_size_beyond_the_limit_is_refused_unread(url: str) -> None:
+    assert b" 413 " in _raw(url, f"{HEAD}Content-Length: {BODY + 1}\r\n\r\n", [])
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_who_sends_much_too_much_still_gets_to_read_why(url: str, declared: bool) -> None:
+    """A connection that is closed on bytes nobody has read is reset, and the answer lost; so most of them are read."""
+    body = multipart([("a.png", bytes(100 * BODY))])
+    size = f"Content-Length: {len(body)}" if declared else "Transfer-Encoding: chunked"
+    chunks = [body] if declared else [b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n"]
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}{size}\r\n\r\n".encode())
+        for chunk in chunks:
+            connection.sendall(chunk)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b" 413 " in answer.partition(b"\r\n")[0]
+    assert b"may hold 0.3 MB" in answer
+
+
+def _send_for(connection: socket.socket, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        connection.sendall(bytes(10_000))
+        time.sleep(0.01)
+
+
+def test_who_never_stops_sending_is_hung_up_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.5)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {10**12}\r\n\r\n".encode())
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            _send_for(connection, 30)
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+FIELD = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n'.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nonsense", b"--boundary-of-the-parts\r\nbroken", FIELD * 2000 + f"--{BOUNDARY}--".encode()],
+    ids=["empty", "nonsense", "broken", "thousands of fields"],
+)
+def test_a_body_that_is_no_form_is_refused(url: str, content: bytes) -> None:
+    answer = _raw(url, f"{HEAD}Content-Length: {len(content)}\r\n\r\n", [content])
+    assert b" 400 " in answer or b" 422 " in answer
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_an_upload_that_is_given_up_halfway_does_no_harm(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + b"--bound")
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_an_error_of_the_model_is_not_the_end(url: str, model: Mean) -> None:
+    model.broken = True
+    request = urllib.request.Request(
+        f"{url}/predict", multipart([("a.png", GOOD)]), {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        urllib.request.urlopen(request, timeout=30)
+    model.broken = False
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_the_page_takes_nothing_from_elsewhere_and_no_name_for_markup(url: str) -> None:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        page, policy = response.read().decode(), response.headers["Content-Security-Policy"]
+    assert "&lt;i&gt;model&lt;/i&gt;" in page
+    assert "<i>model" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert policy.startswith("default-src 'self'")
+
+
+def test_the_endpoint_is_documented(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/openapi.json", timeout=30) as response:
+        operation = json.load(response)["paths"]["/predict"]["post"]
+    assert operation["description"]
+    assert {"200", "400", "413", "415", "422"} <= operation["responses"].keys()
+    assert "multipart/form-data" in operation["requestBody"]["content"]
+
+
+def test_a_port_in_use_is_refused_by_name(classifier: Classifier, url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    app = serve.make_app(classifier, "x", LIMITS, top_k=1, batch_size=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=f"--port {port}: Address already in use.*--port 0"):
+        serve.run(app, "127.0.0.1", port)
+    with pytest.raises(UserError, match=r"--host no\.such\.host\.invalid"):
+        serve.run(app, "no.such.host.invalid", 0)

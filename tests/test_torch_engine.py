@@ -1,0 +1,76 @@
+"""What FSDP2 and fp16 loss scaling need, as far as a machine without a GPU shows it."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+
+from lora_dist.runtime import launch
+from lora_dist.torch_engine import TorchEngine, precision
+from lora_dist.zero_engine import scaling_of, set_scaling
+
+
+@pytest.mark.parametrize(("asked", "computing"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, None)])
+def test_fsdp2_computes_in_half_precision_and_sums_gradients_in_full(
+    asked: str | None, computing: torch.dtype | None
+) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    if asked:
+        plugin.set_mixed_precision(asked)
+    policy = precision(plugin)
+    assert (policy.param_dtype, policy.reduce_dtype) == (computing, torch.float32)
+
+
+@pytest.fixture
+def engine() -> TorchEngine:
+    """As under fp16, which a CPU cannot train in; the scaler is torch's own."""
+    model = nn.Linear(2, 2)
+    engine = TorchEngine(launch("no"), model, torch.optim.AdamW(model.parameters()))
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=5)
+    return engine
+
+
+def _zero_scaler(**more: Any) -> Any:
+    """DeepSpeed's own."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    return DynamicLossScaler(
+        **{"init_scale": 2.0**16, "scale_window": 5, "min_scale": 1.0, "delayed_shift": 1, **more},
+        consecutive_hysteresis=False,
+    )
+
+
+def test_the_scale_of_fp16_goes_from_any_engine_to_any_other(engine: TorchEngine) -> None:
+    zero, state = _zero_scaler(), {"scale": 512.0, "growth_tracker": 3}
+    set_scaling(zero, state)
+    assert scaling_of(zero) == state
+    engine.load_scaler_state(scaling_of(zero))
+    assert engine.scaler_state() == state
+    other = _zero_scaler()
+    set_scaling(other, engine.scaler_state() or {})
+    assert scaling_of(other) == state
+
+
+def test_updates_since_the_scale_changed_are_counted_alike() -> None:
+    zero = _zero_scaler(init_scale=1024.0)
+    for good in range(8):
+        assert scaling_of(zero) == {"scale": 1024.0 if good < 6 else 2048.0, "growth_tracker": good % 5}
+        zero.update_scale(False)
+
+
+def test_a_count_past_the_interval_does_not_keep_the_scale_from_growing(engine: TorchEngine) -> None:
+    engine.load_scaler_state({"scale": 512.0, "growth_tracker": 9})
+    assert engine.scaler_state() == {"scale": 512.0, "growth_tracker": 4}
+
+
+@pytest.mark.parametrize("state", [None, {}, {"cur_scale": 3.0}, {"scale": 3.0}])
+def test_a_state_in_another_form_is_left_alone(state: dict[str, Any] | None, engine: TorchEngine) -> None:
+    before = engine.scaler_state()
+    engine.load_scaler_state(state)
+    assert engine.scaler_state() == before
+    zero = _zero_scaler()
+    set_scaling(zero, state or {})
+    assert scaling_of(zero) == {"scale": 2.0**16, "growth_tracker": 0}
