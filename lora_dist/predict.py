@@ -144,7 +144,7 @@ def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: Predict
         _title(chosen, settings),
         limits,
         top_k=settings.images.top_k or 5,
-        batch_size=classify.choose_batch_size(settings.images.batch_size, device, classifier.processor),
+        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         device=device,
     )
     serve.run(app, serving.host, serving.port)
@@ -164,7 +164,7 @@ def _rows(classifier: Classifier, files: list[str], settings: PredictSettings) -
         classifier,
         files,
         top_k=settings.images.top_k or 1,
-        batch_size=classify.choose_batch_size(settings.images.batch_size, device, classifier.processor),
+        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         num_workers=settings.images.num_workers,
         device=device,
     )

@@ -47,7 +47,7 @@ class Images(Group):
     grid: str | None = None
     """Also draw some of the images, spread evenly, with their predictions into this PNG file."""
     batch_size: Count | None = None
-    """Images in a forward pass: 32 unless given, and down to 8 on a CPU where they are large."""
+    """Images in a forward pass: 32 unless given, and 8 on a CPU, whose caches hold no more."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images while the model runs."""
     device: str = "auto"
