@@ -23,6 +23,8 @@ from lora_dist.images import UnreadableImageError, image_files, load_rgb
 from lora_dist.transforms import ImageTransforms
 
 GRID = 32
+TINY = 8_000
+"""Bytes of a file below which a process to decode it takes more from the model's threads than it gives."""
 PART = 32
 """Images, at least, that are decoded and handed over at once: that costs as much as to decode a few small ones."""
 
@@ -99,12 +101,12 @@ def classify(
         files: paths.
         top_k: classes to name.
         batch_size: images in a forward pass.
-        num_workers: decoding processes; None for one where there are more than a few files.
+        num_workers: decoding processes; None for one, where there are many files and these are not tiny.
         device: to run the model on.
     """
     classifier.model.to(device)
     size = max(batch_size, PART)
-    workers = num_workers if num_workers is not None else int(len(files) > size)
+    workers = num_workers if num_workers is not None else int(len(files) > size and _take_time(files[:size]))
     starts = range(0, len(files), size)
     transforms = ImageTransforms(classifier.processor)
     loader = DataLoader(
@@ -118,6 +120,11 @@ def classify(
         scores = _scores(classifier, transforms, part.pixels, top_k, batch_size, device)
         for path, error in zip(part.paths, part.errors, strict=True):
             yield Row(path, [] if error else next(scores), error)
+
+
+def _take_time(files: Sequence[str]) -> bool:
+    """Whether files take so long to decode that another process is worth it."""
+    return sum(path.stat().st_size for path in map(Path, files) if path.is_file()) > TINY * len(files)
 
 
 def _scores(

@@ -49,7 +49,7 @@ class Images(Group):
     batch_size: Count | None = None
     """Images in a forward pass: 32 unless given, and 8 on a CPU, whose caches hold no more."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that decode images while the model runs."""
+    """Processes that decode images while the model runs: one unless given, and none for a few or for tiny files."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
 

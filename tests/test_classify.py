@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import make_image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from lora_dist import merge
@@ -248,3 +250,26 @@ def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path) -> None:
 def test_a_forward_pass_is_smaller_on_a_cpu_unless_its_size_is_given() -> None:
     assert [choose_batch_size(None, torch.device(name)) for name in ("cpu", "cuda:1", "mps")] == [8, 32, 32]
     assert choose_batch_size(100, torch.device("cpu")) == 100
+
+
+@pytest.mark.parametrize(("size", "workers"), [(20, 0), (200, 1)])
+def test_only_files_that_take_time_get_a_process_of_their_own(
+    size: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process for tiny ones would take more from the model than it gives."""
+    used = []
+
+    class Watched(DataLoader):
+        def __iter__(self) -> Any:
+            used.append(self.num_workers)
+            return super().__iter__()
+
+    monkeypatch.setattr("lora_dist.classify.DataLoader", Watched)
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "one.png")
+    files = [str(tmp_path / f"{number}.png") for number in range(40)]
+    for file in files:
+        Path(file).hardlink_to(tmp_path / "one.png")
+    rows = list(classify(_classifier(), files, top_k=1, batch_size=8, num_workers=None, device=torch.device("cpu")))
+    assert [row.path for row in rows] == files
+    assert used == [workers]

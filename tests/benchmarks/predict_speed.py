@@ -139,8 +139,8 @@ def add_rows(name: str, rows: Sequence[dict[str, object]]) -> None:
 
 
 def watch_memory(classifier: Classifier, files: Sequence[str], batch_size: int) -> None:
-    """Goes over all files once, and writes down ten times what the process and its workers keep."""
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": CPU}
+    """Goes over all files once, and writes down ten times what the process and its worker keep."""
+    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": 1, "device": CPU}
     own = psutil.Process()
     rows: list[dict[str, object]] = []
     for done, row in enumerate(classify(classifier, files, **settings), 1):
