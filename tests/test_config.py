@@ -1,9 +1,9 @@
 """Settings from flags, YAML and recipes: precedence, and every mistake reported at once."""
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -148,12 +148,14 @@ def test_mistakes_end_with_code_2_before_torch_is_loaded() -> None:
 
 @pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict", "lora_dist.audit"])
 def test_help_is_grouped_and_quick(module: str) -> None:
+    """In time on a processor: what else the machine does is not counted."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0 < min(seconds) < 1
     assert re.search(r"^(Model|Data):$", result.stdout, re.MULTILINE)
     fields = cli.flat_fields(Settings)
     assert all(f"--{name}" in result.stdout for name in fields) or not module.endswith("train")
