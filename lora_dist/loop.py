@@ -22,7 +22,7 @@ from lora_dist.preemption import Preemption, StopRequested
 from lora_dist.report import show_evaluation
 from lora_dist.schedule import Schedule, is_due
 from lora_dist.state import Checkpointer, Progress
-from lora_dist.step import NonFiniteLossError, train_step
+from lora_dist.step import NonFiniteLossError, Update, train_step
 from lora_dist.tracking import Tracker, Window, peak_memory_mb
 
 MOST_SKIPPED = 32
@@ -110,19 +110,22 @@ def fit(job: Job, progress: Progress) -> None:
     share_statistics(job.engine)
 
 
-def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
-    """Makes the next update."""
-    order, optimization, step = job.order, job.settings.optimization, progress.step
-    micro_batch_count = order.micro_batches_in(step)
-    window.start_update()
+def make_update(job: Job, step: int, stream: Iterator[Batch]) -> Update:
+    """Makes update `step` (from 0) with the next batches of `stream`. Called on every process.
+
+    Raises:
+        NonFiniteLossError: before the update is made.
+        ProcessError: the device has no memory left.
+    """
+    count = job.order.micro_batches_in(step)
     try:
-        update = train_step(
+        return train_step(
             job.engine,
-            islice(stream, micro_batch_count),
-            micro_batch_count=micro_batch_count,
-            sample_count=order.samples_in(step),
+            islice(stream, count),
+            micro_batch_count=count,
+            sample_count=job.order.samples_in(step),
             learning_rate=job.schedule.learning_rate(step),
-            max_grad_norm=optimization.max_grad_norm,
+            max_grad_norm=job.settings.optimization.max_grad_norm,
             label_smoothing=job.settings.augmentation.label_smoothing_factor,
             dropout_seed=(job.settings.run.seed, step),
         )
@@ -133,6 +136,14 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
                 f"--auto_batch_size, which finds a batch that fits; or with --gradient_checkpointing."
             ) from error
         raise
+
+
+def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
+    """Makes the next update."""
+    order, step = job.order, progress.step
+    window.start_update()
+    try:
+        update = make_update(job, step, stream)
     except NonFiniteLossError as error:
         _leave_out(job, progress, error)
         unreadable = error.unreadable

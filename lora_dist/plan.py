@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import yaml
@@ -19,11 +18,11 @@ from lora_dist.cli import flatten
 from lora_dist.data import ImageData
 from lora_dist.errors import Problems, UserError
 from lora_dist.loader import batches, evaluation_loader, train_loader
-from lora_dist.loop import Job
+from lora_dist.loop import Job, make_update
 from lora_dist.model import set_training
 from lora_dist.room import Sizes, free_bytes, readable
 from lora_dist.schedule import is_due
-from lora_dist.step import train_step
+from lora_dist.step import NonFiniteLossError
 from lora_dist.tracking import peak_memory_mb
 
 logger = logging.getLogger(__name__)
@@ -87,24 +86,17 @@ def measure(job: Job, all_parameters: int, first_step: int) -> Measured:
 
 def _time_updates(job: Job, first_step: int) -> float:
     """Seconds of the second of two updates, or of the only one."""
-    order, optimization, device = job.order, job.settings.optimization, job.engine.accelerator.device
+    device = job.engine.accelerator.device
     steps = range(first_step, min(first_step + UPDATES, job.schedule.total_steps))
-    stream = batches(train_loader(job.images, order, steps.start, steps.stop, job.settings.data, device), device)
+    stream = batches(train_loader(job.images, job.order, steps.start, steps.stop, job.settings.data, device), device)
     set_training(job.engine.model)
     seconds = 0.0
     for step in steps:
         start = time.perf_counter()
-        count = order.micro_batches_in(step)
-        train_step(
-            job.engine,
-            islice(stream, count),
-            micro_batch_count=count,
-            sample_count=order.samples_in(step),
-            learning_rate=job.schedule.learning_rate(step),
-            max_grad_norm=optimization.max_grad_norm,
-            label_smoothing=job.settings.augmentation.label_smoothing_factor,
-            dropout_seed=(job.settings.run.seed, step),
-        )
+        try:
+            make_update(job, step, stream)
+        except NonFiniteLossError as error:
+            raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
         seconds = time.perf_counter() - start
     return seconds
 

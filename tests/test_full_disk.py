@@ -3,12 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
 from lora_dist import train
@@ -19,13 +19,8 @@ from lora_dist.tracking import Tracker
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 8 MB."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", directory], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    yield directory
-    subprocess.run(["umount", "-l", directory], check=True)
+    with small_disk(tmp_path / "disk", "8m") as directory:
+        yield directory
 
 
 def _fill(directory: Path) -> None:

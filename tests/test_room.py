@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from tiny import make_model
 
 from lora_dist import train
@@ -17,13 +18,8 @@ from lora_dist.room import Sizes, readable, require_room, require_writable
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 100 kB."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", directory], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    yield directory
-    subprocess.run(["umount", "-l", directory], check=True)
+    with small_disk(tmp_path / "disk", "100k") as directory:
+        yield directory
 
 
 def test_too_little_room_is_said_before_training(
