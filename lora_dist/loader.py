@@ -1,5 +1,6 @@
 """Batches from worker processes, in the order that `order` prescribes."""
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -127,6 +128,8 @@ def default_workers(device: torch.device) -> int:
 
 def _set_up_worker(worker: int) -> None:
     ignore_signals()
+    # What was garbage at the fork is not for a worker to end: a store's destructor joins a thread that stayed behind.
+    gc.freeze()
 
 
 def _as_is(batch: Any) -> Any:

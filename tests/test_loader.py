@@ -1,6 +1,9 @@
 """Batches that are a function of seed, epoch and row, whatever the workers and the processes; bad images are named."""
 
+import gc
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 from tiny import make_folder
 from torch import Tensor
+from torch.distributed import TCPStore
 from transformers import ViTImageProcessor
 
 from lora_dist.batch import Batch, TrainImages
@@ -254,6 +258,33 @@ def test_images_before_a_bad_one_are_given_out(tmp_path: Path) -> None:
     assert [next(loader).indices.tolist(), next(loader).indices.tolist()] == [[0, 1], [2, 3]]
     with pytest.raises(UserError, match=r"b/002\.png"):
         next(loader)
+
+
+class Collecting(TrainImages):
+    """Its workers collect garbage after their own threads have started, on the stacks of threads that are gone."""
+
+    def __getitems__(self, part: Any) -> Any:
+        for _ in range(20):
+            threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+        gc.collect()
+        return super().__getitems__(part)
+
+
+def test_a_worker_does_not_end_what_was_garbage_at_its_fork(data: ImageData) -> None:
+    """Ending a store there ended the worker: `std::system_error`, for the store's thread cannot be joined."""
+    settings = AugmentationSettings()
+    images = Collecting(data.train, ImageTransforms(PROCESSOR, settings), settings, seed=3)
+    order = Order(Shuffled(len(data.train), seed=3), 4, 1, 1, 0)
+    loader = train_loader(images, order, 0, order.steps_per_epoch, workers(2), CPU)
+    gc.disable()
+    try:
+        for _ in range(4):
+            cycle: list[Any] = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+            cycle.append(cycle)
+        del cycle
+        assert len(list(batches(loader))) == order.steps_per_epoch
+    finally:
+        gc.enable()
 
 
 def test_workers_by_default_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
