@@ -19,7 +19,7 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 stress: .venv/installed-dev
-	(date -I; uname -sr; nproc) > tests/stress.txt
+	(date -I; uname -sr; nproc --all) > tests/stress.txt
 	STRESS=1 STRESS_RECORD=$(CURDIR)/tests/stress.txt $(BIN)/python -m pytest --timeout=7200 tests/launch/test_kills.py \
 		tests/test_malformed.py tests/test_full_disk.py tests/test_checkpoint.py | tail -n 1 >> tests/stress.txt
 
