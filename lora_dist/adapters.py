@@ -1,4 +1,4 @@
-"""LoRA on an image classifier: inject, save, load strictly, merge. Only this module imports peft."""
+"""LoRA on an image classifier: inject, save, load strictly, merge. Only this module and `lora_layer` import peft."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist import adapter_files
+from lora_dist import adapter_files, lora_layer
 from lora_dist.adapter_files import ADAPTER_CONFIG, WEIGHTS
 from lora_dist.config import LoraSettings
 from lora_dist.errors import UserError
@@ -48,12 +48,14 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
         modules_to_save=list(heads),
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
             f"{type(model).__name__} cannot be adapted with these settings of LoRA: {error} "
             f"(--init_lora_weights pissa, for one, is for linear layers only)"
         ) from error
+    lora_layer.speed_up(adapted)
+    return adapted
 
 
 def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:

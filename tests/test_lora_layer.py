@@ -1,0 +1,232 @@
+"""The one-function linear layer of LoRA against PEFT's own, and where it steps aside."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from lora_dist import lora_layer
+
+ROWS, WIDTH, OUT, RANK = 12, 24, 20, 4
+
+
+def layer_of(bias: bool = True, dropout: float = 0.0, **config: object) -> lora.Linear:
+    """PEFT's layer on a frozen linear one, with all weights random."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, OUT, bias=bias))
+    settings = LoraConfig(r=RANK, lora_alpha=6, lora_dropout=dropout, target_modules=["0"], **config)  # type: ignore[arg-type]
+    layer = inject_adapter_in_model(settings, model)[0]
+    assert isinstance(layer, lora.Linear)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    return layer
+
+
+def pair(**config: object) -> tuple[lora.Linear, lora.Linear]:
+    """PEFT's layer, and a copy that runs as one function where it may."""
+    layer = layer_of(**config)  # type: ignore[arg-type]
+    fast = copy.deepcopy(layer)
+    lora_layer.speed_up(fast)
+    return layer, fast
+
+
+def run(layer: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The output, and the gradients of a loss that is not linear in it."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        output = layer(x)
+    output.float().pow(2).sum().backward()
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {"output": output.detach(), "x": x.grad, **gradients}
+
+
+def require_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        torch.testing.assert_close(
+            found[name].float(), tensor.float(), rtol=tolerance, atol=tolerance * tensor.abs().max().item()
+        )
+
+
+def is_one_function(layer: nn.Module, x: Tensor) -> bool:
+    function = layer(x.requires_grad_()).grad_fn
+    return "_LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(function)}
+
+
+def _nodes(function: object) -> list[object]:
+    return [] if function is None else [function, *(n for f, _ in function.next_functions for n in _nodes(f))]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (3, 4, WIDTH), (2, 3, 2, WIDTH)])
+def test_same_numbers_in_fp32(bias: bool, shape: tuple[int, ...]) -> None:
+    peft, fast = pair(bias=bias)
+    x = torch.randn(shape)
+    assert is_one_function(fast, x.clone())
+    require_close(run(fast, x), run(peft, x), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_numbers_under_autocast(dtype: torch.dtype) -> None:
+    (peft, fast), exactly = pair(), layer_of()
+    x = torch.randn(3, 4, WIDTH)
+    exact, expected, found = run(exactly, x), run(peft, x, dtype), run(fast, x, dtype)
+    eps = torch.finfo(dtype).eps
+    require_close(found, expected, 8 * eps)
+    for name, tensor in exact.items():
+        off = (found[name].float() - tensor).abs().max()
+        assert off <= 1.5 * (expected[name].float() - tensor).abs().max() + eps * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_numbers_in_half_precision(dtype: torch.dtype) -> None:
+    peft, fast = (layer.to(dtype) for layer in pair())
+    x = torch.randn(3, 4, WIDTH, dtype=dtype)
+    assert is_one_function(fast, x.clone())
+    require_close(run(fast, x), run(peft, x), 8 * torch.finfo(dtype).eps)
+
+
+def test_input_that_needs_no_gradient() -> None:
+    _, fast = pair()
+    fast(torch.randn(ROWS, WIDTH)).sum().backward()
+    assert fast.lora_A["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_that_of_the_formula(rate: float) -> None:
+    _, fast = pair(dropout=rate)
+    x = torch.randn(ROWS, WIDTH)
+    torch.manual_seed(5)
+    found = run(fast, x)
+    torch.manual_seed(5)
+    mask, keep = lora_layer._mask(x, rate)
+    assert mask is not None
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            plain = layer_of()
+            self.base_layer, self.lora_A, self.lora_B = plain.base_layer, plain.lora_A, plain.lora_B
+            self.scaling = plain.scaling["default"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x * mask / keep)) * self.scaling
+
+    require_close(found, run(Plain(), x), 1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.999999])
+def test_dropout_keeps_its_share_independently(rate: float) -> None:
+    torch.manual_seed(0)
+    rows = torch.empty(1001, 999)  # no multiple of four
+    mask, keep = lora_layer._mask(rows, rate)
+    assert mask is not None
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert keep == pytest.approx(1 - rate, abs=2**-16)
+    count = mask.numel()
+    assert mask.sum().item() == pytest.approx(keep * count, abs=5 * (keep * (1 - keep) * count) ** 0.5)
+    if rate < 0.5:
+        flat = mask.flatten() - keep
+        for lag in (1, 2, 3, 4, 999):
+            correlation = (flat[lag:] * flat[:-lag]).mean().item() / (keep * (1 - keep))
+            assert abs(correlation) < 5 / count**0.5
+
+
+def test_dropout_only_when_training_and_new_each_time() -> None:
+    _, fast = pair(dropout=0.5)
+    x = torch.randn(ROWS, WIDTH)
+    assert not torch.equal(fast(x), fast(x))
+    fast.eval()
+    assert torch.equal(fast(x), fast(x))
+
+
+def test_recomputed_activations_have_the_same_mask() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    _, fast = pair(dropout=0.5)
+    x = torch.randn(ROWS, WIDTH)
+    torch.manual_seed(3)
+    plain = run(fast, x)
+    fast.zero_grad()
+
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fast
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    torch.manual_seed(3)
+    found = {name.removeprefix("layer."): tensor for name, tensor in run(Recomputed(), x).items()}
+    require_close(found, plain, 0)
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}], ids=["dora", "lora_bias", "bias"]
+)
+def test_steps_aside_for_what_it_does_not_cover(config: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    settings = LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False, **config)  # type: ignore[arg-type]
+    model = get_peft_model(nn.Sequential(nn.Linear(WIDTH, OUT)), settings)
+    fast = copy.deepcopy(model)
+    lora_layer.speed_up(fast)
+    x = torch.randn(ROWS, WIDTH)
+    assert not is_one_function(fast, x.clone())
+    require_close(run(fast, x), run(model, x), 0)
+
+
+def test_steps_aside_when_disabled_merged_or_several() -> None:
+    peft, fast = pair()
+    x = torch.randn(ROWS, WIDTH)
+    for change in (lambda layer: layer.enable_adapters(False), lambda layer: layer.merge()):
+        changed, plain = copy.deepcopy(fast).eval(), copy.deepcopy(peft).eval()
+        change(changed)
+        change(plain)
+        assert not is_one_function(changed, x.clone())
+        assert torch.equal(changed(x), plain(x))
+    for layer in (peft, fast):
+        layer.update_layer("other", r=2, lora_alpha=2, config=LoraConfig(r=2, init_lora_weights=False))
+        layer.set_adapter(["default", "other"])
+    fast.load_state_dict(peft.state_dict())
+    assert not is_one_function(fast, x.clone())
+    assert torch.equal(fast(x), peft(x))
+
+
+def test_steps_aside_for_another_type_of_weight() -> None:
+    _, fast = pair()
+    fast.base_layer.to(torch.bfloat16)
+    assert not is_one_function(fast, torch.randn(ROWS, WIDTH, dtype=torch.bfloat16))
+
+
+def test_saves_and_merges_as_peft_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(WIDTH, OUT)), config)
+    fast = copy.deepcopy(model)
+    lora_layer.speed_up(fast)
+    assert fast.state_dict().keys() == model.state_dict().keys()
+    for name, saved in (("peft", model), ("fast", fast)):
+        saved.save_pretrained(str(tmp_path / name))
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("peft", "fast"))
+    assert first == second
+    x = torch.randn(ROWS, WIDTH)
+    torch.testing.assert_close(fast.merge_and_unload()(x), model(x))
+
+
+def test_compiled_model_has_the_same_numbers() -> None:
+    peft, fast = pair()
+    x = torch.randn(ROWS, WIDTH)
+    require_close(
+        run(torch.compile(fast, backend="aot_eager"), x),
+        {  # names of a compiled module have a prefix
+            (f"_orig_mod.{n}" if "." in n else n): t for n, t in run(peft, x).items()
+        },
+        1e-6,
+    )
