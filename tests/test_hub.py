@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import SIGNATURE, TOKEN, Hub, serving
+from hub_server import SIGNATURE, TOKEN, Hub, point_client_at, serving
 from huggingface_hub import constants
 from launching import assert_same_run, free_port, lines_of, results_of
 from old_adapters import OLD, expected_of, logits
@@ -29,30 +29,18 @@ from lora_dist.transforms import ImageTransforms
 NOW = (0.0, 0.0, 0.0)
 
 
-def _point_client_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and its like do, which the client reads when it is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-
-
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that the client in this process talks to, as one who is logged in."""
     with serving() as running:
-        _point_client_at(running.url, tmp_path / "cache", monkeypatch)
+        point_client_at(running.url, tmp_path / "cache", monkeypatch)
         yield running
 
 
 @pytest.fixture
 def dead_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens where the Hub should be."""
-    _point_client_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
+    point_client_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
 
 
 def _files(directory: Path, weights: bytes = b"weights", card: str = "---\ntags: [x]\n---\n\n# card\n") -> Path:
