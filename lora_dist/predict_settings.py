@@ -90,8 +90,8 @@ class Serving(Group):
     """Port to listen on; 0 takes a free one."""
     max_upload_mb: Positive = 20
     """Largest request, in megabytes."""
-    max_megapixels: Positive = 50
-    """Largest image, in millions of pixels, whatever its file holds."""
+    max_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
+    """Largest image, in millions of pixels, whatever its file holds; at most 178, beyond which Pillow opens none."""
     max_files: Count = 32
     """Most images in a request."""
 
