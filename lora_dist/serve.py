@@ -29,6 +29,7 @@ from lora_dist.uploads import Limits, RefusedUploadError, check_name, decode
 logger = logging.getLogger("lora_dist.serve")
 
 PAGE = Path(__file__).parent / "page"
+READING = ["GET", "HEAD"]
 MOST_CONNECTIONS = 64
 MOST_DECODERS = 4
 
@@ -86,15 +87,15 @@ def make_app(
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
     )  # fmt: skip
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @app.api_route("/", methods=READING, response_class=HTMLResponse, include_in_schema=False)
     async def index() -> str:
         return page
 
-    @app.get("/page.css", include_in_schema=False)
+    @app.api_route("/page.css", methods=READING, include_in_schema=False)
     async def style() -> FileResponse:
         return FileResponse(PAGE / "page.css")
 
-    @app.get("/page.js", include_in_schema=False)
+    @app.api_route("/page.js", methods=READING, include_in_schema=False)
     async def script() -> FileResponse:
         return FileResponse(PAGE / "page.js")
 

@@ -259,6 +259,17 @@ def test_the_page_takes_nothing_from_elsewhere_and_no_name_for_markup(url: str) 
     assert policy.startswith("default-src 'self'")
 
 
+@pytest.mark.parametrize("path", ["/", "/page.css", "/page.js", "/openapi.json"])
+def test_who_asks_for_the_head_of_a_page_gets_that_alone(path: str, url: str) -> None:
+    with urllib.request.urlopen(f"{url}{path}", timeout=30) as response:
+        whole = response.headers
+    with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", method="HEAD"), timeout=30) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == whole["Content-Type"]
+        assert response.headers["Content-Length"] == whole["Content-Length"]
+        assert response.read() == b""
+
+
 def test_the_endpoint_is_documented(url: str) -> None:
     with urllib.request.urlopen(f"{url}/openapi.json", timeout=30) as response:
         operation = json.load(response)["paths"]["/predict"]["post"]
