@@ -19,7 +19,7 @@ class ModelSource(Group):
     weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Blend several adapters into one: a weight for each, together 1."""
     labels: str | None = None
-    """Text file of class names, one a line, for an adapter from elsewhere that has no label map."""
+    """Text file of class names, one a line, for adapters from elsewhere that have no label map."""
     model: str | None = None
     """Directory of a whole model, merged or trained with --tuning full; or its name on the Hub."""
     base_model: str | None = None
