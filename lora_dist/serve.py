@@ -30,7 +30,6 @@ logger = logging.getLogger("lora_dist.serve")
 
 PAGE = Path(__file__).parent / "page"
 READING = ["GET", "HEAD"]
-MOST_CONNECTIONS = 64
 MOST_DECODERS = 4
 
 
@@ -125,9 +124,11 @@ def make_app(
 
 REFUSALS = {
     400: "a file name with a path in it, or no multipart form",
+    408: "the upload came too slowly",
     413: "a request, an image or the number of files is too large",
     415: "a file is not an image of an allowed type",
     422: "a file is empty or damaged, or a parameter is wrong",
+    503: "too many uploads at once",
 }
 
 
@@ -161,7 +162,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         if not ipaddress.ip_address(shown).is_loopback:
             logger.warning("listening on %s: whoever reaches this machine can use it, without a password", shown)
         logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, limit_concurrency=MOST_CONNECTIONS)
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert "Traceback" not in errors
+
+
+def test_a_hundred_uploads_at_once_are_all_answered(adapter: Path) -> None:
+    files = [("large.bmp", encoded("BMP", (800, 800)))]
+    with _serving("--adapter", adapter) as (_, url), ThreadPoolExecutor(100) as pool:
+        statuses = [answer.result()[0] for answer in [pool.submit(post, url, files) for _ in range(100)]]
+        assert set(statuses) <= {200, 503}
+        assert statuses.count(200) >= 64
+        assert post(url, files)[0] == 200
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
