@@ -77,12 +77,19 @@ class _Exchange:
         self.has_body = declared != b"0" or b"transfer-encoding" in headers
         self._unread = self.has_body
         self._most, self._received = most, 0
+        self._is_answered, self._patience = False, PATIENCE
         self._begun = asyncio.get_running_loop().time()
         self._waiting: asyncio.Timeout | None = None
         self._scope, self._receive, self._send = scope, receive, send
 
     async def run(self, app: Any) -> None:
-        await app(self._scope, self._receive_part, self._send_on)
+        try:
+            await app(self._scope, self._receive_part, self._send_on)
+        except asyncio.CancelledError:
+            # The server ends, and has waited for this long enough.
+            if not self._is_answered:
+                self._patience = 0.0
+                await self.refuse(HTTPException(503, "the server is being stopped"))
 
     async def refuse(self, refusal: HTTPException) -> None:
         content = json.dumps({"detail": refusal.detail}).encode()
@@ -128,13 +135,14 @@ class _Exchange:
 
     async def _send_on(self, message: Any) -> None:
         if message["type"] == "http.response.start":
+            self._is_answered = True
             closing = [(b"connection", b"close")] if self._unread else []
             message = {**message, "headers": [*message["headers"], *HEADERS, *closing]}
         elif self._unread and not message.get("more_body"):
             # To close on bytes that nobody has read resets the connection, and the answer may be lost with it.
             await self._send({**message, "more_body": True})
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE):
+            with suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(self._patience):
                     while self._unread:
                         await self._receive_next()
             message = {"type": "http.response.body"}

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -31,6 +31,8 @@ logger = logging.getLogger("lora_dist.serve")
 PAGE = Path(__file__).parent / "page"
 READING = ["GET", "HEAD"]
 MOST_DECODERS = 4
+GRACE = 3
+"""Seconds that the server waits for open requests when it ends."""
 
 
 class Score(BaseModel):
@@ -74,8 +76,10 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        decoders.shutdown()
+        # The second Ctrl+C cancels.
+        with suppress(asyncio.CancelledError):
+            yield
+        decoders.shutdown(cancel_futures=True)
         batcher.close()
 
     # Its own pages for the API load scripts from elsewhere.
@@ -162,7 +166,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         if not ipaddress.ip_address(shown).is_loopback:
             logger.warning("listening on %s: whoever reaches this machine can use it, without a password", shown)
         logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
-        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:

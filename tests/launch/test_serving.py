@@ -3,7 +3,9 @@
 import json
 import re
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from launching import command, environment, predict
+from test_serve import HEAD
 from test_uploads import encoded, png_of
 from tiny import make_image, perturb
 from web import CHROMIUM, Browser, post
@@ -109,6 +112,31 @@ def test_a_hundred_uploads_at_once_are_all_answered(adapter: Path) -> None:
         assert set(statuses) <= {200, 503}
         assert statuses.count(200) >= 64
         assert post(url, files)[0] == 200
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_it_ends_though_an_upload_is_open(signals: int, adapter: Path) -> None:
+    with _serving("--adapter", adapter) as (process, url):
+        assert process.stderr is not None
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + b"--bound")
+            time.sleep(0.5)
+            start = time.monotonic()
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            said = ""
+            while not said.endswith("stopped\n"):
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            # What comes after that is Python's own end.
+            assert time.monotonic() - start < 8
+            assert b" 503 " in connection.recv(4096)
+        said += process.communicate(timeout=60)[1]
+        assert process.returncode == 0
+        assert "Traceback" not in said
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
