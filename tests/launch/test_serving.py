@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Commit, Repository, environment_of, serving
 from launching import command, environment, predict
 from test_serve import HEAD
 from test_uploads import encoded, png_of
@@ -28,10 +30,12 @@ NAMES = ["<img src=x onerror=alert(1)>.png", "two words.png", "ü.png"]
 
 
 @contextmanager
-def _serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _serving(*arguments: object, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and the address that it says it serves on."""
     words = command("lora_dist.predict", [*arguments, "--serve", "--port", 0])
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(**extra)
+    )
     assert process.stderr is not None
     said = ""
     try:
@@ -112,6 +116,20 @@ def test_a_hundred_uploads_at_once_are_all_answered(adapter: Path) -> None:
         assert set(statuses) <= {200, 503}
         assert statuses.count(200) >= 64
         assert post(url, files)[0] == 200
+
+
+def test_an_adapter_is_served_by_its_name_on_the_hub(adapter: Path, images: list[Path], tmp_path: Path) -> None:
+    told = json.loads(predict("--adapter", adapter, "--images", images[0]).stdout)
+    files = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    with serving() as hub:
+        hub.repositories["lab/flowers"] = Repository(commits=[Commit("c" * 40, "message", files, frozenset(files))])
+        with _serving("--adapter", "lab/flowers", **environment_of(hub, tmp_path)) as (_, url):
+            status, answer = post(url, [("a.png", images[0].read_bytes())])
+            with urllib.request.urlopen(url, timeout=30) as response:
+                assert "<title>lab/flowers</title>" in response.read().decode()
+    assert status == 200
+    assert answer["predictions"][0]["label"] == told["label"]
+    assert answer["predictions"][0]["score"] == pytest.approx(told["score"])
 
 
 @pytest.mark.parametrize("signals", [1, 2])
