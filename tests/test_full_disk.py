@@ -17,6 +17,10 @@ from lora_dist.bundle import load_classifier
 from lora_dist.tracking import Tracker
 
 
+# No thread ends with a traceback.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 8 MB."""
