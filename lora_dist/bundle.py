@@ -196,7 +196,7 @@ def read_origin(
     base, revision = (base_model, None) if base_model else (named, revision)
     if labels is None and (has_identity or has_config):
         own = read_labels(directory, trust_remote_code)
-    elif not _has_label_map(directory):
+    elif not has_label_map(directory):
         own = foreign.labels_of(directory, base, revision, labels, trust_remote_code)
     elif (own := read_labels(directory, trust_remote_code)) != list(labels or []):
         raise UserError(f"--labels: the adapter in {directory} has a label map of its own, and another one")
@@ -217,7 +217,7 @@ def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
         raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
     try:
         # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
-        if not _has_label_map(directory):
+        if not has_label_map(directory):
             raise UserError(f"{directory}/config.json has no label map (id2label), so nobody knows the classes")
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -228,7 +228,12 @@ def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
     return [names[place] for place in range(len(names))]
 
 
-def _has_label_map(directory: Path) -> bool:
+def has_label_map(directory: Path) -> bool:
+    """Whether a bundle or model names its classes.
+
+    Raises:
+        UserError: its `config.json` is damaged.
+    """
     path = directory / "config.json"
     try:
         return path.is_file() and "id2label" in json.loads(path.read_text(encoding="utf-8"))

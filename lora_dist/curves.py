@@ -4,8 +4,10 @@ import errno
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,6 +23,7 @@ class Board:
             directory: for the event files.
             first_step: what was written of later steps is hidden.
         """
+        _leave_writers_to_boards()
         self._directory = directory
         self._writer: SummaryWriter | None = SummaryWriter(str(directory), purge_step=first_step + 1)
 
@@ -37,6 +40,17 @@ class Board:
             # Whatever its thread met is raised here.
             logger.error("TensorBoard ends here: %s. Training goes on; metrics.jsonl has the numbers.", error)
             self._writer = None
+
+
+def _leave_writers_to_boards() -> None:
+    """Keeps Python from printing what a thread of TensorBoard died of, which the next call of its writer raises."""
+    before = threading.excepthook
+
+    def hook(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 class Lines:

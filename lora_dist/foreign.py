@@ -108,7 +108,7 @@ def read_labels_file(path: str) -> list[str]:
         UserError: it cannot be read, or a name stands there twice.
     """
     try:
-        labels = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        labels = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels {path}: {error}") from error
     twice = sorted({label for label in labels if labels.count(label) > 1})

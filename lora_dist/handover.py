@@ -68,7 +68,7 @@ class Handover:
         directory = self.output.outbox / f"step-{progress.step:08d}"
         try:
             self._write(directory, job, trained, evaluation, self._results(job, progress, evaluation))
-        except (OSError, UserError) as error:
+        except (OSError, SafetensorError, UserError) as error:
             logger.warning("cannot write what is to be pushed to the Hub: %s", error)
             return
         self.publisher.push(Push(directory, _message(job, progress), passes=True))

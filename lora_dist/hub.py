@@ -20,8 +20,10 @@ ANSWER_SECONDS = 60.0
 """How long the Hub may take to open a repository; the client itself would wait for ever."""
 PASSING = (408, 409, 412, 425, 429)
 """Client errors that go away: a time-out, a commit made meanwhile, too many requests."""
-NEEDED = ["*.json", "*.safetensors", "*.py"]
+NEEDED = ["*.json", "*.safetensors", "*.py", "README.md"]
 """What a bundle or a model may consist of."""
+OLD_WEIGHTS = ["adapter_model.bin", "pytorch_model*.bin"]
+"""Fetched only where there are no safetensors: a repository that has both has the same in them."""
 
 _NAME = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
 
@@ -86,7 +88,6 @@ def local_directory(name: str) -> Path:
     Raises:
         UserError: there is no such directory, and it cannot be had from the Hub.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     match = _NAME.fullmatch(name)
@@ -95,8 +96,11 @@ def local_directory(name: str) -> Path:
     repository, revision = match.groups()
     missing = f"no such directory: {name}; and from the Hub it cannot be had:"
     try:
-        # What lies deeper are checkpoints, if anything.
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=NEEDED, ignore_patterns="*/*"))
+        directory = _fetch(repository, revision, NEEDED)
+        if not any(directory.glob("*.safetensors")):
+            # A snapshot is called after its commit.
+            directory = _fetch(repository, directory.name, OLD_WEIGHTS)
+        return directory
     except GatedRepoError as error:
         raise UserError(
             f"{missing} {repository} is gated. Ask for access on its page there, then `hf auth login` or set HF_TOKEN"
@@ -112,6 +116,13 @@ def local_directory(name: str) -> Path:
             f"{missing} {_without_secrets(error)}\nWhere there is no network, bring it here before, by "
             f"`hf download {repository}`."
         ) from error
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Brings files at the top of a repository here: what lies deeper are checkpoints, if anything."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

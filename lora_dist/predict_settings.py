@@ -19,7 +19,7 @@ class ModelSource(Group):
     weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Blend several adapters into one: a weight for each, together 1."""
     labels: str | None = None
-    """Text file of class names, one a line, for an adapter from elsewhere that has no label map."""
+    """Text file of class names, one a line, for adapters from elsewhere that have no label map."""
     model: str | None = None
     """Directory of a whole model, merged or trained with --tuning full; or its name on the Hub."""
     base_model: str | None = None
@@ -90,8 +90,8 @@ class Serving(Group):
     """Port to listen on; 0 takes a free one."""
     max_upload_mb: Positive = 20
     """Largest request, in megabytes."""
-    max_megapixels: Positive = 50
-    """Largest image, in millions of pixels, whatever its file holds."""
+    max_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
+    """Largest image, in millions of pixels, whatever its file holds; at most 178, beyond which Pillow opens none."""
     max_files: Count = 32
     """Most images in a request."""
 

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -29,8 +29,10 @@ from lora_dist.uploads import Limits, RefusedUploadError, check_name, decode
 logger = logging.getLogger("lora_dist.serve")
 
 PAGE = Path(__file__).parent / "page"
-MOST_CONNECTIONS = 64
+READING = ["GET", "HEAD"]
 MOST_DECODERS = 4
+GRACE = 3
+"""Seconds that the server waits for open requests when it ends."""
 
 
 class Score(BaseModel):
@@ -74,8 +76,10 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        decoders.shutdown()
+        # The second Ctrl+C cancels.
+        with suppress(asyncio.CancelledError):
+            yield
+        decoders.shutdown(cancel_futures=True)
         batcher.close()
 
     # Its own pages for the API load scripts from elsewhere.
@@ -86,15 +90,15 @@ def make_app(
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
     )  # fmt: skip
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @app.api_route("/", methods=READING, response_class=HTMLResponse, include_in_schema=False)
     async def index() -> str:
         return page
 
-    @app.get("/page.css", include_in_schema=False)
+    @app.api_route("/page.css", methods=READING, include_in_schema=False)
     async def style() -> FileResponse:
         return FileResponse(PAGE / "page.css")
 
-    @app.get("/page.js", include_in_schema=False)
+    @app.api_route("/page.js", methods=READING, include_in_schema=False)
     async def script() -> FileResponse:
         return FileResponse(PAGE / "page.js")
 
@@ -124,9 +128,11 @@ def make_app(
 
 REFUSALS = {
     400: "a file name with a path in it, or no multipart form",
+    408: "the upload came too slowly",
     413: "a request, an image or the number of files is too large",
     415: "a file is not an image of an allowed type",
     422: "a file is empty or damaged, or a parameter is wrong",
+    503: "too many uploads at once",
 }
 
 
@@ -160,7 +166,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         if not ipaddress.ip_address(shown).is_loopback:
             logger.warning("listening on %s: whoever reaches this machine can use it, without a password", shown)
         logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, limit_concurrency=MOST_CONNECTIONS)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:

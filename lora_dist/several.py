@@ -109,8 +109,10 @@ def _load(
     for directory in directories.values():
         if not (directory / bundle.ADAPTER_CONFIG).is_file():
             raise UserError(f"{directory} is no adapter: it has no {bundle.ADAPTER_CONFIG}")
+    # Where all have label maps, the one that is given is compared with them.
+    unnamed = [name for name in directories if not bundle.has_label_map(directories[name])] or directories
     origins = {
-        name: bundle.read_origin(directory, base_model, trust_remote_code, labels)
+        name: bundle.read_origin(directory, base_model, trust_remote_code, labels if name in unnamed else None)
         for name, directory in directories.items()
     }
     first = next(iter(origins.values()))

@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 USER, TOKEN = "ada", "hf_canaryCANARYcanary0123456789abcd"
 SIGNATURE = "5ecre7-s1gnatur3"
@@ -356,3 +359,23 @@ def serving() -> Iterator[Hub]:
         stop()
         thread.join()
     assert not server.mistakes, server.mistakes
+
+
+def point_client_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the client in this process talk to a Hub, as `environment_of` does with one that starts."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+def environment_of(hub: Hub, home: Path) -> dict[str, str]:
+    """For a process whose client is to talk to a Hub, as one who is logged in."""
+    return {
+        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"),
+    }  # fmt: skip

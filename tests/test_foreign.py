@@ -136,6 +136,8 @@ def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("rose\n tulip, red \n\némoji 🦊\n", encoding="utf-8")
     assert read_labels_file(str(path)) == ["rose", "tulip, red", "émoji 🦊"]
+    path.write_text("rose\ntulip\n", encoding="utf-8-sig")  # as editors on Windows write it
+    assert read_labels_file(str(path)) == ["rose", "tulip"]
     path.write_text("a\nb\na\n")
     with pytest.raises(UserError, match="twice there: a"):
         read_labels_file(str(path))

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 from disks import small_disk
+from hub_server import point_client_at, serving
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
 from lora_dist import train
 from lora_dist.bundle import load_classifier
 from lora_dist.tracking import Tracker
+
+
+# No thread ends with a traceback.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture
@@ -96,6 +101,27 @@ def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
     logged = [line["step"] for line in lines_of(disk / "run") if "train/loss" in line]
     assert logged == list(range(1, 10)), "lines wait for room"
     assert results_of(disk / "run")["eval_loss"] == results_of(undisturbed)["eval_loss"]
+
+
+@pytest.mark.parametrize("room", ["4k", "16k"], ids=["nothing", "the card"])
+def test_no_room_for_what_is_to_be_pushed_costs_that_push_alone(
+    room: str,
+    vit: Path,
+    photos: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    with small_disk(tmp_path / "small", room) as small, serving() as hub:
+        point_client_at(hub.url, tmp_path / "cache", monkeypatch)
+        acts = {1: lambda: (run / "outbox").symlink_to(small)}
+        _run(vit, photos, run, acts, monkeypatch, "--push_to_hub")
+    assert "cannot write what is to be pushed to the Hub: " in capfd.readouterr().err
+    assert _same_adapter(run, undisturbed)
+    assert len(hub.messages("ada/run")) == 1
+    assert hub.repositories["ada/run"].files == {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
 
 
 def test_a_result_that_cannot_be_written_is_put_elsewhere(

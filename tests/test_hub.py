@@ -1,6 +1,8 @@
 """The real client and a Hub on this machine: what arrives, what is tried again, what comes back, what stays secret."""
 
+import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -8,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import SIGNATURE, TOKEN, Hub, serving
+from hub_server import SIGNATURE, TOKEN, Hub, point_client_at, serving
 from huggingface_hub import constants
 from launching import assert_same_run, free_port, lines_of, results_of
+from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load, load_file
 from tiny import make_image, perturb
 
@@ -26,30 +29,18 @@ from lora_dist.transforms import ImageTransforms
 NOW = (0.0, 0.0, 0.0)
 
 
-def _point_client_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and its like do, which the client reads when it is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-
-
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that the client in this process talks to, as one who is logged in."""
     with serving() as running:
-        _point_client_at(running.url, tmp_path / "cache", monkeypatch)
+        point_client_at(running.url, tmp_path / "cache", monkeypatch)
         yield running
 
 
 @pytest.fixture
 def dead_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens where the Hub should be."""
-    _point_client_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
+    point_client_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
 
 
 def _files(directory: Path, weights: bytes = b"weights", card: str = "---\ntags: [x]\n---\n\n# card\n") -> Path:
@@ -325,7 +316,7 @@ def test_a_bundle_comes_back_and_classifies_as_before(server: Hub, vit: Path, tm
     upload(open_repository("flowers", private=True), _with_more(tmp_path / "bundle"), "message")
     directory = local_directory("ada/flowers")
     here = _contents(tmp_path / "bundle")
-    assert _contents(directory) == {name: here[name] for name in here if name.endswith((".json", ".safetensors"))}
+    assert _contents(directory) == {name: here[name] for name in here if name != "pytorch_model.bin"}
     classifier = load_classifier(directory)
     with torch.inference_mode():
         found = classifier.model(pixel_values=ImageTransforms(classifier.processor).batch([make_image(0, 0)])).logits
@@ -336,6 +327,30 @@ def _with_more(directory: Path) -> Path:
     """With what somebody may have beside a bundle, which is not to be fetched."""
     (directory / "pytorch_model.bin").write_bytes(b"x")
     return directory
+
+
+def test_an_adapter_of_an_old_release_comes_back(server: Hub) -> None:
+    """Its weights are a pickle, for want of anything else."""
+    old = OLD / "peft_0_2"
+    upload(open_repository("flowers", private=False), old, "message")
+    classifier = load_classifier(local_directory("ada/flowers"), str(OLD / "base"))
+    torch.testing.assert_close(logits(classifier.model), expected_of(old), rtol=1e-5, atol=1e-5)
+
+
+def test_a_whole_model_of_an_old_release_comes_back(server: Hub, vit: Path, tmp_path: Path) -> None:
+    shutil.copytree(vit, tmp_path / "old")
+    weights = load_file(tmp_path / "old" / "model.safetensors")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "old" / "pytorch_model.bin")
+    path = tmp_path / "old" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {0: "a", 1: "b"}}))
+    torch.save({}, tmp_path / "old" / "training_args.bin")
+    upload(open_repository("flowers", private=False), tmp_path / "old", "message")
+    directory = local_directory("ada/flowers")
+    assert not (directory / "training_args.bin").exists()
+    expected = load_base(str(vit), ["a", "b"]).model.state_dict()
+    for name, tensor in load_classifier(directory).model.state_dict().items():
+        assert tensor.equal(expected[name]), name
 
 
 def test_a_revision_can_be_named(server: Hub, tmp_path: Path) -> None:

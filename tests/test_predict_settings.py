@@ -54,6 +54,10 @@ def test_what_fits_together_is_taken(line: str) -> None:
         ("--onnx f --images x --device cuda", "--onnx, --device: an ONNX file runs on the CPU"),
         ("--adapter a --serve --images x", "--serve, --images: a server takes its images from requests"),
         ("--adapter a --serve --output o", "--serve, --output: a server takes its images from requests"),
+        (
+            "--adapter a --serve --max_megapixels 179",
+            "--max_megapixels: '179' is not valid: Input should be less than",
+        ),
         ("--adapter a --serve --grid g", "--serve, --grid: a server takes its images from requests"),
     ],
 )

@@ -1,13 +1,15 @@
 """The server over real HTTP: what it answers, what it refuses, and that it goes on."""
 
+import http.client
+import itertools
 import json
 import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,6 +241,76 @@ def test_an_upload_that_is_given_up_halfway_does_no_harm(url: str) -> None:
     assert post(url, [("a.png", GOOD)])[0] == 200
 
 
+def test_more_uploads_at_once_than_there_is_room_for_are_all_answered(url: str, model: Mean) -> None:
+    """As large as may be: a connection that is closed on what it has sent is reset."""
+    body = multipart([("a.png", GOOD), ("b.png", bytes(BODY - 10_000))])
+
+    def upload() -> tuple[int, str | None, str]:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        connection.request("POST", "/predict", body, {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"})
+        answer = connection.getresponse()
+        return answer.status, answer.headers["Retry-After"], json.load(answer)["detail"]
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = [answer.result() for answer in [pool.submit(upload) for _ in range(100)]]
+    assert {status for status, *_ in answers} <= {415, 503}
+    assert [wait for status, wait, _ in answers if status == 503] == ["1"] * [one for one, *_ in answers].count(503)
+
+
+def test_no_more_than_so_many_uploads_are_in_hand(url: str, model: Mean, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "AT_ONCE", 4)
+    model.may_go.clear()
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(post, url, [("a.png", GOOD)]) for _ in range(20)]
+        done = [answer.result() for answer in itertools.islice(as_completed(answers), 16)]
+        assert [status for status, _ in done] == [503] * 16
+        assert "try again" in done[0][1]["detail"]
+        with urllib.request.urlopen(url, timeout=30) as response:
+            assert response.status == 200, "the page needs no room"
+        model.may_go.set()
+        assert sorted(answer.result()[0] for answer in answers) == [200] * 4 + [503] * 16
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+@contextmanager
+def _begun(url: str, count: int) -> Iterator[list[socket.socket]]:
+    """Uploads of which nothing more comes."""
+    host, port = url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(count)]
+        for connection in opened:
+            connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + b"--bound")
+        yield opened
+
+
+def test_an_upload_that_stops_is_told_so(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE", 0.5)
+    with _begun(url, 1) as (connection,):
+        assert b" 408 " in connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_an_upload_that_is_slow_but_steady_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE", 0.5)
+    body = multipart([("a.png", GOOD)])
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode())
+        for part in range(10):
+            connection.sendall(body[part * len(body) // 10 : (part + 1) * len(body) // 10])
+            time.sleep(0.2)
+        assert b" 200 " in connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_uploads_that_stop_keep_nobody_out(url: str) -> None:
+    with _begun(url, 3 * guard.AT_ONCE) as stopped:
+        time.sleep(guard.BEHIND + 0.2)
+        start = time.monotonic()
+        assert [post(url, [("a.png", GOOD)])[0] for _ in range(3)] == [200] * 3
+        assert time.monotonic() - start < guard.SILENCE / 2
+        answers = {connection.recv(4096).split()[1] for connection in stopped}
+        assert answers == {b"408", b"503"}
+
+
 def test_an_error_of_the_model_is_not_the_end(url: str, model: Mean) -> None:
     model.broken = True
     request = urllib.request.Request(
@@ -257,6 +329,17 @@ def test_the_page_takes_nothing_from_elsewhere_and_no_name_for_markup(url: str) 
     assert "<i>model" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert policy.startswith("default-src 'self'")
+
+
+@pytest.mark.parametrize("path", ["/", "/page.css", "/page.js", "/openapi.json"])
+def test_who_asks_for_the_head_of_a_page_gets_that_alone(path: str, url: str) -> None:
+    with urllib.request.urlopen(f"{url}{path}", timeout=30) as response:
+        whole = response.headers
+    with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", method="HEAD"), timeout=30) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == whole["Content-Type"]
+        assert response.headers["Content-Length"] == whole["Content-Length"]
+        assert response.read() == b""
 
 
 def test_the_endpoint_is_documented(url: str) -> None:

@@ -61,6 +61,20 @@ def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(several.use("old").model), expected_of(OLD / "peft_0_2"), rtol=1e-5, atol=1e-5)
 
 
+def test_given_labels_are_for_those_that_have_none(vit: Path, tmp_path: Path) -> None:
+    for number, labels in ((1, LABELS), (2, ["p", "q"]), (3, LABELS)):
+        _write(tmp_path / str(number), vit, number, labels)
+    for name in ("config.json", "base_model.json"):
+        (tmp_path / "2" / name).unlink()
+    named = {number: tmp_path / number for number in ("1", "2", "3")}
+    several = load_several(named, labels=["cat", "dog"])
+    assert [several.use(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
+    with pytest.raises(UserError, match=r"--labels names 3 classes, and the adapter in .*2 has 2"):
+        load_several(named, labels=["cat", "dog", "bird"])
+    with pytest.raises(UserError, match=r"--labels: .* has a label map of its own"):
+        load_several({number: tmp_path / number for number in ("1", "3")}, labels=["a", "b", "c"])
+
+
 def test_adapters_of_different_bases_are_refused(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path / "1", vit, 1)
     _write(tmp_path / "2", make_model(tmp_path / "other", seed=1), 1)

@@ -75,6 +75,12 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(width: int, height:
     assert _refused(png_of(width, height)).status == 413
 
 
+def test_the_largest_limit_that_can_be_set_is_kept_to() -> None:
+    """What is not too large is decoded, and found to have no pixels."""
+    assert _refused(png_of(17_800, 10_000), 178_000_000).status == 422
+    assert _refused(png_of(17_801, 10_000), 178_000_000).status == 413
+
+
 def test_as_many_pixels_as_allowed_are_fine() -> None:
     assert decode(png_of(1000, 1000, bytes(1001 * 1000)), "a", MOST).size == (1000, 1000)
 

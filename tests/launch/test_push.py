@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import SIGNATURE, TOKEN, Hub, serving
+from hub_server import SIGNATURE, TOKEN, Hub, environment_of, serving
 from launching import predict, results_of, started, train
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
@@ -17,13 +17,6 @@ def _arguments(vit: Path, photos: Path, out: Path, *more: object) -> list[object
         "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
         "--output_dir", out, "--learning_rate", 5e-3, *BATCH, *more,
     ]  # fmt: skip
-
-
-def _environment(hub: Hub, home: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"),
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +32,7 @@ def pushed(hub: Hub, vit: Path, photos: Path, tmp_path_factory: pytest.TempPathF
     """A run of two processes that pushes to `lab/flowers`; what it said is in `said`, beside it."""
     root = tmp_path_factory.mktemp("pushed")
     arguments = _arguments(vit, photos, root / "run", "--push_to_hub", "--hub_model_id", "lab/flowers")
-    result = train(*arguments, launch_file="ddp_cpu.yaml", **_environment(hub, root / "home"))
+    result = train(*arguments, launch_file="ddp_cpu.yaml", **environment_of(hub, root / "home"))
     (root / "said").write_text(result.stdout + result.stderr)
     return root / "run"
 
@@ -68,7 +61,7 @@ def test_no_secret_is_in_any_file_or_log(hub: Hub, pushed: Path) -> None:
 
 
 def test_prediction_and_evaluation_pull_it_back(hub: Hub, pushed: Path, photos: Path, tmp_path: Path) -> None:
-    environment = _environment(hub, tmp_path / "home")
+    environment = environment_of(hub, tmp_path / "home")
     images = photos / "validation"
     there = predict("--adapter", "lab/flowers", "--images", images, **environment)
     here = predict("--adapter", pushed / "adapter", "--images", images)
@@ -89,7 +82,7 @@ def test_prediction_and_evaluation_pull_it_back(hub: Hub, pushed: Path, photos: 
 def test_a_hub_that_dies_costs_no_result(vit: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with serving() as dying:
-        environment = _environment(dying, tmp_path / "home")
+        environment = environment_of(dying, tmp_path / "home")
         with started(tmp_path / "log", *_arguments(vit, photos, out, "--push_to_hub"), **environment) as launch:
             launch.wait_for(lambda: "create" in dying.requests)
             dying.stop()

@@ -3,14 +3,20 @@
 import json
 import re
 import signal
+import socket
 import subprocess
+import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Commit, Repository, environment_of, serving
 from launching import command, environment, predict
+from test_serve import HEAD
 from test_uploads import encoded, png_of
 from tiny import make_image, perturb
 from web import CHROMIUM, Browser, post
@@ -24,10 +30,12 @@ NAMES = ["<img src=x onerror=alert(1)>.png", "two words.png", "ü.png"]
 
 
 @contextmanager
-def _serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _serving(*arguments: object, **extra: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and the address that it says it serves on."""
     words = command("lora_dist.predict", [*arguments, "--serve", "--port", 0])
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(**extra)
+    )
     assert process.stderr is not None
     said = ""
     try:
@@ -99,6 +107,54 @@ def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
         assert "Traceback" not in errors
+
+
+def test_a_hundred_uploads_at_once_are_all_answered(adapter: Path) -> None:
+    files = [("large.bmp", encoded("BMP", (800, 800)))]
+    with _serving("--adapter", adapter) as (_, url), ThreadPoolExecutor(100) as pool:
+        statuses = [answer.result()[0] for answer in [pool.submit(post, url, files) for _ in range(100)]]
+        assert set(statuses) <= {200, 503}
+        assert statuses.count(200) >= 64
+        assert post(url, files)[0] == 200
+
+
+def test_an_adapter_is_served_by_its_name_on_the_hub(adapter: Path, images: list[Path], tmp_path: Path) -> None:
+    told = json.loads(predict("--adapter", adapter, "--images", images[0]).stdout)
+    files = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    with serving() as hub:
+        hub.repositories["lab/flowers"] = Repository(commits=[Commit("c" * 40, "message", files, frozenset(files))])
+        with _serving("--adapter", "lab/flowers", **environment_of(hub, tmp_path)) as (_, url):
+            status, answer = post(url, [("a.png", images[0].read_bytes())])
+            with urllib.request.urlopen(url, timeout=30) as response:
+                assert "<title>lab/flowers</title>" in response.read().decode()
+    assert status == 200
+    assert answer["predictions"][0]["label"] == told["label"]
+    assert answer["predictions"][0]["score"] == pytest.approx(told["score"])
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_it_ends_though_an_upload_is_open(signals: int, adapter: Path) -> None:
+    with _serving("--adapter", adapter) as (process, url):
+        assert process.stderr is not None
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + b"--bound")
+            time.sleep(0.5)
+            start = time.monotonic()
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            said = ""
+            while not said.endswith("stopped\n"):
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            # What comes after that is Python's own end.
+            assert time.monotonic() - start < 8
+            assert b" 503 " in connection.recv(4096)
+        said += process.communicate(timeout=60)[1]
+        assert process.returncode == 0
+        assert "Traceback" not in said
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
