@@ -96,6 +96,10 @@ class Serving(Group):
     """Most images in a request."""
 
 
+FOR_FILES = ("output", "format", "grid", "num_workers")
+"""Settings of --images that a server has no use for."""
+
+
 class PredictSettings(Group):
     """Settings of a prediction, by group."""
 
@@ -126,6 +130,8 @@ def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
         for name in ("base_model", "labels", "weights"):
             if getattr(source, name):
                 yield Problem((whole, name), "this belongs to an adapter: give an --adapter")
+    if source.trust_remote_code and not (source.adapter or source.model):
+        yield Problem(("onnx", "trust_remote_code"), "an ONNX file brings no code to run: leave the second out")
     if source.weights and source.adapter and len(source.weights) != len(source.adapter):
         yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
@@ -143,18 +149,30 @@ def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
 def _about_the_work(settings: PredictSettings) -> Iterator[Problem]:
     source, images, merging, exporting = settings.source, settings.images, settings.merging, settings.exporting
     exports = exporting.onnx and (source.adapter or source.model)
-    if merging.dtype != "fp32" and not merging.merge_to:
-        yield Problem(("dtype", "merge_to"), "the type of merged weights: give a directory to merge to")
     if exporting.int8 and not exports:
         yield Problem(("int8", "onnx"), "a file is quantised when it is written: give it, and an --adapter or --model")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "an ONNX file runs on the CPU: leave --device out")
     if settings.serving.serve:
-        for name in ("images", "output", "grid"):
-            if getattr(images, name):
-                yield Problem(("serve", name), "a server takes its images from requests")
+        for name in _given(images, "images", *FOR_FILES):
+            yield Problem(("serve", name), "a server takes its images from requests")
     elif not (images.images or merging.merge_to or merging.export_legacy_names or exports):
         yield Problem(
             ("images", "merge_to", "onnx", "serve"),
             "nothing to do: give images to classify, a directory to merge to, a file to export to, or serve",
         )
+        return
+    elif not images.images:
+        for name in _given(images, *FOR_FILES, "top_k", "batch_size", "device"):
+            yield Problem((name, "images"), "no images are classified: give the second as well, or neither")
+    if not merging.merge_to:
+        for name in _given(merging, "merge_tolerance", "dtype"):
+            yield Problem((name, "merge_to"), "nothing is merged: give the second as well, or neither")
+    if not settings.serving.serve:
+        for name in _given(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
+            yield Problem((name, "serve"), "nothing is served: give the second as well, or neither")
+
+
+def _given(group: Group, *names: str) -> Iterator[str]:
+    """Those of these settings that the user gave, even if as their defaults."""
+    return (name for name in names if name in group.model_fields_set)

@@ -114,7 +114,7 @@ def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path
         ((*pair, "--weights", 0.5, "--images", images), "1 weights for 2 adapters"),
         ((*pair, "--weights", 0.5, 0.6, "--images", images), "they add up to 1.1 and not to 1"),
         ((*pair, "--images", images, "--grid", "g.png"), "a grid shows the predictions of one adapter"),
-        (("--adapter", "x", "--dtype", "bf16", "--images", images), "give a directory to merge to"),
+        (("--adapter", "x", "--dtype", "bf16", "--images", images), "nothing is merged"),
         (("--model", "x", "--labels", "y", "--images", images), "this belongs to an adapter"),
         (("--model", "x", "--export_legacy_names", "y"), "nothing to merge or export"),
         (("--adapter", "x", "x", "--images", images), "x is there twice"),
