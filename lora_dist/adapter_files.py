@@ -45,11 +45,15 @@ def read(directory: Path) -> AdapterFiles:
     """Reads an adapter's configuration and weights; an old pickle is read as tensors alone, without running code.
 
     Raises:
-        UserError: a file is missing or damaged, or this is another kind of adapter than LoRA.
+        UserError: a file is missing or damaged, a number is not finite, or this is another kind of adapter than LoRA.
     """
-    config = read_config(directory)
+    config, file = read_config(directory), _weights_file(directory)
     state: dict[str, Tensor] = {}
-    for key, tensor in _read_weights(directory).items():
+    for key, tensor in _read_weights(file).items():
+        if not tensor.float().isfinite().all():
+            raise UserError(
+                f"the adapter in {directory} is damaged: {file.name} has numbers in {key} that are not finite"
+            )
         name = plain_name(key)
         if name is None:
             continue
@@ -85,20 +89,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path, old = directory / WEIGHTS, directory / OLD_WEIGHTS
+def _weights_file(directory: Path) -> Path:
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if (directory / name).is_file():
+            return directory / name
+    raise UserError(f"{directory} is no adapter: it has no {WEIGHTS} (and no {OLD_WEIGHTS}, as old releases wrote)")
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    damaged = f"the adapter in {file.parent} is damaged:"
     try:
-        if path.is_file():
-            return load_file(path)
-        if old.is_file():
-            state = torch.load(old, map_location="cpu", weights_only=True)
-            if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
-                return state
-            raise UserError(f"the adapter in {directory} is damaged: {OLD_WEIGHTS} is no dictionary of tensors")
+        if file.name == WEIGHTS:
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"the adapter in {directory} is damaged: {reason}") from error
-    raise UserError(f"{directory} is no adapter: it has no {WEIGHTS} (and no {OLD_WEIGHTS}, as old releases wrote)")
+        raise UserError(f"{damaged} {reason}") from error
+    if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
+        return state
+    raise UserError(f"{damaged} {file.name} is no dictionary of tensors")
 
 
 def plain_name(key: str) -> str | None:

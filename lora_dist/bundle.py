@@ -50,6 +50,17 @@ class Classifier:
     labels: list[str]
     base: dict[str, str | None] | None = None
 
+    def probabilities(self, pixel_values: Tensor) -> Tensor:
+        """Probabilities [B, classes] in fp32, of prepared images [B, 3, H, W] on the device of the model.
+
+        Raises:
+            UserError: a logit is not finite.
+        """
+        logits = self.model(pixel_values=pixel_values).logits.float()
+        if not logits.isfinite().all():
+            raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
+        return logits.softmax(dim=-1)
+
 
 def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
     """Writes the bundle of an adapter; a bundle that stands there is replaced only when the new one is whole."""

@@ -103,6 +103,9 @@ def classify(
         batch_size: images in a forward pass.
         num_workers: decoding processes; None for one, where there are many files and these are not tiny.
         device: to run the model on.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     classifier.model.to(device)
     size = max(batch_size, PART)
@@ -137,8 +140,8 @@ def _scores(
 ) -> Iterator[list[tuple[str, float]]]:
     """Yields classes with their probabilities for each image, batch by batch."""
     for batch in () if pixels is None else pixels.split(batch_size):
-        logits = classifier.model(pixel_values=transforms.finished(batch.to(device, non_blocking=True))).logits
-        best = logits.float().softmax(dim=-1).topk(min(top_k, len(classifier.labels)))
+        probabilities = classifier.probabilities(transforms.finished(batch.to(device, non_blocking=True)))
+        best = probabilities.topk(min(top_k, len(classifier.labels)))
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield [(classifier.labels[place], value) for place, value in zip(places, values, strict=True)]
 

@@ -194,6 +194,15 @@ def test_every_file_gets_its_own_prediction_in_order(batch_size: int, workers: i
     assert max(classifier.model.sizes) <= batch_size
 
 
+def test_logits_that_are_not_finite_end_it_in_words(tmp_path: Path) -> None:
+    """NaN is no JSON, and a class that it was rounded to is no prediction."""
+    classifier = _classifier()
+    classifier.model.register_forward_hook(lambda _, __, output: SimpleNamespace(logits=output.logits / 0))
+    options: dict[str, Any] = {"top_k": 1, "batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
+    with pytest.raises(UserError, match=r"logits of the model are not finite"):
+        list(classify(classifier, _colors(tmp_path), **options))
+
+
 def test_rows_come_while_the_rest_is_still_to_be_done(tmp_path: Path) -> None:
     classifier = _classifier()
     rows = classify(classifier, _colors(tmp_path), top_k=1, batch_size=1, num_workers=0, device=torch.device("cpu"))
