@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from lora_dist import adapters, foreign
-from lora_dist.adapter_files import ADAPTER_CONFIG
+from lora_dist.adapter_files import ADAPTER_CONFIG, result_of_run
 from lora_dist.errors import UserError
 from lora_dist.files import whole_directory
 from lora_dist.model import Base, load_base
@@ -134,6 +134,8 @@ def load_classifier(
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}")
     if not (directory / ADAPTER_CONFIG).is_file():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory} is no model: it has no config.json{result_of_run(directory)}")
         own = read_labels(directory, trust_remote_code)
         whole = load_base(str(directory), own, trust_remote_code=trust_remote_code)
         if whole.missing:

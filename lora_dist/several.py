@@ -107,8 +107,7 @@ def _load(
 ) -> tuple[dict[str, Origin], Base]:
     """What each adapter belongs to, and the base of the first, with a head for the classes of the first."""
     for directory in directories.values():
-        if not (directory / bundle.ADAPTER_CONFIG).is_file():
-            raise UserError(f"{directory} is no adapter: it has no {bundle.ADAPTER_CONFIG}")
+        adapter_files.require_adapter(directory)
     origins = {
         name: bundle.read_origin(directory, base_model, trust_remote_code, labels)
         for name, directory in directories.items()

@@ -12,6 +12,7 @@ from old_adapters import OLD, expected_of, logits
 from tiny import perturb
 
 from lora_dist import adapters
+from lora_dist.adapter_files import read_config
 from lora_dist.bundle import load_classifier, write_adapter
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
@@ -130,6 +131,20 @@ def test_a_bundle_that_lost_a_file_can_be_helped_in_words(own: Path, vit: Path) 
     assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
     with pytest.raises(UserError, match="names 3 classes"):
         load_classifier(own, labels=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_the_directory_of_a_run_is_not_its_result(name: str, own: Path, vit: Path, tmp_path: Path) -> None:
+    shutil.copytree(own if name == "adapter" else vit, tmp_path / "run" / name)
+    with pytest.raises(UserError, match=rf"run is no adapter.* {tmp_path / 'run' / name}$"):
+        read_config(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"run is no model.* {tmp_path / 'run' / name}$"):
+        load_classifier(tmp_path / "run")
+
+
+def test_a_whole_model_is_not_taken_for_an_adapter(vit: Path) -> None:
+    with pytest.raises(UserError, match=r"vit is no adapter.*a whole model.*--model, .*--model_name_or_path"):
+        read_config(vit)
 
 
 def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
