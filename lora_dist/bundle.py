@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from lora_dist import adapters, foreign
 from lora_dist.adapter_files import ADAPTER_CONFIG, result_of_run
@@ -105,6 +105,7 @@ class Origin:
         revision: of the base on the Hub.
         fingerprint: of the base's weights, where the adapter's directory says.
         labels: class names in order.
+        trust_remote_code: run code that comes with the adapter, such as that of its processor.
     """
 
     base: str
@@ -112,6 +113,7 @@ class Origin:
     revision: str | None
     fingerprint: str | None
     labels: list[str]
+    trust_remote_code: bool
 
 
 def load_classifier(
@@ -136,7 +138,7 @@ def load_classifier(
     if not (directory / ADAPTER_CONFIG).is_file():
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} is no model: it has no config.json{result_of_run(directory)}")
-        own = read_labels(directory, trust_remote_code)
+        own = read_labels(directory)
         whole = load_base(str(directory), own, trust_remote_code=trust_remote_code)
         if whole.missing:
             raise UserError(
@@ -179,7 +181,7 @@ def fit(base: Base, directory: Path, origin: Origin) -> tuple[adapters.Adapter, 
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", BASE_MODEL)):
         return adapter, base.processor
     try:
-        return adapter, AutoImageProcessor.from_pretrained(directory)
+        return adapter, AutoImageProcessor.from_pretrained(directory, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error
 
@@ -208,44 +210,42 @@ def read_origin(
         logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
     base, revision = (base_model, None) if base_model else (named, revision)
     if labels is None and (has_identity or has_config):
-        own = read_labels(directory, trust_remote_code)
-    elif not _has_label_map(directory):
+        own = read_labels(directory)
+    elif _label_map(directory) is None:
         own = foreign.labels_of(directory, base, revision, labels, trust_remote_code)
-    elif (own := read_labels(directory, trust_remote_code)) != list(labels or []):
+    elif (own := read_labels(directory)) != list(labels or []):
         raise UserError(f"--labels: the adapter in {directory} has a label map of its own, and another one")
-    return Origin(base, named, revision, fingerprint, own)
+    return Origin(base, named, revision, fingerprint, own, trust_remote_code)
 
 
-def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
+def read_labels(directory: Path) -> list[str]:
     """Class names in order, from the label map of a bundle or model.
-
-    Args:
-        directory: of the bundle or model.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: there is none.
     """
-    if not (directory / "config.json").is_file():
+    path = directory / "config.json"
+    if not path.is_file():
         raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
+    found = _label_map(directory)
+    # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
+    if found is None:
+        raise UserError(f"{path} has no label map (id2label), so nobody knows the classes")
     try:
-        # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
-        if not _has_label_map(directory):
-            raise UserError(f"{directory}/config.json has no label map (id2label), so nobody knows the classes")
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{directory}/config.json is damaged: {error}") from error
-    names: dict[int, str] = config.id2label or {}
+        names = {int(number): str(label) for number, label in found.items()}
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: its label map (id2label) is no map from numbers to names") from error
     if sorted(names) != list(range(len(names))) or not names:
-        raise UserError(f"the label map in {directory}/config.json is not numbered from 0 on")
+        raise UserError(f"the label map in {path} is not numbered from 0 on")
     return [names[place] for place in range(len(names))]
 
 
-def _has_label_map(directory: Path) -> bool:
+def _label_map(directory: Path) -> Any:
+    """What `config.json` says of the labels; None where it says nothing or is not there."""
     path = directory / "config.json"
     try:
-        return path.is_file() and "id2label" in json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8")).get("id2label") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

@@ -19,7 +19,9 @@ from lora_dist.merge import check_images, logits, require_empty
 from lora_dist.transforms import ImageTransforms
 
 
-def export_legacy_names(classifier: Classifier, source: Path, out: Path, files: Sequence[str]) -> None:
+def export_legacy_names(
+    classifier: Classifier, source: Path, out: Path, files: Sequence[str], trust_remote_code: bool = False
+) -> None:
     """Writes the active adapter as a bundle that releases before transformers 5 read as well.
 
     PEFT read `adapter_model.bin` alone before 0.5, and prefers safetensors since: both are there.
@@ -29,6 +31,7 @@ def export_legacy_names(classifier: Classifier, source: Path, out: Path, files: 
         source: directory of the adapter, whose card is copied.
         out: must not exist, or be empty.
         files: images to compare logits on; the first that can be read are taken, else packaged photographs.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
         UserError: `out` holds something.
@@ -52,7 +55,7 @@ def export_legacy_names(classifier: Classifier, source: Path, out: Path, files: 
         content = _config(adapter.config, adapter.state, names)
         (aside / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         bundle.write_company(aside, labelled, classifier.processor, classifier.base, words)
-    require_same_logits(out, images, expected)
+    require_same_logits(out, images, expected, trust_remote_code=trust_remote_code)
 
 
 def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ def merge_to(
     files: Sequence[str],
     tolerance: float,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Writes the merged model as a plain `transformers` checkpoint with its processor and label map.
 
@@ -49,6 +50,7 @@ def merge_to(
         tolerance: largest difference of logits, relative to the largest logit. What half precision rounds away may
             be `HALF_PRECISION_TOLERANCE`.
         precision: to round the merged weights to, last.
+        trust_remote_code: run code that comes with the base.
 
     Returns:
         The differences measured.
@@ -80,7 +82,7 @@ def merge_to(
                 f"other one"
             )
     bundle.write_model(out, merged.to(dtype), classifier.processor, _card(source, measured, dtype, len(images)))
-    require_same_logits(out, images, after)
+    require_same_logits(out, images, after, trust_remote_code=trust_remote_code)
     return measured
 
 

@@ -100,19 +100,19 @@ def _write(
     """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
     from lora_dist import bundle, export, merge, onnx_export, onnx_model
 
-    merging, exporting = settings.merging, settings.exporting
+    merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
-        export.export_legacy_names(classifier, next(iter(chosen.values())), out, files)
+        export.export_legacy_names(classifier, next(iter(chosen.values())), out, files, trusted)
         logger.info("exported to %s, in the names of transformers 4", out)
     if merging.merge_to:
         out = Path(merging.merge_to)
         title = _title(chosen, settings)
-        merged = merge.merge_to(classifier, title, out, files, merging.merge_tolerance, merging.dtype)
+        merged = merge.merge_to(classifier, title, out, files, merging.merge_tolerance, merging.dtype, trusted)
         logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
         if merged.rounding is not None:
             logger.info("with weights rounded to %s they differ by %.1e", merging.dtype, merged.rounding)
-        classifier = bundle.load_classifier(out)
+        classifier = bundle.load_classifier(out, trust_remote_code=trusted)
     if exporting.onnx and (chosen or settings.source.model):
         out = Path(exporting.onnx)
         exported = onnx_export.export(classifier, out, files, exporting.int8)
