@@ -200,21 +200,22 @@ def read_origin(
     Raises:
         UserError: part of the bundle is missing or damaged, or there are two label maps.
     """
-    has_identity, has_config = ((directory / name).is_file() for name in (BASE_MODEL, "config.json"))
     fingerprint = None
-    if has_identity or (has_config and base_model is None):
+    if is_bundle := (directory / BASE_MODEL).is_file():
         identity = _read_identity(directory / BASE_MODEL)
         named, revision, fingerprint = (identity[key] for key in IDENTITY)
     else:
         named, revision = (base_model, None) if base_model else foreign.base_of(directory)
         logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
     base, revision = (base_model, None) if base_model else (named, revision)
-    if labels is None and (has_identity or has_config):
+    if _label_map(directory) is not None:
         own = read_labels(directory)
-    elif _label_map(directory) is None:
+        if labels is not None and own != list(labels):
+            raise UserError(f"--labels: {directory}/config.json has a label map of its own, and another one")
+    elif is_bundle and labels is None:
+        raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
+    else:
         own = foreign.labels_of(directory, base, revision, labels, trust_remote_code)
-    elif (own := read_labels(directory)) != list(labels or []):
-        raise UserError(f"--labels: the adapter in {directory} has a label map of its own, and another one")
     return Origin(base, named, revision, fingerprint, own, trust_remote_code)
 
 
@@ -224,10 +225,7 @@ def read_labels(directory: Path) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
-    found = _label_map(directory)
+    path, found = directory / "config.json", _label_map(directory)
     # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
     if found is None:
         raise UserError(f"{path} has no label map (id2label), so nobody knows the classes")
@@ -262,8 +260,6 @@ def _read_identity(path: Path) -> dict[str, Any]:
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
         return {key: identity[key] for key in IDENTITY}
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing, so the adapter's base is not known; name it with --base_model") from error
     except KeyError as error:
         raise UserError(f"{path} is damaged: it does not say {error}") from error
     except (ValueError, TypeError) as error:

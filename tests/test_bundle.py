@@ -166,7 +166,7 @@ def test_a_base_that_moved_is_missed_by_name_and_found_where_it_is(
 
 @pytest.mark.parametrize(
     "name",
-    ["base_model.json", "config.json", "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"],
+    ["config.json", "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"],
 )
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_a_missing_or_damaged_file_is_refused_by_name(name: str, damage: str, adapter: Path) -> None:

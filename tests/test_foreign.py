@@ -123,14 +123,33 @@ def test_a_label_map_is_not_overruled(own: Path) -> None:
 
 
 def test_a_bundle_that_lost_a_file_can_be_helped_in_words(own: Path, vit: Path) -> None:
+    (own / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json has no label map.* name a file with --labels"):
+        load_classifier(own)
+    assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
     (own / "base_model.json").unlink()
+    _edit(own, base_model_name_or_path=None)
     with pytest.raises(UserError, match="name it with --base_model"):
         load_classifier(own)
-    assert load_classifier(own, str(vit)).labels == ["cat", "dog"]
-    (own / "config.json").unlink()
-    assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
+    assert load_classifier(own, str(vit), labels=["a", "b"]).labels == ["a", "b"]
     with pytest.raises(UserError, match="names 3 classes"):
-        load_classifier(own, labels=["a", "b", "c"])
+        load_classifier(own, str(vit), labels=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_configuration_beside_an_adapter_from_elsewhere_makes_it_no_bundle(
+    labelled: bool, own: Path, vit: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody pushed both. PEFT's file says what the base is, and the warning that it cannot be checked."""
+    (own / "base_model.json").unlink()
+    content = json.loads((own / "config.json").read_text())
+    if not labelled:
+        del content["id2label"], content["label2id"]
+    (own / "config.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING):
+        classifier = load_classifier(own)
+    assert classifier.labels == (["cat", "dog"] if labelled else ["LABEL_0", "LABEL_1"])
+    assert f"has no base_model.json: whether {vit} is its base cannot be checked" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["adapter", "model"])
