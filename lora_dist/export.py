@@ -19,8 +19,22 @@ from lora_dist.merge import check_images, logits, require_empty
 from lora_dist.transforms import ImageTransforms
 
 
+def card_of(directories: Sequence[Path], title: str) -> str:
+    """The card of an adapter to export. A blend is none of its adapters, whose numbers are not its own.
+
+    Args:
+        directories: of the adapter, or of all that are blended.
+        title: where there is no card to copy.
+    """
+    own = directories[0] / "README.md"
+    if len(directories) == 1 and own.is_file():
+        return own.read_text(encoding="utf-8", errors="replace")
+    what = "A LoRA adapter" if len(directories) == 1 else "The weighted sum of LoRA adapters, as one adapter"
+    return f"# {title}\n\n{what}, with the names of transformers 4. Written by lora_dist.\n"
+
+
 def export_legacy_names(
-    classifier: Classifier, source: Path, out: Path, files: Sequence[str], trust_remote_code: bool = False
+    classifier: Classifier, card: str, out: Path, files: Sequence[str], trust_remote_code: bool = False
 ) -> None:
     """Writes the active adapter as a bundle that releases before transformers 5 read as well.
 
@@ -28,7 +42,7 @@ def export_legacy_names(
 
     Args:
         classifier: with the adapter.
-        source: directory of the adapter, whose card is copied.
+        card: content of the model card.
         out: must not exist, or be empty.
         files: images to compare logits on; the first that can be read are taken, else packaged photographs.
         trust_remote_code: run code that comes with the base.
@@ -43,8 +57,6 @@ def export_legacy_names(
     names = LegacyNames.of(adapters.base_of(classifier.model))
     assert classifier.base is not None
     state = _old_keys(adapter.state, names)
-    card = source / "README.md"
-    words = card.read_text(encoding="utf-8") if card.is_file() else f"# {source.resolve().name}\n"
     # A base of several adapters has the labels of the first one.
     labelled = copy.deepcopy(adapters.base_of(classifier.model).config)
     labelled.id2label = dict(enumerate(classifier.labels))
@@ -52,9 +64,9 @@ def export_legacy_names(
     with whole_directory(out) as aside:
         save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
         torch.save(state, aside / OLD_WEIGHTS)
-        content = _config(adapter.config, adapter.state, names)
+        content = _config(adapter.config, classifier.base["model_name_or_path"], adapter.state, names)
         (aside / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        bundle.write_company(aside, labelled, classifier.processor, classifier.base, words)
+        bundle.write_company(aside, labelled, classifier.processor, classifier.base, card)
     require_same_logits(out, images, expected, trust_remote_code=trust_remote_code)
 
 
@@ -71,11 +83,11 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
     return keys
 
 
-def _config(config: Any, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
+def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """What every release knows, and of the rest only what is in use: many refuse a name that they do not know."""
     adapted = [names.modules[place] for place, lora in map(place_of, state) if lora]
     content = {
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base,
         "bias": config.bias,
         "fan_in_fan_out": config.fan_in_fan_out,
         "inference_mode": True,
@@ -88,7 +100,7 @@ def _config(config: Any, state: dict[str, Tensor], names: LegacyNames) -> dict[s
         "task_type": None,
     }
     in_use = {
-        "revision": config.revision,
+        "revision": config.revision if base == config.base_model_name_or_path else None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": {names.modules.get(name, name): rank for name, rank in config.rank_pattern.items()},

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_dist.cli import argv_or, parse
-from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.errors import exit_on_user_error
 from lora_dist.predict_settings import PredictSettings, contradictions
 
 if TYPE_CHECKING:
@@ -45,33 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     if settings.serving.serve:
         extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
-    chosen = {name: hub.local_directory(place) for name, place in named_adapters(settings.source.adapter).items()}
+    chosen = {name: hub.local_directory(place) for name, place in settings.source.named_adapters}
     if settings.source.side_by_side:
         rows = _rows_of_each(chosen, files, settings)
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
-            _serve(classifier, chosen, settings)
+            _serve(classifier, settings)
         rows = _rows(classifier, files, settings)
     if files and not _output(rows, files, settings):
         sys.exit(EXIT_BAD_IMAGES)
-
-
-def named_adapters(words: Sequence[str]) -> dict[str, str]:
-    """Directories of adapters, or their names on the Hub, by name: NAME=DIRECTORY, or a directory that is its own name.
-
-    Raises:
-        UserError: a name stands there twice.
-    """
-    named: dict[str, str] = {}
-    for word in words:
-        name, equals, directory = word.partition("=")
-        if not equals or Path(word).exists():
-            name, directory = word, word
-        if name in named:
-            raise UserError(f"--adapter: {name} is there twice; write NAME=DIRECTORY")
-        named[name] = directory
-    return named
 
 
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
@@ -103,12 +86,12 @@ def _write(
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
-        export.export_legacy_names(classifier, next(iter(chosen.values())), out, files, trusted)
+        card = export.card_of(list(chosen.values()), settings.title)
+        export.export_legacy_names(classifier, card, out, files, trusted)
         logger.info("exported to %s, in the names of transformers 4", out)
     if merging.merge_to:
         out = Path(merging.merge_to)
-        title = _title(chosen, settings)
-        merged = merge.merge_to(classifier, title, out, files, merging.merge_tolerance, merging.dtype, trusted)
+        merged = merge.merge_to(classifier, settings.title, out, files, merging.merge_tolerance, merging.dtype, trusted)
         logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
         if merged.rounding is not None:
             logger.info("with weights rounded to %s they differ by %.1e", merging.dtype, merged.rounding)
@@ -124,14 +107,7 @@ def _write(
     return classifier
 
 
-def _title(chosen: Mapping[str, Path], settings: PredictSettings) -> str:
-    """The model in words."""
-    source = settings.source
-    shares = [f"{weight:g} x {name}" for name, weight in zip(chosen, source.weights, strict=False)]
-    return " + ".join(shares or chosen) or source.model or settings.exporting.onnx or ""
-
-
-def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: PredictSettings) -> None:
+def _serve(classifier: Classifier, settings: PredictSettings) -> None:
     """Serves until it is interrupted."""
     from lora_dist import classify, serve, uploads
 
@@ -141,7 +117,7 @@ def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: Predict
     )
     app = serve.make_app(
         classifier,
-        _title(chosen, settings),
+        settings.title,
         limits,
         top_k=settings.images.top_k or 5,
         batch_size=classify.choose_batch_size(settings.images.batch_size, device),

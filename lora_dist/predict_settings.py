@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -26,6 +27,15 @@ class ModelSource(Group):
     """Where the adapter's base model is now, if not where it was."""
     trust_remote_code: bool = False
     """Run model code that comes with the model. Only for sources you trust."""
+
+    @property
+    def named_adapters(self) -> list[tuple[str, str]]:
+        """Name and place of each adapter: of NAME=DIRECTORY, or of a place that is its own name."""
+        named = []
+        for word in self.adapter:
+            name, equals, place = word.partition("=")
+            named.append((name, place) if equals and not Path(word).exists() else (word, word))
+        return named
 
     @property
     def side_by_side(self) -> bool:
@@ -109,6 +119,14 @@ class PredictSettings(Group):
     exporting: Exporting = Exporting()
     serving: Serving = Serving()
 
+    @property
+    def title(self) -> str:
+        """The one model in words: as the user called it, and a blend with its weights."""
+        names = [name for name, _ in self.source.named_adapters]
+        if len(names) > 1:
+            return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
+        return names[0] if names else self.source.model or self.exporting.onnx or ""
+
 
 def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
@@ -132,6 +150,9 @@ def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
                 yield Problem((whole, name), "this belongs to an adapter: give an --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
         yield Problem(("onnx", "trust_remote_code"), "an ONNX file brings no code to run: leave the second out")
+    names = [name for name, _ in source.named_adapters]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield Problem(("adapter",), f"{name} is there twice; write NAME=DIRECTORY")
     if source.weights and source.adapter and len(source.weights) != len(source.adapter):
         yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):

@@ -280,7 +280,7 @@ def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(t
         load_classifier(adapter)
     assert read_labels(adapter) == LABELS
     expected = _logits(model, base.processor)
-    export_legacy_names(load_classifier(adapter, trust_remote_code=True), adapter, tmp_path / "old", [], True)
+    export_legacy_names(load_classifier(adapter, trust_remote_code=True), "card\n", tmp_path / "old", [], True)
     merge_to(load_classifier(adapter, trust_remote_code=True), "x", tmp_path / "merged", [], 1e-4, "fp32", True)
     for directory in (adapter, tmp_path / "old", tmp_path / "merged"):
         found = load_classifier(directory, trust_remote_code=True)

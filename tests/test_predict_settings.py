@@ -1,5 +1,7 @@
 """What contradicts what on the prediction command line."""
 
+from pathlib import Path
+
 import pytest
 
 from lora_dist.cli import parse
@@ -36,10 +38,33 @@ def test_what_fits_together_is_taken(line: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ("--adapter org/name@v1 --serve", "org/name@v1"),
+        ("--adapter day=a --weights 1 --serve", "day"),
+        ("--adapter day=a b --weights 0.7 0.3 --serve", "0.7 x day + 0.3 x b"),
+        ("--model m --serve", "m"),
+        ("--onnx f --serve", "f"),
+    ],
+)
+def test_the_title_names_the_model(line: str, title: str) -> None:
+    assert _parse(line).title == title
+
+
+def test_an_adapter_has_the_name_that_is_given_or_that_of_its_directory(tmp_path: Path) -> None:
+    odd = tmp_path / "r=16"
+    odd.mkdir()
+    source = _parse(f"--adapter day=a b {odd} --images x").source
+    assert source.named_adapters == [("day", "a"), ("b", "b"), (str(odd), str(odd))]
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("--images x", "--adapter, --model, --onnx: give one of them"),
         ("--adapter a --model m --images x", "--adapter, --model: give one of them"),
+        ("--adapter a b a --images x", "--adapter: a is there twice; write NAME=DIRECTORY"),
+        ("--adapter a=x a=y --images x", "--adapter: a is there twice; write NAME=DIRECTORY"),
         ("--adapter a", "--images, --merge_to, --onnx, --serve: nothing to do"),
         ("--onnx f", "--images, --merge_to, --onnx, --serve: nothing to do"),
         ("--onnx f --images x --merge_to m", "--onnx, --merge_to: a whole model has nothing to merge"),

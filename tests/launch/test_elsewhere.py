@@ -91,8 +91,9 @@ def test_a_weighted_merge_in_half_precision(vit: Path, images: Path, tmp_path: P
     one, two = (_bundle(tmp_path / str(seed), vit, labels, seed) for seed in (1, 2))
     result = predict(
         "--adapter", f"day={one}", f"night={two}", "--weights", 0.7, 0.3, "--merge_to", tmp_path / "merged",
-        "--dtype", "bf16", "--images", images,
+        "--dtype", "bf16", "--images", images, "--export_legacy_names", tmp_path / "old",
     )  # fmt: skip
+    assert (tmp_path / "old" / "README.md").read_text().startswith("# 0.7 x day + 0.3 x night\n")
     assert "rounded to bf16" in result.stderr
     assert "adapter" not in _rows(result.stdout)[0]
     card = (tmp_path / "merged" / "README.md").read_text()
