@@ -89,10 +89,15 @@ def write_company(directory: Path, config: Any, processor: Any, identity: dict[s
 def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
     """Writes a whole `transformers` model with its processor and card, in the same way."""
     with whole_directory(directory) as aside:
-        model.save_pretrained(aside)
-        _write_labels(aside, model.config)
-        processor.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        write_model_files(aside, model, processor, card)
+
+
+def write_model_files(directory: Path, model: Any, processor: Any, card: str) -> None:
+    """Writes the same into a directory that is there."""
+    model.save_pretrained(directory)
+    _write_labels(directory, model.config)
+    processor.save_pretrained(directory)
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -285,12 +290,19 @@ def require_same_logits(
     Raises:
         RuntimeError: it does not; a file that is silently wrong would cost the whole run (peft#577).
     """
+    difference = difference_when_read(directory, images, expected, trust_remote_code)
+    if not difference <= tolerance:
+        raise RuntimeError(f"{directory} was written but gives other logits when read: relative error {difference:.1e}")
+
+
+def difference_when_read(
+    directory: Path, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool = False
+) -> float:
+    """How far a bundle or model, as read, is from logits [B, classes] on images, relative to the largest logit."""
     read = load_classifier(directory, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
         actual = read.model(pixel_values=ImageTransforms(read.processor).batch(images)).logits.float()
-    difference = relative_difference(actual, expected)
-    if not difference <= tolerance:
-        raise RuntimeError(f"{directory} was written but gives other logits when read: relative error {difference:.1e}")
+    return relative_difference(actual, expected)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lora_dist import adapters, bundle
 from lora_dist.adapter_files import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, place_of
-from lora_dist.bundle import Classifier, require_same_logits
+from lora_dist.bundle import Classifier
+from lora_dist.destinations import require_free_directory
 from lora_dist.files import whole_directory
 from lora_dist.legacy_names import LegacyNames
-from lora_dist.merge import check_images, logits, require_empty
+from lora_dist.merge import check_images, logits, require_read_back
 from lora_dist.transforms import ImageTransforms
 
 
@@ -48,9 +49,9 @@ def export_legacy_names(
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        UserError: `out` holds something.
+        UserError: `out` holds something or cannot be made, or what was written gives other logits when it is read.
     """
-    require_empty(out, "export_legacy_names")
+    require_free_directory(out, "export_legacy_names")
     images = check_images(files)
     expected = logits(classifier.model, ImageTransforms(classifier.processor).batch(images))
     adapter = adapters.active_adapter(classifier.model)
@@ -67,7 +68,7 @@ def export_legacy_names(
         content = _config(adapter.config, classifier.base["model_name_or_path"], adapter.state, names)
         (aside / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         bundle.write_company(aside, labelled, classifier.processor, classifier.base, card)
-    require_same_logits(out, images, expected, trust_remote_code=trust_remote_code)
+        require_read_back(aside, out, "export_legacy_names", images, expected, trust_remote_code)
 
 
 def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]:

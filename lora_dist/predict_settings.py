@@ -120,6 +120,11 @@ class PredictSettings(Group):
     serving: Serving = Serving()
 
     @property
+    def onnx_to_write(self) -> str | None:
+        """The ONNX file, where there is a model to write into it; else it is there, and is run."""
+        return self.exporting.onnx if self.source.adapter or self.source.model else None
+
+    @property
     def title(self) -> str:
         """The one model in words: as the user called it, and a blend with its weights."""
         names = [name for name, _ in self.source.named_adapters]
@@ -168,16 +173,15 @@ def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
 
 
 def _about_the_work(settings: PredictSettings) -> Iterator[Problem]:
-    source, images, merging, exporting = settings.source, settings.images, settings.merging, settings.exporting
-    exports = exporting.onnx and (source.adapter or source.model)
-    if exporting.int8 and not exports:
+    images, merging, exporting = settings.images, settings.merging, settings.exporting
+    if exporting.int8 and not settings.onnx_to_write:
         yield Problem(("int8", "onnx"), "a file is quantised when it is written: give it, and an --adapter or --model")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "an ONNX file runs on the CPU: leave --device out")
     if settings.serving.serve:
         for name in _given(images, "images", *FOR_FILES):
             yield Problem(("serve", name), "a server takes its images from requests")
-    elif not (images.images or merging.merge_to or merging.export_legacy_names or exports):
+    elif not (images.images or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
         yield Problem(
             ("images", "merge_to", "onnx", "serve"),
             "nothing to do: give images to classify, a directory to merge to, a file to export to, or serve",

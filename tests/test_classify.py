@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disks import small_disk
 from PIL import Image
 from tiny import make_image
 from torch import Tensor, nn
@@ -151,6 +152,25 @@ def test_rows_are_in_the_file_as_soon_as_they_are_written(tmp_path: Path) -> Non
 def test_an_output_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--output {tmp_path}"), writer(str(tmp_path), None, 1):
         pass
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_disk_that_fills_up_is_said_by_name(name: str, tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", "16k") as disk,
+        pytest.raises(UserError, match=rf"--output {disk / name}: cannot be written \(No space left on device\)"),
+        writer(str(disk / name), None, 1) as write,
+    ):
+        write(Row("x" * 100_000, [("a", 0.5)]))
+
+
+def test_a_grid_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    make_image(0, 0).save(tmp_path / "good.png")
+    rows = [Row(str(tmp_path / "good.png"), [("a", 0.5)])]
+    with pytest.raises(UserError, match=rf"--grid {tmp_path}/good\.png/grid\.png: cannot be written"):
+        draw_grid(rows, tmp_path / "good.png" / "grid.png")
+    draw_grid(rows, tmp_path / "grid.odd")
+    assert Image.open(tmp_path / "grid.odd").format == "PNG"
 
 
 class Brightness(nn.Module):
