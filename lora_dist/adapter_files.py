@@ -45,11 +45,15 @@ def read(directory: Path) -> AdapterFiles:
     """Reads an adapter's configuration and weights; an old pickle is read as tensors alone, without running code.
 
     Raises:
-        UserError: a file is missing or damaged, or this is another kind of adapter than LoRA.
+        UserError: a file is missing or damaged, a number is not finite, or this is another kind of adapter than LoRA.
     """
-    config = read_config(directory)
+    config, file = read_config(directory), _weights_file(directory)
     state: dict[str, Tensor] = {}
-    for key, tensor in _read_weights(directory).items():
+    for key, tensor in _read_weights(file).items():
+        if not tensor.float().isfinite().all():
+            raise UserError(
+                f"the adapter in {directory} is damaged: {file.name} has numbers in {key} that are not finite"
+            )
         name = plain_name(key)
         if name is None:
             continue
@@ -59,17 +63,35 @@ def read(directory: Path) -> AdapterFiles:
     return AdapterFiles(config, state, directory)
 
 
+def require_adapter(directory: Path) -> None:
+    """Raises a `UserError`, with what is there instead, unless a directory holds an adapter."""
+    if not directory.is_dir():
+        raise UserError(f"no such directory: {directory}")
+    if (directory / ADAPTER_CONFIG).is_file():
+        return
+    instead = result_of_run(directory)
+    if (directory / "config.json").is_file():
+        instead = ". It is a whole model: predict takes it as --model, and train as --model_name_or_path"
+    raise UserError(f"{directory} is no adapter: it has no {ADAPTER_CONFIG}{instead}")
+
+
+def result_of_run(directory: Path) -> str:
+    """Words, to end a message with, on where the result is if the directory is that of a run."""
+    for inside, file in ((directory / "adapter", ADAPTER_CONFIG), (directory / "model", "config.json")):
+        if (inside / file).is_file():
+            return f". It is the directory of a run; name the result, {inside}"
+    return ""
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
     Raises:
         UserError: it is missing or damaged, or this is another kind of adapter than LoRA.
     """
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
-        raise UserError(f"{directory} is no adapter: it has no {ADAPTER_CONFIG}")
+    require_adapter(directory)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         kind = config.get("peft_type", "LORA")
     except (ValueError, AttributeError) as error:
         raise UserError(f"the adapter in {directory} is damaged: {error}") from error
@@ -85,20 +107,31 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path, old = directory / WEIGHTS, directory / OLD_WEIGHTS
-    try:
-        if path.is_file():
-            return load_file(path)
-        if old.is_file():
-            state = torch.load(old, map_location="cpu", weights_only=True)
-            if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
-                return state
-            raise UserError(f"the adapter in {directory} is damaged: {OLD_WEIGHTS} is no dictionary of tensors")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"the adapter in {directory} is damaged: {reason}") from error
+def _weights_file(directory: Path) -> Path:
+    for name in (WEIGHTS, OLD_WEIGHTS):
+        if (directory / name).is_file():
+            return directory / name
     raise UserError(f"{directory} is no adapter: it has no {WEIGHTS} (and no {OLD_WEIGHTS}, as old releases wrote)")
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    damaged = f"the adapter in {file.parent} is damaged:"
+    try:
+        if file.name == WEIGHTS:
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch would advise to run whatever code is in it.
+        raise UserError(
+            f"{damaged} {file.name} is no pickle of tensors alone, and is not opened. Ask whoever made it for "
+            f"{WEIGHTS}, or for a file that torch.load(…, weights_only=True) reads"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{damaged} {reason}") from error
+    if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
+        return state
+    raise UserError(f"{damaged} {file.name} is no dictionary of tensors")
 
 
 def plain_name(key: str) -> str | None:

@@ -22,7 +22,8 @@ class Batcher:
             device: to run the model on.
         """
         self.transforms = ImageTransforms(classifier.processor)
-        self._model = classifier.model.to(device)
+        classifier.model.to(device)
+        self._classifier = classifier
         self._device = device
         self._largest = largest
         self._waiting: SimpleQueue[tuple[Tensor, Future[Tensor]] | None] = SimpleQueue()
@@ -66,5 +67,4 @@ class Batcher:
 
     @torch.inference_mode()
     def _probabilities(self, pixels: Tensor) -> Tensor:
-        pixel_values = self.transforms.finished(pixels.to(self._device))
-        return self._model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu()
+        return self._classifier.probabilities(self.transforms.finished(pixels.to(self._device))).cpu()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from lora_dist import adapters, foreign
-from lora_dist.adapter_files import ADAPTER_CONFIG
+from lora_dist.adapter_files import ADAPTER_CONFIG, result_of_run
 from lora_dist.errors import UserError
 from lora_dist.files import whole_directory
 from lora_dist.model import Base, load_base
@@ -50,6 +50,17 @@ class Classifier:
     labels: list[str]
     base: dict[str, str | None] | None = None
 
+    def probabilities(self, pixel_values: Tensor) -> Tensor:
+        """Probabilities [B, classes] in fp32, of prepared images [B, 3, H, W] on the device of the model.
+
+        Raises:
+            UserError: a logit is not finite.
+        """
+        logits = self.model(pixel_values=pixel_values).logits.float()
+        if not logits.isfinite().all():
+            raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
+        return logits.softmax(dim=-1)
+
 
 def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
     """Writes the bundle of an adapter; a bundle that stands there is replaced only when the new one is whole."""
@@ -78,10 +89,15 @@ def write_company(directory: Path, config: Any, processor: Any, identity: dict[s
 def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
     """Writes a whole `transformers` model with its processor and card, in the same way."""
     with whole_directory(directory) as aside:
-        model.save_pretrained(aside)
-        _write_labels(aside, model.config)
-        processor.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        write_model_files(aside, model, processor, card)
+
+
+def write_model_files(directory: Path, model: Any, processor: Any, card: str) -> None:
+    """Writes the same into a directory that is there."""
+    model.save_pretrained(directory)
+    _write_labels(directory, model.config)
+    processor.save_pretrained(directory)
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,7 @@ class Origin:
         revision: of the base on the Hub.
         fingerprint: of the base's weights, where the adapter's directory says.
         labels: class names in order.
+        trust_remote_code: run code that comes with the adapter, such as that of its processor.
     """
 
     base: str
@@ -101,6 +118,7 @@ class Origin:
     revision: str | None
     fingerprint: str | None
     labels: list[str]
+    trust_remote_code: bool
 
 
 def load_classifier(
@@ -123,7 +141,9 @@ def load_classifier(
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}")
     if not (directory / ADAPTER_CONFIG).is_file():
-        own = read_labels(directory, trust_remote_code)
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory} is no model: it has no config.json{result_of_run(directory)}")
+        own = read_labels(directory)
         whole = load_base(str(directory), own, trust_remote_code=trust_remote_code)
         if whole.missing:
             raise UserError(
@@ -166,7 +186,7 @@ def fit(base: Base, directory: Path, origin: Origin) -> tuple[adapters.Adapter, 
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", BASE_MODEL)):
         return adapter, base.processor
     try:
-        return adapter, AutoImageProcessor.from_pretrained(directory)
+        return adapter, AutoImageProcessor.from_pretrained(directory, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error
 
@@ -185,59 +205,54 @@ def read_origin(
     Raises:
         UserError: part of the bundle is missing or damaged, or there are two label maps.
     """
-    has_identity, has_config = ((directory / name).is_file() for name in (BASE_MODEL, "config.json"))
     fingerprint = None
-    if has_identity or (has_config and base_model is None):
+    if is_bundle := (directory / BASE_MODEL).is_file():
         identity = _read_identity(directory / BASE_MODEL)
         named, revision, fingerprint = (identity[key] for key in IDENTITY)
     else:
         named, revision = (base_model, None) if base_model else foreign.base_of(directory)
         logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
     base, revision = (base_model, None) if base_model else (named, revision)
-    if labels is None and (has_identity or has_config):
-        own = read_labels(directory, trust_remote_code)
-    elif not has_label_map(directory):
+    if label_map(directory) is not None:
+        own = read_labels(directory)
+        if labels is not None and own != list(labels):
+            raise UserError(f"--labels: {directory}/config.json has a label map of its own, and another one")
+    elif is_bundle and labels is None:
+        raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
+    else:
         own = foreign.labels_of(directory, base, revision, labels, trust_remote_code)
-    elif (own := read_labels(directory, trust_remote_code)) != list(labels or []):
-        raise UserError(f"--labels: the adapter in {directory} has a label map of its own, and another one")
-    return Origin(base, named, revision, fingerprint, own)
+    return Origin(base, named, revision, fingerprint, own, trust_remote_code)
 
 
-def read_labels(directory: Path, trust_remote_code: bool = False) -> list[str]:
+def read_labels(directory: Path) -> list[str]:
     """Class names in order, from the label map of a bundle or model.
-
-    Args:
-        directory: of the bundle or model.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: there is none.
     """
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json, and so no label map: it was not written by lora_dist")
+    path, found = directory / "config.json", label_map(directory)
+    # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
+    if found is None:
+        raise UserError(f"{path} has no label map (id2label), so nobody knows the classes")
     try:
-        # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
-        if not has_label_map(directory):
-            raise UserError(f"{directory}/config.json has no label map (id2label), so nobody knows the classes")
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{directory}/config.json is damaged: {error}") from error
-    names: dict[int, str] = config.id2label or {}
+        names = {int(number): str(label) for number, label in found.items()}
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: its label map (id2label) is no map from numbers to names") from error
     if sorted(names) != list(range(len(names))) or not names:
-        raise UserError(f"the label map in {directory}/config.json is not numbered from 0 on")
+        raise UserError(f"the label map in {path} is not numbered from 0 on")
     return [names[place] for place in range(len(names))]
 
 
-def has_label_map(directory: Path) -> bool:
-    """Whether a bundle or model names its classes.
+def label_map(directory: Path) -> Any:
+    """What `config.json` says of the labels; None where it says nothing or is not there.
 
     Raises:
-        UserError: its `config.json` is damaged.
+        UserError: it is damaged.
     """
     path = directory / "config.json"
     try:
-        return path.is_file() and "id2label" in json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8")).get("id2label") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -254,8 +269,6 @@ def _read_identity(path: Path) -> dict[str, Any]:
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
         return {key: identity[key] for key in IDENTITY}
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing, so the adapter's base is not known; name it with --base_model") from error
     except KeyError as error:
         raise UserError(f"{path} is damaged: it does not say {error}") from error
     except (ValueError, TypeError) as error:
@@ -281,12 +294,19 @@ def require_same_logits(
     Raises:
         RuntimeError: it does not; a file that is silently wrong would cost the whole run (peft#577).
     """
+    difference = difference_when_read(directory, images, expected, trust_remote_code)
+    if not difference <= tolerance:
+        raise RuntimeError(f"{directory} was written but gives other logits when read: relative error {difference:.1e}")
+
+
+def difference_when_read(
+    directory: Path, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool = False
+) -> float:
+    """How far a bundle or model, as read, is from logits [B, classes] on images, relative to the largest logit."""
     read = load_classifier(directory, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
         actual = read.model(pixel_values=ImageTransforms(read.processor).batch(images)).logits.float()
-    difference = relative_difference(actual, expected)
-    if not difference <= tolerance:
-        raise RuntimeError(f"{directory} was written but gives other logits when read: relative error {difference:.1e}")
+    return relative_difference(actual, expected)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

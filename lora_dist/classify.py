@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_dist.bundle import Classifier
+from lora_dist.destinations import writing
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.images import UnreadableImageError, image_files, load_rgb
@@ -103,6 +104,9 @@ def classify(
         batch_size: images in a forward pass.
         num_workers: decoding processes; None for one, where there are many files and these are not tiny.
         device: to run the model on.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     classifier.model.to(device)
     size = max(batch_size, PART)
@@ -137,8 +141,8 @@ def _scores(
 ) -> Iterator[list[tuple[str, float]]]:
     """Yields classes with their probabilities for each image, batch by batch."""
     for batch in () if pixels is None else pixels.split(batch_size):
-        logits = classifier.model(pixel_values=transforms.finished(batch.to(device, non_blocking=True))).logits
-        best = logits.float().softmax(dim=-1).topk(min(top_k, len(classifier.labels)))
+        probabilities = classifier.probabilities(transforms.finished(batch.to(device, non_blocking=True)))
+        best = probabilities.topk(min(top_k, len(classifier.labels)))
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield [(classifier.labels[place], value) for place, value in zip(places, values, strict=True)]
 
@@ -188,8 +192,9 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
     if not shown:
         raise UserError("--grid: none of the images to draw can be read")
     captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid([load_rgb(row.path) for row in shown], captions).save(path)
+    with writing(path, "grid"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid([load_rgb(row.path) for row in shown], captions).save(path, "PNG")
 
 
 @contextmanager
@@ -208,23 +213,24 @@ def writer(
         UserError: the file cannot be written.
     """
     chosen = format_ or ("csv" if output and output.lower().endswith(".csv") else "jsonl")
+    if output is None:
+        yield _csv_rows(_utf8_stdout(), top_k, several) if chosen == "csv" else _json_lines(_utf8_stdout())
+        return
+    path = Path(output)
+    with writing(path, "output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Of a name that is no text, bytes are escaped.
+        file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     try:
-        if output:
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-        file = _utf8(output)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from error
-    try:
-        yield _csv_rows(file, top_k, several) if chosen == "csv" else _json_lines(file)
+        write = _csv_rows(file, top_k, several) if chosen == "csv" else _json_lines(file)
+        yield writing(path, "output")(write)
     finally:
-        if output:
+        with writing(path, "output"):
             file.close()
 
 
-def _utf8(output: str | None) -> Any:
-    """The file, or standard output, in UTF-8 whatever the locale is; of a name that is no text, bytes are escaped."""
-    if output:
-        return Path(output).open("w", encoding="utf-8", errors="backslashreplace", newline="")
+def _utf8_stdout() -> Any:
+    """Standard output in UTF-8 whatever the locale is; of a name that is no text, bytes are escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     return sys.stdout

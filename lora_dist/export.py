@@ -12,36 +12,52 @@ from torch import Tensor
 
 from lora_dist import adapters, bundle
 from lora_dist.adapter_files import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, place_of
-from lora_dist.bundle import Classifier, require_same_logits
+from lora_dist.bundle import Classifier
+from lora_dist.destinations import require_free_directory
 from lora_dist.files import whole_directory
 from lora_dist.legacy_names import LegacyNames
-from lora_dist.merge import check_images, logits, require_empty
+from lora_dist.merge import check_images, logits, require_read_back
 from lora_dist.transforms import ImageTransforms
 
 
-def export_legacy_names(classifier: Classifier, source: Path, out: Path, files: Sequence[str]) -> None:
+def card_of(directories: Sequence[Path], title: str) -> str:
+    """The card of an adapter to export. A blend is none of its adapters, whose numbers are not its own.
+
+    Args:
+        directories: of the adapter, or of all that are blended.
+        title: where there is no card to copy.
+    """
+    own = directories[0] / "README.md"
+    if len(directories) == 1 and own.is_file():
+        return own.read_text(encoding="utf-8", errors="replace")
+    what = "A LoRA adapter" if len(directories) == 1 else "The weighted sum of LoRA adapters, as one adapter"
+    return f"# {title}\n\n{what}, with the names of transformers 4. Written by lora_dist.\n"
+
+
+def export_legacy_names(
+    classifier: Classifier, card: str, out: Path, files: Sequence[str], trust_remote_code: bool = False
+) -> None:
     """Writes the active adapter as a bundle that releases before transformers 5 read as well.
 
     PEFT read `adapter_model.bin` alone before 0.5, and prefers safetensors since: both are there.
 
     Args:
         classifier: with the adapter.
-        source: directory of the adapter, whose card is copied.
+        card: content of the model card.
         out: must not exist, or be empty.
         files: images to compare logits on; the first that can be read are taken, else packaged photographs.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
-        UserError: `out` holds something.
+        UserError: `out` holds something or cannot be made, or what was written gives other logits when it is read.
     """
-    require_empty(out, "export_legacy_names")
+    require_free_directory(out, "export_legacy_names")
     images = check_images(files)
     expected = logits(classifier.model, ImageTransforms(classifier.processor).batch(images))
     adapter = adapters.active_adapter(classifier.model)
     names = LegacyNames.of(adapters.base_of(classifier.model))
     assert classifier.base is not None
     state = _old_keys(adapter.state, names)
-    card = source / "README.md"
-    words = card.read_text(encoding="utf-8") if card.is_file() else f"# {source.resolve().name}\n"
     # A base of several adapters has the labels of the first one.
     labelled = copy.deepcopy(adapters.base_of(classifier.model).config)
     labelled.id2label = dict(enumerate(classifier.labels))
@@ -49,10 +65,10 @@ def export_legacy_names(classifier: Classifier, source: Path, out: Path, files: 
     with whole_directory(out) as aside:
         save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
         torch.save(state, aside / OLD_WEIGHTS)
-        content = _config(adapter.config, adapter.state, names)
+        content = _config(adapter.config, classifier.base["model_name_or_path"], adapter.state, names)
         (aside / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        bundle.write_company(aside, labelled, classifier.processor, classifier.base, words)
-    require_same_logits(out, images, expected)
+        bundle.write_company(aside, labelled, classifier.processor, classifier.base, card)
+        require_read_back(aside, out, "export_legacy_names", images, expected, trust_remote_code)
 
 
 def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]:
@@ -68,11 +84,11 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
     return keys
 
 
-def _config(config: Any, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
+def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """What every release knows, and of the rest only what is in use: many refuse a name that they do not know."""
     adapted = [names.modules[place] for place, lora in map(place_of, state) if lora]
     content = {
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base,
         "bias": config.bias,
         "fan_in_fan_out": config.fan_in_fan_out,
         "inference_mode": True,
@@ -85,7 +101,7 @@ def _config(config: Any, state: dict[str, Tensor], names: LegacyNames) -> dict[s
         "task_type": None,
     }
     in_use = {
-        "revision": config.revision,
+        "revision": config.revision if base == config.base_model_name_or_path else None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "rank_pattern": {names.modules.get(name, name): rank for name, rank in config.rank_pattern.items()},

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from lora_dist import adapter_files, demo
 from lora_dist.adapter_files import AdapterFiles
 from lora_dist.errors import UserError
+from lora_dist.model import cannot_load
 
 logger = logging.getLogger("lora_dist.foreign")
 
@@ -48,7 +49,7 @@ def labels_of(
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the base model {base!r} of the adapter in {directory}: {error}") from error
+        raise cannot_load(base, error) from error
     count = class_count(adapter_files.read(directory), config, trust_remote_code)
     if count is None:
         # The adapter brings no head: it was trained on that of a base that is fine-tuned already.

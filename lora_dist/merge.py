@@ -9,8 +9,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_dist import adapters, bundle
-from lora_dist.bundle import HALF_PRECISION_TOLERANCE, Classifier, relative_difference, require_same_logits
+from lora_dist.bundle import HALF_PRECISION_TOLERANCE, Classifier, relative_difference
+from lora_dist.destinations import require_free_directory
 from lora_dist.errors import UserError
+from lora_dist.files import whole_directory
 from lora_dist.images import UnreadableImageError, load_rgb
 from lora_dist.transforms import ImageTransforms
 
@@ -38,6 +40,7 @@ def merge_to(
     files: Sequence[str],
     tolerance: float,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Writes the merged model as a plain `transformers` checkpoint with its processor and label map.
 
@@ -49,14 +52,15 @@ def merge_to(
         tolerance: largest difference of logits, relative to the largest logit. What half precision rounds away may
             be `HALF_PRECISION_TOLERANCE`.
         precision: to round the merged weights to, last.
+        trust_remote_code: run code that comes with the base.
 
     Returns:
         The differences measured.
 
     Raises:
-        UserError: the merged model differs by more, or `out` holds something.
+        UserError: the merged model differs by more, in memory or as read, or `out` holds something or cannot be made.
     """
-    require_empty(out, "merge_to")
+    require_free_directory(out, "merge_to")
     dtype = DTYPES[precision]
     images = check_images(files)
     pixels = ImageTransforms(classifier.processor).batch(images)
@@ -79,8 +83,10 @@ def merge_to(
                 f"{max(tolerance, HALF_PRECISION_TOLERANCE):.1e}; nothing was written. Leave --dtype out, or take the "
                 f"other one"
             )
-    bundle.write_model(out, merged.to(dtype), classifier.processor, _card(source, measured, dtype, len(images)))
-    require_same_logits(out, images, after)
+    with whole_directory(out) as aside:
+        card = _card(source, measured, dtype, len(images))
+        bundle.write_model_files(aside, merged.to(dtype), classifier.processor, card)
+        require_read_back(aside, out, "merge_to", images, after, trust_remote_code)
     return measured
 
 
@@ -114,14 +120,28 @@ def _card(source: str, measured: Merged, dtype: torch.dtype, images: int) -> str
     return "\n".join([*lines, "", '    pipeline("image-classification", model="THIS_DIRECTORY")', ""])
 
 
-def require_empty(out: Path, flag: str) -> None:
-    """Refuses a directory that holds something.
+def require_read_back(
+    aside: Path, out: Path, flag: str, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool
+) -> None:
+    """Checks that what was written, and is not yet in its place, gives the logits that it should.
+
+    Args:
+        aside: directory where it is now.
+        out: where it is to be.
+        flag: that names `out`.
+        images: to classify.
+        expected: logits [B, classes] of the model in memory.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: it does.
+        UserError: it does not.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--{flag} {out} is not empty; name another directory")
+    difference = bundle.difference_when_read(aside, images, expected, trust_remote_code)
+    if not difference <= bundle.TOLERANCE:
+        raise UserError(
+            f"--{flag} {out}: what was written gave other logits when it was read, by {difference:.1e} of the largest, "
+            f"and was removed. This is a mistake of lora_dist or a library: please report it with their versions"
+        )
 
 
 def check_images(files: Sequence[str]) -> list[Image.Image]:

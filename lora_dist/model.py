@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,12 @@ def load_base(
         config = AutoConfig.from_pretrained(name, **source, **labelled)
         if init_from_config:
             config.architectures = config.architectures or []
-            model, missing = AutoModelForImageClassification.from_config(config, dtype=torch.float32), []
+            model, missing = (
+                AutoModelForImageClassification.from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                ),
+                [],
+            )
         else:
             model, loading = AutoModelForImageClassification.from_pretrained(
                 name,
@@ -90,7 +96,7 @@ def load_base(
             missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         # One of these comes of a missing name, an unreachable Hub, a foreign architecture and a truncated file.
-        raise UserError(f"cannot load the base model {name!r} as an image classifier: {error}") from error
+        raise cannot_load(name, error) from error
     heads = find_heads(model, missing)
     return Base(
         model=model,
@@ -100,6 +106,19 @@ def load_base(
         name=name,
         revision=getattr(config, "_commit_hash", None),
         fingerprint=fingerprint(model, heads),
+    )
+
+
+def cannot_load(name: str, error: Exception) -> UserError:
+    """In words of this project what `transformers` says of a model that it cannot load."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"the model {name!r} brings code of its own. If you trust where it comes from, --trust_remote_code runs it"
+        )
+    elsewhere = "\nIf it is elsewhere now, say where: predict takes --base_model, and train --model_name_or_path"
+    return UserError(
+        f"cannot load the base model {name!r} as an image classifier: {error}"
+        + ("" if Path(name).is_dir() else elsewhere)
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_dist import adapters, extras
 from lora_dist.bundle import Classifier, relative_difference
 from lora_dist.classify import classify
+from lora_dist.destinations import require_free_file
 from lora_dist.errors import UserError
 from lora_dist.merge import check_images, logits
 from lora_dist.onnx_model import INPUT, LABELS, OUTPUT, PREPROCESSOR, OnnxModel, load_onnx
@@ -81,15 +82,10 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
         UserError: the logits differ by more than `TOLERANCE`, the model cannot be exported, something stands at `out`,
             or a package is missing.
     """
-    extras.require("onnx", "--onnx", "onnx", "onnxscript", "onnxruntime")
+    require_packages()
     import onnx
 
-    if out.is_dir():
-        raise UserError(f"--onnx {out} is a directory; name a file, such as {out / 'model.onnx'}")
-    if out.exists():
-        raise UserError(
-            f"--onnx {out} is there already; name another file, or run this one without --adapter and --model"
-        )
+    require_free_file(out, "onnx")
     transforms = ImageTransforms(classifier.processor)
     pixels = transforms.batch(check_images(files))
     expected = logits(classifier.model, pixels)
@@ -119,6 +115,11 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
             _quantize(proto, aside)
             cost = _int8_cost(exact, load_onnx(aside), files) if files else None
     return Exported(difference, cost)
+
+
+def require_packages() -> None:
+    """Raises a `UserError` where a package that writes ONNX files is missing."""
+    extras.require("onnx", "--onnx", "onnx", "onnxscript", "onnxruntime")
 
 
 class _Logits(nn.Module):

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_dist.cli import argv_or, parse
-from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.errors import exit_on_user_error
 from lora_dist.predict_settings import PredictSettings, contradictions
 
 if TYPE_CHECKING:
@@ -39,39 +39,28 @@ def main(argv: list[str] | None = None) -> None:
         takes_config=False,
     )
     # What follows imports torch; a mistake in the settings has been reported by now.
-    from lora_dist import classify, demo, extras, hub, logs
+    from lora_dist import adapter_files, classify, demo, destinations, extras, hub, logs, onnx_export
 
     logs.set_up_logs(is_main=True)
     if settings.serving.serve:
         extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
+    if settings.onnx_to_write:
+        onnx_export.require_packages()
+    destinations.require_destinations(settings)
+    device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
-    chosen = {name: hub.local_directory(place) for name, place in named_adapters(settings.source.adapter).items()}
+    chosen = {name: hub.local_directory(place) for name, place in settings.source.named_adapters}
+    for directory in chosen.values():
+        adapter_files.require_adapter(directory)
     if settings.source.side_by_side:
-        rows = _rows_of_each(chosen, files, settings)
+        rows = _rows_of_each(chosen, files, settings, device)
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
-            _serve(classifier, chosen, settings)
-        rows = _rows(classifier, files, settings)
+            _serve(classifier, settings, device)
+        rows = _rows(classifier, files, settings, device)
     if files and not _output(rows, files, settings):
         sys.exit(EXIT_BAD_IMAGES)
-
-
-def named_adapters(words: Sequence[str]) -> dict[str, str]:
-    """Directories of adapters, or their names on the Hub, by name: NAME=DIRECTORY, or a directory that is its own name.
-
-    Raises:
-        UserError: a name stands there twice.
-    """
-    named: dict[str, str] = {}
-    for word in words:
-        name, equals, directory = word.partition("=")
-        if not equals or Path(word).exists():
-            name, directory = word, word
-        if name in named:
-            raise UserError(f"--adapter: {name} is there twice; write NAME=DIRECTORY")
-        named[name] = directory
-    return named
 
 
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
@@ -99,23 +88,28 @@ def _write(
 ) -> Classifier:
     """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
     from lora_dist import bundle, export, merge, onnx_export, onnx_model
+    from lora_dist.destinations import writing
 
-    merging, exporting = settings.merging, settings.exporting
+    merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
-        export.export_legacy_names(classifier, next(iter(chosen.values())), out, files)
+        card = export.card_of(list(chosen.values()), settings.title)
+        with writing(out, "export_legacy_names"):
+            export.export_legacy_names(classifier, card, out, files, trusted)
         logger.info("exported to %s, in the names of transformers 4", out)
     if merging.merge_to:
         out = Path(merging.merge_to)
-        title = _title(chosen, settings)
-        merged = merge.merge_to(classifier, title, out, files, merging.merge_tolerance, merging.dtype)
+        tolerance, dtype = merging.merge_tolerance, merging.dtype
+        with writing(out, "merge_to"):
+            merged = merge.merge_to(classifier, settings.title, out, files, tolerance, dtype, trusted)
         logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
         if merged.rounding is not None:
-            logger.info("with weights rounded to %s they differ by %.1e", merging.dtype, merged.rounding)
-        classifier = bundle.load_classifier(out)
-    if exporting.onnx and (chosen or settings.source.model):
-        out = Path(exporting.onnx)
-        exported = onnx_export.export(classifier, out, files, exporting.int8)
+            logger.info("with weights rounded to %s they differ by %.1e", dtype, merged.rounding)
+        classifier = bundle.load_classifier(out, trust_remote_code=trusted)
+    if settings.onnx_to_write:
+        out = Path(settings.onnx_to_write)
+        with writing(out, "onnx"):
+            exported = onnx_export.export(classifier, out, files, exporting.int8)
         what = ", before it was quantised," if exporting.int8 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
         if exporting.int8:
@@ -124,24 +118,17 @@ def _write(
     return classifier
 
 
-def _title(chosen: Mapping[str, Path], settings: PredictSettings) -> str:
-    """The model in words."""
-    source = settings.source
-    shares = [f"{weight:g} x {name}" for name, weight in zip(chosen, source.weights, strict=False)]
-    return " + ".join(shares or chosen) or source.model or settings.exporting.onnx or ""
-
-
-def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: PredictSettings) -> None:
+def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
     """Serves until it is interrupted."""
     from lora_dist import classify, serve, uploads
 
-    serving, device = settings.serving, _device(settings)
+    serving = settings.serving
     limits = uploads.Limits(
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
     app = serve.make_app(
         classifier,
-        _title(chosen, settings),
+        settings.title,
         limits,
         top_k=settings.images.top_k or 5,
         batch_size=classify.choose_batch_size(settings.images.batch_size, device),
@@ -150,16 +137,9 @@ def _serve(classifier: Classifier, chosen: Mapping[str, Path], settings: Predict
     serve.run(app, serving.host, serving.port)
 
 
-def _device(settings: PredictSettings) -> torch.device:
+def _rows(classifier: Classifier, files: list[str], settings: PredictSettings, device: torch.device) -> Iterator[Row]:
     from lora_dist import classify
 
-    return classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
-
-
-def _rows(classifier: Classifier, files: list[str], settings: PredictSettings) -> Iterator[Row]:
-    from lora_dist import classify
-
-    device = _device(settings)
     return classify.classify(
         classifier,
         files,
@@ -170,13 +150,19 @@ def _rows(classifier: Classifier, files: list[str], settings: PredictSettings) -
     )
 
 
-def _rows_of_each(chosen: Mapping[str, Path], files: list[str], settings: PredictSettings) -> Iterator[Row]:
+def _rows_of_each(
+    chosen: Mapping[str, Path], files: list[str], settings: PredictSettings, device: torch.device
+) -> Iterator[Row]:
     """All rows of one adapter after those of another, on a base that is loaded once."""
     from lora_dist import several
 
     source = settings.source
     group = several.load_several(chosen, source.base_model, source.trust_remote_code, _labels(settings))
-    return (row._replace(adapter=name) for name in group.classifiers for row in _rows(group.use(name), files, settings))
+    return (
+        row._replace(adapter=name)
+        for name in group.classifiers
+        for row in _rows(group.use(name), files, settings, device)
+    )
 
 
 def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -26,6 +27,15 @@ class ModelSource(Group):
     """Where the adapter's base model is now, if not where it was."""
     trust_remote_code: bool = False
     """Run model code that comes with the model. Only for sources you trust."""
+
+    @property
+    def named_adapters(self) -> list[tuple[str, str]]:
+        """Name and place of each adapter: of NAME=DIRECTORY, or of a place that is its own name."""
+        named = []
+        for word in self.adapter:
+            name, equals, place = word.partition("=")
+            named.append((name, place) if equals and not Path(word).exists() else (word, word))
+        return named
 
     @property
     def side_by_side(self) -> bool:
@@ -96,6 +106,10 @@ class Serving(Group):
     """Most images in a request."""
 
 
+FOR_FILES = ("output", "format", "grid", "num_workers")
+"""Settings of --images that a server has no use for."""
+
+
 class PredictSettings(Group):
     """Settings of a prediction, by group."""
 
@@ -104,6 +118,19 @@ class PredictSettings(Group):
     merging: Merging = Merging()
     exporting: Exporting = Exporting()
     serving: Serving = Serving()
+
+    @property
+    def onnx_to_write(self) -> str | None:
+        """The ONNX file, where there is a model to write into it; else it is there, and is run."""
+        return self.exporting.onnx if self.source.adapter or self.source.model else None
+
+    @property
+    def title(self) -> str:
+        """The one model in words: as the user called it, and a blend with its weights."""
+        names = [name for name, _ in self.source.named_adapters]
+        if len(names) > 1:
+            return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
+        return names[0] if names else self.source.model or self.exporting.onnx or ""
 
 
 def contradictions(settings: PredictSettings) -> Iterator[Problem]:
@@ -126,6 +153,11 @@ def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
         for name in ("base_model", "labels", "weights"):
             if getattr(source, name):
                 yield Problem((whole, name), "this belongs to an adapter: give an --adapter")
+    if source.trust_remote_code and not (source.adapter or source.model):
+        yield Problem(("onnx", "trust_remote_code"), "an ONNX file brings no code to run: leave the second out")
+    names = [name for name, _ in source.named_adapters]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield Problem(("adapter",), f"{name} is there twice; write NAME=DIRECTORY")
     if source.weights and source.adapter and len(source.weights) != len(source.adapter):
         yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
@@ -141,20 +173,31 @@ def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
 
 
 def _about_the_work(settings: PredictSettings) -> Iterator[Problem]:
-    source, images, merging, exporting = settings.source, settings.images, settings.merging, settings.exporting
-    exports = exporting.onnx and (source.adapter or source.model)
-    if merging.dtype != "fp32" and not merging.merge_to:
-        yield Problem(("dtype", "merge_to"), "the type of merged weights: give a directory to merge to")
-    if exporting.int8 and not exports:
+    images, merging, exporting = settings.images, settings.merging, settings.exporting
+    if exporting.int8 and not settings.onnx_to_write:
         yield Problem(("int8", "onnx"), "a file is quantised when it is written: give it, and an --adapter or --model")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "an ONNX file runs on the CPU: leave --device out")
     if settings.serving.serve:
-        for name in ("images", "output", "grid"):
-            if getattr(images, name):
-                yield Problem(("serve", name), "a server takes its images from requests")
-    elif not (images.images or merging.merge_to or merging.export_legacy_names or exports):
+        for name in _given(images, "images", *FOR_FILES):
+            yield Problem(("serve", name), "a server takes its images from requests")
+    elif not (images.images or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
         yield Problem(
             ("images", "merge_to", "onnx", "serve"),
             "nothing to do: give images to classify, a directory to merge to, a file to export to, or serve",
         )
+        return
+    elif not images.images:
+        for name in _given(images, *FOR_FILES, "top_k", "batch_size", "device"):
+            yield Problem((name, "images"), "no images are classified: give the second as well, or neither")
+    if not merging.merge_to:
+        for name in _given(merging, "merge_tolerance", "dtype"):
+            yield Problem((name, "merge_to"), "nothing is merged: give the second as well, or neither")
+    if not settings.serving.serve:
+        for name in _given(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
+            yield Problem((name, "serve"), "nothing is served: give the second as well, or neither")
+
+
+def _given(group: Group, *names: str) -> Iterator[str]:
+    """Those of these settings that the user gave, even if as their defaults."""
+    return (name for name in names if name in group.model_fields_set)

@@ -49,17 +49,17 @@ class Sizes:
         return cls(bare + moments, result, save_total_limit + 2)
 
 
-def require_writable(root: Path) -> None:
-    """Raises a `UserError` unless files can be made below a directory, which need not be there yet."""
+def require_writable(root: Path, flag: str = "--output_dir") -> None:
+    """Raises a `UserError` that names the flag unless files can be made below a directory, there or not yet."""
     there = root.absolute()
-    while not there.exists():
-        there = there.parent
     try:
+        while not there.exists():
+            there = there.parent
         with tempfile.TemporaryFile(dir=there):
             return
     except OSError as error:
         raise UserError(
-            f"--output_dir {root}: cannot write there ({error.strerror or error}); name a directory that is writable "
+            f"{flag} {root}: cannot write there ({error.strerror or error}); name a directory that is writable "
             f"from this machine"
         ) from error
 

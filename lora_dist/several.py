@@ -107,10 +107,9 @@ def _load(
 ) -> tuple[dict[str, Origin], Base]:
     """What each adapter belongs to, and the base of the first, with a head for the classes of the first."""
     for directory in directories.values():
-        if not (directory / bundle.ADAPTER_CONFIG).is_file():
-            raise UserError(f"{directory} is no adapter: it has no {bundle.ADAPTER_CONFIG}")
+        adapter_files.require_adapter(directory)
     # Where all have label maps, the one that is given is compared with them.
-    unnamed = [name for name in directories if not bundle.has_label_map(directories[name])] or directories
+    unnamed = [name for name in directories if bundle.label_map(directories[name]) is None] or directories
     origins = {
         name: bundle.read_origin(directory, base_model, trust_remote_code, labels if name in unnamed else None)
         for name, directory in directories.items()

@@ -336,6 +336,15 @@ def test_missing_left_over_and_misshaped_keys_are_listed(saved: Path, vit: Path)
     assert f"{misshaped} is [31, 4] and should be [32, 4]" in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named_with_their_file(value: float, saved: Path, vit: Path) -> None:
+    """An adapter of a training that diverged would predict something for every image."""
+    name = "base_model.model.vit.layers.1.attention.v_proj.lora_B.weight"
+    _rewrite(saved, lambda state: state[name].view(-1)[3:4].fill_(value))
+    with pytest.raises(UserError, match=rf"is damaged: adapter_model\.safetensors .*{name} .*not finite"):
+        adapters.load_adapter(_base(vit).model, saved)
+
+
 def test_an_adapter_of_another_number_of_classes_is_refused(saved: Path, vit: Path) -> None:
     with pytest.raises(UserError, match=r"classifier\.weight is \[3, 32\] and should be \[2, 32\]"):
         adapters.load_adapter(load_base(str(vit), ["x", "y"]).model, saved)

@@ -12,12 +12,13 @@ from transformers import ViTImageProcessor
 
 from lora_dist.batching import Batcher
 from lora_dist.bundle import Classifier
+from lora_dist.errors import UserError
 
 COLORS = ["red", "lime", "blue"]
 
 
 class Slow(nn.Module):
-    """How red, green and blue an image is, when the test lets it; black images break it."""
+    """How red, green and blue an image is, when the test lets it; black images break it, and white ones overflow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +32,8 @@ class Slow(nn.Module):
         assert self.may_go.wait(30)
         if bool((pixel_values == -1).all(dim=(1, 2, 3)).any()):
             raise ValueError("too dark")
+        if bool((pixel_values == 1).all(dim=(1, 2, 3)).any()):
+            pixel_values = pixel_values / 0
         return SimpleNamespace(logits=10 * pixel_values.mean(dim=(2, 3)))
 
 
@@ -62,6 +65,15 @@ def test_an_error_of_the_model_reaches_those_who_asked_and_nobody_else() -> None
     model.may_go.set()
     with pytest.raises(ValueError, match="too dark"):
         _ask(batcher, "black").result(30)
+    assert int(_ask(batcher, "blue").result(30).argmax()) == 2
+    batcher.close()
+
+
+def test_logits_that_are_not_finite_are_no_answer() -> None:
+    batcher, model = _batcher()
+    model.may_go.set()
+    with pytest.raises(UserError, match="are not finite"):
+        _ask(batcher, "white").result(30)
     assert int(_ask(batcher, "blue").result(30).argmax()) == 2
     batcher.close()
 

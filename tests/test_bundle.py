@@ -9,13 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import make_image, make_model, perturb
+from tiny import make_image, make_model, make_remote_model, perturb
 from torch import Tensor
 
 from lora_dist import adapters, bundle
 from lora_dist.bundle import load_classifier, read_labels, require_same_logits, write_adapter, write_model
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
+from lora_dist.export import export_legacy_names
+from lora_dist.merge import merge_to
 from lora_dist.model import load_base, make_trainable
 from lora_dist.transforms import ImageTransforms
 
@@ -156,7 +158,7 @@ def test_a_base_that_moved_is_missed_by_name_and_found_where_it_is(
 ) -> None:
     expected = load_classifier(adapter)
     shutil.move(base_model, tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=str(base_model)):
+    with pytest.raises(UserError, match=rf"(?s){base_model}.*--base_model"):
         load_classifier(adapter)
     moved = load_classifier(adapter, str(tmp_path / "elsewhere"))
     assert torch.equal(_logits(moved.model, moved.processor), _logits(expected.model, expected.processor))
@@ -164,7 +166,7 @@ def test_a_base_that_moved_is_missed_by_name_and_found_where_it_is(
 
 @pytest.mark.parametrize(
     "name",
-    ["base_model.json", "config.json", "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"],
+    ["config.json", "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"],
 )
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_a_missing_or_damaged_file_is_refused_by_name(name: str, damage: str, adapter: Path) -> None:
@@ -262,6 +264,36 @@ def test_a_bundle_stands_as_it_was_when_writing_the_next_one_fails(
     with pytest.raises(OSError, match="no space left"):
         _write(adapter, base_model, seed=1)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(tmp_path: Path) -> None:
+    """In the adapter, its export, its merge; the message names the flag, and not what Python would call it."""
+    remote = make_remote_model(tmp_path / "remote")
+    with pytest.raises(UserError, match=rf"{remote}' brings code of its own.* --trust_remote_code runs it"):
+        load_base(str(remote), LABELS)
+    base = load_base(str(remote), LABELS, trust_remote_code=True)
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
+    perturb(model)
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, model, base, "card\n")
+    with pytest.raises(UserError, match="--trust_remote_code runs it"):
+        load_classifier(adapter)
+    assert read_labels(adapter) == LABELS
+    expected = _logits(model, base.processor)
+    export_legacy_names(load_classifier(adapter, trust_remote_code=True), "card\n", tmp_path / "old", [], True)
+    merge_to(load_classifier(adapter, trust_remote_code=True), "x", tmp_path / "merged", [], 1e-4, "fp32", True)
+    for directory in (adapter, tmp_path / "old", tmp_path / "merged"):
+        found = load_classifier(directory, trust_remote_code=True)
+        assert type(adapters.base_of(found.model)).__name__ == "RemoteModel"
+        torch.testing.assert_close(_logits(found.model, found.processor), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_code_that_comes_with_the_base_of_a_foreign_adapter_is_not_run(tmp_path: Path) -> None:
+    base = load_base(str(make_remote_model(tmp_path / "remote")), LABELS, trust_remote_code=True)
+    adapters.save_adapter(make_trainable(base, ModelSettings(), LoraSettings()), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"remote' brings code of its own.* --trust_remote_code runs it"):
+        load_classifier(tmp_path / "adapter")
+    assert load_classifier(tmp_path / "adapter", None, True).labels == ["LABEL_0", "LABEL_1"]
 
 
 def test_a_fine_tuned_checkpoint_is_a_base_for_other_classes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disks import small_disk
 from PIL import Image
 from tiny import make_image
 from torch import Tensor, nn
@@ -153,6 +154,25 @@ def test_an_output_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_disk_that_fills_up_is_said_by_name(name: str, tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", "16k") as disk,
+        pytest.raises(UserError, match=rf"--output {disk / name}: cannot be written \(No space left on device\)"),
+        writer(str(disk / name), None, 1) as write,
+    ):
+        write(Row("x" * 100_000, [("a", 0.5)]))
+
+
+def test_a_grid_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    make_image(0, 0).save(tmp_path / "good.png")
+    rows = [Row(str(tmp_path / "good.png"), [("a", 0.5)])]
+    with pytest.raises(UserError, match=rf"--grid {tmp_path}/good\.png/grid\.png: cannot be written"):
+        draw_grid(rows, tmp_path / "good.png" / "grid.png")
+    draw_grid(rows, tmp_path / "grid.odd")
+    assert Image.open(tmp_path / "grid.odd").format == "PNG"
+
+
 class Brightness(nn.Module):
     """Three classes: how red, green and blue an image is. Notes the sizes of its batches."""
 
@@ -192,6 +212,15 @@ def test_every_file_gets_its_own_prediction_in_order(batch_size: int, workers: i
             assert sum(score for _, score in row.top_k) == pytest.approx(1)
     assert sum(classifier.model.sizes) == 5
     assert max(classifier.model.sizes) <= batch_size
+
+
+def test_logits_that_are_not_finite_end_it_in_words(tmp_path: Path) -> None:
+    """NaN is no JSON, and a class that it was rounded to is no prediction."""
+    classifier = _classifier()
+    classifier.model.register_forward_hook(lambda _, __, output: SimpleNamespace(logits=output.logits / 0))
+    options: dict[str, Any] = {"top_k": 1, "batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
+    with pytest.raises(UserError, match=r"logits of the model are not finite"):
+        list(classify(classifier, _colors(tmp_path), **options))
 
 
 def test_rows_come_while_the_rest_is_still_to_be_done(tmp_path: Path) -> None:

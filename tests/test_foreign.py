@@ -12,6 +12,7 @@ from old_adapters import OLD, expected_of, logits
 from tiny import perturb
 
 from lora_dist import adapters
+from lora_dist.adapter_files import read_config
 from lora_dist.bundle import load_classifier, write_adapter
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
@@ -63,7 +64,7 @@ def test_labels_can_be_given(guide: Path, caplog: pytest.LogCaptureFixture) -> N
 def test_a_base_elsewhere_or_nowhere(guide: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     (tmp_path / "base").rename(moved)
-    with pytest.raises(UserError, match=str(tmp_path / "base")):
+    with pytest.raises(UserError, match=rf"(?s){tmp_path / 'base'}.*--base_model"):
         load_classifier(guide)
     expected = expected_of(guide)
     torch.testing.assert_close(logits(load_classifier(guide, str(moved)).model), expected, rtol=1e-5, atol=1e-5)
@@ -122,14 +123,47 @@ def test_a_label_map_is_not_overruled(own: Path) -> None:
 
 
 def test_a_bundle_that_lost_a_file_can_be_helped_in_words(own: Path, vit: Path) -> None:
+    (own / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json has no label map.* name a file with --labels"):
+        load_classifier(own)
+    assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
     (own / "base_model.json").unlink()
+    _edit(own, base_model_name_or_path=None)
     with pytest.raises(UserError, match="name it with --base_model"):
         load_classifier(own)
-    assert load_classifier(own, str(vit)).labels == ["cat", "dog"]
-    (own / "config.json").unlink()
-    assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
+    assert load_classifier(own, str(vit), labels=["a", "b"]).labels == ["a", "b"]
     with pytest.raises(UserError, match="names 3 classes"):
-        load_classifier(own, labels=["a", "b", "c"])
+        load_classifier(own, str(vit), labels=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_configuration_beside_an_adapter_from_elsewhere_makes_it_no_bundle(
+    labelled: bool, own: Path, vit: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody pushed both. PEFT's file says what the base is, and the warning that it cannot be checked."""
+    (own / "base_model.json").unlink()
+    content = json.loads((own / "config.json").read_text())
+    if not labelled:
+        del content["id2label"], content["label2id"]
+    (own / "config.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING):
+        classifier = load_classifier(own)
+    assert classifier.labels == (["cat", "dog"] if labelled else ["LABEL_0", "LABEL_1"])
+    assert f"has no base_model.json: whether {vit} is its base cannot be checked" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_the_directory_of_a_run_is_not_its_result(name: str, own: Path, vit: Path, tmp_path: Path) -> None:
+    shutil.copytree(own if name == "adapter" else vit, tmp_path / "run" / name)
+    with pytest.raises(UserError, match=rf"run is no adapter.* {tmp_path / 'run' / name}$"):
+        read_config(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"run is no model.* {tmp_path / 'run' / name}$"):
+        load_classifier(tmp_path / "run")
+
+
+def test_a_whole_model_is_not_taken_for_an_adapter(vit: Path) -> None:
+    with pytest.raises(UserError, match=r"vit is no adapter.*a whole model.*--model, .*--model_name_or_path"):
+        read_config(vit)
 
 
 def test_labels_are_read_from_a_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from lora_dist.bundle import load_classifier, relative_difference, write_adapter
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
+from lora_dist.export import export_legacy_names
 from lora_dist.merge import merge_to
 from lora_dist.model import load_base, make_trainable
 
@@ -79,6 +80,26 @@ def test_a_rounding_that_changes_the_logits_is_refused(vit: Path, tmp_path: Path
     loose = merge_to(load_classifier(tmp_path / "adapter"), "x", tmp_path / "half", [], 10.0, "bf16")
     assert loose.rounding is not None
     assert 0.05 < loose.rounding < 10
+
+
+def _disturb(classifier: Any) -> None:
+    """Makes a model in memory another one than its weights say, as a mistake in what is written would."""
+    base = classifier.model.get_base_model()
+    base.register_forward_hook(lambda _, __, output: type(output)(logits=output.logits * 1.5))
+
+
+def test_what_gives_other_logits_when_read_is_removed_again(vit: Path, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "adapter", vit)
+    writers: dict[str, Any] = {
+        "merge_to": lambda classifier, out: merge_to(classifier, "x", out, [], 1e-4),
+        "export_legacy_names": lambda classifier, out: export_legacy_names(classifier, "card\n", out, []),
+    }
+    for flag, write in writers.items():
+        classifier = load_classifier(adapter)
+        _disturb(classifier)
+        with pytest.raises(UserError, match=rf"--{flag} .*out: what was written gave other logits .* was removed"):
+            write(classifier, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_merge_that_changes_the_logits_is_refused(vit: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_an_exported_adapter_is_read(old: Old, architecture: Path, lora: dict[st
         pytest.skip("two architectures are enough")
     adapter = _adapter(tmp_path / "adapter", architecture, **lora)
     classifier = load_classifier(adapter)
-    export_legacy_names(classifier, adapter, tmp_path / "old", [])
+    export_legacy_names(classifier, "card\n", tmp_path / "old", [])
     read = old.run("logits", architecture, "--adapter", tmp_path / "old", "--size", _size(architecture))
     expected = logits(classifier.model, _size(architecture))
     torch.testing.assert_close(torch.tensor(read["logits"]), expected, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """Tiny models with random weights and small learnable image folders, written to disk as users have them."""
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,
@@ -87,6 +89,36 @@ def make_model(
     else:
         processor = ViTImageProcessor(size={"height": image_size, "width": image_size})
     processor.save_pretrained(directory)
+    return directory
+
+
+def make_remote_model(directory: Path) -> Path:
+    """Writes a model whose code comes with it, and returns the directory."""
+    model = AutoModelForImageClassification.from_pretrained(make_model(directory))
+    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "remote.py").write_text(
+        "from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor\n"
+        "class RemoteConfig(ViTConfig):\n    model_type = 'remote_vit'\n"
+        "class RemoteModel(ViTForImageClassification):\n    config_class = RemoteConfig\n"
+        "class RemoteProcessor(ViTImageProcessor):\n    pass\n"
+    )
+    remote: dict[str, dict[str, Any]] = {
+        "config.json": {
+            "model_type": "remote_vit",
+            "architectures": ["RemoteModel"],
+            "auto_map": {
+                "AutoConfig": "remote.RemoteConfig",
+                "AutoModelForImageClassification": "remote.RemoteModel",
+            },
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "RemoteProcessor",
+            "auto_map": {"AutoImageProcessor": "remote.RemoteProcessor"},
+        },
+    }
+    for name, changes in remote.items():
+        path = directory / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return directory
 
 

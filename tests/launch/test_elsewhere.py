@@ -91,8 +91,9 @@ def test_a_weighted_merge_in_half_precision(vit: Path, images: Path, tmp_path: P
     one, two = (_bundle(tmp_path / str(seed), vit, labels, seed) for seed in (1, 2))
     result = predict(
         "--adapter", f"day={one}", f"night={two}", "--weights", 0.7, 0.3, "--merge_to", tmp_path / "merged",
-        "--dtype", "bf16", "--images", images,
+        "--dtype", "bf16", "--images", images, "--export_legacy_names", tmp_path / "old",
     )  # fmt: skip
+    assert (tmp_path / "old" / "README.md").read_text().startswith("# 0.7 x day + 0.3 x night\n")
     assert "rounded to bf16" in result.stderr
     assert "adapter" not in _rows(result.stdout)[0]
     card = (tmp_path / "merged" / "README.md").read_text()
@@ -114,7 +115,7 @@ def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path
         ((*pair, "--weights", 0.5, "--images", images), "1 weights for 2 adapters"),
         ((*pair, "--weights", 0.5, 0.6, "--images", images), "they add up to 1.1 and not to 1"),
         ((*pair, "--images", images, "--grid", "g.png"), "a grid shows the predictions of one adapter"),
-        (("--adapter", "x", "--dtype", "bf16", "--images", images), "give a directory to merge to"),
+        (("--adapter", "x", "--dtype", "bf16", "--images", images), "nothing is merged"),
         (("--model", "x", "--labels", "y", "--images", images), "this belongs to an adapter"),
         (("--model", "x", "--export_legacy_names", "y"), "nothing to merge or export"),
         (("--adapter", "x", "x", "--images", images), "x is there twice"),

@@ -191,6 +191,17 @@ def test_a_merge_into_a_directory_in_use_is_refused(adapter: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_places_and_adapters_are_looked_at_before_anything_is_done(adapter: Path, vit: Path, tmp_path: Path) -> None:
+    """Nothing is merged where the file of the ONNX model is there already, or where there is nothing to merge."""
+    (tmp_path / "old.onnx").touch()
+    merged = tmp_path / "merged"
+    words = ["nothing was done", f"--onnx {tmp_path / 'old.onnx'} is there already"]
+    _refused("--adapter", adapter, "--merge_to", merged, "--onnx", tmp_path / "old.onnx", words=words)
+    words = [f"{vit} is no adapter", "a whole model", "--model"]
+    _refused("--adapter", vit, "--merge_to", merged, "--export_legacy_names", tmp_path / "old", words=words)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
+
+
 def test_another_base_is_refused(adapter: Path, folder: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", seed=1)
     _refused("--adapter", adapter, "--base_model", other, "--images", folder, words=["is not the base", str(other)])
