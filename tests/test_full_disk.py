@@ -16,7 +16,6 @@ from lora_dist import train
 from lora_dist.bundle import load_classifier
 from lora_dist.tracking import Tracker
 
-
 # No thread ends with a traceback.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
