@@ -1,6 +1,7 @@
 """An adapter in the names of transformers 4 and the files of early PEFT, checked to classify as before."""
 
 import copy
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,7 +65,9 @@ def export_legacy_names(
     labelled.label2id = {label: place for place, label in enumerate(classifier.labels)}
     with whole_directory(out) as aside:
         save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
-        torch.save(state, aside / OLD_WEIGHTS)
+        pickled = io.BytesIO()
+        torch.save(state, pickled)
+        (aside / OLD_WEIGHTS).write_bytes(pickled.getbuffer())
         content = _config(adapter.config, classifier.base["model_name_or_path"], adapter.state, names)
         (aside / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         bundle.write_company(aside, labelled, classifier.processor, classifier.base, card)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import small_disk
 from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load_file
 from tiny import perturb
@@ -108,6 +109,15 @@ def test_the_card_is_that_of_the_adapter_but_not_of_one_in_a_blend(tmp_path: Pat
     blend = card_of([with_card, without], "0.5 x a + 0.5 x b")
     assert blend.startswith("# 0.5 x a + 0.5 x b\n")
     assert "99%" not in blend
+
+
+def test_a_disk_that_fills_up_while_the_pickle_is_written_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """torch itself makes a RuntimeError of it."""
+    classifier = load_classifier(OLD / "peft_0_2", str(OLD / "base"))
+    export_legacy_names(classifier, "card\n", tmp_path / "old", [])
+    pages = -(-(tmp_path / "old" / "adapter_model.safetensors").stat().st_size // 4096)
+    with small_disk(tmp_path / "disk", f"{4 * pages}k") as disk, pytest.raises(OSError, match="No space left"):
+        export_legacy_names(classifier, "card\n", disk / "old", [])
 
 
 def test_a_directory_in_use_is_left_alone(vit: Path, tmp_path: Path) -> None:
