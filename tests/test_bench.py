@@ -45,7 +45,7 @@ def made(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path
         "--model_name_or_path", vit, "--train_dir", root / "photos", "--output_dir", root / "run",
         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0,
     )  # fmt: skip
-    return assemble_unwritten(settings, launch("no"), root / "written").job, root
+    return assemble_unwritten(settings, launch("no"), root / "written"), root
 
 
 class Slow(TrainImages):

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
-from lora_dist.assembly import Parts, assemble
+from lora_dist.assembly import assemble
 from lora_dist.batch import Batch
 from lora_dist.bench.arithmetic import count_flops, measure_gemm, measure_passes
 from lora_dist.bench.settings import BenchSettings
@@ -61,12 +60,10 @@ class Figures:
         return self.gflops_per_second / self.gemm_gflops_per_second
 
 
-def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> Parts:
+def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> Job:
     """The run, put together as training does it, but with nothing written outside `directory`."""
-    run = settings.run.model_copy(update={"dry_run": True})
-    return assemble(
-        settings.model_copy(update={"run": run}), accelerator, Output(directory), None, None, Problems(dry_run=False)
-    )
+    unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
+    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False)).job
 
 
 def warm_updates(workers: int, accumulation: int) -> int:
@@ -102,7 +99,7 @@ def measure(job: Job, updates: int) -> Figures:
     """Measures a run that is ready to begin. Called on every process."""
     accelerator, order = job.engine.accelerator, job.order
     device = accelerator.device
-    held = [batch.to(device) for batch in islice(_stream(job, 1), order.micro_batches_in(0))]
+    held = [batch.to(device) for batch in _stream(job, 1)]
 
     step = median(_time_held(job, held, updates + 1)[1:])
     samples, seconds, waited = time_loaded(job, updates)
