@@ -86,6 +86,7 @@ def row(job: Job, figures: Figures, comparison: Comparison | None, load: float) 
         }
     return {
         "hardware": found["device"],
+        "threads": torch.get_num_threads(),
         "load": load,
         "processes": accelerator.num_processes,
         **{name: found["versions"][name] for name in ("torch", "transformers", "peft")},

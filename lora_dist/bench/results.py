@@ -9,7 +9,7 @@ from typing import Any
 from lora_dist.errors import UserError
 
 COLUMNS = (
-    "hardware", "load", "processes", "torch", "transformers", "peft",
+    "hardware", "threads", "load", "processes", "torch", "transformers", "peft",
     "model", "data", "engine", "precision", "batch", "accumulation", "workers",
     "images_per_second", "step_images_per_second", "loader_images_per_second", "data_wait",
     "gflops_per_second", "gemm_gflops_per_second", "mfu", "forward_images_per_second", "lora_costs", "exchange",
