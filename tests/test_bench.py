@@ -12,6 +12,7 @@ from tiny import make_folder
 from lora_dist import cli
 from lora_dist.batch import Batch, TrainImages
 from lora_dist.bench.arithmetic import count_flops
+from lora_dist.bench.guide import time_guide
 from lora_dist.bench.measure import Figures, assemble_unwritten, measure, warm_updates
 from lora_dist.bench.report import row
 from lora_dist.bench.results import COLUMNS, add_row, require_room_for_rows, table
@@ -140,12 +141,24 @@ def test_a_comparison_is_of_the_turns_of_a_round() -> None:
         (("--compare", "trainer", "--auto_batch_size"), "auto_batch_size"),
         (("--compare", "trainer", "--augmentation", "randaugment"), "augmentation"),
         (("--compare", "trainer", "--mixup_alpha", "0.2"), "mixup_alpha"),
+        (("--compare", "trainer", "--use_dora"), "use_dora"),
         (("--compare", "mine"), "compare"),
     ],
 )
 def test_what_cannot_be_measured_or_compared_is_said_first(flags: tuple[str, ...], name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--{name}"):
         parse("--train_dir", tmp_path, *flags)
+
+
+def test_the_guide_trains_any_architecture_for_as_many_updates(architecture: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", per_class=12)
+    settings = parse(
+        "--model_name_or_path", architecture, "--train_dir", tmp_path / "photos", "--augmentation", "none",
+        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--updates", 2,
+    )  # fmt: skip
+    samples, seconds, device = time_guide(settings, tmp_path / "written")
+    assert (samples, device.type) == (16, "cpu")
+    assert seconds > 0
 
 
 def test_rows_are_added_and_the_newest_of_a_kind_is_shown(tmp_path: Path) -> None:

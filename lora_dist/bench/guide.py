@@ -53,7 +53,9 @@ class _Images(Dataset):
 
 def _transforms(processor: Any, augmentation: AugmentationSettings) -> Compose:
     size = ImageTransforms(processor)
-    last = [ToTensor(), Normalize(mean=processor.image_mean, std=processor.image_std)]
+    last: list[Any] = [ToTensor()]
+    if getattr(processor, "do_normalize", None):
+        last.append(Normalize(mean=processor.image_mean, std=processor.image_std))
     if augmentation.augmentation == "none":
         return Compose([Resize(min(size.height, size.width)), CenterCrop((size.height, size.width)), *last])
     crop = RandomResizedCrop((size.height, size.width), scale=(augmentation.crop_scale_min, 1.0))

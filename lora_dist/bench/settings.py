@@ -43,6 +43,9 @@ def contradictions(settings: BenchSettings) -> Iterator[Problem]:
         yield Problem(("compare", "auto_batch_size"), "both are to have one batch: say which")
     if augmentation.augmentation not in ("none", "basic"):
         yield Problem(("compare", "augmentation"), "the guide has none, or basic")
-    for name in ("random_erasing", "mixup_alpha", "cutmix_alpha"):
-        if getattr(augmentation, name):
+    for group, name in (
+        (augmentation, "random_erasing"), (augmentation, "mixup_alpha"), (augmentation, "cutmix_alpha"),
+        (settings.lora, "use_dora"),
+    ):  # fmt: skip
+        if getattr(group, name):
             yield Problem(("compare", name), "the guide has nothing like it: drop one of them")
