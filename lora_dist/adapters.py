@@ -1,13 +1,15 @@
 """LoRA on an image classifier: inject, save, load strictly, merge. Only this module and `lora_layer` import peft."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
@@ -61,6 +63,26 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
 def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
     """Freezes all but the heads, in the format of an adapter: a linear probe is saved and loaded like LoRA."""
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Takes LoRA out of the computation, and lets the backward pass go as far as it does with it: what LoRA costs."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    hooks = [layer.register_forward_hook(_with_gradient) for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 def mutates_base(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from lora_dist.preflight import Preflight
 from lora_dist.publisher import Publisher
 from lora_dist.room import Sizes, require_room
 from lora_dist.schedule import Schedule
+from lora_dist.splits import TrainingSplit
 from lora_dist.start import Start, load_start
 from lora_dist.state import Checkpointer, Progress
 from lora_dist.tracking import Tracker
@@ -98,13 +99,7 @@ def assemble(
 
     optimization = settings.optimization
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
-    order = Order(
-        arrangement=data.train.arrangement(run.seed),
-        per_device_batch=optimization.per_device_train_batch_size,
-        accumulation=optimization.gradient_accumulation_steps,
-        world_size=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
+    order = make_order(settings, data.train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, order.steps_per_epoch)
     identity = _identity(settings, base, start, data, order)
     preflight.arrive("ready")
@@ -147,6 +142,17 @@ def assemble(
         on_best=handover.after_best,
     )
     return Parts(job, progress, handover, data, parameters, sizes)
+
+
+def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> Order:
+    """The order in which process `rank` of `world_size` sees its training split."""
+    return Order(
+        arrangement=split.arrangement(settings.run.seed),
+        per_device_batch=settings.optimization.per_device_train_batch_size,
+        accumulation=settings.optimization.gradient_accumulation_steps,
+        world_size=world_size,
+        rank=rank,
+    )
 
 
 def _identity(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:

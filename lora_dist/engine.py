@@ -86,6 +86,15 @@ def share_statistics(engine: Engine) -> None:
                 broadcast(tensor, 0)
 
 
+def engine_name(accelerator: Accelerator) -> str:
+    """The engine of a launch in one word: single, ddp, fsdp2, zero1, zero2 or zero3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
 def make_engine(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, settings: OptimizationSettings
 ) -> Engine:

@@ -46,7 +46,7 @@ def train_loader(
     images: TrainImages, order: Order, first_step: int, last_step: int, settings: DataSettings, device: torch.device
 ) -> DataLoader:
     """All micro-batches of this process for updates `first_step` to `last_step`, in one pass over all epochs."""
-    workers = _workers(settings, device)
+    workers = workers_of(settings, device)
     return _loader(images, Parts(MicroBatches(order, first_step, last_step), workers), workers, settings, device)
 
 
@@ -62,7 +62,7 @@ def evaluation_loader(
     """This process's part of the validation split."""
     batches = evaluation_batches(len(split), batch_size, world_size, rank)
     images = EvaluationImages(split, transforms, settings.on_bad_image == "skip")
-    return _loader(images, batches, _workers(settings, device), settings, device)
+    return _loader(images, batches, workers_of(settings, device), settings, device)
 
 
 def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
@@ -98,7 +98,8 @@ def _together(parts: list[Part], device: torch.device) -> Batch:
     return Batch(*together)  # type: ignore[arg-type]  # only the optional fields can be None
 
 
-def _workers(settings: DataSettings, device: torch.device) -> int:
+def workers_of(settings: DataSettings, device: torch.device) -> int:
+    """Worker processes of a loader."""
     workers = settings.dataloader_num_workers
     return default_workers(device) if workers is None else workers
 

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_dist.adapters import is_counted
+from lora_dist.batch import Batch
 from lora_dist.cli import flatten
 from lora_dist.data import ImageData
 from lora_dist.errors import Problems, UserError
@@ -74,9 +75,11 @@ def rehearse(
 
 def measure(job: Job, all_parameters: int, first_step: int) -> Measured:
     """Makes two updates from `first_step` on, and evaluates a batch. Called on every process."""
-    update = _time_updates(job, first_step)
-    evaluation = _time_evaluation(job)
     device = job.engine.accelerator.device
+    steps = range(first_step, min(first_step + UPDATES, job.schedule.total_steps))
+    stream = batches(train_loader(job.images, job.order, steps.start, steps.stop, job.settings.data, device), device)
+    update = time_updates(job, steps, stream)[-1] if steps else 0.0
+    evaluation = _time_evaluation(job)
     peak = peak_memory_mb(device)
     if device.type == "cpu" and job.engine.accelerator.is_main_process:
         # At its end the first process loads the base once more, to hand over what it has trained.
@@ -84,20 +87,23 @@ def measure(job: Job, all_parameters: int, first_step: int) -> Measured:
     return Measured(update, evaluation, max(gather_object([peak])))
 
 
-def _time_updates(job: Job, first_step: int) -> float:
-    """Seconds of the second of two updates, or of the only one."""
-    device = job.engine.accelerator.device
-    steps = range(first_step, min(first_step + UPDATES, job.schedule.total_steps))
-    stream = batches(train_loader(job.images, job.order, steps.start, steps.stop, job.settings.data, device), device)
+def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]:
+    """Makes updates with the batches of `stream`; returns the seconds of each, waiting for its data included.
+
+    Called on every process.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
     set_training(job.engine.model)
-    seconds = 0.0
+    seconds = []
     for step in steps:
         start = time.perf_counter()
         try:
             make_update(job, step, stream)
         except NonFiniteLossError as error:
             raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
     return seconds
 
 

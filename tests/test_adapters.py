@@ -437,3 +437,32 @@ def test_lora_plus_and_weight_decay_make_groups(architecture: Path) -> None:
     assert sorted(seen) == sorted(name for name, tensor in model.named_parameters() if tensor.requires_grad)
     assert {group["lr_ratio"] for group in optimizer.param_groups} == {1.0, 16.0}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+
+
+def test_without_lora_a_pass_is_that_of_the_base_and_goes_back_as_far(vit: Path) -> None:
+    base = _base(vit)
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4, lora_dropout=0))
+    perturb(model)
+    heads = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
+    plain = _base(vit).model
+    for own, head in zip(plain.classifier.parameters(), heads, strict=True):
+        own.data = head.data
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    pixels = torch.randn(2, 3, 32, 32)
+    first = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    reached: list[Tensor] = []
+    before = model(pixel_values=pixels).logits
+    with adapters.without_lora(model):
+        hook = first.register_forward_hook(lambda _module, _inputs, output: reached.append(output))
+        logits = model(pixel_values=pixels).logits
+        logits.sum().backward()
+    hook.remove()
+    torch.testing.assert_close(logits, plain(pixel_values=pixels).logits)
+    assert not torch.allclose(logits, before, rtol=1e-2)
+    (output,) = reached
+    assert output.grad is not None
+    assert output.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in heads)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lora_" in name)
+    torch.testing.assert_close(model(pixel_values=pixels).logits, before)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from lora_dist import cli, config
 from lora_dist.audit.settings import AuditSettings
+from lora_dist.bench.settings import BenchSettings
 from lora_dist.config import Settings
 from lora_dist.contradictions import contradictions
 from lora_dist.errors import UserError
@@ -146,7 +147,7 @@ def test_mistakes_end_with_code_2_before_torch_is_loaded() -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict", "lora_dist.audit"])
+@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict", "lora_dist.audit", "lora_dist.bench"])
 def test_help_is_grouped_and_quick(module: str) -> None:
     """In time on a processor: what else the machine does is not counted."""
     seconds = []
@@ -158,7 +159,7 @@ def test_help_is_grouped_and_quick(module: str) -> None:
     assert 0 < min(seconds) < 1
     assert re.search(r"^(Model|Data):$", result.stdout, re.MULTILINE)
     fields = cli.flat_fields(Settings)
-    assert all(f"--{name}" in result.stdout for name in fields) or not module.endswith("train")
+    assert all(f"--{name}" in result.stdout for name in fields) or not module.endswith(("train", "bench"))
     assert all(field.info.description for field in fields.values())
 
 
@@ -266,7 +267,12 @@ def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[st
 
 @pytest.mark.parametrize(
     ("module", "settings"),
-    [("lora_dist.train", Settings), ("lora_dist.predict", PredictSettings), ("lora_dist.audit", AuditSettings)],
+    [
+        ("lora_dist.train", Settings),
+        ("lora_dist.predict", PredictSettings),
+        ("lora_dist.audit", AuditSettings),
+        ("lora_dist.bench", BenchSettings),
+    ],
 )
 def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: str, settings: type[BaseModel]) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)

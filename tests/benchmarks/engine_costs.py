@@ -18,14 +18,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import ViTConfig, ViTForImageClassification
 
 from lora_dist.adapters import inject
 from lora_dist.batch import Batch
 from lora_dist.config import LoraSettings, OptimizationSettings
-from lora_dist.engine import Engine, make_engine
+from lora_dist.engine import Engine, engine_name, make_engine
 from lora_dist.model import set_training
 from lora_dist.optimizer import make_optimizer
 from lora_dist.runtime import launch
@@ -71,7 +69,7 @@ def main(shape: str) -> None:
     if accelerator.is_main_process:
         row = {
             "model": shape,
-            "engine": _name(accelerator),
+            "engine": engine_name(accelerator),
             "processes": accelerator.num_processes,
             "memory_mb_a_process": round(memory / 1e6, 1),
             "sent_mb_an_update_a_process": round(sent / 1e6, 1),
@@ -88,14 +86,6 @@ def main(shape: str) -> None:
                 writer.writeheader()
             writer.writerow(row)
     accelerator.end_training()
-
-
-def _name(accelerator: Accelerator) -> str:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return "fsdp2"
-    return "ddp" if accelerator.num_processes > 1 else "single"
 
 
 def _update(engine: Engine, step: int) -> None:

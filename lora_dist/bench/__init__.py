@@ -1,0 +1,1 @@
+"""How fast a run is, what bounds it, and how it compares."""

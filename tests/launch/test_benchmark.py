@@ -1,0 +1,43 @@
+"""A benchmark is launched like a training: figures, one sentence, a row, and the guide's recipe in turns."""
+
+import csv
+from pathlib import Path
+
+from launching import run
+
+from lora_dist.bench.results import COLUMNS
+
+
+def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
+    return [
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--output_dir", out / "run", "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1,
+        "--updates", 2, "--csv", out / "bench.csv",
+    ]  # fmt: skip
+
+
+def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
+    result = run("lora_dist.bench", *arguments, launch_file="single.yaml")
+    said = result.stdout.splitlines()
+    assert "bounds this run" in said[-1]
+    assert any(line.startswith("in turns") for line in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.csv"]
+    with (tmp_path / "bench.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert tuple(row) == COLUMNS
+    assert (row["processes"], row["engine"], row["precision"], row["batch"]) == ("1", "single", "no", "8")
+    measured = {name: float(row[name]) for name in COLUMNS[COLUMNS.index("images_per_second") :]}
+    assert all(value > 0 for name, value in measured.items() if name != "exchange")
+    assert measured["faster_than_trainer"] == measured["lowest"] == measured["highest"]
+
+
+def test_two_processes_are_measured_together(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """And compared: the processes of a turn meet each other."""
+    arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
+    run("lora_dist.bench", *arguments, launch_file="ddp_cpu.yaml")
+    with (tmp_path / "bench.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["processes"], row["engine"]) == ("2", "ddp")
+    assert float(row["exchange"]) >= 0
+    assert float(row["trainer_images_per_second"]) > 0
