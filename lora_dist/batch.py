@@ -9,10 +9,11 @@ from torch.utils.data import Dataset
 
 from lora_dist.config import AugmentationSettings
 from lora_dist.data import Split
-from lora_dist.images import UnreadableImageError, load_rgb
+from lora_dist.images import UnreadableImageError, opened
 from lora_dist.order import FILLER, Sample
 from lora_dist.splits import Encoded, Reader, TrainingSplit
-from lora_dist.transforms import ImageTransforms, mix_pair
+from lora_dist.transforms import ImageTransforms
+from lora_dist.views import Mixture, Rest, View, black, draw_mixture, finish, stack, stack_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
     """A micro-batch.
 
     Attributes:
-        pixel_values: float32 [B, 3, H, W].
+        pixel_values: float32 [B, 3, H, W]; as long as there is a `rest`, views as `views.stack` gives them.
         labels: int64 [B].
         weights: float32 [B], 1 or 0; a sample of weight 0 only keeps the processes in step.
         indices: int64 [B], rows of the split.
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
         shares: float32 [B], share of `labels`; None without mixing.
         unreadable: bool [B], samples of weight 0 whose image could not be read and is black here; None where such an
             image ends the run.
+        rest: what is left to do with the views; None where nothing is.
     """
 
     pixel_values: Tensor
@@ -38,10 +40,11 @@ class Batch(NamedTuple):
     partner_labels: Tensor | None = None
     shares: Tensor | None = None
     unreadable: Tensor | None = None
+    rest: Rest | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy overlaps the host where memory is pinned."""
-        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        moved = (None if field is None else field.to(device, non_blocking=True) for field in self)
         return Batch(*moved)  # type: ignore[arg-type]  # only the optional fields can be None
 
 
@@ -90,7 +93,7 @@ class TrainImages(Dataset):
 
     def __getitems__(self, part: Part) -> Part | UnreadableImageError:
         try:
-            return part._replace(content=self.batch(part.content) if part.content else None)
+            return part._replace(content=self.prepared(part.content) if part.content else None)
         except UnreadableImageError as error:
             return error
 
@@ -100,62 +103,80 @@ class TrainImages(Dataset):
 
     def batch(self, samples: list[Sample]) -> Batch:
         """The micro-batch of `samples`, which are of one epoch; raises `UnreadableImageError`."""
+        return self.finished(self.prepared(samples))
+
+    def finished(self, batch: Batch) -> Batch:
+        """What `prepared` has left to do, on the device that the batch is on."""
+        assert batch.rest is not None
+        return batch._replace(pixel_values=finish(batch.pixel_values, batch.rest, self.transforms.finished), rest=None)
+
+    def prepared(self, samples: list[Sample]) -> Batch:
+        """The part of `batch` that a worker process does."""
         if samples[0].row == FILLER:
             return self._filler()
         if self._reader is None:
             self._reader = self.split.reader()
-        epoch = samples[0].epoch
-        pairs = any(self.mixing)
-        rows = [row for sample in samples for row in ((sample.row, sample.partner) if pairs else (sample.row,))]
+        epoch, pairs = samples[0].epoch, any(self.mixing)
+        # The views of the samples come first, and then those of partners that are in no sample of this batch.
+        rows = [sample.row for sample in samples]
+        rows += dict.fromkeys(sample.partner for sample in samples if pairs and sample.partner not in set(rows))
         encoded = self._reader.read(epoch, rows)
-        views = {row: self._view(one, epoch, row) for row, one in encoded.items()}
-        known = {row for row, view in views.items() if view is not None}
+        views = {row: self._view(encoded[row], epoch, row) for row in rows}
+        known = {row: view for row, view in views.items() if view is not None}
+        blank = self._blank(next(iter(known.values())).pixels if known else None)
         # Where one of a pair cannot be read, the other is mixed with itself: that leaves it as it is.
-        partners = [sample.partner if {sample.row, sample.partner} <= known else sample.row for sample in samples]
-        images = {row: self._black() if view is None else view for row, view in views.items()}
-        batch = Batch(
-            pixel_values=torch.stack([images[sample.row] for sample in samples]),
+        partners = [
+            sample.partner if {sample.row, sample.partner} <= known.keys() else sample.row for sample in samples
+        ]
+        place = {row: place for place, row in enumerate(rows)}
+        mixtures = [self._mixture(epoch, sample) for sample in samples] if pairs else []
+        pixels, rest = stack(
+            [known.get(row, blank) for row in rows], [place[partner] for partner in partners] if pairs else [], mixtures
+        )
+        return Batch(
+            pixel_values=pixels,
             labels=torch.tensor([encoded[sample.row].label for sample in samples]),
             weights=torch.tensor([sample.weight if sample.row in known else 0.0 for sample in samples]),
             indices=torch.tensor([sample.row for sample in samples]),
+            partner_labels=torch.tensor([encoded[partner].label for partner in partners]) if pairs else None,
+            shares=torch.tensor([mixture.share for mixture in mixtures]) if pairs else None,
             unreadable=self._marks([sample.weight > 0 and sample.row not in known for sample in samples]),
-        )
-        if not pairs:
-            return batch
-        mixed = [
-            mix_pair(images[sample.row], images[partner], *self.mixing, (self.seed, epoch, sample.row, sample.position))
-            for sample, partner in zip(samples, partners, strict=True)
-        ]
-        return batch._replace(
-            pixel_values=torch.stack([image for image, _ in mixed]),
-            partner_labels=torch.tensor([encoded[partner].label for partner in partners]),
-            shares=torch.tensor([share for _, share in mixed]),
+            rest=rest,
         )
 
-    def _view(self, one: Encoded, epoch: int, row: int) -> Tensor | None:
+    def _view(self, one: Encoded, epoch: int, row: int) -> View | None:
         """An image as augmented; None where it cannot be read and may be left out."""
         try:
-            return self.transforms.training(load_rgb(one.source, one.name), (self.seed, epoch, row))
+            with opened(one.source, one.name) as picture:
+                return self.transforms.view(picture, (self.seed, epoch, row))
         except UnreadableImageError as error:
             if self._skipping is None:
                 raise
             self._skipping.note(error)
             return None
 
+    def _mixture(self, epoch: int, sample: Sample) -> Mixture:
+        size = self.transforms.height, self.transforms.width
+        return draw_mixture(*self.mixing, size, (self.seed, epoch, sample.row, sample.position))
+
+    def _blank(self, like: Tensor | None) -> View:
+        """Black to the model as well, in the type of another view where there is one."""
+        size = self.transforms.height, self.transforms.width
+        return View(black(like, size), (0, 0, *size))
+
     def _filler(self) -> Batch:
         """A black image of no weight."""
+        pixels, rest = stack([self._blank(None)])
         return Batch(
-            pixel_values=self._black()[None],
+            pixel_values=pixels,
             labels=torch.tensor([0]),
             weights=torch.tensor([0.0]),
             indices=torch.tensor([FILLER]),
             partner_labels=torch.tensor([0]) if any(self.mixing) else None,
             shares=torch.tensor([1.0]) if any(self.mixing) else None,
             unreadable=self._marks([False]),
+            rest=rest,
         )
-
-    def _black(self) -> Tensor:
-        return torch.zeros(3, self.transforms.height, self.transforms.width)
 
     def _marks(self, unreadable: list[bool]) -> Tensor | None:
         return None if self._skipping is None else torch.tensor(unreadable)
@@ -183,18 +204,26 @@ class EvaluationImages(Dataset):
             views = [self._view(max(row, 0)) for row in indices]
         except UnreadableImageError as error:
             return error
-        black = torch.zeros(3, self.transforms.height, self.transforms.width)
+        known = next((view for view in views if view is not None), None)
+        blank = black(known, (self.transforms.height, self.transforms.width))
         real = [row != FILLER and view is not None for row, view in zip(indices, views, strict=True)]
         return Batch(
-            pixel_values=torch.stack([black if view is None else view for view in views]),
+            pixel_values=stack_pixels([blank if view is None else view for view in views]),
             labels=torch.from_numpy(self.split.labels[[max(row, 0) for row in indices]]),
             weights=torch.tensor([float(known) for known in real]),
             indices=torch.tensor([row if known else FILLER for row, known in zip(indices, real, strict=True)]),
+            rest=Rest(),
         )
 
+    def finished(self, batch: Batch) -> Batch:
+        """What a worker process has left to do, on the device that the batch is on."""
+        return batch._replace(pixel_values=self.transforms.finished(batch.pixel_values), rest=None)
+
     def _view(self, row: int) -> Tensor | None:
+        """An image as the processor makes it, but for its last steps where these can wait; None where it cannot be
+        read and may be left out."""
         try:
-            return self.transforms.evaluation(self.split.image(row))
+            return self.transforms.resized([self.split.image(row)])[0]
         except UnreadableImageError as error:
             if self._skipping is None:
                 raise

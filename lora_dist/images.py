@@ -1,13 +1,15 @@
-"""Any image file to upright RGB pixels."""
+"""Any image file to upright RGB pixels, all of them or a part."""
 
 import io
+import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -33,26 +35,130 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded; the message names it and says why."""
 
 
-def load_rgb(source: str | bytes | Image.Image, name: str = "") -> Image.Image:
-    """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to 8-bit RGB, turned as EXIF says.
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
 
-    Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits rather than
-    cut off at 255.
+Sides = tuple[float, float, float, float]
+"""The same, between pixels."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the orientation in its EXIF data."""
+
+
+class Picture:
+    """An opened image of any mode, of which no more is decoded and converted than is asked for; see `opened`.
+
+    Attributes:
+        size: width and height, upright.
+    """
+
+    def __init__(self, image: Image.Image, name: str) -> None:
+        self._image = image
+        self._name = name
+        if image.format not in ("JPEG", "MPO"):
+            # Of other formats, the header alone need not tell the size.
+            image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        self._orientation: int = orientation if orientation in _UPRIGHT else 1
+        self.size = image.size if self._orientation < 5 else image.size[::-1]
+
+    def whole(self) -> Image.Image:
+        """All of it in 8-bit RGB, upright."""
+        with _named(self._name):
+            self._image.load()
+            return _to_rgb(_upright(self._image, self._orientation))
+
+    def part(self, box: Box, size: tuple[int, int]) -> Image.Image:
+        """What is in `box`, upright, resized to `size` (width, height) in 8-bit RGB.
+
+        A JPEG that has at least twice the pixels is decoded to a half, quarter or eighth of them, as far as `box` still
+        has `size`. It can be asked for one part, once.
+        """
+        with _named(self._name):
+            stored = _turned(box, self._orientation, self._image.size)
+            scale = self._reduce(stored, size if self._orientation < 5 else size[::-1])
+            self._image.load()
+            left, top, right, bottom = (side / scale for side in stored)
+            outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+            image = _upright(_to_rgb(self._image.crop(outer)), self._orientation)
+            inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
+            back = {6: 8, 8: 6}.get(self._orientation, self._orientation)
+            return image.resize(size, Image.Resampling.BILINEAR, _turned(inner, back, image.size))
+
+    def _reduce(self, box: Sides, size: tuple[int, int]) -> float:
+        """Has as few pixels decoded as will do; returns how many go into one, in each direction."""
+        width, height = self._image.size
+        least = math.ceil(width * size[0] / (box[2] - box[0])), math.ceil(height * size[1] / (box[3] - box[1]))
+        reduced = self._image.draft(None, least) if least[0] <= width and least[1] <= height else None
+        return width / reduced[1][2] if reduced else 1.0
+
+
+def _turned(box: Sides, orientation: int, size: tuple[int, int]) -> Sides:
+    """A box of an upright image where its file has it, in an image of `size`."""
+    left, top, right, bottom = box if orientation < 5 else (box[1], box[0], box[3], box[2])
+    if orientation in (2, 3, 7, 8):
+        left, right = size[0] - right, size[0] - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = size[1] - bottom, size[1] - top
+    return left, top, right, bottom
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation not in _UPRIGHT:
+        return image
+    image = image.transpose(_UPRIGHT[orientation])
+    # It still says that it is to be turned.
+    image.info.clear()
+    return image
+
+
+@contextmanager
+def opened(source: str | bytes | Image.Image, name: str = "") -> Iterator[Picture]:
+    """Opens an image.
 
     Args:
         source: a path, an encoded file's bytes, or an opened image.
         name: what to call it in an error; defaults to the path.
 
     Raises:
-        UnreadableImageError: the file is missing, truncated, or no image.
+        UnreadableImageError: the file is missing, truncated, or no image; the picture's methods raise it as well.
     """
     name = name or (source if isinstance(source, str) else "image")
+    if isinstance(source, Image.Image):
+        with _named(name):
+            picture = Picture(source, name)
+        yield picture
+        return
+    with _named(name):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    with image:
+        with _named(name):
+            picture = Picture(image, name)
+        yield picture
+
+
+def load_rgb(source: str | bytes | Image.Image, name: str = "") -> Image.Image:
+    """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to 8-bit RGB, turned as EXIF says.
+
+    Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits rather than
+    cut off at 255. Arguments and errors are those of `opened`.
+    """
+    with opened(source, name) as picture:
+        return picture.whole()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(source))
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        yield
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file leads them to, struct.error and RuntimeError among them.
         raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error

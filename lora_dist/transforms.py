@@ -13,6 +13,8 @@ from torchvision.transforms import v2
 
 from lora_dist.config import AugmentationSettings
 from lora_dist.errors import UserError
+from lora_dist.images import Box, Picture
+from lora_dist.views import NOWHERE, Area, View
 
 _AT_ONCE = 500_000
 """Pixels up to which images are resized in one call: a call costs as much as resizing a small image, and larger ones
@@ -22,8 +24,9 @@ no longer fit the CPU's cache."""
 class ImageTransforms:
     """The transforms of a run.
 
-    Training views are cropped and augmented as 8-bit RGB images, and then take the processor's own last steps
-    (rescaling, normalisation, channel order), so that training and serving cannot drift apart.
+    Training views are cropped and augmented as 8-bit RGB images, and then, once they are on the device, take the
+    processor's own last steps (rescaling, normalisation, channel order), so that training and serving cannot drift
+    apart.
     """
 
     def __init__(self, processor: Any, augmentation: AugmentationSettings | None = None) -> None:
@@ -37,11 +40,13 @@ class ImageTransforms:
         """
         self.processor = processor
         self.height, self.width = _output_size(processor)
-        self._augment: v2.Transform | None = None
-        self._erase: v2.Transform | None = None
+        self._crop: v2.RandomResizedCrop | None = None
+        self._policy: list[v2.Transform] = []
+        self._erase: v2.RandomErasing | None = None
         if augmentation is not None:
             if augmentation.augmentation != "none":
-                self._augment = _augmentation(augmentation, (self.height, self.width))
+                self._crop = v2.RandomResizedCrop((self.height, self.width), scale=(augmentation.crop_scale_min, 1.0))
+                self._policy = _policy(augmentation)
             if augmentation.random_erasing:
                 self._erase = v2.RandomErasing(p=augmentation.random_erasing)
 
@@ -73,9 +78,33 @@ class ImageTransforms:
 
     def finished(self, pixels: Tensor) -> Tensor:
         """The second part: what `resized` gave, float32 [B, 3, H, W], to the bit as `batch` makes it."""
-        if not self._in_two_parts:
+        if pixels.dtype != torch.uint8:
             return pixels
+        if self._normalisation is None:
+            return self._last_steps(pixels)
+        mean, deviation = (values.to(pixels.device) for values in self._normalisation)
+        return torch.empty(pixels.shape, device=pixels.device).copy_(pixels).sub_(mean).div_(deviation)
+
+    def _last_steps(self, pixels: Tensor) -> Tensor:
+        """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
         return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+
+    @cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation [3, 1, 1] of 8-bit values, by which each of these gets the bits that it has from the
+        processor; None where it does something else. The processor itself takes several times as long."""
+        values = torch.stack([(torch.arange(256) + 85 * channel) % 256 for channel in range(3)])
+        pixels = values.to(torch.uint8).reshape(1, 3, 16, 16)
+        try:
+            scale = 1.0 / self.processor.rescale_factor
+            mean, deviation = (
+                (torch.tensor(numbers) * scale).expand(3).reshape(3, 1, 1)
+                for numbers in (self.processor.image_mean, self.processor.image_std)
+            )
+            same = torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return None
+        return (mean, deviation) if same else None
 
     @cached_property
     def _in_two_parts(self) -> bool:
@@ -85,21 +114,40 @@ class ImageTransforms:
         images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
         try:
             first = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-            both = self.processor(first, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+            both = self._last_steps(first)
         except (TypeError, ValueError):
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 
-    def training(self, image: Image.Image, seed: tuple[int, ...]) -> Tensor:
-        """A random view, float32 [3, H, W]; a function of the image and the seed alone."""
+    def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
+        """A random view; a function of the picture and the seed alone. Its pixels are for `finished`.
+
+        Raises:
+            UnreadableImageError: the picture turns out to be damaged.
+        """
         with seeded(seed):
-            if self._augment is None:
-                pixels = self.evaluation(image)
+            if self._crop is None:
+                pixels = self.resized([picture.whole()])[0]
             else:
-                view = self._augment(image)
-                pixels = self.processor(view, do_resize=False, do_center_crop=False, return_tensors="pt")
-                pixels = pixels["pixel_values"][0]
-            return self._erase(pixels) if self._erase is not None else pixels
+                image = picture.part(self._box(picture.size), (self.width, self.height))
+                for step in self._policy:
+                    image = step(image)
+                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return View(pixels, self._erased())
+
+    def _box(self, size: tuple[int, int]) -> Box:
+        """Draws what a view shows of an image of `size` (width, height)."""
+        assert self._crop is not None
+        area = self._crop.make_params([torch.empty(1, size[1], size[0], device="meta")])
+        top, left = area["top"], area["left"]
+        return left, top, left + area["width"], top + area["height"]
+
+    def _erased(self) -> Area:
+        """Draws what of a view is erased."""
+        if self._erase is None or torch.rand(1) >= self._erase.p:
+            return NOWHERE
+        area = self._erase.make_params([torch.empty(3, self.height, self.width, device="meta")])
+        return NOWHERE if area["v"] is None else (area["i"], area["j"], area["h"], area["w"])
 
 
 def seed_of(numbers: tuple[int, ...]) -> int:
@@ -132,45 +180,13 @@ def _output_size(processor: Any) -> tuple[int, int]:
     return sizes.pop()
 
 
-def _augmentation(settings: AugmentationSettings, size: tuple[int, int]) -> v2.Transform:
-    steps: list[v2.Transform] = [v2.RandomResizedCrop(size, scale=(settings.crop_scale_min, 1.0), antialias=True)]
+def _policy(settings: AugmentationSettings) -> list[v2.Transform]:
+    """What is done with a view after it has been cut out."""
+    steps: list[v2.Transform] = []
     if settings.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(p=settings.horizontal_flip))
     if settings.augmentation == "randaugment":
         steps.append(v2.RandAugment())
     if settings.augmentation == "trivialaugment":
         steps.append(v2.TrivialAugmentWide())
-    return v2.Compose(steps)
-
-
-def mix_pair(
-    first: Tensor, second: Tensor, mixup_alpha: float, cutmix_alpha: float, seed: tuple[int, ...]
-) -> tuple[Tensor, float]:
-    """Mixup (https://arxiv.org/abs/1710.09412) or CutMix (https://arxiv.org/abs/1905.04899) of two images.
-
-    torchvision's batch-wise transforms mix with whatever else is in the batch, which changes with the number of
-    processes; here the pair and the seed decide.
-
-    Args:
-        first: image [C, H, W] that gives at least its label's share.
-        second: image of the same shape.
-        mixup_alpha: of the Beta distribution; 0 for no mixup.
-        cutmix_alpha: the same for CutMix; with both, one of them is drawn evenly.
-        seed: decides everything random.
-
-    Returns:
-        The mixed image, and the share of `first` in it.
-    """
-    random = np.random.default_rng(seed)
-    cut = bool(cutmix_alpha) and (not mixup_alpha or random.random() < 0.5)
-    alpha = cutmix_alpha if cut else mixup_alpha
-    share = float(random.beta(alpha, alpha))
-    if not cut:
-        return share * first + (1 - share) * second, share
-    height, width = first.shape[-2:]
-    cut_height, cut_width = int(height * (1 - share) ** 0.5), int(width * (1 - share) ** 0.5)
-    top, left = int(random.integers(height - cut_height + 1)), int(random.integers(width - cut_width + 1))
-    mixed = first.clone()
-    box = (..., slice(top, top + cut_height), slice(left, left + cut_width))
-    mixed[box] = second[box]
-    return mixed, 1 - cut_height * cut_width / (height * width)
+    return steps
