@@ -38,9 +38,6 @@ class UnreadableImageError(Exception):
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
-Sides = tuple[float, float, float, float]
-"""The same, between pixels."""
-
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -76,32 +73,29 @@ class Picture:
             self._image.load()
             return _to_rgb(_upright(self._image, self._orientation))
 
-    def part(self, box: Box, size: tuple[int, int]) -> Image.Image:
-        """What is in `box`, upright, resized to `size` (width, height) in 8-bit RGB.
+    def part(self, box: Box, least: tuple[int, int]) -> Image.Image:
+        """What is in `box`, upright, in 8-bit RGB: as it is, or smaller, but no smaller than `least` (width, height).
 
-        A JPEG that has at least twice the pixels is decoded to a half, quarter or eighth of them, as far as `box` still
-        has `size`. It can be asked for one part, once.
+        A JPEG is decoded to a half, quarter or eighth of its pixels in each direction where that leaves enough, and the
+        box is rounded to these. It can be asked for one part, once.
         """
         with _named(self._name):
             stored = _turned(box, self._orientation, self._image.size)
-            scale = self._reduce(stored, size if self._orientation < 5 else size[::-1])
+            scale = self._reduce(stored, least if self._orientation < 5 else least[::-1])
             self._image.load()
-            left, top, right, bottom = (side / scale for side in stored)
-            outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-            image = _upright(_to_rgb(self._image.crop(outer)), self._orientation)
-            inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
-            back = {6: 8, 8: 6}.get(self._orientation, self._orientation)
-            return image.resize(size, Image.Resampling.BILINEAR, _turned(inner, back, image.size))
+            left, top, right, bottom = (round(side / scale) for side in stored)
+            return _upright(_to_rgb(self._image.crop((left, top, right, bottom))), self._orientation)
 
-    def _reduce(self, box: Sides, size: tuple[int, int]) -> float:
+    def _reduce(self, box: Box, least: tuple[int, int]) -> float:
         """Has as few pixels decoded as will do; returns how many go into one, in each direction."""
+        # One more, for what rounding may take.
+        inner = [(size + 1) / (end - start) for size, start, end in zip(least, box[:2], box[2:], strict=True)]
         width, height = self._image.size
-        least = math.ceil(width * size[0] / (box[2] - box[0])), math.ceil(height * size[1] / (box[3] - box[1]))
-        reduced = self._image.draft(None, least) if least[0] <= width and least[1] <= height else None
+        reduced = self._image.draft(None, (math.ceil(width * inner[0]), math.ceil(height * inner[1])))
         return width / reduced[1][2] if reduced else 1.0
 
 
-def _turned(box: Sides, orientation: int, size: tuple[int, int]) -> Sides:
+def _turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
     """A box of an upright image where its file has it, in an image of `size`."""
     left, top, right, bottom = box if orientation < 5 else (box[1], box[0], box[3], box[2])
     if orientation in (2, 3, 7, 8):

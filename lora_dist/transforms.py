@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from lora_dist.config import AugmentationSettings
@@ -41,12 +42,14 @@ class ImageTransforms:
         self.processor = processor
         self.height, self.width = _output_size(processor)
         self._crop: v2.RandomResizedCrop | None = None
-        self._policy: list[v2.Transform] = []
+        self._flip = 0.0
+        self._policy: v2.Transform | None = None
         self._erase: v2.RandomErasing | None = None
         if augmentation is not None:
             if augmentation.augmentation != "none":
                 self._crop = v2.RandomResizedCrop((self.height, self.width), scale=(augmentation.crop_scale_min, 1.0))
-                self._policy = _policy(augmentation)
+                self._flip = augmentation.horizontal_flip
+                self._policy = _policy(augmentation.augmentation)
             if augmentation.random_erasing:
                 self._erase = v2.RandomErasing(p=augmentation.random_erasing)
 
@@ -126,14 +129,19 @@ class ImageTransforms:
             UnreadableImageError: the picture turns out to be damaged.
         """
         with seeded(seed):
-            if self._crop is None:
-                pixels = self.resized([picture.whole()])[0]
-            else:
-                image = picture.part(self._box(picture.size), (self.width, self.height))
-                for step in self._policy:
-                    image = step(image)
-                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            pixels = self.resized([picture.whole()])[0] if self._crop is None else self._augmented(picture)
             return View(pixels, self._erased())
+
+    def _augmented(self, picture: Picture) -> Tensor:
+        """What is drawn of a picture, 8-bit [3, H, W]."""
+        size = self.height, self.width
+        pixels = as_tensor(picture.part(self._box(picture.size), size[::-1]))
+        pixels = interpolate(pixels, size, mode="bilinear", antialias=True)
+        if self._flip and torch.rand(1) < self._flip:
+            pixels = pixels.flip(-1)
+        if self._policy is None:
+            return pixels[0]
+        return as_tensor(self._policy(Image.fromarray(pixels[0].permute(1, 2, 0).numpy())))[0]
 
     def _box(self, size: tuple[int, int]) -> Box:
         """Draws what a view shows of an image of `size` (width, height)."""
@@ -180,13 +188,12 @@ def _output_size(processor: Any) -> tuple[int, int]:
     return sizes.pop()
 
 
-def _policy(settings: AugmentationSettings) -> list[v2.Transform]:
+def _policy(name: str) -> v2.Transform | None:
     """What is done with a view after it has been cut out."""
-    steps: list[v2.Transform] = []
-    if settings.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(p=settings.horizontal_flip))
-    if settings.augmentation == "randaugment":
-        steps.append(v2.RandAugment())
-    if settings.augmentation == "trivialaugment":
-        steps.append(v2.TrivialAugmentWide())
-    return steps
+    policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+    return policies[name]() if name in policies else None
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image, 8-bit [1, 3, H, W], the channels of each side by side in memory."""
+    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
