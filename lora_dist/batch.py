@@ -13,7 +13,7 @@ from lora_dist.images import UnreadableImageError, opened
 from lora_dist.order import FILLER, Sample
 from lora_dist.splits import Encoded, Reader, TrainingSplit
 from lora_dist.transforms import ImageTransforms
-from lora_dist.views import Mixture, Rest, View, black, draw_mixture, finish, stack, stack_pixels
+from lora_dist.views import Mixture, Rest, View, black, draw_mixture, stack
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class TrainImages(Dataset):
         self.split = split
         self._reader: Reader | None = None
         self.transforms = transforms
+        self._size = transforms.height, transforms.width
         self.mixing = (augmentation.mixup_alpha, augmentation.cutmix_alpha)
         self.seed = seed
         self._skipping = Skipping() if skip_bad_images else None
@@ -108,7 +109,7 @@ class TrainImages(Dataset):
     def finished(self, batch: Batch) -> Batch:
         """What `prepared` has left to do, on the device that the batch is on."""
         assert batch.rest is not None
-        return batch._replace(pixel_values=finish(batch.pixel_values, batch.rest, self.transforms.finished), rest=None)
+        return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
 
     def prepared(self, samples: list[Sample]) -> Batch:
         """The part of `batch` that a worker process does."""
@@ -117,17 +118,18 @@ class TrainImages(Dataset):
         if self._reader is None:
             self._reader = self.split.reader()
         epoch, pairs = samples[0].epoch, any(self.mixing)
-        # The views of the samples come first, and then those of partners that are in no sample of this batch.
-        rows = [sample.row for sample in samples]
-        rows += dict.fromkeys(sample.partner for sample in samples if pairs and sample.partner not in set(rows))
-        encoded = self._reader.read(epoch, rows)
-        views = {row: self._view(encoded[row], epoch, row) for row in rows}
+        read = dict.fromkeys(row for sample in samples for row in (sample.row, sample.partner)[: 1 + pairs])
+        encoded = self._reader.read(epoch, list(read))
+        views = {row: self._view(one, epoch, row) for row, one in encoded.items()}
         known = {row: view for row, view in views.items() if view is not None}
-        blank = self._blank(next(iter(known.values())).pixels if known else None)
+        blank = black(next(iter(known.values()), None), self._size)
         # Where one of a pair cannot be read, the other is mixed with itself: that leaves it as it is.
         partners = [
             sample.partner if {sample.row, sample.partner} <= known.keys() else sample.row for sample in samples
         ]
+        # The views of the samples come first, and then those of partners that are no samples here.
+        own = {sample.row for sample in samples}
+        rows = [sample.row for sample in samples] + [row for row in read if row not in own]
         place = {row: place for place, row in enumerate(rows)}
         mixtures = [self._mixture(epoch, sample) for sample in samples] if pairs else []
         pixels, rest = stack(
@@ -156,17 +158,11 @@ class TrainImages(Dataset):
             return None
 
     def _mixture(self, epoch: int, sample: Sample) -> Mixture:
-        size = self.transforms.height, self.transforms.width
-        return draw_mixture(*self.mixing, size, (self.seed, epoch, sample.row, sample.position))
-
-    def _blank(self, like: Tensor | None) -> View:
-        """Black to the model as well, in the type of another view where there is one."""
-        size = self.transforms.height, self.transforms.width
-        return View(black(like, size), (0, 0, *size))
+        return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.row, sample.position))
 
     def _filler(self) -> Batch:
         """A black image of no weight."""
-        pixels, rest = stack([self._blank(None)])
+        pixels, rest = stack([black(None, self._size)])
         return Batch(
             pixel_values=pixels,
             labels=torch.tensor([0]),
@@ -206,24 +202,26 @@ class EvaluationImages(Dataset):
             return error
         known = next((view for view in views if view is not None), None)
         blank = black(known, (self.transforms.height, self.transforms.width))
+        pixels, rest = stack([blank if view is None else view for view in views])
         real = [row != FILLER and view is not None for row, view in zip(indices, views, strict=True)]
         return Batch(
-            pixel_values=stack_pixels([blank if view is None else view for view in views]),
+            pixel_values=pixels,
             labels=torch.from_numpy(self.split.labels[[max(row, 0) for row in indices]]),
             weights=torch.tensor([float(known) for known in real]),
             indices=torch.tensor([row if known else FILLER for row, known in zip(indices, real, strict=True)]),
-            rest=Rest(),
+            rest=rest,
         )
 
     def finished(self, batch: Batch) -> Batch:
         """What a worker process has left to do, on the device that the batch is on."""
-        return batch._replace(pixel_values=self.transforms.finished(batch.pixel_values), rest=None)
+        assert batch.rest is not None
+        return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
 
-    def _view(self, row: int) -> Tensor | None:
+    def _view(self, row: int) -> View | None:
         """An image as the processor makes it, but for its last steps where these can wait; None where it cannot be
         read and may be left out."""
         try:
-            return self.transforms.resized([self.split.image(row)])[0]
+            return View(self.transforms.resized([self.split.image(row)])[0])
         except UnreadableImageError as error:
             if self._skipping is None:
                 raise

@@ -42,6 +42,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
     if data.exclude and data.dataset_name:
         yield Problem(("exclude", "dataset_name"), "a list of files goes with folders of them")
     yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
+    if settings.augmentation.augment_on_device and settings.augmentation.augmentation != "basic":
+        text = "crops and flips are made on the device, and what comes after them in the workers: take basic or drop it"
+        yield Problem(("augment_on_device", "augmentation"), text)
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two lengths of warm-up: give one of them")
     if model.init_from_config and model.tuning != "full":

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -38,6 +38,8 @@ class UnreadableImageError(Exception):
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
+Source = str | bytes | Image.Image | np.ndarray
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,11 +52,47 @@ _UPRIGHT = {
 """What turns an image upright, by the orientation in its EXIF data."""
 
 
-class Picture:
-    """An opened image of any mode, of which no more is decoded and converted than is asked for; see `opened`.
+class Picture(Protocol):
+    """An opened image, of which no more is decoded and converted than is asked for; see `opened`.
+
+    Its methods raise `UnreadableImageError`.
 
     Attributes:
         size: width and height, upright.
+    """
+
+    size: tuple[int, int]
+
+    def whole(self) -> Image.Image:
+        """All of it in 8-bit RGB, upright."""
+        ...
+
+    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
+        """What is in `box`, upright, in 8-bit RGB [h, w, 3]: as it is, or smaller, but no smaller than `least` (width,
+        height). It can be asked for one part, once."""
+        ...
+
+
+class _Decoded:
+    """The picture of pixels that are there."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self._pixels = pixels
+        self.size = pixels.shape[1], pixels.shape[0]
+
+    def whole(self) -> Image.Image:
+        return Image.fromarray(self._pixels)
+
+    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
+        left, top, right, bottom = box
+        return self._pixels[top:bottom, left:right]
+
+
+class _Encoded:
+    """The picture of an image of any mode.
+
+    Of a JPEG, a half, quarter or eighth of the pixels in each direction is decoded where that leaves enough, and the
+    box is rounded to these.
     """
 
     def __init__(self, image: Image.Image, name: str) -> None:
@@ -68,23 +106,17 @@ class Picture:
         self.size = image.size if self._orientation < 5 else image.size[::-1]
 
     def whole(self) -> Image.Image:
-        """All of it in 8-bit RGB, upright."""
         with _named(self._name):
             self._image.load()
             return _to_rgb(_upright(self._image, self._orientation))
 
-    def part(self, box: Box, least: tuple[int, int]) -> Image.Image:
-        """What is in `box`, upright, in 8-bit RGB: as it is, or smaller, but no smaller than `least` (width, height).
-
-        A JPEG is decoded to a half, quarter or eighth of its pixels in each direction where that leaves enough, and the
-        box is rounded to these. It can be asked for one part, once.
-        """
+    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
         with _named(self._name):
             stored = _turned(box, self._orientation, self._image.size)
             scale = self._reduce(stored, least if self._orientation < 5 else least[::-1])
             self._image.load()
             left, top, right, bottom = (round(side / scale) for side in stored)
-            return _upright(_to_rgb(self._image.crop((left, top, right, bottom))), self._orientation)
+            return np.array(_upright(_to_rgb(self._image.crop((left, top, right, bottom))), self._orientation))
 
     def _reduce(self, box: Box, least: tuple[int, int]) -> float:
         """Has as few pixels decoded as will do; returns how many go into one, in each direction."""
@@ -115,31 +147,34 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 @contextmanager
-def opened(source: str | bytes | Image.Image, name: str = "") -> Iterator[Picture]:
+def opened(source: Source, name: str = "") -> Iterator[Picture]:
     """Opens an image.
 
     Args:
-        source: a path, an encoded file's bytes, or an opened image.
+        source: a path, an encoded file's bytes, an opened image, or the pixels of one, 8-bit [H, W, 3].
         name: what to call it in an error; defaults to the path.
 
     Raises:
         UnreadableImageError: the file is missing, truncated, or no image; the picture's methods raise it as well.
     """
     name = name or (source if isinstance(source, str) else "image")
+    if isinstance(source, np.ndarray):
+        yield _Decoded(source)
+        return
     if isinstance(source, Image.Image):
         with _named(name):
-            picture = Picture(source, name)
+            picture = _Encoded(source, name)
         yield picture
         return
     with _named(name):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     with image:
         with _named(name):
-            picture = Picture(image, name)
+            picture = _Encoded(image, name)
         yield picture
 
 
-def load_rgb(source: str | bytes | Image.Image, name: str = "") -> Image.Image:
+def load_rgb(source: Source, name: str = "") -> Image.Image:
     """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to 8-bit RGB, turned as EXIF says.
 
     Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits rather than

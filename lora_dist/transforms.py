@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from lora_dist.config import AugmentationSettings
 from lora_dist.errors import UserError
 from lora_dist.images import Box, Picture
-from lora_dist.views import NOWHERE, Area, View
+from lora_dist.views import NOWHERE, Area, Rest, View, combine, resize
 
 _AT_ONCE = 500_000
 """Pixels up to which images are resized in one call: a call costs as much as resizing a small image, and larger ones
@@ -44,6 +44,7 @@ class ImageTransforms:
         self._crop: v2.RandomResizedCrop | None = None
         self._flip = 0.0
         self._policy: v2.Transform | None = None
+        self._on_device = augmentation is not None and augmentation.augment_on_device
         self._erase: v2.RandomErasing | None = None
         if augmentation is not None:
             if augmentation.augmentation != "none":
@@ -81,12 +82,20 @@ class ImageTransforms:
 
     def finished(self, pixels: Tensor) -> Tensor:
         """The second part: what `resized` gave, float32 [B, 3, H, W], to the bit as `batch` makes it."""
-        if pixels.dtype != torch.uint8:
-            return pixels
+        return self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels
+
+    def model_input(self, pixels: Tensor, rest: Rest) -> Tensor:
+        """The samples of a batch, float32 [B, 3, H, W], from their views as `views.stack` gives them, on any device."""
+        if rest.parts is None:
+            return combine(self.finished(pixels), rest)
+        return combine(self._normalised(resize(pixels, rest.parts, (self.height, self.width))), rest)
+
+    def _normalised(self, values: Tensor) -> Tensor:
+        """What the processor makes of values from 0 to 255, [B, 3, H, W]."""
         if self._normalisation is None:
-            return self._last_steps(pixels)
-        mean, deviation = (values.to(pixels.device) for values in self._normalisation)
-        return torch.empty(pixels.shape, device=pixels.device).copy_(pixels).sub_(mean).div_(deviation)
+            return self._last_steps(values)
+        mean, deviation = (numbers.to(values.device) for numbers in self._normalisation)
+        return torch.empty(values.shape, device=values.device).copy_(values).sub_(mean).div_(deviation)
 
     def _last_steps(self, pixels: Tensor) -> Tensor:
         """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
@@ -123,25 +132,31 @@ class ImageTransforms:
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
-        """A random view; a function of the picture and the seed alone. Its pixels are for `finished`.
+        """A random view; a function of the picture and the seed alone. It is for `model_input`.
 
         Raises:
             UnreadableImageError: the picture turns out to be damaged.
         """
         with seeded(seed):
-            pixels = self.resized([picture.whole()])[0] if self._crop is None else self._augmented(picture)
-            return View(pixels, self._erased())
+            view = View(self.resized([picture.whole()])[0]) if self._crop is None else self._augmented(picture)
+            return view._replace(erased=self._erased())
 
-    def _augmented(self, picture: Picture) -> Tensor:
-        """What is drawn of a picture, 8-bit [3, H, W]."""
+    def _augmented(self, picture: Picture) -> View:
+        """What is drawn of a picture."""
         size = self.height, self.width
-        pixels = as_tensor(picture.part(self._box(picture.size), size[::-1]))
-        pixels = interpolate(pixels, size, mode="bilinear", antialias=True)
-        if self._flip and torch.rand(1) < self._flip:
+        part = picture.part(self._box(picture.size), size[::-1])
+        flipped = bool(self._flip and torch.rand(1) < self._flip)
+        pixels = _as_tensor(part)
+        # What is large is not handed over before it is small.
+        if not self._on_device or min(part.shape[0] // size[0], part.shape[1] // size[1]) >= 2:
+            pixels = interpolate(pixels, size, mode="bilinear", antialias=True)
+        if self._on_device:
+            return View(pixels[0], flipped=flipped)
+        if flipped:
             pixels = pixels.flip(-1)
-        if self._policy is None:
-            return pixels[0]
-        return as_tensor(self._policy(Image.fromarray(pixels[0].permute(1, 2, 0).numpy())))[0]
+        if self._policy is not None:
+            pixels = _as_tensor(np.array(self._policy(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()))))
+        return View(pixels[0])
 
     def _box(self, size: tuple[int, int]) -> Box:
         """Draws what a view shows of an image of `size` (width, height)."""
@@ -194,6 +209,6 @@ def _policy(name: str) -> v2.Transform | None:
     return policies[name]() if name in policies else None
 
 
-def as_tensor(image: Image.Image) -> Tensor:
-    """The pixels of an RGB image, 8-bit [1, 3, H, W], the channels of each side by side in memory."""
-    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    """The pixels [h, w, 3] of an image as a batch [1, 3, h, w], which lie in memory as before."""
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)

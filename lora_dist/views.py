@@ -1,6 +1,6 @@
 """Views of images on their way to the model: pixels, and the rest of the work on them, which is done on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +19,12 @@ class View(NamedTuple):
     Attributes:
         pixels: [3, H, W], 8-bit; or float32 where they are as the model takes them.
         erased: what is to become 0 once they are as the model takes them.
+        flipped: where the pixels are to be resized on the device: whether they are turned left to right as well.
     """
 
     pixels: Tensor
     erased: Area = NOWHERE
+    flipped: bool | None = None
 
 
 class Mixture(NamedTuple):
@@ -72,12 +74,15 @@ class Rest(NamedTuple):
         partners: int64 [B], the place among the views of what is mixed into each sample, which are the first B.
         faded: float32 [B], as in `Mixture`.
         pasted: int64 [B, 4], as in `Mixture`.
+        parts: int64 [V, 3], the height and width of each view in the pixels, from their top left, and whether it is
+            flipped; these are resized.
     """
 
     erased: Tensor | None = None
     partners: Tensor | None = None
     faded: Tensor | None = None
     pasted: Tensor | None = None
+    parts: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Rest":
         """The same on `device`."""
@@ -85,7 +90,7 @@ class Rest(NamedTuple):
 
 
 def stack(views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequence[Mixture] = ()) -> tuple[Tensor, Rest]:
-    """The views of a batch and the rest of the work, for `finish`.
+    """The views of a batch and the rest of the work, for `ImageTransforms.model_input`.
 
     Args:
         views: of the samples, in order, and after these of partners that are no samples themselves.
@@ -103,7 +108,11 @@ def stack(views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequenc
             faded=torch.tensor([mixture.faded for mixture in mixtures]),
             pasted=torch.tensor([mixture.pasted for mixture in mixtures]),
         )
-    return stack_pixels([view.pixels for view in views]), rest
+    pixels = [view.pixels for view in views]
+    if views[0].flipped is None:
+        return stack_pixels(pixels), rest
+    parts = [(*view.pixels.shape[-2:], int(bool(view.flipped))) for view in views]
+    return _stack_sizes(pixels), rest._replace(parts=torch.tensor(parts))
 
 
 def stack_pixels(images: Sequence[Tensor]) -> Tensor:
@@ -113,20 +122,27 @@ def stack_pixels(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)
 
 
-def black(like: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """A black image [3, *size], in the type and the layout of another one where there is one."""
-    return torch.zeros(3, *size) if like is None else torch.zeros_like(like)
+def _stack_sizes(images: Sequence[Tensor]) -> Tensor:
+    """Images of different sizes in the top left of one that has room for each; what is beside them can be anything."""
+    height, width = (max(pixels.shape[axis] for pixels in images) for axis in (1, 2))
+    together = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for place, pixels in enumerate(images):
+        together[place, : pixels.shape[1], : pixels.shape[2]] = pixels.permute(1, 2, 0).numpy()
+    return torch.from_numpy(together).permute(0, 3, 1, 2)
 
 
-def finish(pixels: Tensor, rest: Rest, normalised: Callable[[Tensor], Tensor]) -> Tensor:
-    """The samples of a batch as the model takes them, float32 [B, 3, H, W].
+def black(like: View | None, size: tuple[int, int]) -> View:
+    """A view [3, *size] that is black and all 0 to the model, in the type of another one where there is one."""
+    whole = (0, 0, *size)
+    return (
+        View(torch.zeros(3, *size), whole)
+        if like is None
+        else like._replace(pixels=torch.zeros_like(like.pixels), erased=whole)
+    )
 
-    Args:
-        pixels: as `stack` gives them, on the device.
-        rest: of the work, on the same.
-        normalised: the processor's last steps.
-    """
-    values = normalised(pixels)
+
+def combine(values: Tensor, rest: Rest) -> Tensor:
+    """The samples of a batch [B, 3, H, W] from their views as the model takes them, [V, 3, H, W]: erased and mixed."""
     size = values.shape[-2:]
     if rest.erased is not None:
         values = values.masked_fill(_inside(rest.erased, size), 0.0)
@@ -144,3 +160,32 @@ def _inside(areas: Tensor, size: Sequence[int]) -> Tensor:
         start, length = areas[:, axis, None], areas[:, 2 + axis, None]
         spans.append((places >= start) & (places < start + length))
     return (spans[0][:, :, None] & spans[1][:, None, :])[:, None]
+
+
+def resize(pixels: Tensor, parts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Parts of 8-bit images, resized by bilinear interpolation with antialiasing, float32 [V, 3, *size] of 0 to 255.
+
+    That is linear in each direction, and so for a whole batch two products of matrices, on any device.
+
+    Args:
+        pixels: [V, 3, h, w].
+        parts: as in `Rest`.
+        size: height and width.
+    """
+    rows = _weights(parts[:, 0], pixels.shape[2], size[0])
+    columns = _weights(parts[:, 1], pixels.shape[3], size[1])
+    columns = torch.where(parts[:, 2, None, None] > 0, columns.flip(1), columns)
+    return rows[:, None] @ pixels.float() @ columns.transpose(1, 2)[:, None]
+
+
+def _weights(lengths: Tensor, room: int, size: int) -> Tensor:
+    """How much of each of `room` pixels, of which the first `lengths` [V] count, is in each of `size`: [V, size, room].
+
+    A triangle around its centre says it, which is as wide as two of the pixels that are larger.
+    """
+    scale = (lengths / size)[:, None, None]
+    centres = (torch.arange(size, device=lengths.device) + 0.5)[:, None] * scale
+    places = torch.arange(room, device=lengths.device) + 0.5
+    weights = (1 - (places - centres).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = torch.where(places < lengths[:, None, None], weights, 0)
+    return weights / weights.sum(-1, keepdim=True)

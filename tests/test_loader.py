@@ -88,6 +88,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
 MIXES: dict[str, dict[str, Any]] = {
     "plain": {"augmentation": "randaugment", "random_erasing": 0.3},
     "mixed": {"mixup_alpha": 0.4, "cutmix_alpha": 0.8},
+    "device": {"augment_on_device": True, "random_erasing": 0.3, "cutmix_alpha": 0.8},
 }
 
 
@@ -109,7 +110,10 @@ def test_processes_and_batches_change_nothing_in_a_sample(
     found = samples(data.train, batch, accumulation, world, **augmentation)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
-        assert all(torch.equal(one, other) for one, other in zip(found[key], values, strict=True)), key
+        # On the device, a batch is resized by products of matrices, which round as its size has it.
+        exact = "augment_on_device" not in augmentation
+        for one, other in zip(found[key], values, strict=True):
+            assert torch.equal(one, other) if exact else torch.allclose(one, other, atol=1e-5), key
 
 
 def test_a_view_is_that_of_seed_epoch_and_row(data: ImageData) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny import make_image, view_of
+from torchvision.transforms import v2
 from transformers import BitImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from lora_dist.config import AugmentationSettings
 from lora_dist.errors import UserError
 from lora_dist.images import load_rgb, opened
 from lora_dist.transforms import ImageTransforms, seed_of, seeded
-from lora_dist.views import draw_mixture, finish, stack
+from lora_dist.views import draw_mixture, stack
 
 PROCESSORS: dict[str, Any] = {
     "vit": lambda: ViTImageProcessor(size={"height": 32, "width": 32}),
@@ -27,6 +28,8 @@ PROCESSORS: dict[str, Any] = {
         size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, do_normalize=True
     ),
 }
+LEVEL = 2 / 255
+"""One of 8 bits, as ViT's processor scales them."""
 SIZES = {"not square": (24, 40)}
 
 
@@ -208,9 +211,41 @@ def test_of_a_large_jpeg_a_view_is_made_from_fewer_pixels(tmp_path: Path) -> Non
     make_image(1, 1, (512, 400)).resize((1024, 800)).save(tmp_path / "large.jpg", quality=95)
     transforms = transforms_of("vit", crop_scale_min=0.8, horizontal_flip=0.0)
     with opened(str(tmp_path / "large.jpg")) as picture:
-        view = finish(*stack([transforms.view(picture, (1, 2))]), transforms.finished)[0]
+        view = transforms.model_input(*stack([transforms.view(picture, (1, 2))]))[0]
         assert picture._image.size == (128, 100)
     whole = load_rgb(str(tmp_path / "large.jpg"))
     assert (view - view_of(transforms, whole, (1, 2))).abs().mean() < 0.05
     expected = PROCESSORS["vit"]()(whole, return_tensors="pt")["pixel_values"]
     assert torch.equal(transforms.finished(transforms.resized([whole])), expected)
+
+
+@pytest.mark.parametrize("size", [(60, 50), (400, 300), (30, 20)])
+def test_a_view_is_that_of_torchvision_to_one_level(size: tuple[int, int]) -> None:
+    image = make_image(0, 3, size)
+    transforms = transforms_of("vit")
+    theirs = v2.Compose([v2.RandomResizedCrop((32, 32)), v2.RandomHorizontalFlip()])
+    for number in range(12):
+        with seeded((1, number)):
+            expected = PROCESSORS["vit"]()(theirs(image), return_tensors="pt")["pixel_values"][0]
+        assert (view_of(transforms, image, (1, number)) - expected).abs().max() <= 1.001 * LEVEL
+
+
+@pytest.mark.parametrize("size", [(60, 50), (400, 300), (30, 20)])
+def test_on_the_device_a_view_is_what_it_is_in_a_worker_to_one_level(
+    processor_name: str, size: tuple[int, int]
+) -> None:
+    """Of 255 from black to white: the worker rounds to 8 bits."""
+    image = make_image(0, 3, size)
+    settings: dict[str, Any] = {"crop_scale_min": 0.5, "random_erasing": 0.5}
+    here = transforms_of(processor_name, **settings)
+    there = transforms_of(processor_name, augment_on_device=True, **settings)
+    black, white = (there.evaluation(Image.new("RGB", (64, 64), color)) for color in ("black", "white"))
+    level = float((white - black).max()) / 255
+    seeds = [(1, number) for number in range(12)]
+    with opened(np.asarray(image)) as picture:
+        batch = there.model_input(*stack([there.view(picture, seed) for seed in seeds]))
+    for seed, found in zip(seeds, batch, strict=True):
+        difference = (found - view_of(here, image, seed)).abs()
+        assert difference.max() <= 1.5 * level
+        assert difference.mean() < 0.4 * level
+        assert torch.allclose(found, view_of(there, image, seed), atol=1e-4), "whatever else is in the batch"

@@ -31,7 +31,7 @@ from transformers import (
 
 from lora_dist.images import opened
 from lora_dist.transforms import ImageTransforms
-from lora_dist.views import finish, stack
+from lora_dist.views import stack
 
 ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
 
@@ -117,7 +117,7 @@ def make_image(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Ima
 def view_of(transforms: ImageTransforms, image: Image.Image, seed: tuple[int, ...]) -> Tensor:
     """A view of an image as the model takes it, float32 [3, H, W]."""
     with opened(image) as picture:
-        return finish(*stack([transforms.view(picture, seed)]), transforms.finished)[0]
+        return transforms.model_input(*stack([transforms.view(picture, seed)]))[0]
 
 
 def make_folder(
