@@ -123,6 +123,9 @@ class DataSettings(Group):
     on_bad_image: Literal["fail", "skip"] = "fail"
     """An image that cannot be read stops the run (fail), or is left out and counted (skip); the others stay where they
     are, and an update is what they make of it."""
+    cache_dir: str | None = None
+    """Keep all training images in this directory, decoded and resized to 8/7 of what the model takes, and read them
+    from there; what is there of another run with the same data is used."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
     """Worker processes that decode images, for each training process. Default: by cores and device."""
     dataloader_prefetch_factor: Count = 4

@@ -33,6 +33,8 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("streaming", "train_dir"), "a folder is not streamed: drop one of them")
         elif not data.validation_split:
             yield Problem(("streaming", "validation_split"), "no part of a stream is held out: name a split")
+        if data.cache_dir:
+            yield Problem(("streaming", "cache_dir"), "a stream is kept nowhere: drop one of them")
         if data.max_train_samples:
             yield Problem(("streaming", "max_train_samples"), "a stream is read whole: bound it by --max_train_steps")
         if "[" in data.train_split or "+" in data.train_split:

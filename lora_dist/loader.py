@@ -113,7 +113,7 @@ def _loader(
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_as_is,
-        worker_init_fn=_set_up_worker,
+        worker_init_fn=set_up_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
         generator=torch.Generator(),
@@ -128,7 +128,8 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // local_processes - 1))
 
 
-def _set_up_worker(worker: int) -> None:
+def set_up_worker(worker: int) -> None:
+    """For `worker_init_fn`: what a worker process does first."""
     ignore_signals()
     # What was garbage at the fork is not for a worker to end: a store's destructor joins a thread that stayed behind.
     gc.freeze()

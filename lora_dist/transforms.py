@@ -146,10 +146,9 @@ class ImageTransforms:
         size = self.height, self.width
         part = picture.part(self._box(picture.size), size[::-1])
         flipped = bool(self._flip and torch.rand(1) < self._flip)
-        pixels = _as_tensor(part)
         # What is large is not handed over before it is small.
-        if not self._on_device or min(part.shape[0] // size[0], part.shape[1] // size[1]) >= 2:
-            pixels = interpolate(pixels, size, mode="bilinear", antialias=True)
+        large = min(part.shape[0] // size[0], part.shape[1] // size[1]) >= 2
+        pixels = interpolated(part, size) if large or not self._on_device else _as_tensor(part)
         if self._on_device:
             return View(pixels[0], flipped=flipped)
         if flipped:
@@ -207,6 +206,11 @@ def _policy(name: str) -> v2.Transform | None:
     """What is done with a view after it has been cut out."""
     policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
     return policies[name]() if name in policies else None
+
+
+def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """An 8-bit image [h, w, 3], resized to [1, 3, *size] by bilinear interpolation with antialiasing."""
+    return interpolate(_as_tensor(pixels), size, mode="bilinear", antialias=True)
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
