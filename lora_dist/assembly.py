@@ -1,6 +1,6 @@
 """A run put together from its settings: data, model, order, and what drives and records them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +13,12 @@ from lora_dist.batch_size import fit_batch_size
 from lora_dist.checkpoint import Checkpoint
 from lora_dist.cli import flatten
 from lora_dist.config import Settings
-from lora_dist.data import ImageData, load_data
+from lora_dist.data import ImageData, Split, load_data
 from lora_dist.engine import make_engine
 from lora_dist.errors import Problems
 from lora_dist.evaluation import Evaluator
 from lora_dist.handover import Handover
+from lora_dist.image_cache import cached
 from lora_dist.loop import Job
 from lora_dist.model import Base, count_parameters, make_trainable
 from lora_dist.optimizer import make_optimizer
@@ -85,6 +86,8 @@ def assemble(
             data = load_data(settings.data, run.seed)
         settings, base, start = load_start(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
+    with problems.noted():
+        data = _cached(data, settings, transforms)
     model = make_trainable(base, settings.model, settings.lora)
     if start is not None:
         start.load_into(model)
@@ -153,6 +156,14 @@ def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: 
         world_size=world_size,
         rank=rank,
     )
+
+
+def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms) -> ImageData:
+    """The data with training images from the cache, where there is to be one."""
+    if settings.data.cache_dir is None or not isinstance(data.train, Split):
+        return data
+    size = transforms.height, transforms.width
+    return replace(data, train=cached(data.train, settings.data.cache_dir, size, settings.run.dry_run))
 
 
 def _identity(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:

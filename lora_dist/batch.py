@@ -9,10 +9,11 @@ from torch.utils.data import Dataset
 
 from lora_dist.config import AugmentationSettings
 from lora_dist.data import Split
-from lora_dist.images import UnreadableImageError, load_rgb
+from lora_dist.images import UnreadableImageError, opened
 from lora_dist.order import FILLER, Sample
 from lora_dist.splits import Encoded, Reader, TrainingSplit
-from lora_dist.transforms import ImageTransforms, mix_pair
+from lora_dist.transforms import ImageTransforms
+from lora_dist.views import Mixture, Rest, View, black, draw_mixture, stack
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
     """A micro-batch.
 
     Attributes:
-        pixel_values: float32 [B, 3, H, W].
+        pixel_values: float32 [B, 3, H, W]; as long as there is a `rest`, views as `views.stack` gives them.
         labels: int64 [B].
         weights: float32 [B], 1 or 0; a sample of weight 0 only keeps the processes in step.
         indices: int64 [B], rows of the split.
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
         shares: float32 [B], share of `labels`; None without mixing.
         unreadable: bool [B], samples of weight 0 whose image could not be read and is black here; None where such an
             image ends the run.
+        rest: what is left to do with the views; None where nothing is.
     """
 
     pixel_values: Tensor
@@ -38,10 +40,11 @@ class Batch(NamedTuple):
     partner_labels: Tensor | None = None
     shares: Tensor | None = None
     unreadable: Tensor | None = None
+    rest: Rest | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy overlaps the host where memory is pinned."""
-        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        moved = (None if field is None else field.to(device, non_blocking=True) for field in self)
         return Batch(*moved)  # type: ignore[arg-type]  # only the optional fields can be None
 
 
@@ -81,6 +84,7 @@ class TrainImages(Dataset):
         self.split = split
         self._reader: Reader | None = None
         self.transforms = transforms
+        self._size = transforms.height, transforms.width
         self.mixing = (augmentation.mixup_alpha, augmentation.cutmix_alpha)
         self.seed = seed
         self._skipping = Skipping() if skip_bad_images else None
@@ -90,7 +94,7 @@ class TrainImages(Dataset):
 
     def __getitems__(self, part: Part) -> Part | UnreadableImageError:
         try:
-            return part._replace(content=self.batch(part.content) if part.content else None)
+            return part._replace(content=self.prepared(part.content) if part.content else None)
         except UnreadableImageError as error:
             return error
 
@@ -100,62 +104,75 @@ class TrainImages(Dataset):
 
     def batch(self, samples: list[Sample]) -> Batch:
         """The micro-batch of `samples`, which are of one epoch; raises `UnreadableImageError`."""
+        return self.finished(self.prepared(samples))
+
+    def finished(self, batch: Batch) -> Batch:
+        """What `prepared` has left to do, on the device that the batch is on."""
+        assert batch.rest is not None
+        return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
+
+    def prepared(self, samples: list[Sample]) -> Batch:
+        """The part of `batch` that a worker process does."""
         if samples[0].row == FILLER:
             return self._filler()
         if self._reader is None:
             self._reader = self.split.reader()
-        epoch = samples[0].epoch
-        pairs = any(self.mixing)
-        rows = [row for sample in samples for row in ((sample.row, sample.partner) if pairs else (sample.row,))]
-        encoded = self._reader.read(epoch, rows)
+        epoch, pairs = samples[0].epoch, any(self.mixing)
+        read = dict.fromkeys(row for sample in samples for row in (sample.row, sample.partner)[: 1 + pairs])
+        encoded = self._reader.read(epoch, list(read))
         views = {row: self._view(one, epoch, row) for row, one in encoded.items()}
-        known = {row for row, view in views.items() if view is not None}
+        known = {row: view for row, view in views.items() if view is not None}
+        blank = black(next(iter(known.values()), None), self._size)
         # Where one of a pair cannot be read, the other is mixed with itself: that leaves it as it is.
-        partners = [sample.partner if {sample.row, sample.partner} <= known else sample.row for sample in samples]
-        images = {row: self._black() if view is None else view for row, view in views.items()}
-        batch = Batch(
-            pixel_values=torch.stack([images[sample.row] for sample in samples]),
+        partners = [
+            sample.partner if {sample.row, sample.partner} <= known.keys() else sample.row for sample in samples
+        ]
+        # The views of the samples come first, and then those of partners that are no samples here.
+        own = {sample.row for sample in samples}
+        rows = [sample.row for sample in samples] + [row for row in read if row not in own]
+        place = {row: place for place, row in enumerate(rows)}
+        mixtures = [self._mixture(epoch, sample) for sample in samples] if pairs else []
+        pixels, rest = stack(
+            [known.get(row, blank) for row in rows], [place[partner] for partner in partners] if pairs else [], mixtures
+        )
+        return Batch(
+            pixel_values=pixels,
             labels=torch.tensor([encoded[sample.row].label for sample in samples]),
             weights=torch.tensor([sample.weight if sample.row in known else 0.0 for sample in samples]),
             indices=torch.tensor([sample.row for sample in samples]),
+            partner_labels=torch.tensor([encoded[partner].label for partner in partners]) if pairs else None,
+            shares=torch.tensor([mixture.share for mixture in mixtures]) if pairs else None,
             unreadable=self._marks([sample.weight > 0 and sample.row not in known for sample in samples]),
-        )
-        if not pairs:
-            return batch
-        mixed = [
-            mix_pair(images[sample.row], images[partner], *self.mixing, (self.seed, epoch, sample.row, sample.position))
-            for sample, partner in zip(samples, partners, strict=True)
-        ]
-        return batch._replace(
-            pixel_values=torch.stack([image for image, _ in mixed]),
-            partner_labels=torch.tensor([encoded[partner].label for partner in partners]),
-            shares=torch.tensor([share for _, share in mixed]),
+            rest=rest,
         )
 
-    def _view(self, one: Encoded, epoch: int, row: int) -> Tensor | None:
+    def _view(self, one: Encoded, epoch: int, row: int) -> View | None:
         """An image as augmented; None where it cannot be read and may be left out."""
         try:
-            return self.transforms.training(load_rgb(one.source, one.name), (self.seed, epoch, row))
+            with opened(one.source, one.name) as picture:
+                return self.transforms.view(picture, (self.seed, epoch, row))
         except UnreadableImageError as error:
             if self._skipping is None:
                 raise
             self._skipping.note(error)
             return None
 
+    def _mixture(self, epoch: int, sample: Sample) -> Mixture:
+        return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.row, sample.position))
+
     def _filler(self) -> Batch:
         """A black image of no weight."""
+        pixels, rest = stack([black(None, self._size)])
         return Batch(
-            pixel_values=self._black()[None],
+            pixel_values=pixels,
             labels=torch.tensor([0]),
             weights=torch.tensor([0.0]),
             indices=torch.tensor([FILLER]),
             partner_labels=torch.tensor([0]) if any(self.mixing) else None,
             shares=torch.tensor([1.0]) if any(self.mixing) else None,
             unreadable=self._marks([False]),
+            rest=rest,
         )
-
-    def _black(self) -> Tensor:
-        return torch.zeros(3, self.transforms.height, self.transforms.width)
 
     def _marks(self, unreadable: list[bool]) -> Tensor | None:
         return None if self._skipping is None else torch.tensor(unreadable)
@@ -183,18 +200,28 @@ class EvaluationImages(Dataset):
             views = [self._view(max(row, 0)) for row in indices]
         except UnreadableImageError as error:
             return error
-        black = torch.zeros(3, self.transforms.height, self.transforms.width)
+        known = next((view for view in views if view is not None), None)
+        blank = black(known, (self.transforms.height, self.transforms.width))
+        pixels, rest = stack([blank if view is None else view for view in views])
         real = [row != FILLER and view is not None for row, view in zip(indices, views, strict=True)]
         return Batch(
-            pixel_values=torch.stack([black if view is None else view for view in views]),
+            pixel_values=pixels,
             labels=torch.from_numpy(self.split.labels[[max(row, 0) for row in indices]]),
             weights=torch.tensor([float(known) for known in real]),
             indices=torch.tensor([row if known else FILLER for row, known in zip(indices, real, strict=True)]),
+            rest=rest,
         )
 
-    def _view(self, row: int) -> Tensor | None:
+    def finished(self, batch: Batch) -> Batch:
+        """What a worker process has left to do, on the device that the batch is on."""
+        assert batch.rest is not None
+        return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
+
+    def _view(self, row: int) -> View | None:
+        """An image as the processor makes it, but for its last steps where these can wait; None where it cannot be
+        read and may be left out."""
         try:
-            return self.transforms.evaluation(self.split.image(row))
+            return View(self.transforms.resized([self.split.image(row)])[0])
         except UnreadableImageError as error:
             if self._skipping is None:
                 raise

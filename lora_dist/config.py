@@ -123,6 +123,9 @@ class DataSettings(Group):
     on_bad_image: Literal["fail", "skip"] = "fail"
     """An image that cannot be read stops the run (fail), or is left out and counted (skip); the others stay where they
     are, and an update is what they make of it."""
+    cache_dir: str | None = None
+    """Keep all training images in this directory, decoded and resized to 8/7 of what the model takes, and read them
+    from there; what is there of another run with the same data is used."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
     """Worker processes that decode images, for each training process. Default: by cores and device."""
     dataloader_prefetch_factor: Count = 4
@@ -138,6 +141,8 @@ class AugmentationSettings(Group):
     """Smallest share of the image that a random crop keeps."""
     horizontal_flip: Probability = 0.5
     """Probability of a left-right flip; 0 for text, digits and other things with a handedness."""
+    augment_on_device: bool = False
+    """Resize and flip the crops on the device that trains, a batch at a time, rather than in the worker processes."""
     random_erasing: Probability = 0.0
     """Probability of erasing a random rectangle."""
     mixup_alpha: NonNegative = 0.0

@@ -33,6 +33,8 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("streaming", "train_dir"), "a folder is not streamed: drop one of them")
         elif not data.validation_split:
             yield Problem(("streaming", "validation_split"), "no part of a stream is held out: name a split")
+        if data.cache_dir:
+            yield Problem(("streaming", "cache_dir"), "a stream is kept nowhere: drop one of them")
         if data.max_train_samples:
             yield Problem(("streaming", "max_train_samples"), "a stream is read whole: bound it by --max_train_steps")
         if "[" in data.train_split or "+" in data.train_split:
@@ -42,6 +44,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
     if data.exclude and data.dataset_name:
         yield Problem(("exclude", "dataset_name"), "a list of files goes with folders of them")
     yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
+    if settings.augmentation.augment_on_device and settings.augmentation.augmentation != "basic":
+        text = "crops and flips are made on the device, and what comes after them in the workers: take basic or drop it"
+        yield Problem(("augment_on_device", "augmentation"), text)
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two lengths of warm-up: give one of them")
     if model.init_from_config and model.tuning != "full":

@@ -95,8 +95,8 @@ class Evaluator:
         )
         self.model.eval()
         parts = []
-        for batch in batches(loader):
-            parts.append(_rows(self.model, batch.to(accelerator.device)))
+        for batch in batches(loader, accelerator.device):
+            parts.append(_rows(self.model, batch))
             after_batch()
         integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), FILLER)
         reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)

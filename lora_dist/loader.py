@@ -66,11 +66,12 @@ def evaluation_loader(
 
 
 def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
-    """The batches of a loader. Those that come in parts are put together on `device`.
+    """The batches of a loader, on `device`, where what its workers have left to do is done.
 
     Raises:
         ProcessError: names an image that cannot be read.
     """
+    images: Any = loader.dataset
     parts: list[Part] = []
     for found in loader:
         if isinstance(found, UnreadableImageError):
@@ -79,12 +80,13 @@ def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
                 "whatever cannot be read by --on_bad_image skip."
             )
         if isinstance(found, Part):
-            parts.append(found)
+            content = found.content
+            parts.append(found if content is None else found._replace(content=images.finished(content.to(device))))
             if len(parts) == found.parts:
                 yield _together(parts, device)
                 parts = []
         else:
-            yield found
+            yield images.finished(found.to(device))
 
 
 def _together(parts: list[Part], device: torch.device) -> Batch:
@@ -93,7 +95,7 @@ def _together(parts: list[Part], device: torch.device) -> Batch:
     if len(filled) == 1:
         return filled[0].content
     order = torch.cat([part.places for part in filled]).argsort().to(device)
-    fields = zip(*(part.content.to(device) for part in filled), strict=True)
+    fields = zip(*(part.content for part in filled), strict=True)
     together = (None if field[0] is None else torch.cat(field)[order] for field in fields)
     return Batch(*together)  # type: ignore[arg-type]  # only the optional fields can be None
 
@@ -112,7 +114,7 @@ def _loader(
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_as_is,
-        worker_init_fn=_set_up_worker,
+        worker_init_fn=set_up_worker,
         pin_memory=device.type == "cuda",
         prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
         generator=torch.Generator(),
@@ -127,7 +129,8 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // local_processes - 1))
 
 
-def _set_up_worker(worker: int) -> None:
+def set_up_worker(worker: int) -> None:
+    """For `worker_init_fn`: what a worker process does first."""
     ignore_signals()
     # What was garbage at the fork is not for a worker to end: a store's destructor joins a thread that stayed behind.
     gc.freeze()

@@ -121,7 +121,7 @@ def _time_evaluation(job: Job) -> float:
     )
     job.engine.model.eval()
     start = time.perf_counter()
-    batch = next(batches(loader)).to(accelerator.device)
+    batch = next(batches(loader, accelerator.device))
     float(job.engine.model(pixel_values=batch.pixel_values).logits.float().sum())
     return (time.perf_counter() - start) * len(loader)
 

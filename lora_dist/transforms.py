@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from lora_dist.config import AugmentationSettings
 from lora_dist.errors import UserError
+from lora_dist.images import Box, Picture
+from lora_dist.views import NOWHERE, Area, Rest, View, combine, resize
 
 _AT_ONCE = 500_000
 """Pixels up to which images are resized in one call: a call costs as much as resizing a small image, and larger ones
@@ -22,8 +25,9 @@ no longer fit the CPU's cache."""
 class ImageTransforms:
     """The transforms of a run.
 
-    Training views are cropped and augmented as 8-bit RGB images, and then take the processor's own last steps
-    (rescaling, normalisation, channel order), so that training and serving cannot drift apart.
+    Training views are cropped and augmented as 8-bit RGB images, and then, once they are on the device, take the
+    processor's own last steps (rescaling, normalisation, channel order), so that training and serving cannot drift
+    apart.
     """
 
     def __init__(self, processor: Any, augmentation: AugmentationSettings | None = None) -> None:
@@ -37,11 +41,16 @@ class ImageTransforms:
         """
         self.processor = processor
         self.height, self.width = _output_size(processor)
-        self._augment: v2.Transform | None = None
-        self._erase: v2.Transform | None = None
+        self._crop: v2.RandomResizedCrop | None = None
+        self._flip = 0.0
+        self._policy: v2.Transform | None = None
+        self._on_device = augmentation is not None and augmentation.augment_on_device
+        self._erase: v2.RandomErasing | None = None
         if augmentation is not None:
             if augmentation.augmentation != "none":
-                self._augment = _augmentation(augmentation, (self.height, self.width))
+                self._crop = v2.RandomResizedCrop((self.height, self.width), scale=(augmentation.crop_scale_min, 1.0))
+                self._flip = augmentation.horizontal_flip
+                self._policy = _policy(augmentation.augmentation)
             if augmentation.random_erasing:
                 self._erase = v2.RandomErasing(p=augmentation.random_erasing)
 
@@ -73,9 +82,41 @@ class ImageTransforms:
 
     def finished(self, pixels: Tensor) -> Tensor:
         """The second part: what `resized` gave, float32 [B, 3, H, W], to the bit as `batch` makes it."""
-        if not self._in_two_parts:
-            return pixels
+        return self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels
+
+    def model_input(self, pixels: Tensor, rest: Rest) -> Tensor:
+        """The samples of a batch, float32 [B, 3, H, W], from their views as `views.stack` gives them, on any device."""
+        if rest.parts is None:
+            return combine(self.finished(pixels), rest)
+        return combine(self._normalised(resize(pixels, rest.parts, (self.height, self.width))), rest)
+
+    def _normalised(self, values: Tensor) -> Tensor:
+        """What the processor makes of values from 0 to 255, [B, 3, H, W]."""
+        if self._normalisation is None:
+            return self._last_steps(values)
+        mean, deviation = (numbers.to(values.device) for numbers in self._normalisation)
+        return torch.empty(values.shape, device=values.device).copy_(values).sub_(mean).div_(deviation)
+
+    def _last_steps(self, pixels: Tensor) -> Tensor:
+        """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
         return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+
+    @cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation [3, 1, 1] of 8-bit values, by which each of these gets the bits that it has from the
+        processor; None where it does something else. The processor itself takes several times as long."""
+        values = torch.stack([(torch.arange(256) + 85 * channel) % 256 for channel in range(3)])
+        pixels = values.to(torch.uint8).reshape(1, 3, 16, 16)
+        try:
+            scale = 1.0 / self.processor.rescale_factor
+            mean, deviation = (
+                (torch.tensor(numbers) * scale).expand(3).reshape(3, 1, 1)
+                for numbers in (self.processor.image_mean, self.processor.image_std)
+            )
+            same = torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return None
+        return (mean, deviation) if same else None
 
     @cached_property
     def _in_two_parts(self) -> bool:
@@ -85,21 +126,50 @@ class ImageTransforms:
         images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
         try:
             first = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-            both = self.processor(first, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+            both = self._last_steps(first)
         except (TypeError, ValueError):
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 
-    def training(self, image: Image.Image, seed: tuple[int, ...]) -> Tensor:
-        """A random view, float32 [3, H, W]; a function of the image and the seed alone."""
+    def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
+        """A random view; a function of the picture and the seed alone. It is for `model_input`.
+
+        Raises:
+            UnreadableImageError: the picture turns out to be damaged.
+        """
         with seeded(seed):
-            if self._augment is None:
-                pixels = self.evaluation(image)
-            else:
-                view = self._augment(image)
-                pixels = self.processor(view, do_resize=False, do_center_crop=False, return_tensors="pt")
-                pixels = pixels["pixel_values"][0]
-            return self._erase(pixels) if self._erase is not None else pixels
+            view = View(self.resized([picture.whole()])[0]) if self._crop is None else self._augmented(picture)
+            return view._replace(erased=self._erased())
+
+    def _augmented(self, picture: Picture) -> View:
+        """What is drawn of a picture."""
+        size = self.height, self.width
+        part = picture.part(self._box(picture.size), size[::-1])
+        flipped = bool(self._flip and torch.rand(1) < self._flip)
+        # What is large is not handed over before it is small.
+        large = min(part.shape[0] // size[0], part.shape[1] // size[1]) >= 2
+        pixels = interpolated(part, size) if large or not self._on_device else _as_tensor(part)
+        if self._on_device:
+            return View(pixels[0], flipped=flipped)
+        if flipped:
+            pixels = pixels.flip(-1)
+        if self._policy is not None:
+            pixels = _as_tensor(np.array(self._policy(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()))))
+        return View(pixels[0])
+
+    def _box(self, size: tuple[int, int]) -> Box:
+        """Draws what a view shows of an image of `size` (width, height)."""
+        assert self._crop is not None
+        area = self._crop.make_params([torch.empty(1, size[1], size[0], device="meta")])
+        top, left = area["top"], area["left"]
+        return left, top, left + area["width"], top + area["height"]
+
+    def _erased(self) -> Area:
+        """Draws what of a view is erased."""
+        if self._erase is None or torch.rand(1) >= self._erase.p:
+            return NOWHERE
+        area = self._erase.make_params([torch.empty(3, self.height, self.width, device="meta")])
+        return NOWHERE if area["v"] is None else (area["i"], area["j"], area["h"], area["w"])
 
 
 def seed_of(numbers: tuple[int, ...]) -> int:
@@ -132,45 +202,17 @@ def _output_size(processor: Any) -> tuple[int, int]:
     return sizes.pop()
 
 
-def _augmentation(settings: AugmentationSettings, size: tuple[int, int]) -> v2.Transform:
-    steps: list[v2.Transform] = [v2.RandomResizedCrop(size, scale=(settings.crop_scale_min, 1.0), antialias=True)]
-    if settings.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(p=settings.horizontal_flip))
-    if settings.augmentation == "randaugment":
-        steps.append(v2.RandAugment())
-    if settings.augmentation == "trivialaugment":
-        steps.append(v2.TrivialAugmentWide())
-    return v2.Compose(steps)
+def _policy(name: str) -> v2.Transform | None:
+    """What is done with a view after it has been cut out."""
+    policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+    return policies[name]() if name in policies else None
 
 
-def mix_pair(
-    first: Tensor, second: Tensor, mixup_alpha: float, cutmix_alpha: float, seed: tuple[int, ...]
-) -> tuple[Tensor, float]:
-    """Mixup (https://arxiv.org/abs/1710.09412) or CutMix (https://arxiv.org/abs/1905.04899) of two images.
+def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """An 8-bit image [h, w, 3], resized to [1, 3, *size] by bilinear interpolation with antialiasing."""
+    return interpolate(_as_tensor(pixels), size, mode="bilinear", antialias=True)
 
-    torchvision's batch-wise transforms mix with whatever else is in the batch, which changes with the number of
-    processes; here the pair and the seed decide.
 
-    Args:
-        first: image [C, H, W] that gives at least its label's share.
-        second: image of the same shape.
-        mixup_alpha: of the Beta distribution; 0 for no mixup.
-        cutmix_alpha: the same for CutMix; with both, one of them is drawn evenly.
-        seed: decides everything random.
-
-    Returns:
-        The mixed image, and the share of `first` in it.
-    """
-    random = np.random.default_rng(seed)
-    cut = bool(cutmix_alpha) and (not mixup_alpha or random.random() < 0.5)
-    alpha = cutmix_alpha if cut else mixup_alpha
-    share = float(random.beta(alpha, alpha))
-    if not cut:
-        return share * first + (1 - share) * second, share
-    height, width = first.shape[-2:]
-    cut_height, cut_width = int(height * (1 - share) ** 0.5), int(width * (1 - share) ** 0.5)
-    top, left = int(random.integers(height - cut_height + 1)), int(random.integers(width - cut_width + 1))
-    mixed = first.clone()
-    box = (..., slice(top, top + cut_height), slice(left, left + cut_width))
-    mixed[box] = second[box]
-    return mixed, 1 - cut_height * cut_width / (height * width)
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    """The pixels [h, w, 3] of an image as a batch [1, 3, h, w], which lie in memory as before."""
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)

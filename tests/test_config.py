@@ -346,3 +346,15 @@ def test_a_token_is_no_setting_and_is_not_repeated(folder: Path) -> None:
     said = problems_of("--train_dir", folder, "--push_to_hub", "--hub_token", "hf_secret0123456789")
     assert "--hub_token: unknown flag" in said
     assert "hf_secret" not in said
+
+
+def test_a_stream_is_not_cached(folder: Path) -> None:
+    assert parse("--train_dir", folder, "--cache_dir", "x").data.cache_dir == "x"
+    assert "--streaming, --cache_dir: a stream is kept nowhere" in problems_of(*STREAM, "--cache_dir", "x")
+
+
+def test_what_comes_after_crops_and_flips_is_not_made_on_the_device(folder: Path) -> None:
+    assert parse("--train_dir", folder, "--augment_on_device").augmentation.augment_on_device
+    for augmentation in ("none", "randaugment"):
+        said = problems_of("--train_dir", folder, "--augment_on_device", "--augmentation", augmentation)
+        assert "--augment_on_device, --augmentation: crops and flips are made on the device" in said

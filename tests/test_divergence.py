@@ -2,28 +2,29 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from launching import lines_of, results_of
 from safetensors.torch import load_file
-from torch import Tensor
 
 from lora_dist import train
+from lora_dist.images import Picture
 from lora_dist.transforms import ImageTransforms
+from lora_dist.views import View
 
 
 def _run(
     vit: Path, photos: Path, out: Path, bad_epochs: set[int], monkeypatch: pytest.MonkeyPatch, *more: object
 ) -> None:
     """Two updates an epoch, of 27 samples; in some epochs row 5 is infinitely bright."""
-    original = ImageTransforms.training
+    original = ImageTransforms.view
 
-    def training(self: ImageTransforms, image: Any, seed: tuple[int, ...]) -> Tensor:
+    def view(self: ImageTransforms, picture: Picture, seed: tuple[int, ...]) -> View:
         _, epoch, row = seed
-        view = original(self, image, seed)
-        return view * torch.inf if row == 5 and epoch in bad_epochs else view
+        found = original(self, picture, seed)
+        pixels = self.finished(found.pixels[None])[0]
+        return View(pixels * torch.inf if row == 5 and epoch in bad_epochs else pixels, found.erased)
 
     arguments = (
         "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
@@ -31,7 +32,7 @@ def _run(
         "--gradient_accumulation_steps", 1, "--num_train_epochs", 4, "--checkpointing_steps", 1, *more,
     )  # fmt: skip
     with monkeypatch.context() as patched:
-        patched.setattr(ImageTransforms, "training", training)
+        patched.setattr(ImageTransforms, "view", view)
         train.main([str(word) for word in arguments])
 
 

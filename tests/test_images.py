@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, features
 from transformers.image_utils import load_image
 
-from lora_dist.images import UnreadableImageError, from_cell, load_rgb
+from lora_dist.images import UnreadableImageError, from_cell, load_rgb, opened
 
 
 def sample(mode: str) -> Image.Image:
@@ -119,14 +119,86 @@ def test_no_damage_to_a_file_raises_anything_else(suffix: str) -> None:
     assert unreadable
 
 
-def test_exif_that_pillow_cannot_write_back_is_an_error_with_the_name() -> None:
+def test_exif_that_pillow_cannot_write_back_turns_an_image_all_the_same() -> None:
     """ImageOps.exif_transpose writes the EXIF block anew, and fails with struct.error on a tag of the wrong type."""
     entries = [(0x0103, 2, 1, b"\7\0\0\0"), (0x0112, 3, 1, b"\6\0\0\0")]
     block = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
     file = io.BytesIO()
     sample("RGB").save(file, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + block + bytes(4))
-    with pytest.raises(UnreadableImageError, match=r"^phone\.png: "):
-        load_rgb(file.getvalue(), "phone.png")
+    turned = load_rgb(file.getvalue(), "phone.png")
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(sample("RGB")), -1))
+    assert load_rgb(turned) == turned, "it is not turned again"
+
+
+def photograph(size: tuple[int, int], orientation: int = 1, mode: str = "RGB") -> bytes:
+    """A smooth JPEG, of which no pixel says more than its neighbours."""
+    column, row = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    pixels = np.stack([128 + 100 * np.sin(column / 40), 128 + 100 * np.sin(row / 30), (column + row) / 8], -1)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+def part_of(
+    content: bytes | Image.Image | np.ndarray, box: tuple[int, int, int, int], least: tuple[int, int]
+) -> np.ndarray:
+    with opened(content, "x.jpg") as picture:
+        return picture.part(box, least)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_part_is_cut_out_of_the_upright_image(orientation: int, mode: str) -> None:
+    content = photograph((90, 61), orientation, mode)
+    upright = load_rgb(content)
+    with opened(content) as picture:
+        assert picture.size == upright.size == ((90, 61) if orientation < 5 else (61, 90))
+    for box, least in (((5, 9, 47, 60), (32, 20)), ((0, 0, *upright.size), (40, 33)), ((10, 20, 30, 30), (64, 50))):
+        expected = np.asarray(upright.crop(box))
+        assert np.array_equal(part_of(content, box, least), expected)
+        assert np.array_equal(part_of(upright, box, least), expected)
+        assert np.array_equal(part_of(np.asarray(upright), box, least), expected)
+    assert np.array_equal(np.asarray(load_rgb(np.asarray(upright))), np.asarray(upright))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("box", "scale"), [((100, 50, 901, 601), 4), ((0, 0, 1003, 701), 4), ((300, 200, 811, 633), 2)]
+)
+def test_of_a_large_jpeg_fewer_pixels_are_decoded(box: tuple[int, int, int, int], scale: int, orientation: int) -> None:
+    """They show what the whole image shows there, to what a box rounded to fewer pixels changes."""
+    width, height = (1003, 701)
+    content = photograph((width, height) if orientation < 5 else (height, width), orientation)
+    with opened(content) as picture:
+        assert picture.size == (width, height)
+        found = picture.part(box, (180, 120))
+        decoded = picture._image.size  # type: ignore[attr-defined]
+    assert decoded in [(-(-one // scale), -(-other // scale)) for one, other in ((width, height), (height, width))]
+    expected = load_rgb(content).crop(box).resize(found.shape[1::-1], Image.Resampling.BOX)
+    difference = np.abs(found.astype(int) - np.asarray(expected))
+    assert difference.max() <= 3 * scale
+    assert difference.mean() < scale
+    assert np.array_equal(part_of(content, box, (180, 120)), found), "the same each time"
+
+
+def test_no_part_is_decoded_to_fewer_pixels_than_it_is_to_have() -> None:
+    content = photograph((800, 600))
+    for width in (98, 99, 100, 198, 199, 200, 398, 399, 400, 900):
+        for left in range(8):
+            part = part_of(content, (left, 1, left + 792, 593), (width, 73))
+            assert part.shape[1] >= min(width, 792)
+            assert part.shape[1] < 2 * width + 4 or part.shape[1] == 99
+
+
+def test_a_damaged_jpeg_is_named_when_a_part_of_it_is_asked_for() -> None:
+    content = photograph((900, 700))
+    with opened(content[:-2000], "cut.jpg") as picture, pytest.raises(UnreadableImageError, match=r"^cut\.jpg: "):
+        picture.part((0, 0, 100, 100), (100, 100))
+    with opened(content[:-2000], "cut.jpg") as picture, pytest.raises(UnreadableImageError, match=r"^cut\.jpg: "):
+        picture.part((0, 0, 900, 700), (100, 100))
+    with opened(content[:-2000], "cut.jpg") as picture, pytest.raises(UnreadableImageError, match=r"^cut\.jpg: "):
+        picture.whole()
 
 
 def test_a_folder_with_the_name_of_an_image_is_unreadable(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import config
-from tiny import make_png, make_shards, write_parquet
+from tiny import make_png, make_shards, view_of, write_parquet
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTImageProcessor
 
@@ -122,7 +122,7 @@ def test_a_view_is_that_of_the_same_row_without_streaming(tmp_path: Path) -> Non
     transforms = ImageTransforms(PROCESSOR, AugmentationSettings())
     for batch in training_batches(streamed(directory), 2)[:4]:
         for pixels, label, row in zip(batch.pixel_values, batch.labels, batch.indices.tolist(), strict=True):
-            assert torch.equal(pixels, transforms.training(plain.image(row), (3, 0, row)))
+            assert torch.equal(pixels, view_of(transforms, plain.image(row), (3, 0, row)))
             assert label == plain.labels[row]
 
 
@@ -165,10 +165,10 @@ class Recording(TrainImages):
 
     log: Path
 
-    def batch(self, samples: list[Any]) -> Batch:
+    def prepared(self, samples: list[Any]) -> Batch:
         with (self.log / str(os.getpid())).open("a") as file:
             file.writelines(f"{sample.row}\n" for sample in samples)
-        return super().batch(samples)
+        return super().prepared(samples)
 
 
 def test_each_shard_is_read_by_one_worker(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,
@@ -29,6 +30,10 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+
+from lora_dist.images import opened
+from lora_dist.transforms import ImageTransforms
+from lora_dist.views import stack
 
 ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
 
@@ -139,6 +144,12 @@ def make_image(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Ima
     color = np.array([[80, 160, 120], [160, 90, 60], [60, 100, 170]])[label % 3]
     pixels = waves[..., None] * 60 + color + noise.normal(0, 12, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def view_of(transforms: ImageTransforms, image: Image.Image, seed: tuple[int, ...]) -> Tensor:
+    """A view of an image as the model takes it, float32 [3, H, W]."""
+    with opened(image) as picture:
+        return transforms.model_input(*stack([transforms.view(picture, seed)]))[0]
 
 
 def make_folder(

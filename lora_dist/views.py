@@ -1,0 +1,191 @@
+"""Views of images on their way to the model: pixels, and the rest of the work on them, which is done on the device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Area = tuple[int, int, int, int]
+"""Top, left, height and width of a rectangle in pixels."""
+
+NOWHERE: Area = (0, 0, 0, 0)
+
+
+class View(NamedTuple):
+    """One view of an image.
+
+    Attributes:
+        pixels: [3, H, W], 8-bit; or float32 where they are as the model takes them.
+        erased: what is to become 0 once they are as the model takes them.
+        flipped: where the pixels are to be resized on the device: whether they are turned left to right as well.
+    """
+
+    pixels: Tensor
+    erased: Area = NOWHERE
+    flipped: bool | None = None
+
+
+class Mixture(NamedTuple):
+    """What an image and its partner make together: mixup (https://arxiv.org/abs/1710.09412), or CutMix
+    (https://arxiv.org/abs/1905.04899).
+
+    Attributes:
+        faded: share of the image where both are seen at once, which is everywhere; 1 in CutMix.
+        pasted: where the partner alone is seen.
+        share: of the image in all of it.
+    """
+
+    faded: float
+    pasted: Area
+    share: float
+
+
+def draw_mixture(mixup_alpha: float, cutmix_alpha: float, size: tuple[int, int], seed: tuple[int, ...]) -> Mixture:
+    """How a pair is mixed.
+
+    torchvision's batch-wise transforms mix with whatever else is in the batch, which changes with the number of
+    processes; here the pair and the seed decide.
+
+    Args:
+        mixup_alpha: of the Beta distribution; 0 for no mixup.
+        cutmix_alpha: the same for CutMix; with both, one of them is drawn evenly.
+        size: height and width of the images.
+        seed: decides everything random.
+    """
+    random = np.random.default_rng(seed)
+    cut = bool(cutmix_alpha) and (not mixup_alpha or random.random() < 0.5)
+    alpha = cutmix_alpha if cut else mixup_alpha
+    share = float(random.beta(alpha, alpha))
+    if not cut:
+        return Mixture(share, NOWHERE, share)
+    height, width = size
+    cut_height, cut_width = int(height * (1 - share) ** 0.5), int(width * (1 - share) ** 0.5)
+    top, left = int(random.integers(height - cut_height + 1)), int(random.integers(width - cut_width + 1))
+    return Mixture(1.0, (top, left, cut_height, cut_width), 1 - cut_height * cut_width / (height * width))
+
+
+class Rest(NamedTuple):
+    """What is left to do with the views of a batch of B samples; None for what is not.
+
+    Attributes:
+        erased: int64 [V, 4], an area of each view.
+        partners: int64 [B], the place among the views of what is mixed into each sample, which are the first B.
+        faded: float32 [B], as in `Mixture`.
+        pasted: int64 [B, 4], as in `Mixture`.
+        parts: int64 [V, 3], the height and width of each view in the pixels, from their top left, and whether it is
+            flipped; these are resized.
+    """
+
+    erased: Tensor | None = None
+    partners: Tensor | None = None
+    faded: Tensor | None = None
+    pasted: Tensor | None = None
+    parts: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Rest":
+        """The same on `device`."""
+        return Rest(*(None if field is None else field.to(device, non_blocking=non_blocking) for field in self))
+
+
+def stack(views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequence[Mixture] = ()) -> tuple[Tensor, Rest]:
+    """The views of a batch and the rest of the work, for `ImageTransforms.model_input`.
+
+    Args:
+        views: of the samples, in order, and after these of partners that are no samples themselves.
+        partners: for each sample the place of its partner's view; none without mixing.
+        mixtures: for each sample.
+
+    Returns:
+        Pixels [V, 3, H, W] in the type of the views, and the rest.
+    """
+    erased = [view.erased for view in views]
+    rest = Rest(torch.tensor(erased) if any(area != NOWHERE for area in erased) else None)
+    if mixtures:
+        rest = rest._replace(
+            partners=torch.tensor(partners),
+            faded=torch.tensor([mixture.faded for mixture in mixtures]),
+            pasted=torch.tensor([mixture.pasted for mixture in mixtures]),
+        )
+    pixels = [view.pixels for view in views]
+    if views[0].flipped is None:
+        return stack_pixels(pixels), rest
+    parts = [(*view.pixels.shape[-2:], int(bool(view.flipped))) for view in views]
+    return _stack_sizes(pixels), rest._replace(parts=torch.tensor(parts))
+
+
+def stack_pixels(images: Sequence[Tensor]) -> Tensor:
+    """Images [3, H, W] as [N, 3, H, W], with their channels in memory as they are: to part them is not for the host."""
+    if images[0].is_contiguous():
+        return torch.stack(list(images))
+    return torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)
+
+
+def _stack_sizes(images: Sequence[Tensor]) -> Tensor:
+    """Images of different sizes in the top left of one that has room for each; what is beside them can be anything."""
+    height, width = (max(pixels.shape[axis] for pixels in images) for axis in (1, 2))
+    together = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for place, pixels in enumerate(images):
+        together[place, : pixels.shape[1], : pixels.shape[2]] = pixels.permute(1, 2, 0).numpy()
+    return torch.from_numpy(together).permute(0, 3, 1, 2)
+
+
+def black(like: View | None, size: tuple[int, int]) -> View:
+    """A view [3, *size] that is black and all 0 to the model, in the type of another one where there is one."""
+    whole = (0, 0, *size)
+    return (
+        View(torch.zeros(3, *size), whole)
+        if like is None
+        else like._replace(pixels=torch.zeros_like(like.pixels), erased=whole)
+    )
+
+
+def combine(values: Tensor, rest: Rest) -> Tensor:
+    """The samples of a batch [B, 3, H, W] from their views as the model takes them, [V, 3, H, W]: erased and mixed."""
+    size = values.shape[-2:]
+    if rest.erased is not None:
+        values = values.masked_fill(_inside(rest.erased, size), 0.0)
+    if rest.partners is None or rest.faded is None or rest.pasted is None:
+        return values
+    own, partners, faded = values[: len(rest.partners)], values[rest.partners], rest.faded[:, None, None, None]
+    return torch.where(_inside(rest.pasted, size), partners, faded * own + (1 - faded) * partners)
+
+
+def _inside(areas: Tensor, size: Sequence[int]) -> Tensor:
+    """Which pixels are inside of an area each, bool [N, 1, H, W]."""
+    spans = []
+    for axis in (0, 1):
+        places = torch.arange(size[axis], device=areas.device)
+        start, length = areas[:, axis, None], areas[:, 2 + axis, None]
+        spans.append((places >= start) & (places < start + length))
+    return (spans[0][:, :, None] & spans[1][:, None, :])[:, None]
+
+
+def resize(pixels: Tensor, parts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Parts of 8-bit images, resized by bilinear interpolation with antialiasing, float32 [V, 3, *size] of 0 to 255.
+
+    That is linear in each direction, and so for a whole batch two products of matrices, on any device.
+
+    Args:
+        pixels: [V, 3, h, w].
+        parts: as in `Rest`.
+        size: height and width.
+    """
+    rows = _weights(parts[:, 0], pixels.shape[2], size[0])
+    columns = _weights(parts[:, 1], pixels.shape[3], size[1])
+    columns = torch.where(parts[:, 2, None, None] > 0, columns.flip(1), columns)
+    return rows[:, None] @ pixels.float() @ columns.transpose(1, 2)[:, None]
+
+
+def _weights(lengths: Tensor, room: int, size: int) -> Tensor:
+    """How much of each of `room` pixels, of which the first `lengths` [V] count, is in each of `size`: [V, size, room].
+
+    A triangle around its centre says it, which is as wide as two of the pixels that are larger.
+    """
+    scale = (lengths / size)[:, None, None]
+    centres = (torch.arange(size, device=lengths.device) + 0.5)[:, None] * scale
+    places = torch.arange(room, device=lengths.device) + 0.5
+    weights = (1 - (places - centres).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = torch.where(places < lengths[:, None, None], weights, 0)
+    return weights / weights.sum(-1, keepdim=True)

@@ -1,0 +1,40 @@
+"""The fast ways of input, through the command: cached by one process for all, and augmented on the device."""
+
+from pathlib import Path
+
+import pytest
+from launching import lines_of, train
+from tiny import make_folder
+
+
+def test_two_processes_share_a_cache_and_train_as_one(vit: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", per_class=24, size=(60, 50))
+    make_folder(tmp_path / "validation", per_class=3, first=100)
+    losses = {}
+    runs = (
+        ("two", "ddp_cpu.yaml", 4, ()),
+        ("one", "single.yaml", 8, ()),
+        ("device", "single.yaml", 8, ("--augment_on_device",)),
+    )
+    for name, launch_file, batch, more in runs:
+        result = train(
+            "--model_name_or_path", vit, "--train_dir", tmp_path / "train", "--validation_dir",
+            tmp_path / "validation", "--output_dir", tmp_path / name, "--per_device_train_batch_size", batch,
+            "--gradient_accumulation_steps", 1, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
+            "--cache_dir", tmp_path / "cache", "--dataloader_num_workers", 1, *more, launch_file=launch_file,
+        )  # fmt: skip
+        assert result.stderr.count("cached 72 images in") == int(name == "two")
+        losses[name] = [line["train/loss"] for line in lines_of(tmp_path / name) if "train/loss" in line]
+    assert len(losses["one"]) == 18
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert losses["device"] == pytest.approx(losses["one"], rel=1e-2)
+    assert len(list((tmp_path / "cache").rglob("part-*.pixels"))) == 2
+
+
+def test_a_dry_run_leaves_no_cache(vit: Path, photos: Path, tmp_path: Path) -> None:
+    result = train(
+        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
+        "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--augment_on_device", "--dry_run",
+    )  # fmt: skip
+    assert "nothing was written" in result.stderr
+    assert not list(tmp_path.iterdir())
