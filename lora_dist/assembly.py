@@ -87,7 +87,7 @@ def assemble(
         settings, base, start = load_start(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
     with problems.noted():
-        data = _cached(data, settings, transforms)
+        data = _cached(data, settings, transforms, build=not problems.dry_run)
     model = make_trainable(base, settings.model, settings.lora)
     if start is not None:
         start.load_into(model)
@@ -158,12 +158,12 @@ def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: 
     )
 
 
-def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms) -> ImageData:
+def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, build: bool) -> ImageData:
     """The data with training images from the cache, where there is to be one."""
     if settings.data.cache_dir is None or not isinstance(data.train, Split):
         return data
     size = transforms.height, transforms.width
-    return replace(data, train=cached(data.train, settings.data.cache_dir, size, settings.run.dry_run))
+    return replace(data, train=cached(data.train, settings.data.cache_dir, size, build))
 
 
 def _identity(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:

@@ -43,11 +43,12 @@ class Problems:
     """What speaks against a run: any run ends at the first such thing, but a dry run, which says all of them.
 
     Attributes:
+        dry_run: whether this is one.
         found: messages, of a dry run.
     """
 
     def __init__(self, dry_run: bool) -> None:
-        self._dry_run = dry_run
+        self.dry_run = dry_run
         self.found: list[str] = []
 
     @contextmanager
@@ -56,7 +57,7 @@ class Problems:
         try:
             yield
         except UserError as error:
-            if not self._dry_run:
+            if not self.dry_run:
                 raise
             self.found.append(str(error))
 

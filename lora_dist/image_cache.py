@@ -116,14 +116,14 @@ class ImageCache:
         return int(rows * np.mean(sizes))
 
 
-def cached(split: Split, root: str, size: tuple[int, int], dry_run: bool) -> "CachedSplit | Split":
-    """A training split that is read from a cache, which is built if need be. Called on every process.
+def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> "CachedSplit | Split":
+    """A training split that is read from a cache. Called on every process.
 
     Args:
         split: to be cached, with all rows of its table.
         root: directory of all caches.
         size: height and width that the model takes.
-        dry_run: look only whether there is room for what is missing, and leave the split as it is then.
+        build: make what is missing; if not, the split stays as it is then, and it is only seen whether there is room.
 
     Raises:
         UserError: the directory cannot be written to, or has no room.
@@ -132,7 +132,7 @@ def cached(split: Split, root: str, size: tuple[int, int], dry_run: bool) -> "Ca
     cache = ImageCache(Path(root), everything, size)
     if cache.missing():
         try:
-            if dry_run:
+            if not build:
                 _require_room(cache)
                 return split
             cache.directory.mkdir(parents=True, exist_ok=True)

@@ -52,9 +52,9 @@ def made(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path
 class Slow(TrainImages):
     """Images of which a micro-batch takes half a second."""
 
-    def batch(self, samples: list[Sample]) -> Batch:
+    def prepared(self, samples: list[Sample]) -> Batch:
         time.sleep(0.5)
-        return super().batch(samples)
+        return super().prepared(samples)
 
 
 def test_all_of_a_run_is_measured_and_nothing_is_written_where_it_would_be(made: tuple[Job, Path]) -> None:
@@ -100,8 +100,9 @@ def test_updates_that_warm_up_cover_each_worker_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "found", "expected"),
     [
-        ({"data_wait": 0.3}, (), CPU, "loader bounds this run: 30% .*; --dataloader_num_workers 3 "),
-        ({"data_wait": 0.3}, (), GPU, "loader bounds this run: .* no core is idle"),
+        ({"data_wait": 0.3}, (), CPU, "loader bounds this run: 30% .*; --cache_dir or --dataloader_num_workers 3 "),
+        ({"data_wait": 0.3}, (), GPU, "loader bounds this run: .*; --cache_dir or --augment_on_device may help"),
+        ({"data_wait": 0.3}, ("--cache_dir", "c", "--augment_on_device"), GPU, "loader bounds .* no core is idle"),
         ({"exchange": 0.4}, (), CPU._replace(processes=2), "exchange .* 40% .* --per_device_train_batch_size .* or a"),
         ({"exchange": 0.4}, (), CPU, "The step bounds this run: it reaches 50% .*; --torch_compile may help"),
         ({"gflops_per_second": 20.0}, ("--torch_compile",), CPU, "step bounds this run: .* 20% .*; no setting"),

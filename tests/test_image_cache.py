@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def build(folder: Path, root: Path, size: tuple[int, int] = SIZE) -> CachedSplit:
-    found = cached(split_of(folder), str(root), size, dry_run=False)
+    found = cached(split_of(folder), str(root), size, build=True)
     assert isinstance(found, CachedSplit)
     return found
 
@@ -90,7 +90,7 @@ def test_a_cache_is_found_again_by_any_split_of_the_same_data(folder: Path, tmp_
     build(folder, tmp_path / "cache")
     before = written(tmp_path / "cache")
     some = split_of(folder).select(np.array([10, 2, 5]))
-    found = cached(some, str(tmp_path / "cache"), SIZE, dry_run=False)
+    found = cached(some, str(tmp_path / "cache"), SIZE, build=True)
     assert isinstance(found, CachedSplit)
     assert written(tmp_path / "cache") == before
     assert [one.label for one in found.reader().read(0, range(3)).values()] == some.labels.tolist()
@@ -134,17 +134,17 @@ def test_data_sets_with_images_in_them_are_cached(tmp_path: Path) -> None:
     settings = DataSettings(dataset_name=str(make_shards(tmp_path / "data", (6, 5))), validation_split="validation")
     split = load_data(settings, seed=0).train
     assert isinstance(split, Split)
-    found = cached(split, str(tmp_path / "cache"), (64, 64), dry_run=False)
+    found = cached(split, str(tmp_path / "cache"), (64, 64), build=True)
     assert isinstance(found, CachedSplit)
     assert all(np.array_equal(one, split.image(row)) for row, one in enumerate(images_of(found)))
     again = load_data(settings, seed=0).train
     assert isinstance(again, Split)
     before = written(tmp_path / "cache")
-    cached(again, str(tmp_path / "cache"), (64, 64), dry_run=False)
+    cached(again, str(tmp_path / "cache"), (64, 64), build=True)
     assert written(tmp_path / "cache") == before
     part = load_data(settings.model_copy(update={"train_split": "train[:5]"}), seed=0).train
     assert isinstance(part, Split)
-    cached(part, str(tmp_path / "cache"), (64, 64), dry_run=False)
+    cached(part, str(tmp_path / "cache"), (64, 64), build=True)
     assert len(written(tmp_path / "cache")) > len(before)
 
 
@@ -317,14 +317,14 @@ def test_large_jpegs_are_cached_from_fewer_pixels(tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_nothing_and_says_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     split = split_of(folder)
-    assert cached(split, str(tmp_path / "cache"), SIZE, dry_run=True) is split
+    assert cached(split, str(tmp_path / "cache"), SIZE, build=False) is split
     assert not (tmp_path / "cache").exists()
     with small_disk(tmp_path / "small", "8k") as disk:
-        for dry_run in (True, False):
+        for making in (False, True):
             with pytest.raises(UserError, match=r"--cache_dir .*small: .* free, and the images take 14 kB"):
-                cached(split, str(disk), SIZE, dry_run=dry_run)
+                cached(split, str(disk), SIZE, build=making)
     build(folder, tmp_path / "cache")
-    assert isinstance(cached(split, str(tmp_path / "cache"), SIZE, dry_run=True), CachedSplit)
+    assert isinstance(cached(split, str(tmp_path / "cache"), SIZE, build=False), CachedSplit)
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(folder: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def verdict(figures: Figures, settings: Settings, found: Circumstances) -> str:
     """What bounds the run, and what would help."""
     if figures.data_wait >= WAITING:
         bound = f"The loader bounds this run: {figures.data_wait:.0%} of an update is waiting for data"
-        advice, otherwise = _faster_loading(found), "no core is idle; smaller image files would help"
+        advice, otherwise = _faster_loading(settings, found), "no core is idle; smaller image files would help"
     elif found.processes > 1 and figures.exchange is not None and figures.exchange >= EXCHANGING:
         bound = f"The exchange of gradients bounds this run: {figures.exchange:.0%} of a step is not computing"
         advice, otherwise = _fewer_exchanges(settings), ""
@@ -56,7 +56,12 @@ def flag(name: str) -> str:
     return f"--{name}"
 
 
-def _faster_loading(found: Circumstances) -> Iterator[str]:
+def _faster_loading(settings: Settings, found: Circumstances) -> Iterator[str]:
+    if not (settings.data.cache_dir or settings.data.streaming):
+        yield flag("cache_dir")
+    augmentation = settings.augmentation
+    if found.device != "cpu" and augmentation.augmentation == "basic" and not augmentation.augment_on_device:
+        yield flag("augment_on_device")
     if found.idle_cores > 0:
         yield f"{flag('dataloader_num_workers')} {found.workers + found.idle_cores} (now {found.workers})"
 
