@@ -1,21 +1,25 @@
 """Samples of a split to a batch of tensors, as the worker processes of a loader make it."""
 
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_dist.config import AugmentationSettings
 from lora_dist.data import Split
-from lora_dist.images import UnreadableImageError, opened
+from lora_dist.images import UnreadableImageError, load_rgb, opened
 from lora_dist.order import FILLER, Sample
 from lora_dist.splits import Encoded, Reader, TrainingSplit
 from lora_dist.transforms import ImageTransforms
 from lora_dist.views import Mixture, Rest, View, black, draw_mixture, stack
 
 logger = logging.getLogger(__name__)
+Key = TypeVar("Key")
 
 
 class Batch(NamedTuple):
@@ -87,7 +91,7 @@ class TrainImages(Dataset):
         self._size = transforms.height, transforms.width
         self.mixing = (augmentation.mixup_alpha, augmentation.cutmix_alpha)
         self.seed = seed
-        self._skipping = Skipping() if skip_bad_images else None
+        self._bad = BadImages(skip_bad_images)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -120,8 +124,7 @@ class TrainImages(Dataset):
         epoch, pairs = samples[0].epoch, any(self.mixing)
         read = dict.fromkeys(row for sample in samples for row in (sample.row, sample.partner)[: 1 + pairs])
         encoded = self._reader.read(epoch, list(read))
-        views = {row: self._view(one, epoch, row) for row, one in encoded.items()}
-        known = {row: view for row, view in views.items() if view is not None}
+        known = self._views(encoded, epoch)
         blank = black(next(iter(known.values()), None), self._size)
         # Where one of a pair cannot be read, the other is mixed with itself: that leaves it as it is.
         partners = [
@@ -146,16 +149,16 @@ class TrainImages(Dataset):
             rest=rest,
         )
 
-    def _view(self, one: Encoded, epoch: int, row: int) -> View | None:
-        """An image as augmented; None where it cannot be read and may be left out."""
-        try:
-            with opened(one.source, one.name) as picture:
-                return self.transforms.view(picture, (self.seed, epoch, row))
-        except UnreadableImageError as error:
-            if self._skipping is None:
-                raise
-            self._skipping.note(error)
-            return None
+    def _views(self, encoded: Mapping[int, Encoded], epoch: int) -> dict[int, View]:
+        """Images as augmented, without those that cannot be read and may be left out."""
+        if not self.transforms.cuts_out:
+            wholes = _resized(self.transforms, encoded, lambda one: load_rgb(one.source, one.name), self._bad)
+            return {row: self.transforms.whole_view(pixels, (self.seed, epoch, row)) for row, pixels in wholes.items()}
+        views = {}
+        for row, one in encoded.items():
+            with self._bad.left_out(), opened(one.source, one.name) as picture:
+                views[row] = self.transforms.view(picture, (self.seed, epoch, row))
+        return views
 
     def _mixture(self, epoch: int, sample: Sample) -> Mixture:
         return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.row, sample.position))
@@ -175,7 +178,7 @@ class TrainImages(Dataset):
         )
 
     def _marks(self, unreadable: list[bool]) -> Tensor | None:
-        return None if self._skipping is None else torch.tensor(unreadable)
+        return torch.tensor(unreadable) if self._bad.skip else None
 
 
 class EvaluationImages(Dataset):
@@ -190,25 +193,26 @@ class EvaluationImages(Dataset):
         """
         self.split = split
         self.transforms = transforms
-        self._skipping = Skipping() if skip_bad_images else None
+        self._bad = BadImages(skip_bad_images)
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitems__(self, indices: list[int]) -> Batch | UnreadableImageError:
+        rows = [max(row, 0) for row in indices]
         try:
-            views = [self._view(max(row, 0)) for row in indices]
+            known = _resized(self.transforms, {row: row for row in rows}, self.split.image, self._bad)
         except UnreadableImageError as error:
             return error
-        known = next((view for view in views if view is not None), None)
-        blank = black(known, (self.transforms.height, self.transforms.width))
-        pixels, rest = stack([blank if view is None else view for view in views])
-        real = [row != FILLER and view is not None for row, view in zip(indices, views, strict=True)]
+        views = {row: View(pixels) for row, pixels in known.items()}
+        blank = black(next(iter(views.values()), None), (self.transforms.height, self.transforms.width))
+        pixels, rest = stack([views.get(row, blank) for row in rows])
+        counts = [row in views for row in indices]
         return Batch(
             pixel_values=pixels,
-            labels=torch.from_numpy(self.split.labels[[max(row, 0) for row in indices]]),
-            weights=torch.tensor([float(known) for known in real]),
-            indices=torch.tensor([row if known else FILLER for row, known in zip(indices, real, strict=True)]),
+            labels=torch.from_numpy(self.split.labels[rows]),
+            weights=torch.tensor(counts, dtype=torch.float32),
+            indices=torch.tensor([row if one else FILLER for row, one in zip(indices, counts, strict=True)]),
             rest=rest,
         )
 
@@ -217,26 +221,39 @@ class EvaluationImages(Dataset):
         assert batch.rest is not None
         return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
 
-    def _view(self, row: int) -> View | None:
-        """An image as the processor makes it, but for its last steps where these can wait; None where it cannot be
-        read and may be left out."""
-        try:
-            return View(self.transforms.resized([self.split.image(row)])[0])
-        except UnreadableImageError as error:
-            if self._skipping is None:
-                raise
-            self._skipping.note(error)
-            return None
+
+def _resized(
+    transforms: ImageTransforms, images: Mapping[int, Key], load: Callable[[Key], Image.Image], bad: "BadImages"
+) -> dict[int, Tensor]:
+    """Images by row as the processor makes them, but for its last steps where these can wait, [3, H, W]; without those
+    that cannot be read and may be left out. One is decoded when it is its turn."""
+    readable: list[int] = []
+
+    def decoded() -> Iterator[Image.Image]:
+        for row, key in images.items():
+            with bad.left_out():
+                image = load(key)
+                readable.append(row)
+                yield image
+
+    return dict(zip(readable, transforms.resized(decoded()), strict=True))
 
 
-class Skipping:
-    """Says which images are left out, each once in a process."""
+class BadImages:
+    """What becomes of images that cannot be read: they end the run, or are left out and named, once in a process."""
 
-    def __init__(self) -> None:
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
         self._said: set[str] = set()
 
-    def note(self, error: UnreadableImageError) -> None:
-        """Takes note of an image, from whichever process meets it."""
-        if str(error) not in self._said:
-            self._said.add(str(error))
-            logger.error("left out, because it cannot be read: %s", error)
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Raises the `UnreadableImageError` of this block, or takes note of it."""
+        try:
+            yield
+        except UnreadableImageError as error:
+            if not self.skip:
+                raise
+            if str(error) not in self._said:
+                self._said.add(str(error))
+                logger.error("left out, because it cannot be read: %s", error)

@@ -1,6 +1,6 @@
 """RGB image to model input: the processor's own semantics for evaluation, random views in its format for training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -62,10 +62,11 @@ class ImageTransforms:
         """Images as for evaluation, float32 [B, 3, H, W]."""
         return torch.stack([self.evaluation(image) for image in images])
 
-    def resized(self, images: Sequence[Image.Image]) -> Tensor:
+    def resized(self, images: Iterable[Image.Image]) -> Tensor:
         """The first part of `batch`, for another process to do: 8-bit [B, 3, H, W] where the rest can wait.
 
-        That is a quarter of the bytes to hand over, and the rest is cheaper for many images at once.
+        That is a quarter of the bytes to hand over, and the rest is cheaper for many images at once. Of `images`, no
+        more are taken at a time than are resized in one call.
         """
         first = {"do_rescale": False, "do_normalize": False} if self._in_two_parts else {}
         parts: list[Tensor] = []
@@ -77,8 +78,9 @@ class ImageTransforms:
                 group, pixels = [], 0
             group.append(image)
             pixels += image.width * image.height
-        parts.append(self.processor(group, **first, return_tensors="pt")["pixel_values"])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if group:
+            parts.append(self.processor(group, **first, return_tensors="pt")["pixel_values"])
+        return torch.cat(parts) if parts else torch.empty(0, 3, self.height, self.width)
 
     def finished(self, pixels: Tensor) -> Tensor:
         """The second part: what `resized` gave, float32 [B, 3, H, W], to the bit as `batch` makes it."""
@@ -131,18 +133,28 @@ class ImageTransforms:
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 
+    @property
+    def cuts_out(self) -> bool:
+        """Whether a view shows a part of its image, drawn at random."""
+        return self._crop is not None
+
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
         """A random view; a function of the picture and the seed alone. It is for `model_input`.
 
         Raises:
             UnreadableImageError: the picture turns out to be damaged.
         """
+        if not self.cuts_out:
+            return self.whole_view(self.resized([picture.whole()])[0], seed)
         with seeded(seed):
-            view = View(self.resized([picture.whole()])[0]) if self._crop is None else self._augmented(picture)
-            return view._replace(erased=self._erased())
+            return self._drawn(picture)._replace(erased=self._erased())
 
-    def _augmented(self, picture: Picture) -> View:
-        """What is drawn of a picture."""
+    def whole_view(self, pixels: Tensor, seed: tuple[int, ...]) -> View:
+        """The same of an image that was `resized` with others, [3, H, W], where nothing is cut out."""
+        with seeded(seed):
+            return View(pixels, self._erased())
+
+    def _drawn(self, picture: Picture) -> View:
         size = self.height, self.width
         part = picture.part(self._box(picture.size), size[::-1])
         flipped = bool(self._flip and torch.rand(1) < self._flip)
