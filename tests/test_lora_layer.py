@@ -54,6 +54,14 @@ def require_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
         )
 
 
+def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
+    """What dropout keeps of `rows`, and the share that it says it keeps."""
+    drawn, keep = lora_layer._draw(rows, rate)
+    mask = lora_layer._mask(drawn, keep, rows.dtype)
+    assert mask is not None
+    return mask, keep
+
+
 def is_one_function(layer: nn.Module, x: Tensor) -> bool:
     function = layer(x.requires_grad_()).grad_fn
     return "_LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(function)}
@@ -105,8 +113,7 @@ def test_dropout_is_that_of_the_formula(rate: float) -> None:
     torch.manual_seed(5)
     found = run(fast, x)
     torch.manual_seed(5)
-    mask, keep = lora_layer._mask(x, rate)
-    assert mask is not None
+    mask, keep = mask_of(x, rate)
 
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -125,8 +132,7 @@ def test_dropout_is_that_of_the_formula(rate: float) -> None:
 def test_dropout_keeps_its_share_independently(rate: float) -> None:
     torch.manual_seed(0)
     rows = torch.empty(1001, 999)  # no multiple of four
-    mask, keep = lora_layer._mask(rows, rate)
-    assert mask is not None
+    mask, keep = mask_of(rows, rate)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     assert keep == pytest.approx(1 - rate, abs=2**-16)
     count = mask.numel()
