@@ -275,6 +275,21 @@ def test_the_search_does_not_go_over_all_pairs(alike: bool) -> None:
     assert len(pairs) > 100_000 if alike else len(pairs) < 100
 
 
+@pytest.mark.parametrize("readable", [0, 1])
+def test_an_audit_of_hardly_any_image_is_an_audit_all_the_same(readable: int, tmp_path: Path) -> None:
+    planted = Planted(tmp_path)
+    for number in range(readable):
+        planted.new(planted.train / "a" / f"{number}.png")
+    (planted.train / "a").mkdir(parents=True, exist_ok=True)
+    (planted.train / "a" / "bad.png").write_bytes(b"bad")
+    kinds = {kind for kind, _ in found_in(audit(settings_of("--train_dir", planted.train)))}
+    assert kinds == {"unreadable", "few_images", *(["one_split"] if readable else [])}
+    every = tmp_path / "every.txt"
+    every.write_text("".join(f"{path}\n" for path in (planted.train / "a").iterdir()))
+    report = audit(settings_of("--train_dir", planted.train, "--exclude", every))
+    assert [kind for kind, _ in found_in(report)] == ["few_images"]
+
+
 def test_groups_are_what_is_connected() -> None:
     assert connected([(5, 9), (1, 2), (9, 7), (2, 0), (3, 4)]) == [[0, 1, 2], [3, 4], [5, 7, 9]]
     assert connected([]) == []
