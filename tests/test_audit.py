@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from disks import small_disk
 from PIL import Image, ImageEnhance, ImageFilter
 from planted import ODD_CLASS, ODD_NAME, Planted, die_of_it, picture, plant_all, plant_sound
 
 from lora_dist import cli
-from lora_dist.audit.__main__ import audit
+from lora_dist.audit.__main__ import audit, main
 from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
 from lora_dist.audit.pool import in_processes
@@ -118,6 +119,29 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
             settings_of("--train_dir", tmp_path, "--output_dir", inside)
     with pytest.raises(UserError, match="no data: give a folder"):
         settings_of()
+
+
+def test_an_audit_that_fails_leaves_no_list_and_one_that_cannot_write_keeps_the_old(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*argv: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in argv])
+        assert end.value.code == 2
+        return capfd.readouterr().err
+
+    (tmp_path / "no classes").mkdir()
+    assert "no class folders" in fails("--train_dir", tmp_path / "no classes", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    planted = Planted(tmp_path)
+    for number in range(30):
+        planted.new(planted.train / "a" / f"{number}.png", (400, 300))
+    with small_disk(tmp_path / "disk", "64k") as out:
+        (out / "quarantine.txt").write_text("/old\n")
+        copies = ("--max_aspect_ratio", 1.1, "--train_dir", planted.train)
+        assert f"--output_dir {out}: cannot be written (No space left" in fails(*copies, "--output_dir", out)
+        assert [path.name for path in out.iterdir()] == ["quarantine.txt"]
+        assert (out / "quarantine.txt").read_text() == "/old\n"
 
 
 # One file
