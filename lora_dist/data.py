@@ -180,7 +180,7 @@ def _load_tables(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
 
 def _load_folder(directory: str) -> Dataset:
     """Class folders as a table."""
-    classes, paths, labels = read_class_folders(directory)
+    classes, paths, labels, _ = read_class_folders(directory)
     return Dataset.from_dict({"image": paths, "label": labels}).cast_column("label", ClassLabel(names=classes))
 
 

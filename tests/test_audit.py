@@ -72,6 +72,16 @@ def test_every_fault_is_found_and_nothing_else(planted: Planted, report: Report)
     assert exit_code(report.findings) == 4
 
 
+def test_files_that_training_does_not_see_are_counted_and_some_named(report: Report) -> None:
+    messages = [finding.message for finding in report.findings if finding.kind.name == "ignored"]
+    assert messages == [
+        "train: files of .heic: 4, such as few/1.heic, many/1.HEIC, many/2.heic",
+        "train: files of .txt: 2, such as many/notes.txt, readme.txt",
+        "train: images in no class folder: 1, such as loose.png",
+        "validation: files without a suffix: 1, such as many/no suffix",
+    ]
+
+
 def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_left(
     planted: Planted, report: Report, tmp_path: Path
 ) -> None:
@@ -80,7 +90,7 @@ def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_le
     assert read_exclusions(file) == planted.left_out
     again = audit_of(planted, "--exclude", file)
     stay = {"one_split", "near_conflict", "near_duplicate", "wrong_extension", "huge", "aspect_ratio", "imbalance",
-            "few_images"}  # fmt: skip
+            "few_images", "ignored"}  # fmt: skip
     assert sorted(found_in(again), key=repr) == sorted(
         (one for one in planted.expected if one[0] in stay), key=repr
     )  # fmt: skip

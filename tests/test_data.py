@@ -1,11 +1,13 @@
 """Where images and labels come from: two splits under one label map, or an error that names what is missing."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import unprivileged
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from tiny import make_folder, make_image
 
@@ -100,6 +102,30 @@ def test_only_images_count_and_hidden_files_do_not(tmp_path: Path) -> None:
     assert {Path(name).name for name in names(data.train) + names(data.validation)} == {
         "000.png", "001.png", "UPPER.JPG",
     }  # fmt: skip
+
+
+def test_what_stands_in_hidden_folders_is_left_out(tmp_path: Path) -> None:
+    """Jupyter leaves copies there."""
+    make_folder(tmp_path, classes=("a", "a/.ipynb_checkpoints", "a/x/.trash/y", "b"), per_class=2)
+    data = load(train_dir=tmp_path, train_val_split=0.5)
+    assert sorted(names(data.train) + names(data.validation)) == [
+        str(tmp_path / name / f"00{number}.png") for name in "ab" for number in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("closed", ["", "a", "a/deep/down"])
+def test_a_folder_that_may_not_be_read_is_named(closed: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    make_folder(root, classes=("a", "a/deep/down", "b"), per_class=2)
+    (root / closed).chmod(0)
+    code = "import sys; from lora_dist.folders import read_class_folders; read_class_folders(sys.argv[1])"
+    try:
+        result = subprocess.run(unprivileged.python("-c", code, root), capture_output=True, text=True, check=False)
+    finally:
+        (root / closed).chmod(0o700)
+    assert result.stderr.splitlines()[-1] == (
+        f"lora_dist.errors.UserError: {root / closed}: Permission denied; all of the data has to be readable"
+    )
 
 
 def test_a_validation_folder_with_fewer_folders_on_the_disk_keeps_the_numbers_of_training(tmp_path: Path) -> None:

@@ -67,16 +67,18 @@ def audit(settings: AuditSettings) -> Report:
     excluded = read_exclusions(data.exclude) if data.exclude else frozenset()
     files: list[File] = []
     classes: dict[str, None] = {}
+    ignored: list[tuple[str, str]] = []
     for split, folder in folders.items():
         found = read_class_folders(folder)
         classes |= dict.fromkeys(found.classes)
+        ignored += ((split, os.path.relpath(path, folder)) for path in found.ignored)
         files += (
             File(path, split, found.classes[label])
             for path, label in zip(found.paths, found.labels, strict=True)
             if absolute(path) not in excluded
         )
     scanned = _scan(files, _workers(settings))
-    findings = check(scanned, list(classes), "validation" in folders, settings.checks)
+    findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored)
     return Report(folders, list(classes), scanned, findings, excluded)
 
 
