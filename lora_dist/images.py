@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,7 +176,7 @@ def opened(source: Source, name: str = "") -> Iterator[Picture]:
         name: what to call it in an error; defaults to the path.
 
     Raises:
-        UnreadableImageError: the file is missing, truncated, or no image; the picture's methods raise it as well.
+        UnreadableImageError: it is missing, truncated, no image, or no file; the picture's methods raise it as well.
     """
     name = name or (source if isinstance(source, str) else "image")
     if isinstance(source, np.ndarray):
@@ -186,6 +187,11 @@ def opened(source: Source, name: str = "") -> Iterator[Picture]:
             picture = _Encoded(source, name)
         yield picture
         return
+    with _named(name):
+        is_file = isinstance(source, bytes) or stat.S_ISREG(Path(source).stat().st_mode)
+    if not is_file:
+        # To open a pipe is to wait for who writes into it.
+        raise UnreadableImageError(f"{name}: not a file")
     with _named(name):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     with image:
