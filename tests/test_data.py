@@ -1,5 +1,6 @@
 """Where images and labels come from: two splits under one label map, or an error that names what is missing."""
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import make_folder, make_image
 from lora_dist.config import DataSettings
 from lora_dist.data import ImageData, Split, load_data, load_validation, stratified_split
 from lora_dist.errors import UserError
+from lora_dist.exclusions import Section, write_exclusions
 from lora_dist.images import UnreadableImageError
 
 
@@ -328,6 +330,24 @@ def test_listed_files_that_are_not_in_the_data_are_said(
     assert caplog.text == ""
     load(**folders, exclude=_list(tmp_path / "list.txt", *here, "/gone/2.png", "/gone/1.png"))
     assert "2 of 4 files are not in the data, the first is /gone/1.png" in caplog.text
+
+
+def test_a_name_that_is_not_utf8_is_named_and_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "data", classes=("a", "b"), per_class=3)
+    odd = tmp_path / "data" / "a" / os.fsdecode(b"caf\xe9.png")
+    make_image(0, 9).save(odd)
+    message = refusal(train_dir=tmp_path / "data")
+    assert f"{tmp_path}/data/a/caf\\xe9.png" in message
+    assert "rename" in message
+    assert "--exclude" in message
+    write_exclusions(tmp_path / "list.txt", [Section("odd", [str(odd)])])
+    data = load(train_dir=tmp_path / "data", exclude=tmp_path / "list.txt")
+    assert sorted(names(data.train) + names(data.validation)) == sorted(
+        str(tmp_path / "data" / name / f"00{number}.png") for name in "ab" for number in range(3)
+    )
+    settings = DataSettings(validation_dir=str(tmp_path / "data"), exclude=str(tmp_path / "list.txt"))
+    assert len(load_validation(settings, 0, data.labels)) == 6
+    assert caplog.text == ""
 
 
 def test_a_class_of_which_nothing_is_left_is_named(photos: Path, tmp_path: Path) -> None:
