@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -340,20 +341,62 @@ def test_a_process_that_dies_costs_the_file_it_was_at() -> None:
     }  # fmt: skip
 
 
+def workers_of(parent: subprocess.Popen[Any]) -> list[psutil.Process]:
+    """The two workers of a process, and what else `multiprocessing` starts, once they are there."""
+    end = time.monotonic() + 60
+    while len(workers := psutil.Process(parent.pid).children()) < 3:
+        assert parent.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return workers
+
+
 def test_processes_do_not_outlive_their_parent() -> None:
     """Killed while files are read, it cannot end them itself."""
     code = "from planted import wait_long; from lora_dist.audit.pool import in_processes; "
     code += "print(list(in_processes(wait_long, ['x'] * 99, 2, '')))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    end = time.monotonic() + 60
-    while len(workers := psutil.Process(parent.pid).children()) < 3:
-        assert parent.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    workers = workers_of(parent)
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+WAITING = """
+from planted import wait_long
+from lora_dist.audit.pool import in_processes
+from lora_dist.errors import exit_on_user_error
+exit_on_user_error(lambda: list(in_processes(wait_long, ['x'] * 99, 2, '')))()
+"""
+
+
+@pytest.mark.parametrize("work", ["a file that takes long", "an audit"])
+@pytest.mark.parametrize("seconds", [0, 3])
+def test_ctrl_c_ends_everything_at_once_and_without_a_traceback(work: str, seconds: int, tmp_path: Path) -> None:
+    """Sent to all processes, as a terminal does it, while the workers start and while they work."""
+    arguments = ["-c", WAITING]
+    if work == "an audit":
+        (tmp_path / "data" / "a").mkdir(parents=True)
+        Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
+        for number in range(300):
+            (tmp_path / "data" / "a" / f"{number}.png").symlink_to(tmp_path / "large.png")
+        arguments = ["-m", "lora_dist.audit", "--train_dir", str(tmp_path / "data"), "--num_workers", "2"]
+        arguments += ["--output_dir", str(tmp_path / "out")]
+    parent = subprocess.Popen(
+        [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        workers = workers_of(parent)
+        time.sleep(seconds)
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=15)[1] == "interrupted\n"
+    finally:
+        parent.kill()
+    assert parent.returncode == 130
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not (tmp_path / "out").exists()
 
 
 # Reports

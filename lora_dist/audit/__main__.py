@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,10 +96,10 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
 
     died = Facts("unreadable", "the process that read it died")
     facts = [died] * len(files)
-    results = in_processes(scan, [file.path for file in files], workers, died)
-    bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    for place, found in bar:
-        facts[place] = found
+    with closing(in_processes(scan, [file.path for file in files], workers, died)) as results:
+        bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        for place, found in bar:
+            facts[place] = found
     return Scanned(files, facts)
 
 
