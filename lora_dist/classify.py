@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_dist.bundle import Classifier
-from lora_dist.destinations import writing
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.images import UnreadableImageError, image_files, load_rgb
 from lora_dist.transforms import ImageTransforms
+from lora_dist.writable import writing
 
 GRID = 32
 TINY = 8_000

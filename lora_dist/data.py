@@ -107,10 +107,11 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     Raises:
         UserError: names what is missing: a directory, a split, a column, the classes of one split only.
     """
-    train_table, validation_table = _load_tables(settings)
+    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
+    train_table, validation_table = _load_tables(settings, excluded)
     column = settings.image_column_name or find_image_column(train_table.features)
     tables = [train_table] if validation_table is None else [train_table, validation_table]
-    excluded = _excluded(settings.exclude, tables)
+    _say_unused(excluded, settings.exclude, tables)
     labels, train = _labelled(train_table, column, settings.label_column_name, None, excluded)
     if validation_table is not None:
         _, validation = _labelled(validation_table, column, settings.label_column_name, labels, excluded)
@@ -139,13 +140,13 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         if data.labels != list(labels):
             raise UserError(f"the data has the classes {data.labels}, and the model {list(labels)}")
         return data.validation
+    # A list of files of both splits: those of training are not missed here.
+    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
     if settings.validation_dir:
-        table = _load_folder(demo.local_path(settings.validation_dir))
+        table = _load_folder(settings.validation_dir, excluded)
     else:
         table = _load_split(settings, settings.validation_split or "")
     column = settings.image_column_name or find_image_column(table.features)
-    # A list of files of both splits: those of training are not missed here.
-    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
     _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
@@ -169,19 +170,33 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def _load_tables(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+def _load_tables(settings: DataSettings, excluded: frozenset[str]) -> tuple[Dataset, Dataset | None]:
     if settings.train_dir:
-        train = _load_folder(demo.local_path(settings.train_dir))
-        return train, _load_folder(demo.local_path(settings.validation_dir)) if settings.validation_dir else None
+        train = _load_folder(settings.train_dir, excluded)
+        return train, _load_folder(settings.validation_dir, excluded) if settings.validation_dir else None
     assert settings.dataset_name is not None
     train = _load_split(settings, settings.train_split)
     return train, _load_split(settings, settings.validation_split) if settings.validation_split else None
 
 
-def _load_folder(directory: str) -> Dataset:
-    """Class folders as a table."""
-    classes, paths, labels = read_class_folders(directory)
-    return Dataset.from_dict({"image": paths, "label": labels}).cast_column("label", ClassLabel(names=classes))
+def _load_folder(name: str, excluded: frozenset[str]) -> Dataset:
+    """Class folders as a table, in which there is no place for a name that is not UTF-8."""
+    classes, paths, labels, _ = read_class_folders(demo.local_path(name))
+    odd = {path for path in paths if not _is_utf8(path)}
+    if found := sorted(path for path in odd if absolute(path) not in excluded):
+        first = os.fsencode(found[0]).decode(errors="backslashreplace")
+        raise UserError(
+            f"{len(found)} file names are not UTF-8, the first is {first}: rename the files, or leave them out by a "
+            f"list for --exclude"
+        )
+    kept = [place for place, path in enumerate(paths) if path not in odd]
+    columns = {"image": [paths[place] for place in kept], "label": [labels[place] for place in kept]}
+    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=classes))
+
+
+def _is_utf8(path: str) -> bool:
+    # Python keeps each other byte as half of a surrogate pair.
+    return path.isascii() or not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def _load_split(settings: DataSettings, split: str) -> Dataset:
@@ -217,16 +232,14 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
     return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
 
 
-def _excluded(exclude: str | None, folders: Sequence[Dataset]) -> frozenset[str]:
-    """The files on the list of that name, which says so if some are not in the data."""
-    if exclude is None:
-        return frozenset()
-    excluded = read_exclusions(exclude)
-    unused = excluded.difference(*map(_files, folders))
+def _say_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence[Dataset]) -> None:
+    """Says if some of the files on a list are not in the data; of a name that is not UTF-8 a table cannot tell."""
+    if not excluded:
+        return
+    unused = [path for path in excluded.difference(*map(_files, folders)) if _is_utf8(path)]
     if unused:
         text = "--exclude %s: %d of %d files are not in the data, the first is %s"
         logger.warning(text, exclude, len(unused), len(excluded), min(unused))
-    return excluded
 
 
 def _files(folder: Dataset) -> list[str]:

@@ -1,15 +1,11 @@
 """Where predict writes: places that are free and can be written to, as is found out before anything is loaded."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from lora_dist.errors import UserError
 from lora_dist.predict_settings import PredictSettings
-from lora_dist.room import require_writable
+from lora_dist.writable import require_writable, writing
 
 
 def require_destinations(settings: PredictSettings) -> None:
@@ -79,12 +75,3 @@ def _require_file(path: Path, flag: str) -> None:
             raise UserError(f"--{flag} {path}: cannot be written to; name another file")
         if not path.exists():
             require_writable(path.parent, f"--{flag}")
-
-
-@contextmanager
-def writing(path: Path, flag: str) -> Iterator[None]:
-    """What goes wrong on the disk in this block, such as that it is full, becomes a `UserError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--{flag} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error

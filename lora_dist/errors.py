@@ -1,6 +1,7 @@
 """The exceptions for what a user can put right, and how a command ends on them."""
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -63,7 +64,10 @@ class Problems:
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
-    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code."""
+    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code.
+
+    Ctrl-C, where nothing else takes it, ends it as a shell expects: with 128 and the number of the signal.
+    """
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -75,5 +79,9 @@ def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
                 who = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
                 print(f"{error.label}: {who}{error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
 
     return run

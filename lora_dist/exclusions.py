@@ -6,12 +6,15 @@ string.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Section(NamedTuple):
@@ -48,7 +51,7 @@ def _line(path: str) -> str:
 
 
 def read_exclusions(file: str | Path) -> frozenset[str]:
-    """The files on a list, as absolute paths.
+    """The files on a list, as absolute paths; says so where there are none, as after an audit that found nothing.
 
     Raises:
         UserError: the file cannot be read, or a line of it is no path.
@@ -57,11 +60,14 @@ def read_exclusions(file: str | Path) -> frozenset[str]:
         text = Path(file).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"--exclude {file}: {error.strerror}") from error
-    return frozenset(
+    paths = frozenset(
         absolute(_path(line, f"--exclude {file}, line {number}"))
         for number, line in enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
         if line.strip() and not line.startswith("#")
     )
+    if not paths:
+        logger.warning("--exclude %s: the list names no file, and leaves none out", file)
+    return paths
 
 
 def _path(line: str, where: str) -> str:

@@ -3,13 +3,16 @@
 import io
 import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image
+
+from lora_dist.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -17,13 +20,31 @@ IMAGE_SUFFIXES = frozenset(
 """Files of these endings are taken for images, in any case of letters."""
 
 
+def is_image_name(file: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+
+
 def image_files(directory: str | Path) -> Iterator[str]:
-    """Images below a directory, hidden ones left out, in an order that is the same on every machine."""
-    for folder, folders, files in os.walk(directory, followlinks=True):
-        folders[:] = sorted(inner for inner in folders if not _leads_back(Path(folder, inner)))
-        for file in sorted(files):
-            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):
-                yield os.path.join(folder, file)
+    """Those of `visible_files` that are taken for images."""
+    return filter(is_image_name, visible_files(directory))
+
+
+def visible_files(directory: str | Path) -> Iterator[str]:
+    """Files below a directory, hidden files and folders left out, in an order that is the same on every machine.
+
+    Raises:
+        UserError: a folder cannot be read, whose files would be missing without a word.
+    """
+    for folder, folders, files in os.walk(directory, onerror=_refuse, followlinks=True):
+        folders[:] = sorted(
+            inner for inner in folders if not inner.startswith(".") and not _leads_back(Path(folder, inner))
+        )
+        yield from (os.path.join(folder, file) for file in sorted(files) if not file.startswith("."))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
 
 
 def _leads_back(folder: Path) -> bool:
@@ -155,7 +176,7 @@ def opened(source: Source, name: str = "") -> Iterator[Picture]:
         name: what to call it in an error; defaults to the path.
 
     Raises:
-        UnreadableImageError: the file is missing, truncated, or no image; the picture's methods raise it as well.
+        UnreadableImageError: it is missing, truncated, no image, or no file; the picture's methods raise it as well.
     """
     name = name or (source if isinstance(source, str) else "image")
     if isinstance(source, np.ndarray):
@@ -166,6 +187,11 @@ def opened(source: Source, name: str = "") -> Iterator[Picture]:
             picture = _Encoded(source, name)
         yield picture
         return
+    with _named(name):
+        is_file = isinstance(source, bytes) or stat.S_ISREG(Path(source).stat().st_mode)
+    if not is_file:
+        # To open a pipe is to wait for who writes into it.
+        raise UnreadableImageError(f"{name}: not a file")
     with _named(name):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     with image:

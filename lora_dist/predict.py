@@ -88,7 +88,7 @@ def _write(
 ) -> Classifier:
     """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
     from lora_dist import bundle, export, merge, onnx_export, onnx_model
-    from lora_dist.destinations import writing
+    from lora_dist.writable import writing
 
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:

@@ -1,7 +1,6 @@
-"""What a run will write, and whether it has the leave and the room to, found out before it trains."""
+"""What a run will write, and whether it has the room to, found out before it trains."""
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,21 +46,6 @@ class Sizes:
         moments = sum(MOMENTS * size + 4 for size, has_moments in trained if has_moments)
         result = count_parameters(model)[1] * 4 if whole else bare
         return cls(bare + moments, result, save_total_limit + 2)
-
-
-def require_writable(root: Path, flag: str = "--output_dir") -> None:
-    """Raises a `UserError` that names the flag unless files can be made below a directory, there or not yet."""
-    there = root.absolute()
-    try:
-        while not there.exists():
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            return
-    except OSError as error:
-        raise UserError(
-            f"{flag} {root}: cannot write there ({error.strerror or error}); name a directory that is writable "
-            f"from this machine"
-        ) from error
 
 
 def free_bytes(root: Path) -> int:

@@ -38,8 +38,8 @@ def train(settings: Settings) -> None:
     from lora_dist.plan import rehearse
     from lora_dist.publisher import open_publisher, require_token
     from lora_dist.report import announce, show_inputs
-    from lora_dist.room import require_writable
     from lora_dist.runtime import launch
+    from lora_dist.writable import require_writable
 
     run, problems = settings.run, Problems(settings.run.dry_run)
     if settings.data.streaming:

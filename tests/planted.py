@@ -135,7 +135,23 @@ def plant_all(root: Path) -> Planted:
     for number in range(40):
         planted.new(train / "many" / f"{number}.png", (60, 60))
     planted.new(validation / "many" / "0.png")
-    for kind in ("one_split", "one_split", "few_images", "imbalance"):
+    for name in (
+        "few/1.heic",
+        "many/1.HEIC",
+        "many/2.heic",
+        "many/x/3.heic",
+        "many/notes.txt",
+        "readme.txt",
+        "loose.png",
+    ):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).write_bytes(b"x")
+    (validation / "many" / "no suffix").touch()
+    for hidden in (train / ".DS_Store", train / "few" / ".cache", validation / ".git" / "x"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.touch()
+    # By split: .heic, .txt, loose; no suffix.
+    for kind in ("ignored", "ignored", "ignored", "ignored", "one_split", "one_split", "few_images", "imbalance"):
         planted.expect(kind)
     return planted
 

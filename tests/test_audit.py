@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from disks import small_disk
 from PIL import Image, ImageEnhance, ImageFilter
 from planted import ODD_CLASS, ODD_NAME, Planted, die_of_it, picture, plant_all, plant_sound
 
 from lora_dist import cli
-from lora_dist.audit.__main__ import audit
+from lora_dist.audit.__main__ import audit, main
 from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
 from lora_dist.audit.pool import in_processes
@@ -71,6 +73,16 @@ def test_every_fault_is_found_and_nothing_else(planted: Planted, report: Report)
     assert exit_code(report.findings) == 4
 
 
+def test_files_that_training_does_not_see_are_counted_and_some_named(report: Report) -> None:
+    messages = [finding.message for finding in report.findings if finding.kind.name == "ignored"]
+    assert messages == [
+        "train: files of .heic: 4, such as few/1.heic, many/1.HEIC, many/2.heic",
+        "train: files of .txt: 2, such as many/notes.txt, readme.txt",
+        "train: images in no class folder: 1, such as loose.png",
+        "validation: files without a suffix: 1, such as many/no suffix",
+    ]
+
+
 def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_left(
     planted: Planted, report: Report, tmp_path: Path
 ) -> None:
@@ -79,7 +91,7 @@ def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_le
     assert read_exclusions(file) == planted.left_out
     again = audit_of(planted, "--exclude", file)
     stay = {"one_split", "near_conflict", "near_duplicate", "wrong_extension", "huge", "aspect_ratio", "imbalance",
-            "few_images"}  # fmt: skip
+            "few_images", "ignored"}  # fmt: skip
     assert sorted(found_in(again), key=repr) == sorted(
         (one for one in planted.expected if one[0] in stay), key=repr
     )  # fmt: skip
@@ -118,6 +130,29 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
             settings_of("--train_dir", tmp_path, "--output_dir", inside)
     with pytest.raises(UserError, match="no data: give a folder"):
         settings_of()
+
+
+def test_an_audit_that_fails_leaves_no_list_and_one_that_cannot_write_keeps_the_old(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*argv: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in argv])
+        assert end.value.code == 2
+        return capfd.readouterr().err
+
+    (tmp_path / "no classes").mkdir()
+    assert "no class folders" in fails("--train_dir", tmp_path / "no classes", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    planted = Planted(tmp_path)
+    for number in range(30):
+        planted.new(planted.train / "a" / f"{number}.png", (400, 300))
+    with small_disk(tmp_path / "disk", "64k") as out:
+        (out / "quarantine.txt").write_text("/old\n")
+        copies = ("--max_aspect_ratio", 1.1, "--train_dir", planted.train)
+        assert f"--output_dir {out}: cannot be written (No space left" in fails(*copies, "--output_dir", out)
+        assert [path.name for path in out.iterdir()] == ["quarantine.txt"]
+        assert (out / "quarantine.txt").read_text() == "/old\n"
 
 
 # One file
@@ -275,6 +310,21 @@ def test_the_search_does_not_go_over_all_pairs(alike: bool) -> None:
     assert len(pairs) > 100_000 if alike else len(pairs) < 100
 
 
+@pytest.mark.parametrize("readable", [0, 1])
+def test_an_audit_of_hardly_any_image_is_an_audit_all_the_same(readable: int, tmp_path: Path) -> None:
+    planted = Planted(tmp_path)
+    for number in range(readable):
+        planted.new(planted.train / "a" / f"{number}.png")
+    (planted.train / "a").mkdir(parents=True, exist_ok=True)
+    (planted.train / "a" / "bad.png").write_bytes(b"bad")
+    kinds = {kind for kind, _ in found_in(audit(settings_of("--train_dir", planted.train)))}
+    assert kinds == {"unreadable", "few_images", *(["one_split"] if readable else [])}
+    every = tmp_path / "every.txt"
+    every.write_text("".join(f"{path}\n" for path in (planted.train / "a").iterdir()))
+    report = audit(settings_of("--train_dir", planted.train, "--exclude", every))
+    assert [kind for kind, _ in found_in(report)] == ["few_images"]
+
+
 def test_groups_are_what_is_connected() -> None:
     assert connected([(5, 9), (1, 2), (9, 7), (2, 0), (3, 4)]) == [[0, 1, 2], [3, 4], [5, 7, 9]]
     assert connected([]) == []
@@ -291,20 +341,62 @@ def test_a_process_that_dies_costs_the_file_it_was_at() -> None:
     }  # fmt: skip
 
 
+def workers_of(parent: subprocess.Popen[Any]) -> list[psutil.Process]:
+    """The two workers of a process, and what else `multiprocessing` starts, once they are there."""
+    end = time.monotonic() + 60
+    while len(workers := psutil.Process(parent.pid).children()) < 3:
+        assert parent.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return workers
+
+
 def test_processes_do_not_outlive_their_parent() -> None:
     """Killed while files are read, it cannot end them itself."""
     code = "from planted import wait_long; from lora_dist.audit.pool import in_processes; "
     code += "print(list(in_processes(wait_long, ['x'] * 99, 2, '')))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    end = time.monotonic() + 60
-    while len(workers := psutil.Process(parent.pid).children()) < 3:
-        assert parent.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    workers = workers_of(parent)
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+WAITING = """
+from planted import wait_long
+from lora_dist.audit.pool import in_processes
+from lora_dist.errors import exit_on_user_error
+exit_on_user_error(lambda: list(in_processes(wait_long, ['x'] * 99, 2, '')))()
+"""
+
+
+@pytest.mark.parametrize("work", ["a file that takes long", "an audit"])
+@pytest.mark.parametrize("seconds", [0, 3])
+def test_ctrl_c_ends_everything_at_once_and_without_a_traceback(work: str, seconds: int, tmp_path: Path) -> None:
+    """Sent to all processes, as a terminal does it, while the workers start and while they work."""
+    arguments = ["-c", WAITING]
+    if work == "an audit":
+        (tmp_path / "data" / "a").mkdir(parents=True)
+        Image.new("1", (5000, 5000)).save(tmp_path / "large.png")
+        for number in range(300):
+            (tmp_path / "data" / "a" / f"{number}.png").symlink_to(tmp_path / "large.png")
+        arguments = ["-m", "lora_dist.audit", "--train_dir", str(tmp_path / "data"), "--num_workers", "2"]
+        arguments += ["--output_dir", str(tmp_path / "out")]
+    parent = subprocess.Popen(
+        [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        workers = workers_of(parent)
+        time.sleep(seconds)
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=15)[1] == "interrupted\n"
+    finally:
+        parent.kill()
+    assert parent.returncode == 130
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not (tmp_path / "out").exists()
 
 
 # Reports

@@ -1,17 +1,21 @@
 """Where images and labels come from: two splits under one label map, or an error that names what is missing."""
 
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import unprivileged
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from tiny import make_folder, make_image
 
 from lora_dist.config import DataSettings
 from lora_dist.data import ImageData, Split, load_data, load_validation, stratified_split
 from lora_dist.errors import UserError
+from lora_dist.exclusions import Section, write_exclusions
 from lora_dist.images import UnreadableImageError
 
 
@@ -100,6 +104,30 @@ def test_only_images_count_and_hidden_files_do_not(tmp_path: Path) -> None:
     assert {Path(name).name for name in names(data.train) + names(data.validation)} == {
         "000.png", "001.png", "UPPER.JPG",
     }  # fmt: skip
+
+
+def test_what_stands_in_hidden_folders_is_left_out(tmp_path: Path) -> None:
+    """Jupyter leaves copies there."""
+    make_folder(tmp_path, classes=("a", "a/.ipynb_checkpoints", "a/x/.trash/y", "b"), per_class=2)
+    data = load(train_dir=tmp_path, train_val_split=0.5)
+    assert sorted(names(data.train) + names(data.validation)) == [
+        str(tmp_path / name / f"00{number}.png") for name in "ab" for number in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("closed", ["", "a", "a/deep/down"])
+def test_a_folder_that_may_not_be_read_is_named(closed: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    make_folder(root, classes=("a", "a/deep/down", "b"), per_class=2)
+    (root / closed).chmod(0)
+    code = "import sys; from lora_dist.folders import read_class_folders; read_class_folders(sys.argv[1])"
+    try:
+        result = subprocess.run(unprivileged.python("-c", code, root), capture_output=True, text=True, check=False)
+    finally:
+        (root / closed).chmod(0o700)
+    assert result.stderr.splitlines()[-1] == (
+        f"lora_dist.errors.UserError: {root / closed}: Permission denied; all of the data has to be readable"
+    )
 
 
 def test_a_validation_folder_with_fewer_folders_on_the_disk_keeps_the_numbers_of_training(tmp_path: Path) -> None:
@@ -302,6 +330,24 @@ def test_listed_files_that_are_not_in_the_data_are_said(
     assert caplog.text == ""
     load(**folders, exclude=_list(tmp_path / "list.txt", *here, "/gone/2.png", "/gone/1.png"))
     assert "2 of 4 files are not in the data, the first is /gone/1.png" in caplog.text
+
+
+def test_a_name_that_is_not_utf8_is_named_and_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "data", classes=("a", "b"), per_class=3)
+    odd = tmp_path / "data" / "a" / os.fsdecode(b"caf\xe9.png")
+    make_image(0, 9).save(odd)
+    message = refusal(train_dir=tmp_path / "data")
+    assert f"{tmp_path}/data/a/caf\\xe9.png" in message
+    assert "rename" in message
+    assert "--exclude" in message
+    write_exclusions(tmp_path / "list.txt", [Section("odd", [str(odd)])])
+    data = load(train_dir=tmp_path / "data", exclude=tmp_path / "list.txt")
+    assert sorted(names(data.train) + names(data.validation)) == sorted(
+        str(tmp_path / "data" / name / f"00{number}.png") for name in "ab" for number in range(3)
+    )
+    settings = DataSettings(validation_dir=str(tmp_path / "data"), exclude=str(tmp_path / "list.txt"))
+    assert len(load_validation(settings, 0, data.labels)) == 6
+    assert caplog.text == ""
 
 
 def test_a_class_of_which_nothing_is_left_is_named(photos: Path, tmp_path: Path) -> None:

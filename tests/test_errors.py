@@ -10,7 +10,7 @@ from lora_dist.errors import ProcessError, TrainingStoppedError, UserError, exit
 
 
 @exit_on_user_error
-def command(error: Exception | None) -> str:
+def command(error: BaseException | None) -> str:
     if error is not None:
         raise error
     return "done"
@@ -50,6 +50,17 @@ def test_one_process_of_each_node_says_it_and_all_end(
     with pytest.raises(SystemExit) as end:
         command(error)
     assert end.value.code == 2
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted\n"), ("1", "")])
+def test_ctrl_c_is_a_word_and_a_code(
+    rank: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        command(KeyboardInterrupt())
+    assert end.value.code == 130
     assert capsys.readouterr().err == said
 
 

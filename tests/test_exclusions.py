@@ -81,3 +81,10 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for file in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(UserError, match=f"--exclude {file}: "):
             read_exclusions(file)
+
+
+@pytest.mark.parametrize("content", ["", "# Files to leave out\n\n#/proposed.png\n"])
+def test_a_list_that_leaves_nothing_out_says_so(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "list.txt").write_text(content)
+    assert read_exclusions(tmp_path / "list.txt") == frozenset()
+    assert f"--exclude {tmp_path / 'list.txt'}: the list names no file" in caplog.text

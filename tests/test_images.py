@@ -1,6 +1,8 @@
 """Any image to upright RGB, as transformers loads it; what cannot be read is named."""
 
 import io
+import os
+import socket
 import struct
 from pathlib import Path
 
@@ -205,6 +207,21 @@ def test_a_folder_with_the_name_of_an_image_is_unreadable(tmp_path: Path) -> Non
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UnreadableImageError, match=r"folder\.png"):
         load_rgb(str(tmp_path / "folder.png"))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_unreadable_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UnreadableImageError, match=r"x\.png: not a file$"):
+        load_rgb(str(path))
 
 
 def test_cells_of_datasets_give_source_and_name() -> None:

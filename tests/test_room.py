@@ -12,7 +12,8 @@ from lora_dist import train
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
 from lora_dist.model import load_base, make_trainable
-from lora_dist.room import Sizes, readable, require_room, require_writable
+from lora_dist.room import Sizes, readable, require_room
+from lora_dist.writable import require_writable
 
 
 @pytest.fixture

@@ -8,13 +8,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_dist.audit.settings import AuditSettings, contradictions
 from lora_dist.cli import argv_or, parse
-from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.errors import exit_on_user_error
 
 if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
@@ -38,13 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     # What follows imports numpy and Pillow; a mistake in the settings has been reported by now.
     from lora_dist.audit.findings import exit_code
+    from lora_dist.writable import require_writable
 
     output = Path(settings.run.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "quarantine.txt").touch()
-    except OSError as error:
-        raise UserError(f"--output_dir {output}: {error.strerror}") from error
+    require_writable(output)
     report = audit(settings)
     _write(report, output, _workers(settings))
     sys.exit(exit_code(report.findings))
@@ -69,16 +68,18 @@ def audit(settings: AuditSettings) -> Report:
     excluded = read_exclusions(data.exclude) if data.exclude else frozenset()
     files: list[File] = []
     classes: dict[str, None] = {}
+    ignored: list[tuple[str, str]] = []
     for split, folder in folders.items():
         found = read_class_folders(folder)
         classes |= dict.fromkeys(found.classes)
+        ignored += ((split, os.path.relpath(path, folder)) for path in found.ignored)
         files += (
             File(path, split, found.classes[label])
             for path, label in zip(found.paths, found.labels, strict=True)
             if absolute(path) not in excluded
         )
     scanned = _scan(files, _workers(settings))
-    findings = check(scanned, list(classes), "validation" in folders, settings.checks)
+    findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored)
     return Report(folders, list(classes), scanned, findings, excluded)
 
 
@@ -95,37 +96,43 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
 
     died = Facts("unreadable", "the process that read it died")
     facts = [died] * len(files)
-    results = in_processes(scan, [file.path for file in files], workers, died)
-    bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    for place, found in bar:
-        facts[place] = found
+    with closing(in_processes(scan, [file.path for file in files], workers, died)) as results:
+        bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        for place, found in bar:
+            facts[place] = found
     return Scanned(files, facts)
 
 
 def _write(report: Report, output: Path, workers: int) -> None:
-    """Writes the three files and prints what was found."""
+    """Writes the three files, which replace those that are there once all are whole, and prints what was found."""
     from lora_dist.audit.findings import left_out
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.report import write_json, write_page, write_quarantine
     from lora_dist.audit.thumbnails import thumbnail
+    from lora_dist.writable import writing
 
     def thumbnails(places: Sequence[int]) -> dict[int, str]:
         readable = [place for place in places if not report.scanned.facts[place].fault]
         paths = [report.scanned.files[place].path for place in readable]
         return {readable[place]: found for place, found in in_processes(thumbnail, paths, workers, "")}
 
-    page, quarantine = output / "report.html", output / "quarantine.txt"
-    write_quarantine(report, quarantine)
-    write_json(report, output / "report.json")
-    write_page(report, page, thumbnails)
+    with writing(output, "output_dir"):
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=output) as name:
+            aside = Path(name)
+            write_page(report, aside / "report.html", thumbnails)
+            write_json(report, aside / "report.json")
+            write_quarantine(report, aside / "quarantine.txt")
+            for file in aside.iterdir():
+                file.replace(output / file.name)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for line in report.lines():
         print(line)
     out = len(report.excluded) + len(left_out(report.findings))
     if out:
-        print(f"{out:,} files to leave out: lora_dist.train --exclude {quarantine}")
-    print(f"report: {page}")
+        print(f"{out:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
+    print(f"report: {output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,21 @@ from PIL import Image
 from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
 from lora_dist.audit.settings import Checks
 from lora_dist.audit.similar import connected, near_pairs
+from lora_dist.images import is_image_name
 
 SAME_FORMAT = {"MPO": "JPEG"}
 """Several JPEG images in one file, as telephones write them, are a JPEG file to everyone else."""
+SHOWN_NAMES = 3
+"""Of ignored files of a sort."""
 
 
-def check(scanned: Scanned, classes: Sequence[str], has_validation: bool, checks: Checks) -> list[Finding]:
+def check(
+    scanned: Scanned,
+    classes: Sequence[str],
+    has_validation: bool,
+    checks: Checks,
+    ignored: Iterable[tuple[str, str]] = (),
+) -> list[Finding]:
     """All findings, by kind.
 
     Args:
@@ -22,8 +31,9 @@ def check(scanned: Scanned, classes: Sequence[str], has_validation: bool, checks
         classes: names of all classes, those without files included.
         has_validation: whether there is a validation split; else training holds a part out.
         checks: limits.
+        ignored: files that training does not see: of which split, and the path below its folder.
     """
-    findings = [*_single(scanned, checks), *_exact(scanned), *_near(scanned, checks.near_distance)]
+    findings = [*_ignored(ignored), *_single(scanned, checks), *_exact(scanned), *_near(scanned, checks.near_distance)]
     out = left_out(findings)
     counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
     for place, file in enumerate(scanned.files):
@@ -48,6 +58,18 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
             yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [place])
         if max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
             yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [place])
+
+
+def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
+    """Files that training does not see, by split and suffix, and how some of them are called."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for split, path in ignored:
+        suffix = os.path.splitext(path)[1].lower()
+        what = f"files of {suffix}" if suffix else "files without a suffix"
+        groups[split, "images in no class folder" if is_image_name(path) else what].append(path)
+    for (split, what), paths in sorted(groups.items()):
+        some = ", ".join(sorted(paths)[:SHOWN_NAMES])
+        yield Finding(KINDS["ignored"], f"{split}: {what}: {len(paths):,}, such as {some}")
 
 
 def _exact(scanned: Scanned) -> Iterator[Finding]:

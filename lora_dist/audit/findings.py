@@ -85,6 +85,10 @@ KINDS = {
             "or shows it badly squeezed.",
         ),
         Kind(
+            "ignored", Severity.WARNING, "Ignored files", "In no class folder, or of no suffix that is taken for an "
+            "image. Training does not see them.",
+        ),
+        Kind(
             "imbalance", Severity.WARNING, "Class imbalance", "A class seen rarely is learned badly, and accuracy "
             "hides it; look at macro F1.",
         ),

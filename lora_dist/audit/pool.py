@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 R = TypeVar("R")
@@ -16,8 +17,12 @@ R = TypeVar("R")
 FILES_AT_ONCE = 16
 
 
-def in_processes(work: Callable[[str], R], paths: Sequence[str], workers: int, died: R) -> Iterator[tuple[int, R]]:
+def in_processes(
+    work: Callable[[str], R], paths: Sequence[str], workers: int, died: R
+) -> Generator[tuple[int, R], None, None]:
     """Yields the place of each path with what `work` makes of it, in the order in which they are done.
+
+    Closed early, or interrupted, it ends its processes at once.
 
     Args:
         work: a function of a module, which raises nothing.
@@ -42,17 +47,24 @@ def _run(
     running: dict[Future[list[R]], range] = {}
     # A fork would have the threads' locks of this process, but not its threads.
     context = multiprocessing.get_context("spawn")
+    others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(workers, context, initializer=_set_up) as pool:
         try:
             while chunks or running:
                 while chunks and len(running) < ahead:
-                    running[pool.submit(_work_on, work, [paths[place] for place in chunks[0]])] = chunks[0]
-                    chunks.popleft()
+                    with _no_interrupt():
+                        future = pool.submit(_work_on, work, [paths[place] for place in chunks[0]])
+                    running[future] = chunks.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield from zip(running[future], future.result(), strict=True)
                     del running[future]
         except BrokenProcessPool:
             pass
+        except BaseException:
+            # Whoever asked has gone, or it was Ctrl-C: what is being read is not waited for.
+            for worker in {*multiprocessing.active_children()} - others:
+                worker.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
     return list(running.values())
@@ -62,9 +74,18 @@ def _work_on(work: Callable[[str], R], paths: list[str]) -> list[R]:
     return [work(path) for path in paths]
 
 
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block, and never reaches a process that is started in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _set_up() -> None:
-    # Ctrl-C is for the command, and what Pillow warns of is in the report.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What Pillow warns of is in the report.
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -30,6 +30,8 @@ def near_pairs(looks: Sequence[int], colors: Sequence[bytes], distance: float) -
         distance: largest root mean square difference of two pictures, apart from brightness, relative to the contrast
             of the stronger one.
     """
+    if len(looks) < 2:
+        return
     hashes = np.array(looks, dtype=np.uint64)
     pictures = np.frombuffer(b"".join(colors), dtype=np.uint8)
     # By channel, with the pixels of one next to each other: [N, 3, P].
