@@ -12,7 +12,7 @@ from disks import small_disk
 from hub_server import point_client_at, serving
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
-from lora_dist import train
+from lora_dist import checkpoint, state, train
 from lora_dist.bundle import load_classifier
 from lora_dist.tracking import Tracker
 
@@ -179,3 +179,36 @@ def test_a_directory_that_is_deleted_gets_all_that_comes_after(
     assert results_of(run)["step"] == 9
     assert [line["step"] for line in lines_of(run) if "train/loss" in line] == list(range(4, 10))
     assert [step for step, _ in scalars_of(run, "train/loss")] == list(range(4, 10))
+
+
+def _spoiling() -> tuple[object, ...]:
+    """A rate so high that the best update is an early one."""
+    return "--learning_rate", 2, "--lr_scheduler_type", "constant"
+
+
+def test_the_best_weights_outlive_a_directory_that_is_deleted(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    _run(vit, photos, undisturbed, {}, monkeypatch, *_spoiling())
+    best = results_of(undisturbed)["best_step"]
+    assert best < 8, "to be deleted after it"
+    _run(vit, photos, run, {best + 1: lambda: shutil.rmtree(run)}, monkeypatch, *_spoiling())
+    assert results_of(run)["best_step"] == best
+    assert _same_adapter(run, undisturbed)
+
+
+def test_weights_too_large_to_keep_in_memory_leave_the_last_ones_when_deleted(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(state, "KEPT_IN_MEMORY", 0)
+    run = tmp_path / "run"
+    _run(vit, photos, run, {8: lambda: shutil.rmtree(run)}, monkeypatch, *_spoiling())
+    assert "are no longer there (no such directory): handing over the last ones" in capfd.readouterr().err
+    results = results_of(run)
+    assert (results["step"], results["best_step"]) == (9, None)
+    last = checkpoint.read(checkpoint.path_of(run / "checkpoints", 9)).trained
+    adapter = adapter_of(run)
+    assert last["base_model.model.classifier.modules_to_save.default.bias"].equal(
+        adapter["base_model.model.classifier.bias"]
+    )
