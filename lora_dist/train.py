@@ -3,7 +3,7 @@
 from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings
 from lora_dist.contradictions import contradictions
-from lora_dist.errors import Problems, exit_on_user_error
+from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
 from lora_dist.failure import others_told
 from lora_dist.launcher import end_with_launcher
 
@@ -85,11 +85,13 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.output import Output, find_resume
     from lora_dist.preflight import Preflight
     from lora_dist.report import write_evaluation
+    from lora_dist.room import require_writable
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
+    require_writable(output.root)
     find_resume(output, None)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("adapter", accelerator):
@@ -108,9 +110,14 @@ def evaluate_only(settings: Settings) -> None:
         settings.data,
     )()
     if accelerator.is_main_process:
-        output.root.mkdir(parents=True, exist_ok=True)
-        write_evaluation(output.evaluation, evaluation, classifier.labels)
-        print(json.dumps({f"eval_{name}": value for name, value in evaluation.metrics.items()}))
+        print(json.dumps({f"eval_{name}": value for name, value in evaluation.metrics.items()}), flush=True)
+        try:
+            output.root.mkdir(parents=True, exist_ok=True)
+            write_evaluation(output.evaluation, evaluation, classifier.labels)
+        except OSError as error:
+            raise TrainingStoppedError(
+                f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."
+            ) from error
     accelerator.end_training()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from disks import small_disk
+from disks import fill, small_disk
 from hub_server import point_client_at, serving
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
@@ -25,16 +25,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 8 MB."""
     with small_disk(tmp_path / "disk", "8m") as directory:
         yield directory
-
-
-def _fill(directory: Path) -> None:
-    """Leaves no byte free."""
-    with (directory / "ballast").open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(2**16)):
-                pass
-        except OSError:
-            return
 
 
 def _run(
@@ -89,7 +79,7 @@ def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
         seen.append(saved_in(disk / "run")["step"])
         (disk / "ballast").unlink()
 
-    _run(vit, photos, disk / "run", {3: lambda: _fill(disk), 6: make_room}, monkeypatch)
+    _run(vit, photos, disk / "run", {3: lambda: fill(disk), 6: make_room}, monkeypatch)
     assert seen == [2], "what was saved when the disk was full"
     said = capfd.readouterr().err
     assert "cannot write the checkpoint of update 3: " in said
@@ -132,7 +122,7 @@ def test_a_result_that_cannot_be_written_is_put_elsewhere(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        _run(vit, photos, disk / "run", {3: lambda: _fill(disk)}, monkeypatch)
+        _run(vit, photos, disk / "run", {3: lambda: fill(disk)}, monkeypatch)
     assert end.value.code == 1
     message = capfd.readouterr().err
     assert f"cannot write the result to {disk / 'run'}" in message
@@ -152,7 +142,7 @@ def test_a_stop_that_cannot_be_saved_does_not_say_that_it_was(
     vit: Path, photos: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fill_and_stop() -> None:
-        _fill(disk)
+        fill(disk)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
 
