@@ -42,24 +42,25 @@ def train(settings: Settings) -> None:
     from lora_dist.runtime import launch
 
     run, problems = settings.run, Problems(settings.run.dry_run)
-    if settings.data.streaming:
-        streamed.prepare(settings.data)
-    accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
-    output, resumed, publisher = Output(Path(run.output_dir)), None, None
-    with problems.noted():
-        require_writable(output.root)
-        resumed = find_resume(output, run.resume_from_checkpoint)
-    with problems.noted():
-        require_token(settings.hub)
-    if not run.dry_run:
-        publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
+    with problems.told_together():
+        if settings.data.streaming:
+            streamed.prepare(settings.data)
+        accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
+        output, resumed, publisher = Output(Path(run.output_dir)), None, None
+        with problems.noted():
+            require_writable(output.root)
+            resumed = find_resume(output, run.resume_from_checkpoint)
+        with problems.noted():
+            require_token(settings.hub)
+        if not run.dry_run:
+            publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-    parts = assemble(settings, accelerator, output, resumed, publisher, problems)
-    job, progress, handover = parts.job, parts.progress, parts.handover
-    announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
-    if run.dry_run:
-        rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
-        return
+        parts = assemble(settings, accelerator, output, resumed, publisher, problems)
+        job, progress, handover = parts.job, parts.progress, parts.handover
+        announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
+        if run.dry_run:
+            rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
+            return
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
     with stopped_on_request(job, progress):
