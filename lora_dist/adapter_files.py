@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -126,10 +125,15 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
             f"{damaged} {file.name} is no pickle of tensors alone, and is not opened. Ask whoever made it for "
             f"{WEIGHTS}, or for a file that torch.load(…, weights_only=True) reads"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # torch reads a crafted pickle into any exception there is.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{damaged} {reason}") from error
-    if isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         return state
     raise UserError(f"{damaged} {file.name} is no dictionary of tensors")
 

@@ -160,14 +160,12 @@ def read_adapter(model: nn.Module, directory: Path) -> Adapter:
     """
     base = base_of(model)
     files = adapter_files.read(directory)
-    try:
-        # PEFT warns of what it does not know, rightly so where it is set: the numbers may differ then.
-        known = {field.name for field in fields(LoraConfig)}
-        config: Any = LoraConfig.from_peft_type(
-            **{name: value for name, value in files.config.items() if name in known or value}
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the adapter in {directory} is damaged: {error}") from error
+    # PEFT warns of what it does not know, rightly so where it is set: the numbers may differ then.
+    known = {field.name for field in fields(LoraConfig)}
+    given = {name: value for name, value in files.config.items() if name in known or value}
+    with _refused(f"the adapter in {directory} is damaged: {ADAPTER_CONFIG}"):
+        config: Any = LoraConfig.from_peft_type(**given)
+    _require_sense(config, directory)
     config.inference_mode = True
     config.init_lora_weights = True
     current = current_names(base)
@@ -178,8 +176,42 @@ def read_adapter(model: nn.Module, directory: Path) -> Adapter:
     if not names.are_used_by(files.state):
         return Adapter(config, files.state, None, directory)
     state = {names.to_current(name): tensor for name, tensor in files.state.items()}
-    _modernise(config, names, state, f"the adapter in {directory} does not fit {type(base).__name__}")
+    refused = f"the adapter in {directory} does not fit {type(base).__name__}"
+    with _refused(refused):
+        _modernise(config, names, state, refused)
     return Adapter(config, state, names, directory)
+
+
+@contextmanager
+def _refused(words: str) -> Iterator[None]:
+    """Turns whatever PEFT raises at settings that it does not check into a `UserError` that begins with these words."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{words}: {reason}") from error
+
+
+def _require_sense(config: Any, directory: Path) -> None:
+    """Raises a `UserError` where settings of the shape of LoRA are not of their kind: PEFT takes any."""
+    numbers = (int, float)
+    sense = {
+        "r": isinstance(config.r, int) and config.r > 0,
+        "lora_alpha": isinstance(config.lora_alpha, numbers),
+        "bias": config.bias in ("none", "all", "lora_only"),
+        **{
+            name: isinstance(pattern := getattr(config, name), dict)
+            and all(isinstance(value, numbers) for value in pattern.values())
+            for name in ("rank_pattern", "alpha_pattern")
+        },
+    }
+    for name, makes_sense in sense.items():
+        if not makes_sense:
+            raise UserError(
+                f"the adapter in {directory} is damaged: {ADAPTER_CONFIG} has {name} {getattr(config, name)!r}"
+            )
 
 
 def _modernise(config: Any, names: LegacyNames, state: Mapping[str, Tensor], refused: str) -> None:
@@ -229,15 +261,12 @@ def put_on(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: 
     if before and any(config.bias != "none" for config in [*before, adapter.config]):
         # PEFT does not always see it, and the biases of one would stay when another one is active.
         raise UserError(f"the adapter in {adapter.directory} or one before it trains biases, and has to stand alone")
-    try:
+    with _refused(f"the adapter in {adapter.directory} does not fit {type(base_of(model)).__name__}"):
         if isinstance(model, PeftModel):
             adapted = model
             adapted.add_adapter(name, adapter.config)
         else:
             adapted = PeftModel(model, adapter.config, name)
-    except ValueError as error:
-        kind = type(base_of(model)).__name__
-        raise UserError(f"the adapter in {adapter.directory} does not fit {kind}: {error}") from error
     if num_labels is not None:
         _fit_heads(adapted, name, adapter.state, num_labels)
     set_adapter_state(adapted, adapter, adapter.state, name)

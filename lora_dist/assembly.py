@@ -15,7 +15,7 @@ from lora_dist.cli import flatten
 from lora_dist.config import Settings
 from lora_dist.data import ImageData, Split, load_data
 from lora_dist.engine import make_engine
-from lora_dist.errors import Problems
+from lora_dist.errors import Problems, UserError
 from lora_dist.evaluation import Evaluator
 from lora_dist.handover import Handover
 from lora_dist.image_cache import cached
@@ -80,10 +80,7 @@ def assemble(
     """
     run, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
-        if settings.data.streaming:
-            data = streamed.load_streamed(settings.data, run.seed, accelerator.num_processes)
-        else:
-            data = load_data(settings.data, run.seed)
+        data = _load(settings, accelerator, problems)
         settings, base, start = load_start(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
     with problems.noted():
@@ -145,6 +142,19 @@ def assemble(
         on_best=handover.after_best,
     )
     return Parts(job, progress, handover, data, parameters, sizes)
+
+
+def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> ImageData:
+    """The data; where there are none, a dry run looks at the model all the same."""
+    try:
+        if settings.data.streaming:
+            return streamed.load_streamed(settings.data, settings.run.seed, accelerator.num_processes)
+        return load_data(settings.data, settings.run.seed)
+    except UserError:
+        if problems.dry_run:
+            with problems.noted():
+                load_start(settings, ["unknown", "unknown too"])
+        raise
 
 
 def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> Order:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from lora_dist.files import replace_file
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +27,11 @@ class Board:
         """
         _leave_writers_to_boards()
         self._directory = directory
-        self._writer: SummaryWriter | None = SummaryWriter(str(directory), purge_step=first_step + 1)
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+        except OSError as error:
+            logger.error("no TensorBoard: %s. Training goes on; metrics.jsonl has the numbers.", error)
 
     def write(self, write: Callable[..., object], *arguments: object, **options: object) -> None:
         """Calls a method of the writer, until that has failed once."""
@@ -89,10 +95,13 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    try:
+        for line in path.read_bytes().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        replace_file(path, b"".join(line + b"\n" for line in kept))
+    except OSError as error:
+        logger.error("cannot write to %s: %s. What it has of updates after %d stays.", path, error, step)

@@ -62,6 +62,21 @@ class Problems:
                 raise
             self.found.append(str(error))
 
+    @contextmanager
+    def told_together(self) -> Iterator[None]:
+        """Ends with a `UserError` that lists what was noted in this block, and what ended it."""
+        try:
+            yield
+        except UserError as error:
+            if not self.found:
+                raise
+            raise type(error)(self._listed([*self.found, str(error)])) from error
+        if self.found:
+            raise UserError(self._listed(self.found))
+
+    def _listed(self, messages: list[str]) -> str:
+        return "\n  ".join(["this run would not start:", *messages])
+
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
     """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code.

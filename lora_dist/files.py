@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, whenever the process dies."""
+"""Directories and files that appear whole or not at all, whenever the process dies."""
 
 import os
 import shutil
@@ -44,6 +44,18 @@ def _put_in_place(aside: Path, final: Path) -> None:
     aside.rename(final)
     _flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file; what stood there goes only when the new one is whole."""
+    aside = path.with_name(_WRITING + path.name)
+    try:
+        aside.write_bytes(content)
+        _flush(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def remove_directory(path: Path) -> None:

@@ -65,7 +65,7 @@ def load_onnx(path: Path) -> Classifier:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
-            processor = AutoImageProcessor.from_pretrained(directory)
+            processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"--onnx {path}: the preprocessing in its metadata cannot be used: {error}") from error
     return Classifier(OnnxModel(session).eval(), processor, labels)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_dist import adapters, checkpoint
 from lora_dist.checkpoint import Checkpoint
 from lora_dist.errors import UserError
-from lora_dist.files import whole_directory
+from lora_dist.files import replace_file, whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -92,21 +92,14 @@ class Output:
             raise UserError(f"{self.adapter_init} is gone, and without it the trained adapter cannot be converted")
         self.root.mkdir(parents=True, exist_ok=True)
         checkpoint.abandon_after(self.checkpoints, step)
-        if self.config.is_file():
-            before = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-            for name, value in settings.items():
-                if name != "resume_from_checkpoint" and before.get(name, value) != value:
-                    logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
-        self.config.write_text(
-            "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
-            + yaml.safe_dump(
-                {name: value for name, value in settings.items() if name != "resume_from_checkpoint"},
-                sort_keys=False,
-                allow_unicode=True,
-            ),
-            encoding="utf-8",
-        )
-        write_json(self.split, splits)
+        used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
+        before = _read_settings(self.config)
+        for name, value in used.items():
+            if before.get(name, value) != value:
+                logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
+        lines = "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
+        _replace(self.config, lines + yaml.safe_dump(used, sort_keys=False, allow_unicode=True))
+        _replace(self.split, _as_json(splits))
         if adapters.mutates_base(model) and step == 0:
             with whole_directory(self.adapter_init) as aside:
                 adapters.save_adapter(model, aside)
@@ -138,4 +131,31 @@ def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoin
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file that people may read as well."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_as_json(content), encoding="utf-8")
+
+
+def _as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    """What a run wrote down before, if it did and it can be read."""
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("cannot read %s, so nobody knows which settings have changed: %s", path, error)
+        return {}
+    if isinstance(found, Mapping):
+        return found
+    logger.warning("cannot read %s, so nobody knows which settings have changed: it is no mapping", path)
+    return {}
+
+
+def _replace(path: Path, content: str) -> None:
+    """Writes what a run can go on without."""
+    try:
+        replace_file(path, content.encode())
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path, error.strerror or error)

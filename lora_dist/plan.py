@@ -50,7 +50,7 @@ class Measured:
 def rehearse(
     job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
 ) -> None:
-    """Prints the settings as YAML and the plan, and says what speaks against it. Called on every process.
+    """Prints the settings as YAML and the plan. Called on every process.
 
     Args:
         job: to try.
@@ -61,16 +61,15 @@ def rehearse(
         problems: that were found so far.
 
     Raises:
-        UserError: lists all problems that were found.
+        UserError: an update cannot be made.
     """
     measured = measure(job, parameters[1], first_step)
     if job.engine.accelerator.is_main_process:
         print(yaml.safe_dump(flatten(job.settings), sort_keys=False, allow_unicode=True))
         print(describe(job, data, parameters, sizes, measured, first_step), flush=True)
     job.engine.accelerator.end_training()
-    if problems.found:
-        raise UserError("\n  ".join(["this run would not start:", *problems.found]))
-    logger.info("nothing was written")
+    if not problems.found:
+        logger.info("nothing was written")
 
 
 def measure(job: Job, all_parameters: int, first_step: int) -> Measured:

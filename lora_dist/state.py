@@ -18,6 +18,9 @@ from lora_dist.model import trained_tensors
 
 logger = logging.getLogger(__name__)
 
+KEPT_IN_MEMORY = 2**28
+"""Bytes of the best weights that a process keeps, whatever becomes of the disk: all of LoRA, not all of `full`."""
+
 
 @dataclass
 class Progress:
@@ -113,13 +116,13 @@ class Checkpointer:
         self._identity = identity
         self._keep = keep
         self.saved_step: int | None = None
-        self._unsaved: tuple[int, dict[str, Tensor]] | None = None
+        self._best_weights: tuple[int, dict[str, Tensor]] | None = None
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint of this moment and removes those that are no longer needed.
 
         A disk that is full or gone is no more than said: training goes on, and the next checkpoint may find room. The
-        best weights are kept in memory until then.
+        best weights are kept in memory as well, large ones only where they could not be written.
         """
         content = Checkpoint(
             trained=self._engine.trained(),
@@ -133,9 +136,9 @@ class Checkpointer:
         # The first process decides for all: the statistics of batch norms differ by process.
         (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
         if saved:
-            self.saved_step, self._unsaved = progress.step, None
-        elif progress.best_step == progress.step:
-            self._unsaved = progress.step, content.trained
+            self.saved_step = progress.step
+        if progress.best_step == progress.step:
+            self._best_weights = (progress.step, content.trained) if not saved or _small(content.trained) else None
 
     def _write(self, progress: Progress, content: Checkpoint) -> bool:
         broken = [name for name, tensor in content.trained.items() if not tensor.isfinite().all()]
@@ -193,17 +196,34 @@ class Checkpointer:
         if gone:
             logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
             progress.best_step = progress.best_value = None
+        elif progress.best_step is not None and _small(content.trained):
+            self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).trained
         return progress
 
     def restore_best(self, progress: Progress) -> None:
-        """Puts the weights of the best checkpoint into the model."""
+        """Puts the best weights into the model; where they are lost, the last ones stay, and `best_step` is none."""
         if progress.best_step in (None, progress.step):
             return
-        if self._unsaved is not None and self._unsaved[0] == progress.best_step:
-            self._engine.load_trained(self._unsaved[1])
+        if self._best_weights is not None and self._best_weights[0] == progress.best_step:
+            self._engine.load_trained(self._best_weights[1])
+            return
+        best = self._best(progress)
+        (damage,) = broadcast_object_list([self._engine.accelerator.is_main_process and checkpoint.find_damage(best)])
+        if damage:
+            logger.warning(
+                "the best weights, of update %d, are no longer there (%s): handing over the last ones",
+                progress.best_step,
+                damage,
+            )
+            progress.best_step = progress.best_value = None
         else:
-            self._engine.load_trained(checkpoint.read(self._best(progress)).trained)
+            self._engine.load_trained(checkpoint.read(best).trained)
 
     def _best(self, progress: Progress) -> Path:
         assert progress.best_step is not None
         return checkpoint.path_of(self.directory, progress.best_step)
+
+
+def _small(trained: dict[str, Tensor]) -> bool:
+    """Whether weights may stay in memory beside those that train."""
+    return sum(tensor.nbytes for tensor in trained.values()) <= KEPT_IN_MEMORY

@@ -3,7 +3,7 @@
 from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings
 from lora_dist.contradictions import contradictions
-from lora_dist.errors import Problems, exit_on_user_error
+from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
 from lora_dist.failure import others_told
 from lora_dist.launcher import end_with_launcher
 
@@ -42,24 +42,25 @@ def train(settings: Settings) -> None:
     from lora_dist.writable import require_writable
 
     run, problems = settings.run, Problems(settings.run.dry_run)
-    if settings.data.streaming:
-        streamed.prepare(settings.data)
-    accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
-    output, resumed, publisher = Output(Path(run.output_dir)), None, None
-    with problems.noted():
-        require_writable(output.root)
-        resumed = find_resume(output, run.resume_from_checkpoint)
-    with problems.noted():
-        require_token(settings.hub)
-    if not run.dry_run:
-        publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
+    with problems.told_together():
+        if settings.data.streaming:
+            streamed.prepare(settings.data)
+        accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
+        output, resumed, publisher = Output(Path(run.output_dir)), None, None
+        with problems.noted():
+            require_writable(output.root)
+            resumed = find_resume(output, run.resume_from_checkpoint)
+        with problems.noted():
+            require_token(settings.hub)
+        if not run.dry_run:
+            publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-    parts = assemble(settings, accelerator, output, resumed, publisher, problems)
-    job, progress, handover = parts.job, parts.progress, parts.handover
-    announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
-    if run.dry_run:
-        rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
-        return
+        parts = assemble(settings, accelerator, output, resumed, publisher, problems)
+        job, progress, handover = parts.job, parts.progress, parts.handover
+        announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
+        if run.dry_run:
+            rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
+            return
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
     with stopped_on_request(job, progress):
@@ -85,11 +86,13 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.output import Output, find_resume
     from lora_dist.preflight import Preflight
     from lora_dist.report import write_evaluation
+    from lora_dist.room import require_writable
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
+    require_writable(output.root)
     find_resume(output, None)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("adapter", accelerator):
@@ -108,9 +111,14 @@ def evaluate_only(settings: Settings) -> None:
         settings.data,
     )()
     if accelerator.is_main_process:
-        output.root.mkdir(parents=True, exist_ok=True)
-        write_evaluation(output.evaluation, evaluation, classifier.labels)
-        print(json.dumps({f"eval_{name}": value for name, value in evaluation.metrics.items()}))
+        print(json.dumps({f"eval_{name}": value for name, value in evaluation.metrics.items()}), flush=True)
+        try:
+            output.root.mkdir(parents=True, exist_ok=True)
+            write_evaluation(output.evaluation, evaluation, classifier.labels)
+        except OSError as error:
+            raise TrainingStoppedError(
+                f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."
+            ) from error
     accelerator.end_training()
 
 

@@ -24,3 +24,13 @@ def small_disk(directory: Path, size: str) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "-l", directory], check=True)
+
+
+def fill(directory: Path) -> None:
+    """Leaves no byte free."""
+    with (directory / "ballast").open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**16)):
+                pass
+        except OSError:
+            return

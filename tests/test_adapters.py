@@ -1,6 +1,7 @@
 """LoRA on every architecture: where it goes, that it comes back from disk exactly, and that merging keeps it."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -357,6 +358,33 @@ def test_a_missing_or_damaged_file_is_named(name: str, saved: Path, vit: Path) -
         adapters.load_adapter(_base(vit).model, saved)
     (saved / name).unlink()
     with pytest.raises(UserError, match=f"no {name}"):
+        adapters.load_adapter(_base(vit).model, saved)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"r": "x"},
+        {"r": -1},
+        {"r": 10**9},
+        {"target_modules": 5},
+        {"target_modules": None},
+        {"target_modules": "(((("},
+        {"modules_to_save": 7},
+        {"lora_alpha": "q"},
+        {"rank_pattern": [1]},
+        {"peft_type": None},
+        {"bias": "zzz"},
+        {"use_dora": True},
+        {"layers_pattern": 3},
+        {"megatron_config": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_refused(changed: dict[str, Any], saved: Path, vit: Path) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=re.escape(str(saved))):
         adapters.load_adapter(_base(vit).model, saved)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from disks import small_disk
+from disks import fill, small_disk
 from hub_server import point_client_at, serving
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
-from lora_dist import train
+from lora_dist import checkpoint, state, train
 from lora_dist.bundle import load_classifier
 from lora_dist.tracking import Tracker
 
@@ -25,16 +25,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 8 MB."""
     with small_disk(tmp_path / "disk", "8m") as directory:
         yield directory
-
-
-def _fill(directory: Path) -> None:
-    """Leaves no byte free."""
-    with (directory / "ballast").open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(2**16)):
-                pass
-        except OSError:
-            return
 
 
 def _run(
@@ -89,7 +79,7 @@ def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
         seen.append(saved_in(disk / "run")["step"])
         (disk / "ballast").unlink()
 
-    _run(vit, photos, disk / "run", {3: lambda: _fill(disk), 6: make_room}, monkeypatch)
+    _run(vit, photos, disk / "run", {3: lambda: fill(disk), 6: make_room}, monkeypatch)
     assert seen == [2], "what was saved when the disk was full"
     said = capfd.readouterr().err
     assert "cannot write the checkpoint of update 3: " in said
@@ -132,7 +122,7 @@ def test_a_result_that_cannot_be_written_is_put_elsewhere(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        _run(vit, photos, disk / "run", {3: lambda: _fill(disk)}, monkeypatch)
+        _run(vit, photos, disk / "run", {3: lambda: fill(disk)}, monkeypatch)
     assert end.value.code == 1
     message = capfd.readouterr().err
     assert f"cannot write the result to {disk / 'run'}" in message
@@ -152,7 +142,7 @@ def test_a_stop_that_cannot_be_saved_does_not_say_that_it_was(
     vit: Path, photos: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fill_and_stop() -> None:
-        _fill(disk)
+        fill(disk)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
 
@@ -179,3 +169,36 @@ def test_a_directory_that_is_deleted_gets_all_that_comes_after(
     assert results_of(run)["step"] == 9
     assert [line["step"] for line in lines_of(run) if "train/loss" in line] == list(range(4, 10))
     assert [step for step, _ in scalars_of(run, "train/loss")] == list(range(4, 10))
+
+
+def _spoiling() -> tuple[object, ...]:
+    """A rate so high that the best update is an early one."""
+    return "--learning_rate", 2, "--lr_scheduler_type", "constant"
+
+
+def test_the_best_weights_outlive_a_directory_that_is_deleted(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    _run(vit, photos, undisturbed, {}, monkeypatch, *_spoiling())
+    best = results_of(undisturbed)["best_step"]
+    assert best < 8, "to be deleted after it"
+    _run(vit, photos, run, {best + 1: lambda: shutil.rmtree(run)}, monkeypatch, *_spoiling())
+    assert results_of(run)["best_step"] == best
+    assert _same_adapter(run, undisturbed)
+
+
+def test_weights_too_large_to_keep_in_memory_leave_the_last_ones_when_deleted(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(state, "KEPT_IN_MEMORY", 0)
+    run = tmp_path / "run"
+    _run(vit, photos, run, {8: lambda: shutil.rmtree(run)}, monkeypatch, *_spoiling())
+    assert "are no longer there (no such directory): handing over the last ones" in capfd.readouterr().err
+    results = results_of(run)
+    assert (results["step"], results["best_step"]) == (9, None)
+    last = checkpoint.read(checkpoint.path_of(run / "checkpoints", 9)).trained
+    adapter = adapter_of(run)
+    assert last["base_model.model.classifier.modules_to_save.default.bias"].equal(
+        adapter["base_model.model.classifier.bias"]
+    )

@@ -1,6 +1,7 @@
 """Adapters of old releases: found under their old names, with their numbers, on every architecture."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,40 @@ def test_a_pickle_runs_no_code(guide: Path, capsys: pytest.CaptureFixture[str]) 
     assert "Re-running" not in str(caught.value)
     assert "trusted" not in str(caught.value)
     assert "was run" not in capsys.readouterr().out
+
+
+HOSTILE = {
+    "protocol 2": pickle.dumps(_Attack(), 2),
+    "protocol 4": pickle.dumps(_Attack(), 4),
+    "pop empty": b"\x80\x02.",
+    "pop": b"\x80\x020.",
+    "memo": b"\x80\x02h\x05.",
+    "long": b"\x80\x02\x8a\xff",
+    "tuple": b"\x80\x02\x85.",
+    "build": b"\x80\x02Nb.",
+    "set item": b"\x80\x02}K\x01s.",
+    "reduce": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+    "persistent id": b"\x80\x02K\x01Q.",
+    "list": pickle.dumps([1]),
+    "call": b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R.",
+    "zip": b"PK\x03\x04" + bytes(100),
+    "tar": b"ustar" * 200,
+    "magic number": b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + b"\x80\x02.",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_crafted_pickle_is_refused_in_words(content: bytes, guide: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (guide / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match="peft_0_2 is damaged"):
+        adapter_files.read(guide)
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_keys_that_are_no_names_are_refused(guide: Path) -> None:
+    torch.save({7: torch.ones(1)}, guide / "adapter_model.bin")
+    with pytest.raises(UserError, match="is no dictionary of tensors"):
+        adapter_files.read(guide)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", [1, 2], {"x": 1}])

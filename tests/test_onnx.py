@@ -1,6 +1,9 @@
 """ONNX export: the file says what the model says, carries all that is needed, and is refused where it does not."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,27 @@ def test_what_is_no_file_of_ours_is_refused_by_name(exported: Path, tmp_path: Pa
     onnx.save(proto, tmp_path / "odd.onnx")
     with pytest.raises(UserError, match=r"odd\.onnx: the preprocessing in its metadata cannot be used"):
         load_onnx(tmp_path / "odd.onnx")
+
+
+def test_metadata_that_name_code_neither_run_it_nor_ask(exported: Path, tmp_path: Path) -> None:
+    """Whatever stands on the standard input, such as the answer to somebody else's question."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "evil.py").write_text(
+        f"open({str(tmp_path / 'was_run')!r}, 'w')\nfrom transformers import ViTImageProcessor as Evil\n"
+    )
+    proto = onnx.load(exported)
+    config = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": f"{code}--evil.Evil"}}
+    onnx.helper.set_model_props(proto, {"labels": "[]", "preprocessor_config": json.dumps(config)})
+    onnx.save(proto, tmp_path / "evil.onnx")
+    program = "import sys, pathlib, lora_dist.onnx_model as m; m.load_onnx(pathlib.Path(sys.argv[1]))"
+    result = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "evil.onnx"],
+        input="y\n" * 9, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert not (tmp_path / "was_run").exists()
+    assert "[y/N]" not in result.stdout
+    assert "the preprocessing in its metadata cannot be used" in result.stderr
 
 
 def test_int8_is_smaller_and_its_cost_is_what_can_be_counted(adapter: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from disks import fill, small_disk
 from peft import PeftModel
 from tiny import perturb
 
@@ -120,3 +121,30 @@ def test_a_run_that_lost_the_start_of_pissa_is_refused(vit: Path, tmp_path: Path
     with pytest.raises(UserError, match="adapter_init is gone"):
         Output(tmp_path / "run").begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 4)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rubbish", [b"\xff\xfe\x00", b"a: [", b"- a list"], ids=repr)
+def test_settings_of_before_that_cannot_be_read_are_written_anew(
+    rubbish: bytes, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch("no")
+    output, settings = Output(tmp_path), flatten(Settings())
+    output.config.write_bytes(rubbish)
+    output.begin(settings, SPLITS, model(vit), 0)
+    assert f"cannot read {output.config}" in capsys.readouterr().err
+    assert yaml.safe_load(output.config.read_text(encoding="utf-8"))["seed"] == settings["seed"]
+
+
+def test_settings_stay_where_there_is_no_room_for_new_ones(
+    vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch("no")
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        output, settings = Output(disk), flatten(Settings())
+        output.begin(settings, SPLITS, model(vit), 0)
+        before = output.config.read_bytes(), output.split.read_bytes()
+        fill(disk)
+        output.begin(settings | {"seed": 43}, SPLITS, model(vit), 3)
+        assert (output.config.read_bytes(), output.split.read_bytes()) == before
+        assert not list(disk.glob(".*"))
+    assert f"cannot write {output.config}: No space left on device" in capsys.readouterr().err

@@ -1,14 +1,16 @@
 """A run that has no room or no leave to write does not begin."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disks import small_disk
+from disks import fill, small_disk
 from tiny import make_model
 
 from lora_dist import train
+from lora_dist.bundle import write_model
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
 from lora_dist.model import load_base, make_trainable
@@ -65,3 +67,38 @@ def test_sizes_are_those_of_the_tensors(tuning: str, tmp_path: Path) -> None:
 
 def test_sizes_are_told_in_units_of_their_own() -> None:
     assert [readable(size) for size in (999, 1500, 2_400_000, 57_200_000_000)] == ["999 B", "2 kB", "2.4 MB", "57.2 GB"]
+
+
+@pytest.fixture
+def evaluation(vit: Path, photos: Path, tmp_path: Path) -> list[str]:
+    """Arguments of an evaluation, but for its directory."""
+    base = load_base(str(vit), ["a", "b", "c"])
+    write_model(tmp_path / "model", base.model, base.processor, "")
+    return [
+        "--do_eval_only", "--adapter_name_or_path", str(tmp_path / "model"), "--validation_dir",
+        str(photos / "validation"), "--mixed_precision", "no", "--output_dir",
+    ]  # fmt: skip
+
+
+def test_an_evaluation_that_could_not_be_written_is_not_made(
+    evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(SystemExit) as end:
+        train.main([*evaluation, str(disk / "run")])
+    assert end.value.code == 2
+    said = capfd.readouterr()
+    assert "cannot write there (Read-only file system)" in said.err
+    assert "eval_accuracy" not in said.out
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(
+    evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fill(disk)
+    with pytest.raises(SystemExit) as end:
+        train.main([*evaluation, str(disk / "run")])
+    assert end.value.code == 1
+    said = capfd.readouterr()
+    assert "evaluation.json: No space left on device" in said.err
+    assert "eval_loss" in json.loads(said.out.splitlines()[-1])

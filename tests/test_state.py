@@ -9,7 +9,7 @@ import torch
 from tiny import perturb
 from torch.nn.functional import cross_entropy
 
-from lora_dist import checkpoint
+from lora_dist import checkpoint, state
 from lora_dist.config import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.engine import Engine, make_engine
 from lora_dist.errors import UserError
@@ -128,7 +128,11 @@ def test_the_best_evaluation_is_the_first_of_the_best(lower_is_better: bool, val
     assert (progress.best_step, progress.best_value, progress.stale_evaluations) == (3, values[2], 2)
 
 
-def test_the_best_weights_come_back_at_the_end(vit: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [state.KEPT_IN_MEMORY, 0], ids=["memory", "disk"])
+def test_the_best_weights_come_back_at_the_end(
+    kept: int, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "KEPT_IN_MEMORY", kept)
     one = engine(vit)
     keeper = checkpointer(tmp_path, one)
     train(one, 1)
@@ -140,6 +144,32 @@ def test_the_best_weights_come_back_at_the_end(vit: Path, tmp_path: Path) -> Non
         progress.step = step
         keeper.save(progress)
     assert [path.name[-1] for path in checkpoint.listed(tmp_path)] == ["1", "4", "5"]
+    keeper.restore_best(progress)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in one.trained().items())
+
+
+def test_a_run_that_goes_on_has_the_best_weights_of_before_in_memory(vit: Path, tmp_path: Path) -> None:
+    before, after = engine(vit, moved=True), engine(vit)
+    keeper, best = checkpointer(tmp_path, before), before.trained()
+    keeper.save(Progress(step=1, best_step=1, best_value=0.9))
+    train(before, 1)
+    keeper.save(Progress(step=2, best_step=1, best_value=0.9))
+    resumed = checkpointer(tmp_path, after)
+    progress = resumed.restore(checkpoint.read(checkpoint.path_of(tmp_path, 2)))
+    shutil.rmtree(tmp_path)
+    resumed.restore_best(progress)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in after.trained().items())
+
+
+def test_the_best_weights_that_could_not_be_saved_outlive_the_next_save(vit: Path, tmp_path: Path) -> None:
+    one = engine(vit, moved=True)
+    keeper, best = checkpointer(tmp_path / "there", one), one.trained()
+    (tmp_path / "there").write_text("no directory", encoding="utf-8")
+    keeper.save(Progress(step=1, best_step=1, best_value=0.9))
+    train(one, 1)
+    (tmp_path / "there").unlink()
+    progress = Progress(step=2, best_step=1, best_value=0.9)
+    keeper.save(progress)
     keeper.restore_best(progress)
     assert all(torch.equal(tensor, best[name]) for name, tensor in one.trained().items())
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disks import fill, small_disk
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lora_dist.curves import Lines
 from lora_dist.tracking import Tracker, peak_memory_mb
 
 
@@ -54,6 +56,33 @@ def test_what_an_interrupted_run_logged_beyond_its_checkpoint_is_replaced(tmp_pa
     expected = [(1, 0.5), (2, 1.0), (3, 1.5), (4, 8.0), (5, 10.0), (6, 12.0)]
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == expected
     assert [(event.step, event.value) for event in board(tmp_path).Scalars("train/loss")] == expected
+
+
+def test_bytes_that_are_no_text_among_the_lines_are_dropped(tmp_path: Path) -> None:
+    log(tracker(tmp_path), 1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\x00\n[7]\n")
+    log(tracker(tmp_path, first_step=1), 2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_lines_stay_where_there_is_no_room_to_drop_some(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        log(tracker(disk), 1, 2)
+        before = (disk / "metrics.jsonl").read_bytes()
+        fill(disk)
+        Lines(disk / "metrics.jsonl", 1)
+        assert (disk / "metrics.jsonl").read_bytes() == before
+    assert "No space left on device" in caplog.text
+
+
+def test_a_file_where_the_curves_belong_costs_them_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tensorboard").write_text("a file", encoding="utf-8")
+    one = tracker(tmp_path)
+    log(one, 1)
+    one.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert "TensorBoard" in caplog.text
 
 
 def test_a_run_from_scratch_keeps_nothing_of_the_last_one(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A dry run says what a run will be, and all that speaks against it, and writes nothing."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,29 @@ def test_a_dry_run_says_all_that_speaks_against_the_run(vit: Path, photos: Path,
     assert "--push_to_hub: HF_HUB_OFFLINE is set" in result.stderr
     assert "memory" in result.stdout, "the plan stands there all the same"
     assert (tmp_path / "run").stat().st_mtime_ns == before
+
+
+def test_a_dry_run_that_cannot_go_on_says_all_that_it_found(photos: Path, tmp_path: Path) -> None:
+    """A directory that is in use, data without images, and a model that is none."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    result = train(*_arguments(tmp_path / "model", photos, tmp_path / "run"), "--train_dir", tmp_path / "data",
+                   "--dry_run", code=2)  # fmt: skip
+    for part in ("this run would not start:", "is not empty", f"{tmp_path / 'data'}", "cannot load the base model"):
+        assert result.stderr.count(part) == 1, f"{part}\n{result.stderr}"
+
+
+def test_a_dry_run_whose_update_fails_says_what_it_found_before(vit: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    bad = tmp_path / "train" / "a"
+    shutil.copytree(photos / "train", tmp_path / "train")
+    for path in bad.iterdir():
+        path.write_bytes(b"no image")
+    arguments = _arguments(vit, photos, tmp_path / "run")
+    result = train(*arguments, "--train_dir", tmp_path / "train", "--dry_run", code=2)
+    assert "this run would not start:" in result.stderr
+    assert "is not empty" in result.stderr
+    assert f"{bad}" in result.stderr
