@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+LOWEST := .venv-lowest
 # accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc)
 
@@ -25,10 +26,12 @@ stress: .venv/installed-dev
 
 # With the lowest releases that pyproject.toml allows, in an environment of its own: some gigabytes to download.
 test-lowest:
-	$(PYTHON) -m venv .venv-lowest
-	$(PYTHON) tests/lowest.py > .venv-lowest/requirements.txt
-	.venv-lowest/bin/pip install -q -r .venv-lowest/requirements.txt hypothesis psutil pytest pytest-timeout -e .
-	.venv-lowest/bin/python -m pytest --ignore tests/launch --ignore tests/slurm
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest.py > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/pip install -q -r $(LOWEST)/requirements.txt -e .
+	(date -I; $(LOWEST)/bin/python -V; cat $(LOWEST)/requirements.txt) > tests/lowest.txt
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --ignore tests/launch --ignore tests/slurm > $(LOWEST)/pytest.log; \
+		code=$$?; tail -n 1 $(LOWEST)/pytest.log | tee -a tests/lowest.txt; exit $$code
 
 # Needs Linux and root, for a loopback interface of its own.
 engine-costs: .venv/installed-dev

@@ -177,6 +177,8 @@ def _quantize(proto: Any, out: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # Some releases turn a weight around under its old name, and then refuses the shape that the exporter noted.
+    del proto.graph.value_info[:]
     # It warns, through the root logger, of optimisations that a checked file shall not undergo.
     logging.disable(logging.WARNING)
     try:

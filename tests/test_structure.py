@@ -8,6 +8,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from lowest import lowest
+from packaging.version import Version
 from pydantic import BaseModel
 
 from lora_dist.audit.settings import AuditSettings
@@ -231,3 +233,11 @@ def test_no_two_test_files_have_one_name() -> None:
     """pytest would collect the first and refuse the second."""
     names = [path.name for path in Path(__file__).parent.rglob("*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_no_pinned_release_is_older_than_the_lowest_allowed() -> None:
+    lines = (PACKAGE.parent / "constraints.txt").read_text(encoding="utf-8").split()
+    pinned = dict(line.lower().split("==") for line in lines)
+    for requirement in lowest():
+        name, version = requirement.lower().split("==")
+        assert Version(pinned[name]) >= Version(version), name
