@@ -86,9 +86,9 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.output import Output, find_resume
     from lora_dist.preflight import Preflight
     from lora_dist.report import write_evaluation
-    from lora_dist.room import require_writable
     from lora_dist.runtime import launch
     from lora_dist.transforms import ImageTransforms
+    from lora_dist.writable import require_writable
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
