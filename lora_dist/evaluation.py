@@ -21,6 +21,10 @@ from lora_dist.transforms import ImageTransforms
 SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
 
+class NothingToEvaluateError(UserError):
+    """No validation image can be read; raised on every process."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics of one evaluation, and the row of each sample behind them.
@@ -81,7 +85,7 @@ class Evaluator:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
 
         Raises:
-            UserError: no image can be read.
+            NothingToEvaluateError: no image can be read.
         """
         accelerator = self.accelerator
         loader = evaluation_loader(
@@ -108,7 +112,10 @@ class Evaluator:
         assert np.array_equal(rows, np.unique(rows)), "a sample was counted twice"
         assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
         if not len(rows):
-            raise UserError("none of the validation images can be read")
+            raise NothingToEvaluateError(
+                "none of the validation images can be read: put them right, or name others by --validation_dir or "
+                "--validation_split"
+            )
         results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
             predictions=integers[:, 2],
             references=integers[:, 1],

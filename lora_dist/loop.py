@@ -14,7 +14,7 @@ from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import Settings
 from lora_dist.engine import Engine, share_statistics
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError
-from lora_dist.evaluation import Evaluation, Evaluator
+from lora_dist.evaluation import Evaluation, Evaluator, NothingToEvaluateError
 from lora_dist.loader import batches, train_loader
 from lora_dist.model import set_training
 from lora_dist.order import FILLER, Order
@@ -27,6 +27,10 @@ from lora_dist.tracking import Tracker, Window, peak_memory_mb
 
 MOST_SKIPPED = 32
 """Updates in a row that fp16 loss scaling may leave out; each of them halves the scale, from 65,536."""
+
+
+MOST_BLIND = 32
+"""Updates in a row of which no image can be read, in epochs that are longer."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def fit(job: Job, progress: Progress) -> None:
     Called on every process. Changes `progress` as it goes. The state at the end is saved.
 
     Raises:
-        TrainingStoppedError: the loss is not finite, and the last good state has been saved.
+        TrainingStoppedError: the loss is not finite, and the last good state has been saved; or no image can be read.
         StopRequested: a stop was asked for, and the state saved if that could be.
     """
     window = Window()
@@ -160,7 +164,19 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
     progress.train_seconds += window.end_update(order.samples_in(step))
     progress.samples += order.samples_in(step)
     progress.step += 1
+    progress.blind_updates = progress.blind_updates + 1 if unreadable == order.samples_in(step) else 0
+    if progress.blind_updates >= min(MOST_BLIND, order.steps_per_epoch, job.schedule.total_steps):
+        raise TrainingStoppedError(
+            f"none of the images of the last {progress.blind_updates} updates can be read, up to update "
+            f"{progress.step}; their names and what is wrong with them are above.{_way_on(job)}"
+        )
     job.tracker.advance(progress.step, progress.mean_loss, window.samples_per_second)
+
+
+def _way_on(job: Job) -> str:
+    """Words on where a run that was ended can go on."""
+    saved = job.checkpointer.saved_step
+    return "" if saved is None else f" --resume_from_checkpoint auto goes on from update {saved}."
 
 
 def _leave_out(job: Job, progress: Progress, error: NonFiniteLossError) -> None:
@@ -259,9 +275,18 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
 
 
 def _evaluate(job: Job, progress: Progress) -> Evaluation | None:
-    """Evaluates, logs and notes the result; returns it where it is the best so far."""
+    """Evaluates, logs and notes the result; returns it where it is the best so far.
+
+    Raises:
+        TrainingStoppedError: no image can be read, and what was trained has been saved.
+    """
     share_statistics(job.engine)
-    evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
+    try:
+        evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
+    except NothingToEvaluateError as error:
+        # All processes know of it, so they can save together.
+        _save(job, progress)
+        raise TrainingStoppedError(f"{error}.{_way_on(job)}") from error
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
     job.tracker.scalars(

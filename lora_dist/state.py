@@ -36,6 +36,7 @@ class Progress:
         skipped_updates: updates that were left out, by fp16 loss scaling or because they were not finite.
         skipped_in_a_row: those since the last one that was made.
         unreadable_images: samples that were left out because their images could not be read, each time they came.
+        blind_updates: updates in a row, up to this one, of which no image could be read.
         train_seconds: time spent in updates, evaluation and saving not counted.
         samples: samples trained on in that time.
         grad_norm: of the last update, before clipping.
@@ -55,6 +56,7 @@ class Progress:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     unreadable_images: int = 0
+    blind_updates: int = 0
     train_seconds: float = 0.0
     samples: int = 0
     grad_norm: float = 0.0

@@ -19,6 +19,7 @@ from lora_dist.loader import batches, train_loader
 from lora_dist.model import load_base, make_trainable
 from lora_dist.order import Order, Shuffled
 from lora_dist.runtime import launch
+from lora_dist.train import main
 from lora_dist.transforms import ImageTransforms
 
 CPU = torch.device("cpu")
@@ -130,3 +131,54 @@ def test_two_processes_train_as_one_around_bad_images(vit: Path, tmp_path: Path)
         results = results_of(run)
         assert results["unreadable_images"] == {"train": 2, "validation": 1}
         assert (results["train_samples"], results["eval_samples"]) == (15, 8)
+
+
+def _run(vit: Path, root: Path, *more: object) -> None:
+    main(
+        [str(word) for word in (
+            "--model_name_or_path", vit, "--train_dir", root / "train", "--validation_dir", root / "validation",
+            "--output_dir", root / "run", "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1,
+            "--num_train_epochs", 2, "--mixed_precision", "no", "--dataloader_num_workers", 0,
+            "--on_bad_image", "skip", *more,
+        )]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("--max_train_steps", 2)], ids=["an epoch", "fewer updates"])
+def test_a_run_that_can_read_nothing_does_not_pass_for_one_that_trained(
+    more: tuple[object, ...], vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "validation", per_class=1, first=100)
+    for path in make_folder(tmp_path / "train", per_class=4).rglob("*.png"):
+        _spoil(path)
+    with pytest.raises(SystemExit) as end:
+        _run(vit, tmp_path, *more)
+    assert end.value.code == 1
+    updates = 2 if more else 3
+    assert f"none of the images of the last {updates} updates can be read" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_one_image_in_an_epoch_is_enough_to_go_on(vit: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "validation", per_class=1, first=100)
+    for path in list(make_folder(tmp_path / "train", per_class=4).rglob("*.png"))[1:]:
+        _spoil(path)
+    _run(vit, tmp_path)
+    assert results_of(tmp_path / "run")["unreadable_images"]["train"] == 22
+
+
+def test_an_epoch_is_not_lost_where_no_validation_image_can_be_read(
+    vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "train", per_class=4)
+    for path in make_folder(tmp_path / "validation", per_class=1, first=100).rglob("*.png"):
+        _spoil(path)
+    with pytest.raises(SystemExit) as end:
+        _run(vit, tmp_path)
+    assert end.value.code == 1
+    said = capfd.readouterr().err
+    assert "none of the validation images can be read" in said
+    assert "--resume_from_checkpoint auto goes on from update 3" in said
+    make_folder(tmp_path / "validation", per_class=1, first=100)
+    _run(vit, tmp_path, "--resume_from_checkpoint", "auto")
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "eval/loss" in line] == [3, 6]
