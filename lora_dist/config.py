@@ -142,7 +142,8 @@ class AugmentationSettings(Group):
     horizontal_flip: Probability = 0.5
     """Probability of a left-right flip; 0 for text, digits and other things with a handedness."""
     augment_on_device: bool = False
-    """Resize and flip the crops on the device that trains, a batch at a time, rather than in the worker processes."""
+    """Resize and flip the crops on the device that trains, a batch at a time, rather than in the worker processes; for
+    GPUs: on a CPU it takes longer."""
     random_erasing: Probability = 0.0
     """Probability of erasing a random rectangle."""
     mixup_alpha: NonNegative = 0.0

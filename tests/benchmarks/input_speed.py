@@ -93,7 +93,7 @@ def ours(split: Any, on_device: bool = False, finish: bool = False) -> Callable[
 
 
 def watch_memory(split: Split, cache: Any, epochs: int) -> None:
-    """Writes down, after each epoch, what a loader with two workers keeps in this process and in those."""
+    """Writes down, six times, what a loader with two workers keeps in this process and in those."""
     rows: list[dict[str, object]] = []
     for name, images_split, on_device in (
         ("files", split, False), ("cache", cache, False), ("cache, augment_on_device", cache, True),
@@ -102,7 +102,7 @@ def watch_memory(split: Split, cache: Any, epochs: int) -> None:
         settings = DataSettings(dataloader_num_workers=2)
         loader = train_loader(images, order, 0, epochs * order.steps_per_epoch, settings, CPU)
         for number, _ in enumerate(batches(loader), 1):
-            if number % order.steps_per_epoch == 0:
+            if number % (order.steps_per_epoch * max(1, epochs // 6)) == 0:
                 workers = _children()
                 row: dict[str, object] = {"input": name, "images": len(split), "epoch": number // order.steps_per_epoch}
                 row |= {
