@@ -130,6 +130,17 @@ def test_a_folder_that_may_not_be_read_is_named(closed: str, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("target", ["..", ".", "../.."])
+def test_a_class_that_is_a_link_to_all_classes_is_refused(target: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "in" / "data", classes=("a", "b"), per_class=2)
+    link = tmp_path / "in" / "data" / "up"
+    link.symlink_to(target)
+    assert f"{link} is a link to a folder that it stands in" in refusal(train_dir=tmp_path / "in" / "data")
+    link.unlink()
+    link.symlink_to(make_folder(tmp_path / "other", classes=("deep",), per_class=2))
+    assert load(train_dir=tmp_path / "in" / "data").labels == ["a", "b", "up"]
+
+
 def test_a_validation_folder_with_fewer_folders_on_the_disk_keeps_the_numbers_of_training(tmp_path: Path) -> None:
     make_folder(tmp_path / "train", classes=("a", "b", "c"))
     make_folder(tmp_path / "validation", classes=("c", "b"), per_class=2)
