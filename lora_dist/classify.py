@@ -54,7 +54,8 @@ def find_images(names: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        if Path(name).is_dir():
+        # That of `Path` fails on a name that is too long.
+        if os.path.isdir(name):  # noqa: PTH112
             files = list(image_files(name))
         else:
             files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))

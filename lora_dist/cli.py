@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -190,7 +191,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _find_config(name: str) -> Path:
-    if Path(name).is_file():
+    # That of `Path` fails on a name that is too long.
+    if os.path.isfile(name):  # noqa: PTH113
         return Path(name)
     if name in recipe_names():
         return Path(str(RECIPES / f"{name}.yaml"))
@@ -205,6 +207,8 @@ def _find_config(name: str) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:

@@ -21,6 +21,14 @@ class Group(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _no_null(cls, value: Any) -> Any:
+        """No path, name or label can have a NUL, which only YAML can express."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a NUL character in a text")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _yaml_words(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML 1.1 reads a bare `no` as False, and `yes` as True, which must not pass for the number 1."""
         is_bool = cls.model_fields[str(info.field_name)].annotation is bool

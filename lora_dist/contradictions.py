@@ -1,5 +1,6 @@
 """Which settings of a training run cannot go together, and what is named and is not there."""
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,31 @@ from lora_dist.demo import is_packaged
 def missing_paths(train_dir: str | None, validation_dir: str | None, exclude: str | None) -> Iterator[Problem]:
     """Yields what is named and is not there."""
     for name, path in {"train_dir": train_dir, "validation_dir": validation_dir}.items():
-        if path and not is_packaged(path) and not Path(path).is_dir():
-            yield Problem((name,), f"no such directory: {path}")
-    if exclude and not Path(exclude).is_file():
-        yield Problem(("exclude",), f"no such file: {exclude}")
+        if path and not is_packaged(path):
+            mode, why = _mode(path)
+            if not stat.S_ISDIR(mode):
+                yield Problem((name,), f"{why or 'no such directory'}: {path}")
+    if exclude:
+        mode, why = _mode(exclude)
+        if not stat.S_ISREG(mode):
+            yield Problem(("exclude",), f"{why or 'no such file'}: {exclude}")
+
+
+def impossible_output(output_dir: str) -> Iterator[Problem]:
+    """Yields why nothing can be in a directory, there or not yet, that is named to write to."""
+    _, why = _mode(output_dir)
+    if why:
+        yield Problem(("output_dir",), f"{why}: {output_dir}")
+
+
+def _mode(path: str) -> tuple[int, str]:
+    """What a path is, 0 if it is nothing; and why that cannot be told, such as that its name is too long."""
+    try:
+        return Path(path).stat().st_mode, ""
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, ""
+    except (OSError, ValueError) as error:
+        return 0, (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def contradictions(settings: Settings) -> Iterator[Problem]:
@@ -44,6 +66,7 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
     if data.exclude and data.dataset_name:
         yield Problem(("exclude", "dataset_name"), "a list of files goes with folders of them")
     yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
+    yield from impossible_output(run.output_dir)
     if settings.augmentation.augment_on_device and settings.augmentation.augmentation != "basic":
         text = "crops and flips are made on the device, and what comes after them in the workers: take basic or drop it"
         yield Problem(("augment_on_device", "augmentation"), text)

@@ -3,12 +3,16 @@
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from lora_dist import demo
@@ -23,6 +27,9 @@ from lora_dist.shards import load_alone
 from lora_dist.splits import Encoded, Reader, TrainingSplit
 
 logger = logging.getLogger(__name__)
+
+BEGINNING = 2**20
+"""Bytes of a file that its split is recognized by."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,51 @@ class Split:
         return replace(self, rows=self.rows[places], labels=self.labels[places])
 
     def fingerprint(self) -> str:
+        """Digest of what the data was when this was first asked for: rows, labels and sizes of all samples, names and
+        beginnings of some. Times do not count: they differ between copies on several machines."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        digest.update(self.rows.astype(np.int64).tobytes())
-        digest.update(self.labels.astype(np.int64).tobytes())
+        for numbers in (self.rows, self.labels, self._sizes()):
+            digest.update(numbers.astype(np.int64).tobytes())
         for cell in self.table.select(self.rows[:: max(1, len(self) // 64)])[self.column]:
-            _, name = from_cell(cell)
+            source, name = from_cell(cell)
             digest.update(os.path.basename(name).encode())
+            digest.update(source[:BEGINNING] if isinstance(source, bytes) else _beginning(source))
         return digest.hexdigest()[:16]
+
+    def _sizes(self) -> np.ndarray:
+        """Bytes of each sample's file, shape [N], 0 for what is none; those in the table are counted, and not read."""
+        sizes: list[int] = []
+        for batch in self.table.with_format("arrow").iter(1000):
+            cells = batch[self.column]
+            if not pa.types.is_struct(cells.type):
+                return np.zeros(len(self))
+            lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+            paths = pc.struct_field(cells, "path").to_pylist()
+            sizes += (_size(path) if length is None else length for path, length in zip(paths, lengths, strict=True))
+        return np.array(sizes)[self.rows]
+
+
+def _size(path: str | None) -> int:
+    try:
+        status = os.stat(path or "")  # noqa: PTH116
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _beginning(source: Any) -> bytes:
+    """Of a file; nothing of what is none or cannot be read, of which training tells."""
+    if not isinstance(source, str) or not _size(source):
+        return b""
+    try:
+        with Path(source).open("rb") as file:
+            return file.read(BEGINNING)
+    except OSError:
+        return b""
 
 
 @dataclass(frozen=True)

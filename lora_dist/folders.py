@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_dist.errors import UserError
-from lora_dist.images import is_image_name, visible_files
+from lora_dist.images import is_image_name, leads_back, visible_files
 
 
 class ClassFolders(NamedTuple):
@@ -44,6 +44,8 @@ def read_class_folders(directory: str) -> ClassFolders:
     labels: list[int] = []
     ignored = [str(entry) for entry in visible if not entry.is_dir()]
     for place, name in enumerate(classes):
+        if leads_back(root / name):
+            raise UserError(f"{root / name} is a link to a folder that it stands in: remove it")
         for file in visible_files(root / name):
             if is_image_name(file):
                 paths.append(file)

@@ -91,8 +91,11 @@ def local_directory(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     match = _NAME.fullmatch(name)
-    if Path(name).is_dir() or not match:
-        return Path(name)
+    try:
+        if Path(name).is_dir() or not match:
+            return Path(name)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}; name a directory, or what the Hub has") from error
     repository, revision = match.groups()
     missing = f"no such directory: {name}; and from the Hub it cannot be had:"
     try:

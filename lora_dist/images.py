@@ -38,7 +38,7 @@ def visible_files(directory: str | Path) -> Iterator[str]:
     """
     for folder, folders, files in os.walk(directory, onerror=_refuse, followlinks=True):
         folders[:] = sorted(
-            inner for inner in folders if not inner.startswith(".") and not _leads_back(Path(folder, inner))
+            inner for inner in folders if not inner.startswith(".") and not leads_back(Path(folder, inner))
         )
         yield from (os.path.join(folder, file) for file in sorted(files) if not file.startswith("."))
 
@@ -47,7 +47,7 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
 
 
-def _leads_back(folder: Path) -> bool:
+def leads_back(folder: Path) -> bool:
     """Whether a folder is a link to one on the way to it, where a walk would go round for ever."""
     return folder.is_symlink() and any(parent.resolve() == folder.resolve() for parent in folder.absolute().parents)
 

@@ -1,8 +1,8 @@
 """Settings of the prediction command, their help, and what contradicts what."""
 
 import math
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -34,7 +34,7 @@ class ModelSource(Group):
         named = []
         for word in self.adapter:
             name, equals, place = word.partition("=")
-            named.append((name, place) if equals and not Path(word).exists() else (word, word))
+            named.append((name, place) if equals and not os.path.lexists(word) else (word, word))
         return named
 
     @property

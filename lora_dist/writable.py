@@ -14,15 +14,26 @@ def require_writable(root: Path, flag: str = "--output_dir") -> None:
     """Raises a `UserError` that names the flag unless files can be made below a directory, there or not yet."""
     there = root.absolute()
     try:
-        while not there.exists():
+        while not _is_there(there):
             there = there.parent
+        for part in root.absolute().relative_to(there).parts:
+            # Whether it could be: a name can be too long.
+            _is_there(there / part)
         with tempfile.TemporaryFile(dir=there):
             return
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(
-            f"{flag} {root}: cannot write there ({error.strerror or error}); name a directory that is writable "
-            f"from this machine"
+            f"{flag} {root}: cannot write there ({why}); name a directory that is writable from this machine"
         ) from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,17 @@ def test_a_folder_that_may_not_be_read_is_named(closed: str, tmp_path: Path) -> 
     assert result.stderr.splitlines()[-1] == (
         f"lora_dist.errors.UserError: {root / closed}: Permission denied; all of the data has to be readable"
     )
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../.."])
+def test_a_class_that_is_a_link_to_all_classes_is_refused(target: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "in" / "data", classes=("a", "b"), per_class=2)
+    link = tmp_path / "in" / "data" / "up"
+    link.symlink_to(target)
+    assert f"{link} is a link to a folder that it stands in" in refusal(train_dir=tmp_path / "in" / "data")
+    link.unlink()
+    link.symlink_to(make_folder(tmp_path / "other", classes=("deep",), per_class=2))
+    assert load(train_dir=tmp_path / "in" / "data").labels == ["a", "b", "up"]
 
 
 def test_a_validation_folder_with_fewer_folders_on_the_disk_keeps_the_numbers_of_training(tmp_path: Path) -> None:
@@ -271,6 +283,53 @@ def test_the_fingerprint_needs_no_file_names(tmp_path: Path) -> None:
     relabelled = replace(split, labels=1 - split.labels)
     assert relabelled.fingerprint() != split.fingerprint()
     assert replace(split, labels=split.labels.copy()).fingerprint() == split.fingerprint()
+
+
+def test_the_fingerprint_tells_changed_files_apart_and_copies_not(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return load(train_dir=tmp_path, validation_dir=tmp_path).train.fingerprint()
+
+    make_folder(tmp_path, classes=("a", "b"), per_class=100)
+    before, file = fingerprint(), tmp_path / "a" / "000.png"
+    os.utime(file, (1, 1))
+    assert fingerprint() == before, "times are those of the copy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    assert fingerprint() != before, "of some files the content counts"
+    file.write_bytes(content)
+    assert fingerprint() == before
+    seen = {before}
+    for number in (50, 51, 52, 53):
+        (tmp_path / "a" / f"{number:03d}.png").write_bytes(content + b"x" * number)
+        seen.add(fingerprint())
+    assert len(seen) == 5, "of all files the size counts"
+    (tmp_path / "b" / "033.png").unlink()
+    (tmp_path / "b" / "033.png").symlink_to("nowhere")
+    assert fingerprint() not in seen
+
+
+def test_the_fingerprint_tells_embedded_images_apart(tmp_path: Path) -> None:
+    features = _features(ClassLabel(names=["x", "y"]))
+    prints = set()
+    for number, places in enumerate(([0] * 8, [0] * 7 + [1], [0] * 3 + [1] + [0] * 4)):
+        _saved(tmp_path / str(number), {"image": _cells(places), "label": [0, 1] * 4}, features)
+        data = load(dataset_name=tmp_path / str(number), train_val_split=0.5, seed=1)
+        prints.add((data.train.fingerprint(), data.validation.fingerprint()))
+    assert len(prints) == 3
+
+
+@pytest.mark.timeout(60)
+def test_the_fingerprint_of_very_many_files_takes_no_time(tmp_path: Path) -> None:
+    for folder in range(100):
+        (tmp_path / f"{folder:03d}").mkdir()
+        for number in range(200):
+            (tmp_path / f"{folder:03d}" / f"{number}.png").write_bytes(b"x")
+    data = load(train_dir=tmp_path, validation_dir=tmp_path)
+    start = time.process_time()
+    first = data.train.fingerprint()
+    assert time.process_time() - start < 2
+    (tmp_path / "000" / "0.png").unlink()
+    assert data.train.fingerprint() == first, "once for a run, as it began"
 
 
 # Files left out

@@ -5,24 +5,29 @@ import io
 import json
 import random
 import struct
+import subprocess
 import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import unprivileged
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import make_image, perturb
+from tiny import make_folder, make_image, perturb
 
 from lora_dist import bundle, predict
+from lora_dist.audit.settings import AuditSettings
+from lora_dist.audit.settings import contradictions as audit_contradictions
 from lora_dist.cli import flat_fields, parse
 from lora_dist.config import LoraSettings, ModelSettings, Settings
 from lora_dist.contradictions import contradictions
 from lora_dist.errors import UserError
 from lora_dist.images import UnreadableImageError, load_rgb
 from lora_dist.model import load_base, make_trainable
+from lora_dist.writable import require_writable
 
 EXAMPLES = 200
 NAMES = sorted(flat_fields(Settings))
@@ -60,6 +65,62 @@ def test_any_bytes_in_place_of_a_config_are_settings_or_an_error(tmp_path: Path,
 @given(st.lists(st.sampled_from([f"--{name}" for name in NAMES]) | st.text(max_size=10), max_size=8))
 def test_any_words_are_settings_or_an_error(words: list[str]) -> None:
     _parse(words)
+
+
+LONG = "x" * 300
+ODD_PATHS = st.text(alphabet="a/.~\0\n\ud800", max_size=12) | st.sampled_from([LONG, f"new/{LONG}", f"{LONG}/new", ""])
+
+
+@quick
+@given(ODD_PATHS, ODD_PATHS, ODD_PATHS)
+def test_any_path_is_one_or_an_error(tmp_path: Path, data: str, exclude: str, output: str) -> None:
+    """Below an existing folder, so that nothing is met by chance, and as a place to write to."""
+    root = tmp_path / "file"
+    root.touch(exist_ok=True)
+    paths = {"train_dir": data, "exclude": exclude, "output_dir": output}
+    for base in (f"{tmp_path}/", f"{root}/", ""):
+        arguments = [f"--{name}={base}{path}" for name, path in paths.items()]
+        for kind, check in ((Settings, contradictions), (AuditSettings, audit_contradictions)):
+            with suppress(UserError, SystemExit):
+                parse(kind, arguments, prog="p", description="", contradictions=check)
+        with suppress(UserError):
+            require_writable(Path(base + output))
+
+
+@pytest.mark.parametrize("name", ["new/" + LONG, "closed/x"])
+def test_a_path_that_cannot_be_is_named_by_its_flag(name: str, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    code = """if True:
+        import sys
+        from lora_dist import audit, predict, train
+        from lora_dist.audit.__main__ import main
+        from lora_dist.errors import UserError
+        path = eval(sys.argv[1])
+        def refusal(command, *words):
+            try:
+                command(list(words))
+            except SystemExit as end:
+                print(command.__module__, end.code, file=sys.stderr)
+        here = sys.argv[2]
+        refusal(train.main, "--train_dir", path, "--exclude", path)
+        refusal(train.main, "--train_dir", here, "--output_dir", path)
+        refusal(train.main, "--config", path)
+        refusal(main, "--train_dir", here, "--output_dir", path)
+        refusal(predict.main, "--adapter", path, "--images", here)
+        refusal(predict.main, "--adapter", here, "--images", path)
+    """
+    make_folder(tmp_path / "photos")
+    arguments = unprivileged.python("-c", code, repr(f"{tmp_path}/{name}"), tmp_path / "photos")
+    try:
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("lora_dist.")] == [
+        *["lora_dist.train 2"] * 3, "lora_dist.audit.__main__ 2", *["lora_dist.predict 2"] * 2
+    ]  # fmt: skip
+    for flag in ("train_dir", "exclude", "output_dir", "config", "images"):
+        assert f"--{flag}" in result.stderr
 
 
 def _encoded(kind: str) -> bytes:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from lora_dist.config import Count, Group, NonNegative, Problem
-from lora_dist.contradictions import missing_paths
+from lora_dist.contradictions import impossible_output, missing_paths
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
@@ -58,7 +58,11 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     data = settings.data
     if not data.train_dir:
         yield Problem(("train_dir",), "no data: give a folder of images")
-    yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
+    paths = (data.train_dir, data.validation_dir, data.exclude)
+    wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
+    yield from wrong
+    if wrong:
+        return
     output = Path(settings.run.output_dir).resolve()
     for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
         if directory and output.is_relative_to(Path(directory).resolve()):
