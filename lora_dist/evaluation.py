@@ -1,18 +1,20 @@
 """Exact metrics over the whole validation split: every sample once, for any number of processes and any remainder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from lora_dist.batch import Batch
 from lora_dist.config import DataSettings
 from lora_dist.data import Split
-from lora_dist.errors import UserError
+from lora_dist.errors import ProcessError, UserError
 from lora_dist.loader import batches, evaluation_loader
 from lora_dist.metric import ClassificationMetric
 from lora_dist.order import FILLER
@@ -86,6 +88,7 @@ class Evaluator:
 
         Raises:
             NothingToEvaluateError: no image can be read.
+            ProcessError: the device has no memory left.
         """
         accelerator = self.accelerator
         loader = evaluation_loader(
@@ -100,7 +103,8 @@ class Evaluator:
         self.model.eval()
         parts = []
         for batch in batches(loader, accelerator.device):
-            parts.append(_rows(self.model, batch))
+            with self._room_named():
+                parts.append(_rows(self.model, batch))
             after_batch()
         integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), FILLER)
         reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
@@ -131,6 +135,19 @@ class Evaluator:
             confidences=self._by_row(rows, reals[:, 0], np.nan),
             losses=self._by_row(rows, reals[:, 1], np.nan),
         )
+
+    @contextmanager
+    def _room_named(self) -> Iterator[None]:
+        """Names the setting that an evaluation without enough memory depends on."""
+        try:
+            yield
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise ProcessError(
+                    f"out of memory in an evaluation: {error}\nGo on with a lower --per_device_eval_batch_size, which "
+                    f"is {self.batch_size}; a training goes on by --resume_from_checkpoint auto."
+                ) from error
+            raise
 
     def _by_row(self, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
         """One value for each sample of the split."""

@@ -165,13 +165,18 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions, hardware and git state, for the record of a run."""
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _processor()
     return {
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "device": device,
         "num_processes": accelerator.num_processes,
         "distributed_type": str(accelerator.distributed_type.value),
         "mixed_precision": accelerator.mixed_precision,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(Path(__file__).parent),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what a result depends on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def _processor() -> str:
@@ -183,15 +188,17 @@ def _processor() -> str:
     return f"{name or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _git_commit() -> str | None:
-    """The commit of the working directory, with `+` where it has changes; None outside a repository."""
+def git_commit(directory: Path) -> str | None:
+    """The commit of the code in a directory, with `+` where that has changes; None where it is not under git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=directory, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        # An environment may lie in the repository of another project, which does not keep what is installed.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changes else "")

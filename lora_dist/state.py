@@ -15,6 +15,7 @@ from lora_dist.checkpoint import Checkpoint
 from lora_dist.engine import Engine
 from lora_dist.errors import UserError
 from lora_dist.model import trained_tensors
+from lora_dist.runtime import versions
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class Checkpointer:
                 "progress": asdict(progress),
                 "identity": self._identity,
                 "scaler": self._engine.scaler_state(),
+                "versions": versions(),
             },
         )
         # The first process decides for all: the statistics of batch norms differ by process.
@@ -175,6 +177,7 @@ class Checkpointer:
                 "\n  ".join(["the checkpoint is of another run:", *changes])
                 + "\nUse the settings of that run (its config.yaml), or another --output_dir."
             )
+        _tell_other_versions(content.state.get("versions", {}))
         # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
         expected = {
             name: tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -229,3 +232,15 @@ class Checkpointer:
 def _small(trained: dict[str, Tensor]) -> bool:
     """Whether weights may stay in memory beside those that train."""
     return sum(tensor.nbytes for tensor in trained.values()) <= KEPT_IN_MEMORY
+
+
+def _tell_other_versions(before: dict[str, str]) -> None:
+    """Says which releases differ from those that wrote a checkpoint."""
+    now = versions()
+    changed = [name for name, version in before.items() if now.get(name) != version]
+    if changed:
+        logger.warning(
+            "the checkpoint is of %s, and this is %s: numbers may differ from those of an unbroken run",
+            ", ".join(f"{name} {before[name]}" for name in changed),
+            ", ".join(f"{name} {now.get(name)}" for name in changed),
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import ROOT, TIMEOUT, environment, lines_of, train
-from tiny import make_folder
+from tiny import make_folder, make_model
 
 from lora_dist.batch_size import _sizes
 
@@ -75,3 +75,42 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
         [line["train/loss"] for line in lines_of(tmp_path / run) if "train/loss" in line] for run in ("one", "two")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+EVALUATED = """
+import resource, sys
+from lora_dist import evaluation, train
+rows = evaluation._rows
+
+def limited(*arguments):
+    before = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (before + 20 * 2**20, resource.RLIM_INFINITY))
+    try:
+        return rows(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+evaluation._rows = limited
+train.main(sys.argv[1:])
+"""
+
+
+def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> None:
+    """Of 120 images at a time, what one layer says of them takes 24 MB."""
+    make_model(tmp_path / "vit", image_size=224)
+    make_folder(tmp_path / "photos", per_class=40)
+    (tmp_path / "limited.py").write_text(EVALUATED, encoding="utf-8")
+    arguments = (
+        "--model_name_or_path", tmp_path / "vit", "--train_dir", tmp_path / "photos",
+        "--validation_dir", tmp_path / "photos",
+        "--per_device_train_batch_size", 4, "--max_train_steps", 1, "--output_dir", tmp_path / "run",
+        "--mixed_precision", "no", "--gradient_accumulation_steps", 1,
+    )  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, tmp_path / "limited.py", *map(str, arguments)],
+        capture_output=True, text=True, timeout=TIMEOUT, env=environment(PYTHONPATH=str(ROOT)), check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "error: out of memory in an evaluation: " in result.stderr
+    assert "a lower --per_device_eval_batch_size, which is 128" in result.stderr
+    assert "Traceback" not in result.stderr

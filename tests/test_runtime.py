@@ -2,13 +2,15 @@
 
 import logging
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from lora_dist.errors import UserError
-from lora_dist.runtime import PACKAGES, choose_precision, environment, launch, prepare_fsdp
+from lora_dist.runtime import PACKAGES, choose_precision, environment, git_commit, launch, prepare_fsdp
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,32 @@ def test_the_record_of_a_run_names_versions_and_hardware() -> None:
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["num_processes"] == 1
     assert record["device"]
+
+
+def test_the_commit_on_record_is_that_of_the_code_and_not_of_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the working directory, nor of a project in whose environment the code is installed."""
+
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x")
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    code, installed = tmp_path / "code", tmp_path / ".venv" / "code"
+    for directory in (code, installed):
+        directory.mkdir(parents=True)
+        (directory / "__init__.py").write_text("", encoding="utf-8")
+    assert git_commit(code) is None
+    git("init")
+    git("add", "code")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert git_commit(code) == commit
+    assert git_commit(installed) is None
+    (code / "__init__.py").write_text("x = 1", encoding="utf-8")
+    assert git_commit(code) == f"{commit}+"
+    before = environment(launch("no"))["git_commit"]
+    monkeypatch.chdir(tmp_path)
+    assert environment(launch("no"))["git_commit"] == before

@@ -98,6 +98,24 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(
         checkpointer(tmp_path, one, **{name: value}).restore(content)
 
 
+@pytest.mark.parametrize("before", [{"torch": "1.0", "peft": "0.0"}, None], ids=["others", "not written down"])
+def test_a_checkpoint_of_other_releases_is_gone_on_from_with_a_word(
+    before: dict[str, str] | None, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = engine(vit)
+    checkpointer(tmp_path, one).save(Progress(step=1))
+    content = checkpoint.read(checkpoint.path_of(tmp_path, 1))
+    checkpointer(tmp_path, one).restore(content)
+    assert "may differ" not in capsys.readouterr().err
+    versions = content.state.pop("versions")
+    if before:
+        content.state["versions"] = versions | before
+    assert checkpointer(tmp_path, one).restore(content) == Progress(step=1)
+    said = capsys.readouterr().err
+    assert ("the checkpoint is of torch 1.0, peft 0.0, and this is" in said) == bool(before)
+    assert ("may differ" in said) == bool(before)
+
+
 def test_a_checkpoint_of_other_targets_is_refused(vit: Path, tmp_path: Path) -> None:
     checkpointer(tmp_path, engine(vit)).save(Progress())
     content = checkpoint.read(checkpoint.path_of(tmp_path, 0))
