@@ -386,6 +386,8 @@ def test_ctrl_c_ends_everything_at_once_and_without_a_traceback(work: str, secon
     parent = subprocess.Popen(
         [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # Whoever runs the tests in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         workers = workers_of(parent)
