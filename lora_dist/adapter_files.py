@@ -123,7 +123,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         # torch would advise to run whatever code is in it.
         raise UserError(
             f"{damaged} {file.name} is no pickle of tensors alone, and is not opened. Ask whoever made it for "
-            f"{WEIGHTS}, or to save the tensors alone"
+            f"{WEIGHTS}, or for a file that torch.load reads with weights_only=True"
         ) from error
     except MemoryError:
         raise

@@ -27,6 +27,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def misled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `photos`, but the validation images are under other names: the more is learned, the worse it gets."""
+    root = tmp_path_factory.mktemp("misled")
+    make_folder(root / "train", per_class=(11, 9, 7))
+    make_folder(root / "validation", classes=("b", "c", "a"), per_class=3, first=100)
+    return root
+
+
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of each supported architecture in turn, on disk; the directory has the architecture's name."""

@@ -171,29 +171,24 @@ def test_a_directory_that_is_deleted_gets_all_that_comes_after(
     assert [step for step, _ in scalars_of(run, "train/loss")] == list(range(4, 10))
 
 
-def _spoiling() -> tuple[object, ...]:
-    """A rate so high that the best update is an early one."""
-    return "--learning_rate", 2, "--lr_scheduler_type", "constant"
-
-
 def test_the_best_weights_outlive_a_directory_that_is_deleted(
-    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit: Path, misled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    _run(vit, photos, undisturbed, {}, monkeypatch, *_spoiling())
+    _run(vit, misled, undisturbed, {}, monkeypatch)
     best = results_of(undisturbed)["best_step"]
     assert best < 8, "to be deleted after it"
-    _run(vit, photos, run, {best + 1: lambda: shutil.rmtree(run)}, monkeypatch, *_spoiling())
+    _run(vit, misled, run, {best + 1: lambda: shutil.rmtree(run)}, monkeypatch)
     assert results_of(run)["best_step"] == best
     assert _same_adapter(run, undisturbed)
 
 
 def test_weights_too_large_to_keep_in_memory_leave_the_last_ones_when_deleted(
-    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    vit: Path, misled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(state, "KEPT_IN_MEMORY", 0)
     run = tmp_path / "run"
-    _run(vit, photos, run, {8: lambda: shutil.rmtree(run)}, monkeypatch, *_spoiling())
+    _run(vit, misled, run, {8: lambda: shutil.rmtree(run)}, monkeypatch)
     assert "are no longer there (no such directory): handing over the last ones" in capfd.readouterr().err
     results = results_of(run)
     assert (results["step"], results["best_step"]) == (9, None)

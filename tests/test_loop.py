@@ -54,10 +54,8 @@ def test_a_run_that_gets_better_does_not_stop_early(vit: Path, photos: Path, tmp
     assert results["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_what_is_handed_over_is_the_best_and_not_the_last(vit: Path, photos: Path, tmp_path: Path) -> None:
-    """A rate this high spoils what the first updates reach."""
-    more = ("--metric_for_best_model", "loss", "--learning_rate", 0.5, "--lr_scheduler_type", "constant")
-    _run(vit, photos, tmp_path, *more)
+def test_what_is_handed_over_is_the_best_and_not_the_last(vit: Path, misled: Path, tmp_path: Path) -> None:
+    _run(vit, misled, tmp_path, "--metric_for_best_model", "loss")
     losses = {line["step"]: line["eval/loss"] for line in lines_of(tmp_path) if "eval/loss" in line}
     results = results_of(tmp_path)
     best = min(losses, key=lambda step: losses[step])
