@@ -30,7 +30,8 @@ test-lowest:
 	$(PYTHON) tests/lowest.py > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/pip install -q -r $(LOWEST)/requirements.txt -e .
 	(date -I; $(LOWEST)/bin/python -V; cat $(LOWEST)/requirements.txt) > tests/lowest.txt
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --ignore tests/launch --ignore tests/slurm > $(LOWEST)/pytest.log; \
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/launch --ignore tests/slurm \
+		> $(LOWEST)/pytest.log; \
 		code=$$?; tail -n 1 $(LOWEST)/pytest.log | tee -a tests/lowest.txt; exit $$code
 
 # Needs Linux and root, for a loopback interface of its own.

@@ -63,8 +63,8 @@ def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
 
 
 def is_one_function(layer: nn.Module, x: Tensor) -> bool:
-    function = layer(x.requires_grad_()).grad_fn
-    return "_LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(function)}
+    output = layer(x.requires_grad_())  # which keeps its graph
+    return "_LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(output.grad_fn)}
 
 
 def _nodes(function: object) -> list[object]:
