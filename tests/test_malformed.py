@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import random
+import signal
 import struct
 import subprocess
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,15 @@ def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def own_process() -> Iterator[None]:
+    """`predict` makes a closed pipe end its process, and this one has other tests to run."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)
+
+
+@pytest.mark.usefixtures("own_process")
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_every_spoiled_file_gets_one_clean_row(form: str, adapter: Path, tmp_path: Path) -> None:
     """Names and labels with quotes, commas, line ends, HTML and emoji among them."""
