@@ -32,6 +32,9 @@ ELASTIC = ("single", "ddp", "zero2", "zero3")
 PAIRS = [*itertools.product(ELASTIC, ELASTIC), ("single", "fsdp2"), ("fsdp2", "single"), ("fsdp2", "fsdp2")]
 STEPS, MIDDLE = 8, 3
 
+# A dozen launches come before the first test, and DeepSpeed compiles in one of them.
+pytestmark = pytest.mark.timeout(1500)
+
 
 def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *more: object) -> Path:
     """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine."""
