@@ -167,7 +167,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
             logger.warning("listening on %s: whoever reaches this machine can use it, without a password", shown)
         logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-        try:
+        # uvicorn passes the interrupt on once it has ended, unless whoever started this has it ignored.
+        with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            logger.info("stopped")
+        logger.info("stopped")
