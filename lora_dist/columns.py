@@ -1,9 +1,11 @@
-"""Which columns of a data set hold the images and the labels, and how the classes are named."""
+"""Which columns of a data set hold the images and the labels, what is in them, and how the classes are named."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import ClassLabel, Image, Value
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Image, Value
 
 from lora_dist.errors import UserError
 
@@ -21,6 +23,19 @@ def find_image_column(features: Mapping[str, Any]) -> str:
         found = "no column" if not columns else f"columns {', '.join(columns)}"
         raise UserError(f"{found} of images in the data set; name one with --image_column_name: {', '.join(features)}")
     return columns[0]
+
+
+def holds_files(table: Dataset, column: str) -> bool:
+    """Whether the images of a column are files, in the table or beside it, and not arrays of numbers."""
+    return pa.types.is_struct(table.data.schema.field(column).type)
+
+
+def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | None]]:
+    """Yields the path of each file, and how many bytes of it are in the table, None for a file that is beside it."""
+    for batch in table.with_format("arrow").iter(1000):
+        cells = batch[column]
+        lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+        yield from zip(pc.struct_field(cells, "path").to_pylist(), lengths, strict=True)
 
 
 def find_label_column(features: Mapping[str, Any]) -> str:

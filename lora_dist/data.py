@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from lora_dist import demo
-from lora_dist.columns import class_names, find_image_column, find_label_column, require_columns
+from lora_dist.columns import (
+    class_names,
+    files_of,
+    find_image_column,
+    find_label_column,
+    holds_files,
+    require_columns,
+)
 from lora_dist.config import DataSettings
 from lora_dist.errors import UserError
 from lora_dist.exclusions import absolute, read_exclusions
@@ -97,14 +102,9 @@ class Split:
 
     def _sizes(self) -> np.ndarray:
         """Bytes of each sample's file, shape [N], 0 for what is none; those in the table are counted, and not read."""
-        sizes: list[int] = []
-        for batch in self.table.with_format("arrow").iter(1000):
-            cells = batch[self.column]
-            if not pa.types.is_struct(cells.type):
-                return np.zeros(len(self))
-            lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
-            paths = pc.struct_field(cells, "path").to_pylist()
-            sizes += (_size(path) if length is None else length for path, length in zip(paths, lengths, strict=True))
+        if not holds_files(self.table, self.column):
+            return np.zeros(len(self))
+        sizes = [_size(path) if length is None else length for path, length in files_of(self.table, self.column)]
         return np.array(sizes)[self.rows]
 
 

@@ -70,12 +70,13 @@ class Problems:
         except UserError as error:
             if not self.found:
                 raise
-            raise type(error)(self._listed([*self.found, str(error)])) from error
+            raise type(error)(_listed([*self.found, str(error)])) from error
         if self.found:
-            raise UserError(self._listed(self.found))
+            raise UserError(_listed(self.found))
 
-    def _listed(self, messages: list[str]) -> str:
-        return "\n  ".join(["this run would not start:", *messages])
+
+def _listed(messages: list[str]) -> str:
+    return "\n  ".join(["this run would not start:", *messages])
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import xxhash
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from lora_dist.columns import files_of, holds_files
 from lora_dist.data import Split
 from lora_dist.errors import UserError
 from lora_dist.images import UnreadableImageError, opened
@@ -299,14 +298,10 @@ def _fingerprint(images: Split, size: tuple[int, int]) -> str:
     digest = xxhash.xxh3_128(repr((FORMAT, MARGIN, size, len(table))).encode())
     for file in table.cache_files:
         digest.update(repr((file["filename"], _stamp(file["filename"]))).encode())
-    for batch in table.with_format("arrow").iter(1000):
-        cells = batch[column]
-        if not pa.types.is_struct(cells.type):
-            raise UserError(f"--cache_dir: column {column} holds no image files: train without a cache")
-        paths = pc.struct_field(cells, "path").to_pylist()
-        lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
-        for path, length in zip(paths, lengths, strict=True):
-            digest.update(repr((path, _stamp(path) if length is None else length)).encode())
+    if not holds_files(table, column):
+        raise UserError(f"--cache_dir: column {column} holds no image files: train without a cache")
+    for path, length in files_of(table, column):
+        digest.update(repr((path, _stamp(path) if path and length is None else length)).encode())
     return digest.hexdigest()
 
 

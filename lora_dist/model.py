@@ -78,11 +78,9 @@ def load_base(
         config = AutoConfig.from_pretrained(name, **source, **labelled)
         if init_from_config:
             config.architectures = config.architectures or []
-            model, missing = (
-                AutoModelForImageClassification.from_config(
-                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
-                ),
-                [],
+            missing: list[str] = []
+            model = AutoModelForImageClassification.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
         else:
             model, loading = AutoModelForImageClassification.from_pretrained(

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_dist.errors import UserError
 from lora_dist.model import count_parameters, trained_tensors
+from lora_dist.writable import standing
 
 MOMENTS = 2
 SAFETY = 1.1
@@ -50,10 +51,7 @@ class Sizes:
 
 def free_bytes(root: Path) -> int:
     """Room on the disk of a directory, which need not be there yet."""
-    there = root.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(standing(root)).free
 
 
 def require_room(root: Path, sizes: Sizes) -> None:

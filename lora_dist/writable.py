@@ -12,10 +12,8 @@ from lora_dist.errors import UserError
 
 def require_writable(root: Path, flag: str = "--output_dir") -> None:
     """Raises a `UserError` that names the flag unless files can be made below a directory, there or not yet."""
-    there = root.absolute()
     try:
-        while not _is_there(there):
-            there = there.parent
+        there = standing(root)
         for part in root.absolute().relative_to(there).parts:
             # Whether it could be: a name can be too long.
             _is_there(there / part)
@@ -26,6 +24,14 @@ def require_writable(root: Path, flag: str = "--output_dir") -> None:
         raise UserError(
             f"{flag} {root}: cannot write there ({why}); name a directory that is writable from this machine"
         ) from error
+
+
+def standing(root: Path) -> Path:
+    """A directory that need not be there yet, or else the nearest one above it that is."""
+    there = root.absolute()
+    while not _is_there(there):
+        there = there.parent
+    return there
 
 
 def _is_there(path: Path) -> bool:

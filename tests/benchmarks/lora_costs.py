@@ -10,38 +10,21 @@ stands in the same round. Adds a row a contender to `results/lora_costs.csv`.
 
 import argparse
 import copy
-import csv
+import os
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import peft
 import torch
+from predict_speed import add_rows, make_classifier
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageClassification, Dinov2Config
 
 from lora_dist.adapters import inject, without_lora
 from lora_dist.config import LoraSettings
 
-RESULTS = Path(__file__).parent / "results" / "lora_costs.csv"
 HEAD = "classifier"
-
-
-def make_base(image_size: int) -> Any:
-    """DINOv2-S with 101 classes."""
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=image_size,
-        patch_size=14,
-        num_labels=101,
-    )
-    return AutoModelForImageClassification.from_config(config)
 
 
 def with_lora(model: nn.Module, dropout: float, peft_layers: bool) -> nn.Module:
@@ -69,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
     args = parser.parse_args()
-    base = make_base(args.image_size)
+    base = make_classifier("dinov2_s", args.image_size).model
     contenders = {"base": with_lora(base, 0.0, peft_layers=True)}
     for dropout in (0.0, 0.1):
         contenders[f"peft {dropout}"] = with_lora(base, dropout, peft_layers=True)
@@ -85,19 +68,18 @@ def main() -> None:
                 took = step(model, pixels, labels)
             if turn:  # the first one warms up
                 times[name].append(took)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        if is_new:
-            rows.writerow(["contender", "threads", "torch", "peft", "batch", "pixels", "rounds", "ms", "of_base"])
-        for name, found in times.items():
-            ratio = median(a / b for a, b in zip(found, times["base"], strict=True))
-            size = [args.batch_size, args.image_size, args.rounds]
-            ms = f"{median(found) * 1000:.0f}"
-            rows.writerow(
-                [name, torch.get_num_threads(), torch.__version__, peft.__version__, *size, ms, f"{ratio:.3f}"]
-            )
-            print(f"{name:15} {ms:>6} ms  {ratio:.3f} of the base", flush=True)
+    conditions: dict[str, object] = {
+        "batch": args.batch_size, "pixels": args.image_size, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1), "rounds": args.rounds, "torch": torch.__version__,
+        "peft": peft.__version__,
+    }  # fmt: skip
+    rows = []
+    for name, found in times.items():
+        ratios = [own / base for own, base in zip(found, times["base"], strict=True)]
+        figures = {"contender": name, "ms": round(1000 * median(found)), "of_base": round(median(ratios), 3)}
+        rows.append(conditions | figures | {"lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)})
+        print(*(f"{value:>15}" for value in list(rows[-1].values())[len(conditions) :]))
+    add_rows("lora_costs.csv", rows)
 
 
 if __name__ == "__main__":
