@@ -28,6 +28,7 @@ from lora_dist.runtime import launch
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Figures(100.0, 110.0, 900.0, 0.01, 50.0, 100.0, 300.0, 1.2, 0.05, 1000.0, 0.1, 8.0)
+SLOW_LOADER = {"data_wait": 0.3, "loader_images_per_second": 120.0}
 CPU = Circumstances("cpu", "no", 1, workers=0, idle_cores=3)
 GPU = Circumstances("cuda", "no", 1, workers=15, idle_cores=0)
 
@@ -100,9 +101,10 @@ def test_updates_that_warm_up_cover_each_worker_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "found", "expected"),
     [
-        ({"data_wait": 0.3}, (), CPU, "loader bounds this run: 30% .*; --cache_dir or --dataloader_num_workers 3 "),
-        ({"data_wait": 0.3}, (), GPU, "loader bounds this run: .*; --cache_dir or --augment_on_device may help"),
-        ({"data_wait": 0.3}, ("--cache_dir", "c", "--augment_on_device"), GPU, "loader bounds .* no core is idle"),
+        (SLOW_LOADER, (), CPU, "loader bounds this run: 30% .*; --cache_dir or --dataloader_num_workers 3 "),
+        (SLOW_LOADER, (), GPU, "loader bounds this run: .*; --cache_dir or --augment_on_device may help"),
+        (SLOW_LOADER, ("--cache_dir", "c", "--augment_on_device"), GPU, "loader bounds .* no core is idle"),
+        ({"data_wait": 0.3}, (), CPU, "The step bounds this run"),
         ({"exchange": 0.4}, (), CPU._replace(processes=2), "exchange .* 40% .* --per_device_train_batch_size .* or a"),
         ({"exchange": 0.4}, (), CPU, "The step bounds this run: it reaches 50% .*; --torch_compile may help"),
         ({"gflops_per_second": 20.0}, ("--torch_compile",), CPU, "step bounds this run: .* 20% .*; no setting"),

@@ -13,6 +13,8 @@ EXCHANGING = 0.2
 """The same for what is neither forward nor backward."""
 NEAR = 0.6
 """Share of the speed of matrix products that is near the limit of the hardware."""
+AHEAD = 2.0
+"""Times the rate of the step at which a loader bounds nothing: on a CPU the two wait for each other's cores."""
 
 
 class Circumstances(NamedTuple):
@@ -35,7 +37,8 @@ class Circumstances(NamedTuple):
 
 def verdict(figures: Figures, settings: Settings, found: Circumstances) -> str:
     """What bounds the run, and what would help."""
-    if figures.data_wait >= WAITING:
+    behind = figures.loader_images_per_second < AHEAD * figures.step_images_per_second
+    if behind and figures.data_wait >= WAITING:
         bound = f"The loader bounds this run: {figures.data_wait:.0%} of an update is waiting for data"
         advice, otherwise = _faster_loading(settings, found), "no core is idle; smaller image files would help"
     elif found.processes > 1 and figures.exchange is not None and figures.exchange >= EXCHANGING:
