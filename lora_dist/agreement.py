@@ -4,7 +4,6 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from lora_dist.errors import UserError
-from lora_dist.runtime import PACKAGES
+from lora_dist.runtime import versions
 
 VISIBLE_SECONDS = 90.0
 """Within which a new file is seen everywhere. NFS may remember for a minute that a directory was not there."""
@@ -34,7 +33,7 @@ def require_agreement(
     """
     if accelerator.num_processes == 1:
         return
-    own = {**facts, **{f"version of {name}": metadata.version(name) for name in PACKAGES}}
+    own = {**facts, **{f"version of {name}": version for name, version in versions().items()}}
     token = None
     if output_dir is not None:
         token = _write_token(accelerator, output_dir)

@@ -1,12 +1,13 @@
 """Processes that would not make the same run end before it, all of them, and say how they differ."""
 
 import socket
+from importlib import metadata
 from pathlib import Path
 
 from launching import run
 
 SCRIPT = """
-import os, time
+import os, sys
 from pathlib import Path
 from lora_dist.agreement import require_agreement
 from lora_dist.errors import UserError, exit_on_user_error
@@ -21,6 +22,9 @@ try:
 except UserError as error:
     print(f"rank {rank}: {error}", flush=True)
 
+if rank:
+    sys.path.insert(0, str(here / "other_releases"))
+
 @exit_on_user_error
 def main():
     require_agreement(accelerator, here / f"own-{rank}", {"seed": 42 + rank, "base": "same"}, 1)
@@ -32,6 +36,9 @@ main()
 def test_processes_that_differ_end_before_they_train(tmp_path: Path) -> None:
     """One that starts from other data, or on a disk of its own, would make the others wait, or train rubbish."""
     (tmp_path / "file").touch()
+    release = tmp_path / "other_releases" / "evaluate-99.0.dist-info" / "METADATA"
+    release.parent.mkdir(parents=True)
+    release.write_text("Metadata-Version: 2.1\nName: evaluate\nVersion: 99.0\n", encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     words = ("--standalone", "--nproc_per_node", 2, tmp_path / "script.py")
     result = run("torch.distributed.run", *words, code=1)
@@ -42,4 +49,7 @@ def test_processes_that_differ_end_before_they_train(tmp_path: Path) -> None:
     assert f"seed: 42 on rank 0 ({host}); 43 on rank 1 ({host})" in result.stderr
     own = tmp_path.resolve() / "own-1"
     assert f"--output_dir: the same on rank 0 ({host}); another one, {own} on rank 1 ({host})" in result.stderr
+    releases = f"{metadata.version('evaluate')} on rank 0 ({host}); 99.0 on rank 1 ({host})"
+    assert f"version of evaluate: {releases}" in result.stderr
+    assert result.stderr.count("version of ") == 1
     assert "base:" not in result.stderr
