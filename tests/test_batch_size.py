@@ -12,22 +12,25 @@ from tiny import make_folder, make_model
 from lora_dist.batch_size import _sizes
 
 LIMITED = """
-import os, resource, sys
-from lora_dist import batch_size, train
-room = int(sys.argv[1 + int(os.environ["RANK"])]) * 2**20
-fits = batch_size._fits
+import importlib, os, resource, sys
+from lora_dist import train
+place, rooms, *flags = sys.argv[1:]
+module, name = place.split(".")
+module = importlib.import_module(f"lora_dist.{module}")
+call, room = getattr(module, name), int(rooms.split(",")[int(os.environ.get("RANK", "0"))]) * 2**20
 
 def limited(*arguments):
     before = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (before + room, resource.RLIM_INFINITY))
     try:
-        return fits(*arguments)
+        return call(*arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-batch_size._fits = limited
-train.main(sys.argv[3:])
+setattr(module, name, limited)
+train.main(flags)
 """
+"""Trains, with so many MiB left to a rank in a function of a module: `MODULE.FUNCTION MIB,MIB … [flags]`."""
 
 
 @pytest.mark.parametrize(
@@ -39,16 +42,14 @@ def test_smaller_batches_make_up_the_same_update(batch: int, accumulation: int, 
     assert all(batch * accumulation % size == 0 for size in sizes)
 
 
-def _limited(script: Path, launch_file: str, rooms: tuple[int, int], *arguments: object) -> str:
-    """Trains on processes that have so many MiB left when a batch is tried."""
+def _limited(
+    script: Path, place: str, rooms: str, *arguments: object, launcher: tuple[object, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     script.write_text(LIMITED, encoding="utf-8")
-    words = ["--config_file", ROOT / "accelerate_configs" / launch_file, "--main_process_port", 0, script, *rooms]
-    result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *map(str, [*words, *arguments])],
+    return subprocess.run(
+        [sys.executable, *map(str, [*launcher, script, place, rooms, *arguments])],
         capture_output=True, text=True, timeout=TIMEOUT, env=environment(PYTHONPATH=str(ROOT)), check=False,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stderr
 
 
 def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_been(vit: Path, tmp_path: Path) -> None:
@@ -59,15 +60,20 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
         "--max_train_steps", 2, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
     )  # fmt: skip
     large = ("--per_device_train_batch_size", 2048, "--auto_batch_size")
-    said = _limited(
-        tmp_path / "limited.py", "ddp_cpu.yaml", (8000, 60), *arguments, *large, "--output_dir", tmp_path / "two"
-    )
+    result = _limited(
+        tmp_path / "limited.py", "batch_size._fits", "8000,60", *arguments, *large, "--output_dir", tmp_path / "two",
+        launcher=(
+            "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp_cpu.yaml",
+            "--main_process_port", 0,
+        ),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
     settings = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text(encoding="utf-8"))
     size = settings["per_device_train_batch_size"]
     assert 16 <= size < 2048, size
     assert settings["gradient_accumulation_steps"] * size == 2048
     assert settings["per_device_eval_batch_size"] == min(128, size)
-    assert said.count(f"batches of 2048 a process do not fit into memory: taking {size}") == 1
+    assert result.stderr.count(f"batches of 2048 a process do not fit into memory: taking {size}") == 1
     train(
         *arguments, "--per_device_train_batch_size", 4096, "--output_dir", tmp_path / "one", launch_file="single.yaml"
     )
@@ -77,39 +83,17 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-EVALUATED = """
-import resource, sys
-from lora_dist import evaluation, train
-rows = evaluation._rows
-
-def limited(*arguments):
-    before = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (before + 20 * 2**20, resource.RLIM_INFINITY))
-    try:
-        return rows(*arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-evaluation._rows = limited
-train.main(sys.argv[1:])
-"""
-
-
 def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> None:
     """Of 120 images at a time, what one layer says of them takes 24 MB."""
     make_model(tmp_path / "vit", image_size=224)
     make_folder(tmp_path / "photos", per_class=40)
-    (tmp_path / "limited.py").write_text(EVALUATED, encoding="utf-8")
     arguments = (
         "--model_name_or_path", tmp_path / "vit", "--train_dir", tmp_path / "photos",
         "--validation_dir", tmp_path / "photos",
         "--per_device_train_batch_size", 4, "--max_train_steps", 1, "--output_dir", tmp_path / "run",
         "--mixed_precision", "no", "--gradient_accumulation_steps", 1,
     )  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, tmp_path / "limited.py", *map(str, arguments)],
-        capture_output=True, text=True, timeout=TIMEOUT, env=environment(PYTHONPATH=str(ROOT)), check=False,
-    )  # fmt: skip
+    result = _limited(tmp_path / "limited.py", "evaluation._rows", "20", *arguments)
     assert result.returncode == 2, result.stderr
     assert "error: out of memory in an evaluation: " in result.stderr
     assert "a lower --per_device_eval_batch_size, which is 128" in result.stderr
