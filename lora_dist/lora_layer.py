@@ -68,33 +68,30 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The base is frozen. Kept for the backward pass: the input, which layers share, and what dropout drew."""
+    """The base is frozen. Kept for the backward pass: the input, which layers share, and what dropout left in."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, rate: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        drawn, keep = _draw(rows, rate)
+        kept, keep = _draw(rows, rate)
         # What dropout takes away, the others make up for: here in the one factor that is applied to `r` columns alone.
-        ctx.scaling = scaling / keep
-        mask = _mask(drawn, keep, rows.dtype)
-        hidden = _masked(rows, mask) @ down.t()
+        ctx.scaling, ctx.shape = scaling / keep, x.shape
+        output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
         output.addmm_(hidden, up.t(), alpha=ctx.scaling)
-        ctx.save_for_backward(rows, drawn, weight, hidden, down, up)
-        ctx.shape, ctx.keep = x.shape, keep
+        ctx.save_for_backward(rows, kept, weight, hidden, down, up)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, drawn, weight, hidden, down, up = ctx.saved_tensors
-        mask = _mask(drawn, ctx.keep, rows.dtype)
+        rows, kept, weight, hidden, down, up = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         of_hidden = (gradient @ up).mul_(ctx.scaling)
-        of_down = of_hidden.t() @ _masked(rows, mask)
         of_up = (hidden.t() @ gradient).mul_(ctx.scaling).t()
+        mask = _as_factor(kept, rows.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ weight
@@ -103,29 +100,31 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 of_x.addcmul_(of_hidden @ down, mask)
             of_x = of_x.view(ctx.shape)
+        of_down = of_hidden.t() @ _masked(rows, mask)
         return of_x, None, None, of_down, of_up, None, None
 
 
 def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
-    """What decides which elements dropout keeps, from the device's generator, and the share of them."""
+    """Which elements dropout keeps, a byte each, by the device's generator; and the share of them."""
     if rate == 0:
         return None, 1.0
     if rows.device.type != "cpu":
         return torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - rate), 1 - rate
     # On a CPU `bernoulli_` takes as long as the layer's matrix product. 16 random bits an element, four at a draw,
-    # take an eighth of that.
+    # take an eighth of that; and a comparison in place a third of one whose result is of another type.
     words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     kept = max(1, round((1 - rate) * 2**16))
-    return words.view(torch.int16)[: rows.numel()].view_as(rows), kept / 2**16
+    drawn = words.view(torch.int16)[: rows.numel()].view_as(rows)
+    return drawn.lt_(kept - 2**15).to(torch.uint8), kept / 2**16
 
 
-def _mask(drawn: Tensor | None, keep: float, dtype: torch.dtype) -> Tensor | None:
-    """Which elements are kept: 1 or 0, or bools."""
-    if drawn is None or drawn.dtype == torch.bool:
-        return drawn
-    # In the type of what is masked, the product takes half the time.
-    return torch.lt(drawn, round(keep * 2**16) - 2**15, out=torch.empty_like(drawn, dtype=dtype))
+def _as_factor(kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is kept as 1 and 0 in the type of what they multiply, which takes half the time on a CPU."""
+    return kept if kept is None or kept.dtype == torch.bool else kept.to(dtype)
 
 
 def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows if mask is None else rows * mask
+    """What is kept of the rows. It takes the place of the mask, which costs less than memory of its own."""
+    if mask is None:
+        return rows
+    return rows * mask if mask.dtype == torch.bool else mask.mul_(rows)

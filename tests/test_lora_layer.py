@@ -57,7 +57,7 @@ def require_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
 def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
     """What dropout keeps of `rows`, and the share that it says it keeps."""
     drawn, keep = lora_layer._draw(rows, rate)
-    mask = lora_layer._mask(drawn, keep, rows.dtype)
+    mask = lora_layer._as_factor(drawn, rows.dtype)
     assert mask is not None
     return mask, keep
 
