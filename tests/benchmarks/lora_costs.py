@@ -1,6 +1,6 @@
 """What LoRA's layers cost: a step with them against the same step whose backward runs through the frozen base alone.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/lora_costs.py --rounds 15
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/lora_costs.py
 
 DINOv2-S with random weights, 112 px, batch 32, r = 16 on query and value, the head trained. The contenders take turns:
 `base` is without LoRA, and its backward pass goes as far as LoRA's, to the first query and value; `peft` has PEFT's
@@ -48,7 +48,7 @@ def step(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
 def main() -> None:
     """Turns, a table, rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
     args = parser.parse_args()
