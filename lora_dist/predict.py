@@ -19,8 +19,8 @@ from lora_dist.predict_settings import PredictSettings, contradictions
 if TYPE_CHECKING:
     import torch
 
-    from lora_dist.bundle import Classifier
-    from lora_dist.classify import Row
+    from lora_dist.deployment.classify import Row
+    from lora_dist.model.bundle import Classifier
 
 logger = logging.getLogger("lora_dist.predict")
 
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         takes_config=False,
     )
     # What follows imports torch; a mistake in the settings has been reported by now.
-    from lora_dist import adapter_files, classify, demo, destinations, extras, hub, logs, onnx_export
+    from lora_dist import demo, extras, hub, logs
+    from lora_dist.deployment import classify, destinations, onnx_export
+    from lora_dist.model import adapter_files
 
     logs.set_up_logs(is_main=True)
     if settings.serving.serve:
@@ -65,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
     """One classifier: an adapter, a blend of adapters, a whole model, or an ONNX file."""
-    from lora_dist import bundle, hub, onnx_model, several
+    from lora_dist import hub
+    from lora_dist.deployment import onnx_model
+    from lora_dist.model import bundle, several
 
     source = settings.source
     if not chosen and not source.model:
@@ -78,7 +82,7 @@ def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
 
 
 def _labels(settings: PredictSettings) -> list[str] | None:
-    from lora_dist import foreign
+    from lora_dist.model import foreign
 
     return foreign.read_labels_file(settings.source.labels) if settings.source.labels else None
 
@@ -87,7 +91,8 @@ def _write(
     classifier: Classifier, chosen: Mapping[str, Path], files: list[str], settings: PredictSettings
 ) -> Classifier:
     """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
-    from lora_dist import bundle, export, merge, onnx_export, onnx_model
+    from lora_dist.deployment import export, merge, onnx_export, onnx_model
+    from lora_dist.model import bundle
     from lora_dist.writable import writing
 
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
@@ -120,7 +125,7 @@ def _write(
 
 def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
     """Serves until it is interrupted."""
-    from lora_dist import classify, serve, uploads
+    from lora_dist.deployment import classify, serve, uploads
 
     serving = settings.serving
     limits = uploads.Limits(
@@ -138,7 +143,7 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
 
 
 def _rows(classifier: Classifier, files: list[str], settings: PredictSettings, device: torch.device) -> Iterator[Row]:
-    from lora_dist import classify
+    from lora_dist.deployment import classify
 
     return classify.classify(
         classifier,
@@ -154,7 +159,7 @@ def _rows_of_each(
     chosen: Mapping[str, Path], files: list[str], settings: PredictSettings, device: torch.device
 ) -> Iterator[Row]:
     """All rows of one adapter after those of another, on a base that is loaded once."""
-    from lora_dist import several
+    from lora_dist.model import several
 
     source = settings.source
     group = several.load_several(chosen, source.base_model, source.trust_remote_code, _labels(settings))
@@ -167,7 +172,7 @@ def _rows_of_each(
 
 def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) -> bool:
     """Writes the rows; False where some images could not be read."""
-    from lora_dist import classify
+    from lora_dist.deployment import classify
 
     images = settings.images
     if hasattr(signal, "SIGPIPE"):

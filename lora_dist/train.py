@@ -4,8 +4,8 @@ from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings
 from lora_dist.contradictions import contradictions
 from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
-from lora_dist.failure import others_told
-from lora_dist.launcher import end_with_launcher
+from lora_dist.processes.failure import others_told
+from lora_dist.processes.launcher import end_with_launcher
 
 
 @exit_on_user_error
@@ -31,14 +31,14 @@ def train(settings: Settings) -> None:
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
 
-    from lora_dist import streamed
-    from lora_dist.assembly import assemble
-    from lora_dist.loop import fit, stopped_on_request
-    from lora_dist.output import Output, find_resume
-    from lora_dist.plan import rehearse
-    from lora_dist.publisher import open_publisher, require_token
-    from lora_dist.report import announce, show_inputs
-    from lora_dist.runtime import launch
+    from lora_dist.data import streamed
+    from lora_dist.processes.runtime import launch
+    from lora_dist.training.assembly import assemble
+    from lora_dist.training.loop import fit, stopped_on_request
+    from lora_dist.training.output import Output, find_resume
+    from lora_dist.training.plan import rehearse
+    from lora_dist.training.publisher import open_publisher, require_token
+    from lora_dist.training.report import announce, show_inputs
     from lora_dist.writable import require_writable
 
     run, problems = settings.run, Problems(settings.run.dry_run)
@@ -79,15 +79,15 @@ def evaluate_only(settings: Settings) -> None:
     from datetime import timedelta
     from pathlib import Path
 
-    from lora_dist.bundle import load_classifier
-    from lora_dist.data import load_validation
-    from lora_dist.evaluation import Evaluator
+    from lora_dist.data.dataset import load_validation
+    from lora_dist.data.transforms import ImageTransforms
     from lora_dist.hub import local_directory
-    from lora_dist.output import Output, find_resume
-    from lora_dist.preflight import Preflight
-    from lora_dist.report import write_evaluation
-    from lora_dist.runtime import launch
-    from lora_dist.transforms import ImageTransforms
+    from lora_dist.model.bundle import load_classifier
+    from lora_dist.processes.preflight import Preflight
+    from lora_dist.processes.runtime import launch
+    from lora_dist.training.evaluation import Evaluator
+    from lora_dist.training.output import Output, find_resume
+    from lora_dist.training.report import write_evaluation
     from lora_dist.writable import require_writable
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)

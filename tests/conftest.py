@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import ARCHITECTURES, make_folder, make_model
 
-from lora_dist.preemption import SIGNALS
+from lora_dist.processes.preemption import SIGNALS
 
 pytest.register_assert_rewrite("launching")
 

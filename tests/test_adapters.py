@@ -16,13 +16,13 @@ from tiny import make_image, make_model, perturb
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from lora_dist import adapters
 from lora_dist.config import LoraSettings, ModelSettings, OptimizationSettings
+from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model import Base, load_base, make_trainable
-from lora_dist.optimizer import make_optimizer
-from lora_dist.targets import resolve_targets
-from lora_dist.transforms import ImageTransforms
+from lora_dist.model import adapters
+from lora_dist.model.base import Base, load_base, make_trainable
+from lora_dist.model.targets import resolve_targets
+from lora_dist.training.optimizer import make_optimizer
 
 LABELS = ["x", "y", "z"]
 ATTENTION = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "mobilevit")

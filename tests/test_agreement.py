@@ -1,6 +1,6 @@
 """What is not the same on all processes is said, with who has what."""
 
-from lora_dist.agreement import differences
+from lora_dist.processes.agreement import differences
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 

@@ -27,9 +27,9 @@ from lora_dist.audit.scan import Facts, scan
 from lora_dist.audit.settings import AuditSettings, Checks, contradictions
 from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.audit.thumbnails import thumbnail
+from lora_dist.data.exclusions import absolute, read_exclusions
 from lora_dist.demo import local_path
 from lora_dist.errors import UserError
-from lora_dist.exclusions import absolute, read_exclusions
 
 
 def settings_of(*argv: object) -> AuditSettings:

@@ -9,14 +9,14 @@ import yaml
 from launching import ROOT, TIMEOUT, environment, lines_of, train
 from tiny import make_folder, make_model
 
-from lora_dist.batch_size import _sizes
+from lora_dist.training.batch_size import _sizes
 
 LIMITED = """
 import importlib, os, resource, sys
 from lora_dist import train
 place, rooms, *flags = sys.argv[1:]
-module, name = place.split(".")
-module = importlib.import_module(f"lora_dist.{module}")
+module, _, name = place.rpartition(".")
+module = importlib.import_module(module)
 call, room = getattr(module, name), int(rooms.split(",")[int(os.environ.get("RANK", "0"))]) * 2**20
 
 def limited(*arguments):
@@ -61,7 +61,8 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
     )  # fmt: skip
     large = ("--per_device_train_batch_size", 2048, "--auto_batch_size")
     result = _limited(
-        tmp_path / "limited.py", "batch_size._fits", "8000,60", *arguments, *large, "--output_dir", tmp_path / "two",
+        tmp_path / "limited.py", "lora_dist.training.batch_size._fits", "8000,60",
+        *arguments, *large, "--output_dir", tmp_path / "two",
         launcher=(
             "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp_cpu.yaml",
             "--main_process_port", 0,
@@ -93,7 +94,7 @@ def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> N
         "--per_device_train_batch_size", 4, "--max_train_steps", 1, "--output_dir", tmp_path / "run",
         "--mixed_precision", "no", "--gradient_accumulation_steps", 1,
     )  # fmt: skip
-    result = _limited(tmp_path / "limited.py", "evaluation._rows", "20", *arguments)
+    result = _limited(tmp_path / "limited.py", "lora_dist.training.evaluation._rows", "20", *arguments)
     assert result.returncode == 2, result.stderr
     assert "error: out of memory in an evaluation: " in result.stderr
     assert "a lower --per_device_eval_batch_size, which is 128" in result.stderr

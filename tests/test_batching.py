@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
-from lora_dist.batching import Batcher
-from lora_dist.bundle import Classifier
+from lora_dist.deployment.batching import Batcher
 from lora_dist.errors import UserError
+from lora_dist.model.bundle import Classifier
 
 COLORS = ["red", "lime", "blue"]
 

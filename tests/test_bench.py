@@ -10,7 +10,6 @@ import torch
 from tiny import make_folder
 
 from lora_dist import cli
-from lora_dist.batch import Batch, TrainImages
 from lora_dist.bench.arithmetic import count_flops
 from lora_dist.bench.guide import time_guide
 from lora_dist.bench.measure import Figures, assemble_unwritten, measure, warm_updates
@@ -20,11 +19,12 @@ from lora_dist.bench.settings import BenchSettings, contradictions
 from lora_dist.bench.turns import Comparison, Turn
 from lora_dist.bench.verdict import Circumstances, flag, verdict
 from lora_dist.config import Settings
+from lora_dist.data.batch import Batch, TrainImages
+from lora_dist.data.loader import batches, train_loader
+from lora_dist.data.order import Sample
 from lora_dist.errors import UserError
-from lora_dist.loader import batches, train_loader
-from lora_dist.loop import Job
-from lora_dist.order import Sample
-from lora_dist.runtime import launch
+from lora_dist.processes.runtime import launch
+from lora_dist.training.loop import Job
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Figures(100.0, 110.0, 900.0, 0.01, 50.0, 100.0, 300.0, 1.2, 0.05, 1000.0, 0.1, 8.0)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny import make_image, make_model, make_remote_model, perturb
 from torch import Tensor
 
-from lora_dist import adapters, bundle
-from lora_dist.bundle import load_classifier, read_labels, require_same_logits, write_adapter, write_model
 from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.data.transforms import ImageTransforms
+from lora_dist.deployment.export import export_legacy_names
+from lora_dist.deployment.merge import merge_to
 from lora_dist.errors import UserError
-from lora_dist.export import export_legacy_names
-from lora_dist.merge import merge_to
-from lora_dist.model import load_base, make_trainable
-from lora_dist.transforms import ImageTransforms
+from lora_dist.model import adapters, bundle
+from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.bundle import load_classifier, read_labels, require_same_logits, write_adapter, write_model
 
 LABELS = ["z, last", "a"]
 IMAGES = [make_image(label, number) for label in range(2) for number in range(2)]

@@ -17,10 +17,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from lora_dist import merge
-from lora_dist.bundle import Classifier
-from lora_dist.classify import Row, choose_batch_size, choose_device, classify, draw_grid, find_images, spread, writer
+from lora_dist.deployment import merge
+from lora_dist.deployment.classify import (
+    Row,
+    choose_batch_size,
+    choose_device,
+    classify,
+    draw_grid,
+    find_images,
+    spread,
+    writer,
+)
 from lora_dist.errors import UserError
+from lora_dist.model.bundle import Classifier
 
 HARD = [
     "plain",
@@ -293,7 +302,7 @@ def test_only_files_that_take_time_get_a_process_of_their_own(
             used.append(self.num_workers)
             return super().__iter__()
 
-    monkeypatch.setattr("lora_dist.classify.DataLoader", Watched)
+    monkeypatch.setattr("lora_dist.deployment.classify.DataLoader", Watched)
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png")
     files = [str(tmp_path / f"{number}.png") for number in range(40)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from disks import small_disk
 
-from lora_dist.destinations import require_destinations, require_free_directory
+from lora_dist.deployment.destinations import require_destinations, require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.predict_settings import PredictSettings
 from lora_dist.writable import writing

@@ -9,9 +9,9 @@ from launching import lines_of, results_of
 from safetensors.torch import load_file
 
 from lora_dist import train
-from lora_dist.images import Picture
-from lora_dist.transforms import ImageTransforms
-from lora_dist.views import View
+from lora_dist.data.images import Picture
+from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.views import View
 
 
 def _run(

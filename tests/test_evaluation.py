@@ -11,11 +11,11 @@ from tiny import perturb
 from torch import nn
 
 from lora_dist.config import DataSettings, LoraSettings, ModelSettings
-from lora_dist.data import ImageData, load_data
-from lora_dist.evaluation import Evaluation, Evaluator
-from lora_dist.model import Base, load_base, make_trainable
-from lora_dist.runtime import launch
-from lora_dist.transforms import ImageTransforms
+from lora_dist.data.dataset import ImageData, load_data
+from lora_dist.data.transforms import ImageTransforms
+from lora_dist.model.base import Base, load_base, make_trainable
+from lora_dist.processes.runtime import launch
+from lora_dist.training.evaluation import Evaluation, Evaluator
 
 
 @pytest.fixture(scope="module")

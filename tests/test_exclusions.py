@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_dist.data.exclusions import Section, read_exclusions, write_exclusions
 from lora_dist.errors import UserError
-from lora_dist.exclusions import Section, read_exclusions, write_exclusions
 
 NAMES = (
     "plain.png",

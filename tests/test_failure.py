@@ -10,9 +10,9 @@ from torch.distributed import TCPStore
 
 from lora_dist import train
 from lora_dist.errors import PreemptedError, ProcessError, UserError
-from lora_dist.failure import launch_store, others_told, told_failure
-from lora_dist.preflight import Preflight
-from lora_dist.runtime import launch
+from lora_dist.processes.failure import launch_store, others_told, told_failure
+from lora_dist.processes.preflight import Preflight
+from lora_dist.processes.runtime import launch
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from disks import fill, small_disk
 from hub_server import point_client_at, serving
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
-from lora_dist import checkpoint, state, train
-from lora_dist.bundle import load_classifier
-from lora_dist.tracking import Tracker
+from lora_dist import train
+from lora_dist.model.bundle import load_classifier
+from lora_dist.training import checkpoint, state
+from lora_dist.training.tracking import Tracker
 
 # No thread ends with a traceback.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

@@ -18,16 +18,16 @@ from PIL import Image
 from tiny import make_folder, make_image, make_shards
 from transformers import ViTImageProcessor
 
-from lora_dist import image_cache
-from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import AugmentationSettings, DataSettings
-from lora_dist.data import Split, load_data
+from lora_dist.data import image_cache
+from lora_dist.data.batch import Batch, TrainImages
+from lora_dist.data.dataset import Split, load_data
+from lora_dist.data.image_cache import CachedSplit, ImageCache, cached
+from lora_dist.data.images import load_rgb
+from lora_dist.data.loader import batches, train_loader
+from lora_dist.data.order import Order, Shuffled
+from lora_dist.data.transforms import ImageTransforms, interpolated
 from lora_dist.errors import UserError
-from lora_dist.image_cache import CachedSplit, ImageCache, cached
-from lora_dist.images import load_rgb
-from lora_dist.loader import batches, train_loader
-from lora_dist.order import Order, Shuffled
-from lora_dist.transforms import ImageTransforms, interpolated
 
 SIZE = (16, 16)
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from tiny import make_config, perturb
 from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from lora_dist import adapter_files, adapters
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
-from lora_dist.legacy_names import LegacyNames
-from lora_dist.model import load_base, make_trainable
+from lora_dist.model import adapter_files, adapters
+from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.legacy_names import LegacyNames
 
 FIXTURES = ("peft_0_2", "peft_0_2_biases", "peft_0_14", "peft_0_14_patterns")
 LABELS = ["a", "b", "c"]

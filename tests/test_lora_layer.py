@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from lora_dist import lora_layer
+from lora_dist.model import lora_layer
 
 ROWS, WIDTH, OUT, RANK = 12, 24, 20, 4
 

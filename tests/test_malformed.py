@@ -20,15 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_folder, make_image, perturb
 
-from lora_dist import bundle, predict
+from lora_dist import predict
 from lora_dist.audit.settings import AuditSettings
 from lora_dist.audit.settings import contradictions as audit_contradictions
 from lora_dist.cli import flat_fields, parse
 from lora_dist.config import LoraSettings, ModelSettings, Settings
 from lora_dist.contradictions import contradictions
+from lora_dist.data.images import UnreadableImageError, load_rgb
 from lora_dist.errors import UserError
-from lora_dist.images import UnreadableImageError, load_rgb
-from lora_dist.model import load_base, make_trainable
+from lora_dist.model import bundle
+from lora_dist.model.base import load_base, make_trainable
 from lora_dist.writable import require_writable
 
 EXAMPLES = 200

@@ -16,11 +16,11 @@ from launching import environment
 from old_adapters import OLD, expected_of, logits
 from tiny import make_image, perturb
 
-from lora_dist.bundle import load_classifier, write_adapter
 from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.export import export_legacy_names
-from lora_dist.merge import merge_to
-from lora_dist.model import load_base, make_trainable
+from lora_dist.deployment.export import export_legacy_names
+from lora_dist.deployment.merge import merge_to
+from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.bundle import load_classifier, write_adapter
 
 INTERPRETERS = [path for path in os.environ.get("LORA_DIST_OLD_PYTHON", "").split(":") if path]
 LABELS = ["x", "y", "z"]

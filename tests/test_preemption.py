@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.preemption import SIGNALS, Preemption, StopRequested, ignore_signals
-from lora_dist.runtime import launch
+from lora_dist.processes.preemption import SIGNALS, Preemption, StopRequested, ignore_signals
+from lora_dist.processes.runtime import launch
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -124,8 +124,8 @@ def test_a_helper_outlives_the_signals() -> None:
 SCRIPT = """
 import os, signal, time
 from pathlib import Path
-from lora_dist import preemption
-from lora_dist.runtime import launch
+from lora_dist.processes import preemption
+from lora_dist.processes.runtime import launch
 one = preemption.Preemption(launch("no"), Path("SAVE"))
 preemption.SAME_REQUEST_SECONDS = 0.5
 def send(number):

@@ -10,11 +10,12 @@ from disks import fill, small_disk
 from tiny import make_model
 
 from lora_dist import train
-from lora_dist.bundle import write_model
 from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.disk import readable
 from lora_dist.errors import UserError
-from lora_dist.model import load_base, make_trainable
-from lora_dist.room import Sizes, readable, require_room
+from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.bundle import write_model
+from lora_dist.training.room import Sizes, require_room
 from lora_dist.writable import require_writable
 
 

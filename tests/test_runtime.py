@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from lora_dist.errors import UserError
-from lora_dist.runtime import PACKAGES, choose_precision, environment, git_commit, launch, prepare_fsdp
+from lora_dist.processes.runtime import PACKAGES, choose_precision, environment, git_commit, launch, prepare_fsdp
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from lora_dist.config import OptimizationSettings
-from lora_dist.schedule import Schedule, is_due, total_steps
+from lora_dist.training.schedule import Schedule, is_due, total_steps
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])

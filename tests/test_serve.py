@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import ViTImageProcessor
 from web import BOUNDARY, multipart, post
 
-from lora_dist import guard, serve
-from lora_dist.bundle import Classifier
-from lora_dist.classify import classify
+from lora_dist.deployment import guard, serve
+from lora_dist.deployment.classify import classify
+from lora_dist.deployment.uploads import Limits
 from lora_dist.errors import UserError
-from lora_dist.uploads import Limits
+from lora_dist.model.bundle import Classifier
 
 LABELS = ["<b>red</b>", "green & co", "blau 🦊"]
 LIMITS = Limits(body=300_000, pixels=20_000, files=8)

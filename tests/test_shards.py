@@ -12,11 +12,11 @@ import pytest
 from datasets import config, load_dataset
 from tiny import make_png, make_shards, write_parquet, write_tar
 
-from lora_dist import shards
 from lora_dist.config import DataSettings
+from lora_dist.data import shards
+from lora_dist.data.images import from_cell
+from lora_dist.data.shards import find_source, load_alone, load_index
 from lora_dist.errors import UserError
-from lora_dist.images import from_cell
-from lora_dist.shards import find_source, load_alone, load_index
 
 COUNTS = (5, 2, 4)
 

@@ -10,11 +10,11 @@ from old_adapters import OLD, expected_of, logits
 from tiny import make_model, perturb
 from torch import Tensor
 
-from lora_dist.bundle import write_adapter
 from lora_dist.config import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
-from lora_dist.model import load_base, make_trainable, trained_tensors
-from lora_dist.start import load_start
+from lora_dist.model.base import load_base, make_trainable, trained_tensors
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.start import load_start
 
 LABELS = ["x", "y", "z"]
 

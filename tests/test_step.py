@@ -11,17 +11,17 @@ from tiny import perturb
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from lora_dist.batch import Batch, TrainImages
 from lora_dist.config import AugmentationSettings, DataSettings, LoraSettings, ModelSettings, OptimizationSettings
-from lora_dist.data import load_data
-from lora_dist.engine import Engine, make_engine
-from lora_dist.model import Base, load_base, make_trainable, set_training
-from lora_dist.optimizer import make_optimizer
-from lora_dist.order import Order, Shuffled
-from lora_dist.runtime import launch
-from lora_dist.schedule import Schedule
-from lora_dist.step import NonFiniteLossError, Update, batch_loss, train_step
-from lora_dist.transforms import ImageTransforms
+from lora_dist.data.batch import Batch, TrainImages
+from lora_dist.data.dataset import load_data
+from lora_dist.data.order import Order, Shuffled
+from lora_dist.data.transforms import ImageTransforms
+from lora_dist.engines.engine import Engine, make_engine
+from lora_dist.model.base import Base, load_base, make_trainable, set_training
+from lora_dist.processes.runtime import launch
+from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.schedule import Schedule
+from lora_dist.training.step import NonFiniteLossError, Update, batch_loss, train_step
 
 LABELS = ["a", "b", "c"]
 

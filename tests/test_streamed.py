@@ -9,12 +9,12 @@ from datasets import config
 from tiny import make_image, make_shards, write_parquet
 
 from lora_dist.config import DataSettings
-from lora_dist.data import ImageData, load_data
+from lora_dist.data.dataset import ImageData, load_data
+from lora_dist.data.images import UnreadableImageError, load_rgb
+from lora_dist.data.order import Order
+from lora_dist.data.shards import Source
+from lora_dist.data.streamed import LaneReader, StreamedSplit, load_streamed
 from lora_dist.errors import UserError
-from lora_dist.images import UnreadableImageError, load_rgb
-from lora_dist.order import Order
-from lora_dist.shards import Source
-from lora_dist.streamed import LaneReader, StreamedSplit, load_streamed
 
 UNEVEN = (13, 2, 9, 1, 7)
 

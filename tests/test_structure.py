@@ -27,6 +27,11 @@ TREES = {
 }
 
 
+def _folder(module: str) -> str:
+    """What of the package a module lies in; a module in none stands for itself."""
+    return f"{module}.".split(".")[1]
+
+
 def _imports(tree: ast.AST) -> Iterator[str]:
     """Modules imported anywhere in `tree`, inside functions as well; those for type checkers alone left out."""
     for node in ast.iter_child_nodes(tree):
@@ -69,8 +74,8 @@ def _reached(module: str) -> set[str]:
 
 def test_the_rules_see_the_package() -> None:
     assert {"lora_dist.train", "lora_dist.config", "lora_dist.demo.digits"} <= TREES.keys()
-    assert "torch" in _reached("lora_dist.loop")
-    assert "lora_dist.assembly" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
+    assert "torch" in _reached("lora_dist.training.loop")
+    assert "lora_dist.training.assembly" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
 
 
 def test_imports_go_one_way() -> None:
@@ -78,6 +83,15 @@ def test_imports_go_one_way() -> None:
     graph = {module: _internal(_imports(tree)) - {module} for module, tree in TREES.items()}
     order = list(TopologicalSorter(graph).static_order())
     assert order.index("lora_dist.config") < order.index("lora_dist.train")
+
+
+def test_folders_import_one_way() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, tree in TREES.items():
+        graph.setdefault(_folder(module), set()).update(_folder(name) for name in _internal(_imports(tree)))
+    order = list(TopologicalSorter({folder: uses - {folder} for folder, uses in graph.items()}).static_order())
+    assert order.index("data") < order.index("model") < order.index("engines") < order.index("training")
+    assert order.index("model") < order.index("deployment")
 
 
 def test_no_module_imports_a_command() -> None:
@@ -89,8 +103,8 @@ def test_no_module_imports_a_command() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "config", "cli", "schedule", "errors", "demo", "train", "predict", "predict_settings", "audit.__main__",
-        "bench.__main__", "bench.turns", "bench.results",
+        "config", "cli", "errors", "demo", "train", "predict", "predict_settings", "training.schedule",
+        "audit.__main__", "bench.__main__", "bench.turns", "bench.results",
     ],
 )  # fmt: skip
 def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
@@ -101,7 +115,7 @@ def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
 def test_who_imports_peft() -> None:
     """The guide's recipe in the benchmark does, too: it is not ours."""
     importers = {module for module, tree in TREES.items() if any(_root(name) == "peft" for name in _imports(tree))}
-    assert importers == {"lora_dist.adapters", "lora_dist.lora_layer", "lora_dist.bench.guide"}
+    assert importers == {"lora_dist.model.adapters", "lora_dist.model.lora_layer", "lora_dist.bench.guide"}
 
 
 def _root(name: str) -> str:
@@ -117,7 +131,7 @@ def test_prediction_needs_no_accelerator_and_no_deepspeed() -> None:
                 found.add(name)
                 if name in TREES:
                     waiting.append(name)
-    assert "lora_dist.bundle" in found
+    assert "lora_dist.model.bundle" in found
     assert not {_root(name) for name in found} & {"accelerate", "deepspeed"}
 
 
@@ -214,18 +228,17 @@ def test_every_setting_of_a_command_is_read(settings: type[BaseModel]) -> None:
     assert not set(names) - read
 
 
-@pytest.mark.parametrize("name", ["predict", "classify", "merge", "bundle", "onnx_export", "serve"])
+@pytest.mark.parametrize("name", [name for name in TREES if _folder(name) in {"predict", "deployment"}])
 def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
     found: set[str] = set()
-    waiting = [f"lora_dist.{name}"]
+    waiting = [name]
     while waiting:
         for module in _imports(TREES[waiting.pop()]):
             if module not in found:
                 found.add(module)
                 if module in TREES:
                     waiting.append(module)
-    assert found
-    assert not found & {"lora_dist.loop", "lora_dist.engine", "lora_dist.train", "lora_dist.runtime"}
+    assert not {_folder(module) for module in found & TREES.keys()} & {"train", "training", "engines", "processes"}
     assert not {_root(module) for module in found} & {"accelerate", "deepspeed"}
 
 

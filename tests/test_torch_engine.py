@@ -7,9 +7,9 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
-from lora_dist.runtime import launch
-from lora_dist.torch_engine import TorchEngine, precision
-from lora_dist.zero_engine import scaling_of, set_scaling
+from lora_dist.engines.torch_engine import TorchEngine, precision
+from lora_dist.engines.zero_engine import scaling_of, set_scaling
+from lora_dist.processes.runtime import launch
 
 
 @pytest.mark.parametrize(("asked", "computing"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, None)])

@@ -12,10 +12,10 @@ from torchvision.transforms import v2
 from transformers import BitImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from lora_dist.config import AugmentationSettings
+from lora_dist.data.images import load_rgb, opened
+from lora_dist.data.transforms import ImageTransforms, seed_of, seeded
+from lora_dist.data.views import draw_mixture, stack
 from lora_dist.errors import UserError
-from lora_dist.images import load_rgb, opened
-from lora_dist.transforms import ImageTransforms, seed_of, seeded
-from lora_dist.views import draw_mixture, stack
 
 PROCESSORS: dict[str, Any] = {
     "vit": lambda: ViTImageProcessor(size={"height": 32, "width": 32}),

@@ -31,9 +31,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lora_dist.images import opened
-from lora_dist.transforms import ImageTransforms
-from lora_dist.views import stack
+from lora_dist.data.images import opened
+from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.views import stack
 
 ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
 

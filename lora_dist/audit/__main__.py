@@ -59,8 +59,8 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist.audit.checks import check
     from lora_dist.audit.findings import File
     from lora_dist.audit.report import Report
-    from lora_dist.exclusions import absolute, read_exclusions
-    from lora_dist.folders import read_class_folders
+    from lora_dist.data.exclusions import absolute, read_exclusions
+    from lora_dist.data.folders import read_class_folders
 
     data = settings.data
     named = {"train": data.train_dir, "validation": data.validation_dir}

@@ -7,8 +7,8 @@ from pathlib import Path
 from lora_dist.bench.settings import BenchSettings, contradictions
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
-from lora_dist.failure import others_told
-from lora_dist.launcher import end_with_launcher
+from lora_dist.processes.failure import others_told
+from lora_dist.processes.launcher import end_with_launcher
 
 DESCRIPTION = """Measure the training of an image classifier: images/s, the loader, the share of the hardware's speed,
 memory, checkpoints, and what bounds it. Takes the flags of lora_dist.train; trains nothing that is kept."""
@@ -48,10 +48,10 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
 
         comparison = compare(flags, settings.measuring.rounds)
 
-    from lora_dist import streamed
     from lora_dist.bench.measure import assemble_unwritten, measure
     from lora_dist.bench.report import lines, row
-    from lora_dist.runtime import launch
+    from lora_dist.data import streamed
+    from lora_dist.processes.runtime import launch
 
     if settings.data.streaming:
         streamed.prepare(settings.data)

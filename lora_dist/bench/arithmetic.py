@@ -8,10 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_dist.adapters import without_lora
-from lora_dist.batch import Batch
-from lora_dist.loop import Job, make_update
-from lora_dist.step import batch_loss
+from lora_dist.data.batch import Batch
+from lora_dist.model.adapters import without_lora
+from lora_dist.training.loop import Job, make_update
+from lora_dist.training.step import batch_loss
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = 10

@@ -24,17 +24,17 @@ from torchvision.transforms import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_dist.assembly import make_order
 from lora_dist.bench.measure import warm_updates
 from lora_dist.bench.settings import BenchSettings
 from lora_dist.config import AugmentationSettings
-from lora_dist.data import Split, load_data
+from lora_dist.data.dataset import Split, load_data
+from lora_dist.data.loader import workers_of
+from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.loader import workers_of
-from lora_dist.model import load_base_of
-from lora_dist.runtime import choose_precision, engine_launched
-from lora_dist.targets import resolve_targets
-from lora_dist.transforms import ImageTransforms
+from lora_dist.model.base import load_base_of
+from lora_dist.model.targets import resolve_targets
+from lora_dist.processes.runtime import choose_precision, engine_launched
+from lora_dist.training.assembly import make_order
 
 
 class _Images(Dataset):

@@ -11,10 +11,10 @@ import torch
 from lora_dist.bench.measure import Figures
 from lora_dist.bench.turns import Comparison
 from lora_dist.bench.verdict import Circumstances, verdict
-from lora_dist.engine import engine_name
-from lora_dist.loader import workers_of
-from lora_dist.loop import Job
-from lora_dist.runtime import environment
+from lora_dist.data.loader import workers_of
+from lora_dist.engines.engine import engine_name
+from lora_dist.processes.runtime import environment
+from lora_dist.training.loop import Job
 
 
 def lines(job: Job, figures: Figures, comparison: Comparison | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from lora_dist.bench.settings import BenchSettings, contradictions
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import UserError, exit_on_user_error
-from lora_dist.launcher import end_with_launcher
+from lora_dist.processes.launcher import end_with_launcher
 
 CONTENDERS = ("ours", "trainer")
 
@@ -101,11 +101,11 @@ def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
     """Trains as one of `CONTENDERS` does. Called on every process."""
     from accelerate.utils import gather_object
 
-    from lora_dist.tracking import peak_memory_mb
+    from lora_dist.training.tracking import peak_memory_mb
 
     if contender == "ours":
         from lora_dist.bench.measure import assemble_unwritten, time_loaded
-        from lora_dist.runtime import launch
+        from lora_dist.processes.runtime import launch
 
         accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
         job, device = assemble_unwritten(settings, accelerator, directory), accelerator.device

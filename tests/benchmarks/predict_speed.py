@@ -35,12 +35,12 @@ from transformers import (
     pipeline,
 )
 
-from lora_dist.bundle import Classifier
-from lora_dist.classify import choose_batch_size, classify
+from lora_dist.data.images import load_rgb
+from lora_dist.data.transforms import ImageTransforms
 from lora_dist.demo import local_path
-from lora_dist.images import load_rgb
-from lora_dist.merge import PHOTOS
-from lora_dist.transforms import ImageTransforms
+from lora_dist.deployment.classify import choose_batch_size, classify
+from lora_dist.deployment.merge import PHOTOS
+from lora_dist.model.bundle import Classifier
 
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
 JPEG_SIZE = (500, 375)

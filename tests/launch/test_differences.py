@@ -9,9 +9,9 @@ from launching import run
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from lora_dist.agreement import require_agreement
+from lora_dist.processes.agreement import require_agreement
 from lora_dist.errors import UserError, exit_on_user_error
-from lora_dist.runtime import launch
+from lora_dist.processes.runtime import launch
 
 rank, here = int(os.environ["RANK"]), Path(__file__).parent
 accelerator = launch("no", 60)

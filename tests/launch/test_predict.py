@@ -18,10 +18,10 @@ from PIL import Image
 from tiny import make_image, make_model, perturb
 from transformers import pipeline
 
-from lora_dist.bundle import load_classifier, write_adapter
-from lora_dist.classify import classify
 from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.model import load_base, make_trainable
+from lora_dist.deployment.classify import classify
+from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.bundle import load_classifier, write_adapter
 
 LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
 MODES = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "F")

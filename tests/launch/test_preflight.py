@@ -11,8 +11,8 @@ SCRIPT = """
 import os, time
 from datetime import timedelta
 from lora_dist.errors import exit_on_user_error
-from lora_dist.preflight import Preflight
-from lora_dist.runtime import launch
+from lora_dist.processes.preflight import Preflight
+from lora_dist.processes.runtime import launch
 
 def preflight(seconds):
     return Preflight(timedelta(seconds=seconds))

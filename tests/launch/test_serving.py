@@ -21,9 +21,9 @@ from test_uploads import encoded, png_of
 from tiny import make_image, perturb
 from web import CHROMIUM, Browser, post
 
-from lora_dist.bundle import write_adapter
 from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.model import load_base, make_trainable
+from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.bundle import write_adapter
 
 LABELS = ["<b>bold</b>", "a & b", "an émoji 🦊"]
 NAMES = ["<img src=x onerror=alert(1)>.png", "two words.png", "ü.png"]

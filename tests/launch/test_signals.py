@@ -190,4 +190,4 @@ def test_the_first_traceback_is_that_of_the_rank_that_failed(vit: Path, pictures
         assert launch.wait() == 1
     first = launch.text.split("Traceback (most recent call last)")[1]
     assert "ZeroDivisionError" in first
-    assert "lora_dist/loop.py" in first
+    assert "lora_dist/training/loop.py" in first

@@ -1,0 +1,349 @@
+"""Where images and labels come from: folders, Hub data sets and local files, as two splits under one label map."""
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+
+from lora_dist import demo
+from lora_dist.config import DataSettings
+from lora_dist.data.columns import (
+    class_names,
+    files_of,
+    find_image_column,
+    find_label_column,
+    holds_files,
+    require_columns,
+)
+from lora_dist.data.exclusions import absolute, read_exclusions
+from lora_dist.data.folders import read_class_folders
+from lora_dist.data.images import from_cell, load_rgb
+from lora_dist.data.order import Arrangement, Shuffled
+from lora_dist.data.shards import load_alone
+from lora_dist.data.splits import Encoded, Reader, TrainingSplit
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BEGINNING = 2**20
+"""Bytes of a file that its split is recognized by."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+        table: a `datasets` table of the image column alone, left undecoded.
+        column: name of that column.
+        rows: row of the table for each sample, shape [N].
+        labels: class of each sample as a place in the label map, shape [N].
+    """
+
+    table: Dataset
+    column: str
+    rows: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Any:
+        """Sample `index` as an upright RGB image; raises `UnreadableImageError` with its name."""
+        return load_rgb(*self._source(index))
+
+    def name(self, index: int) -> str:
+        return self._source(index)[1]
+
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+        return {row: Encoded(*self._source(row), int(self.labels[row])) for row in rows}
+
+    def reader(self) -> Reader:
+        return self
+
+    def arrangement(self, seed: int) -> Arrangement:
+        return Shuffled(len(self), seed)
+
+    def describe(self) -> dict[str, Any]:
+        return {"num_samples": len(self), "fingerprint": self.fingerprint(), "rows": self.rows.tolist()}
+
+    def _source(self, index: int) -> tuple[Any, str]:
+        row = int(self.rows[index])
+        source, name = from_cell(self.table[row][self.column])
+        return source, name or f"row {row}"
+
+    def select(self, places: np.ndarray) -> "Split":
+        """The samples at `places`, in that order."""
+        return replace(self, rows=self.rows[places], labels=self.labels[places])
+
+    def fingerprint(self) -> str:
+        """Digest of what the data was when this was first asked for: rows, labels and sizes of all samples, names and
+        beginnings of some. Times do not count: they differ between copies on several machines."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for numbers in (self.rows, self.labels, self._sizes()):
+            digest.update(numbers.astype(np.int64).tobytes())
+        for cell in self.table.select(self.rows[:: max(1, len(self) // 64)])[self.column]:
+            source, name = from_cell(cell)
+            digest.update(os.path.basename(name).encode())
+            digest.update(source[:BEGINNING] if isinstance(source, bytes) else _beginning(source))
+        return digest.hexdigest()[:16]
+
+    def _sizes(self) -> np.ndarray:
+        """Bytes of each sample's file, shape [N], 0 for what is none; those in the table are counted, and not read."""
+        if not holds_files(self.table, self.column):
+            return np.zeros(len(self))
+        sizes = [_size(path) if length is None else length for path, length in files_of(self.table, self.column)]
+        return np.array(sizes)[self.rows]
+
+
+def _size(path: str | None) -> int:
+    try:
+        status = os.stat(path or "")  # noqa: PTH116
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _beginning(source: Any) -> bytes:
+    """Of a file; nothing of what is none or cannot be read, of which training tells."""
+    if not isinstance(source, str) or not _size(source):
+        return b""
+    try:
+        with Path(source).open("rb") as file:
+            return file.read(BEGINNING)
+    except OSError:
+        return b""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What a run trains and validates on.
+
+    Attributes:
+        labels: class names; the place of a name is its class index everywhere.
+        train: training split.
+        validation: validation split.
+    """
+
+    labels: list[str]
+    train: TrainingSplit
+    validation: Split
+
+    def describe_splits(self) -> dict[str, Any]:
+        """The split, to be written down: for each part the number, digest and rows, or shards, of its samples."""
+        return {"train": self.train.describe(), "validation": self.validation.describe()}
+
+
+def load_data(settings: DataSettings, seed: int) -> ImageData:
+    """Loads both splits and checks that they speak of the same classes.
+
+    Raises:
+        UserError: names what is missing: a directory, a split, a column, the classes of one split only.
+    """
+    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
+    train_table, validation_table = _load_tables(settings, excluded)
+    column = settings.image_column_name or find_image_column(train_table.features)
+    tables = [train_table] if validation_table is None else [train_table, validation_table]
+    _say_unused(excluded, settings.exclude, tables)
+    labels, train = _labelled(train_table, column, settings.label_column_name, None, excluded)
+    if validation_table is not None:
+        _, validation = _labelled(validation_table, column, settings.label_column_name, labels, excluded)
+    else:
+        kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
+        train, validation = train.select(kept), train.select(held_out)
+    if not len(train) or not len(validation):
+        raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
+    if not settings.allow_missing_classes:
+        require_same_classes(labels, set(train.labels.tolist()), set(validation.labels.tolist()))
+    return ImageData(
+        labels=labels,
+        train=_limited(train, settings.max_train_samples, seed),
+        validation=_limited(validation, settings.max_eval_samples, seed),
+    )
+
+
+def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
+    """Loads the validation split alone, numbered by the label map of a trained model.
+
+    Raises:
+        UserError: as `load_data`; or a class that the model does not know.
+    """
+    if not settings.validation_dir and not settings.validation_split:
+        data = load_data(settings, seed)
+        if data.labels != list(labels):
+            raise UserError(f"the data has the classes {data.labels}, and the model {list(labels)}")
+        return data.validation
+    # A list of files of both splits: those of training are not missed here.
+    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
+    if settings.validation_dir:
+        table = _load_folder(settings.validation_dir, excluded)
+    else:
+        table = _load_split(settings, settings.validation_split or "")
+    column = settings.image_column_name or find_image_column(table.features)
+    _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
+    if not len(split):
+        raise UserError("0 validation images: nothing to evaluate on")
+    return _limited(split, settings.max_eval_samples, seed)
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places to keep and places to hold out, both ascending: `fraction` of each class, at least one of two.
+
+    Args:
+        labels: class of each sample, shape [N].
+        fraction: share to hold out.
+        seed: decides which; the same on every process.
+    """
+    held_out = []
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        count = min(max(round(fraction * len(places)), 1), len(places) - 1)
+        held_out.append(np.random.default_rng([seed, int(label)]).permutation(places)[:count])
+    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def _load_tables(settings: DataSettings, excluded: frozenset[str]) -> tuple[Dataset, Dataset | None]:
+    if settings.train_dir:
+        train = _load_folder(settings.train_dir, excluded)
+        return train, _load_folder(settings.validation_dir, excluded) if settings.validation_dir else None
+    assert settings.dataset_name is not None
+    train = _load_split(settings, settings.train_split)
+    return train, _load_split(settings, settings.validation_split) if settings.validation_split else None
+
+
+def _load_folder(name: str, excluded: frozenset[str]) -> Dataset:
+    """Class folders as a table, in which there is no place for a name that is not UTF-8."""
+    classes, paths, labels, _ = read_class_folders(demo.local_path(name))
+    odd = {path for path in paths if not _is_utf8(path)}
+    if found := sorted(path for path in odd if absolute(path) not in excluded):
+        first = os.fsencode(found[0]).decode(errors="backslashreplace")
+        raise UserError(
+            f"{len(found)} file names are not UTF-8, the first is {first}: rename the files, or leave them out by a "
+            f"list for --exclude"
+        )
+    kept = [place for place, path in enumerate(paths) if path not in odd]
+    columns = {"image": [paths[place] for place in kept], "label": [labels[place] for place in kept]}
+    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=classes))
+
+
+def _is_utf8(path: str) -> bool:
+    # Python keeps each other byte as half of a surrogate pair.
+    return path.isascii() or not any("\ud800" <= character <= "\udfff" for character in path)
+
+
+def _load_split(settings: DataSettings, split: str) -> Dataset:
+    name = settings.dataset_name
+    assert name is not None
+    directory = Path(name)
+    try:
+        if (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file():
+            saved = load_from_disk(name)
+            if not isinstance(saved, DatasetDict):
+                saved = DatasetDict({"train": saved})
+            base, _, slice_ = split.partition("[")
+            if base not in saved:
+                raise UserError(f"{name} has no split {base!r}; it has {', '.join(saved)}")
+            return _sliced(saved[base], slice_, split)
+        if settings.streaming:
+            return load_alone(settings, split)
+        return load_dataset(name, settings.dataset_config_name, split=split)
+    except UserError:
+        raise
+    except Exception as error:
+        # `datasets` raises a different class for each of a missing name, split, file and network.
+        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
+    """Applies the `start:stop]` of a split such as `train[:5000]`."""
+    if not slice_:
+        return table
+    start, colon, stop = slice_.removesuffix("]").partition(":")
+    if not colon or not all(part == "" or part.lstrip("-").isdigit() for part in (start, stop)):
+        raise UserError(f"{split}: a data set saved to disk takes slices of rows such as train[:5000]")
+    return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
+
+
+def _say_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence[Dataset]) -> None:
+    """Says if some of the files on a list are not in the data; of a name that is not UTF-8 a table cannot tell."""
+    if not excluded:
+        return
+    unused = [path for path in excluded.difference(*map(_files, folders)) if _is_utf8(path)]
+    if unused:
+        text = "--exclude %s: %d of %d files are not in the data, the first is %s"
+        logger.warning(text, exclude, len(unused), len(excluded), min(unused))
+
+
+def _files(folder: Dataset) -> list[str]:
+    """Absolute paths of the images of a folder, by row."""
+    return [absolute(path) for path in folder["image"]]
+
+
+def _labelled(
+    table: Dataset,
+    image_column: str,
+    label_column: str | None,
+    known: Sequence[str] | None,
+    excluded: frozenset[str],
+) -> tuple[list[str], Split]:
+    """The label map and the split; with `known` labels, the split is numbered by them whatever its own order.
+
+    Excluded files are left out of the split and stay in the table, so that rows tell what was left out.
+    """
+    label_column = label_column or find_label_column(table.features)
+    require_columns(table.features, image_column, label_column)
+    values = list(table[label_column])
+    missing = [row for row, value in enumerate(values) if value is None or value == -1]
+    if missing:
+        raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
+    names = class_names(table.features[label_column], set(values))
+    rows = np.arange(len(values))
+    if excluded:
+        rows = np.flatnonzero([file not in excluded for file in _files(table)])
+    named = [names[values[row]] for row in rows]
+    labels = list(known) if known is not None else list(names.values())
+    place = {name: index for index, name in enumerate(labels)}
+    unknown = sorted(set(named) - place.keys())
+    if unknown:
+        raise UserError(
+            f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
+            f"Add training images of them, or leave them out."
+        )
+    table = table.select_columns([image_column])
+    if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):
+        table = table.cast_column(image_column, Image(decode=False))
+    numbers = np.fromiter((place[name] for name in named), dtype=np.int64, count=len(named))
+    return labels, Split(table, image_column, rows, numbers)
+
+
+def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:
+    """Checks that both splits have images of the same classes.
+
+    Raises:
+        UserError: names the classes of one of them only.
+    """
+    for part, absent in (("training", in_validation - in_train), ("validation", in_train - in_validation)):
+        if absent:
+            raise UserError(
+                f"classes without a single {part} image: {', '.join(labels[place] for place in sorted(absent))}. "
+                f"Add some, or go on without them by --allow_missing_classes."
+            )
+
+
+def _limited(split: Split, limit: int | None, seed: int) -> Split:
+    if limit is None or limit >= len(split):
+        return split
+    return split.select(np.sort(np.random.default_rng([seed, len(split)]).permutation(len(split))[:limit]))

@@ -1,0 +1,1 @@
+"""Ways of training on one process or many."""

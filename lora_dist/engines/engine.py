@@ -1,0 +1,104 @@
+"""What a launch does its own way, behind the same methods for every engine: one process, DDP, FSDP2, DeepSpeed ZeRO.
+
+Everything that differs between engines stands behind these: accumulating and reducing gradients, clipping, stepping,
+and getting whole tensors in and out where parameters or moments are sharded. Weights and moments come out the same
+from every engine, so that a checkpoint of one goes into another.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed import broadcast
+
+from lora_dist.config import OptimizationSettings
+from lora_dist.engines.torch_engine import TorchEngine
+from lora_dist.engines.zero_engine import ZeroEngine
+from lora_dist.model.base import trained_tensors
+
+
+class Engine(Protocol):
+    """A model and its optimizer as one launch trains them. Every method is called on every process.
+
+    Attributes:
+        accelerator: of the launch.
+        model: to call.
+        bare: the same without the engine's wrapper.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    bare: nn.Module
+
+    def begin_update(self, learning_rate: float) -> None:
+        """Clears the gradient and sets the rate; a group's own is `learning_rate` times its `lr_ratio`."""
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """A context for the forward and backward pass of one micro-batch; gradients are reduced after the `last`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`, summed over processes, to that of the update."""
+
+    def step(self, max_grad_norm: float) -> float:
+        """Clips the gradient (0: not at all) and makes the update. Returns the norm before clipping.
+
+        Raises:
+            ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
+        """
+
+    def drop_update(self) -> bool:
+        """Forgets the gradient of an update that is not to be made; False where that cannot be done."""
+
+    def was_skipped(self) -> bool:
+        """Whether fp16 loss scaling left the last update out."""
+
+    def trained(self) -> dict[str, Tensor]:
+        """Whole tensors, on the host, of all that training changes."""
+
+    def moments(self) -> dict[str, Tensor]:
+        """Whole tensors, on the host, of the optimizer's state, as `<moment>/<parameter>`."""
+
+    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        """Puts weights back."""
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Puts the optimizer's state back."""
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """State of fp16 loss scaling, for JSON: `scale`, and `growth_tracker`, the updates since it last changed."""
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """Puts it back, whatever engine it is of; a state in another form is left alone."""
+
+
+def share_statistics(engine: Engine) -> None:
+    """Gives all processes the first one's buffers of what trains, such as the running statistics of batch norms.
+
+    Its are those that are saved and handed over. Only DDP shares them by itself.
+    """
+    if engine.accelerator.num_processes > 1:
+        for _, tensor in trained_tensors(engine.bare):
+            if not isinstance(tensor, nn.Parameter):
+                broadcast(tensor, 0)
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """The engine of a launch in one word: single, ddp, fsdp2, zero1, zero2 or zero3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def make_engine(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, settings: OptimizationSettings
+) -> Engine:
+    """Prepares a model and its optimizer for this launch."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ZeroEngine(accelerator, model, optimizer, settings)
+    return TorchEngine(accelerator, model, optimizer)

@@ -1,0 +1,161 @@
+"""Training with torch alone: one process, DDP or FSDP2."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lora_dist.model.base import host_copy, load_trained, trained_tensors
+
+
+class TorchEngine:
+    """One process, DDP, or FSDP2, whose parameters and moments are tensors that know of their other parts."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.accelerator = accelerator
+        if accelerator.distributed_type == DistributedType.FSDP:
+            shard(accelerator, model, optimizer)
+            self.model, self._optimizer = model, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self.bare = accelerator.unwrap_model(self.model)
+
+    def begin_update(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+        self._optimizer.zero_grad()
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP and FSDP average gradients over processes; here they are to be summed.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def step(self, max_grad_norm: float) -> float:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        norm = float(_whole(self.accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)))
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise ArithmeticError
+        self._optimizer.step()
+        return norm
+
+    def drop_update(self) -> bool:
+        self._optimizer.zero_grad()
+        return True
+
+    def was_skipped(self) -> bool:
+        return self.accelerator.optimizer_step_was_skipped
+
+    def trained(self) -> dict[str, Tensor]:
+        self._reshard()
+        return {name: host_copy(_whole(tensor)) for name, tensor in trained_tensors(self.bare)}
+
+    def moments(self) -> dict[str, Tensor]:
+        self._reshard()
+        states = {name: self._optimizer.state.get(parameter) for name, parameter in self.bare.named_parameters()}
+        states = {name: state for name, state in states.items() if state}
+        assert len(states) == len(self._optimizer.state), "the optimizer holds other parameters than the model"
+        return {
+            f"{moment}/{name}": host_copy(_whole(value))
+            for name, state in states.items()
+            for moment, value in state.items()
+        }
+
+    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        self._reshard()
+        load_trained(self.bare, {name: _placed(trained[name], like) for name, like in trained_tensors(self.bare)})
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        self._reshard()
+        by_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            moment, _, name = key.partition("/")
+            by_parameter.setdefault(name, {})[moment] = value
+        for name, parameter in self.bare.named_parameters():
+            if name in by_parameter:
+                # AdamW keeps the count of steps on the host.
+                self._optimizer.state[parameter] = {
+                    moment: value if moment == "step" else _placed(value, parameter)
+                    for moment, value in by_parameter[name].items()
+                }
+
+    def _reshard(self) -> None:
+        """Puts the parts of parameters back into the model: after a forward pass alone it may still hold whole ones."""
+        for module in self.bare.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return None
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]}
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is not None and state and state.keys() == {"scale", "growth_tracker"}:
+            # Past its interval the scale would not grow any more.
+            tracker = state["growth_tracker"] % scaler.get_growth_interval()
+            scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"], "_growth_tracker": tracker})
+
+
+def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Cuts every parameter over the processes, in place, and hands the optimizer the parts.
+
+    `accelerator.prepare` would do so, but cuts the patch embedding twice, which fails (accelerate 1.15), and tells
+    parameters apart by their address, which parts of no elements share.
+
+    Args:
+        accelerator: with the launch file's FSDP options.
+        model: cut at the modules that `transformers` wants kept whole while they compute.
+        optimizer: before its first step.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    options = {
+        "mp_policy": precision(plugin),
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+    }
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [(group, [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    kept_whole = set(getattr(model, "_no_split_modules", None) or ())
+    for module in reversed(list(model.modules())):
+        if type(module).__name__ in kept_whole:
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    for group, members in groups:
+        group["params"] = [model.get_parameter(name) for name in members]
+
+
+def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
+    """The launch file's precision, but gradients are summed over processes in fp32, as they are under DDP."""
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    return dataclasses.replace(policy, reduce_dtype=torch.float32)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All parts of a tensor; called on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _placed(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor where another one is: on its device, and cut into parts as that is."""
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole

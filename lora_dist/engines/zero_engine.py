@@ -1,0 +1,212 @@
+"""Training with DeepSpeed ZeRO-1, 2 and 3, and whole tensors in and out of its partitions."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_dist.config import OptimizationSettings
+from lora_dist.errors import UserError
+from lora_dist.model.base import host_copy, trained_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+DEFAULTS = {
+    "reduce_bucket_size": 10_000_000,
+    "stage3_max_live_parameters": 100_000_000,
+    "stage3_max_reuse_distance": 100_000_000,
+}
+"""Numbers of elements, where the DeepSpeed configuration leaves them open. DeepSpeed's own are for language models: a
+bucket of 2 GB for gradients of 3 MB, and a billion weights that may stay whole, more than most image models have."""
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO-1, 2 and 3, with or without offloading."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: OptimizationSettings,
+    ) -> None:
+        """
+        Raises:
+            UserError: the DeepSpeed configuration and the settings contradict each other.
+        """
+        self.accelerator = accelerator
+        self._ratios = [group.get("lr_ratio", 1.0) for group in optimizer.param_groups]
+        configure_deepspeed(accelerator, settings)
+        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self.bare = accelerator.unwrap_model(self.model)
+        self._engine: Any = self.model
+
+    def begin_update(self, learning_rate: float) -> None:
+        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = learning_rate * ratio
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+
+    def step(self, max_grad_norm: float) -> float:
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        # DeepSpeed reports a norm that it cannot compute as -1.
+        if not self._engine.fp16_enabled() and (norm < 0 or not math.isfinite(norm)):
+            raise ArithmeticError
+        return norm
+
+    def drop_update(self) -> bool:
+        # A gradient that is not finite shows after the update; one that DeepSpeed has reduced stays in its buckets.
+        return False
+
+    def was_skipped(self) -> bool:
+        return not self._engine.was_step_applied()
+
+    def trained(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: host_copy(safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor)
+            for name, tensor in trained_tensors(self.bare)
+        }
+
+    def moments(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = {float(state["step"]) for state in self._flat_states() if "step" in state}
+        if not steps:
+            return {}
+        assert len(steps) == 1
+        count = torch.tensor(steps.pop())
+        found: dict[str, Tensor] = {}
+        for name, tensor in trained_tensors(self.bare):
+            if isinstance(tensor, nn.Parameter):
+                for moment in MOMENTS:
+                    found[f"{moment}/{name}"] = host_copy(safe_get_full_optimizer_state(tensor, moment))
+                found[f"step/{name}"] = count.clone()
+        return found
+
+    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, target in trained_tensors(self.bare):
+            value = trained[name].to(self.accelerator.device)
+            # The weights that the model computes with, which are the whole tensor in ZeRO-1 and 2 …
+            with torch.no_grad(), GatheredParameters([target], modifier_rank=0, enabled=hasattr(target, "ds_id")):
+                target.copy_(value)
+            # … and the optimizer's own fp32 copy of them.
+            if isinstance(target, nn.Parameter):
+                self._set_whole(target, value)
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        if not moments:
+            return
+        count = next(value for key, value in moments.items() if key.startswith("step/"))
+        self._make_flat_states()
+        for state in self._flat_states():
+            state["step"] = count.clone()
+        for name, target in trained_tensors(self.bare):
+            if isinstance(target, nn.Parameter):
+                for moment in MOMENTS:
+                    value = moments[f"{moment}/{name}"].to(self.accelerator.device)
+                    self._set_whole(target, value, moment)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return scaling_of(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else None
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        if state and self._engine.fp16_enabled():
+            set_scaling(self._engine.optimizer.loss_scaler, state)
+
+    def _set_whole(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
+        """Sets the optimizer's fp32 copy of a parameter, or one of its moments, from the whole tensor."""
+        from deepspeed import utils
+
+        if hasattr(parameter, "ds_id"):
+            # ZeRO-3's own setter of whole tensors fails where the last process's part is padded.
+            size = parameter.ds_tensor.numel()
+            parts = value.new_zeros(self.accelerator.num_processes * size)
+            parts[: value.numel()] = value.flatten()
+            mine = parts.narrow(0, self.accelerator.process_index * size, size)
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, mine)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, mine, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _flat_states(self) -> list[dict[str, Tensor]]:
+        return list(self._engine.optimizer.optimizer.state.values())
+
+    def _make_flat_states(self) -> None:
+        """AdamW's state of the flat partitions, which it makes at its first step otherwise."""
+        zero = self._engine.optimizer
+        sharded = hasattr(zero, "fp32_partitioned_groups_flat")
+        for flat in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
+            if not zero.optimizer.state[flat]:
+                zero.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {
+                    moment: torch.zeros_like(flat) for moment in MOMENTS
+                }
+        if not sharded:
+            # ZeRO-1 and 2 link parameters to these states after their first step otherwise.
+            zero._lazy_init_hp_params_optimizer_state()
+
+
+def scaling_of(scaler: Any) -> dict[str, Any]:
+    """The state of DeepSpeed's loss scaler, as `Engine.scaler_state` has it."""
+    tracker = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if scaler.dynamic else 0
+    return {"scale": float(scaler.cur_scale), "growth_tracker": tracker}
+
+
+def set_scaling(scaler: Any, state: Mapping[str, Any]) -> None:
+    """Puts that back; a scale that is fixed by the DeepSpeed configuration stays."""
+    if scaler.dynamic and state.keys() == {"scale", "growth_tracker"}:
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = state["growth_tracker"], -1
+
+
+def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings) -> None:
+    """Fills in what the DeepSpeed configuration leaves open, from the settings.
+
+    Raises:
+        UserError: it holds another value than the settings; both are named.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    config = plugin.deepspeed_config
+    wanted: dict[str, float] = {
+        "train_micro_batch_size_per_gpu": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": settings.max_grad_norm,
+        "train_batch_size": settings.per_device_train_batch_size
+        * settings.gradient_accumulation_steps
+        * accelerator.num_processes,
+    }
+    flags = {"train_micro_batch_size_per_gpu": "per_device_train_batch_size", "gradient_clipping": "max_grad_norm"}
+    problems = [
+        f"{name}: {config[name]}, but --{flags.get(name, name)} makes it {value}"
+        for name, value in wanted.items()
+        if config.get(name, "auto") not in ("auto", value)
+    ]
+    problems += [
+        f"{name}: remove it, this comes from the settings" for name in ("optimizer", "scheduler") if name in config
+    ]
+    if problems:
+        raise UserError("\n  ".join(["the DeepSpeed configuration contradicts the settings:", *problems]))
+    config.update(wanted)
+    zero = config["zero_optimization"]
+    for name, value in DEFAULTS.items():
+        if zero.get(name, "auto") == "auto":
+            zero[name] = value
+    accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps

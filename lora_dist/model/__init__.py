@@ -1,0 +1,1 @@
+"""Base models, LoRA and what is kept of them."""

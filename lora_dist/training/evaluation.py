@@ -1,0 +1,172 @@
+"""Exact metrics over the whole validation split: every sample once, for any number of processes and any remainder."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from lora_dist.config import DataSettings
+from lora_dist.data.batch import Batch
+from lora_dist.data.dataset import Split
+from lora_dist.data.loader import batches, evaluation_loader
+from lora_dist.data.order import FILLER
+from lora_dist.data.transforms import ImageTransforms
+from lora_dist.errors import ProcessError, UserError
+from lora_dist.training.metric import ClassificationMetric
+
+SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
+
+
+class NothingToEvaluateError(UserError):
+    """No validation image can be read; raised on every process."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one evaluation, and the row of each sample behind them.
+
+    Attributes:
+        metrics: scalars by name (`accuracy`, `loss` …).
+        per_class: precision, recall, F1 and support of each class.
+        confusion: counts [true class, predicted class].
+        predictions: predicted class of each sample, shape [N]; -1 where its image could not be read.
+        confidences: probability of that class, shape [N]; NaN there.
+        losses: cross-entropy of each sample, shape [N]; NaN there.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, float]]
+    confusion: np.ndarray
+    predictions: np.ndarray
+    confidences: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that were evaluated: all whose image could be read."""
+        return int((self.predictions >= 0).sum())
+
+    def worst(self, count: int) -> list[int]:
+        """Samples with the highest losses, worst first."""
+        return np.argsort(-self.losses, kind="stable")[: min(count, self.num_samples)].tolist()
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs a model over the validation split. Called on every process; each gets the same result.
+
+    Attributes:
+        accelerator: of the launch.
+        model: as prepared; left in evaluation mode.
+        split: to evaluate on.
+        transforms: of the model's processor.
+        labels: class names in order.
+        batch_size: samples in a forward pass of one process.
+        settings: of the loader.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    split: Split
+    transforms: ImageTransforms
+    labels: list[str]
+    batch_size: int
+    settings: DataSettings
+
+    @torch.inference_mode()
+    def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
+        """Gathers one row a sample from all processes, and computes the metrics.
+
+        Args:
+            after_batch: called on all processes after each batch; what it raises ends the evaluation.
+
+        Raises:
+            NothingToEvaluateError: no image can be read.
+            ProcessError: the device has no memory left.
+        """
+        accelerator = self.accelerator
+        loader = evaluation_loader(
+            self.split,
+            self.transforms,
+            self.batch_size,
+            accelerator.num_processes,
+            accelerator.process_index,
+            self.settings,
+            accelerator.device,
+        )
+        self.model.eval()
+        parts = []
+        for batch in batches(loader, accelerator.device):
+            with self._room_named():
+                parts.append(_rows(self.model, batch))
+            after_batch()
+        integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), FILLER)
+        reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
+        kept = integers[:, 0] != FILLER
+        integers, reals = integers[kept], reals[kept]
+        ascending = np.argsort(integers[:, 0], kind="stable")
+        integers, reals = integers[ascending], reals[ascending]
+        rows = integers[:, 0]
+        assert np.array_equal(rows, np.unique(rows)), "a sample was counted twice"
+        assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
+        if not len(rows):
+            raise NothingToEvaluateError(
+                "none of the validation images can be read: put them right, or name others by --validation_dir or "
+                "--validation_split"
+            )
+        results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
+            predictions=integers[:, 2],
+            references=integers[:, 1],
+            confidences=reals[:, 0],
+            ranks=integers[:, 3],
+            losses=reals[:, 1],
+        )
+        return Evaluation(
+            metrics={name: results[name] for name in SCALARS},
+            per_class=results["per_class"],
+            confusion=np.array(results["confusion_matrix"]),
+            predictions=self._by_row(rows, integers[:, 2], -1),
+            confidences=self._by_row(rows, reals[:, 0], np.nan),
+            losses=self._by_row(rows, reals[:, 1], np.nan),
+        )
+
+    @contextmanager
+    def _room_named(self) -> Iterator[None]:
+        """Names the setting that an evaluation without enough memory depends on."""
+        try:
+            yield
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise ProcessError(
+                    f"out of memory in an evaluation: {error}\nGo on with a lower --per_device_eval_batch_size, which "
+                    f"is {self.batch_size}; a training goes on by --resume_from_checkpoint auto."
+                ) from error
+            raise
+
+    def _by_row(self, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
+        """One value for each sample of the split."""
+        whole = np.full(len(self.split), missing, dtype=values.dtype)
+        whole[rows] = values
+        return whole
+
+
+def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each sample its row, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2]."""
+    log_probabilities = model(pixel_values=batch.pixel_values).logits.float().log_softmax(dim=-1)
+    confidence, prediction = log_probabilities.max(dim=-1)
+    own = log_probabilities.gather(1, batch.labels[:, None])
+    rank = (log_probabilities > own).sum(dim=-1)
+    integers = torch.stack([batch.indices, batch.labels, prediction, rank], dim=1)
+    return integers, torch.stack([confidence.exp(), -own[:, 0]], dim=1)
+
+
+def _gathered(accelerator: Accelerator, rows: Tensor, filler: float) -> np.ndarray:
+    """The rows of all processes, which have different numbers of them."""
+    padded = accelerator.pad_across_processes(rows, dim=0, pad_index=filler)
+    return accelerator.gather(padded).cpu().numpy()

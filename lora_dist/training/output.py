@@ -1,0 +1,162 @@
+"""The directory of a run: what stands where, and that no run overwrites another."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from lora_dist.errors import UserError
+from lora_dist.files import replace_file, whole_directory
+from lora_dist.model import adapters
+from lora_dist.training import checkpoint
+from lora_dist.training.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Paths in a run's `output_dir`."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run needs to go on."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result of `--tuning lora` and `head`."""
+        return self.root / "adapter"
+
+    @property
+    def adapter_init(self) -> Path:
+        """The adapter before training, where it was taken out of the base (PiSSA)."""
+        return self.root / "adapter_init"
+
+    @property
+    def model(self) -> Path:
+        """The result of `--tuning full`."""
+        return self.root / "model"
+
+    @property
+    def outbox(self) -> Path:
+        """Bundles on their way to the Hub; gone at the end."""
+        return self.root / "outbox"
+
+    @property
+    def save_request(self) -> Path:
+        """Asks a run for a checkpoint by being there."""
+        return self.root / "SAVE"
+
+    @property
+    def config(self) -> Path:
+        """The settings as used, for `--config`."""
+        return self.root / "config.yaml"
+
+    @property
+    def split(self) -> Path:
+        """Which rows of the data train and which validate."""
+        return self.root / "split.json"
+
+    @property
+    def results(self) -> Path:
+        """Final metrics and the record of the run."""
+        return self.root / "all_results.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Report by class and confusion matrix."""
+        return self.root / "evaluation.json"
+
+    def begin(self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int) -> None:
+        """Writes down what a run starts from, after saying which settings changed since it was interrupted.
+
+        Checkpoints of later updates are put aside.
+
+        Args:
+            settings: flat.
+            splits: which samples train and which validate.
+            model: as it stands.
+            step: updates done.
+
+        Raises:
+            UserError: the run cannot be finished, because what its adapter started from is gone.
+        """
+        if adapters.mutates_base(model) and not self.adapter_init.exists() and step:
+            raise UserError(f"{self.adapter_init} is gone, and without it the trained adapter cannot be converted")
+        self.root.mkdir(parents=True, exist_ok=True)
+        checkpoint.abandon_after(self.checkpoints, step)
+        used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
+        before = _read_settings(self.config)
+        for name, value in used.items():
+            if before.get(name, value) != value:
+                logger.warning("--%s was %s when the run began and is now %s", name, before[name], value)
+        lines = "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
+        _replace(self.config, lines + yaml.safe_dump(used, sort_keys=False, allow_unicode=True))
+        _replace(self.split, _as_json(splits))
+        if adapters.mutates_base(model) and step == 0:
+            with whole_directory(self.adapter_init) as aside:
+                adapters.save_adapter(model, aside)
+
+
+def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a run from scratch.
+
+    Raises:
+        UserError: the directory holds a run and there is no word of resuming; or the checkpoint named is damaged.
+    """
+    if resume_from_checkpoint is None:
+        if output.root.exists() and (not output.root.is_dir() or any(output.root.iterdir())):
+            raise UserError(
+                f"--output_dir {output.root} is not empty. Go on with the run in it by --resume_from_checkpoint auto, "
+                f"or name another directory."
+            )
+        return None
+    if resume_from_checkpoint != "auto":
+        return checkpoint.read(Path(resume_from_checkpoint))
+    newest = checkpoint.read_newest(output.checkpoints)
+    if newest is None:
+        logger.info("no complete checkpoint in %s: starting from scratch", output.checkpoints)
+        return None
+    path, content = newest
+    logger.info("resuming from %s", path)
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file that people may read as well."""
+    path.write_text(_as_json(content), encoding="utf-8")
+
+
+def _as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    """What a run wrote down before, if it did and it can be read."""
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("cannot read %s, so nobody knows which settings have changed: %s", path, error)
+        return {}
+    if isinstance(found, Mapping):
+        return found
+    logger.warning("cannot read %s, so nobody knows which settings have changed: it is no mapping", path)
+    return {}
+
+
+def _replace(path: Path, content: str) -> None:
+    """Writes what a run can go on without."""
+    try:
+        replace_file(path, content.encode())
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path, error.strerror or error)
