@@ -113,7 +113,7 @@ def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
     # On a CPU `bernoulli_` takes as long as the layer's matrix product. 16 random bits an element, four at a draw,
     # take an eighth of that; and a comparison in place a third of one whose result is of another type.
     words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = max(1, round((1 - rate) * 2**16))
+    kept = min(max(1, round((1 - rate) * 2**16)), 2**16 - 1)
     drawn = words.view(torch.int16)[: rows.numel()].view_as(rows)
     return drawn.lt_(kept - 2**15).to(torch.uint8), kept / 2**16
 
