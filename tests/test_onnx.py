@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.data.images import load_rgb
 from lora_dist.data.transforms import ImageTransforms
+from lora_dist.demo import photographs
 from lora_dist.deployment import onnx_export
 from lora_dist.deployment.classify import classify
-from lora_dist.deployment.merge import PHOTOS
 from lora_dist.deployment.onnx_export import Int8Cost, describe, export
 from lora_dist.deployment.onnx_model import load_onnx
 from lora_dist.errors import UserError
@@ -30,7 +30,7 @@ from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import Classifier, load_classifier, write_adapter
 
 LABELS = ["a", "b, c", "émoji 🦊"]
-PHOTOGRAPHS = [str(path) for path in sorted(PHOTOS.glob("*.jpg"))]
+PHOTOGRAPHS = photographs()
 
 
 @pytest.fixture(scope="module")

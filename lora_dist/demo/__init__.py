@@ -14,6 +14,11 @@ def is_packaged(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def photographs() -> list[str]:
+    """The packaged photographs, as files; `photos/README.md` says whose they are."""
+    return [str(path) for path in sorted((Path(__file__).parent / "photos").glob("*.jpg"))]
+
+
 def local_path(name: str) -> str:
     """The directory that a name of the demo stands for; any other name is returned unchanged.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_dist.data.images import UnreadableImageError, load_rgb
 from lora_dist.data.transforms import ImageTransforms
+from lora_dist.demo import photographs
 from lora_dist.deployment.destinations import require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.files import whole_directory
@@ -18,7 +19,6 @@ from lora_dist.model.bundle import HALF_PRECISION_TOLERANCE, Classifier, relativ
 
 MOST_IMAGES = 16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PHOTOS = Path(__file__).parents[1] / "demo" / "photos"
 
 
 class Merged(NamedTuple):
@@ -146,7 +146,7 @@ def require_read_back(
 
 def check_images(files: Sequence[str]) -> list[Image.Image]:
     """Images to compare logits on: the first of the user's that can be read, else packaged photographs."""
-    return _readable(files) or _readable([str(path) for path in sorted(PHOTOS.glob("*.jpg"))])
+    return _readable(files) or _readable(photographs())
 
 
 def _readable(files: Sequence[str]) -> list[Image.Image]:

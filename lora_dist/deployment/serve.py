@@ -26,7 +26,7 @@ from lora_dist.deployment.uploads import Limits, RefusedUploadError, check_name,
 from lora_dist.errors import UserError
 from lora_dist.model.bundle import Classifier
 
-logger = logging.getLogger("lora_dist.deployment.serve")
+logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 READING = ["GET", "HEAD"]

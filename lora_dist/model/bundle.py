@@ -24,7 +24,7 @@ from lora_dist.model import adapters, foreign
 from lora_dist.model.adapter_files import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.base import Base, load_base
 
-logger = logging.getLogger("lora_dist.model.bundle")
+logger = logging.getLogger(__name__)
 
 BASE_MODEL = "base_model.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")

@@ -15,7 +15,7 @@ from lora_dist.model import adapter_files
 from lora_dist.model.adapter_files import AdapterFiles
 from lora_dist.model.base import cannot_load
 
-logger = logging.getLogger("lora_dist.model.foreign")
+logger = logging.getLogger(__name__)
 
 
 def base_of(directory: Path) -> tuple[str, str | None]:

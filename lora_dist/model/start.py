@@ -16,7 +16,7 @@ from lora_dist.model.adapters import Adapter
 from lora_dist.model.base import Base, load_base_of
 from lora_dist.model.targets import resolve_targets, shortest
 
-logger = logging.getLogger("lora_dist.model.start")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,8 @@ from transformers import (
 
 from lora_dist.data.images import load_rgb
 from lora_dist.data.transforms import ImageTransforms
-from lora_dist.demo import local_path
+from lora_dist.demo import local_path, photographs
 from lora_dist.deployment.classify import choose_batch_size, classify
-from lora_dist.deployment.merge import PHOTOS
 from lora_dist.model.bundle import Classifier
 
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
@@ -70,7 +69,7 @@ def make_classifier(name: str, image_size: int) -> Classifier:
 
 def make_jpegs(directory: Path, count: int, size: tuple[int, int]) -> list[str]:
     """Files of `size`, each another piece of a photograph."""
-    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
+    photos = [Image.open(path).convert("RGB") for path in photographs()]
     random = np.random.default_rng(0)
     files = []
     for number in range(count):
