@@ -401,6 +401,31 @@ def test_ctrl_c_ends_everything_at_once_and_without_a_traceback(work: str, secon
     assert not (tmp_path / "out").exists()
 
 
+INTERRUPTED = """
+import os, signal, threading, time
+from lora_dist.audit.pool import _no_interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+try:
+    with _no_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        print("whole", flush=True)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_waits_for_a_start_though_another_thread_receives_it() -> None:
+    """Such as a thread of numpy's; it would leave a worker behind that was told nothing, and says so."""
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert result.stdout == "whole\ninterrupted\n"
+
+
 # Reports
 
 

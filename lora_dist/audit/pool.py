@@ -77,11 +77,17 @@ def _work_on(work: Callable[[str], R], paths: list[str]) -> list[R]:
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
     """Ctrl-C waits for the end of this block, and never reaches a process that is started in it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # A process inherits the mask. Here it is this thread's alone: a signal that another thread receives is kept.
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _set_up() -> None:
