@@ -290,14 +290,14 @@ def test_an_upload_that_stops_is_told_so(url: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_upload_that_is_slow_but_steady_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SILENCE", 0.5)
+    monkeypatch.setattr(guard, "SILENCE", 3.0)
     body = multipart([("a.png", GOOD)])
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode())
-        for part in range(10):
-            connection.sendall(body[part * len(body) // 10 : (part + 1) * len(body) // 10])
-            time.sleep(0.2)
+        for part in range(8):
+            connection.sendall(body[part * len(body) // 8 : (part + 1) * len(body) // 8])
+            time.sleep(0.5)
         assert b" 200 " in connection.recv(4096).partition(b"\r\n")[0]
 
 
