@@ -72,7 +72,7 @@ def _nodes(function: object) -> list[object]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (3, 4, WIDTH), (2, 3, 2, WIDTH)])
+@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (3, 4, WIDTH), (2, 3, 2, WIDTH), (3, WIDTH, WIDTH)])
 def test_same_numbers_in_fp32(bias: bool, shape: tuple[int, ...]) -> None:
     peft, fast = pair(bias=bias)
     x = torch.randn(shape)
@@ -128,13 +128,13 @@ def test_dropout_is_that_of_the_formula(rate: float) -> None:
     require_close(found, run(Plain(), x), 1e-6)
 
 
-@pytest.mark.parametrize("rate", [1e-6, 0.1, 0.3, 0.999999])
+@pytest.mark.parametrize("rate", [1e-6, 0.005, 0.1, 0.3, 0.995, 0.999999])
 def test_dropout_keeps_its_share_independently(rate: float) -> None:
     torch.manual_seed(0)
-    rows = torch.empty(1001, 999)  # no multiple of four
+    rows = torch.empty(1001, 999)  # no multiple of eight
     mask, keep = mask_of(rows, rate)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
-    assert keep == pytest.approx(1 - rate, abs=2**-16)
+    assert keep == 1 - rate
     count = mask.numel()
     assert mask.sum().item() == pytest.approx(keep * count, abs=5 * (keep * (1 - keep) * count) ** 0.5)
     if rate < 0.5:

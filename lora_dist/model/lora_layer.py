@@ -68,7 +68,10 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The base is frozen. Kept for the backward pass: the input, which layers share, and what dropout left in."""
+    """The base is frozen. Kept for the backward pass: the input, which layers share, and what dropout left in.
+
+    Without dropout, `s B A` is added to the weights rather than to the output (it `folds`) where these are fewer.
+    """
 
     @staticmethod
     def forward(
@@ -78,9 +81,13 @@ class _LoraLinear(torch.autograd.Function):
         kept, keep = _draw(rows, rate)
         # What dropout takes away, the others make up for: here in the one factor that is applied to `r` columns alone.
         ctx.scaling, ctx.shape = scaling / keep, x.shape
-        output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        # A half-precision sum of the weights would lose what LoRA adds to them.
+        ctx.folds = kept is None and rows.dtype == torch.float32 and rows.shape[0] > rows.shape[1]
         hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
-        output.addmm_(hidden, up.t(), alpha=ctx.scaling)
+        factor = weight.addmm(up, down, alpha=ctx.scaling) if ctx.folds else weight
+        output = rows @ factor.t() if bias is None else torch.addmm(bias, rows, factor.t())
+        if not ctx.folds:
+            output.addmm_(hidden, up.t(), alpha=ctx.scaling)
         ctx.save_for_backward(rows, kept, weight, hidden, down, up)
         return output.view(*x.shape[:-1], -1)
 
@@ -94,11 +101,12 @@ class _LoraLinear(torch.autograd.Function):
         mask = _as_factor(kept, rows.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ weight
-            if mask is None:
-                of_x.addmm_(of_hidden, down)
+            if ctx.folds:
+                of_x = gradient @ weight.addmm(up, down, alpha=ctx.scaling)
+            elif mask is None:
+                of_x = (gradient @ weight).addmm_(of_hidden, down)
             else:
-                of_x.addcmul_(of_hidden @ down, mask)
+                of_x = (gradient @ weight).addcmul_(of_hidden @ down, mask)
             of_x = of_x.view(ctx.shape)
         of_down = of_hidden.t() @ _masked(rows, mask)
         return of_x, None, None, of_down, of_up, None, None
@@ -106,16 +114,20 @@ class _LoraLinear(torch.autograd.Function):
 
 def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
     """Which elements dropout keeps, a byte each, by the device's generator; and the share of them."""
+    keep = 1 - rate
     if rate == 0:
-        return None, 1.0
+        return None, keep
     if rows.device.type != "cpu":
-        return torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - rate), 1 - rate
-    # On a CPU `bernoulli_` takes as long as the layer's matrix product. 16 random bits an element, four at a draw,
-    # take an eighth of that; and a comparison in place a third of one whose result is of another type.
-    words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = min(max(1, round((1 - rate) * 2**16)), 2**16 - 1)
-    drawn = words.view(torch.int16)[: rows.numel()].view_as(rows)
-    return drawn.lt_(kept - 2**15).to(torch.uint8), kept / 2**16
+        return torch.empty_like(rows, dtype=torch.bool).bernoulli_(keep), keep
+    values = 256 * keep
+    if not 1 <= values <= 255:
+        return torch.empty_like(rows, dtype=torch.uint8).bernoulli_(keep), keep
+    # On a CPU `bernoulli_` takes as long as the layer's matrix product. A random byte an element, eight at a draw, and
+    # a comparison in place take a tenth of that. As bytes are coarse, the values to keep are, by chance, one more in
+    # some rows than in others; so that each element is kept with exactly the probability asked for.
+    last = (torch.rand(rows.shape[0], 1) < values % 1).to(torch.int8).add_(int(values) - 129)
+    words = torch.empty((rows.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    return words.view(torch.int8)[: rows.numel()].view_as(rows).le_(last).view(torch.uint8), keep
 
 
 def _as_factor(kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
