@@ -65,7 +65,7 @@ class ModelSettings(Group):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: bool = False
-    """Compile the model with torch.compile: a slow first step, then faster ones."""
+    """Compile the model with torch.compile: a slow first step, then faster ones on a GPU, and slower ones on a CPU."""
     trust_remote_code: bool = False
     """Run model code that comes with the base model. Only for sources you trust."""
 
