@@ -255,7 +255,7 @@ def test_the_end_waits_only_so_long(server: Hub, tmp_path: Path, caplog: pytest.
 
 
 def test_a_push_does_not_wait_and_the_newest_takes_the_place_of_one_that_waits(server: Hub, tmp_path: Path) -> None:
-    server.delay("commit", 0.6)
+    server.delay("commit", 1.5)
     pushing = _publisher()
     directories = [_files(tmp_path / str(number), weights=b"%d" % number) for number in range(4)]
     start = time.monotonic()
@@ -264,10 +264,10 @@ def test_a_push_does_not_wait_and_the_newest_takes_the_place_of_one_that_waits(s
     before = time.monotonic()
     pushing.push(Push(directories[1], "1", passes=True))
     pushing.push(Push(directories[2], "2", passes=True))
-    assert time.monotonic() - before < 0.2
+    assert time.monotonic() - before < 0.75
     assert not directories[1].exists()
     _until(lambda: len(server.repositories["ada/flowers"].commits) == 2)
-    assert time.monotonic() - start > 1.0
+    assert time.monotonic() - start > 2.5
     assert pushing.finish(Push(directories[3], "3", passes=False))
     assert server.messages("ada/flowers") == ["0", "2", "3"]
     assert [directory.exists() for directory in directories] == [False, False, False, True]
