@@ -100,6 +100,28 @@ def test_same_numbers_in_half_precision(dtype: torch.dtype) -> None:
     require_close(run(fast, x), run(peft, x), 8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_lora_adds_is_not_lost_in_half_precision(dtype: torch.dtype) -> None:
+    """It is less than a rounding error of the weights; and the weights alone give 0 here."""
+    peft, fast = pair(bias=False)
+    x = torch.randn(2 * WIDTH, WIDTH // 2).repeat_interleave(2, 1)
+    x[:, 1::2] *= -1
+    for layer in (peft, fast):
+        nn.init.ones_(layer.base_layer.weight)
+        layer.lora_B["default"].weight.data *= 1e-4
+        layer.to(dtype)
+    found, expected = (run(layer, x.to(dtype)) for layer in (fast, peft))
+    assert expected["output"].abs().min() > 0
+    require_close({"output": found["output"]}, {"output": expected["output"]}, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(rate: float) -> None:
+    peft, fast = pair(dropout=rate)
+    x = torch.randn(ROWS, WIDTH)
+    require_close(run(fast, x), run(peft, x), 1e-6)
+
+
 def test_input_that_needs_no_gradient() -> None:
     _, fast = pair()
     fast(torch.randn(ROWS, WIDTH)).sum().backward()

@@ -80,7 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         kept, keep = _draw(rows, rate)
         # What dropout takes away, the others make up for: here in the one factor that is applied to `r` columns alone.
-        ctx.scaling, ctx.shape = scaling / keep, x.shape
+        ctx.scaling, ctx.shape = scaling / keep if keep else 0.0, x.shape
         # A half-precision sum of the weights would lose what LoRA adds to them.
         ctx.folds = kept is None and rows.dtype == torch.float32 and rows.shape[0] > rows.shape[1]
         hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
