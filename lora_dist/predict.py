@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
+from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.predict_settings import PredictSettings, contradictions
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         contradictions=contradictions,
         takes_config=False,
     )
+    if argv is None:
+        move_to_huge_pages()
     # What follows imports torch; a mistake in the settings has been reported by now.
     from lora_dist import demo, extras, hub, logs
     from lora_dist.deployment import classify, destinations, onnx_export

@@ -4,6 +4,7 @@ from lora_dist.cli import argv_or, flatten, parse
 from lora_dist.config import Settings
 from lora_dist.contradictions import contradictions
 from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
+from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
 
@@ -20,6 +21,8 @@ def main(argv: list[str] | None = None) -> None:
             description="Fine-tune an image classifier with LoRA, on one process or many.",
             contradictions=contradictions,
         )
+        if argv is None:
+            move_to_huge_pages()
         if settings.run.do_eval_only:
             evaluate_only(settings)
         else:

@@ -150,10 +150,11 @@ def test_dropout_is_that_of_the_formula(rate: float) -> None:
     require_close(found, run(Plain(), x), 1e-6)
 
 
+@pytest.mark.parametrize("width", [1000, 999])  # a multiple of eight, or none
 @pytest.mark.parametrize("rate", [1e-6, 0.005, 0.1, 0.3, 0.995, 0.999999])
-def test_dropout_keeps_its_share_independently(rate: float) -> None:
+def test_dropout_keeps_its_share_independently(rate: float, width: int) -> None:
     torch.manual_seed(0)
-    rows = torch.empty(1001, 999)  # no multiple of eight
+    rows = torch.empty(1001, width)
     mask, keep = mask_of(rows, rate)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     assert keep == 1 - rate
@@ -161,7 +162,7 @@ def test_dropout_keeps_its_share_independently(rate: float) -> None:
     assert mask.sum().item() == pytest.approx(keep * count, abs=5 * (keep * (1 - keep) * count) ** 0.5)
     if rate < 0.5:
         flat = mask.flatten() - keep
-        for lag in (1, 2, 3, 4, 999):
+        for lag in (1, 2, 3, 4, 8, width):
             correlation = (flat[lag:] * flat[:-lag]).mean().item() / (keep * (1 - keep))
             assert abs(correlation) < 5 / count**0.5
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_dist.bench.settings import BenchSettings, contradictions
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
+from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
 
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = parse(
             BenchSettings, flags, prog="lora_dist.bench", description=DESCRIPTION, contradictions=contradictions
         )
+        if argv is None:
+            move_to_huge_pages()
         with tempfile.TemporaryDirectory() as directory:
             bench(settings, flags, Path(directory))
 

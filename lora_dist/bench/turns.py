@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lora_dist.bench.settings import BenchSettings, contradictions
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.huge_pages import environment_before, move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
 
 CONTENDERS = ("ours", "trainer")
@@ -74,7 +75,7 @@ def compare(argv: list[str], rounds: int) -> Comparison:
 
 
 def _in_a_process(argv: list[str], contender: str, number: int) -> Turn:
-    environment = dict(os.environ)
+    environment = environment_before(os.environ)
     if "MASTER_PORT" in environment:
         # The processes of a turn meet by themselves, and not where those of the benchmark will.
         environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + number)
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     end_with_launcher()
     contender, *flags = argv_or(argv)
     settings = parse(BenchSettings, flags, prog="lora_dist.bench", description="", contradictions=contradictions)
+    if argv is None and contender == "ours":
+        move_to_huge_pages()
     with tempfile.TemporaryDirectory() as directory:
         turn = take_turn(contender, settings, Path(directory))
     print(json.dumps(turn._asdict()))

@@ -88,25 +88,24 @@ class _LoraLinear(torch.autograd.Function):
         output = rows @ factor.t() if bias is None else torch.addmm(bias, rows, factor.t())
         if not ctx.folds:
             output.addmm_(hidden, up.t(), alpha=ctx.scaling)
-        ctx.save_for_backward(rows, kept, weight, hidden, down, up)
+        ctx.save_for_backward(rows, kept, factor, hidden, down, up)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, kept, weight, hidden, down, up = ctx.saved_tensors
+        rows, kept, factor, hidden, down, up = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         of_hidden = (gradient @ up).mul_(ctx.scaling)
         of_up = (hidden.t() @ gradient).mul_(ctx.scaling).t()
         mask = _as_factor(kept, rows.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.folds:
-                of_x = gradient @ weight.addmm(up, down, alpha=ctx.scaling)
-            elif mask is None:
-                of_x = (gradient @ weight).addmm_(of_hidden, down)
-            else:
-                of_x = (gradient @ weight).addcmul_(of_hidden @ down, mask)
+            of_x = gradient @ factor
+            if mask is not None:
+                of_x.addcmul_(of_hidden @ down, mask)
+            elif not ctx.folds:
+                of_x.addmm_(of_hidden, down)
             of_x = of_x.view(ctx.shape)
         of_down = of_hidden.t() @ _masked(rows, mask)
         return of_x, None, None, of_down, of_up, None, None
@@ -120,14 +119,14 @@ def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
     if rows.device.type != "cpu":
         return torch.empty_like(rows, dtype=torch.bool).bernoulli_(keep), keep
     values = 256 * keep
-    if not 1 <= values <= 255:
+    if not 1 <= values <= 255 or rows.shape[1] % 8:
         return torch.empty_like(rows, dtype=torch.uint8).bernoulli_(keep), keep
     # On a CPU `bernoulli_` takes as long as the layer's matrix product. A random byte an element, eight at a draw, and
     # a comparison in place take a tenth of that. As bytes are coarse, the values to keep are, by chance, one more in
     # some rows than in others; so that each element is kept with exactly the probability asked for.
-    last = (torch.rand(rows.shape[0], 1) < values % 1).to(torch.int8).add_(int(values) - 129)
-    words = torch.empty((rows.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    return words.view(torch.int8)[: rows.numel()].view_as(rows).le_(last).view(torch.uint8), keep
+    last = torch.empty(rows.shape[0], 1, dtype=torch.int8).bernoulli_(values % 1).add_(int(values) - 129)
+    words = torch.empty(rows.shape[0], rows.shape[1] // 8, dtype=torch.int64).random_(-(2**63), None)
+    return words.view(torch.int8).le_(last), keep
 
 
 def _as_factor(kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lora_dist.config import LoraSettings
+from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.model.adapters import inject, without_lora
 
 HEAD = "classifier"
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
     args = parser.parse_args()
+    move_to_huge_pages()  # as training does
     base = make_classifier("dinov2_s", args.image_size).model
     contenders = {"base": with_lora(base, 0.0, peft_layers=True)}
     for dropout in (0.0, 0.1):
