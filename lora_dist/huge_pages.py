@@ -1,36 +1,38 @@
-"""Huge pages for the memory of a command that computes on a CPU."""
+"""Transparent huge pages for the memory of a command that computes on a CPU."""
 
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_VARIABLE = "GLIBC_TUNABLES"
-_KEEP_IN_HUGE_PAGES = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.mmap_threshold=33554432"
-)
 GPU_DRIVERS = [Path("/dev/nvidiactl"), Path("/dev/kfd")]
-"""What is there where CUDA's or ROCm's driver is loaded."""
+"""What is there where the driver of an NVIDIA or AMD GPU is loaded."""
+
+_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.mmap_threshold=1073741824"
+_ADDED = {"GLIBC_TUNABLES": _TUNABLES, "LORA_DIST_ON_HUGE_PAGES": "1"}
+"""The second is there because the first may be taken away, or have the same value from the user."""
 
 
 def move_to_huge_pages() -> None:
-    """Has the running command start over, in the same process, with memory of huge pages that it keeps when it is free.
+    """Re-executes the running command, as the same process, with memory in huge pages that free memory stays in.
 
-    Each step of training needs memory for its activations. What is free after a step, glibc gives back to the system;
-    the next step meets new pages, one page fault for each 4 kB. glibc reads what tells it otherwise only when a program
-    starts. So this is to be called when nothing has been done yet but reading the command line.
+    Each step of training allocates its activations. What is freed after a step, glibc returns to the system; the next
+    step takes new pages, one page fault for each 4 kB. glibc reads what tells it otherwise only when a program starts.
+    So this is for commands that have done nothing yet but reading their command line.
 
-    Nothing happens where a GPU computes, which has memory of its own; where `GLIBC_TUNABLES` is set, be it to nothing;
-    in a debugger; and on other systems than Linux.
+    Nothing happens on a host with a GPU, unless `ACCELERATE_USE_CPU` is set; where `GLIBC_TUNABLES` is set, be it to
+    nothing; under a tracing debugger; and on other systems than Linux.
 
     Source: https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
     """
-    on_gpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" and any(map(Path.exists, GPU_DRIVERS))
-    if sys.platform != "linux" or _VARIABLE in os.environ or on_gpu or sys.gettrace() is not None:
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    if not on_cpu and any(map(Path.exists, GPU_DRIVERS)):
         return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _KEEP_IN_HUGE_PAGES})
+    if sys.platform == "linux" and not _ADDED.keys() & os.environ.keys() and sys.gettrace() is None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ADDED)
 
 
 def environment_before(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables without the one that `move_to_huge_pages` adds."""
-    return {name: value for name, value in environment.items() if (name, value) != (_VARIABLE, _KEEP_IN_HUGE_PAGES)}
+    """The variables without those that `move_to_huge_pages` has added, if it has."""
+    added = _ADDED.keys() if _ADDED.items() <= environment.items() else set()
+    return {name: value for name, value in environment.items() if name not in added}

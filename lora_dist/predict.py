@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         contradictions=contradictions,
         takes_config=False,
     )
-    if argv is None:
+    if __name__ == "__main__":
         move_to_huge_pages()
     # What follows imports torch; a mistake in the settings has been reported by now.
     from lora_dist import demo, extras, hub, logs

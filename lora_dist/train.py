@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
             description="Fine-tune an image classifier with LoRA, on one process or many.",
             contradictions=contradictions,
         )
-        if argv is None:
+        if __name__ == "__main__":
             move_to_huge_pages()
         if settings.run.do_eval_only:
             evaluate_only(settings)

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = parse(
             BenchSettings, flags, prog="lora_dist.bench", description=DESCRIPTION, contradictions=contradictions
         )
-        if argv is None:
+        if __name__ == "__main__":
             move_to_huge_pages()
         with tempfile.TemporaryDirectory() as directory:
             bench(settings, flags, Path(directory))

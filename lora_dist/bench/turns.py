@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     end_with_launcher()
     contender, *flags = argv_or(argv)
     settings = parse(BenchSettings, flags, prog="lora_dist.bench", description="", contradictions=contradictions)
-    if argv is None and contender == "ours":
+    if __name__ == "__main__" and contender == "ours":
         move_to_huge_pages()
     with tempfile.TemporaryDirectory() as directory:
         turn = take_turn(contender, settings, Path(directory))

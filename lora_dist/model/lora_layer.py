@@ -68,7 +68,7 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The base is frozen. Kept for the backward pass: the input, which layers share, and what dropout left in.
+    """The base is frozen. Kept for the backward pass: the input, which layers share, its `r` columns, and the mask.
 
     Without dropout, `s B A` is added to the weights rather than to the output (it `folds`) where these are fewer.
     """
@@ -88,20 +88,21 @@ class _LoraLinear(torch.autograd.Function):
         output = rows @ factor.t() if bias is None else torch.addmm(bias, rows, factor.t())
         if not ctx.folds:
             output.addmm_(hidden, up.t(), alpha=ctx.scaling)
-        ctx.save_for_backward(rows, kept, factor, hidden, down, up)
-        return output.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(rows, kept, weight, hidden, down, up)
+        return output.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, kept, factor, hidden, down, up = ctx.saved_tensors
+        rows, kept, weight, hidden, down, up = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         of_hidden = (gradient @ up).mul_(ctx.scaling)
         of_up = (hidden.t() @ gradient).mul_(ctx.scaling).t()
         mask = _as_factor(kept, rows.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ factor
+            # Not the one of the forward pass: FSDP would have to hold it beside the weights that it releases.
+            of_x = gradient @ (weight.addmm(up, down, alpha=ctx.scaling) if ctx.folds else weight)
             if mask is not None:
                 of_x.addcmul_(of_hidden @ down, mask)
             elif not ctx.folds:
