@@ -39,6 +39,7 @@ from lora_dist.data.images import load_rgb
 from lora_dist.data.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
 from lora_dist.deployment.classify import choose_batch_size, classify
+from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.model.bundle import Classifier
 
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
@@ -161,6 +162,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, metavar="FILES")
     arguments = parser.parse_args()
+    if arguments.memory:
+        move_to_huge_pages()  # as the command does
     classifier = make_classifier(arguments.model, arguments.image_size)
     size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
     with tempfile.TemporaryDirectory() as folder:
