@@ -18,7 +18,8 @@ def move_to_huge_pages() -> None:
 
     Each step of training allocates its activations. What is freed after a step, glibc returns to the system; the next
     step takes new pages, one page fault for each 4 kB. glibc reads what tells it otherwise only when a program starts.
-    So this is for commands that have done nothing yet but reading their command line.
+    So this is for commands that have done nothing yet but reading their command line, and only where they are the
+    program (`__name__` says so): one that calls a command's `main` would start over amid work of its own.
 
     Nothing happens on a host with a GPU, unless `ACCELERATE_USE_CPU` is set; where `GLIBC_TUNABLES` is set, be it to
     nothing; under a tracing debugger; and on other systems than Linux.

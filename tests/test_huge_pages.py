@@ -90,7 +90,7 @@ def test_a_debugger_is_not_left() -> None:
     ("module", "arguments", "moves"),
     [
         ("lora_dist.train", ["--config", "demo"], True),
-        ("lora_dist.predict", ["--model", "demo:vit", "--images", "demo:digits"], True),
+        ("lora_dist.predict", ["--model", "demo:vit", "--images", "demo:digits/validation"], True),
         ("lora_dist.bench", ["--config", "demo"], True),
         ("lora_dist.bench.turns", ["ours", "--config", "demo"], True),
         ("lora_dist.bench.turns", ["trainer", "--config", "demo"], False),

@@ -8,6 +8,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 
 def speed_up(model: nn.Module) -> None:
@@ -68,7 +69,7 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The base is frozen. Kept for the backward pass: the input, which layers share, its `r` columns, and the mask.
+    """The base is frozen. Kept for the backward pass: the input, which layers share, `hidden` ([rows, r]), and the mask.
 
     Without dropout, `s B A` is added to the weights rather than to the output (it `folds`) where these are fewer.
     """
@@ -85,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.folds = kept is None and rows.dtype == torch.float32 and rows.shape[0] > rows.shape[1]
         hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
         factor = weight.addmm(up, down, alpha=ctx.scaling) if ctx.folds else weight
-        output = rows @ factor.t() if bias is None else torch.addmm(bias, rows, factor.t())
+        output = linear(rows, factor, bias)
         if not ctx.folds:
             output.addmm_(hidden, up.t(), alpha=ctx.scaling)
         ctx.save_for_backward(rows, kept, weight, hidden, down, up)
