@@ -69,7 +69,7 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The base is frozen. Kept for the backward pass: the input, which layers share, `hidden` ([rows, r]), and the mask.
+    """The base is frozen. Kept for the backward pass: the input, which layers share; `hidden` ([rows, r]); the mask.
 
     Without dropout, `s B A` is added to the weights rather than to the output (it `folds`) where these are fewer.
     """
