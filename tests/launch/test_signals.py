@@ -85,7 +85,7 @@ def test_one_process_under_a_launcher_saves_on_demand_and_outlives_the_launcher(
 
 
 def _loads_torch(launch: Launch) -> bool:
-    """Whether the training has got so far; one look, as a process that becomes another program is not seen for a moment.
+    """Whether the training is so far, in one look: a process that becomes another program is not seen for a moment.
 
     The launcher has loaded it too, without the variables that it gives to the training.
     """
