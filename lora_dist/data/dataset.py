@@ -64,7 +64,9 @@ class Split:
         return self._source(index)[1]
 
     def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
-        return {row: Encoded(*self._source(row), int(self.labels[row])) for row in rows}
+        cells = self.table[self.rows[list(rows)].tolist()][self.column]
+        cell_of = dict(zip(rows, cells, strict=True))
+        return {row: Encoded(*self._named(row, cell), int(self.labels[row])) for row, cell in cell_of.items()}
 
     def reader(self) -> Reader:
         return self
@@ -76,9 +78,11 @@ class Split:
         return {"num_samples": len(self), "fingerprint": self.fingerprint(), "rows": self.rows.tolist()}
 
     def _source(self, index: int) -> tuple[Any, str]:
-        row = int(self.rows[index])
-        source, name = from_cell(self.table[row][self.column])
-        return source, name or f"row {row}"
+        return self._named(index, self.table[int(self.rows[index])][self.column])
+
+    def _named(self, index: int, cell: Any) -> tuple[Any, str]:
+        source, name = from_cell(cell)
+        return source, name or f"row {self.rows[index]}"
 
     def select(self, places: np.ndarray) -> "Split":
         """The samples at `places`, in that order."""

@@ -13,7 +13,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from lora_dist.config import AugmentationSettings
-from lora_dist.data.images import Box, Picture
+from lora_dist.data.crops import draw_crop
+from lora_dist.data.images import Picture
 from lora_dist.data.views import NOWHERE, Area, Rest, View, combine, resize
 from lora_dist.errors import UserError
 
@@ -41,14 +42,14 @@ class ImageTransforms:
         """
         self.processor = processor
         self.height, self.width = _output_size(processor)
-        self._crop: v2.RandomResizedCrop | None = None
+        self._smallest: float | None = None
         self._flip = 0.0
         self._policy: v2.Transform | None = None
         self._on_device = augmentation is not None and augmentation.augment_on_device
         self._erase: v2.RandomErasing | None = None
         if augmentation is not None:
             if augmentation.augmentation != "none":
-                self._crop = v2.RandomResizedCrop((self.height, self.width), scale=(augmentation.crop_scale_min, 1.0))
+                self._smallest = augmentation.crop_scale_min
                 self._flip = augmentation.horizontal_flip
                 self._policy = _policy(augmentation.augmentation)
             if augmentation.random_erasing:
@@ -136,7 +137,7 @@ class ImageTransforms:
     @property
     def cuts_out(self) -> bool:
         """Whether a view shows a part of its image, drawn at random."""
-        return self._crop is not None
+        return self._smallest is not None
 
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
         """A random view; a function of the picture and the seed alone. It is for `model_input`.
@@ -156,8 +157,10 @@ class ImageTransforms:
 
     def _drawn(self, picture: Picture) -> View:
         size = self.height, self.width
-        part = picture.part(self._box(picture.size), size[::-1])
+        assert self._smallest is not None
+        box = draw_crop(picture.size, self._smallest)
         flipped = bool(self._flip and torch.rand(1) < self._flip)
+        part = picture.part(box, size[::-1])
         # What is large is not handed over before it is small.
         large = min(part.shape[0] // size[0], part.shape[1] // size[1]) >= 2
         pixels = interpolated(part, size) if large or not self._on_device else _as_tensor(part)
@@ -168,13 +171,6 @@ class ImageTransforms:
         if self._policy is not None:
             pixels = _as_tensor(np.array(self._policy(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()))))
         return View(pixels[0])
-
-    def _box(self, size: tuple[int, int]) -> Box:
-        """Draws what a view shows of an image of `size` (width, height)."""
-        assert self._crop is not None
-        area = self._crop.make_params([torch.empty(1, size[1], size[0], device="meta")])
-        top, left = area["top"], area["left"]
-        return left, top, left + area["width"], top + area["height"]
 
     def _erased(self) -> Area:
         """Draws what of a view is erased."""

@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification
@@ -30,7 +31,7 @@ from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.state import Checkpointer, Progress
 from lora_dist.training.step import train_step
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "vit_b": {},
     "vit_l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
@@ -45,7 +46,7 @@ def main(shape: str) -> None:
     """Measures the engine of this launch and adds a row to `RESULTS`."""
     accelerator = launch("auto")
     torch.manual_seed(0)
-    config = ViTConfig(**SHAPES[shape], image_size=IMAGE_SIZE, num_labels=CLASSES)
+    config = ViTConfig(**SHAPES[shape] | {"image_size": IMAGE_SIZE, "num_labels": CLASSES})
     model = inject(ViTForImageClassification(config), LoraSettings(), ["classifier"])
     settings = OptimizationSettings(per_device_train_batch_size=2, gradient_accumulation_steps=1)
     engine = make_engine(accelerator, model, make_optimizer(model, settings, 1.0), settings)

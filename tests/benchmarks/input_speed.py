@@ -138,7 +138,7 @@ def main() -> None:
         (Path(folder) / "photos").mkdir()
         split = training_split(Path(folder) / "photos", arguments.images)
         start = time.perf_counter()
-        cache: Any = cached(split, str(Path(folder) / "cache"), (224, 224), dry_run=False)
+        cache: Any = cached(split, str(Path(folder) / "cache"), (224, 224), build=True)
         print(f"cached in {time.perf_counter() - start:.1f} s")
         if arguments.memory:
             watch_memory(split, cache, arguments.memory)

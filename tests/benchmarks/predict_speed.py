@@ -90,7 +90,8 @@ def contenders(classifier: Classifier, files: Sequence[str], batch_size: int) ->
         prepare.batch([load_rgb(file) for file in files[start : start + batch_size]])
         for start in range(0, len(files), batch_size)
     ]
-    pipe = pipeline("image-classification", model=classifier.model, image_processor=classifier.processor, device=CPU)
+    model: Any = classifier.model
+    pipe = pipeline("image-classification", model=model, image_processor=classifier.processor, device=CPU)
 
     @torch.inference_mode()
     def bare() -> None:

@@ -5,6 +5,7 @@ PYTHONPATH=. python tests/benchmarks/reference.py runs/reference
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from predict_speed import make_classifier, make_jpegs
 
@@ -15,7 +16,8 @@ IMAGE_SIZE = 112
 def main(directory: Path) -> None:
     """Writes `dinov2_s/` and `photos/`, with one sub-folder a class."""
     classifier = make_classifier("dinov2_s", IMAGE_SIZE)
-    classifier.model.save_pretrained(directory / "dinov2_s")
+    model: Any = classifier.model
+    model.save_pretrained(directory / "dinov2_s")
     classifier.processor.save_pretrained(directory / "dinov2_s")
     for number in range(CLASSES):
         folder = directory / "photos" / f"class_{number}"
