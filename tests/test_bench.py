@@ -167,6 +167,7 @@ def test_the_guide_trains_any_architecture_for_as_many_updates(architecture: Pat
 def test_rows_are_added_and_the_newest_of_a_kind_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "bench.csv"
     require_room_for_rows(file)
+    assert not file.exists()
     one = dict.fromkeys(COLUMNS) | {"model": "vit", "precision": "no", "batch": 32, "accumulation": 4, "engine": "ddp"}
     one |= {"images_per_second": 20.123456, "mfu": 0.456, "peak_memory_mb": 1234.5, "lora_costs": 1.0512}
     add_row(file, one)

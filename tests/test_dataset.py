@@ -56,6 +56,17 @@ def test_a_folder_has_a_class_for_each_sub_folder(photos: Path) -> None:
     np.testing.assert_array_equal(np.asarray(data.train.image(12)), np.asarray(make_image(1, 1)))
 
 
+def test_samples_are_read_together_as_they_are_one_by_one(photos: Path) -> None:
+    split = load(train_dir=photos / "train", validation_dir=photos / "validation").train
+    split = split.select(np.arange(len(split))[::-2])
+    rows = [3, 0, 11, 3]
+    read = split.read(0, rows)
+    assert list(read) == [3, 0, 11]
+    assert [one.name for one in read.values()] == [split.name(row) for row in read]
+    assert [one.label for one in read.values()] == split.labels[list(read)].tolist()
+    assert split.read(0, []) == {}
+
+
 def test_classes_are_in_lexicographic_order_and_not_in_that_of_numbers(tmp_path: Path) -> None:
     """As `datasets` and torchvision order them; a label map from elsewhere stays valid."""
     make_folder(tmp_path, classes=("2", "10", "1", "B", "a"), per_class=2)

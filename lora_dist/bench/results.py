@@ -20,11 +20,14 @@ COLUMNS = (
 
 
 def require_room_for_rows(path: Path) -> None:
-    """Raises a `UserError` unless a row can be added to the file, which need not be there yet."""
+    """Raises a `UserError` unless a row can be added to the file, which need not be there yet and is not left there."""
+    new = not path.exists()
     try:
         with path.open("a+", encoding="utf-8", newline="") as file:
             file.seek(0)
             found = next(csv.reader(file), None)
+        if new:
+            path.unlink()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--csv {path}: {error}") from error
     if found is not None and tuple(found) != COLUMNS:

@@ -42,14 +42,14 @@ class ImageTransforms:
         """
         self.processor = processor
         self.height, self.width = _output_size(processor)
-        self._smallest: float | None = None
+        self._crop_scale_min: float | None = None
         self._flip = 0.0
         self._policy: v2.Transform | None = None
         self._on_device = augmentation is not None and augmentation.augment_on_device
         self._erase: v2.RandomErasing | None = None
         if augmentation is not None:
             if augmentation.augmentation != "none":
-                self._smallest = augmentation.crop_scale_min
+                self._crop_scale_min = augmentation.crop_scale_min
                 self._flip = augmentation.horizontal_flip
                 self._policy = _policy(augmentation.augmentation)
             if augmentation.random_erasing:
@@ -137,7 +137,7 @@ class ImageTransforms:
     @property
     def cuts_out(self) -> bool:
         """Whether a view shows a part of its image, drawn at random."""
-        return self._smallest is not None
+        return self._crop_scale_min is not None
 
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
         """A random view; a function of the picture and the seed alone. It is for `model_input`.
@@ -157,8 +157,8 @@ class ImageTransforms:
 
     def _drawn(self, picture: Picture) -> View:
         size = self.height, self.width
-        assert self._smallest is not None
-        box = draw_crop(picture.size, self._smallest)
+        assert self._crop_scale_min is not None
+        box = draw_crop(picture.size, self._crop_scale_min)
         flipped = bool(self._flip and torch.rand(1) < self._flip)
         part = picture.part(box, size[::-1])
         # What is large is not handed over before it is small.

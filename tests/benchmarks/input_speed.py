@@ -7,19 +7,23 @@ The JPEGs are cut out of the packaged photographs. The contenders take turns in 
 batch in this process, and what counts is CPU time: a ratio is the median over rounds of what stands in the same round.
 `guide` decodes with Pillow and applies the guide's torchvision transforms. The others are what a worker process does;
 what is left for the device (8 bits to floats, normalising, and resizing with --augment_on_device) is `finish`, measured
-here on this CPU. Each run adds its rows to `results/input_speed.csv`. With `--memory` no clock is read: a loader with
-two workers goes over the files that many times, and what it keeps is written to `results/input_memory.csv`.
+here on this CPU. Each run adds its rows to `results/input_speed.csv`. With `--memory` no clock is read: for each way, a
+loader with two workers goes over the files that many times. `results/input_memory.csv` gets what its process holds, and
+what the workers hold besides what they share with it.
 """
 
 import argparse
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from predict_speed import add_rows, make_jpegs
@@ -92,39 +96,34 @@ def ours(split: Any, on_device: bool = False, finish: bool = False) -> Callable[
     return run_rest if finish else run
 
 
-def watch_memory(split: Split, cache: Any, epochs: int) -> None:
-    """Writes down, six times, what a loader with two workers keeps in this process and in those."""
+def watch_memory(name: str, split: Any, on_device: bool, epochs: int) -> list[dict[str, object]]:
+    """What this process holds in all, and two workers of its loader on their own, six times in so many epochs."""
+    images, order = images_of(split, on_device)
+    settings = DataSettings(dataloader_num_workers=2)
+    loader = train_loader(images, order, 0, epochs * order.steps_per_epoch, settings, CPU)
+    process = psutil.Process()
     rows: list[dict[str, object]] = []
-    for name, images_split, on_device in (
-        ("files", split, False), ("cache", cache, False), ("cache, augment_on_device", cache, True),
-    ):  # fmt: skip
-        images, order = images_of(images_split, on_device)
-        settings = DataSettings(dataloader_num_workers=2)
-        loader = train_loader(images, order, 0, epochs * order.steps_per_epoch, settings, CPU)
-        for number, _ in enumerate(batches(loader), 1):
-            if number % (order.steps_per_epoch * max(1, epochs // 6)) == 0:
-                workers = _children()
-                row: dict[str, object] = {"input": name, "images": len(split), "epoch": number // order.steps_per_epoch}
-                row |= {
-                    "process_mb": _anonymous_mb(os.getpid()),
-                    "workers_mb": round(sum(map(_anonymous_mb, workers)), 1),
-                }
-                rows.append(row | {"workers": len(workers)})
-                print(rows[-1])
-    add_rows("input_memory.csv", rows)
+    for number, _ in enumerate(batches(loader), 1):
+        if number % (order.steps_per_epoch * max(1, epochs // 6)) == 0:
+            workers = process.children()
+            own = sum(worker.memory_full_info().uss for worker in workers)
+            rows.append(
+                {"input": name, "images": len(images), "epoch": number // order.steps_per_epoch}
+                | {"process_mb": round(process.memory_info().rss / 1e6, 1)}
+                | {"workers": len(workers), "workers_mb": round(own / 1e6, 1)}
+            )
+            print(rows[-1], flush=True)
+    return rows
 
 
-def _children() -> list[int]:
-    return [int(number) for number in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-
-
-def _anonymous_mb(process: int) -> float:
-    """Memory that a process keeps for itself: pages of files, such as a cache's, go when others need the room."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0.0
-    return round(sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024, 1)
+def in_fresh_processes(ways: list[tuple[str, Any, bool]], epochs: int) -> list[dict[str, object]]:
+    """`watch_memory` of each way in a process of its own, so that none inherits what another has left."""
+    rows: list[dict[str, object]] = []
+    for way in ways:
+        # Its workers are forked as those of the command are, which they would not be from one that is spawned.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            rows += pool.submit(watch_memory, *way, epochs).result()
+    return rows
 
 
 def main() -> None:
@@ -141,7 +140,8 @@ def main() -> None:
         cache: Any = cached(split, str(Path(folder) / "cache"), (224, 224), build=True)
         print(f"cached in {time.perf_counter() - start:.1f} s")
         if arguments.memory:
-            watch_memory(split, cache, arguments.memory)
+            ways = [("files", split, False), ("cache", cache, False), ("cache, augment_on_device", cache, True)]
+            add_rows("input_memory.csv", in_fresh_processes(ways, arguments.memory), anew=True)
             return
         runs = {
             "guide": guide(split),

@@ -128,11 +128,11 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def add_rows(name: str, rows: Sequence[dict[str, object]]) -> None:
-    """Adds rows to a file of results."""
+def add_rows(name: str, rows: Sequence[dict[str, object]], anew: bool = False) -> None:
+    """Adds rows to a file of results, or writes it anew."""
     path = RESULTS / name
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
+    new = anew or not path.exists()
+    with path.open("w" if new else "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             writer.writeheader()
@@ -150,7 +150,7 @@ def watch_memory(classifier: Classifier, files: Sequence[str], batch_size: int) 
             memory = [one.memory_info().rss / 1e6 for one in (own, *own.children())]
             rows.append({"files": done, "process_mb": round(memory[0], 1), "workers_mb": round(sum(memory[1:]), 1)})
             print(rows[-1])
-    add_rows("predict_memory.csv", rows)
+    add_rows("predict_memory.csv", rows, anew=True)
 
 
 def main() -> None:

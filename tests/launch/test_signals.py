@@ -4,6 +4,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import Launch, assert_same_run, saved_in, started, train
 from tiny import make_folder
@@ -85,12 +86,16 @@ def test_one_process_under_a_launcher_saves_on_demand_and_outlives_the_launcher(
 
 
 def _loads_torch(launch: Launch) -> bool:
-    """Whether the training is so far, in one look: a process that becomes another program is not seen for a moment.
+    """Whether the training has come that far, in one look: a process that becomes another program is not seen for a
+    moment.
 
-    The launcher has loaded it too, without the variables that it gives to the training.
+    The launcher has loaded torch too, without the variables that it gives to the training.
     """
-    trainings = (one for one in launch.processes() if "ACCELERATE_MIXED_PRECISION" in one.environ())
-    return any("libtorch" in file.path for one in trainings for file in one.memory_maps())
+    try:
+        trainings = [one for one in launch.processes() if "ACCELERATE_MIXED_PRECISION" in one.environ()]
+        return any("libtorch" in file.path for one in trainings for file in one.memory_maps())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_launcher_that_dies_while_torch_is_loaded_leaves_nothing_behind(
