@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from lora_dist import trainer_flags
 from lora_dist.config import RECIPES, Problem, recipe_names
 from lora_dist.errors import UserError
 
@@ -114,7 +115,7 @@ def parse(
             if name in fields:
                 values[name], origin[name] = value, f" (in {config})"
             else:
-                problems.append(f"{name}: unknown setting (in {config}){_nearest(str(name), fields)}")
+                problems.append(f"{name}: unknown setting (in {config}){_help_with(str(name), fields)}")
     elif config is _NO_VALUE:
         problems.append(f"--config: needs a path or one of {', '.join(recipe_names())}")
     for name, value in given.items():
@@ -177,7 +178,7 @@ def _unknown_flags(leftover: list[str], known: Iterable[str]) -> Iterable[str]:
     for token in leftover:
         if token.startswith("-"):
             name = token.lstrip("-").partition("=")[0]
-            yield f"{token.partition('=')[0]}: unknown flag{_nearest(name, known)}"
+            yield f"{token.partition('=')[0]}: unknown flag{_help_with(name, known)}"
             after_flag = True
         elif not after_flag:
             yield f"{token}: a value without a flag"
@@ -185,8 +186,11 @@ def _unknown_flags(leftover: list[str], known: Iterable[str]) -> Iterable[str]:
             after_flag = False
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def _help_with(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    if from_trainer := trainer_flags.hint(name, known):
+        return from_trainer
+    close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean --{close[0]}?" if close else ""
 
 

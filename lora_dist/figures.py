@@ -7,6 +7,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf", "Arial.ttf",
+          "NotoSansCJK-Regular.ttc", "msgothic.ttc", "AppleSDGothicNeo.ttc")  # fmt: skip
+"""Fonts of Linux, Windows and macOS, for texts of which Pillow's own lacks letters."""
+_NOBODY = "\U0010ffff"
+"""What no font has."""
 INK, PAPER, MUTED = (30, 30, 30), (255, 255, 255), (120, 120, 120)
 
 
@@ -20,7 +25,7 @@ def to_images(pixel_values: Tensor) -> list[Image.Image]:
 
 def grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8, cell: int = 128) -> Image.Image:
     """Images in rows, each with a caption of one or two lines below it."""
-    font = ImageFont.load_default(12)
+    font = _font(12, captions)
     caption_height, gap = 34, 6
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -45,7 +50,7 @@ def confusion_picture(counts: np.ndarray, labels: Sequence[str], side: int = 720
     # Pillow measures one line at a time, and a class may have a line break in its name.
     labels = [" ".join(label.split()) for label in labels]
     cell = max(4, side // classes)
-    font = ImageFont.load_default(max(9, min(14, cell // 2)))
+    font = _font(max(9, min(14, cell // 2)), labels)
     title = ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     named = cell >= 11
@@ -71,6 +76,24 @@ def confusion_picture(counts: np.ndarray, labels: Sequence[str], side: int = 720
     draw.text((left, 4), "predicted", fill=MUTED, font=title)
     _upright(picture, "true", title, (12, top + 40), MUTED)
     return picture
+
+
+def _font(size: int, texts: Sequence[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, which is the same everywhere; or the first of the system's that lacks fewer letters."""
+    letters = {letter for text in texts for letter in text if not letter.isspace()}
+    fonts = [ImageFont.load_default(size)]
+    for name in _FONTS if _lacks(fonts[0], letters) else ():
+        try:
+            fonts.append(ImageFont.truetype(name, size))
+        except OSError:
+            continue
+    return min(fonts, key=lambda font: _lacks(font, letters))
+
+
+def _lacks(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, letters: set[str]) -> int:
+    """How many letters it draws as it draws what it does not have."""
+    nothing = bytes(font.getmask(_NOBODY))
+    return sum(bytes(font.getmask(letter)) == nothing for letter in letters)
 
 
 def _shade(share: float, right: bool) -> tuple[int, int, int]:

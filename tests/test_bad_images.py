@@ -182,3 +182,18 @@ def test_an_epoch_is_not_lost_where_no_validation_image_can_be_read(
     make_folder(tmp_path / "validation", per_class=1, first=100)
     _run(vit, tmp_path, "--resume_from_checkpoint", "auto")
     assert [line["step"] for line in lines_of(tmp_path / "run") if "eval/loss" in line] == [3, 6]
+
+
+def test_a_bad_image_among_the_first_inputs_ends_the_run_too(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """These are shown in TensorBoard before the first update."""
+    make_folder(tmp_path / "train", per_class=2)
+    for path in (tmp_path / "train").rglob("*.png"):
+        _spoil(path)
+    result = train(
+        "--model_name_or_path", vit, "--train_dir", tmp_path / "train", "--validation_dir", photos / "validation",
+        "--output_dir", tmp_path / "run", "--num_train_epochs", 1, code=2,
+    )  # fmt: skip
+    assert "cannot read an image" in result.stderr
+    assert "--on_bad_image skip" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "an update is an epoch: it takes all 6 images" in result.stderr

@@ -25,6 +25,7 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.base import (
     Base,
+    cannot_load,
     count_parameters,
     find_heads,
     fingerprint,
@@ -344,6 +345,21 @@ def test_what_is_no_image_classifier_is_refused_by_name(content: str | None, vit
     name = tmp_path if content is not None else tmp_path / "nowhere"
     with pytest.raises(UserError, match=f"cannot load the base model '{name}'"):
         _base(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("./nowhere", "there is no such directory"),
+        ("/no/where", "there is no such directory"),
+        ("models/vit/best", "there is no such directory"),
+        ("someone/nothing", "bring it here before, by `hf download someone/nothing`"),
+    ],
+)
+def test_a_name_that_can_only_be_a_path_is_told_from_one_of_the_hub(name: str, part: str) -> None:
+    message = str(cannot_load(name, OSError("what the client says")))
+    assert part in message
+    assert ("what the client says" in message) == (name == "someone/nothing")
 
 
 def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:

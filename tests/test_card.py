@@ -13,10 +13,10 @@ RESULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def card(labels: list[str], is_adapter: bool = True, **more: Any) -> str:
+def card(labels: list[str], tuning: str = "lora", **more: Any) -> str:
     rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + place} for place in range(len(labels))]
     given: dict[str, Any] = {
-        "title": "food", "is_adapter": is_adapter, "base_model": "google/vit", "base_is_on_hub": True, "start": None,
+        "title": "food", "tuning": tuning, "base_model": "google/vit", "base_is_on_hub": True, "start": None,
         "data": "ethz/food101", "data_is_on_hub": True, "name_on_hub": None, "labels": labels,
         "per_class": rows, "results": RESULTS, "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
     }  # fmt: skip
@@ -42,7 +42,7 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
 
 
 def test_a_whole_model_is_no_adapter() -> None:
-    text = card(["a", "b"], is_adapter=False)
+    text = card(["a", "b"], tuning="full")
     assert metadata(text)["library_name"] == "transformers"
     assert metadata(text)["base_model_relation"] == "finetune"
     assert "lora" not in metadata(text)["tags"]
@@ -50,10 +50,19 @@ def test_a_whole_model_is_no_adapter() -> None:
     assert "--adapter THIS_DIRECTORY" in card(["a", "b"])
 
 
+def test_a_head_is_no_lora() -> None:
+    text = card(["a", "b"], tuning="head")
+    assert "A classification head for images of 2 classes" in text
+    assert "lora" not in metadata(text)["tags"]
+    assert metadata(text)["library_name"] == "peft"
+    assert "--adapter THIS_DIRECTORY" in text
+
+
 def test_the_numbers_of_the_run_are_in_it() -> None:
     text = card(["cat", "dog"])
     for part in ("0.8765", "0.4321", "1,234", "75,750", "667,493 of 86,466,149", "torch 9.9.9", "lora_r: 16"):
         assert part in text
+    assert "eval_samples" not in text
     assert "| dog | 0.500 | 0.250 | 0.333 | 41 |" in text
 
 
@@ -82,7 +91,7 @@ def test_any_path_of_base_and_data_leaves_the_metadata_valid(name: str) -> None:
 
 def test_a_card_on_the_hub_says_how_to_use_what_is_there() -> None:
     assert "--adapter ada/food --images" in card(["a"], name_on_hub="ada/food")
-    assert "--model ada/food --images" in card(["a"], is_adapter=False, name_on_hub="ada/food")
+    assert "--model ada/food --images" in card(["a"], tuning="full", name_on_hub="ada/food")
 
 
 def test_of_very_many_classes_the_first_are_listed() -> None:

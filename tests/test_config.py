@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lora_dist import cli, config
+from lora_dist import cli, config, trainer_flags
 from lora_dist.audit.settings import AuditSettings
 from lora_dist.bench.settings import BenchSettings
 from lora_dist.config import Settings
@@ -70,6 +70,26 @@ def test_dashes_equals_signs_bare_booleans_and_comma_lists(folder: Path) -> None
     assert settings.lora.use_dora is True
     assert settings.lora.lora_target_modules == ["query", "value"]
     assert settings.run.checkpointing_steps == 50
+
+
+def test_flags_of_trainer_are_told_what_they_are_called_here(folder: Path) -> None:
+    message = problems_of(
+        "--train_dir", folder, "--bf16", "--save_steps", 500, "--eval-strategy=steps", "--report_to", "tensorboard",
+        "--learning_rat", 1,
+    )  # fmt: skip
+    assert message.splitlines()[1:] == [
+        "  --bf16: unknown flag; here it is --mixed_precision bf16",
+        "  --save_steps: unknown flag; here it is --checkpointing_steps",
+        "  --eval_strategy: unknown flag; here it is --eval_steps",
+        "  --report_to: unknown flag; leave it out: TensorBoard always gets everything",
+        "  --learning_rat: unknown flag; did you mean --learning_rate?",
+    ]
+
+
+def test_every_name_that_stands_for_one_of_trainer_is_a_flag() -> None:
+    known = cli.flat_fields(Settings)
+    assert {name.split()[0] for name in trainer_flags.NAMES.values()} <= known.keys()
+    assert not (trainer_flags.NAMES.keys() | trainer_flags.NEEDLESS.keys()) & known.keys()
 
 
 def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,17 @@ def test_a_caption_may_be_in_any_script() -> None:
     grid([Image.new("RGB", (8, 8))] * 2, ["émoji 🦊\nzweite Zeile", "猫\n"])
 
 
+def test_letters_that_pillow_has_not_are_drawn_as_they_are() -> None:
+    """With a font of the system; here one has to be installed."""
+    image = Image.new("RGB", (40, 40))
+    lacking, drawn, other = (pixels(grid([image], [f"gr{letter}n"], cell=60)) for letter in ("\U0010ffff", "ü", "Я"))
+    assert (lacking != drawn).any()
+    assert (drawn != other).any()
+    counts = np.eye(2, dtype=int)
+    first, second = (pixels(confusion_picture(counts, [f"gr{letter}n", "b"])) for letter in ("ü", "Я"))
+    assert first.shape != second.shape or (first != second).any()
+
+
 @pytest.mark.parametrize("classes", [2, 3, 40, 101, 300])
 def test_the_confusion_matrix_has_a_cell_for_each_pair(classes: int) -> None:
     counts = np.zeros((classes, classes), dtype=int)

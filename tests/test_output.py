@@ -75,7 +75,7 @@ def test_a_checkpoint_may_be_named_and_has_to_be_whole(tmp_path: Path) -> None:
 
 def test_a_run_writes_down_what_it_starts_from(vit: Path, tmp_path: Path) -> None:
     settings = flatten(Settings())
-    Output(tmp_path / "run").begin(settings, SPLITS, model(vit), 0)
+    Output(tmp_path / "run").begin(settings, SPLITS, model(vit), 0, 20)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")) == {
         name: value for name, value in settings.items() if name != "resume_from_checkpoint"
     }
@@ -88,22 +88,34 @@ def test_a_setting_that_changed_since_the_run_began_is_told(
 ) -> None:
     launch("no")
     settings = flatten(Settings())
-    Output(tmp_path).begin(settings, SPLITS, model(vit), 0)
+    Output(tmp_path).begin(settings, SPLITS, model(vit), 0, 20)
     changed = settings | {"learning_rate": 0.1, "lora_dropout": 0.5, "resume_from_checkpoint": "auto"}
-    Output(tmp_path).begin(changed, SPLITS, model(vit), 4)
+    Output(tmp_path).begin(changed, SPLITS, model(vit), 4, 20)
     said = capsys.readouterr().err
     assert "--learning_rate was 0.005 when the run began and is now 0.1" in said
     assert "--lora_dropout was 0.1" in said
     assert "resume_from_checkpoint" not in said
+    assert Output(tmp_path).made_with()["learning_rate"] == 0.1
+
+
+def test_a_finished_run_keeps_the_settings_that_it_was_made_with(
+    vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch("no")
+    settings = flatten(Settings())
+    Output(tmp_path).begin(settings, SPLITS, model(vit), 0, 20)
+    Output(tmp_path).begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, 20)
+    assert "is now 0.1, with no update left to make" in capsys.readouterr().err
+    assert Output(tmp_path).made_with()["learning_rate"] == 0.005
 
 
 def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: Path) -> None:
     """The adapter is converted back by it at the end; after training has begun it cannot be had again."""
     output, pissa = Output(tmp_path), model(vit, init_lora_weights="pissa")
-    output.begin(flatten(Settings()), SPLITS, pissa, 0)
+    output.begin(flatten(Settings()), SPLITS, pissa, 0, 20)
     first = (output.adapter_init / "adapter_model.safetensors").read_bytes()
     perturb(pissa)
-    output.begin(flatten(Settings()), SPLITS, pissa, 4)
+    output.begin(flatten(Settings()), SPLITS, pissa, 4, 20)
     assert (output.adapter_init / "adapter_model.safetensors").read_bytes() == first
     PeftModel.from_pretrained(load_base(str(vit), ["a", "b"]).model, output.adapter_init)
 
@@ -111,15 +123,15 @@ def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: P
 def test_a_start_from_scratch_has_its_own_start_of_pissa(vit: Path, tmp_path: Path) -> None:
     """The run before was killed before its first checkpoint, and had other settings."""
     output = Output(tmp_path)
-    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 0)
-    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa", use_rslora=True), 0)
+    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 0, 20)
+    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa", use_rslora=True), 0, 20)
     config = json.loads((output.adapter_init / "adapter_config.json").read_text())
     assert config["use_rslora"] is True
 
 
 def test_a_run_that_lost_the_start_of_pissa_is_refused(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter_init is gone"):
-        Output(tmp_path / "run").begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 4)
+        Output(tmp_path / "run").begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 4, 20)
     assert not (tmp_path / "run").exists()
 
 
@@ -130,7 +142,7 @@ def test_settings_of_before_that_cannot_be_read_are_written_anew(
     launch("no")
     output, settings = Output(tmp_path), flatten(Settings())
     output.config.write_bytes(rubbish)
-    output.begin(settings, SPLITS, model(vit), 0)
+    output.begin(settings, SPLITS, model(vit), 0, 20)
     assert f"cannot read {output.config}" in capsys.readouterr().err
     assert yaml.safe_load(output.config.read_text(encoding="utf-8"))["seed"] == settings["seed"]
 
@@ -141,10 +153,10 @@ def test_settings_stay_where_there_is_no_room_for_new_ones(
     launch("no")
     with small_disk(tmp_path / "disk", "100k") as disk:
         output, settings = Output(disk), flatten(Settings())
-        output.begin(settings, SPLITS, model(vit), 0)
+        output.begin(settings, SPLITS, model(vit), 0, 20)
         before = output.config.read_bytes(), output.split.read_bytes()
         fill(disk)
-        output.begin(settings | {"seed": 43}, SPLITS, model(vit), 3)
+        output.begin(settings | {"seed": 43}, SPLITS, model(vit), 3, 20)
         assert (output.config.read_bytes(), output.split.read_bytes()) == before
         assert not list(disk.glob(".*"))
     assert f"cannot write {output.config}: No space left on device" in capsys.readouterr().err

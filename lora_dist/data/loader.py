@@ -75,10 +75,7 @@ def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
     parts: list[Part] = []
     for found in loader:
         if isinstance(found, UnreadableImageError):
-            raise ProcessError(
-                f"cannot read an image of the data set: {found}. Repair it, take it out, or leave out "
-                "whatever cannot be read by --on_bad_image skip."
-            )
+            raise unreadable(found)
         if isinstance(found, Part):
             content = found.content
             parts.append(found if content is None else found._replace(content=images.finished(content.to(device))))
@@ -87,6 +84,14 @@ def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
                 parts = []
         else:
             yield images.finished(found.to(device))
+
+
+def unreadable(error: UnreadableImageError) -> ProcessError:
+    """What a run ends with at an image that cannot be read."""
+    return ProcessError(
+        f"cannot read an image of the data set: {error}. Repair it, take it out, or leave out whatever cannot be read "
+        "by --on_bad_image skip."
+    )
 
 
 def _together(parts: list[Part], device: torch.device) -> Batch:

@@ -114,10 +114,15 @@ def cannot_load(name: str, error: Exception) -> UserError:
         return UserError(
             f"the model {name!r} brings code of its own. If you trust where it comes from, --trust_remote_code runs it"
         )
+    message = f"cannot load the base model {name!r} as an image classifier: "
+    if Path(name).is_dir():
+        return UserError(f"{message}{error}")
     elsewhere = "\nIf it is elsewhere now, say where: predict takes --base_model, and train --model_name_or_path"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return UserError(f"{message}there is no such directory.{elsewhere}")
     return UserError(
-        f"cannot load the base model {name!r} as an image classifier: {error}"
-        + ("" if Path(name).is_dir() else elsewhere)
+        f"{message}{error}{elsewhere}\nWhere there is no network, bring it here before, by `hf download {name}`; "
+        "demo:vit, which is small, needs none"
     )
 
 

@@ -117,7 +117,7 @@ def assemble(
         progress = checkpointer.restore(resumed) if resumed is not None else progress
     writes = accelerator.is_main_process and not run.dry_run
     if writes:
-        output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step)
+        output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step, schedule.total_steps)
     handover = Handover(base, data, parameters, output, publisher)
     job = Job(
         settings=settings,

@@ -6,12 +6,13 @@ from typing import Any
 import yaml
 
 MOST_CLASSES = 100
+_KINDS = {"lora": "A LoRA adapter", "head": "A classification head", "full": "A model"}
 
 
 def model_card(
     *,
     title: str,
-    is_adapter: bool,
+    tuning: str,
     base_model: str,
     base_is_on_hub: bool,
     start: str | None,
@@ -27,7 +28,7 @@ def model_card(
 
     Args:
         title: name of the run.
-        is_adapter: an adapter on `base_model`, rather than a whole model.
+        tuning: "lora" or "head", for an adapter on `base_model`, or "full", for a whole model.
         base_model: name or path of the base.
         base_is_on_hub: it is a name there, which links the card to it; of a path the Hub would take no card at all.
         start: the adapter that training went on from, if any.
@@ -39,13 +40,14 @@ def model_card(
         results: as in `all_results.json`.
         settings: flat, as used.
     """
+    is_adapter = tuning != "full"
     relation = {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
     metadata = {
         **(relation if base_is_on_hub else {}),
         **({"datasets": [data]} if data_is_on_hub else {}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "lora_dist", *(["lora"] if is_adapter else [])],
+        "tags": ["image-classification", "lora_dist", *(["lora"] if tuning == "lora" else [])],
         "metrics": ["accuracy"],
         "model-index": [
             {
@@ -69,13 +71,13 @@ def model_card(
         "",
         f"# {title}",
         "",
-        f"{'A LoRA adapter' if is_adapter else 'A model'} for images of {len(labels)} classes, "
+        f"{_KINDS[tuning]} for images of {len(labels)} classes, "
         f"trained with lora_dist on {_code(data)} from {_code(base_model)}"
         f"{f', going on from the adapter {_code(start)}' if start else ''}.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if name.startswith("eval_")),
+        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if _is_metric(name)),
         f"| validation images | {results['eval_samples']:,} |",
         f"| training images | {results['train_samples']:,} |",
         f"| trainable parameters | {results['trainable_params']:,} of {results['all_params']:,} |",
@@ -104,6 +106,10 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith("eval_") and name != "eval_samples"
 
 
 def _code(text: str) -> str:

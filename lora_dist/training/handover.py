@@ -164,10 +164,9 @@ class Handover:
         settings = job.settings
         base, model = self._fresh_model(settings)
         load_trained(model, trained)
-        is_adapter = settings.model.tuning != "full"
         card = model_card(
             title=self.output.root.resolve().name,
-            is_adapter=is_adapter,
+            tuning=settings.model.tuning,
             base_model=base.name,
             base_is_on_hub=base.revision is not None,
             start=settings.model.adapter_name_or_path,
@@ -177,9 +176,9 @@ class Handover:
             labels=self.data.labels,
             per_class=evaluation.per_class,
             results=results,
-            settings=flatten(settings),
+            settings={**flatten(settings), **self.output.made_with()},
         )
-        if is_adapter:
+        if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None
             bundle.write_adapter(directory, model, base, card, initial)
         else:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.dataset import ImageData, Split
+from lora_dist.data.images import UnreadableImageError
+from lora_dist.data.loader import unreadable
 from lora_dist.data.order import Order
 from lora_dist.figures import confusion_picture, grid, to_images
 from lora_dist.training.evaluation import Evaluation
@@ -34,6 +36,13 @@ def announce(
         f"{schedule.total_steps:,} updates of {order.effective_batch} samples: {order.per_device_batch} a process x "
         f"{order.accumulation} accumulated x {order.world_size} processes; {precision} on {accelerator.device}"
     )
+    if order.effective_batch > order.num_samples:
+        logger.warning(
+            "an update is an epoch: it takes all %d images, which are fewer than the %d of an update. A smaller "
+            "--per_device_train_batch_size or --gradient_accumulation_steps gives more updates",
+            order.num_samples,
+            order.effective_batch,
+        )
 
 
 def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
@@ -51,11 +60,18 @@ def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: 
 
 
 def show_inputs(tracker: Tracker, images: TrainImages, order: Order, step: int, labels: Sequence[str]) -> None:
-    """Adds a grid of the next training inputs, as augmented, to TensorBoard."""
+    """Adds a grid of the next training inputs, as augmented, to TensorBoard.
+
+    Raises:
+        ProcessError: names one that cannot be read.
+    """
     if not tracker.enabled:
         return
     samples = next(order.micro_batches(step))[:INPUTS]
-    batch = images.batch(samples)
+    try:
+        batch = images.batch(samples)
+    except UnreadableImageError as error:
+        raise unreadable(error) from error
     images.close()
     tracker.picture(
         "train/inputs", grid(to_images(batch.pixel_values), [labels[label] for label in batch.labels.tolist()]), step

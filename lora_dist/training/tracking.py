@@ -50,6 +50,7 @@ class Tracker:
             initial=first_step,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
+            delay=1e-3,  # the first update shows it, and what is said before stands above it
             bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
             file=sys.stderr,
         )
