@@ -67,6 +67,19 @@ def test_samples_are_read_together_as_they_are_one_by_one(photos: Path) -> None:
     assert split.read(0, []) == {}
 
 
+def test_classes_without_an_image_and_one_class_alone_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path / "some", classes=("a", "c"), per_class=4)
+    (tmp_path / "some" / "b").mkdir()
+    load(train_dir=tmp_path / "some", train_val_split=0.5)
+    assert "1 of 3 classes have no image: b" in caplog.text
+    assert "one class" not in caplog.text
+    make_folder(tmp_path / "one", classes=("a",), per_class=4)
+    load(train_dir=tmp_path / "one", train_val_split=0.5)
+    assert "all images are of one class" in caplog.text
+
+
 def test_classes_are_in_lexicographic_order_and_not_in_that_of_numbers(tmp_path: Path) -> None:
     """As `datasets` and torchvision order them; a label map from elsewhere stays valid."""
     make_folder(tmp_path, classes=("2", "10", "1", "B", "a"), per_class=2)

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 BEGINNING = 2**20
 """Bytes of a file that its split is recognized by."""
+SHOWN = 10
+"""Classes that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,7 @@ def _labelled(
 
 
 def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:
-    """Checks that both splits have images of the same classes.
+    """Checks that both splits have images of the same classes, and says which classes have none at all.
 
     Raises:
         UserError: names the classes of one of them only.
@@ -345,6 +347,11 @@ def require_same_classes(labels: Sequence[str], in_train: set[int], in_validatio
                 f"classes without a single {part} image: {', '.join(labels[place] for place in sorted(absent))}. "
                 f"Add some, or go on without them by --allow_missing_classes."
             )
+    if empty := [label for place, label in enumerate(labels) if place not in in_train]:
+        named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
+        logger.warning("%d of %d classes have no image: %s", len(empty), len(labels), named)
+    if len(in_train) == 1:
+        logger.warning("all images are of one class, so there is nothing to tell apart")
 
 
 def _limited(split: Split, limit: int | None, seed: int) -> Split:
