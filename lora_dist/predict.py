@@ -175,6 +175,8 @@ def _rows_of_each(
 
 def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) -> bool:
     """Writes the rows; False where some images could not be read."""
+    from tqdm import tqdm
+
     from lora_dist.deployment import classify
 
     images = settings.images
@@ -185,7 +187,8 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) ->
     shown = []
     bad = set()
     with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
-        for place, row in enumerate(rows):
+        silent = images.output is None or not sys.stderr.isatty()
+        for place, row in enumerate(tqdm(rows, unit=" rows", disable=silent)):
             write(row)
             if row.error is not None:
                 bad.add(row.path)
@@ -193,6 +196,8 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) ->
                 shown.append(row)
     if images.grid:
         classify.draw_grid(shown, Path(images.grid))
+    if images.output:
+        logger.info("wrote %s", images.output)
     if bad:
         logger.warning("%d of %d images could not be read; their rows say why", len(bad), len(files))
     return not bad

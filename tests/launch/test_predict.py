@@ -120,6 +120,8 @@ def test_bad_files_get_a_row_and_the_others_go_on(adapter: Path, tmp_path: Path)
         "--grid", tmp_path / "grid.png", "--batch_size", 2, "--num_workers", 1, code=1,
     )  # fmt: skip
     assert "4 of 6 images could not be read" in result.stderr
+    assert f"wrote {tmp_path / 'out' / 'rows.csv'}" in result.stderr
+    assert "rows [" not in result.stderr, "a progress bar is for a terminal"
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     with (tmp_path / "out" / "rows.csv").open(encoding="utf-8", newline="") as file:
