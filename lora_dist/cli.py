@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -173,7 +173,7 @@ def _underscored(token: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _unknown_flags(leftover: list[str], known: Iterable[str]) -> Iterable[str]:
+def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]:
     after_flag = False
     for token in leftover:
         if token.startswith("-"):
@@ -186,12 +186,9 @@ def _unknown_flags(leftover: list[str], known: Iterable[str]) -> Iterable[str]:
             after_flag = False
 
 
-def _help_with(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    if from_trainer := trainer_flags.hint(name, known):
-        return from_trainer
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean --{close[0]}?" if close else ""
+def _help_with(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return trainer_flags.hint(name, known) or (f"; did you mean --{close[0]}?" if close else "")
 
 
 def _find_config(name: str) -> Path:

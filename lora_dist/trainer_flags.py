@@ -1,6 +1,6 @@
 """What flags of `transformers.TrainingArguments` are called here, for those who come from it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 NAMES = {
     "auto_find_batch_size": "auto_batch_size",
@@ -31,14 +31,13 @@ NEEDLESS = {
 }
 
 
-def hint(flag: str, known: Iterable[str]) -> str:
+def hint(flag: str, known: Collection[str]) -> str:
     """What to write instead of a flag of `TrainingArguments`; empty for others, and where a command has neither.
 
     Args:
         flag: without its dashes.
         known: flags of the command.
     """
-    known = set(known)
     if "output_dir" in known and flag in NEEDLESS:
         return f"; leave it out: {NEEDLESS[flag]}"
     name = NAMES.get(flag, "")

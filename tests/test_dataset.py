@@ -73,11 +73,14 @@ def test_classes_without_an_image_and_one_class_alone_are_told(
     make_folder(tmp_path / "some", classes=("a", "c"), per_class=4)
     (tmp_path / "some" / "b").mkdir()
     load(train_dir=tmp_path / "some", train_val_split=0.5)
-    assert "1 of 3 classes have no image: b" in caplog.text
+    assert "1 of 3 classes have no training image: b" in caplog.text
     assert "one class" not in caplog.text
+    caplog.clear()
+    load(train_dir=tmp_path / "some", train_val_split=0.5, allow_missing_classes=True)
+    assert "no training image: b" in caplog.text
     make_folder(tmp_path / "one", classes=("a",), per_class=4)
     load(train_dir=tmp_path / "one", train_val_split=0.5)
-    assert "all images are of one class" in caplog.text
+    assert "all training images are of one class" in caplog.text
 
 
 def test_classes_are_in_lexicographic_order_and_not_in_that_of_numbers(tmp_path: Path) -> None:

@@ -95,18 +95,19 @@ def test_a_setting_that_changed_since_the_run_began_is_told(
     assert "--learning_rate was 0.005 when the run began and is now 0.1" in said
     assert "--lora_dropout was 0.1" in said
     assert "resume_from_checkpoint" not in said
-    assert Output(tmp_path).made_with()["learning_rate"] == 0.1
 
 
 def test_a_finished_run_keeps_the_settings_that_it_was_made_with(
     vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch("no")
-    settings = flatten(Settings())
-    Output(tmp_path).begin(settings, SPLITS, model(vit), 0, 20)
-    Output(tmp_path).begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, 20)
+    output, settings = Output(tmp_path), flatten(Settings())
+    first = output.begin(settings, SPLITS, model(vit), 0, 20)
+    written = output.config.read_bytes()
+    assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, 20) == first
     assert "is now 0.1, with no update left to make" in capsys.readouterr().err
-    assert Output(tmp_path).made_with()["learning_rate"] == 0.005
+    assert output.config.read_bytes() == written
+    assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, 30)["learning_rate"] == 0.1
 
 
 def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: Path) -> None:

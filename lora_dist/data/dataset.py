@@ -173,6 +173,7 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
     if not settings.allow_missing_classes:
         require_same_classes(labels, set(train.labels.tolist()), set(validation.labels.tolist()))
+    say_classes_in_doubt(labels, set(train.labels.tolist()))
     return ImageData(
         labels=labels,
         train=_limited(train, settings.max_train_samples, seed),
@@ -336,7 +337,7 @@ def _labelled(
 
 
 def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:
-    """Checks that both splits have images of the same classes, and says which classes have none at all.
+    """Checks that both splits have images of the same classes.
 
     Raises:
         UserError: names the classes of one of them only.
@@ -347,11 +348,15 @@ def require_same_classes(labels: Sequence[str], in_train: set[int], in_validatio
                 f"classes without a single {part} image: {', '.join(labels[place] for place in sorted(absent))}. "
                 f"Add some, or go on without them by --allow_missing_classes."
             )
+
+
+def say_classes_in_doubt(labels: Sequence[str], in_train: set[int]) -> None:
+    """Warns of classes without a training image, and of one class alone."""
     if empty := [label for place, label in enumerate(labels) if place not in in_train]:
         named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
-        logger.warning("%d of %d classes have no image: %s", len(empty), len(labels), named)
+        logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), named)
     if len(in_train) == 1:
-        logger.warning("all images are of one class, so there is nothing to tell apart")
+        logger.warning("all training images are of one class, so there is nothing to tell apart")
 
 
 def _limited(split: Split, limit: int | None, seed: int) -> Split:

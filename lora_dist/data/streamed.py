@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_dist.config import DataSettings
 from lora_dist.data.columns import class_names
-from lora_dist.data.dataset import ImageData, load_validation, require_same_classes
+from lora_dist.data.dataset import ImageData, load_validation, require_same_classes, say_classes_in_doubt
 from lora_dist.data.images import UnreadableImageError, from_cell
 from lora_dist.data.lanes import Lanes, Layout, Piece
 from lora_dist.data.order import Arrangement
@@ -156,8 +156,10 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     labels = list(names.values())
     validation = load_validation(settings, seed, labels)
     class_of = {value: place for place, value in enumerate(names)}
+    in_train = {class_of[label] for label in index.labels}
     if not settings.allow_missing_classes:
-        require_same_classes(labels, {class_of[label] for label in index.labels}, set(validation.labels.tolist()))
+        require_same_classes(labels, in_train, set(validation.labels.tolist()))
+    say_classes_in_doubt(labels, in_train)
     return ImageData(
         labels, StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes)), validation
     )

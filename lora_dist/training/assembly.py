@@ -116,9 +116,11 @@ def assemble(
     with problems.noted():
         progress = checkpointer.restore(resumed) if resumed is not None else progress
     writes = accelerator.is_main_process and not run.dry_run
+    made_with = flatten(settings)
     if writes:
-        output.begin(flatten(settings), data.describe_splits(), engine.bare, progress.step, schedule.total_steps)
-    handover = Handover(base, data, parameters, output, publisher)
+        splits = data.describe_splits()
+        made_with = output.begin(made_with, splits, engine.bare, progress.step, schedule.total_steps)
+    handover = Handover(base, data, parameters, made_with, output, publisher)
     job = Job(
         settings=settings,
         engine=engine,

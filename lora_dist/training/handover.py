@@ -41,6 +41,7 @@ class Handover:
         base: that the run began with.
         data: that it trained on.
         parameters: trainable and all.
+        made_with: the settings, flat, for the card.
         output: where to write.
         publisher: pushes to the Hub; None on other processes than the first, and where nothing is pushed.
     """
@@ -48,6 +49,7 @@ class Handover:
     base: Base
     data: ImageData
     parameters: tuple[int, int]
+    made_with: dict[str, Any]
     output: Output
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
@@ -176,7 +178,7 @@ class Handover:
             labels=self.data.labels,
             per_class=evaluation.per_class,
             results=results,
-            settings={**flatten(settings), **self.output.made_with()},
+            settings=self.made_with,
         )
         if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None

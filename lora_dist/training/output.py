@@ -75,16 +75,12 @@ class Output:
         """Report by class and confusion matrix."""
         return self.root / "evaluation.json"
 
-    def made_with(self) -> Mapping[str, Any]:
-        """The settings that `begin` wrote down, flat; empty where it could not."""
-        return _read_settings(self.config)
-
     def begin(
         self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int, total_steps: int
-    ) -> None:
+    ) -> dict[str, Any]:
         """Writes down what a run starts from, after saying which settings changed since it was interrupted.
 
-        Checkpoints of later updates are put aside. What a run that has no update left was made with stays written.
+        Checkpoints of later updates are put aside.
 
         Args:
             settings: flat.
@@ -92,6 +88,9 @@ class Output:
             model: as it stands.
             step: updates done.
             total_steps: updates in the whole run.
+
+        Returns:
+            What the result is made with, flat: of a run with no update left, what was written down before.
 
         Raises:
             UserError: the run cannot be finished, because what its adapter started from is gone.
@@ -101,19 +100,20 @@ class Output:
         self.root.mkdir(parents=True, exist_ok=True)
         checkpoint.abandon_after(self.checkpoints, step)
         used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
-        before = _read_settings(self.config)
+        before = dict(_read_settings(self.config))
         finished = bool(before) and step >= total_steps
         for name, value in used.items():
             if before.get(name, value) != value:
                 note = ", with no update left to make" if finished else ""
                 logger.warning("--%s was %s when the run began and is now %s%s", name, before[name], value, note)
         lines = "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
-        if not finished:
-            _replace(self.config, lines + yaml.safe_dump(used, sort_keys=False, allow_unicode=True))
+        made_with = used | before if finished else used
+        _replace(self.config, lines + yaml.safe_dump(made_with, sort_keys=False, allow_unicode=True))
         _replace(self.split, _as_json(splits))
         if adapters.mutates_base(model) and step == 0:
             with whole_directory(self.adapter_init) as aside:
                 adapters.save_adapter(model, aside)
+        return made_with
 
 
 def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoint | None:
