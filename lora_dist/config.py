@@ -215,13 +215,16 @@ class RunSettings(Group):
     eval_steps: Interval = "epoch"
     """Evaluate every N updates, every epoch, or only at the end (no)."""
     checkpointing_steps: Interval = "epoch"
-    """Save a checkpoint every N updates, every epoch, or only of the best evaluation and at the end (no)."""
+    """Save a checkpoint every N updates, every epoch, or only with each evaluation and at the end (no)."""
     save_total_limit: Count = 2
     """Checkpoints to keep, besides the best."""
     resume_from_checkpoint: str | None = None
     """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or a checkpoint's path."""
     ddp_timeout: Count = 1800
     """Seconds after which a process that waits for others gives up."""
+    stall_timeout: NonNegative = 600
+    """Seconds without a micro-batch, an evaluation batch or a save after which the run writes the stacks of all threads
+    and ends with code 124, so that a scheduler can start it again; 0 waits for ever."""
     logging_steps: Count = 10
     """Log every N updates."""
     dry_run: bool = False

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _WRITING, _REMOVING = ".writing-", ".removing-"
@@ -44,6 +44,20 @@ def _put_in_place(aside: Path, final: Path) -> None:
     aside.rename(final)
     _flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacing(parent: Path) -> None:
+    """Finishes what a process was killed in: between two renames, a directory to be replaced has no name.
+
+    May be called by several processes at once.
+    """
+    for old in parent.glob(f"{_REMOVING}*"):
+        final = parent / old.name.removeprefix(_REMOVING)
+        aside = parent / (_WRITING + final.name)
+        if not final.exists():
+            # The new directory was whole before the old one lost its name; without one, the old one was to go.
+            with suppress(OSError):
+                aside.rename(final)
 
 
 def replace_file(path: Path, content: bytes) -> None:

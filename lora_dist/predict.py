@@ -16,6 +16,7 @@ from lora_dist.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
 from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.predict_settings import PredictSettings, contradictions
+from lora_dist.processes.lifetime import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -204,4 +205,4 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) ->
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,7 @@ from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
 from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
+from lora_dist.processes.lifetime import run_command
 
 
 @exit_on_user_error
@@ -36,6 +37,7 @@ def train(settings: Settings) -> None:
 
     from lora_dist.data import streamed
     from lora_dist.processes.runtime import launch
+    from lora_dist.processes.watch import Watch
     from lora_dist.training.assembly import assemble
     from lora_dist.training.loop import fit, stopped_on_request
     from lora_dist.training.output import Output, find_resume
@@ -44,7 +46,7 @@ def train(settings: Settings) -> None:
     from lora_dist.training.report import announce, show_inputs
     from lora_dist.writable import require_writable
 
-    run, problems = settings.run, Problems(settings.run.dry_run)
+    run, problems, watch = settings.run, Problems(settings.run.dry_run), Watch(settings.run.stall_timeout)
     with problems.told_together():
         if settings.data.streaming:
             streamed.prepare(settings.data)
@@ -58,7 +60,7 @@ def train(settings: Settings) -> None:
         if not run.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-        parts = assemble(settings, accelerator, output, resumed, publisher, problems)
+        parts = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
         job, progress, handover = parts.job, parts.progress, parts.handover
         announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
         if run.dry_run:
@@ -66,7 +68,7 @@ def train(settings: Settings) -> None:
             return
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
-    with stopped_on_request(job, progress):
+    with watch.watching(), stopped_on_request(job, progress):
         fit(job, progress)
         job.checkpointer.restore_best(progress)
         handover.at_the_end(job, progress, job.evaluator(after_batch=job.preemption.check))
@@ -89,7 +91,7 @@ def evaluate_only(settings: Settings) -> None:
     from lora_dist.processes.preflight import Preflight
     from lora_dist.processes.runtime import launch
     from lora_dist.training.evaluation import Evaluator
-    from lora_dist.training.output import Output, find_resume
+    from lora_dist.training.output import Output, find_resume, without_nan
     from lora_dist.training.report import write_evaluation
     from lora_dist.writable import require_writable
 
@@ -114,7 +116,8 @@ def evaluate_only(settings: Settings) -> None:
         settings.data,
     )()
     if accelerator.is_main_process:
-        print(json.dumps({f"eval_{name}": value for name, value in evaluation.metrics.items()}), flush=True)
+        metrics = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        print(json.dumps(without_nan(metrics)), flush=True)
         try:
             output.root.mkdir(parents=True, exist_ok=True)
             write_evaluation(output.evaluation, evaluation, classifier.labels)
@@ -126,4 +129,4 @@ def evaluate_only(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

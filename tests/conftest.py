@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import ARCHITECTURES, make_folder, make_model
 
-from lora_dist.processes.preemption import SIGNALS
+from lora_dist.processes.signals import STOP_SIGNALS
 
 pytest.register_assert_rewrite("launching")
 
@@ -45,7 +45,7 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Puts back what signals do, for tests that stop a run: it leaves them ignored."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -166,7 +166,10 @@ def adapter_of(output_dir: Path) -> dict[str, Tensor]:
     return load_file(output_dir / "adapter" / "adapter_model.safetensors")
 
 
-TIMINGS = {"train/samples_per_second", "train/data_wait", "train/peak_memory_mb"}
+TIMINGS = {
+    "train/samples_per_second", "train/data_wait", "train/peak_memory_mb", "train/step_time",
+    "train/step_time_slowest_rank",
+}  # fmt: skip
 
 
 def assert_same_run(output_dir: Path, expected: Path) -> None:

@@ -302,7 +302,7 @@ def test_only_files_that_take_time_get_a_process_of_their_own(
             used.append(self.num_workers)
             return super().__iter__()
 
-    monkeypatch.setattr("lora_dist.deployment.classify.DataLoader", Watched)
+    monkeypatch.setattr("lora_dist.processes.workers.DataLoader", Watched)
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "one.png")
     files = [str(tmp_path / f"{number}.png") for number in range(40)]

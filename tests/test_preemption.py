@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.processes.preemption import SIGNALS, Preemption, StopRequested, ignore_signals
+from lora_dist.processes.preemption import Preemption, StopRequested
 from lora_dist.processes.runtime import launch
+from lora_dist.processes.signals import STOP_SIGNALS
+from lora_dist.processes.workers import set_up_worker
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -49,7 +51,7 @@ def test_a_file_asks_for_a_checkpoint_until_there_is_one(preemption: Preemption,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_a_request_to_stop_and_is_named(
     number: signal.Signals, preemption: Preemption, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -70,12 +72,12 @@ def test_what_other_signals_do_stays_as_it_was(preemption: Preemption) -> None:
 
 
 def test_signals_do_afterwards_what_they_did_before(preemption: Preemption) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     wakeup = signal.set_wakeup_fd(-1)
     open_files = _open_files()
     with preemption.listening():
-        assert [signal.getsignal(number) for number in SIGNALS] != before
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == wakeup == -1
     assert _open_files() == open_files
 
@@ -95,7 +97,7 @@ def test_a_process_that_is_about_to_exit_is_not_ended_by_a_late_signal(preemptio
     """The launcher sends one to the processes that are slower than the first."""
     with pytest.raises(StopRequested):
         _signalled(preemption, signal.SIGTERM)
-    assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
+    assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
 
 
 def test_listening_ends_while_a_worker_lives(preemption: Preemption) -> None:
@@ -111,8 +113,8 @@ def test_listening_ends_while_a_worker_lives(preemption: Preemption) -> None:
 
 def test_a_helper_outlives_the_signals() -> None:
     def helper() -> None:
-        ignore_signals()
-        for number in SIGNALS:
+        set_up_worker(0)
+        for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
 
     worker = multiprocessing.get_context("fork").Process(target=helper)

@@ -238,7 +238,7 @@ def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
                 found.add(module)
                 if module in TREES:
                     waiting.append(module)
-    assert not {_folder(module) for module in found & TREES.keys()} & {"train", "training", "engines", "processes"}
+    assert not {_folder(module) for module in found & TREES.keys()} & {"train", "training", "engines"}
     assert not {_root(module) for module in found} & {"accelerate", "deepspeed"}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lora_dist.audit.settings import AuditSettings, contradictions
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
+from lora_dist.processes.lifetime import run_command
 
 if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
@@ -136,4 +137,4 @@ def _write(report: Report, output: Path, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ from lora_dist.errors import exit_on_user_error
 from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
+from lora_dist.processes.lifetime import run_command
 
 DESCRIPTION = """Measure the training of an image classifier: images/s, the loader, the share of the hardware's speed,
 memory, checkpoints, and what bounds it. Takes the flags of lora_dist.train; trains nothing that is kept."""
@@ -69,4 +70,4 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

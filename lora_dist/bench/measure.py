@@ -14,6 +14,7 @@ from lora_dist.bench.settings import BenchSettings
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches, train_loader, workers_of
 from lora_dist.errors import Problems
+from lora_dist.processes.watch import Watch
 from lora_dist.training.assembly import assemble
 from lora_dist.training.loop import Job
 from lora_dist.training.output import Output
@@ -63,7 +64,7 @@ class Figures:
 def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> Job:
     """The run, put together as training does it, but with nothing written outside `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
-    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False)).job
+    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), Watch(0)).job
 
 
 def warm_updates(workers: int, accumulation: int) -> int:

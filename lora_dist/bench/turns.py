@@ -18,6 +18,7 @@ from lora_dist.cli import argv_or, parse
 from lora_dist.errors import UserError, exit_on_user_error
 from lora_dist.huge_pages import environment_before, move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
+from lora_dist.processes.lifetime import run_command
 
 CONTENDERS = ("ours", "trainer")
 
@@ -122,4 +123,4 @@ def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

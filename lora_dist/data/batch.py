@@ -115,6 +115,10 @@ class TrainImages(Dataset):
         assert batch.rest is not None
         return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
 
+    def filler(self, device: torch.device) -> Batch:
+        """A micro-batch of one black image of no weight, as the model takes it."""
+        return self.finished(self._filler().to(device))
+
     def prepared(self, samples: list[Sample]) -> Batch:
         """The part of `batch` that a worker process does."""
         if samples[0].row == FILLER:

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from filelock import FileLock
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lora_dist.data.columns import files_of, holds_files
 from lora_dist.data.dataset import Split
 from lora_dist.data.images import UnreadableImageError, opened
-from lora_dist.data.loader import set_up_worker
 from lora_dist.data.order import Arrangement
 from lora_dist.data.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
 from lora_dist.data.splits import Encoded, Reader
 from lora_dist.data.transforms import interpolated
 from lora_dist.disk import SAFETY, free_bytes, readable
 from lora_dist.errors import UserError
+from lora_dist.processes.workers import SILENT_SECONDS, from_workers, worker_loader
 
 logger = logging.getLogger(__name__)
 
@@ -153,17 +152,13 @@ def _build(cache: ImageCache) -> None:
     remove_unfinished(cache.directory)
     _require_room(cache)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
-    loader = DataLoader(
-        _Parts(cache, missing),
-        batch_size=None,
-        num_workers=workers if workers > 1 else 0,
-        worker_init_fn=set_up_worker,
-        generator=torch.Generator(),
+    loader = worker_loader(
+        _Parts(cache, missing), workers=workers if workers > 1 else 0, batch_size=None, timeout=SILENT_SECONDS
     )
     unreadable, total = 0, sum(len(cache.rows(part)) for part in missing)
     seldom = 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=seldom, file=sys.stderr) as bar:
-        for found in loader:
+        for found in from_workers(loader):
             if isinstance(found, OSError):
                 raise found
             written, bad = found

@@ -1,12 +1,11 @@
 """Batches from worker processes, in the order that `order` prescribes."""
 
-import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lora_dist.config import DataSettings
 from lora_dist.data.batch import Batch, EvaluationImages, Part, TrainImages
@@ -15,9 +14,10 @@ from lora_dist.data.images import UnreadableImageError
 from lora_dist.data.order import MicroBatches, Order, Sample, evaluation_batches
 from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import ProcessError
-from lora_dist.processes.preemption import ignore_signals
+from lora_dist.processes.workers import from_workers, worker_loader
 
 CPU = torch.device("cpu")
+MEASURED_SAMPLES = 8
 
 
 class Parts(Sampler[Part]):
@@ -47,7 +47,13 @@ def train_loader(
 ) -> DataLoader:
     """All micro-batches of this process for updates `first_step` to `last_step`, in one pass over all epochs."""
     workers = workers_of(settings, device)
-    return _loader(images, Parts(MicroBatches(order, first_step, last_step), workers), workers, settings, device)
+    return worker_loader(
+        images,
+        batch_sampler=Parts(MicroBatches(order, first_step, last_step), workers),
+        workers=workers,
+        prefetch_factor=settings.dataloader_prefetch_factor,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def evaluation_loader(
@@ -59,13 +65,19 @@ def evaluation_loader(
     settings: DataSettings,
     device: torch.device,
 ) -> DataLoader:
-    """This process's part of the validation split."""
+    """This process's part of the validation split. Its workers stay from one evaluation to the next."""
     batches = evaluation_batches(len(split), batch_size, world_size, rank)
-    images = EvaluationImages(split, transforms, settings.on_bad_image == "skip")
-    return _loader(images, batches, workers_of(settings, device), settings, device)
+    return worker_loader(
+        EvaluationImages(split, transforms, settings.on_bad_image == "skip"),
+        batch_sampler=batches,
+        workers=min(workers_of(settings, device), len(batches)),
+        prefetch_factor=settings.dataloader_prefetch_factor,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
 
 
-def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
+def batches(loader: DataLoader, device: torch.device = CPU) -> Generator[Batch]:
     """The batches of a loader, on `device`, where what its workers have left to do is done.
 
     Raises:
@@ -73,7 +85,7 @@ def batches(loader: DataLoader, device: torch.device = CPU) -> Iterator[Batch]:
     """
     images: Any = loader.dataset
     parts: list[Part] = []
-    for found in loader:
+    for found in from_workers(loader):
         if isinstance(found, UnreadableImageError):
             raise unreadable(found)
         if isinstance(found, Part):
@@ -111,21 +123,6 @@ def workers_of(settings: DataSettings, device: torch.device) -> int:
     return default_workers(device) if workers is None else workers
 
 
-def _loader(
-    dataset: Dataset, batch_sampler: Any, workers: int, settings: DataSettings, device: torch.device
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=workers,
-        collate_fn=_as_is,
-        worker_init_fn=set_up_worker,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=settings.dataloader_prefetch_factor if workers else None,
-        generator=torch.Generator(),
-    )
-
-
 def default_workers(device: torch.device) -> int:
     """Workers for a process: its share of the cores, at most 16; none where the CPU itself does the training."""
     if device.type == "cpu":
@@ -134,12 +131,19 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // local_processes - 1))
 
 
-def set_up_worker(worker: int) -> None:
-    """For `worker_init_fn`: what a worker process does first."""
-    ignore_signals()
-    # What was garbage at the fork is not for a worker to end: a store's destructor joins a thread that stayed behind.
-    gc.freeze()
+def bytes_ahead(images: TrainImages, order: Order, step: int, settings: DataSettings, device: torch.device) -> int:
+    """Bytes of the batches that the workers of a process have ready, at the most.
 
-
-def _as_is(batch: Any) -> Any:
-    return batch
+    The first samples of update `step` (from 0) are prepared, to see how large they are.
+    """
+    ahead = workers_of(settings, device) * settings.dataloader_prefetch_factor
+    if not ahead:
+        return 0
+    samples = next(order.micro_batches(step))[:MEASURED_SAMPLES]
+    try:
+        fields = images.prepared(samples)
+    except UnreadableImageError:
+        return 0  # a worker will come to it, and name it
+    images.close()
+    size = sum(field.nbytes for field in fields if isinstance(field, torch.Tensor))
+    return ahead * order.per_device_batch * size // len(samples)

@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lora_dist.data.images import UnreadableImageError, image_files, load_rgb
 from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.model.bundle import Classifier
+from lora_dist.processes.workers import SILENT_SECONDS, from_workers, worker_loader
 from lora_dist.writable import writing
 
 GRID = 32
@@ -114,14 +115,14 @@ def classify(
     workers = num_workers if num_workers is not None else int(len(files) > size and _take_time(files[:size]))
     starts = range(0, len(files), size)
     transforms = ImageTransforms(classifier.processor)
-    loader = DataLoader(
+    loader = worker_loader(
         _Files(files, transforms),
         batch_sampler=[list(range(start, min(start + size, len(files)))) for start in starts],
-        num_workers=workers,
-        collate_fn=_as_is,
+        workers=workers,
         pin_memory=device.type == "cuda",
+        timeout=SILENT_SECONDS,
     )
-    for part in loader:
+    for part in from_workers(loader):
         scores = _scores(classifier, transforms, part.pixels, top_k, batch_size, device)
         for path, error in zip(part.paths, part.errors, strict=True):
             yield Row(path, [] if error else next(scores), error)
@@ -175,10 +176,6 @@ class _Files(Dataset):
             except UnreadableImageError as error:
                 errors.append(str(error))
         return _Part(paths, errors, self.transforms.resized(images) if images else None)
-
-
-def _as_is(part: Any) -> Any:
-    return part
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -51,7 +51,11 @@ class Engine(Protocol):
         """
 
     def drop_update(self) -> bool:
-        """Forgets the gradient of an update that is not to be made; False where that cannot be done."""
+        """Forgets an update that is not to be made: puts the statistics of batch norms back, and clears the gradient.
+
+        Returns:
+            False where the gradient cannot be cleared, so that no other update can follow.
+        """
 
     def was_skipped(self) -> bool:
         """Whether fp16 loss scaling left the last update out."""

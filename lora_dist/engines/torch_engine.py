@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lora_dist.engines.statistics import RunningStatistics
 from lora_dist.model.base import host_copy, load_trained, trained_tensors
 
 
@@ -27,11 +28,13 @@ class TorchEngine:
         else:
             self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self.bare = accelerator.unwrap_model(self.model)
+        self._statistics = RunningStatistics(self.bare)
 
     def begin_update(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self._optimizer.zero_grad()
+        self._statistics.keep()
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -51,10 +54,12 @@ class TorchEngine:
         if self.accelerator.scaler is None and not math.isfinite(norm):
             raise ArithmeticError
         self._optimizer.step()
+        self._statistics.keep()
         return norm
 
     def drop_update(self) -> bool:
         self._optimizer.zero_grad()
+        self._statistics.restore()
         return True
 
     def was_skipped(self) -> bool:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_dist.config import OptimizationSettings
+from lora_dist.engines.statistics import RunningStatistics
 from lora_dist.errors import UserError
 from lora_dist.model.base import host_copy, trained_tensors
 
@@ -44,10 +45,12 @@ class ZeroEngine:
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self.bare = accelerator.unwrap_model(self.model)
         self._engine: Any = self.model
+        self._statistics = RunningStatistics(self.bare)
 
     def begin_update(self, learning_rate: float) -> None:
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
             group["lr"] = learning_rate * ratio
+        self._statistics.keep()
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -63,9 +66,11 @@ class ZeroEngine:
         # DeepSpeed reports a norm that it cannot compute as -1.
         if not self._engine.fp16_enabled() and (norm < 0 or not math.isfinite(norm)):
             raise ArithmeticError
+        self._statistics.keep()
         return norm
 
     def drop_update(self) -> bool:
+        self._statistics.restore()
         # A gradient that is not finite shows after the update; one that DeepSpeed has reduced stays in its buckets.
         return False
 

@@ -49,6 +49,11 @@ def others_told() -> Iterator[None]:
         raise
 
 
+def tell_failure(store: "Store", message: str, exit_code: int) -> None:
+    """Puts a failure into the store, unless there is one already."""
+    store.compare_set(_FAILED, "", message)
+
+
 def told_failure(store: "Store") -> str | None:
     """Which process has failed first, and of what; None if none has."""
     return store.get(_FAILED).decode() if store.check([_FAILED]) else None

@@ -1,4 +1,4 @@
-"""What becomes of this process when its launcher dies."""
+"""Ends this process when the one that started it dies (PDEATHSIG)."""
 
 import ctypes
 import os
@@ -14,5 +14,11 @@ def end_with_launcher() -> None:
     The launcher of a single process passes no signals on: sent SIGTERM, it would leave the training behind, running.
     Called first of all, since loading torch takes seconds.
     """
-    if sys.platform == "linux" and {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Has the kernel send a signal to this process when its parent dies. Does nothing on other systems than Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-logger = logging.getLogger(__name__)
+from lora_dist.processes.signals import STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""What asks for a stop. SIGUSR1 is NCCL's own."""
+logger = logging.getLogger(__name__)
 
 SAME_REQUEST_SECONDS = 3.0
 """Signals this close together are one request: a Ctrl-C arrives from the terminal and from the launcher as well."""
@@ -44,7 +43,7 @@ class Preemption:
         """Takes signals as requests; a second one ends the process at once, even one that hangs."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         # Python runs handlers only between instructions of the main thread, which may wait in a collective for ever.
         # The numbers written to this file reach the thread even then.
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -54,7 +53,7 @@ class Preemption:
             yield
         except StopRequested:
             # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
-            handlers = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+            handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
             raise
         finally:
             for number, handler in handlers.items():
@@ -92,7 +91,7 @@ class Preemption:
     def _listen(self, reading: int) -> None:
         first = 0.0
         while number := os.read(reading, 1)[0]:
-            if number not in SIGNALS:
+            if number not in STOP_SIGNALS:
                 continue
             if not self._stop.is_set():
                 first = time.monotonic()
@@ -101,12 +100,6 @@ class Preemption:
             elif time.monotonic() - first > SAME_REQUEST_SECONDS:
                 print(f"a second signal, {_name(number)}: ending at once", file=sys.stderr, flush=True)
                 os._exit(128 + number)
-
-
-def ignore_signals() -> None:
-    """For helper processes: those who signal a whole group mean the training, which has work for its helpers yet."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _name(number: int) -> str:

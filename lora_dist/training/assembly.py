@@ -1,5 +1,6 @@
 """A run put together from its settings: data, model, order, and what drives and records them."""
 
+import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from lora_dist.data import streamed
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.dataset import ImageData, Split, load_data
 from lora_dist.data.image_cache import cached
+from lora_dist.data.loader import bytes_ahead
 from lora_dist.data.order import Order
 from lora_dist.data.splits import TrainingSplit
 from lora_dist.data.transforms import ImageTransforms
@@ -22,6 +24,8 @@ from lora_dist.model.start import Start, load_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.preflight import Preflight
+from lora_dist.processes.watch import Watch
+from lora_dist.processes.workers import require_shared_memory
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.checkpoint import Checkpoint
 from lora_dist.training.evaluation import Evaluator
@@ -64,6 +68,7 @@ def assemble(
     resumed: Checkpoint | None,
     publisher: Publisher | None,
     problems: Problems,
+    watch: Watch,
 ) -> Parts:
     """Loads, checks and connects all parts of a run. Called on every process.
 
@@ -74,6 +79,7 @@ def assemble(
         resumed: to go on from.
         publisher: pushes to the Hub, on the process that has it.
         problems: takes note, in a dry run, of what speaks against the run.
+        watch: is told what the run is doing.
 
     Raises:
         UserError: something of it is not there, does not fit, or is not the same on all processes.
@@ -101,6 +107,10 @@ def assemble(
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = make_order(settings, data.train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, order.steps_per_epoch)
+    images = TrainImages(data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip")
+    with problems.noted():
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        require_shared_memory(on_this_machine * bytes_ahead(images, order, 0, settings.data, accelerator.device))
     identity = _identity(settings, base, start, data, order)
     preflight.arrive("ready")
     require_agreement(
@@ -124,9 +134,7 @@ def assemble(
     job = Job(
         settings=settings,
         engine=engine,
-        images=TrainImages(
-            data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip"
-        ),
+        images=images,
         order=order,
         schedule=schedule,
         evaluator=Evaluator(
@@ -141,6 +149,7 @@ def assemble(
         checkpointer=checkpointer,
         preemption=Preemption(accelerator, output.save_request),
         tracker=Tracker(output.root, enabled=writes, first_step=progress.step, total_steps=schedule.total_steps),
+        watch=watch,
         on_best=handover.after_best,
     )
     return Parts(job, progress, handover, data, parameters, sizes)

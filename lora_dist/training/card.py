@@ -1,5 +1,6 @@
 """The model card: what was trained on what, how well it does, and how to use it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if _is_metric(name)),
+        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if _is_metric(name, results[name])),
         f"| validation images | {results['eval_samples']:,} |",
         f"| training images | {results['train_samples']:,} |",
         f"| trainable parameters | {results['trainable_params']:,} of {results['all_params']:,} |",
@@ -108,8 +109,8 @@ def model_card(
     return "\n".join(lines)
 
 
-def _is_metric(name: str) -> bool:
-    return name.startswith("eval_") and name != "eval_samples"
+def _is_metric(name: str, value: Any) -> bool:
+    return name.startswith("eval_") and name != "eval_samples" and math.isfinite(value)
 
 
 def _code(text: str) -> str:

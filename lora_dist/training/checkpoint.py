@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
-from lora_dist.files import remove_directory, remove_leftovers, whole_directory
+from lora_dist.files import finish_replacing, remove_directory, remove_leftovers, whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,23 @@ def write(root: Path, step: int, content: Checkpoint) -> Path:
     with whole_directory(final) as aside:
         save_file(content.trained, aside / TRAINED)
         save_file(content.optimizer, aside / OPTIMIZER)
-        (aside / STATE).write_text(json.dumps(content.state, indent=2) + "\n", encoding="utf-8")
-        manifest = {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER, STATE)}
-        (aside / COMPLETE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _write_state(aside, content.state, {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER)})
     return final
+
+
+def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
+    """Writes a checkpoint again with another state. Its tensors are linked, not copied, where the disk can do that.
+
+    Raises:
+        OSError: it is not there, or cannot be written; the one that is there stays.
+        ValueError: its manifest is damaged.
+    """
+    final = path_of(root, step)
+    manifest = json.loads((final / COMPLETE).read_text(encoding="utf-8"))
+    with whole_directory(final) as aside:
+        for name in (TRAINED, OPTIMIZER):
+            _link(final / name, aside / name)
+        _write_state(aside, state, {name: manifest[name] for name in (TRAINED, OPTIMIZER)})
 
 
 def read(path: Path) -> Checkpoint:
@@ -78,6 +91,7 @@ def read(path: Path) -> Checkpoint:
 
 def read_newest(root: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that is whole, passing over damaged ones and saying so; None where there is none."""
+    finish_replacing(root)
     for path in reversed(listed(root)):
         try:
             return path, read(path)
@@ -134,6 +148,21 @@ def abandon_after(root: Path, step: int) -> None:
             aside = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+
+
+def _write_state(directory: Path, state: dict[str, Any], digests: dict[str, Any]) -> None:
+    """Writes the state, and then the manifest that makes the checkpoint complete."""
+    (directory / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    manifest = {**digests, STATE: _digest(directory / STATE)}
+    (directory / COMPLETE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Exact metrics over the whole validation split: every sample once, for any number of processes and any remainder."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lora_dist.config import DataSettings
 from lora_dist.data.batch import Batch
@@ -20,6 +23,9 @@ from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.training.metric import ClassificationMetric
 
+logger = logging.getLogger(__name__)
+
+SHOWN = 8
 SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
 
@@ -35,9 +41,11 @@ class Evaluation:
         metrics: scalars by name (`accuracy`, `loss` …).
         per_class: precision, recall, F1 and support of each class.
         confusion: counts [true class, predicted class].
-        predictions: predicted class of each sample, shape [N]; -1 where its image could not be read.
+        predictions: predicted class of each sample, shape [N]; -1 where its image could not be read, or its logits are
+            not finite.
         confidences: probability of that class, shape [N]; NaN there.
         losses: cross-entropy of each sample, shape [N]; NaN there.
+        num_samples: samples that were evaluated: all whose image could be read.
     """
 
     metrics: dict[str, float]
@@ -46,15 +54,11 @@ class Evaluation:
     predictions: np.ndarray
     confidences: np.ndarray
     losses: np.ndarray
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that were evaluated: all whose image could be read."""
-        return int((self.predictions >= 0).sum())
+    num_samples: int
 
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
-        return np.argsort(-self.losses, kind="stable")[: min(count, self.num_samples)].tolist()
+        return np.argsort(-self.losses, kind="stable")[: min(count, int((self.predictions >= 0).sum()))].tolist()
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,19 @@ class Evaluator:
     batch_size: int
     settings: DataSettings
 
+    @cached_property
+    def loader(self) -> DataLoader:
+        """This process's part of the split. One loader for all evaluations: its workers are started once."""
+        return evaluation_loader(
+            self.split,
+            self.transforms,
+            self.batch_size,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            self.settings,
+            self.accelerator.device,
+        )
+
     @torch.inference_mode()
     def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
         """Gathers one row a sample from all processes, and computes the metrics.
@@ -91,18 +108,9 @@ class Evaluator:
             ProcessError: the device has no memory left.
         """
         accelerator = self.accelerator
-        loader = evaluation_loader(
-            self.split,
-            self.transforms,
-            self.batch_size,
-            accelerator.num_processes,
-            accelerator.process_index,
-            self.settings,
-            accelerator.device,
-        )
         self.model.eval()
         parts = []
-        for batch in batches(loader, accelerator.device):
+        for batch in batches(self.loader, accelerator.device):
             with self._room_named():
                 parts.append(_rows(self.model, batch))
             after_batch()
@@ -120,6 +128,7 @@ class Evaluator:
                 "none of the validation images can be read: put them right, or name others by --validation_dir or "
                 "--validation_split"
             )
+        self._warn_of_non_finite(rows[integers[:, 2] < 0])
         results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
             predictions=integers[:, 2],
             references=integers[:, 1],
@@ -134,7 +143,20 @@ class Evaluator:
             predictions=self._by_row(rows, integers[:, 2], -1),
             confidences=self._by_row(rows, reals[:, 0], np.nan),
             losses=self._by_row(rows, reals[:, 1], np.nan),
+            num_samples=len(rows),
         )
+
+    def _warn_of_non_finite(self, rows: np.ndarray) -> None:
+        """Names the samples whose logits are not finite; they count as wrong, and the loss has no value."""
+        if len(rows):
+            names = ", ".join(self.split.name(int(row)) for row in rows[:SHOWN])
+            logger.warning(
+                "the model's logits are not finite for %d of the validation images, which count as wrong; the loss and "
+                "the calibration error cannot be computed: %s%s",
+                len(rows),
+                names,
+                " …" if len(rows) > SHOWN else "",
+            )
 
     @contextmanager
     def _room_named(self) -> Iterator[None]:
@@ -157,13 +179,19 @@ class Evaluator:
 
 
 def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of each sample its row, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2]."""
+    """Of each sample its row, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
+
+    Where a logit is not finite the prediction is -1, the rank behind all classes, confidence and loss NaN.
+    """
     log_probabilities = model(pixel_values=batch.pixel_values).logits.float().log_softmax(dim=-1)
     confidence, prediction = log_probabilities.max(dim=-1)
     own = log_probabilities.gather(1, batch.labels[:, None])
     rank = (log_probabilities > own).sum(dim=-1)
-    integers = torch.stack([batch.indices, batch.labels, prediction, rank], dim=1)
-    return integers, torch.stack([confidence.exp(), -own[:, 0]], dim=1)
+    # Of logits that are not finite, the largest says nothing, and no class has a rank.
+    finite = log_probabilities.isfinite().all(dim=-1)
+    prediction, rank = prediction.where(finite, -1), rank.where(finite, log_probabilities.shape[-1])
+    confidence, loss = confidence.exp().where(finite, torch.nan), (-own[:, 0]).where(finite, torch.nan)
+    return torch.stack([batch.indices, batch.labels, prediction, rank], dim=1), torch.stack([confidence, loss], dim=1)
 
 
 def _gathered(accelerator: Accelerator, rows: Tensor, filler: float) -> np.ndarray:

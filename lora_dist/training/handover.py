@@ -83,6 +83,7 @@ class Handover:
             progress: at the end.
             evaluation: of those weights.
         """
+        job.watch.now("writing the result", first=True)
         accelerator, tracker, validation = job.engine.accelerator, job.tracker, self.data.validation
         trained = job.engine.trained()
         images = [validation.image(index) for index in np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]]

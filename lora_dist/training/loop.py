@@ -1,11 +1,13 @@
 """The training loop: the sequence of updates, logs, evaluations and saves, and where it may be left."""
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
@@ -15,15 +17,19 @@ from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.order import FILLER, Order
 from lora_dist.engines.engine import Engine, share_statistics
-from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError
+from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError, UserError
 from lora_dist.model.base import set_training
+from lora_dist.processes.peers import Failure, PeerFailedError
 from lora_dist.processes.preemption import Preemption, StopRequested
+from lora_dist.processes.watch import Watch
 from lora_dist.training.evaluation import Evaluation, Evaluator, NothingToEvaluateError
 from lora_dist.training.report import show_evaluation
 from lora_dist.training.schedule import Schedule, is_due
 from lora_dist.training.state import Checkpointer, Progress
-from lora_dist.training.step import NonFiniteLossError, Update, train_step
+from lora_dist.training.step import BrokenUpdateError, LostBatchError, NonFiniteLossError, Update, train_step
 from lora_dist.training.tracking import Tracker, Window, peak_memory_mb
+
+logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 32
 """Updates in a row that fp16 loss scaling may leave out; each of them halves the scale, from 65,536."""
@@ -47,6 +53,7 @@ class Job:
         checkpointer: saves the run.
         preemption: stops or saves it when asked from outside.
         tracker: shows it.
+        watch: ends it when it stalls.
         on_best: called on every process after an evaluation that is the best so far, once it has been saved.
     """
 
@@ -59,6 +66,7 @@ class Job:
     checkpointer: Checkpointer
     preemption: Preemption
     tracker: Tracker
+    watch: Watch
     on_best: Callable[["Job", Progress, Evaluation], None]
 
 
@@ -97,28 +105,90 @@ def fit(job: Job, progress: Progress) -> None:
     Raises:
         TrainingStoppedError: the loss is not finite, and the last good state has been saved; or no image can be read.
         StopRequested: a stop was asked for, and the state saved if that could be.
+        PeerFailedError: another process could not load its data; the state has been saved.
+        UserError: something else went wrong; it says whether the state has been saved.
     """
     window = Window()
-    stream = window.timed(batches(_loader(job, progress.step), job.engine.accelerator.device))
-    if progress.settled_step < progress.step:
-        _settle(job, progress, window, save=True)
-    set_training(job.engine.model)
-    while not _is_over(job, progress):
-        _update(job, progress, window, stream)
-        if progress.step % job.settings.run.logging_steps == 0:
-            _log_training(job, progress, window)
-        asked = _check(job, progress)
-        _settle(job, progress, window, save=asked)
-        if asked:
-            job.preemption.saved()
-    share_statistics(job.engine)
+    device = job.engine.accelerator.device
+    with (
+        closing(window.timed(batches(_loader(job, progress.step), device))) as stream,
+        _saved_on_failure(job, progress),
+    ):
+        if progress.settled_step < progress.step:
+            _settle(job, progress, window, save=True)
+        set_training(job.engine.model)
+        while not _is_over(job, progress):
+            _update(job, progress, window, stream)
+            if progress.step % job.settings.run.logging_steps == 0:
+                _log_training(job, progress, window)
+            asked = _check(job, progress)
+            _settle(job, progress, window, save=asked)
+            if asked:
+                job.preemption.saved()
+        share_statistics(job.engine)
 
 
-def make_update(job: Job, step: int, stream: Iterator[Batch]) -> Update:
+@contextmanager
+def _saved_on_failure(job: Job, progress: Progress) -> Iterator[None]:
+    """Saves what has been trained before an error ends the run, if it is intact, and says where the run can go on.
+
+    Several processes can save together only where all of them know of the error, as of a `LostBatchError`.
+    """
+    try:
+        yield
+    except (StopRequested, TrainingStoppedError):
+        raise
+    except Exception as error:
+        known_to_all = isinstance(error, LostBatchError) or job.engine.accelerator.num_processes == 1
+        if known_to_all and not isinstance(error, BrokenUpdateError):
+            with suppress(RuntimeError):  # a device that has failed cannot be read
+                job.engine.drop_update()
+                _save(job, progress)
+        failure = data_failure(error) if isinstance(error, LostBatchError) else error
+        _add_resume_hint(failure, job, progress)
+        raise failure from failure.__cause__
+
+
+def data_failure(lost: LostBatchError) -> Exception:
+    """The error to end with where data was lost: on the process that lost it its own, on the others the news of it.
+
+    Called on every process.
+    """
+    own = lost.own
+    code = own.exit_code if isinstance(own, UserError) else 1
+    told = gather_object([None if own is None else (f"{type(own).__name__}: {own}", code)])
+    if own is not None:
+        return own
+    rank, (message, code) = next((rank, failure) for rank, failure in enumerate(told) if failure is not None)
+    return PeerFailedError(Failure(f"rank {rank} could not load its data: {message}", code))
+
+
+def _add_resume_hint(error: Exception, job: Job, progress: Progress) -> None:
+    """Says in the error, or in the log where it gets a traceback, where the run can go on."""
+    if job.checkpointer.saved_step == progress.step:
+        hint = f"All updates are saved: --resume_from_checkpoint auto goes on from update {progress.step}."
+    else:
+        hint = f"Update {progress.step} is not saved.{_way_on(job) or ' Nothing is.'}"
+    if isinstance(error, UserError):
+        error.args = (f"{error} {hint}",)
+    else:
+        logger.error("%s: %s. %s", type(error).__name__, error, hint)
+
+
+def make_update(
+    job: Job, step: int, stream: Iterator[Batch], before_exchange: Callable[[], object] = lambda: None
+) -> Update:
     """Makes update `step` (from 0) with the next batches of `stream`. Called on every process.
+
+    Args:
+        job: whose update it is.
+        step: of the update, from 0.
+        stream: of micro-batches.
+        before_exchange: called before the last backward pass, in which processes wait for each other.
 
     Raises:
         NonFiniteLossError: before the update is made.
+        LostBatchError: on every process, before the update is made, where `stream` fails on any of them.
         ProcessError: the device has no memory left.
     """
     count = job.order.micro_batches_in(step)
@@ -132,6 +202,8 @@ def make_update(job: Job, step: int, stream: Iterator[Batch]) -> Update:
             max_grad_norm=job.settings.optimization.max_grad_norm,
             label_smoothing=job.settings.augmentation.label_smoothing_factor,
             dropout_seed=(job.settings.run.seed, step),
+            filler=lambda: job.images.filler(job.engine.accelerator.device),
+            before_exchange=before_exchange,
         )
     except RuntimeError as error:
         if should_reduce_batch_size(error):
@@ -147,7 +219,7 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
     order, step = job.order, progress.step
     window.start_update()
     try:
-        update = make_update(job, step, stream)
+        update = make_update(job, step, _noted(job, step, stream), lambda: _exchange(job, step, window))
     except NonFiniteLossError as error:
         _leave_out(job, progress, error)
         unreadable = error.unreadable
@@ -160,17 +232,36 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
                 f"fp16 loss scaling has left out {progress.skipped_in_a_row} updates in a row: the gradient is not "
                 f"finite at any scale. Use bf16 or fp32 (--mixed_precision), or a lower --learning_rate."
             )
+    progress.step += 1
     progress.unreadable_images += unreadable
     progress.train_seconds += window.end_update(order.samples_in(step))
     progress.samples += order.samples_in(step)
-    progress.step += 1
+    job.watch.warmed_up()
     progress.blind_updates = progress.blind_updates + 1 if unreadable == order.samples_in(step) else 0
     if progress.blind_updates >= min(MOST_BLIND, order.steps_per_epoch, job.schedule.total_steps):
+        _save(job, progress)
         raise TrainingStoppedError(
             f"none of the images of the last {progress.blind_updates} updates can be read, up to update "
             f"{progress.step}; their names and what is wrong with them are above.{_way_on(job)}"
         )
     job.tracker.advance(progress.step, progress.mean_loss, window.samples_per_second)
+
+
+def _noted(job: Job, step: int, stream: Iterator[Batch]) -> Iterator[Batch]:
+    """The micro-batches of an update, with the watch told what is going on."""
+    for number in count(1):
+        job.watch.now(f"update {step + 1}: waiting for micro-batch {number}")
+        try:
+            batch = next(stream)
+        except StopIteration:
+            return
+        job.watch.now(f"update {step + 1}: computing micro-batch {number}")
+        yield batch
+
+
+def _exchange(job: Job, step: int, window: Window) -> None:
+    job.watch.now(f"update {step + 1}: last backward pass, which waits for the other processes")
+    window.note_own_work()
 
 
 def _way_on(job: Job) -> str:
@@ -189,9 +280,7 @@ def _leave_out(job: Job, progress: Progress, error: NonFiniteLossError) -> None:
     names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices if row != FILLER])))
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
     what = f"the {error.what} of update {progress.step + 1} is not finite"
-    # A batch that is not finite spoils the statistics of batch norms that train.
-    intact = all(tensor.isfinite().all() for tensor in engine.trained().values())
-    if engine.drop_update() and all(gather_object([intact])) and progress.skipped_in_a_row + 1 < limit:
+    if engine.drop_update() and progress.skipped_in_a_row + 1 < limit:
         progress.skipped_updates += 1
         progress.skipped_in_a_row += 1
         job.tracker.say(f"{what}: left out. Samples:\n  {shown}")
@@ -204,7 +293,7 @@ def _leave_out(job: Job, progress: Progress, error: NonFiniteLossError) -> None:
 
 
 def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
-    """Evaluates and saves where that is due after an update; saves as well if told so.
+    """Saves and evaluates where that is due after an update; saves as well if told so.
 
     A checkpoint holds what has been logged of its update, so that what goes on from it logs nothing twice.
     """
@@ -213,14 +302,17 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
     def due(every: Any) -> bool:
         return is_due(every, progress.step, job.order.steps_per_epoch, job.schedule.total_steps)
 
-    best = None
-    if due(run.eval_steps):
+    best, evaluates = None, due(run.eval_steps)
+    if evaluates:
+        share_statistics(job.engine)
+        # An evaluation that fails must not cost what was trained. A run that goes on from here makes it again.
+        _save(job, progress)
         best = _evaluate(job, progress)
         set_training(job.engine.model)
     if _is_over(job, progress) and progress.logged_step < progress.step:
         _log_training(job, progress, window)
     progress.settled_step = progress.step
-    if save or best or due(run.checkpointing_steps) or _is_over(job, progress):
+    if save or evaluates or due(run.checkpointing_steps) or _is_over(job, progress):
         _save(job, progress)
     if best:
         job.on_best(job, progress, best)
@@ -236,6 +328,7 @@ def _check(job: Job, progress: Progress) -> bool:
 
 
 def _save(job: Job, progress: Progress) -> None:
+    job.watch.now(f"saving after update {progress.step}")
     job.tracker.flush()
     job.checkpointer.save(progress)
 
@@ -262,6 +355,7 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
         "train/learning_rate": job.schedule.learning_rate(step - 1),
         "train/grad_norm": progress.grad_norm,
         "train/samples_per_second": window.samples_per_second,
+        **_step_times(job, window),
         "train/data_wait": min(1.0, window.waited / max(window.seconds, 1e-9)),
         "train/peak_memory_mb": peak_memory_mb(job.engine.accelerator.device),
         "train/skipped_updates": float(progress.skipped_updates),
@@ -274,18 +368,30 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
     window.reset()
 
 
+def _step_times(job: Job, window: Window) -> dict[str, float]:
+    """Seconds that a process works on an update before it waits for the others: their mean, and of the slowest one."""
+    accelerator = job.engine.accelerator
+    own = torch.tensor([window.own_seconds / max(1, window.updates)], device=accelerator.device)
+    times = accelerator.gather(own)
+    return {"train/step_time": float(times.mean()), "train/step_time_slowest_rank": float(times.max())}
+
+
 def _evaluate(job: Job, progress: Progress) -> Evaluation | None:
     """Evaluates, logs and notes the result; returns it where it is the best so far.
 
     Raises:
-        TrainingStoppedError: no image can be read, and what was trained has been saved.
+        TrainingStoppedError: no image can be read.
     """
-    share_statistics(job.engine)
+    numbers = count(1)
+
+    def after_batch() -> None:
+        job.watch.now(f"evaluating after update {progress.step}: batch {next(numbers)}")
+        _check(job, progress)
+
+    job.watch.now(f"evaluating after update {progress.step}: waiting for batch 1", first=True)
     try:
-        evaluation = job.evaluator(after_batch=lambda: _check(job, progress))
+        evaluation = job.evaluator(after_batch)
     except NothingToEvaluateError as error:
-        # All processes know of it, so they can save together.
-        _save(job, progress)
         raise TrainingStoppedError(f"{error}.{_way_on(job)}") from error
     name = job.settings.optimization.metric_for_best_model
     best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")

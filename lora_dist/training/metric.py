@@ -1,5 +1,6 @@
 """Classification metrics as an offline `evaluate.Metric`: `evaluate.load` would fetch code from the Hub."""
 
+import math
 from typing import Any
 
 import datasets
@@ -12,8 +13,9 @@ CALIBRATION_BINS = 15
 class ClassificationMetric(evaluate.Metric):
     """Accuracy, top-5 accuracy, macro F1, mean loss, calibration, a report by class and the confusion matrix.
 
-    Inputs of `compute`, one value a sample: `predictions` and `references` (classes), `confidences` (probability
-    of the prediction), `ranks` (place of the reference among the classes by probability, from 0) and `losses`.
+    Inputs of `compute`, one value a sample: `predictions` (-1 for none) and `references` (classes), `confidences`
+    (probability of the prediction), `ranks` (rank of the reference among the classes by probability, from 0) and
+    `losses`.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -23,6 +25,10 @@ class ClassificationMetric(evaluate.Metric):
         """
         self.num_classes = num_classes
         super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        """Makes no folder below HF_HOME, which may not be writable: everything stays in memory."""
+        return self._data_dir_root
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -43,8 +49,10 @@ class ClassificationMetric(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any, confidences: Any, ranks: Any, losses: Any) -> dict[str, Any]:
         predicted, true = np.asarray(predictions), np.asarray(references)
         confusion = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
-        np.add.at(confusion, (true, predicted), 1)
-        hits, support, claimed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+        some = predicted >= 0
+        np.add.at(confusion, (true[some], predicted[some]), 1)
+        hits, claimed = confusion.diagonal(), confusion.sum(axis=0)
+        support = np.bincount(true, minlength=self.num_classes)
         precision = hits / np.maximum(claimed, 1)
         recall = hits / np.maximum(support, 1)
         f1 = 2 * hits / np.maximum(support + claimed, 1)
@@ -70,7 +78,12 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bin
         confidences: probability of each prediction, shape [N].
         correct: whether each prediction is right, shape [N].
         bins: number of bins.
+
+    Returns:
+        NaN where a confidence is not finite.
     """
+    if not np.isfinite(confidences).all():
+        return math.nan
     place = np.minimum((np.asarray(confidences, dtype=np.float64) * bins).astype(int), bins - 1)
     gap = np.bincount(place, weights=confidences, minlength=bins) - np.bincount(place, weights=correct, minlength=bins)
     return float(np.abs(gap).sum() / len(confidences))

@@ -16,15 +16,15 @@ from tqdm import tqdm
 from lora_dist.cli import flatten
 from lora_dist.data.batch import Batch
 from lora_dist.data.dataset import ImageData
-from lora_dist.data.loader import batches, evaluation_loader, train_loader
+from lora_dist.data.loader import batches, train_loader
 from lora_dist.disk import free_bytes, readable
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.adapters import is_counted
 from lora_dist.model.base import set_training
-from lora_dist.training.loop import Job, make_update
+from lora_dist.training.loop import Job, data_failure, make_update
 from lora_dist.training.room import Sizes
 from lora_dist.training.schedule import is_due
-from lora_dist.training.step import NonFiniteLossError
+from lora_dist.training.step import LostBatchError, NonFiniteLossError
 from lora_dist.training.tracking import peak_memory_mb
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]
             make_update(job, step, stream)
         except NonFiniteLossError as error:
             raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
+        except LostBatchError as error:
+            raise data_failure(error) from error
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -110,20 +112,11 @@ def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]
 @torch.inference_mode()
 def _time_evaluation(job: Job) -> float:
     evaluator, accelerator = job.evaluator, job.engine.accelerator
-    loader = evaluation_loader(
-        evaluator.split,
-        evaluator.transforms,
-        evaluator.batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-        evaluator.settings,
-        accelerator.device,
-    )
     job.engine.model.eval()
     start = time.perf_counter()
-    batch = next(batches(loader, accelerator.device))
+    batch = next(batches(evaluator.loader, accelerator.device))
     float(job.engine.model(pixel_values=batch.pixel_values).logits.float().sum())
-    return (time.perf_counter() - start) * len(loader)
+    return (time.perf_counter() - start) * len(evaluator.loader)
 
 
 def describe(

@@ -1,6 +1,5 @@
 """A run as people see it: what is about to run, the inputs and the worst images as pictures, the numbers as JSON."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from lora_dist.data.loader import unreadable
 from lora_dist.data.order import Order
 from lora_dist.figures import confusion_picture, grid, to_images
 from lora_dist.training.evaluation import Evaluation
+from lora_dist.training.output import write_json
 from lora_dist.training.schedule import Schedule
 from lora_dist.training.tracking import Tracker
 
@@ -46,9 +46,19 @@ def announce(
 
 
 def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
-    """Adds the confusion matrix and the worst-classified images to TensorBoard."""
+    """Adds the confusion matrix and the worst-classified images to TensorBoard.
+
+    A picture that cannot be made is a missing picture and a warning: no reason to stop a run.
+    """
     if not tracker.enabled:
         return
+    try:
+        _show_evaluation(tracker, evaluation, step, split, labels)
+    except Exception as error:
+        logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
+
+
+def _show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
     tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
     worst = evaluation.worst(WORST)
     captions = [
@@ -85,4 +95,4 @@ def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) 
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
         "confusion_matrix": {"labels": list(labels), "rows_true_columns_predicted": evaluation.confusion.tolist()},
     }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)

@@ -119,30 +119,51 @@ class Checkpointer:
         self._identity = identity
         self._keep = keep
         self.saved_step: int | None = None
+        self._written_step: int | None = None
         self._best_weights: tuple[int, dict[str, Tensor]] | None = None
+        self._last_weights: dict[str, Tensor] | None = None
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint of this moment and removes those that are no longer needed.
 
-        A disk that is full or gone is no more than said: training goes on, and the next checkpoint may find room. The
-        best weights are kept in memory as well, large ones only where they could not be written.
+        A failure to write is logged, and training goes on: the next checkpoint may find room. The best weights are kept
+        in memory as well, large ones only where they could not be written.
         """
-        content = Checkpoint(
-            trained=self._engine.trained(),
-            optimizer=self._engine.moments(),
-            state={
-                "progress": asdict(progress),
-                "identity": self._identity,
-                "scaler": self._engine.scaler_state(),
-                "versions": versions(),
-            },
-        )
+        if not self._replace_state(progress):
+            self._save_all(progress)
+        if progress.best_step == progress.step:
+            self._best_weights = None if self._last_weights is None else (progress.step, self._last_weights)
+
+    def _replace_state(self, progress: Progress) -> bool:
+        """Updates the checkpoint that this process has written after the same update: its tensors are as they were."""
+        if self._written_step != progress.step:
+            return False
+        replaced = False
+        if self._engine.accelerator.is_main_process:
+            try:
+                checkpoint.replace_state(self.directory, progress.step, self._state(progress))
+                checkpoint.prune(self.directory, self._keep, progress.best_step)
+                replaced = True
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning("writing the checkpoint of update %d anew: %s", progress.step, error)
+        (replaced,) = broadcast_object_list([replaced])
+        return replaced
+
+    def _save_all(self, progress: Progress) -> None:
+        content = Checkpoint(self._engine.trained(), self._engine.moments(), self._state(progress))
         # The first process decides for all: the statistics of batch norms differ by process.
         (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
         if saved:
-            self.saved_step = progress.step
-        if progress.best_step == progress.step:
-            self._best_weights = (progress.step, content.trained) if not saved or _small(content.trained) else None
+            self.saved_step = self._written_step = progress.step
+        self._last_weights = content.trained if not saved or _small(content.trained) else None
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "progress": asdict(progress),
+            "identity": self._identity,
+            "scaler": self._engine.scaler_state(),
+            "versions": versions(),
+        }
 
     def _write(self, progress: Progress, content: Checkpoint) -> bool:
         broken = [name for name, tensor in content.trained.items() if not tensor.isfinite().all()]
@@ -161,6 +182,7 @@ class Checkpointer:
                 "nothing" if self.saved_step is None else f"update {self.saved_step}",
             )
             return False
+        logger.info("saved a checkpoint after update %d", progress.step)
         return True
 
     def restore(self, content: Checkpoint) -> Progress:

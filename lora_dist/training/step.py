@@ -1,7 +1,7 @@
 """One exact update: the gradient of the mean loss over its samples, however they are split."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,22 @@ class NonFiniteLossError(Exception):
         self.unreadable = unreadable
 
 
+class LostBatchError(Exception):
+    """A process could not get its data, so none made the update: everything is as it was before.
+
+    Attributes:
+        own: the error of this process; None where it had its data.
+    """
+
+    def __init__(self, own: Exception | None) -> None:
+        super().__init__(str(own))
+        self.own = own
+
+
+class BrokenUpdateError(Exception):
+    """The optimizer failed while it changed the weights: their state is in doubt."""
+
+
 def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     """Weighted cross-entropy of each sample, shape [B], towards both labels of mixed images."""
     own = cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
@@ -64,6 +80,8 @@ def train_step(
     max_grad_norm: float,
     label_smoothing: float,
     dropout_seed: tuple[int, ...],
+    filler: Callable[[], Batch] | None = None,
+    before_exchange: Callable[[], object] = lambda: None,
 ) -> Update:
     """One update whose gradient is that of the mean loss over its samples, however they are split.
 
@@ -80,26 +98,39 @@ def train_step(
         max_grad_norm: bound on the gradient's norm; 0 for none.
         label_smoothing: share of the target spread over all classes.
         dropout_seed: decides the dropout of this update.
+        filler: makes a micro-batch of no weight, in place of what could not be loaded; None where errors of
+            `micro_batches` are to be raised as they are.
+        before_exchange: called before the last backward pass, in which processes wait for each other.
 
     Raises:
         NonFiniteLossError: before the update is made.
+        LostBatchError: on every process, before the update is made, where `micro_batches` of any of them fails.
+        BrokenUpdateError: while it is made.
     """
     accelerator = engine.accelerator
     device = accelerator.device
     engine.begin_update(learning_rate)
     total, unreadable = torch.zeros((), device=device), torch.zeros((), device=device)
     suspects: list[tuple[Tensor, Tensor]] = []
-    for place, host_batch in enumerate(micro_batches):
-        batch = host_batch.to(device)
+    stream, failure = iter(micro_batches), None
+    for place in range(micro_batch_count):
+        batch, failure = _next(stream, filler, failure)
+        batch = batch.to(device)
         torch.manual_seed(seed_of((*dropout_seed, place, accelerator.process_index)))
-        with engine.micro_batch(last=place == micro_batch_count - 1):
+        last = place == micro_batch_count - 1
+        with engine.micro_batch(last):
             losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits.float(), batch, label_smoothing)
+            if last:
+                before_exchange()
             engine.backward(losses.sum() / sample_count)
         total += losses.detach().sum()
         if batch.unreadable is not None:
             unreadable += batch.unreadable.sum()
         suspects.append((batch.indices, losses.detach()))
-    loss_sum, left_out = accelerator.reduce(torch.stack([total, unreadable]), "sum").tolist()
+    lost = torch.tensor(float(failure is not None), device=device)
+    loss_sum, left_out, lost_batches = accelerator.reduce(torch.stack([total, unreadable, lost]), "sum").tolist()
+    if lost_batches:
+        raise LostBatchError(failure)
     # Where nothing could be read, the loss of nothing is 0.
     loss, left_out = loss_sum / max(1, sample_count - left_out), int(left_out)
     if not math.isfinite(loss):
@@ -109,4 +140,20 @@ def train_step(
         grad_norm = engine.step(max_grad_norm)
     except ArithmeticError as error:
         raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows], left_out) from error
+    except Exception as error:
+        raise BrokenUpdateError(f"{type(error).__name__}: {error}") from error
     return Update(loss, grad_norm, engine.was_skipped(), left_out)
+
+
+def _next(
+    stream: Iterator[Batch], filler: Callable[[], Batch] | None, failure: Exception | None
+) -> tuple[Batch, Exception | None]:
+    """The next micro-batch, and the error of the first one that failed; fillers follow, to keep processes in step."""
+    if filler is None:
+        return next(stream), None
+    if failure is None:
+        try:
+            return next(stream), None
+        except Exception as error:
+            failure = error
+    return filler(), failure

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Window:
 
     def reset(self) -> None:
         """Starts a new window."""
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self.own_seconds = 0.0
         self.samples = self.updates = 0
 
     @property
@@ -143,7 +143,7 @@ class Window:
         """Over all processes."""
         return self.samples / max(self.seconds, 1e-9)
 
-    def timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+    def timed(self, stream: Iterator[Batch]) -> Generator[Batch]:
         """The same batches, with the time until each arrives counted as waiting."""
         while True:
             start = time.perf_counter()
@@ -157,6 +157,10 @@ class Window:
     def start_update(self) -> None:
         """Called before an update."""
         self._started = time.perf_counter()
+
+    def note_own_work(self) -> None:
+        """Called where an update begins to wait for the other processes: what it took so far is this process's own."""
+        self.own_seconds += time.perf_counter() - self._started
 
     def end_update(self, samples: int) -> float:
         """Called after it; its loss has been read, so the device has finished. Returns its seconds."""

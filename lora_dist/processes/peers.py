@@ -1,0 +1,119 @@
+"""The other processes of a launch, seen through its store: whether they live, and what they are doing."""
+
+import os
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from lora_dist.errors import UserError
+from lora_dist.processes.failure import launch_store, tell_failure, told_failure
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_ASKED = "activity/asked"
+
+
+class Failure(NamedTuple):
+    """Of which another process died.
+
+    Attributes:
+        message: names the process, and the error where it is known.
+        exit_code: that the process ended with.
+    """
+
+    message: str
+    exit_code: int
+
+
+class PeerFailedError(UserError):
+    """Another process of the launch has failed; this one ends with its exit code."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.exit_code = failure.exit_code
+
+
+class Peers:
+    """The processes of this launch. For one thread at a time: it has a connection to the store of its own."""
+
+    def __init__(self, store: "Store") -> None:
+        """
+        Args:
+            store: of the launch.
+        """
+        self._store = store
+        self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        first = self._rank - local_rank
+        here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._here = [rank for rank in here if rank != self._rank]
+        store.set(f"pid/{self._rank}", str(os.getpid()))
+
+    @classmethod
+    def of_launch(cls, timeout: timedelta) -> Self | None:
+        """The processes of this launch; None for a single one, or where the store is gone."""
+        with suppress(RuntimeError, OSError):
+            store = launch_store(timeout)
+            return None if store is None else cls(store)
+        return None
+
+    def leave(self) -> None:
+        """Tells the others that this process ends as agreed with them."""
+        with suppress(RuntimeError, OSError):
+            self._store.set(f"left/{self._rank}", "")
+
+    def failure(self) -> Failure | None:
+        """The first failure of another process: one that was told, or the death of one on this machine."""
+        for rank in self._here:
+            if self._store.check([f"pid/{rank}"]) and not self._store.check([f"left/{rank}"]):
+                pid = int(self._store.get(f"pid/{rank}"))
+                if not _lives(pid):
+                    tell_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)
+        told = told_failure(self._store)
+        return None if told is None else Failure(told, 1)
+
+    def tell_failure(self, message: str, exit_code: int) -> None:
+        """Has the other processes end with this failure, unless another one was first."""
+        tell_failure(self._store, message, exit_code)
+
+    def asked_for_activity(self) -> bool:
+        """Whether a process has stalled and wants to know what the others are doing."""
+        return self._store.check([_ASKED])
+
+    def tell_activity(self, line: str) -> None:
+        """Says what this process is doing."""
+        self._store.set(f"activity/{self._rank}", line)
+
+    def activities(self, own: str, seconds: float) -> list[str]:
+        """Asks all processes what they are doing.
+
+        Args:
+            own: what this one does.
+            seconds: to wait for the answers.
+
+        Returns:
+            A line for each process, those that did not answer included; none where another process has asked before.
+        """
+        self.tell_activity(own)
+        speaks = self._store.compare_set(_ASKED, "", str(self._rank)).decode() == str(self._rank)
+        end = time.monotonic() + seconds
+        keys = {rank: f"activity/{rank}" for rank in range(self._world_size)}
+        while time.monotonic() < end and not all(self._store.check([key]) for key in keys.values()):
+            time.sleep(0.2)
+        if not speaks:
+            return []
+        return [
+            self._store.get(key).decode() if self._store.check([key]) else f"rank {rank}: no answer"
+            for rank, key in keys.items()
+        ]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,166 @@
+"""Notices that a run has stalled, or that another process of the launch has failed, and ends this process then."""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NamedTuple, NoReturn
+
+from lora_dist.errors import PreemptedError, TrainingStoppedError, UserError
+from lora_dist.processes.lifetime import GRACE_SECONDS, end_process, show_stacks_of_children
+from lora_dist.processes.peers import Failure, PeerFailedError, Peers
+
+POLL_SECONDS = 1.0
+STORE_TIMEOUT = timedelta(seconds=10)
+FIRST_SECONDS = 1200.0
+"""How much longer the first update and the first batch of an evaluation may take: they compile and start workers."""
+NOTICE_SECONDS = 3.0
+"""How long an error of a collective waits for the news that another process is its reason."""
+ANSWER_SECONDS = 5.0
+"""How long the processes of a launch have to say what they are doing, once one has stalled."""
+
+
+class StalledError(UserError):
+    """Nothing has moved for `--stall_timeout`. The code is that of timeout(1)."""
+
+    exit_code = 124
+
+
+class Activity(NamedTuple):
+    """What the main thread is doing.
+
+    Attributes:
+        name: such as `update 12: waiting for micro-batch 3`.
+        since: when it began, by `time.monotonic`.
+        patience: seconds that it may take beyond the time-out.
+    """
+
+    name: str
+    since: float
+    patience: float
+
+
+class Watch:
+    """A thread that watches the main thread of this process, and through the launch's store the other processes.
+
+    Attributes:
+        resume_hint: appended to what a stall is reported with.
+    """
+
+    def __init__(self, stall_timeout: float) -> None:
+        """
+        Args:
+            stall_timeout: seconds that one activity may take; 0 for ever.
+        """
+        self.resume_hint = ""
+        self._timeout = stall_timeout
+        self._is_warm = False
+        self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS)
+        self._ended = threading.Event()
+        self._peers: Peers | None = None
+        self._failure: Failure | None = None
+
+    def now(self, name: str, first: bool = False) -> None:
+        """Notes what the main thread does from here on; called whenever the run moves.
+
+        Args:
+            name: such as `update 12: waiting for micro-batch 3`.
+            first: whether it may take `FIRST_SECONDS` more, as everything may before `warmed_up`.
+        """
+        self._activity = Activity(name, time.monotonic(), FIRST_SECONDS if first or not self._is_warm else 0.0)
+
+    def warmed_up(self) -> None:
+        """Notes that a first update has been made."""
+        self._is_warm = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches as long as this block lasts.
+
+        Raises:
+            PeerFailedError: in place of an error of a collective, where another process is the reason.
+        """
+        self.now("starting")
+        self._peers = Peers.of_launch(STORE_TIMEOUT)
+        thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        except RuntimeError as error:
+            failure = self._failure_within(NOTICE_SECONDS)
+            if failure is None:
+                raise
+            raise PeerFailedError(failure) from error
+        except (TrainingStoppedError, PreemptedError):
+            self._leave(thread)
+            raise
+        else:
+            self._leave(thread)
+        finally:
+            self._ended.set()
+
+    def _leave(self, thread: threading.Thread) -> None:
+        """Ends as all processes have agreed to."""
+        self._ended.set()
+        thread.join()
+        if self._peers is not None:
+            self._peers.leave()
+
+    def _failure_within(self, seconds: float) -> Failure | None:
+        """What the thread has found out about the other processes, which may take a moment after the error here."""
+        end = time.monotonic() + seconds
+        while self._failure is None and self._peers is not None and time.monotonic() < end:
+            time.sleep(0.1)
+        return self._failure
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(POLL_SECONDS, self._timeout / 10 or POLL_SECONDS)):
+            activity = self._activity
+            seconds = time.monotonic() - activity.since
+            if self._timeout and seconds > self._timeout + activity.patience:
+                self._end_stalled(activity, seconds)
+            if self._peers is not None:
+                self._look_at(self._peers)
+
+    def _look_at(self, peers: Peers) -> None:
+        """Ends this process if another one has failed."""
+        try:
+            if peers.asked_for_activity():
+                peers.tell_activity(self._line(self._activity))
+            self._failure = peers.failure()
+        except (RuntimeError, OSError):
+            # The store ends with the launcher, or the first process.
+            self._peers = None
+        if self._failure is not None and not self._ended.wait(GRACE_SECONDS / 2):
+            # The main thread has not noticed by itself: it waits in a collective that will never end.
+            print(f"error: {self._failure.message}", file=sys.stderr, flush=True)
+            end_process(self._failure.exit_code)
+
+    def _end_stalled(self, activity: Activity, seconds: float) -> NoReturn:
+        """Says what every process is doing, writes all stacks, and ends this one."""
+        lines = [self._line(activity)]
+        with suppress(RuntimeError, OSError):
+            if self._peers is not None:
+                lines = self._peers.activities(self._line(activity), ANSWER_SECONDS)
+                self._peers.tell_failure(f"stalled: {self._line(activity)}", StalledError.exit_code)
+        if lines:
+            print(
+                "\n  ".join([f"error: nothing has moved for {seconds:.0f} s (--stall_timeout):", *lines])
+                + (f"\n{self.resume_hint}" if self.resume_hint else "")
+                + "\nThe stacks of all threads follow.",
+                file=sys.stderr,
+                flush=True,
+            )
+        faulthandler.dump_traceback(all_threads=True)
+        show_stacks_of_children()
+        time.sleep(0.5)
+        end_process(StalledError.exit_code)
+
+    def _line(self, activity: Activity) -> str:
+        rank, seconds = os.environ.get("RANK", "0"), time.monotonic() - activity.since
+        return f"rank {rank} on {socket.gethostname()}, for {seconds:.0f} s: {activity.name}"

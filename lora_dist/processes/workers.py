@@ -1,0 +1,161 @@
+"""Worker processes of a `DataLoader`: how they start, what happens when one dies, and when they end."""
+
+import faulthandler
+import gc
+import multiprocessing.util
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lora_dist.disk import free_bytes, readable
+from lora_dist.errors import ProcessError, UserError
+from lora_dist.processes.launcher import end_with_parent
+from lora_dist.processes.lifetime import STACKS_SIGNAL
+from lora_dist.processes.signals import STOP_SIGNALS
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where a worker puts the batches that it hands over (Linux)."""
+SILENT_SECONDS = 600.0
+"""How long the workers of a loader may deliver nothing, where nothing else watches for a stall."""
+
+
+_MORE_SHARED_MEMORY = (
+    "Give the container more (docker run --shm-size or --ipc=host), or lower --dataloader_num_workers or "
+    "--dataloader_prefetch_factor."
+)
+
+
+class WorkerDiedError(ProcessError):
+    """A worker process was killed, crashed, or hangs."""
+
+    exit_code = 1
+
+
+def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, **options: Any) -> DataLoader:
+    """A `DataLoader` whose workers end with this process, and leave signals to it.
+
+    Args:
+        dataset: whose items, or batches, are handed over as they are.
+        workers: number of processes; 0 for none.
+        pin_memory: whether to copy tensors to page-locked memory.
+        options: of `DataLoader`, about the batches; those about workers count only where there are some.
+    """
+    if not workers:
+        options = {name: value for name, value in options.items() if name not in ("prefetch_factor", "timeout")}
+        options["persistent_workers"] = False
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=set_up_worker,
+        pin_memory=pin_memory,
+        # Not to draw from torch's global generator.
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def from_workers(loader: DataLoader) -> Iterator[Any]:
+    """What the workers of a loader deliver, in order.
+
+    Raises:
+        WorkerDiedError: one of them died, or delivers nothing for as long as the loader's `timeout`.
+    """
+    if loader.num_workers:
+        # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
+        multiprocessing.util.get_temp_dir()
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # Torch's handler would raise for a dead worker wherever this process happens to be, say in a collective.
+        # Without it, that is raised below, within 5 s, when a batch of the dead worker is waited for.
+        signal.signal(signal.SIGCHLD, before)
+    finished = False
+    try:
+        yield from iterator
+        finished = True
+    except (RuntimeError, OSError, EOFError) as error:
+        raise _explained(error, iterator) from error
+    finally:
+        if not finished:
+            _kill_workers(iterator)
+            # The next pass starts new ones, where they would have stayed.
+            loader._iterator = None
+
+
+def _kill_workers(iterator: Any) -> None:
+    """Ends the workers of an iterator that is left: torch would wait 5 s for each that does not end by itself."""
+    for worker in getattr(iterator, "_workers", ()):
+        worker.kill()
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def set_up_worker(worker: int) -> None:
+    """For `worker_init_fn`: the first thing that a worker process does."""
+    end_with_parent()
+    # Schedulers and terminals signal a whole group. The trainer needs its workers to finish the update.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    # Keeps the worker from finalizing objects that it inherited through fork: a store's destructor joins a thread that
+    # only the parent has.
+    gc.freeze()
+
+
+def require_shared_memory(needed: int) -> None:
+    """Raises a `UserError` where /dev/shm is too small for the batches that wait in it.
+
+    Args:
+        needed: bytes of all batches that the workers of all processes on this machine prepare ahead.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = free_bytes(SHARED_MEMORY)
+    if needed > free:
+        raise UserError(
+            f"{SHARED_MEMORY} has {readable(free)} free, and the loader's workers need {readable(needed)} there for "
+            f"the batches that they prepare ahead. {_MORE_SHARED_MEMORY}"
+        )
+
+
+def _explained(error: Exception, iterator: Any) -> Exception:
+    """The sentence for what a dead or silent worker leads to; other errors as they are."""
+    text = str(error)
+    if "DataLoader timed out" in text:
+        return WorkerDiedError(
+            f"the loader's workers have delivered nothing for {SILENT_SECONDS:.0f} s. Does the disk with the images "
+            f"answer? kill -QUIT on a worker shows where it is."
+        )
+    killed_by = _signals_of(iterator)
+    if signal.SIGBUS in killed_by or "shared memory" in text:
+        return WorkerDiedError(f"a worker of the loader found no room in {SHARED_MEMORY}. {_MORE_SHARED_MEMORY}")
+    if signal.SIGKILL in killed_by:
+        return WorkerDiedError(
+            "a worker of the loader was ended by SIGKILL. The system kills the process that takes most when memory "
+            "runs out: give the job more, or a lower --dataloader_num_workers."
+        )
+    if killed_by or "DataLoader worker" in text:
+        by = f" by {', '.join(number.name for number in killed_by)}" if killed_by else ""
+        return WorkerDiedError(f"a worker of the loader was ended{by}. --dataloader_num_workers 0 works without them.")
+    return error
+
+
+def _signals_of(iterator: Any) -> set[signal.Signals]:
+    """The signals that workers died of. The news of a death may come a moment after the broken connection."""
+    workers = getattr(iterator, "_workers", ())
+    end = time.monotonic() + 1
+    while all(worker.is_alive() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    codes = (worker.exitcode for worker in workers)
+    return {signal.Signals(-code) for code in codes if code is not None and code < 0}
+
+
+def _as_is(found: Any) -> Any:
+    return found
