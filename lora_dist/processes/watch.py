@@ -59,6 +59,8 @@ class Watch:
         """
         self.resume_hint = ""
         self._timeout = stall_timeout
+        # Not in the thread: accelerate empties the environment for moments.
+        self._name = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
         self._is_warm = False
         self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS)
         self._ended = threading.Event()
@@ -162,5 +164,4 @@ class Watch:
         end_process(StalledError.exit_code)
 
     def _line(self, activity: Activity) -> str:
-        rank, seconds = os.environ.get("RANK", "0"), time.monotonic() - activity.since
-        return f"rank {rank} on {socket.gethostname()}, for {seconds:.0f} s: {activity.name}"
+        return f"{self._name}, for {time.monotonic() - activity.since:.0f} s: {activity.name}"
