@@ -161,6 +161,7 @@ class Checkpointer:
                 "nothing" if self.saved_step is None else f"update {self.saved_step}",
             )
             return False
+        logger.info("saved a checkpoint after update %d", progress.step)
         return True
 
     def restore(self, content: Checkpoint) -> Progress:
