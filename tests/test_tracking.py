@@ -152,9 +152,12 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
             one.advance(step, 0.5, 10)
         one.flush()
         print("saved", file=stderr)
-        before = os.read(reading, 10_000).decode().partition("saved")[0]
+        shown = b""
+        while b"saved" not in shown:
+            shown += os.read(reading, 10_000)
         one.close()
     os.close(reading)
+    before = shown.decode().partition("saved")[0]
     assert "step 2/10" in before
     *_, erased, line = before.split("\r")
     assert (erased.strip(), line) == ("", "")

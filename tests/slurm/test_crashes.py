@@ -12,16 +12,18 @@ FAILING = """
 import ctypes, os, threading, time
 from pathlib import Path
 
-def fail(main):
-    while not Path(os.environ["FAIL"]).exists():
+def fail(main, file, how):
+    while not file.exists():
         time.sleep(0.05)
-    if os.environ["FAIL_WITH"] == "stall":
+    if how == "stall":
         os._exit(124)
     from lora_dist.errors import ProcessError
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(ProcessError))
 
+# Read here, because accelerate empties the environment for moments.
 if os.environ.get("RANK") == "1":
-    threading.Thread(target=fail, args=(threading.get_ident(),), daemon=True).start()
+    file = Path(os.environ["FAIL"])
+    threading.Thread(target=fail, args=(threading.get_ident(), file, os.environ["FAIL_WITH"]), daemon=True).start()
 """
 """Makes rank 1 end with the code of a stall, or with a `UserError` of its own, once a file is there."""
 
