@@ -43,8 +43,14 @@ accelerate launch \
   --num_cpu_threads_per_process $((threads > 0 ? threads : 1)) \
   --no_python bash "$PROJECT_DIR/slurm/rank.sh" "${arguments[@]}" || code=$?
 
-# accelerate makes every failure a 1.
-if [ "$code" != 0 ] && [ -e "$NODE_DIR/stopped" ]; then
-  code=75
+# accelerate makes every failure a 1, and srun gives the highest code of the nodes, which is up to 128 + 64 for signals.
+# So the codes that decide what becomes of the job go by higher numbers, to be translated back by train.sbatch: an error
+# of the user (2) before a stop that is saved (75) before a stall (124).
+if [ "$code" != 0 ]; then
+  for pair in 203:2 202:75 201:124; do
+    if grep -qsx "${pair#*:}" "$NODE_DIR"/code-*; then
+      exit "${pair%:*}"
+    fi
+  done
 fi
 exit "$code"

@@ -17,7 +17,5 @@ code=${PIPESTATUS[0]}
 echo "== exit code $code" >>"$log"
 
 # For node.sh, which does not get to see the code.
-if [ "$code" = 75 ]; then
-  touch "$NODE_DIR/stopped"
-fi
+echo "$code" >"$NODE_DIR/code-$rank"
 exit "$code"

@@ -1,6 +1,13 @@
 """Curves that go on where a killed run left them, and nothing at all from the processes that do not write."""
 
+import fcntl
 import json
+import os
+import pty
+import struct
+import sys
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +136,28 @@ def test_pictures_settings_and_the_comparison_of_runs_are_on_the_board(tmp_path:
 def test_memory_is_that_of_this_process() -> None:
     """Importing torch alone takes more than 50 MB, and no test of this project takes 100 GB."""
     assert 50 < peak_memory_mb(torch.device("cpu")) < 100_000
+
+
+def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving says something while the progress bar stands."""
+    reading, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        one = tracker(tmp_path)
+        for step in (1, 2):
+            time.sleep(0.11)  # the bar is drawn ten times a second
+            one.advance(step, 0.5, 10)
+        one.flush()
+        print("saved", file=stderr)
+        shown = b""
+        while b"saved" not in shown:
+            shown += os.read(reading, 10_000)
+        one.close()
+    os.close(reading)
+    before = shown.decode().partition("saved")[0]
+    assert "step 2/10" in before
+    *_, erased, line = before.split("\r")
+    assert (erased.strip(), line) == ("", "")

@@ -116,8 +116,12 @@ class Tracker:
             self._board.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
 
     def flush(self) -> None:
-        """Writes out what is buffered: what a checkpoint lies behind is not logged again."""
+        """Writes out what is buffered: what a checkpoint lies behind is not logged again.
+
+        The progress bar is gone until the next update, so that messages about the checkpoint have lines of their own.
+        """
         if self.enabled:
+            self._bar.clear()
             self._board.write(SummaryWriter.flush)
 
     def close(self) -> None:

@@ -181,13 +181,15 @@ FAILING = """
 import ctypes, os, threading, time
 from pathlib import Path
 
-def fail(main):
-    while not Path(os.environ["FAIL"]).exists():
+def fail(main, file):
+    while not file.exists():
         time.sleep(0.05)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(ZeroDivisionError))
 
+# Read here, because accelerate empties the environment for moments.
 if os.environ.get("RANK") == "1":
-    threading.Thread(target=fail, args=(threading.get_ident(),), daemon=True).start()
+    file = Path(os.environ["FAIL"])
+    threading.Thread(target=fail, args=(threading.get_ident(), file), daemon=True).start()
 """
 
 

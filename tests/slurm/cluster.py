@@ -1,12 +1,22 @@
 """A Slurm cluster of two nodes, n1 and n2, on this machine, with its key, sockets and files in one directory."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import psutil
+from launching import ROOT, environment
+
+SCRIPTS = ROOT / "slurm"
+
+START_UP = 180
+"""Seconds that a job may take to start training."""
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
 
@@ -14,6 +24,8 @@ CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+# A job's port follows from its number, and the tests of another file may have a cluster at the same time.
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -34,6 +46,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
+SlurmdTimeout={slurmd_timeout}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
@@ -58,16 +71,30 @@ def why_not() -> str | None:
     return None
 
 
+def user_environment(**extra: str) -> dict[str, str]:
+    """What a user's shell has: this Python first, this checkout, and no network."""
+    here = environment(**({"PYTHONPATH": str(ROOT)} | extra))
+    return here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"}
+
+
+def log_of(job: str, place: Path) -> str:
+    """What the job log says so far of a job that was submitted in `place`."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in place.glob(f"*-{job}.out"))
+
+
 class Cluster:
     """The daemons, and the commands that talk to them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, slurmd_timeout: int) -> None:
         """
         Args:
             directory: an empty one with a short path, because sockets live in it.
+            slurmd_timeout: seconds after which Slurm takes a node that does not answer for down.
         """
         self.directory = directory
+        self._slurmd_timeout = slurmd_timeout
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Starts the daemons and waits for both nodes."""
@@ -76,7 +103,13 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         self._config.write_text(
-            CONFIG.format(directory=self.directory, host=socket.gethostname().split(".")[0], ports=_free_ports(3))
+            CONFIG.format(
+                directory=self.directory,
+                host=socket.gethostname().split(".")[0],
+                ports=_free_ports(3),
+                first_job=os.getpid() % 200 * 100 + 1,
+                slurmd_timeout=self._slurmd_timeout,
+            )
         )
         self._daemon(
             "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.directory}/munge.socket",
@@ -86,8 +119,31 @@ class Cluster:
         self.wait_for(lambda: (self.directory / "munge.socket").exists(), "munged", 30)
         self._daemon("slurmctld", "-D", "-L", self.directory / "slurmctld.log")
         for node in ("n1", "n2"):
-            self._daemon("slurmd", "-D", "-N", node, "-L", self.directory / f"slurmd-{node}.log")
+            self.start_node(node)
         self.wait_for(lambda: self.call("sinfo", "-h", "-o", "%t %D", check=False).strip() == "idle 2", "nodes", 60)
+
+    def start_node(self, node: str) -> None:
+        """Starts the daemon of a node."""
+        self._nodes[node] = self._daemon("slurmd", "-D", "-N", node, "-L", self.directory / f"slurmd-{node}.log")
+
+    def fail_node(self, node: str) -> None:
+        """Kills all that runs on a node, as a loss of power does."""
+        tasks = [one for one in self._processes() if one.environ().get("SLURMD_NODENAME") == node]
+        # A process that looks after a task has the environment of the daemon, which names no node.
+        keepers = [parent for one in tasks for parent in one.parents() if parent.name() == "slurmstepd"]
+        # The daemons first, or they would tell that the task has ended.
+        for one in (psutil.Process(self._nodes[node].pid), *keepers, *tasks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        self._nodes[node].wait(20)
+
+    def rank(self, number: int) -> psutil.Process:
+        """The training process of a rank, of the only job that trains."""
+        return next(
+            one
+            for one in self._processes()
+            if one.cmdline()[1:3] == ["-m", "lora_dist.train"] and one.environ().get("RANK") == str(number)
+        )
 
     def stop(self) -> None:
         """Cancels every job and ends the daemons, whatever state they are in."""
@@ -139,15 +195,25 @@ class Cluster:
             )
             time.sleep(0.3)
 
+    def _processes(self) -> list[psutil.Process]:
+        """All that jobs of this cluster run."""
+        running = psutil.process_iter(["environ"])
+        return [
+            one
+            for one in running
+            if (one.info["environ"] or {}).get("SLURM_CONF") == str(self._config)
+            and "SLURM_JOB_ID" in one.info["environ"]
+        ]
+
     @property
     def _config(self) -> Path:
         return self.directory / "slurm.conf"
 
-    def _daemon(self, *words: object) -> None:
+    def _daemon(self, *words: object) -> subprocess.Popen[bytes]:
         with (self.directory / "daemons.log").open("ab") as log:
-            self._daemons.append(
-                subprocess.Popen([str(word) for word in words], stdout=log, stderr=log, env=self.environment())
-            )
+            daemon = subprocess.Popen([str(word) for word in words], stdout=log, stderr=log, env=self.environment())
+        self._daemons.append(daemon)
+        return daemon
 
 
 def _free_ports(count: int) -> Sequence[int]:

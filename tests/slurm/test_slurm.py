@@ -1,66 +1,17 @@
 """The scripts of slurm/ on a real cluster of two nodes."""
 
 import csv
-import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, why_not
-from launching import ROOT, environment, lines_of, results_of, train
+from cluster import SCRIPTS, START_UP, Cluster, log_of, user_environment
+from launching import ROOT, lines_of, results_of, train
 from safetensors.torch import load_file
 from tiny import make_folder
-
-SCRIPTS = ROOT / "slurm"
-START_UP = 180
-"""Seconds that a job may take to start training."""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A running cluster."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    # Not pytest's directory: the path of a socket is at most 107 characters long.
-    directory = Path(tempfile.mkdtemp(prefix="slurm-"))
-    cluster = Cluster(directory)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(directory)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """Where jobs are submitted: slurm/ is not there, and the path has what careless scripts trip over."""
-    place = tmp_path / "it's a place"
-    place.mkdir()
-    return place
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """The scratch disk of the nodes, with a short path: worker processes put sockets there."""
-    with tempfile.TemporaryDirectory(prefix="scratch-") as directory:
-        yield Path(directory)
-
-
-def _environment(**extra: str) -> dict[str, str]:
-    """What a user's shell has: this Python first, this checkout, and no network."""
-    here = environment(PYTHONPATH=str(ROOT), **extra)
-    return here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"}
-
-
-def _log(job: str, place: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in place.glob(f"*-{job}.out"))
 
 
 @pytest.mark.timeout(900)
@@ -85,15 +36,15 @@ def test_a_job_on_two_nodes_goes_on_after_a_time_limit_and_preemption(
     (place / "settings.yaml").write_text("max_train_steps: 1000000\n")
     job = cluster.submit(
         "--nodes=2", "--time=10", "--signal=B:USR2@120", SCRIPTS / "train.sbatch", *arguments, "--output_dir",
-        "broken", cwd=place, **_environment(PROJECT_DIR=str(ROOT), TMPDIR=str(scratch), STAGE_DIR=str(photos)),
+        "broken", cwd=place, **user_environment(PROJECT_DIR=str(ROOT), TMPDIR=str(scratch), STAGE_DIR=str(photos)),
     )  # fmt: skip
     after = cluster.submit(f"--dependency=afterok:{job}", "--wrap", "touch after", cwd=place)
 
     def says(text: str, seconds: float) -> None:
-        cluster.wait_for(lambda: text in _log(job, place), lambda: f"no {text!r} in\n{_log(job, place)}", seconds)
+        cluster.wait_for(lambda: text in log_of(job, place), lambda: f"no {text!r} in\n{log_of(job, place)}", seconds)
 
     def reaches(name: str, value: str, seconds: float) -> None:
-        cluster.wait_for(lambda: cluster.field(job, name) == value, lambda: _log(job, place), seconds)
+        cluster.wait_for(lambda: cluster.field(job, name) == value, lambda: log_of(job, place), seconds)
 
     # How long a start takes is not known beforehand, so the limit is moved to where the job is once it trains. Slurm
     # looks at limits twice a minute.
@@ -105,7 +56,9 @@ def test_a_job_on_two_nodes_goes_on_after_a_time_limit_and_preemption(
     assert cluster.field(after, "Reason") == "Dependency"
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
 
-    cluster.wait_for(lambda: "step " in _log(job, place).partition("start 1 ")[2], lambda: _log(job, place), START_UP)
+    cluster.wait_for(
+        lambda: "step " in log_of(job, place).partition("start 1 ")[2], lambda: log_of(job, place), START_UP
+    )
     cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap", "true", cwd=place)
     reaches("Restarts", "2", 90)
     done = max(int(path.name.removeprefix("step-")) for path in (broken / "checkpoints").iterdir())
@@ -114,8 +67,8 @@ def test_a_job_on_two_nodes_goes_on_after_a_time_limit_and_preemption(
     reaches("JobState", "COMPLETED", START_UP + 60)
     cluster.wait_for(lambda: (place / "after").exists(), "the dependent job", 30)
 
-    log = _log(job, place)
-    assert log.count("saved and requeued") == 2
+    log = log_of(job, place)
+    assert log.count("stopped and saved: requeued") == 2
     assert log.count("resuming from broken/checkpoints/step-") == 2
     assert log.count("SIGUSR2: saving and stopping") == log.count("SIGTERM: saving and stopping") == 1
     assert results_of(broken)["num_processes"] == 2
@@ -148,19 +101,20 @@ def test_a_sweep_ends_in_one_table(cluster: Cluster, vit: Path, photos: Path, pl
         "--array=1-3", "--time=10", SCRIPTS / "sweep.sbatch", "my grid.txt", "runs/my sweep",
         "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
         "--max_train_steps", 2, cwd=place,
-        **_environment(PROJECT_DIR=str(ROOT), LAUNCH_FILE=str(ROOT / "accelerate_configs" / "single.yaml")),
+        **user_environment(PROJECT_DIR=str(ROOT), LAUNCH_FILE=str(ROOT / "accelerate_configs" / "single.yaml")),
     )  # fmt: skip
     never = cluster.submit(f"--dependency=afterok:{sweep}", "--wrap", "touch never", cwd=place)
     tasks = [f"{sweep}_{number}" for number in (1, 2, 3)]
     ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
     cluster.wait_for(
         lambda: all(cluster.field(task, "JobState") in ends for task in tasks),
-        lambda: "\n".join(_log(task, place) for task in tasks),
+        lambda: "\n".join(log_of(task, place) for task in tasks),
         START_UP,
     )
     assert [cluster.field(task, "JobState") for task in tasks] == ["COMPLETED", "COMPLETED", "FAILED"]
-    assert cluster.field(tasks[2], "Restarts") == "0"
-    assert "--learning_rate" in _log(tasks[2], place)
+    assert (cluster.field(tasks[2], "Restarts"), cluster.field(tasks[2], "ExitCode")) == ("0", "2:0")
+    assert "ended with code 2, an error in settings, data or model: not requeued" in log_of(tasks[2], place)
+    assert "--learning_rate" in log_of(tasks[2], place)
     cluster.wait_for(lambda: cluster.field(never, "Reason") == "DependencyNeverSatisfied", "the dependent job", 30)
 
     printed = subprocess.run(
@@ -181,7 +135,12 @@ def test_a_sweep_ends_in_one_table(cluster: Cluster, vit: Path, photos: Path, pl
 def test_tensorboard_answers_where_the_job_says(cluster: Cluster, place: Path) -> None:
     """Submitted from the checkout."""
     job = cluster.submit(
-        "--time=10", f"--output={place}/%x-%j.out", SCRIPTS / "tensorboard.sbatch", place, cwd=ROOT, **_environment()
+        "--time=10",
+        f"--output={place}/%x-%j.out",
+        SCRIPTS / "tensorboard.sbatch",
+        place,
+        cwd=ROOT,
+        **user_environment(),
     )
     port = 10000 + int(job) % 20000
 
@@ -192,6 +151,6 @@ def test_tensorboard_answers_where_the_job_says(cluster: Cluster, place: Path) -
         except OSError:
             return False
 
-    cluster.wait_for(answers, lambda: _log(job, place), START_UP)
-    assert f"ssh -N -L {port}:localhost:{port} " in _log(job, place)
+    cluster.wait_for(answers, lambda: log_of(job, place), START_UP)
+    assert f"ssh -N -L {port}:localhost:{port} " in log_of(job, place)
     cluster.call("scancel", job)

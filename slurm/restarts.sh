@@ -1,0 +1,53 @@
+# shellcheck shell=bash
+# Decides whether a job that crashed starts again. Sourced by train.sbatch, which has `say`.
+
+MAX_CRASH_RESTARTS=${MAX_CRASH_RESTARTS:-3}
+
+# One line for each start of the job, and one for how it ended. A requeued job keeps its number, and so this file.
+starts=$LOG_DIR/starts
+
+# A run that has saved is requeued although the disk of the logs is full.
+record() {
+  echo "$1" >>"$starts" || say "cannot write $starts"
+}
+
+# Prints the update of the newest checkpoint that this job has saved, 0 without one.
+newest_checkpoint() {
+  awk '/^saved a checkpoint after update [0-9]+$/ && $NF > newest { newest = $NF } END { print newest + 0 }' \
+    "$LOG_DIR/rank-0.log"
+}
+
+# Records a start. Fails where the start before has crashed and the job may not start again, and says so.
+begin_start() {
+  touch "$LOG_DIR/rank-0.log" "$starts"
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+    : >"$starts"
+  fi
+  # Slurm requeues a job whose node fails, and the batch script dies with the node or soon after.
+  if tail -n 1 "$starts" | grep '^started' >/dev/null; then
+    local what="the start before this one has no end: a node failed, or the job was killed"
+    if ! crashed; then
+      say "$what; $reason: not started again"
+      return 1
+    fi
+    say "$what; $reason: going on"
+  fi
+  record "started, newest checkpoint $(newest_checkpoint)"
+}
+
+# Records a crash. Succeeds where the job may start again; sets `reason`.
+crashed() {
+  record crashed
+  local crashes before
+  crashes=$(grep -cx crashed "$starts")
+  before=$(sed -n 's/^started, newest checkpoint //p' "$starts" | tail -n 1)
+  if ! [ "$crashes" -le "$MAX_CRASH_RESTARTS" ]; then
+    reason="this is crash $crashes of the job, and MAX_CRASH_RESTARTS is $MAX_CRASH_RESTARTS"
+    return 1
+  fi
+  if ! [ "$(newest_checkpoint)" -gt "$before" ]; then
+    reason="no checkpoint was saved since the start"
+    return 1
+  fi
+  reason="a checkpoint was saved since the start (crash $crashes of at most $MAX_CRASH_RESTARTS)"
+}
