@@ -162,8 +162,9 @@ def scalars_of(output_dir: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def adapter_of(output_dir: Path) -> dict[str, Tensor]:
-    """The weights handed over."""
-    return load_file(output_dir / "adapter" / "adapter_model.safetensors")
+    """The weights handed over, of an adapter or a whole model."""
+    whole = output_dir / "model" / "model.safetensors"
+    return load_file(whole if whole.exists() else output_dir / "adapter" / "adapter_model.safetensors")
 
 
 TIMINGS = {

@@ -8,6 +8,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,26 @@ def test_a_course_that_is_left_is_put_aside(tmp_path: Path) -> None:
     checkpoint.abandon_after(tmp_path, 10)
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-00000010"]
     assert (tmp_path / "abandoned-step-00000030" / COMPLETE).is_file()
+
+
+def test_a_state_that_is_replaced_keeps_the_tensors_on_the_disk(tmp_path: Path) -> None:
+    content = checkpoint.Checkpoint({"a": torch.ones(3)}, {"exp_avg/a": torch.zeros(3)}, {"best": None})
+    path = checkpoint.write(tmp_path, 5, content)
+    before = (path / checkpoint.TRAINED).stat().st_ino
+    checkpoint.replace_state(tmp_path, 5, {"best": 1})
+    assert checkpoint.read(path).state == {"best": 1}
+    assert (path / checkpoint.TRAINED).stat().st_ino == before
+    with pytest.raises(OSError, match="step-00000006"):
+        checkpoint.replace_state(tmp_path, 6, {})
+
+
+def test_a_checkpoint_that_was_killed_while_it_was_replaced_is_still_there(tmp_path: Path) -> None:
+    """Between the two renames neither the old nor the new one has its name."""
+    content = checkpoint.Checkpoint({"a": torch.ones(3)}, {}, {"best": None})
+    path = checkpoint.write(tmp_path, 5, content)
+    new = checkpoint.write(tmp_path / "other", 5, replace(content, state={"best": 1}))
+    path.rename(tmp_path / f".removing-{path.name}")
+    new.rename(tmp_path / f".writing-{path.name}")
+    found = checkpoint.read_newest(tmp_path)
+    assert found is not None
+    assert found[1].state == {"best": 1}

@@ -114,6 +114,9 @@ def fit(job: Job, progress: Progress) -> None:
         closing(window.timed(batches(_loader(job, progress.step), device))) as stream,
         _saved_on_failure(job, progress),
     ):
+        # What an error kept from being done after the update of the checkpoint.
+        if progress.logged_step < progress.step and progress.step % job.settings.run.logging_steps == 0:
+            _log_training(job, progress, window)
         if progress.settled_step < progress.step:
             _settle(job, progress, window, save=True)
         set_training(job.engine.model)
