@@ -156,6 +156,13 @@ def plant_all(root: Path) -> Planted:
     return planted
 
 
+def hang_at_it(path: str) -> str:
+    """As a decoder that never returns."""
+    if path.startswith("stuck"):
+        time.sleep(600)
+    return path.upper()
+
+
 def die_of_it(path: str) -> str:
     """Work on a file, for `in_processes`, that some do not survive."""
     if "deadly" in path:

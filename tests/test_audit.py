@@ -15,9 +15,10 @@ import psutil
 import pytest
 from disks import small_disk
 from PIL import Image, ImageEnhance, ImageFilter
-from planted import ODD_CLASS, ODD_NAME, Planted, die_of_it, picture, plant_all, plant_sound
+from planted import ODD_CLASS, ODD_NAME, Planted, die_of_it, hang_at_it, picture, plant_all, plant_sound
 
 from lora_dist import cli
+from lora_dist.audit import pool
 from lora_dist.audit.__main__ import audit, main
 from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
@@ -339,6 +340,12 @@ def test_a_process_that_dies_costs_the_file_it_was_at() -> None:
     assert results == {
         place: "died" if place in (3, 40, 41) else path.upper() for place, path in enumerate(paths)
     }  # fmt: skip
+
+
+def test_a_process_that_hangs_costs_the_file_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 2.0)
+    paths = ["fine", "stuck", "fine too"]
+    assert dict(in_processes(hang_at_it, paths, workers=2, died="died")) == {0: "FINE", 1: "died", 2: "FINE TOO"}
 
 
 def workers_of(parent: subprocess.Popen[Any]) -> list[psutil.Process]:

@@ -95,7 +95,7 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.scan import Facts, scan
 
-    died = Facts("unreadable", "the process that read it died")
+    died = Facts("unreadable", "the process that read it died or hung")
     facts = [died] * len(files)
     with closing(in_processes(scan, [file.path for file in files], workers, died)) as results:
         bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())

@@ -6,15 +6,18 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 R = TypeVar("R")
 
 FILES_AT_ONCE = 16
+SILENT_SECONDS = 300.0
+"""How long all processes may take over their files before those count as dead."""
 
 
 def in_processes(
@@ -28,7 +31,7 @@ def in_processes(
         work: a function of a module, which raises nothing.
         paths: to work on.
         workers: processes.
-        died: stands for the result where a process died, of a crash in a decoder or for want of memory.
+        died: stands for the result where a process died, of a crash in a decoder or for want of memory, or hung.
     """
     chunks = deque(range(len(paths))[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE))
     while chunks:
@@ -55,19 +58,27 @@ def _run(
                     with _no_interrupt():
                         future = pool.submit(_work_on, work, [paths[place] for place in chunks[0]])
                     running[future] = chunks.popleft()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done = wait(running, SILENT_SECONDS, FIRST_COMPLETED).done
+                if not done:
+                    # One hangs, in a file that cannot be read. Without its processes the pool fails, and tells which.
+                    _kill({*multiprocessing.active_children()} - others)
+                for future in done:
                     yield from zip(running[future], future.result(), strict=True)
                     del running[future]
         except BrokenProcessPool:
             pass
         except BaseException:
             # Whoever asked has gone, or it was Ctrl-C: what is being read is not waited for.
-            for worker in {*multiprocessing.active_children()} - others:
-                worker.kill()
+            _kill({*multiprocessing.active_children()} - others)
             raise
         finally:
             pool.shutdown(cancel_futures=True)
     return list(running.values())
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _work_on(work: Callable[[str], R], paths: list[str]) -> list[R]:

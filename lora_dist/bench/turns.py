@@ -6,6 +6,7 @@ not timed; the first updates, until the loader's workers are in step, are made a
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from lora_dist.bench.settings import BenchSettings, contradictions
 from lora_dist.cli import argv_or, parse
 from lora_dist.errors import UserError, exit_on_user_error
 from lora_dist.huge_pages import environment_before, move_to_huge_pages
-from lora_dist.processes.launcher import end_with_launcher
+from lora_dist.processes.launcher import end_with_parent
 from lora_dist.processes.lifetime import run_command
 
 CONTENDERS = ("ours", "trainer")
@@ -91,7 +92,7 @@ def _in_a_process(argv: list[str], contender: str, number: int) -> Turn:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Takes one turn, and prints it as JSON."""
-    end_with_launcher()
+    end_with_parent(signal.SIGTERM)
     contender, *flags = argv_or(argv)
     settings = parse(BenchSettings, flags, prog="lora_dist.bench", description="", contradictions=contradictions)
     if __name__ == "__main__" and contender == "ours":

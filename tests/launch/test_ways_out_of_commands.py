@@ -1,0 +1,135 @@
+"""Prediction, serving, audits, the image cache and benchmarks leave nothing behind, whatever way they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import environment
+from PIL import Image
+
+SECONDS = 10
+MARK = "WAYS_OUT_MARK"
+
+
+class Command:
+    """A command that runs, and all that it has started."""
+
+    def __init__(self, words: Sequence[object], log: Path) -> None:
+        self.log = log
+        self._mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *map(str, words)], env=environment(**{MARK: self._mark}), stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def all(self) -> list[psutil.Process]:
+        running = psutil.process_iter(["environ"])
+        return [one for one in running if (one.info["environ"] or {}).get(MARK) == self._mark]
+
+    def workers(self) -> list[psutil.Process]:
+        return [one for one in self.all() if one.pid != self.process.pid and "tracker" not in " ".join(one.cmdline())]
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < end, self.text
+            time.sleep(0.02)
+
+    def wait(self) -> int:
+        """Its exit code, once nothing of it is left; soon."""
+        end = time.monotonic() + SECONDS
+        while self.process.poll() is None or self.all():
+            assert time.monotonic() < end, f"{self.all()} still there\n{self.text}"
+            time.sleep(0.05)
+        return self.process.returncode
+
+
+@contextmanager
+def _started(log: Path, *words: object) -> Iterator[Command]:
+    command = Command(words, log)
+    try:
+        yield command
+    finally:
+        for one in command.all():
+            one.kill()
+        command.process.wait()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of images that take long to decode."""
+    root = tmp_path_factory.mktemp("large")
+    Image.new("L", (6000, 6000)).save(root / "one.png")
+    for name in ("a", "b"):
+        (root / "photos" / name).mkdir(parents=True)
+        for number in range(200):
+            (root / "photos" / name / f"{number}.png").symlink_to(root / "one.png")
+    return root / "photos"
+
+
+def _words(command: str, vit: Path, large: Path, out: Path) -> list[object]:
+    train = ("--model_name_or_path", vit, "--train_dir", large)
+    return {
+        "predict": ["lora_dist.predict", "--model", vit, "--images", large, "--num_workers", 2],
+        "audit": ["lora_dist.audit", "--train_dir", large, "--num_workers", 2, "--output_dir", out],
+        "cache": ["lora_dist.train", *train, "--output_dir", out / "run", "--cache_dir", out / "cache"],
+        "bench": ["lora_dist.bench", *train, "--compare", "trainer", "--updates", 50, "--rounds", 3],
+        "serve": ["lora_dist.predict", "--model", vit, "--serve", "--port", 0],
+    }[command]
+
+
+SIGNALLED = {signal.SIGINT: (130, 0), signal.SIGTERM: (-signal.SIGTERM, 0), signal.SIGKILL: (-signal.SIGKILL,)}
+IN_CI = {("predict", signal.SIGKILL), ("cache", signal.SIGINT), ("audit", signal.SIGTERM)}
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        pytest.param(command, number, marks=[] if (command, number) in IN_CI else pytest.mark.slow)
+        for command in ("predict", "audit", "cache", "bench", "serve")
+        for number in SIGNALLED
+    ],
+)
+def test_a_signal_ends_a_command_with_all_that_it_started(
+    command: str, number: signal.Signals, vit: Path, large: Path, tmp_path: Path
+) -> None:
+    """To the whole group, as a terminal does it, and SIGKILL to the command alone."""
+    with _started(tmp_path / "log", *_words(command, vit, large, tmp_path)) as run:
+        if command == "serve":
+            run.wait_for(lambda: "serving on" in run.text)
+        else:
+            run.wait_for(lambda: len(run.workers()) >= (1 if command == "bench" else 2))
+            time.sleep(2)
+        if number == signal.SIGKILL:
+            run.process.kill()
+        else:
+            os.killpg(run.process.pid, number)
+        assert run.wait() in SIGNALLED[number]
+    assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("command", ["predict", pytest.param("cache", marks=pytest.mark.slow)])
+def test_a_worker_that_is_killed_ends_a_command_with_a_sentence(
+    command: str, vit: Path, large: Path, tmp_path: Path
+) -> None:
+    with _started(tmp_path / "log", *_words(command, vit, large, tmp_path)) as run:
+        run.wait_for(lambda: len(run.workers()) == 2)
+        time.sleep(2)
+        run.workers()[0].kill()
+        run.wait_for(lambda: run.process.poll() is None and "error: " in run.text or run.process.poll() is not None)
+        assert run.wait() == 1
+    assert "error: a worker of the loader was ended by SIGKILL." in run.text
+    assert "Traceback" not in run.text
