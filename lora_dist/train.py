@@ -7,13 +7,14 @@ from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
 from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
+from lora_dist.processes.run_lock import RunLock
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
     end_with_launcher()
-    with others_told():
+    with others_told(), RunLock() as lock:
         settings = parse(
             Settings,
             argv_or(argv),
@@ -24,12 +25,12 @@ def main(argv: list[str] | None = None) -> None:
         if __name__ == "__main__":
             move_to_huge_pages()
         if settings.run.do_eval_only:
-            evaluate_only(settings)
+            evaluate_only(settings, lock)
         else:
-            train(settings)
+            train(settings, lock)
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and hands over the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
@@ -52,6 +53,8 @@ def train(settings: Settings) -> None:
         output, resumed, publisher = Output(Path(run.output_dir)), None, None
         with problems.noted():
             require_writable(output.root)
+            if not run.dry_run:
+                lock.take(output.root, accelerator, run.ddp_timeout)
             resumed = find_resume(output, run.resume_from_checkpoint)
         with problems.noted():
             require_token(settings.hub)
@@ -76,7 +79,7 @@ def train(settings: Settings) -> None:
     handover.publish(job, progress)
 
 
-def evaluate_only(settings: Settings) -> None:
+def evaluate_only(settings: Settings, lock: RunLock) -> None:
     """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
     import json
     from datetime import timedelta
@@ -96,6 +99,7 @@ def evaluate_only(settings: Settings) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     require_writable(output.root)
+    lock.take(output.root, accelerator, settings.run.ddp_timeout)
     find_resume(output, None)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("adapter", accelerator):

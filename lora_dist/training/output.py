@@ -13,6 +13,7 @@ from torch import nn
 from lora_dist.errors import UserError
 from lora_dist.files import replace_file, whole_directory
 from lora_dist.model import adapters
+from lora_dist.processes.run_lock import LOCK
 from lora_dist.training import checkpoint
 from lora_dist.training.checkpoint import Checkpoint
 
@@ -123,7 +124,9 @@ def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoin
         UserError: the directory holds a run and there is no word of resuming; or the checkpoint named is damaged.
     """
     if resume_from_checkpoint is None:
-        if output.root.exists() and (not output.root.is_dir() or any(output.root.iterdir())):
+        if output.root.exists() and (
+            not output.root.is_dir() or any(entry.name != LOCK for entry in output.root.iterdir())
+        ):
             raise UserError(
                 f"--output_dir {output.root} is not empty. Go on with the run in it by --resume_from_checkpoint auto, "
                 f"or name another directory."
