@@ -5,9 +5,10 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def test_files_of_a_run_and_a_directory_that_was_there_stay(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.yaml", "made", "there"]
 
 
+def test_the_lock_of_another_run_in_a_directory_made_anew_stays(tmp_path: Path) -> None:
+    lock = _take(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with _held(tmp_path / "run"):
+        lock.release()
+        assert _is_refused(tmp_path / "run")
+
+
 def test_a_worker_process_does_not_take_the_lock_with_it(tmp_path: Path) -> None:
     """Neither does its end release the lock, nor does it hold the lock when its parent is gone."""
     lock = _take(tmp_path)
@@ -83,17 +92,12 @@ def test_a_worker_process_does_not_take_the_lock_with_it(tmp_path: Path) -> None
 
 
 def _is_refused(root: Path) -> bool:
-    """Whether another process is."""
-    code = _code_of(lambda: _take(root, 2))
-    assert code in (0, 3)
-    return code == 3
+    """Whether another process is refused."""
 
-
-def _code_of(act: Callable[[], object]) -> int | None:
     def run() -> None:
         run_lock.SAME_HOST_SECONDS = 0.5
         try:
-            act()
+            _take(root)
         except UserError:
             os._exit(3)
         os._exit(0)
@@ -101,7 +105,8 @@ def _code_of(act: Callable[[], object]) -> int | None:
     process = FORK.Process(target=run)
     process.start()
     process.join(60)
-    return process.exitcode
+    assert process.exitcode in (0, 3)
+    return process.exitcode == 3
 
 
 @pytest.mark.parametrize("host", ["", "node7"])

@@ -72,12 +72,13 @@ class RunLock:
     def release(self) -> None:
         """Releases the lock and removes its file, and the directory as well if this run made it and left it empty."""
         if self._path is not None:
-            # While the lock is held: a moment later the file could be that of another run.
-            self._path.unlink(missing_ok=True)
-            self._path = None
-        if self._descriptor >= 0:
+            with suppress(OSError):
+                # Somebody may have removed the directory, and another run may have made it anew.
+                if _is_at(self._descriptor, self._path):
+                    self._path.unlink()
+            # Last: a moment later the file could be that of another run.
             os.close(self._descriptor)
-            self._descriptor = -1
+            self._path = None
         for directory in self._made:
             with suppress(OSError):
                 directory.rmdir()
