@@ -7,7 +7,6 @@ safetensors and JSON: reading one runs no code. `COMPLETE`, written last, holds 
 import hashlib
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
-from lora_dist.files import remove_directory, remove_leftovers, whole_directory
+from lora_dist.files import remove_directory, remove_leftovers, unused, whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +35,13 @@ class Checkpoint:
         trained: name to tensor of all that training changes.
         optimizer: `<moment>/<parameter>` to tensor.
         state: position and counters, as JSON holds them.
+        directory: where it was read from.
     """
 
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    directory: Path | None = None
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -73,6 +74,7 @@ def read(path: Path) -> Checkpoint:
         trained=load_file(path / TRAINED),
         optimizer=load_file(path / OPTIMIZER),
         state=json.loads((path / STATE).read_text(encoding="utf-8")),
+        directory=path,
     )
 
 
@@ -131,9 +133,7 @@ def abandon_after(root: Path, step: int) -> None:
     for path in listed(root):
         if path > path_of(root, step):
             logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
-            aside = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            path.rename(unused(path.with_name(f"abandoned-{path.name}")))
 
 
 def _digest(path: Path) -> dict[str, Any]:
