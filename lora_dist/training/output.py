@@ -114,7 +114,7 @@ class Output:
         self._abandon_results_after(step)
         checkpoint.abandon_after(self.checkpoints, step)
         used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
-        before = dict(_read_settings(self.config))
+        before = dict(read_settings(self.config))
         finished = bool(before) and step >= total_steps
         for name, value in used.items():
             if before.get(name, value) != value:
@@ -191,6 +191,21 @@ def _find_newest(output: Output) -> Checkpoint | None:
     return None
 
 
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """The flat settings that a run has written down, if it has and they can be read."""
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("cannot read %s, so nobody knows which settings have changed: %s", path, error)
+        return {}
+    if isinstance(found, Mapping):
+        return found
+    logger.warning("cannot read %s, so nobody knows which settings have changed: it is no mapping", path)
+    return {}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file that people may read as well."""
     path.write_text(_as_json(content), encoding="utf-8")
@@ -206,21 +221,6 @@ def _updates_in(results: Path) -> float:
 
 def _as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _read_settings(path: Path) -> Mapping[str, Any]:
-    """What a run wrote down before, if it did and it can be read."""
-    if not path.is_file():
-        return {}
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        logger.warning("cannot read %s, so nobody knows which settings have changed: %s", path, error)
-        return {}
-    if isinstance(found, Mapping):
-        return found
-    logger.warning("cannot read %s, so nobody knows which settings have changed: it is no mapping", path)
-    return {}
 
 
 def _replace(path: Path, content: str) -> None:

@@ -16,6 +16,7 @@ from lora_dist.model.base import trained_tensors
 from lora_dist.processes.runtime import versions
 from lora_dist.training import checkpoint
 from lora_dist.training.checkpoint import Checkpoint
+from lora_dist.training.identity import differences
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +170,10 @@ class Checkpointer:
         Raises:
             UserError: it is of a run that differs in a way that would change the result.
         """
-        saved = content.state["identity"]
-        differing = [name for name in self._identity if saved.get(name) != self._identity[name]]
-        if differing:
-            changes = (f"{name} was {saved.get(name)} and is now {self._identity[name]}" for name in differing)
+        if changes := list(differences(content.state["identity"], self._identity)):
             raise UserError(
                 "\n  ".join(["the checkpoint is of another run:", *changes])
-                + "\nUse the settings of that run (its config.yaml), or another --output_dir."
+                + "\nUse the settings, base and data of that run (see its config.yaml), or another --output_dir."
             )
         _tell_other_versions(content.state.get("versions", {}))
         # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
