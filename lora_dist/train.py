@@ -38,6 +38,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.data import streamed
     from lora_dist.processes.runtime import launch
     from lora_dist.training.assembly import assemble
+    from lora_dist.training.best import measure_best_anew
     from lora_dist.training.loop import fit, stopped_on_request
     from lora_dist.training.output import Output, find_resume
     from lora_dist.training.plan import rehearse
@@ -70,6 +71,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
     with stopped_on_request(job, progress):
+        measure_best_anew(job, progress)
         fit(job, progress)
         job.checkpointer.restore_best(progress)
         handover.at_the_end(job, progress, job.evaluator(after_batch=job.preemption.check))

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from launching import adapter_of, lines_of, results_of, saved_in
-from tiny import make_folder, make_model
+from safetensors.torch import load_file
+from tiny import make_model
 
 from lora_dist import train
+from lora_dist.data.batch import EvaluationImages
 from lora_dist.training.checkpoint import COMPLETE, STATE
 
 RESUME = ("--resume_from_checkpoint", "auto")
@@ -197,3 +201,138 @@ def test_an_adapter_whose_scale_has_changed_is_another_start(
     assert "lora_alpha was 64 and is now 8" in _refused(capfd, vit, photos, out, *RESUME, *more)
     path.write_text(original)
     assert results_of(_run(vit, photos, out, *RESUME, *more, "--max_train_steps", 5))["step"] == 5
+
+
+def _evaluated(out: Path, metric: str) -> dict[int, float]:
+    """The metric of each update that was evaluated."""
+    return {line["step"]: line[f"eval/{metric}"] for line in lines_of(out) if f"eval/{metric}" in line}
+
+
+def _assert_same_checkpoint(out: Path, expected: Path, step: int) -> None:
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        found, whole = (load_file(root / "checkpoints" / f"step-{step:08d}" / name) for root in (out, expected))
+        assert found.keys() == whole.keys()
+        assert all(tensor.equal(whole[key]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_best_is_measured_anew_by_another_metric(
+    tuning: str, vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A loss of more than 1 is no accuracy that nothing can beat. Weights, batch norms among them, stay."""
+    base, rate = (vit, 1e-3) if tuning == "lora" else (make_model(tmp_path / "resnet", "resnet"), 1e-3)
+    more = ("--tuning", tuning, "--learning_rate", rate)
+    whole = _run(base, photos, tmp_path / "whole", *more, "--metric_for_best_model", "loss", "--max_train_steps", 9)
+    out = _run(base, photos, tmp_path / "run", *more, "--metric_for_best_model", "loss")
+    losses, accuracies = _evaluated(whole, "loss"), _evaluated(whole, "accuracy")
+    best = saved_in(out)["best_step"]
+    assert losses[best] == min(losses[step] for step in range(1, 5)) == saved_in(out)["best_value"]
+    later = max(range(5, 10), key=lambda step: (accuracies[step], -step))
+    assert accuracies[later] > accuracies[best], "nothing gets better, which proves nothing"
+    capfd.readouterr()
+    _run(base, photos, out, *more, *RESUME, "--metric_for_best_model", "accuracy", "--max_train_steps", 9)
+    said = capfd.readouterr().err
+    assert f"the best so far, update {best}, was chosen by loss {losses[best]:.4f}. Measured anew" in said
+    assert f"update {best} has accuracy {accuracies[best]:.4f}" in said
+    assert (results_of(out)["best_step"], results_of(out)["eval_accuracy"]) == (later, accuracies[later])
+    _assert_same_checkpoint(out, whole, 9)
+    _run(base, photos, out, *more, *RESUME, "--metric_for_best_model", "accuracy", "--max_train_steps", 9)
+    assert "Measured anew" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["files", "selection"])
+def test_the_best_is_measured_anew_on_other_validation_data(
+    other: str, vit: Path, photos: Path, misled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Here the current update turns out to be better than the best so far."""
+    loss, given = (
+        ("--metric_for_best_model", "loss", "--max_train_steps", 9),
+        ("--validation_dir", misled / "validation"),
+    )
+    change: tuple[object, ...] = ("--validation_dir", photos / "validation")
+    if other == "selection":
+        change = (*change, "--max_eval_samples", 5)
+        given = (*given, "--max_eval_samples", 9)
+    control = _run(vit, photos, tmp_path / "control", *loss, *change)
+    out = _run(vit, misled, tmp_path / "run", *loss, "--train_dir", photos / "train", *given)
+    best, losses = saved_in(out)["best_step"], _evaluated(control, "loss")
+    assert losses[best] > losses[9], "the best is the best by both, which proves nothing"
+    capfd.readouterr()
+    _run(vit, photos, out, *loss, *RESUME, *change)
+    said = capfd.readouterr().err
+    assert f"the best so far, update {best}, was chosen by loss" in said
+    assert "on other validation data. Measured anew" in said
+    assert f"update {best} has loss {losses[best]:.4f}, update 9 has loss {losses[9]:.4f}" in said
+    assert (saved_in(out)["best_step"], results_of(out)["best_step"]) == (9, 9)
+    assert results_of(out)["eval_loss"] == pytest.approx(losses[9])
+    _assert_same_adapter(out, control)
+
+
+def test_patience_begins_anew_with_the_measure(
+    vit: Path, photos: Path, misled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--metric_for_best_model", "loss", "--early_stopping_patience", 2, "--max_train_steps", 9, "--train_dir")
+    out = _run(vit, misled, tmp_path, *more, photos / "train")
+    stopped = results_of(out)["step"]
+    assert stopped < 9
+    capfd.readouterr()
+    _run(vit, misled, out, *more, photos / "train", *RESUME)
+    assert results_of(out)["step"] == stopped
+    assert "Measured anew" not in capfd.readouterr().err
+    _run(vit, photos, out, *more, photos / "train", *RESUME)
+    assert results_of(out)["step"] > stopped
+
+
+def test_an_old_checkpoint_has_its_best_measured_by_what_the_run_goes_by(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It does not say by what, so that is taken for unchanged."""
+    out = _run(vit, photos, tmp_path)
+    before = saved_in(out)
+    assert before["best_metric"] == "accuracy"
+    _rewrite_states(out, _forget)
+    capfd.readouterr()
+    _run(vit, photos, out, *RESUME, "--max_train_steps", 5, "--learning_rate", 1e-30)
+    assert "Measured anew" not in capfd.readouterr().err
+    after = saved_in(out)
+    assert {name: after[name] for name in ("best_step", "best_value", "best_metric", "best_data")} == {
+        name: before[name] for name in ("best_step", "best_value", "best_metric", "best_data")
+    }
+
+
+def test_a_best_that_cannot_be_read_is_set_aside_and_told(
+    vit: Path, photos: Path, misled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loss = ("--metric_for_best_model", "loss")
+    out = _run(vit, misled, tmp_path, *loss, "--train_dir", photos / "train")
+    best = saved_in(out)["best_step"]
+    assert best < 4
+    shutil.rmtree(out / "checkpoints" / f"step-{best:08d}")
+    capfd.readouterr()
+    _run(vit, photos, out, *loss, *RESUME)
+    assert f"the best checkpoint so far, of update {best}, is not here" in capfd.readouterr().err
+    assert saved_in(out)["best_step"] == results_of(out)["best_step"] == 4
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_stop_while_the_best_is_measured_anew_loses_nothing(
+    vit: Path, photos: Path, misled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--metric_for_best_model", "loss", "--per_device_eval_batch_size", 1, "--train_dir", photos / "train")
+    out = _run(vit, misled, tmp_path / "run", *more)
+    expected = _run(vit, photos, shutil.copytree(out, tmp_path / "expected"), *more, *RESUME)
+    original = EvaluationImages.__getitems__
+
+    def signalled(self: EvaluationImages, rows: list[int]) -> Any:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # until it has been read
+        return original(self, rows)
+
+    monkeypatch.setattr(EvaluationImages, "__getitems__", signalled)
+    with pytest.raises(SystemExit) as end:
+        _run(vit, photos, out, *more, *RESUME)
+    assert end.value.code == 75
+    _run(vit, photos, out, *more, *RESUME)
+    _assert_same_adapter(out, expected)
+    assert saved_in(out) == saved_in(expected)
