@@ -336,3 +336,31 @@ def test_a_stop_while_the_best_is_measured_anew_loses_nothing(
     _run(vit, photos, out, *more, *RESUME)
     _assert_same_adapter(out, expected)
     assert saved_in(out) == saved_in(expected)
+
+
+def test_no_results_are_overwritten(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of another run, of a run whose checkpoints are gone, and of the course that a run leaves when it is wound back."""
+    one = _run(vit, photos, tmp_path / "one", "--lora_alpha", 64)
+    other = _run(vit, photos, tmp_path / "other")
+    second, before = one / "checkpoints" / "step-00000002", _contents(other)
+    said = _refused(capfd, vit, photos, other, "--resume_from_checkpoint", second)
+    assert f"{second} is no checkpoint of the run in --output_dir {other}" in said
+    assert _contents(other) == before
+    shutil.rmtree(other / "checkpoints")
+    before = _contents(other)
+    assert "no whole checkpoint to go on from" in _refused(capfd, vit, photos, other, *RESUME)
+    assert _contents(other) == before
+
+    before = _contents(one)
+    _run(vit, photos, one, "--resume_from_checkpoint", second, "--max_train_steps", 3)
+    aside = _contents(one / "abandoned-results")
+    assert aside == {name: before[name] for name in aside}
+    assert {name.partition("/")[0] for name in aside} == {
+        "adapter", "all_results.json", "config.yaml", "evaluation.json", "metrics.jsonl", "split.json",
+    }  # fmt: skip
+    assert results_of(one)["step"] == 3
+    _run(vit, photos, one, *RESUME, "--max_train_steps", 4)
+    assert results_of(one)["step"] == 4
+    assert len(list(one.glob("abandoned-*"))) == 1
