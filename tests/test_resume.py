@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from launching import adapter_of, lines_of, results_of, saved_in
 from safetensors.torch import load_file
 from tiny import make_model
@@ -266,6 +267,9 @@ def test_the_best_is_measured_anew_on_other_validation_data(
     assert (saved_in(out)["best_step"], results_of(out)["best_step"]) == (9, 9)
     assert results_of(out)["eval_loss"] == pytest.approx(losses[9])
     _assert_same_adapter(out, control)
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    assert written["validation_dir"] == str(photos / "validation")
+    assert f"validation_dir: {photos / 'validation'}" in (out / "adapter" / "README.md").read_text()
 
 
 def test_patience_begins_anew_with_the_measure(
@@ -338,9 +342,7 @@ def test_a_stop_while_the_best_is_measured_anew_loses_nothing(
     assert saved_in(out) == saved_in(expected)
 
 
-def test_no_results_are_overwritten(
-    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_no_results_are_overwritten(vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of another run, of a run whose checkpoints are gone, and of the course that a run leaves when it is wound back."""
     one = _run(vit, photos, tmp_path / "one", "--lora_alpha", 64)
     other = _run(vit, photos, tmp_path / "other")

@@ -21,6 +21,9 @@ from lora_dist.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+MEASURED_BY = ("validation_dir", "validation_split", "max_eval_samples", "metric_for_best_model")
+"""Settings that count for a run with no update left as well: they decide how its result is chosen and evaluated."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -102,7 +105,8 @@ class Output:
             total_steps: updates in the whole run.
 
         Returns:
-            What the result is made with, flat: of a run with no update left, what was written down before.
+            What the result is made with, flat: of a run with no update left, what was written down before, but for
+            what it is evaluated by.
 
         Raises:
             UserError: the run cannot be finished, because what its adapter started from is gone; or results cannot be
@@ -118,10 +122,11 @@ class Output:
         finished = bool(before) and step >= total_steps
         for name, value in used.items():
             if before.get(name, value) != value:
-                note = ", with no update left to make" if finished else ""
+                note = ", with no update left to make" if finished and name not in MEASURED_BY else ""
                 logger.warning("--%s was %s when the run began and is now %s%s", name, before[name], value, note)
         lines = "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
-        made_with = used | before if finished else used
+        kept = {name: value for name, value in before.items() if name not in MEASURED_BY}
+        made_with = used | kept if finished else used
         _replace(self.config, lines + yaml.safe_dump(made_with, sort_keys=False, allow_unicode=True))
         _replace(self.split, _as_json(splits))
         if adapters.mutates_base(model) and step == 0:
