@@ -343,7 +343,7 @@ def test_a_stop_while_the_best_is_measured_anew_loses_nothing(
 
 
 def test_no_results_are_overwritten(vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of another run, of a run whose checkpoints are gone, and of the course that a run leaves when it is wound back."""
+    """Of another run, of one whose checkpoints are gone, and of the course that a run leaves when it is wound back."""
     one = _run(vit, photos, tmp_path / "one", "--lora_alpha", 64)
     other = _run(vit, photos, tmp_path / "other")
     second, before = one / "checkpoints" / "step-00000002", _contents(other)
