@@ -157,12 +157,17 @@ def test_results_stay_where_the_run_goes_on_from_them(step: int, vit: Path, tmp_
     assert not list(tmp_path.glob("abandoned-*"))
 
 
-def test_results_without_a_number_of_updates_are_put_aside_too(vit: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "put_aside"), [(4, True), (20, False)])
+def test_results_of_a_run_that_was_killed_while_it_wrote_them_go_by_its_checkpoints(
+    step: int, put_aside: bool, vit: Path, tmp_path: Path
+) -> None:
     output = Output(tmp_path)
+    write(tmp_path, 4, 20)
     _finish(output, 20, "first")
-    output.results.write_text("damaged")
-    output.begin(flatten(Settings()), SPLITS, model(vit), 4, 20)
-    assert (tmp_path / "abandoned-results" / "adapter" / "weights").read_text() == "first"
+    output.results.unlink()
+    output.begin(flatten(Settings()), SPLITS, model(vit), step, 20)
+    assert (tmp_path / "abandoned-results" / "adapter" / "weights").exists() == put_aside
+    assert (output.adapter / "weights").exists() != put_aside
 
 
 def test_a_run_does_not_begin_where_results_cannot_be_put_aside(vit: Path, tmp_path: Path) -> None:

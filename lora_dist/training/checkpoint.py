@@ -93,6 +93,11 @@ def listed(root: Path) -> list[Path]:
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
 
 
+def listed_after(root: Path, step: int) -> list[Path]:
+    """Those of them that are of more than `step` updates."""
+    return [path for path in listed(root) if path > path_of(root, step)]
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
@@ -130,10 +135,9 @@ def _was_finished(path: Path) -> bool:
 
 def abandon_after(root: Path, step: int) -> None:
     """Puts aside the checkpoints after `step` updates, when a run goes on from there on another course."""
-    for path in listed(root):
-        if path > path_of(root, step):
-            logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
-            path.rename(unused(path.with_name(f"abandoned-{path.name}")))
+    for path in listed_after(root, step):
+        logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
+        path.rename(unused(path.with_name(f"abandoned-{path.name}")))
 
 
 def _digest(path: Path) -> dict[str, Any]:

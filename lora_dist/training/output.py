@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,7 +136,7 @@ class Output:
     def _abandon_results_after(self, step: int) -> None:
         """Puts aside the results of a run that had made more than `step` updates, with its settings and metrics."""
         found = self.results_found()
-        if not found or _updates_in(self.results) <= step:
+        if not found or not self._results_are_beyond(step):
             return
         aside = unused(self.root / "abandoned-results")
         logger.warning("the results in %s are of a run beyond update %d: put aside in %s", self.root, step, aside)
@@ -150,6 +149,13 @@ class Output:
                 path.rename(aside / path.name)
         except OSError as error:
             raise UserError(f"cannot put aside the results in {self.root}: {error.strerror or error}") from error
+
+    def _results_are_beyond(self, step: int) -> bool:
+        """Whether the results are of more than `step` updates; where they do not say, whether a checkpoint is."""
+        try:
+            return int(json.loads(self.results.read_text(encoding="utf-8"))["step"]) > step
+        except (OSError, ValueError, KeyError, TypeError):
+            return bool(checkpoint.listed_after(self.checkpoints, step))
 
 
 def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoint | None:
@@ -214,14 +220,6 @@ def read_settings(path: Path) -> Mapping[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file that people may read as well."""
     path.write_text(_as_json(content), encoding="utf-8")
-
-
-def _updates_in(results: Path) -> float:
-    """Updates of the run that wrote `all_results.json`; infinity where the file does not say."""
-    try:
-        return float(json.loads(results.read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _as_json(content: Mapping[str, Any]) -> str:
