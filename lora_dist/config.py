@@ -219,7 +219,8 @@ class RunSettings(Group):
     save_total_limit: Count = 2
     """Checkpoints to keep, besides the best."""
     resume_from_checkpoint: str | None = None
-    """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or a checkpoint's path."""
+    """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or the path of a checkpoint in
+    --output_dir, or in another directory if --output_dir is empty."""
     ddp_timeout: Count = 1800
     """Seconds after which a process that waits for others gives up."""
     stall_timeout: NonNegative = 600

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 _WRITING, _REMOVING = ".writing-", ".removing-"
@@ -70,6 +71,12 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def unused(path: Path) -> Path:
+    """The path itself where nothing is there, else the first of `path-2`, `path-3` … that is not taken."""
+    names = (path.with_name(f"{path.name}-{number}") if number > 1 else path for number in count(1))
+    return next(candidate for candidate in names if not candidate.exists())
 
 
 def remove_directory(path: Path) -> None:

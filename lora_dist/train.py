@@ -8,13 +8,14 @@ from lora_dist.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
+from lora_dist.processes.run_lock import RunLock
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
     end_with_launcher()
-    with others_told():
+    with others_told(), RunLock() as lock:
         settings = parse(
             Settings,
             argv_or(argv),
@@ -25,12 +26,12 @@ def main(argv: list[str] | None = None) -> None:
         if __name__ == "__main__":
             move_to_huge_pages()
         if settings.run.do_eval_only:
-            evaluate_only(settings)
+            evaluate_only(settings, lock)
         else:
-            train(settings)
+            train(settings, lock)
 
 
-def train(settings: Settings) -> None:
+def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and hands over the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
@@ -39,7 +40,8 @@ def train(settings: Settings) -> None:
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.training.assembly import assemble
-    from lora_dist.training.loop import fit, stopped_on_request
+    from lora_dist.training.best import measure_best_anew
+    from lora_dist.training.loop import evaluate, fit, stopped_on_request
     from lora_dist.training.output import Output, find_resume
     from lora_dist.training.plan import rehearse
     from lora_dist.training.publisher import open_publisher, require_token
@@ -54,6 +56,8 @@ def train(settings: Settings) -> None:
         output, resumed, publisher = Output(Path(run.output_dir)), None, None
         with problems.noted():
             require_writable(output.root)
+            if not run.dry_run:
+                lock.take(output.root, accelerator, run.ddp_timeout)
             resumed = find_resume(output, run.resume_from_checkpoint)
         with problems.noted():
             require_token(settings.hub)
@@ -69,16 +73,17 @@ def train(settings: Settings) -> None:
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
     with watch.watching(), stopped_on_request(job, progress):
+        measure_best_anew(job, progress)
         fit(job, progress)
         job.checkpointer.restore_best(progress)
-        handover.at_the_end(job, progress, job.evaluator(after_batch=job.preemption.check))
+        handover.at_the_end(job, progress, evaluate(job, "the final evaluation", job.preemption.check))
         job.preemption.saved()
     accelerator.end_training()
     # When no process waits for another any more, and all files of the run are there.
     handover.publish(job, progress)
 
 
-def evaluate_only(settings: Settings) -> None:
+def evaluate_only(settings: Settings, lock: RunLock) -> None:
     """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
     import json
     from datetime import timedelta
@@ -98,6 +103,7 @@ def evaluate_only(settings: Settings) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))
     require_writable(output.root)
+    lock.take(output.root, accelerator, settings.run.ddp_timeout)
     find_resume(output, None)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("adapter", accelerator):

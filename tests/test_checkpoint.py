@@ -297,6 +297,10 @@ def test_a_course_that_is_left_is_put_aside(tmp_path: Path) -> None:
     checkpoint.abandon_after(tmp_path, 10)
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-00000010"]
     assert (tmp_path / "abandoned-step-00000030" / COMPLETE).is_file()
+    checkpoint.write(tmp_path, 30, content(1))
+    checkpoint.abandon_after(tmp_path, 10)
+    assert_same(checkpoint.read(tmp_path / "abandoned-step-00000030"), content())
+    assert_same(checkpoint.read(tmp_path / "abandoned-step-00000030-2"), content(1))
 
 
 def test_a_state_that_is_replaced_keeps_the_tensors_on_the_disk(tmp_path: Path) -> None:

@@ -190,7 +190,9 @@ def test_weights_too_large_to_keep_in_memory_leave_the_last_ones_when_deleted(
     monkeypatch.setattr(state, "KEPT_IN_MEMORY", 0)
     run = tmp_path / "run"
     _run(vit, misled, run, {8: lambda: shutil.rmtree(run)}, monkeypatch)
-    assert "are no longer there (no such directory): handing over the last ones" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "are no longer there (no such directory)" in said
+    assert "handing over the last weights instead of the best ones" in said
     results = results_of(run)
     assert (results["step"], results["best_step"]) == (9, None)
     last = checkpoint.read(checkpoint.path_of(run / "checkpoints", 9)).trained

@@ -73,6 +73,114 @@ def test_a_checkpoint_may_be_named_and_has_to_be_whole(tmp_path: Path) -> None:
         find_resume(Output(tmp_path / "new"), str(path))
 
 
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "link"])
+def test_a_checkpoint_of_the_directory_itself_may_be_named_however_it_is_spelled(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "run", 3, 5)
+    path = checkpoint.path_of(tmp_path / "run" / "checkpoints", 3)
+    if spelling == "link":
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        path = checkpoint.path_of(tmp_path / "link" / "checkpoints", 3)
+    elif spelling == "relative":
+        monkeypatch.chdir(tmp_path)
+        path = path.relative_to(tmp_path)
+    found = find_resume(Output(tmp_path / "run"), str(path))
+    assert found is not None
+    assert found.state == {"step": 3}
+
+
+@pytest.mark.parametrize("into", ["other", "."])
+def test_a_checkpoint_does_not_go_on_in_a_directory_of_others(into: str, tmp_path: Path) -> None:
+    """Neither in that of another run, nor in one that holds several runs, its own among them."""
+    write(tmp_path / "run", 3)
+    write(tmp_path / "other", 5)
+    path, root = checkpoint.path_of(tmp_path / "run" / "checkpoints", 3), tmp_path / into
+    with pytest.raises(UserError) as caught:
+        find_resume(Output(root), str(path))
+    message = str(caught.value)
+    assert f"{path} is no checkpoint of the run in --output_dir {root}" in message
+    assert "--resume_from_checkpoint auto" in message
+    assert "another --output_dir" in message
+
+
+@pytest.mark.parametrize("name", ["adapter", "model", "all_results.json", "evaluation.json"])
+def test_auto_does_not_begin_from_scratch_over_results(name: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert find_resume(Output(tmp_path), "auto") is None
+    (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{tmp_path} holds results \({name}\) but no whole checkpoint"):
+        find_resume(Output(tmp_path), "auto")
+    write(tmp_path, 3)
+    assert find_resume(Output(tmp_path), "auto") is not None
+    (checkpoint.path_of(tmp_path / "checkpoints", 3) / checkpoint.STATE).write_text("damaged")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_resume(Output(tmp_path), "auto")
+
+
+def _finish(output: Output, step: int, text: str) -> None:
+    """Leaves what a run leaves at its end."""
+    output.adapter.mkdir(parents=True, exist_ok=True)
+    (output.adapter / "weights").write_text(text)
+    output.results.write_text(json.dumps({"step": step, "text": text}))
+    output.evaluation.write_text(text)
+    (output.root / "metrics.jsonl").write_text(text)
+
+
+def test_results_of_a_course_that_is_left_are_put_aside_and_never_overwritten(vit: Path, tmp_path: Path) -> None:
+    output, one = Output(tmp_path), model(vit)
+    for number, rate in enumerate((0.1, 0.2), 1):
+        settings = flatten(Settings()) | {"learning_rate": rate}
+        output.begin(settings, SPLITS, one, 4 if number > 1 else 0, 20)
+        _finish(output, 20, f"course {number}")
+    output.begin(flatten(Settings()), SPLITS, one, 4, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "abandoned-results", "abandoned-results-2", "config.yaml", "metrics.jsonl", "split.json",
+    ]  # fmt: skip
+    for number, rate in enumerate((0.1, 0.2), 1):
+        aside = tmp_path / ("abandoned-results" if number == 1 else "abandoned-results-2")
+        assert {path.name for path in aside.iterdir()} == {
+            "adapter", "all_results.json", "config.yaml", "evaluation.json", "metrics.jsonl", "split.json",
+        }  # fmt: skip
+        for name in ("adapter/weights", "evaluation.json", "metrics.jsonl"):
+            assert (aside / name).read_text() == f"course {number}"
+        assert yaml.safe_load((aside / "config.yaml").read_text())["learning_rate"] == rate
+
+
+@pytest.mark.parametrize("step", [20, 24])
+def test_results_stay_where_the_run_goes_on_from_them(step: int, vit: Path, tmp_path: Path) -> None:
+    output = Output(tmp_path)
+    output.begin(flatten(Settings()), SPLITS, model(vit), 0, 20)
+    _finish(output, 20, "first")
+    output.begin(flatten(Settings()), SPLITS, model(vit), step, 30)
+    assert (output.adapter / "weights").read_text() == "first"
+    assert not list(tmp_path.glob("abandoned-*"))
+
+
+@pytest.mark.parametrize(("step", "put_aside"), [(4, True), (20, False)])
+def test_results_of_a_run_that_was_killed_while_it_wrote_them_go_by_its_checkpoints(
+    step: int, put_aside: bool, vit: Path, tmp_path: Path
+) -> None:
+    output = Output(tmp_path)
+    write(tmp_path, 4, 20)
+    _finish(output, 20, "first")
+    output.results.unlink()
+    output.begin(flatten(Settings()), SPLITS, model(vit), step, 20)
+    assert (tmp_path / "abandoned-results" / "adapter" / "weights").exists() == put_aside
+    assert (output.adapter / "weights").exists() != put_aside
+
+
+def test_a_run_does_not_begin_where_results_cannot_be_put_aside(vit: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        output = Output(disk)
+        _finish(output, 20, "first" * 3000)
+        fill(disk)
+        with pytest.raises(UserError, match=r"cannot put aside the results in .*disk: No space left on device"):
+            output.begin(flatten(Settings()), SPLITS, model(vit), 4, 20)
+        assert (output.adapter / "weights").read_text() == "first" * 3000
+        assert not list(disk.glob("abandoned-*"))
+
+
 def test_a_run_writes_down_what_it_starts_from(vit: Path, tmp_path: Path) -> None:
     settings = flatten(Settings())
     Output(tmp_path / "run").begin(settings, SPLITS, model(vit), 0, 20)

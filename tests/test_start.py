@@ -1,19 +1,25 @@
 """Runs that go on from an adapter: what they take from it, and what they refuse."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import results_of
 from old_adapters import OLD, expected_of, logits
 from tiny import make_model, perturb
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from lora_dist.config import LoraSettings, ModelSettings, Settings
+from lora_dist import train
+from lora_dist.config import DataSettings, LoraSettings, ModelSettings, Settings
+from lora_dist.data.dataset import load_data
+from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model.base import load_base, make_trainable, trained_tensors
-from lora_dist.model.bundle import write_adapter
+from lora_dist.model.bundle import load_classifier, write_adapter
 from lora_dist.model.start import load_start
 
 LABELS = ["x", "y", "z"]
@@ -118,6 +124,28 @@ def test_settings_that_differ_are_told_with_both_values(vit: Path, tmp_path: Pat
     assert "lora_alpha" not in message
     assert str(tmp_path) in message
     load_start(_settings(tmp_path, lora_r=4, lora_target_modules=["query", "value"]), LABELS)
+
+
+def test_a_run_goes_on_with_the_pixels_that_the_adapter_was_trained_on(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """And hands them over."""
+    _write(tmp_path / "adapter", vit, ["a", "b", "c"])
+    processor = tmp_path / "adapter" / "preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.2, 0.3, 0.4]}))
+    train.main(
+        [str(word) for word in (
+            "--adapter_name_or_path", tmp_path / "adapter", "--train_dir", photos / "train", "--validation_dir",
+            photos / "validation", "--output_dir", tmp_path / "run", "--max_train_steps", 1, "--learning_rate", 1e-30,
+        )]
+    )  # fmt: skip
+    handed_over = json.loads((tmp_path / "run" / "adapter" / "preprocessor_config.json").read_text())
+    assert handed_over["image_mean"] == [0.2, 0.3, 0.4]
+    evaluated = results_of(tmp_path / "run")["eval_loss"]
+    before = load_classifier(tmp_path / "adapter")
+    data = load_data(DataSettings(train_dir=str(photos / "train"), validation_dir=str(photos / "validation")), 0)
+    pixels = ImageTransforms(before.processor).batch([data.validation.image(row) for row in range(9)])
+    with torch.inference_mode():
+        logits = before.model(pixel_values=pixels).logits
+    assert evaluated == pytest.approx(float(cross_entropy(logits, torch.from_numpy(data.validation.labels))), rel=1e-4)
 
 
 def test_another_base_is_refused(vit: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -59,7 +59,8 @@ def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Bas
         labels: class names of the run's data, in order.
 
     Returns:
-        The settings, with base and shape of LoRA taken from the adapter; the base; and the start.
+        The settings, with base and shape of LoRA taken from the adapter; the base, with the processor that the adapter
+        was trained with; and the start.
 
     Raises:
         UserError: settings that were given differ from the adapter's, or the base is another one.
@@ -75,7 +76,8 @@ def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Bas
         found = {"model_name_or_path": origin.base, "model_revision": origin.revision}
         settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
     base = load_base_of(settings, labels)
-    adapter, _ = bundle.fit(base, directory, origin)
+    adapter, processor = bundle.fit(base, directory, origin)
+    base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)
     same_classes = origin.labels == list(labels)
     heads = tuple(f"{head}." for head in base.heads)

@@ -1,5 +1,6 @@
 """A run put together from its settings: data, model, order, and what drives and records them."""
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,8 +20,8 @@ from lora_dist.data.splits import TrainingSplit
 from lora_dist.data.transforms import ImageTransforms
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
-from lora_dist.model.base import Base, count_parameters, make_trainable
-from lora_dist.model.start import Start, load_start
+from lora_dist.model.base import count_parameters, make_trainable
+from lora_dist.model.start import load_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.preflight import Preflight
@@ -30,6 +31,7 @@ from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.checkpoint import Checkpoint
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.handover import Handover
+from lora_dist.training.identity import as_resumed, identity_of
 from lora_dist.training.loop import Job
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.output import Output
@@ -84,6 +86,7 @@ def assemble(
     Raises:
         UserError: something of it is not there, does not fit, or is not the same on all processes.
     """
+    settings = as_resumed(settings, resumed)
     run, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
@@ -111,7 +114,7 @@ def assemble(
     with problems.noted():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         require_shared_memory(on_this_machine * bytes_ahead(images, order, 0, settings.data, accelerator.device))
-    identity = _identity(settings, base, start, data, order)
+    identity = identity_of(settings, base, start, data, order)
     preflight.arrive("ready")
     require_agreement(
         accelerator,
@@ -187,25 +190,13 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
     return replace(data, train=cached(data.train, settings.data.cache_dir, size, build))
 
 
-def _identity(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:
-    """What a checkpoint has to share with a run that goes on from it."""
-    return {
-        "base": base.fingerprint,
-        "start": start.fingerprint() if start is not None else None,
-        "tuning": settings.model.tuning,
-        "seed": settings.run.seed,
-        "effective_batch": order.effective_batch,
-        "train_data": data.train.fingerprint(),
-        "order": order.arrangement.description,
-    }
-
-
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:
     """What the processes of a launch have to share."""
     return {
         "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
         "validation_data": data.validation.fingerprint(),
         **identity,
+        "classes": hashlib.sha256(repr(data.labels).encode()).hexdigest()[:16],
         **settings.optimization.model_dump(),
         **settings.lora.model_dump(),
         **settings.augmentation.model_dump(),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
-from lora_dist.files import finish_replacing, remove_directory, remove_leftovers, whole_directory
+from lora_dist.files import finish_replacing, remove_directory, remove_leftovers, unused, whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,13 @@ class Checkpoint:
         trained: name to tensor of all that training changes.
         optimizer: `<moment>/<parameter>` to tensor.
         state: position and counters, as JSON holds them.
+        directory: where it was read from.
     """
 
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    directory: Path | None = None
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -86,6 +88,7 @@ def read(path: Path) -> Checkpoint:
         trained=load_file(path / TRAINED),
         optimizer=load_file(path / OPTIMIZER),
         state=json.loads((path / STATE).read_text(encoding="utf-8")),
+        directory=path,
     )
 
 
@@ -103,6 +106,11 @@ def read_newest(root: Path) -> tuple[Path, Checkpoint] | None:
 def listed(root: Path) -> list[Path]:
     """Checkpoints below `root`, oldest first, whole or not."""
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def listed_after(root: Path, step: int) -> list[Path]:
+    """Those of them that are of more than `step` updates."""
+    return [path for path in listed(root) if path > path_of(root, step)]
 
 
 def find_damage(path: Path) -> str | None:
@@ -142,12 +150,9 @@ def _was_finished(path: Path) -> bool:
 
 def abandon_after(root: Path, step: int) -> None:
     """Puts aside the checkpoints after `step` updates, when a run goes on from there on another course."""
-    for path in listed(root):
-        if path > path_of(root, step):
-            logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
-            aside = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    for path in listed_after(root, step):
+        logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
+        path.rename(unused(path.with_name(f"abandoned-{path.name}")))
 
 
 def _write_state(directory: Path, state: dict[str, Any], digests: dict[str, Any]) -> None:

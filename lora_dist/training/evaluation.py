@@ -96,7 +96,8 @@ class Evaluator:
             self.accelerator.device,
         )
 
-    @torch.inference_mode()
+    # Not inference_mode: FSDP2 could not train in the buffers that it makes in its first forward pass.
+    @torch.no_grad()
     def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
         """Gathers one row a sample from all processes, and computes the metrics.
 

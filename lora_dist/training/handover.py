@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,6 +191,7 @@ class Handover:
         """A model to put trained tensors into, loaded once: the Hub is asked for nothing in the middle of a run."""
         if not self._loaded:
             base = load_base_of(settings, self.data.labels, self.base.revision)
+            base = replace(base, processor=self.base.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
 

@@ -74,6 +74,8 @@ class Job:
 def stopped_on_request(job: Job, progress: Progress) -> Iterator[None]:
     """Takes signals as requests to stop, from the first update until the result has been written.
 
+    Any error says where the run can go on.
+
     Raises:
         TrainingStoppedError: a stop was asked for, and the state could not be saved.
         PreemptedError: a stop was asked for; the state has been saved.
@@ -93,6 +95,11 @@ def stopped_on_request(job: Job, progress: Progress) -> Iterator[None]:
             f"after update {progress.step} of {job.schedule.total_steps}, which is saved. "
             f"--resume_from_checkpoint auto goes on from there."
         ) from None
+    except TrainingStoppedError:
+        raise
+    except Exception as error:
+        _add_resume_hint(error, job, progress)
+        raise
     finally:
         job.tracker.flush()
 
@@ -133,7 +140,7 @@ def fit(job: Job, progress: Progress) -> None:
 
 @contextmanager
 def _saved_on_failure(job: Job, progress: Progress) -> Iterator[None]:
-    """Saves what has been trained before an error ends the run, if it is intact, and says where the run can go on.
+    """Saves what has been trained before an error ends the run, if it is intact.
 
     Several processes can save together only where all of them know of the error, as of a `LostBatchError`.
     """
@@ -147,9 +154,9 @@ def _saved_on_failure(job: Job, progress: Progress) -> Iterator[None]:
             with suppress(RuntimeError):  # a device that has failed cannot be read
                 job.engine.drop_update()
                 _save(job, progress)
-        failure = data_failure(error) if isinstance(error, LostBatchError) else error
-        _add_resume_hint(failure, job, progress)
-        raise failure from failure.__cause__
+        if isinstance(error, LostBatchError):
+            raise data_failure(error) from error
+        raise
 
 
 def data_failure(lost: LostBatchError) -> Exception:
@@ -371,6 +378,27 @@ def _log_training(job: Job, progress: Progress, window: Window) -> None:
     window.reset()
 
 
+def evaluate(job: Job, name: str, check: Callable[[], object]) -> Evaluation:
+    """Evaluates the model as it is. Called on every process.
+
+    Args:
+        job: whose model it is.
+        name: of this evaluation, for the watch.
+        check: called on all processes after each batch; what it raises ends the evaluation.
+
+    Raises:
+        NothingToEvaluateError: no validation image can be read.
+    """
+    numbers = count(2)
+
+    def after_batch() -> None:
+        job.watch.now(f"{name}: batch {next(numbers)}")
+        check()
+
+    job.watch.now(f"{name}: batch 1", first=True)
+    return job.evaluator(after_batch)
+
+
 def _step_times(job: Job, window: Window) -> dict[str, float]:
     """Seconds that a process works on an update before it waits for the others: their mean, and of the slowest one."""
     accelerator = job.engine.accelerator
@@ -385,15 +413,8 @@ def _evaluate(job: Job, progress: Progress) -> Evaluation | None:
     Raises:
         TrainingStoppedError: no image can be read.
     """
-    numbers = count(1)
-
-    def after_batch() -> None:
-        job.watch.now(f"evaluating after update {progress.step}: batch {next(numbers)}")
-        _check(job, progress)
-
-    job.watch.now(f"evaluating after update {progress.step}: waiting for batch 1", first=True)
     try:
-        evaluation = job.evaluator(after_batch)
+        evaluation = evaluate(job, f"evaluating after update {progress.step}", lambda: _check(job, progress))
     except NothingToEvaluateError as error:
         raise TrainingStoppedError(f"{error}.{_way_on(job)}") from error
     name = job.settings.optimization.metric_for_best_model

@@ -16,6 +16,7 @@ from lora_dist.model.base import trained_tensors
 from lora_dist.processes.runtime import versions
 from lora_dist.training import checkpoint
 from lora_dist.training.checkpoint import Checkpoint
+from lora_dist.training.identity import differences
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Progress:
         step: updates done.
         best_step: update with the best validation metric so far.
         best_value: that metric.
+        best_metric: its name.
+        best_data: fingerprint of the validation data that it was measured on.
         stale_evaluations: evaluations since then.
         skipped_updates: updates that were left out, by fp16 loss scaling or because they were not finite.
         skipped_in_a_row: those since the last one that was made.
@@ -53,6 +56,8 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_value: float | None = None
+    best_metric: str | None = None
+    best_data: str | None = None
     stale_evaluations: int = 0
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
@@ -191,13 +196,10 @@ class Checkpointer:
         Raises:
             UserError: it is of a run that differs in a way that would change the result.
         """
-        saved = content.state["identity"]
-        differing = [name for name in self._identity if saved.get(name) != self._identity[name]]
-        if differing:
-            changes = (f"{name} was {saved.get(name)} and is now {self._identity[name]}" for name in differing)
+        if changes := list(differences(content.state["identity"], self._identity)):
             raise UserError(
                 "\n  ".join(["the checkpoint is of another run:", *changes])
-                + "\nUse the settings of that run (its config.yaml), or another --output_dir."
+                + "\nUse the settings, base and data of that run (see its config.yaml), or another --output_dir."
             )
         _tell_other_versions(content.state.get("versions", {}))
         # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
@@ -231,20 +233,23 @@ class Checkpointer:
         """Puts the best weights into the model; where they are lost, the last ones stay, and `best_step` is none."""
         if progress.best_step in (None, progress.step):
             return
+        weights = self.best_weights(progress)
+        if weights is None:
+            logger.warning("handing over the last weights instead of the best ones")
+        else:
+            self._engine.load_trained(weights)
+
+    def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
+        """What was trained up to the best update; None where that is lost, and `best_step` is none then."""
         if self._best_weights is not None and self._best_weights[0] == progress.best_step:
-            self._engine.load_trained(self._best_weights[1])
-            return
+            return self._best_weights[1]
         best = self._best(progress)
         (damage,) = broadcast_object_list([self._engine.accelerator.is_main_process and checkpoint.find_damage(best)])
-        if damage:
-            logger.warning(
-                "the best weights, of update %d, are no longer there (%s): handing over the last ones",
-                progress.best_step,
-                damage,
-            )
-            progress.best_step = progress.best_value = None
-        else:
-            self._engine.load_trained(checkpoint.read(best).trained)
+        if not damage:
+            return checkpoint.read(best).trained
+        logger.warning("the best weights, of update %d, are no longer there (%s)", progress.best_step, damage)
+        progress.best_step = progress.best_value = None
+        return None
 
     def _best(self, progress: Progress) -> Path:
         assert progress.best_step is not None

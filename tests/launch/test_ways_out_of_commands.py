@@ -129,7 +129,7 @@ def test_a_worker_that_is_killed_ends_a_command_with_a_sentence(
         run.wait_for(lambda: len(run.workers()) == 2)
         time.sleep(2)
         run.workers()[0].kill()
-        run.wait_for(lambda: run.process.poll() is None and "error: " in run.text or run.process.poll() is not None)
+        run.wait_for(lambda: (run.process.poll() is None and "error: " in run.text) or run.process.poll() is not None)
         assert run.wait() == 1
     assert "error: a worker of the loader was ended by SIGKILL." in run.text
     assert "Traceback" not in run.text

@@ -1,0 +1,186 @@
+"""One run a directory: a lock on it that ends with the process that holds it, and that says who that is."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""Name of the lock file. Its content says who holds the lock; whether the lock is held, the system alone knows."""
+SAME_HOST_SECONDS = 5.0
+"""How long to wait for a holder on this machine, which may be about to end."""
+OTHER_HOST_SECONDS = 100.0
+"""How long to wait for a holder on another machine: an NFS server keeps the locks of a failed client for 90 s."""
+
+_HELD = {errno.EACCES, errno.EAGAIN, errno.ESTALE}
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_LOCAL = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}
+"""Options of NFS and Lustre mounts whose locks hold on one machine only."""
+
+
+class RunLock:
+    """Keeps other runs out of an output directory.
+
+    It is a POSIX record lock: it works over NFS, worker processes do not inherit it, and the system releases it when
+    its process dies, in whatever way. It is also released when its process closes any descriptor of the lock file, so
+    no other code of a run may open that file.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._descriptor = -1
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def take(self, root: Path, accelerator: "Accelerator", ddp_timeout: int) -> None:
+        """Takes the lock of an output directory on the first process. Called on every process.
+
+        Args:
+            root: the directory; it is made where it is not there.
+            accelerator: of the launch.
+            ddp_timeout: seconds after which the other processes give up.
+
+        Raises:
+            UserError: on every process, if another run holds the lock; it names host, process and start of that run.
+        """
+        from lora_dist.processes.preflight import Preflight
+
+        preflight = Preflight(timedelta(seconds=ddp_timeout))
+        with preflight.first_process_first("locked", accelerator):
+            if accelerator.is_main_process:
+                self._wait_for(root, min(OTHER_HOST_SECONDS, ddp_timeout / 2))
+
+    def release(self) -> None:
+        """Releases the lock and removes its file, and the directory as well if this run made it and left it empty."""
+        if self._path is not None:
+            with suppress(OSError):
+                # Somebody may have removed the directory, and another run may have made it anew.
+                if _is_at(self._descriptor, self._path):
+                    self._path.unlink()
+            # Last: a moment later the file could be that of another run.
+            os.close(self._descriptor)
+            self._path = None
+        for directory in self._made:
+            with suppress(OSError):
+                directory.rmdir()
+        self._made = []
+
+    def _wait_for(self, root: Path, other_host_seconds: float) -> None:
+        self._made = [directory for directory in (root, *root.parents) if not directory.exists()]
+        start, said = time.monotonic(), False
+        while not self._try(root):
+            holder = _read_holder(root / LOCK)
+            in_use = f"--output_dir {root} is in use by another run: {_describe(holder)}."
+            is_here = holder.get("host", socket.gethostname()) == socket.gethostname()
+            seconds = SAME_HOST_SECONDS if is_here else other_host_seconds
+            if time.monotonic() - start > seconds:
+                raise UserError(
+                    f"{in_use} Wait for its end, or stop it and go on with --resume_from_checkpoint auto, or name "
+                    f"another directory."
+                )
+            if not said:
+                logger.warning("%s Waiting up to %.0f s for that process to end", in_use, seconds)
+                said = True
+            time.sleep(0.2)
+
+    def _try(self, root: Path) -> bool:
+        """Takes the lock unless another process holds it; where there are no locks, says so and goes on."""
+        path = root / LOCK
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            # The run before has just removed the directory.
+            return False
+        except OSError as error:
+            raise UserError(f"--output_dir {root}: cannot open {path} ({error.strerror})") from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(descriptor, path):
+                # The run before has just removed it, and the next one may lock another file of this name.
+                os.close(descriptor)
+                return False
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _HELD:
+                return False
+            if error.errno in _UNSUPPORTED:
+                path.unlink(missing_ok=True)
+                _warn(root, f"its file system has no locks ({error.strerror})", "a second run")
+                return True
+            raise
+        self._path, self._descriptor = path, descriptor
+        _write_holder(descriptor)
+        with suppress(FileNotFoundError):
+            if _locks_are_local(Path("/proc/self/mountinfo").read_text(encoding="utf-8"), root.stat().st_dev):
+                _warn(root, "its file system keeps locks to this machine", "a run on another machine")
+        return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one under its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _warn(root: Path, why: str, who: str) -> None:
+    logger.warning("--output_dir %s cannot be locked, because %s: nothing keeps %s out of it", root, why, who)
+
+
+def _write_holder(descriptor: int) -> None:
+    started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+    # On a full disk the lock holds all the same.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+        os.fsync(descriptor)
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    """What the holder has written; nothing, where it has not come to that."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not {"host", "pid", "started"} <= holder.keys():
+        return "which has not said who it is"
+    return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+
+
+def _locks_are_local(mounts: str, device: int) -> bool:
+    """Whether the mount of a device says that its locks hold on this machine only.
+
+    Args:
+        mounts: content of `/proc/self/mountinfo`.
+        device: number of the device.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # The third field is the device, the last one holds the options of the file system.
+    options = [line.split()[-1].split(",") for line in mounts.splitlines() if line.split()[2] == number]
+    return any(not _LOCAL.isdisjoint(one) for one in options)

@@ -1,0 +1,118 @@
+"""What makes a run the one that it is: written into its checkpoints, and taken from them when the run goes on."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from lora_dist.config import Settings
+from lora_dist.data.dataset import ImageData
+from lora_dist.data.order import Order
+from lora_dist.errors import UserError
+from lora_dist.model.base import Base
+from lora_dist.model.start import Start
+from lora_dist.training.checkpoint import Checkpoint
+from lora_dist.training.output import Output, read_settings
+
+logger = logging.getLogger(__name__)
+
+TARGETS = "lora_target_modules"
+LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
+"""Settings that decide the shapes of the trained tensors and what the model computes with them."""
+_BOOKKEEPING = {
+    "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
+    "output_hidden_states", "problem_type", "processor_class", "return_dict", "transformers_version",
+}  # fmt: skip
+"""Entries of a model's configuration and processor that do not change what the model computes."""
+_SHOWN = 5
+"""Classes that an error names."""
+
+
+def identity_of(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:
+    """What a checkpoint and a run that goes on from it have to share, as JSON holds it.
+
+    Beside the data and the order of the samples, it is all that gives the trained tensors their meaning: the base's
+    weights, configuration and processor, the classes in order, and LoRA's settings.
+    """
+    tuning = settings.model.tuning
+    return {
+        "base": base.fingerprint,
+        "start": start.fingerprint() if start is not None else None,
+        "tuning": tuning,
+        "seed": settings.run.seed,
+        "effective_batch": order.effective_batch,
+        "train_data": data.train.fingerprint(),
+        "order": order.arrangement.description,
+        "classes": list(data.labels),
+        **({name: getattr(settings.lora, name) for name in LORA} if tuning == "lora" else {}),
+        **_entries("config", base.model.config.to_json_string(use_diff=False)),
+        **_entries("processor", base.processor.to_json_string()),
+    }
+
+
+def _entries(kind: str, content: str) -> dict[str, Any]:
+    return {
+        f"{kind}.{name}": value
+        for name, value in json.loads(content).items()
+        if name not in _BOOKKEEPING and not name.startswith("_")
+    }
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what differs between the identity in a checkpoint and that of a run, in words.
+
+    What an older release did not write down does not differ. Modules can be named in several ways, so target modules
+    are left to a comparison of the trained tensors.
+    """
+    for name, value in now.items():
+        before = saved.get(name, value)
+        if before == value or name == TARGETS:
+            continue
+        if name == "classes" and len(before) == len(value):
+            changed = ((number, *names) for number, names in enumerate(zip(before, value, strict=True)))
+            for number, old, new in islice((one for one in changed if one[1] != one[2]), _SHOWN):
+                yield f"class {number} was {old} and is now {new}"
+        else:
+            yield f"{name} was {before} and is now {value}"
+
+
+def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
+    """The settings of a run that goes on, with what was not given of LoRA's settings taken from the checkpoint.
+
+    A run that began with an adapter takes them from there.
+
+    Raises:
+        UserError: a setting was given and differs from that of the checkpoint.
+    """
+    if resumed is None or settings.model.adapter_name_or_path:
+        return settings
+    given = settings.model.model_fields_set | settings.lora.model_fields_set
+    values = {"tuning": settings.model.tuning, **settings.lora.model_dump()}
+    taken, problems = {}, []
+    for name, before in _saved_settings(resumed).items():
+        if before == values[name]:
+            continue
+        if name not in given:
+            taken[name] = before
+        elif name != TARGETS:
+            problems.append(f"--{name} is {values[name]}, and the checkpoint has {before}")
+    if problems:
+        lines = ["these settings are not those of the run to go on with; leave them out:", *problems]
+        raise UserError("\n  ".join(lines) + "\nFor a run with other settings, name another --output_dir.")
+    if taken:
+        flags = (f"--{name} {','.join(value) if isinstance(value, list) else value}" for name, value in taken.items())
+        logger.info("taken from the checkpoint: %s", ", ".join(flags))
+    model = settings.model.model_copy(update={"tuning": taken.pop("tuning", settings.model.tuning)})
+    return settings.model_copy(update={"model": model, "lora": settings.lora.model_copy(update=taken)})
+
+
+def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
+    """How a checkpoint's tensors are trained; where an older release wrote it, as the settings beside it say."""
+    saved: Mapping[str, Any] = resumed.state["identity"]
+    found = {"tuning": saved["tuning"]}
+    if saved["tuning"] == "lora":
+        if resumed.directory is not None and not saved.keys() >= set(LORA):
+            saved = read_settings(Output(resumed.directory.absolute().parents[1]).config)
+        found.update({name: saved[name] for name in LORA if name in saved})
+    return found
