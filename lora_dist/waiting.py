@@ -6,6 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
 
 AFTER_SECONDS = 10.0
 """A wait that is shorter is not mentioned."""
@@ -50,3 +53,20 @@ def told(what: str | Callable[[], str | None], speaks: bool | None = None) -> It
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def locked(path: str | Path, task: str) -> Iterator[None]:
+    """Holds a lock between processes, of this run and others; one that dies gives it back.
+
+    Args:
+        path: of the lock.
+        task: what the process that has it does, such as "builds the cache".
+    """
+    lock = FileLock(path)
+    with told(f"waiting for another process, which {task} and holds the lock {path}"):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
