@@ -6,18 +6,17 @@ what the client says is passed on without anything that might be secret.
 
 import json
 import re
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from lora_dist import hub_client
 from lora_dist.errors import UserError
 
 T = TypeVar("T")
 
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
-ANSWER_SECONDS = 60.0
-"""How long the Hub may take to open a repository; the client itself would wait for ever."""
 PASSING = (408, 409, 412, 425, 429)
 """Client errors that go away: a time-out, a commit made meanwhile, too many requests."""
 NEEDED = ["*.json", "*.safetensors", "*.py", "README.md"]
@@ -51,7 +50,11 @@ def require_login() -> None:
 
     if is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set; unset it", passing=False)
-    if get_token() is None:
+    try:
+        token = get_token()
+    except OSError as error:
+        raise HubError(f"the token cannot be read: {error}; {LOG_IN}", passing=False) from error
+    if token is None:
         raise HubError(f"there is no token: {LOG_IN}", passing=False)
 
 
@@ -68,7 +71,8 @@ def open_repository(name: str, private: bool) -> str:
     from huggingface_hub import HfApi
 
     require_login()
-    return _within(ANSWER_SECONDS, lambda: HfApi().create_repo(name, private=private or None, exist_ok=True).repo_id)
+    hub_client.set_up()
+    return _translated(lambda: HfApi().create_repo(name, private=private or None, exist_ok=True).repo_id)
 
 
 def upload(repository: str, directory: Path, message: str) -> None:
@@ -79,6 +83,7 @@ def upload(repository: str, directory: Path, message: str) -> None:
     """
     from huggingface_hub import HfApi
 
+    hub_client.set_up()
     _translated(lambda: HfApi().upload_folder(repo_id=repository, folder_path=directory, commit_message=message))
 
 
@@ -99,11 +104,14 @@ def local_directory(name: str) -> Path:
     repository, revision = match.groups()
     missing = f"no such directory: {name}; and from the Hub it cannot be had:"
     try:
-        directory = _fetch(repository, revision, NEEDED)
-        if not any(directory.glob("*.safetensors")):
-            # A snapshot is called after its commit.
-            directory = _fetch(repository, directory.name, OLD_WEIGHTS)
-        return directory
+        with hub_client.reading(f"{name}, a model or adapter", f"`hf download {repository}`"):
+            directory = _fetch(repository, revision, NEEDED)
+            if not any(directory.glob("*.safetensors")):
+                # A snapshot is called after its commit.
+                directory = _fetch(repository, directory.name, OLD_WEIGHTS)
+            return directory
+    except UserError:
+        raise
     except GatedRepoError as error:
         raise UserError(
             f"{missing} {repository} is gated. Ask for access on its page there, then `hf auth login` or set HF_TOKEN"
@@ -126,25 +134,6 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Calls something that might wait for ever."""
-    outcome: list[T | HubError] = []
-
-    def run() -> None:
-        try:
-            outcome.append(_translated(call))
-        except HubError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    result = outcome[0] if outcome else HubError(f"no answer within {seconds:.0f} s", passing=True)
-    if isinstance(result, HubError):
-        raise result
-    return result
 
 
 def _translated(call: Callable[[], T]) -> T:
@@ -178,8 +167,8 @@ def _without_secrets(error: BaseException) -> str:
     # The client says which file it was uploading, and leaves what went wrong to the cause of that.
     causes = [error, error.__cause__] if type(error) is RuntimeError else [error]
     text = ": ".join(" ".join(str(cause).split()) for cause in causes) or type(error).__name__
-    token = get_token()
-    if token:
-        text = text.replace(token, "…")
+    # Where it cannot be read, it is in no message either.
+    with suppress(OSError):
+        text = text.replace(get_token() or "…", "…")
     text = re.sub(r"\bhf_\w+", "hf_…", text)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)

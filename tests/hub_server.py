@@ -80,6 +80,7 @@ class Hub:
         repositories: by whole name.
         requests: the names of the routes asked for, in order.
         readers: tokens that may read alone.
+        seconds_a_byte: how slowly files are sent.
         stop: ends it; connections are refused from then on.
     """
 
@@ -93,6 +94,7 @@ class Hub:
         self.lock = threading.RLock()
         self._failures: dict[str, list[Any]] = {}
         self._delays: dict[str, float] = {}
+        self.seconds_a_byte = 0.0
 
     def fail(self, route: str, *failures: int | str) -> None:
         """Makes the next requests of a route (`*`: of any) fail.
@@ -100,7 +102,8 @@ class Hub:
         Args:
             route: a key of `ROUTES`.
             failures: statuses; `drop`: the connection is closed without an answer; `lose`: done, but the answer is
-                lost; `html`: 503 with a page; `for ever` after one of these: that goes on.
+                lost; `mute`: there is no answer until the client leaves; `html`: 503 with a page; `for ever` after one
+                of these: that goes on.
         """
         with self.lock:
             self._failures[route] = list(failures)
@@ -163,6 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
         failure = self.hub.next_failure(name)
         if failure == "drop":
             return self._hang_up()
+        if failure == "mute":
+            self.connection.recv(1)
+            return self._hang_up()
         if failure == "html":
             return self._send(503, b"<html>Service Unavailable</html>", {"Content-Type": "text/html"})
         if isinstance(failure, int):
@@ -187,8 +193,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        if "/resolve/" in self.path and self.hub.seconds_a_byte:
+            for byte in content:
+                time.sleep(self.hub.seconds_a_byte)
+                self.wfile.write(bytes([byte]))
+            return
+        self.wfile.write(content)
 
     def _reader(self) -> bool:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")

@@ -17,7 +17,7 @@ from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load, load_file
 from tiny import make_image, perturb
 
-from lora_dist import hub, train
+from lora_dist import hub, hub_client, train
 from lora_dist.config import LoraSettings, ModelSettings
 from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import UserError
@@ -119,10 +119,10 @@ def test_offline_is_said(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
-    server.delay("create", 3)
+    monkeypatch.setattr(hub_client, "ANSWER_SECONDS", 0.3)
+    server.fail("create", "mute", "for ever")
     start = time.monotonic()
-    with pytest.raises(HubError, match="no answer within") as caught:
+    with pytest.raises(HubError, match="timed out") as caught:
         open_repository("flowers", private=False)
     assert time.monotonic() - start < 2
     assert caught.value.passing
@@ -301,6 +301,65 @@ def test_a_failure_before_the_end_does_not_end_the_pushing(
     assert not (tmp_path / "old").exists()
     assert pushing.finish(Push(_files(tmp_path / "new"), "new", passes=False))
     assert server.messages("ada/flowers") == ["new"]
+
+
+def test_a_failure_of_no_known_kind_is_said_and_does_not_pass_for_success(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def upload_oddly(*_: object) -> None:
+        raise KeyError("odd")
+
+    pushing = _publisher()
+    monkeypatch.setattr(hub, "upload", upload_oddly)
+    pushing.push(Push(_files(tmp_path / "best"), "Step 3", passes=True))
+    _until(lambda: "not pushed to the Hub: Step 3: KeyError: 'odd'" in caplog.text)
+    directory = _files(tmp_path / "bundle")
+    assert not pushing.finish(Push(directory, "the result", passes=False))
+    assert f"hf upload ada/flowers {directory} ." in caplog.text
+    monkeypatch.setattr(hub, "open_repository", upload_oddly)
+    with pytest.raises(HubError, match="KeyError: 'odd'"):
+        _publisher().open()
+
+
+class _Stuck(Push):
+    def discard(self) -> None:
+        raise RuntimeError("ends the thread")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_ended_does_not_pass_for_success(
+    server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {*threading.enumerate()}
+    pushing = _publisher()
+    (thread,) = {*threading.enumerate()} - before
+    pushing.push(_Stuck(_files(tmp_path / "best"), "Step 3", passes=True))
+    _until(lambda: not thread.is_alive())
+    directory = _files(tmp_path / "bundle")
+    assert not pushing.finish(Push(directory, "the result", passes=False))
+    assert f"hf upload ada/flowers {directory} ." in caplog.text
+
+
+def test_a_token_that_cannot_be_read_is_said(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))
+    with pytest.raises(HubError, match=r"the token cannot be read: .*hf auth login"):
+        open_repository("flowers", private=False)
+    with pytest.raises(HubError, match="Is a directory"):
+        upload("ada/flowers", _files(tmp_path / "bundle"), "message")
+
+
+def test_a_result_that_is_gone_is_said(server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not _publisher("ada/flowers").finish(Push(tmp_path / "none", "the result", passes=False))
+    assert f"hf upload ada/flowers {tmp_path / 'none'} ." in caplog.text
+
+
+def test_the_end_says_what_it_waits_for(server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lora_dist"):
+        assert _publisher().finish(Push(_files(tmp_path / "bundle"), "the result", passes=False), seconds=40)
+    assert caplog.messages[0] == "pushing the result to flowers on the Hub; giving up after 40 s"
 
 
 def test_the_thread_keeps_no_process_alive() -> None:

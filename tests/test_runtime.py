@@ -66,6 +66,7 @@ def test_without_a_gpu_auto_is_full_precision(monkeypatch: pytest.MonkeyPatch) -
         ("SLURM_STEP_NUM_TASKS", "2", "slurm/train.sbatch"),
         ("OMPI_COMM_WORLD_SIZE", "4", "accelerate launch"),
         ("PMI_SIZE", "2", "accelerate launch"),
+        ("RANK", "1", "Set WORLD_SIZE, MASTER_ADDR and MASTER_PORT"),
     ],
 )
 def test_a_process_that_would_run_alone_among_others_is_refused(

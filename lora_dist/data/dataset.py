@@ -27,7 +27,7 @@ from lora_dist.data.exclusions import absolute, read_exclusions
 from lora_dist.data.folders import read_class_folders
 from lora_dist.data.images import from_cell, load_rgb
 from lora_dist.data.order import Arrangement, Shuffled
-from lora_dist.data.shards import load_alone
+from lora_dist.data.shards import load_alone, reading_data
 from lora_dist.data.splits import Encoded, Reader, TrainingSplit
 from lora_dist.errors import UserError
 
@@ -266,7 +266,8 @@ def _load_split(settings: DataSettings, split: str) -> Dataset:
             return _sliced(saved[base], slice_, split)
         if settings.streaming:
             return load_alone(settings, split)
-        return load_dataset(name, settings.dataset_config_name, split=split)
+        with reading_data(name):
+            return load_dataset(name, settings.dataset_config_name, split=split)
     except UserError:
         raise
     except Exception as error:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lora_dist import waiting
 from lora_dist.data.columns import files_of, holds_files
 from lora_dist.data.dataset import Split
 from lora_dist.data.images import UnreadableImageError, opened
@@ -135,7 +135,7 @@ def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> "Cach
                 return split
             cache.directory.mkdir(parents=True, exist_ok=True)
             # The others of a node wait here for the one that builds.
-            with FileLock(cache.directory / "lock"):
+            with waiting.locked(cache.directory / "lock", "builds the cache of images"):
                 _build(cache)
         except OSError as error:
             raise UserError(

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, config, load_dataset, load_dataset_builder
 from datasets.utils.file_utils import xopen
-from filelock import FileLock
 from tqdm import tqdm
 
+from lora_dist import hub_client, waiting
 from lora_dist.config import DataSettings
 from lora_dist.data.columns import find_image_column, find_label_column, require_columns
 from lora_dist.errors import UserError
@@ -131,6 +131,11 @@ def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Fea
     name, config_name = settings.dataset_name, settings.dataset_config_name
     assert name is not None
     builder = _or_user_error(settings, split, lambda: load_dataset_builder(name, config_name))
+    if builder.name == "cache":
+        raise UserError(
+            f"{name} cannot be had from the Hub now, and what is cached of it are no shards that could be streamed: "
+            f"leave out --streaming"
+        )
     if builder.name not in FORMATS:
         raise UserError(
             f"--streaming reads parquet files and WebDataset tar files, and {name} is of format {builder.name}. "
@@ -142,9 +147,19 @@ def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Fea
     return builder.name, files[split], builder.info.features
 
 
+def reading_data(name: str | None) -> AbstractContextManager[None]:
+    """For `hub_client.reading` of a data set."""
+    return hub_client.reading(
+        f"the data set {name}", f"`python -c \"import datasets; datasets.load_dataset('{name}')\"`"
+    )
+
+
 def _or_user_error(settings: DataSettings, split: str, load: Callable[[], T]) -> T:
     try:
-        return load()
+        with reading_data(settings.dataset_name):
+            return load()
+    except UserError:
+        raise
     except Exception as error:
         # `datasets` raises a different class for each of a missing name, file and network.
         raise UserError(
@@ -184,10 +199,11 @@ def load_index(source: Source) -> ShardIndex:
     """
     path = Path(config.HF_DATASETS_CACHE) / "lora_dist_shards" / f"{_identity(source)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with waiting.locked(f"{path}.lock", "indexes the shards"):
         if not path.is_file():
             aside = path.with_suffix(".writing")
-            aside.write_text(json.dumps(_survey_all(source)), encoding="utf-8")
+            with hub_client.reading("the shards, to be indexed", "leaving out --streaming once"):
+                aside.write_text(json.dumps(_survey_all(source)), encoding="utf-8")
             aside.replace(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     by_file = [np.array(sizes, dtype=np.int64) for sizes in content["sizes"]]

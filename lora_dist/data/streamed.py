@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_dist import waiting
 from lora_dist.config import DataSettings
 from lora_dist.data.columns import class_names
 from lora_dist.data.dataset import ImageData, load_validation, require_same_classes, say_classes_in_doubt
@@ -78,6 +79,7 @@ class LaneReader:
     def __init__(self, split: StreamedSplit) -> None:
         self._split = split
         self._blocks: dict[int, _Block] = {}
+        self._at = ""
 
     @property
     def held(self) -> int:
@@ -101,14 +103,16 @@ class LaneReader:
             else:
                 rest = self._samples(layout, layout.pieces(lane, start))
             self._blocks.pop(lane, None)
-            samples = dict(next(rest) for _ in range(stop - start))
+            # From the Hub it is tried for up to half an hour (STREAMING_READ_MAX_RETRIES of `datasets`).
+            with waiting.told(lambda: f"waiting for {self._at}"):
+                samples = dict(next(rest) for _ in range(stop - start))
             self._blocks[lane] = _Block(epoch, number, samples, rest)
         return self._blocks[lane]
 
     def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, Encoded]]:
         split, index = self._split, self._split.index
         for shard, start, stop in pieces:
-            place = start
+            place, self._at = start, split.name_in(shard, start)
             try:
                 rows = split.source.read(int(index.files[shard]), int(index.groups[shard]), start)
                 for place in range(start, stop):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from lora_dist import demo
+from lora_dist import demo, hub_client
 from lora_dist.config import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
@@ -67,7 +67,7 @@ def load_base(
         UserError: the model cannot be found or is no image classifier.
     """
     name = demo.local_path(name)
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     labelled: dict[str, Any] = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -75,24 +75,12 @@ def load_base(
     }
     torch.manual_seed(seed)
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **source)
-        config = AutoConfig.from_pretrained(name, **source, **labelled)
-        if init_from_config:
-            config.architectures = config.architectures or []
-            missing: list[str] = []
-            model = AutoModelForImageClassification.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
+            processor = AutoImageProcessor.from_pretrained(name, **source)
+            config = AutoConfig.from_pretrained(name, **source, **labelled)
+            model, missing = (
+                _random(config, trust_remote_code) if init_from_config else _pretrained(name, config, source)
             )
-        else:
-            model, loading = AutoModelForImageClassification.from_pretrained(
-                name,
-                config=config,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-                **source,
-            )
-            missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         # One of these comes of a missing name, an unreachable Hub, a foreign architecture and a truncated file.
         raise cannot_load(name, error) from error
@@ -106,6 +94,26 @@ def load_base(
         revision=getattr(config, "_commit_hash", None),
         fingerprint=fingerprint(model, heads),
     )
+
+
+def _random(config: Any, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    """A model with random weights, none of which is missing."""
+    config.architectures = config.architectures or []
+    made = AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return made, []
+
+
+def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, list[str]]:
+    """A model with its weights, and the names of those that are missing or of another shape."""
+    model, loading = AutoModelForImageClassification.from_pretrained(
+        name,
+        config=config,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        **source,
+    )
+    return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
 
 
 def cannot_load(name: str, error: Exception) -> UserError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from lora_dist import demo
+from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_files
 from lora_dist.model.adapter_files import AdapterFiles
@@ -48,7 +48,8 @@ def labels_of(
     """
     base = demo.local_path(base)
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+        with hub_client.reading(f"the configuration of the base model {base}", f"`hf download {base}`"):
+            config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise cannot_load(base, error) from error
     count = class_count(adapter_files.read(directory), config, trust_remote_code)

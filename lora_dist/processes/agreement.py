@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from lora_dist import waiting
 from lora_dist.errors import UserError
 from lora_dist.processes.runtime import versions
 
@@ -92,10 +93,11 @@ def _write_token(accelerator: Accelerator, output_dir: Path) -> Path:
 
 def _appears(path: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while not _is_there(path):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
+    with waiting.told(f"waiting to see in {path.parent} what rank 0 wrote there; giving up after {seconds:.0f} s"):
+        while not _is_there(path):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
     return True
 
 

@@ -1,31 +1,37 @@
 """A process that fails tells the others of its launch, so that they need not wait for it."""
 
+import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from lora_dist import waiting
 from lora_dist.errors import PreemptedError, TrainingStoppedError, UserError
+from lora_dist.processes.rendezvous import JoinError, Launch, is_registered, launch_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 _FAILED = "failed"
+TELLING_SECONDS = 30.0
+"""How long a process that fails waits for the store, and one that hosts it for the others to hear of it."""
 
 
-def launch_store(timeout: timedelta) -> "Store | None":
-    """What the processes of this launch have in common before they have joined: the store of torchrun.
+class RankFailedError(UserError):
+    """Another process has failed, and so does this one, with the same exit code."""
 
-    Returns:
-        None where there is a single process, or another launcher.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ["WORLD_SIZE"]) == 1:
-        return None
-    from torch.distributed import rendezvous
-
-    return next(rendezvous("env://", timeout=timeout))[0]
+    def __init__(self, message: str, exit_code: int = UserError.exit_code) -> None:
+        """
+        Args:
+            message: which process failed, and of what.
+            exit_code: of that process.
+        """
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @contextmanager
@@ -34,26 +40,69 @@ def others_told() -> Iterator[None]:
 
     What ends a run in the middle is left out: all processes know of that by themselves.
     """
+    # Or torch prints frames of C++ when a store that it asks is gone, beside what is said of it here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    start = time.monotonic()
     try:
         yield
-    except (TrainingStoppedError, PreemptedError):
+    except (TrainingStoppedError, PreemptedError, JoinError):
         raise
     except Exception as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         # The store is gone where the first node is; then there is nobody to tell.
-        with suppress(RuntimeError, OSError):
-            store = launch_store(timedelta(seconds=5))
-            if store is not None:
-                message = f"rank {os.environ['RANK']} on {socket.gethostname()} failed: {kind}{error}"
-                store.compare_set(_FAILED, "", message)
+        with suppress(RuntimeError, OSError, JoinError):
+            _tell(error, start)
         raise
+
+
+def _tell(error: Exception, start: float) -> None:
+    store, launch = launch_store(timedelta(seconds=TELLING_SECONDS)), Launch.read()
+    if store is None or launch is None:
+        return
+    exit_code, kind = (error.exit_code, "") if isinstance(error, UserError) else (1, f"{type(error).__name__}: ")
+    message = f"rank {launch.rank} on {socket.gethostname()} failed: {kind}{error}"
+    tell_failure(store, message, exit_code)
+    failure = told_failure(store)
+    if launch.hosts():
+        _wait_until_heard(store, launch.world_size, start, str(failure))
 
 
 def tell_failure(store: "Store", message: str, exit_code: int) -> None:
     """Puts a failure into the store, unless there is one already."""
-    store.compare_set(_FAILED, "", message)
+    store.compare_set(_FAILED, "", json.dumps([exit_code, message]))
 
 
-def told_failure(store: "Store") -> str | None:
-    """Which process has failed first, and of what; None if none has."""
-    return store.get(_FAILED).decode() if store.check([_FAILED]) else None
+def _wait_until_heard(store: "Store", world_size: int, start: float, failure: str) -> None:
+    """Keeps the store for those that have not read the failure yet, and a while for those that are still starting."""
+    end, all_started = time.monotonic() + TELLING_SECONDS, start + TELLING_SECONDS
+    missing = list(range(world_size))
+    with waiting.told(lambda: f"waiting for {ranks(missing, world_size)} to hear this: {failure}"):
+        while missing and time.monotonic() < end:
+            time.sleep(0.05)
+            missing = [rank for rank in missing if not store.check([_heard(rank)])]
+            if time.monotonic() > all_started:
+                missing = [rank for rank in missing if is_registered(store, rank)]
+
+
+def _heard(rank: int | str) -> str:
+    return f"heard/{rank}"
+
+
+def told_failure(store: "Store") -> RankFailedError | None:
+    """Which process has failed first, and of what, as an error to be raised; None if none has.
+
+    Notes for the process that hosts the store that this one has heard of it.
+
+    Raises:
+        DistNetworkError: the store is gone; see `rendezvous.lost`.
+    """
+    if not store.check([_FAILED]):
+        return None
+    exit_code, message = json.loads(store.get(_FAILED))
+    store.set(_heard(os.environ["RANK"]), "")
+    return RankFailedError(message, exit_code)
+
+
+def ranks(numbers: list[int], world_size: int) -> str:
+    """Such as `rank 1, 3 of 4`; of many the first ones."""
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"rank {', '.join(map(str, numbers[:8]))}{more} of {world_size}"

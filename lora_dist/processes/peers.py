@@ -5,35 +5,16 @@ import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from lora_dist.errors import UserError
-from lora_dist.processes.failure import launch_store, tell_failure, told_failure
+from lora_dist.processes.failure import RankFailedError, tell_failure, told_failure
+from lora_dist.processes.rendezvous import launch_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 _ASKED = "activity/asked"
-
-
-class Failure(NamedTuple):
-    """Of which another process died.
-
-    Attributes:
-        message: names the process, and the error where it is known.
-        exit_code: that the process ended with.
-    """
-
-    message: str
-    exit_code: int
-
-
-class PeerFailedError(UserError):
-    """Another process of the launch has failed; this one ends with its exit code."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.exit_code = failure.exit_code
 
 
 class Peers:
@@ -55,7 +36,7 @@ class Peers:
     @classmethod
     def of_launch(cls, timeout: timedelta) -> Self | None:
         """The processes of this launch; None for a single one, or where the store is gone."""
-        with suppress(RuntimeError, OSError):
+        with suppress(RuntimeError, OSError, UserError):
             store = launch_store(timeout)
             return None if store is None else cls(store)
         return None
@@ -65,15 +46,14 @@ class Peers:
         with suppress(RuntimeError, OSError):
             self._store.set(f"left/{self._rank}", "")
 
-    def failure(self) -> Failure | None:
+    def failure(self) -> RankFailedError | None:
         """The first failure of another process: one that was told, or the death of one on this machine."""
         for rank in self._here:
             if self._store.check([f"pid/{rank}"]) and not self._store.check([f"left/{rank}"]):
                 pid = int(self._store.get(f"pid/{rank}"))
                 if not _lives(pid):
                     tell_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)
-        told = told_failure(self._store)
-        return None if told is None else Failure(told, 1)
+        return told_failure(self._store)
 
     def tell_failure(self, message: str, exit_code: int) -> None:
         """Has the other processes end with this failure, unless another one was first."""

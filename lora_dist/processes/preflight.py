@@ -13,10 +13,12 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from torch.distributed import DistNetworkError, all_reduce
+from torch.distributed import DistError, all_reduce, is_initialized
 
+from lora_dist import waiting
 from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
-from lora_dist.processes.failure import launch_store, told_failure
+from lora_dist.processes.failure import ranks, told_failure
+from lora_dist.processes.rendezvous import launch_store, lost
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +27,15 @@ SIZE = 2**20
 
 
 class Preflight:
-    """Lets no process go on before all have arrived, and says which have not.
-
-    It needs the store of torchrun, through which `accelerate launch` starts more than one process, and does nothing
-    elsewhere.
-    """
+    """Lets no process go on before all have arrived, and says which have not. A single process it does not hold up."""
 
     def __init__(self, timeout: timedelta) -> None:
         """
         Args:
             timeout: to wait for the slowest process.
+
+        Raises:
+            UserError: the other processes cannot be reached; see `launch_store`.
         """
         self._timeout = timeout
         self._store = launch_store(timeout)
@@ -48,7 +49,8 @@ class Preflight:
 
         Raises:
             UserError: some have not arrived in time, and are named, with the hosts of those that have; or one has
-                failed, and said of what.
+                failed, and said of what: then with its exit code.
+            TrainingStoppedError: the process that hosts the store has ended.
         """
         if self._store is not None:
             self._set(where)
@@ -64,13 +66,34 @@ class Preflight:
             UserError: as `arrive`.
         """
         if self._store is None:
-            with accelerator.main_process_first():
-                yield
+            yield
             return
         if self._rank:
             self._wait_for(where, [0])
         yield
         self._set(where)
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Where processes that have all arrived connect to each other.
+
+        Raises:
+            UserError: they could not, or one has failed meanwhile.
+        """
+        message = f"waiting for {self._world_size} processes to connect to each other; giving up after {self._limit}"
+        with waiting.told(message, speaks=self._store is not None and self._rank == 0):
+            try:
+                yield
+            except RuntimeError as error:
+                if self._store is None or is_initialized():
+                    raise
+                with _store_there():
+                    failure = told_failure(self._store)
+                raise failure or ProcessError(
+                    f"all {self._world_size} processes have arrived, but this one could not connect to the others: "
+                    f"{str(error).splitlines()[0]}. Is the network between the nodes open, and the right interface "
+                    f"chosen (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)?"
+                ) from error
 
     def time_all_reduce(self, accelerator: Accelerator) -> None:
         """Times the interconnect; ends the process if that does not answer."""
@@ -81,11 +104,13 @@ class Preflight:
         watchdog.start()
         numbers = torch.zeros(SIZE, device=accelerator.device)
         seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            all_reduce(numbers)
-            float(numbers[0])
-            seconds.append(time.perf_counter() - start)
+        message = f"waiting for an all-reduce between {self._world_size} processes; giving up after {self._limit}"
+        with waiting.told(message, speaks=self._rank == 0):
+            for _ in range(4):
+                start = time.perf_counter()
+                all_reduce(numbers)
+                float(numbers[0])
+                seconds.append(time.perf_counter() - start)
         watchdog.cancel()
         # The first one makes the connections.
         logger.info(
@@ -97,41 +122,61 @@ class Preflight:
 
     def _set(self, where: str) -> None:
         assert self._store is not None
-        self._store.set(f"{where}/{self._rank}", socket.gethostname())
+        with _store_there():
+            self._store.set(f"{where}/{self._rank}", socket.gethostname())
 
-    def _wait_for(self, where: str, ranks: Iterable[int]) -> None:
+    def _wait_for(self, where: str, numbers: Iterable[int]) -> None:
         assert self._store is not None
         deadline = time.monotonic() + self._timeout.total_seconds()
-        missing = list(ranks)
-        try:
+        missing = list(numbers)
+
+        def message() -> str | None:
+            if not missing or not self._speaks(missing):
+                return None
+            return f"waiting for {ranks(missing, self._world_size)} (stage: {where}); giving up after {self._limit}"
+
+        with waiting.told(message, speaks=True), _store_there():
             while missing := [rank for rank in missing if not self._store.check([f"{where}/{rank}"])]:
                 if failure := told_failure(self._store):
-                    raise UserError(failure)
+                    raise failure
                 if time.monotonic() > deadline:
                     raise self._not_here(where, missing)
                 time.sleep(0.01)
-        except DistNetworkError as error:
-            raise UserError("the launcher on the first node has ended; its log says why") from error
 
     def _not_here(self, where: str, missing: list[int]) -> UserError:
         assert self._store is not None
         there = [rank for rank in range(self._world_size) if self._store.check([f"{where}/{rank}"])]
         arrived = ", ".join(f"{rank} on {self._store.get(f'{where}/{rank}').decode()}" for rank in there)
         message = (
-            f"rank {', '.join(map(str, missing))} of {self._world_size} did not arrive within "
-            f"{self._timeout.total_seconds():.0f} s. Arrived: {arrived or 'none'}. See what the missing ones logged "
-            f"last; if they are only slow to start, raise --ddp_timeout."
+            f"{ranks(missing, self._world_size)} did not arrive within {self._limit}. Arrived: {arrived or 'none'}. "
+            f"See what the missing ones logged last; if they are only slow to start, raise --ddp_timeout."
         )
-        speaker = next(rank for rank in range(self._world_size) if rank not in missing)
-        return ProcessError(message) if self._rank == speaker else UserError(message)
+        return ProcessError(message) if self._speaks(missing) else UserError(message)
+
+    def _speaks(self, missing: list[int]) -> bool:
+        """Whether this is the process that says what all of them wait for: the first that is there."""
+        return self._rank == next(rank for rank in range(self._world_size) if rank not in missing)
+
+    @property
+    def _limit(self) -> str:
+        return f"{self._timeout.total_seconds():.0f} s"
 
     def _give_up(self) -> None:
         if self._rank == 0:
             print(
                 f"error: all {self._world_size} processes have arrived, but an all-reduce between them did not end "
-                f"within {self._timeout.total_seconds():.0f} s. Is the network between the nodes open, and the right "
+                f"within {self._limit}. Is the network between the nodes open, and the right "
                 f"interface chosen (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)? NCCL_DEBUG=INFO says more.",
                 file=sys.stderr,
                 flush=True,
             )
         os._exit(TrainingStoppedError.exit_code)
+
+
+@contextmanager
+def _store_there() -> Iterator[None]:
+    """Says in words that the store is gone."""
+    try:
+        yield
+    except DistError as error:
+        raise lost() from error

@@ -37,28 +37,31 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
 
     Raises:
         UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
-            processes than were launched, or than arrive in time.
+            processes than were launched, or than arrive in time, or than can connect to each other.
+        TrainingStoppedError: the process that the others meet at has ended.
     """
     _require_company()
     if engine_launched() == "FSDP":
         prepare_fsdp()
     on_cpu = not torch.accelerator.is_available()
     precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     timeout = timedelta(seconds=ddp_timeout)
     preflight = Preflight(timeout)
     preflight.arrive("started")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Named only where there is a group to join: a backend makes accelerate expect one.
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=timeout)
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        # `cpu` would quietly turn ZeRO into plain data parallel.
-        cpu=on_cpu and engine_launched() != "DEEPSPEED",
-        kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    with preflight.connecting():
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            # `cpu` would quietly turn ZeRO into plain data parallel.
+            cpu=on_cpu and engine_launched() != "DEEPSPEED",
+            kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
     if accelerator.num_processes != launched:
+        unset = "" if "LOCAL_RANK" in os.environ else "LOCAL_RANK, the number of this process on its host, is not set; "
         raise UserError(
-            f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; "
+            f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; {unset}"
             f"see accelerate_configs/ for launch files that work"
         )
     if on_cpu and engine_launched() == "FSDP":
@@ -97,6 +100,11 @@ def _require_company() -> None:
             f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set but not WORLD_SIZE: several processes were asked for and "
             f"this one was started alone. In the launch file, distributed_type: MULTI_GPU starts them, on CPUs as well "
             f"(accelerate_configs/ddp_cpu.yaml); for a run of one process, num_processes: 1, or unset MASTER_ADDR."
+        )
+    if os.environ.get("RANK", "0") != "0":
+        raise UserError(
+            f"RANK={os.environ['RANK']} is set but not WORLD_SIZE: this process would train by itself. Set WORLD_SIZE, "
+            f"MASTER_ADDR and MASTER_PORT as well, or unset RANK."
         )
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if int(os.environ.get(name, "1")) > 1:

@@ -12,8 +12,9 @@ from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
 from lora_dist.errors import PreemptedError, TrainingStoppedError, UserError
+from lora_dist.processes.failure import RankFailedError
 from lora_dist.processes.lifetime import GRACE_SECONDS, end_process, show_stacks_of_children
-from lora_dist.processes.peers import Failure, PeerFailedError, Peers
+from lora_dist.processes.peers import Peers
 
 POLL_SECONDS = 1.0
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -65,7 +66,7 @@ class Watch:
         self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS)
         self._ended = threading.Event()
         self._peers: Peers | None = None
-        self._failure: Failure | None = None
+        self._failure: RankFailedError | None = None
 
     def now(self, name: str, first: bool = False) -> None:
         """Notes what the main thread does from here on; called whenever the run moves.
@@ -85,7 +86,7 @@ class Watch:
         """Watches as long as this block lasts.
 
         Raises:
-            PeerFailedError: in place of an error of a collective, where another process is the reason.
+            RankFailedError: in place of an error of a collective, where another process is the reason.
         """
         self.now("starting")
         self._peers = Peers.of_launch(STORE_TIMEOUT)
@@ -97,7 +98,7 @@ class Watch:
             failure = self._failure_within(NOTICE_SECONDS)
             if failure is None:
                 raise
-            raise PeerFailedError(failure) from error
+            raise failure from error
         except (TrainingStoppedError, PreemptedError):
             self._leave(thread)
             raise
@@ -113,7 +114,7 @@ class Watch:
         if self._peers is not None:
             self._peers.leave()
 
-    def _failure_within(self, seconds: float) -> Failure | None:
+    def _failure_within(self, seconds: float) -> RankFailedError | None:
         """What the thread has found out about the other processes, which may take a moment after the error here."""
         end = time.monotonic() + seconds
         while self._failure is None and self._peers is not None and time.monotonic() < end:
@@ -140,7 +141,7 @@ class Watch:
             self._peers = None
         if self._failure is not None and not self._ended.wait(GRACE_SECONDS / 2):
             # The main thread has not noticed by itself: it waits in a collective that will never end.
-            print(f"error: {self._failure.message}", file=sys.stderr, flush=True)
+            print(f"error: {self._failure}", file=sys.stderr, flush=True)
             end_process(self._failure.exit_code)
 
     def _end_stalled(self, activity: Activity, seconds: float) -> NoReturn:

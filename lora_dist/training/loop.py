@@ -19,7 +19,7 @@ from lora_dist.data.order import FILLER, Order
 from lora_dist.engines.engine import Engine, share_statistics
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError, UserError
 from lora_dist.model.base import set_training
-from lora_dist.processes.peers import Failure, PeerFailedError
+from lora_dist.processes.failure import RankFailedError
 from lora_dist.processes.preemption import Preemption, StopRequested
 from lora_dist.processes.watch import Watch
 from lora_dist.training.evaluation import Evaluation, Evaluator, NothingToEvaluateError
@@ -112,7 +112,7 @@ def fit(job: Job, progress: Progress) -> None:
     Raises:
         TrainingStoppedError: the loss is not finite, and the last good state has been saved; or no image can be read.
         StopRequested: a stop was asked for, and the state saved if that could be.
-        PeerFailedError: another process could not load its data; the state has been saved.
+        RankFailedError: another process could not load its data; the state has been saved.
         UserError: something else went wrong; it says whether the state has been saved.
     """
     window = Window()
@@ -170,7 +170,7 @@ def data_failure(lost: LostBatchError) -> Exception:
     if own is not None:
         return own
     rank, (message, code) = next((rank, failure) for rank, failure in enumerate(told) if failure is not None)
-    return PeerFailedError(Failure(f"rank {rank} could not load its data: {message}", code))
+    return RankFailedError(f"rank {rank} could not load its data: {message}", code)
 
 
 def _add_resume_hint(error: Exception, job: Job, progress: Progress) -> None:

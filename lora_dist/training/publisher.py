@@ -67,7 +67,8 @@ class Publisher:
         self._changed = threading.Condition()
         self._next: Push | None = None
         self._final: Push | None = None
-        self._failure: HubError | None = None
+        self._pushed: Push | None = None
+        self._failure = HubError("nothing was pushed yet", passing=False)
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
         self._thread.start()
 
@@ -98,21 +99,23 @@ class Publisher:
             Whether the Hub has it.
         """
         if seconds is None:
-            seconds = FINAL_SECONDS + sum(file.stat().st_size for file in push.directory.iterdir()) / SLOWEST
+            seconds = FINAL_SECONDS + _bytes_in(push.directory) / SLOWEST
+        logger.info("pushing %s to %s on the Hub; giving up after %.0f s", push.message, self.name, seconds)
         self._final = push
         self.push(push)
         self._thread.join(seconds)
+        if self._pushed is push:
+            return True
         if self._thread.is_alive():
             self._failure = HubError(f"it took longer than {seconds:.0f} s", passing=True)
-        if self._failure is not None:
-            logger.warning(
-                "%s is complete, but could not be pushed to the Hub: %s\nTo push it by hand:\n    hf upload %s %s .",
-                push.directory,
-                self._failure,
-                self.name,
-                push.directory,
-            )
-        return self._failure is None
+        logger.warning(
+            "%s is complete, but could not be pushed to the Hub: %s\nTo push it by hand:\n    hf upload %s %s .",
+            push.directory,
+            self._failure,
+            self.name,
+            push.directory,
+        )
+        return False
 
     def _work(self) -> None:
         push = None
@@ -121,22 +124,23 @@ class Publisher:
                 self._changed.wait_for(lambda: self._next is not None)
                 push, self._next = self._next, None
             assert push is not None
-            self._failure = self._publish(push)
+            self._publish(push)
             push.discard()
 
-    def _publish(self, push: Push) -> HubError | None:
+    def _publish(self, push: Push) -> None:
         try:
             self._try(lambda: self._send(push))
         except HubError as error:
+            self._failure = error
             if push is not self._final:
                 logger.warning(
                     "not pushed to the Hub: %s: %s\nThe run goes on, and the next push brings it up to date.",
                     push.message,
                     error,
                 )
-            return error
-        logger.info("pushed to %s on the Hub: %s", self.name, push.message)
-        return None
+        else:
+            self._pushed = push
+            logger.info("pushed to %s on the Hub: %s", self.name, push.message)
 
     def _send(self, push: Push) -> None:
         if not self._is_open:
@@ -151,15 +155,30 @@ class Publisher:
         """Calls again after what may go away, as long as nothing newer is there to be pushed."""
         for wait in self._waits:
             try:
-                return call()
+                return _with_hub_errors(call)
             except HubError as error:
                 if not error.passing or self._is_replaced_within(wait):
                     raise
-        return call()
+        return _with_hub_errors(call)
 
     def _is_replaced_within(self, seconds: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self._next is not None, timeout=seconds)
+
+
+def _with_hub_errors(call: Callable[[], None]) -> None:
+    """Whatever else fails is a failure to push as well, and no more: it neither ends the thread nor the run."""
+    try:
+        call()
+    except HubError:
+        raise
+    except Exception as error:
+        raise HubError(f"{type(error).__name__}: {error}", passing=False) from error
+
+
+def _bytes_in(directory: Path) -> int:
+    """Size of the files in a directory, 0 where there is none: then pushing says so."""
+    return sum(file.stat().st_size for file in directory.iterdir()) if directory.is_dir() else 0
 
 
 def require_token(settings: HubSettings) -> None:
