@@ -152,13 +152,11 @@ def _build(cache: ImageCache) -> None:
     remove_unfinished(cache.directory)
     _require_room(cache)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
-    loader = worker_loader(
-        _Parts(cache, missing), workers=workers if workers > 1 else 0, batch_size=None, timeout=SILENT_SECONDS
-    )
+    loader = worker_loader(_Parts(cache, missing), workers=workers if workers > 1 else 0, batch_size=None)
     unreadable, total = 0, sum(len(cache.rows(part)) for part in missing)
     seldom = 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=seldom, file=sys.stderr) as bar:
-        for found in from_workers(loader):
+        for found in from_workers(loader, SILENT_SECONDS):
             if isinstance(found, OSError):
                 raise found
             written, bad = found

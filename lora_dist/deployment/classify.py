@@ -120,9 +120,8 @@ def classify(
         batch_sampler=[list(range(start, min(start + size, len(files)))) for start in starts],
         workers=workers,
         pin_memory=device.type == "cuda",
-        timeout=SILENT_SECONDS,
     )
-    for part in from_workers(loader):
+    for part in from_workers(loader, SILENT_SECONDS):
         scores = _scores(classifier, transforms, part.pixels, top_k, batch_size, device)
         for path, error in zip(part.paths, part.errors, strict=True):
             yield Row(path, [] if error else next(scores), error)

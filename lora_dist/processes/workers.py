@@ -2,6 +2,7 @@
 
 import faulthandler
 import gc
+import math
 import multiprocessing.util
 import signal
 import threading
@@ -21,6 +22,7 @@ from lora_dist.processes.signals import STOP_SIGNALS
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where a worker puts the batches that it hands over (Linux)."""
+POLL_SECONDS = 2.0
 SILENT_SECONDS = 600.0
 """How long the workers of a loader may deliver nothing, where nothing else watches for a stall."""
 
@@ -47,11 +49,12 @@ def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, *
         options: of `DataLoader`, about the batches; those about workers count only where there are some.
     """
     if not workers:
-        options = {name: value for name, value in options.items() if name not in ("prefetch_factor", "timeout")}
+        options = {name: value for name, value in options.items() if name != "prefetch_factor"}
         options["persistent_workers"] = False
     return DataLoader(
         dataset,
         num_workers=workers,
+        timeout=POLL_SECONDS if workers else 0,
         collate_fn=_as_is,
         worker_init_fn=set_up_worker,
         pin_memory=pin_memory,
@@ -61,11 +64,15 @@ def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, *
     )
 
 
-def from_workers(loader: DataLoader) -> Iterator[Any]:
+def from_workers(loader: DataLoader, silent_seconds: float | None = None) -> Iterator[Any]:
     """What the workers of a loader deliver, in order.
 
+    Args:
+        loader: as `worker_loader` makes it.
+        silent_seconds: for which the workers may deliver nothing; None where something else watches for a stall.
+
     Raises:
-        WorkerDiedError: one of them died, or delivers nothing for as long as the loader's `timeout`.
+        WorkerDiedError: one of them died, or they deliver nothing for too long.
     """
     if loader.num_workers:
         # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
@@ -74,12 +81,18 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
         # Torch's handler would raise for a dead worker wherever this process happens to be, say in a collective.
-        # Without it, that is raised below, within 5 s, when a batch of the dead worker is waited for.
+        # Without it, that is raised below, when a batch of the dead worker has been waited for a while.
         signal.signal(signal.SIGCHLD, before)
-    finished = False
+    finished, deadline = False, math.inf
     try:
-        yield from iterator
-        finished = True
+        while not finished:
+            deadline = math.inf if silent_seconds is None else time.monotonic() + silent_seconds
+            try:
+                found = _next_before(deadline, iterator)
+            except StopIteration:
+                finished = True
+            else:
+                yield found
     except (RuntimeError, OSError, EOFError) as error:
         raise _explained(error, iterator) from error
     finally:
@@ -87,6 +100,21 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
             _kill_workers(iterator)
             # The next pass starts new ones, where they would have stayed.
             loader._iterator = None
+
+
+def _next_before(deadline: float, iterator: Iterator[Any]) -> Any:
+    """The next item; each `POLL_SECONDS` without one, torch looks for dead workers, and raises."""
+    while True:
+        try:
+            return next(iterator)
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise WorkerDiedError(
+                    "the loader's workers deliver nothing any more. Does the disk with the images answer? kill -QUIT "
+                    "on a worker shows where it is."
+                ) from error
 
 
 def _kill_workers(iterator: Any) -> None:
@@ -128,11 +156,6 @@ def require_shared_memory(needed: int) -> None:
 def _explained(error: Exception, iterator: Any) -> Exception:
     """The sentence for what a dead or silent worker leads to; other errors as they are."""
     text = str(error)
-    if "DataLoader timed out" in text:
-        return WorkerDiedError(
-            f"the loader's workers have delivered nothing for {SILENT_SECONDS:.0f} s. Does the disk with the images "
-            f"answer? kill -QUIT on a worker shows where it is."
-        )
     killed_by = _signals_of(iterator)
     if signal.SIGBUS in killed_by or "shared memory" in text:
         return WorkerDiedError(f"a worker of the loader found no room in {SHARED_MEMORY}. {_MORE_SHARED_MEMORY}")
