@@ -41,11 +41,12 @@ class Command:
         return [one for one in running if (one.info["environ"] or {}).get(MARK) == self._mark]
 
     def workers(self) -> list[psutil.Process]:
-        return [
-            one
-            for one in self.all()
-            if one.pid != self.process.pid and "resource_tracker" not in " ".join(one.cmdline())
-        ]
+        found = []
+        for one in self.all():
+            with suppress(psutil.NoSuchProcess):
+                if one.pid != self.process.pid and "resource_tracker" not in " ".join(one.cmdline()):
+                    found.append(one)
+        return found
 
     def wait_for(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + 120
