@@ -150,7 +150,8 @@ def _saved_on_failure(job: Job, progress: Progress) -> Iterator[None]:
         raise
     except Exception as error:
         known_to_all = isinstance(error, LostBatchError) or job.engine.accelerator.num_processes == 1
-        if known_to_all and not isinstance(error, BrokenUpdateError):
+        is_saved = job.checkpointer.saved_step == progress.step or not progress.step
+        if known_to_all and not is_saved and not isinstance(error, BrokenUpdateError):
             with suppress(RuntimeError):  # a device that has failed cannot be read
                 job.engine.drop_update()
                 _save(job, progress)
@@ -175,6 +176,8 @@ def data_failure(lost: LostBatchError) -> Exception:
 
 def _add_resume_hint(error: Exception, job: Job, progress: Progress) -> None:
     """Says in the error, or in the log where it gets a traceback, where the run can go on."""
+    if not progress.step:
+        return
     if job.checkpointer.saved_step == progress.step:
         hint = f"All updates are saved: --resume_from_checkpoint auto goes on from update {progress.step}."
     else:
@@ -341,6 +344,7 @@ def _save(job: Job, progress: Progress) -> None:
     job.watch.now(f"saving after update {progress.step}")
     job.tracker.flush()
     job.checkpointer.save(progress)
+    job.watch.resume_hint = _way_on(job).strip()
 
 
 def _loader(job: Job, first_step: int) -> DataLoader:

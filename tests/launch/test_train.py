@@ -119,6 +119,9 @@ def test_two_processes_train_as_one_does(single: Path, vit: Path, photos: Path, 
     expected = adapter_of(single)
     for name, tensor in adapter_of(out).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    # Two processes are never equally fast.
+    means, slowest = (scalars_of(out, f"train/step_time{which}") for which in ("", "_slowest_rank"))
+    assert all(0 < mean < slow for (_, mean), (_, slow) in zip(means, slowest, strict=True))
 
 
 def test_seven_samples_on_two_processes(vit: Path, tmp_path: Path) -> None:
