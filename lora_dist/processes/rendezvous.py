@@ -217,7 +217,8 @@ def _register(store: "Store", launch: Launch) -> None:
         raise JoinError(
             f"rank {launch.rank} of the launch at {launch.address}:{launch.port} is already "
             f"{first.rpartition(' ')[0]}, and this is {_IDENTITY}. Give each process a RANK of its own, and each run "
-            f"on a host a MASTER_PORT of its own."
+            f"on a host a MASTER_PORT of its own. A process that takes the place of one that has ended cannot join: "
+            f"start all ranks again."
         )
     first = store.compare_set("world size", "", str(launch.world_size)).decode()
     if first != str(launch.world_size):
