@@ -221,7 +221,7 @@ class RunSettings(Group):
     resume_from_checkpoint: str | None = None
     """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or a checkpoint's path."""
     ddp_timeout: Count = 1800
-    """Seconds after which a process that waits for others gives up."""
+    """Seconds after which a process that waits for others gives up; it says so after ten."""
     logging_steps: Count = 10
     """Log every N updates."""
     dry_run: bool = False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FAILED = "failed"
 TELLING_SECONDS = 30.0
-"""How long a process that fails waits for the store, and one that hosts it for the others to hear of it."""
+"""How long the processes of a launch may take to start, one after the other, for a failure to reach them all."""
 
 
 class RankFailedError(UserError):
@@ -49,13 +49,14 @@ def others_told() -> Iterator[None]:
         raise
     except Exception as error:
         # The store is gone where the first node is; then there is nobody to tell.
-        with suppress(RuntimeError, OSError, JoinError):
+        with suppress(RuntimeError, OSError, JoinError, TrainingStoppedError):
             _tell(error, start)
         raise
 
 
 def _tell(error: Exception, start: float) -> None:
-    store, launch = launch_store(timedelta(seconds=TELLING_SECONDS)), Launch.read()
+    seconds = max(5.0, start + TELLING_SECONDS - time.monotonic())
+    store, launch = launch_store(timedelta(seconds=seconds)), Launch.read()
     if store is None or launch is None:
         return
     exit_code, kind = (error.exit_code, "") if isinstance(error, UserError) else (1, f"{type(error).__name__}: ")
