@@ -222,7 +222,7 @@ class RunSettings(Group):
     """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or the path of a checkpoint in
     --output_dir, or in another directory if --output_dir is empty."""
     ddp_timeout: Count = 1800
-    """Seconds after which a process that waits for others gives up."""
+    """Seconds after which a process that waits for others gives up; it says so after ten."""
     stall_timeout: NonNegative = 600
     """Seconds without a micro-batch, an evaluation batch or a save after which the run writes the stacks of all threads
     and ends with code 124, so that a scheduler can start it again; 0 waits for ever."""

@@ -134,9 +134,8 @@ def reading(what: str, bring: str) -> Iterator[None]:
         if _silence.requests == before:
             return f"loading {what}"
         if _silence.seconds:
-            return (
-                f"waiting for the Hub at {endpoint()} to answer: {what}; giving up after {_patience():.0f} s of silence"
-            )
+            limit = f"giving up after at most {_patience():.0f} s of silence"
+            return f"waiting for the Hub at {endpoint()} to answer: {what}; {limit}"
         return f"loading {what} from the Hub at {endpoint()}"
 
     _reading += 1
@@ -147,9 +146,8 @@ def reading(what: str, bring: str) -> Iterator[None]:
         if _silence.requests > before and _silence.has_timed_out and _may_come_of_silence(error):
             raise UserError(
                 f"cannot load {what}: it is not cached, and the Hub at {endpoint()} has not answered for "
-                f"{_silence.seconds:.0f} s. "
-                f"Is the network up, and is that the right address (HF_ENDPOINT, HTTPS_PROXY)? Where there is no "
-                f"network, bring it here before, by {bring}, and set HF_HUB_OFFLINE=1."
+                f"{_silence.seconds:.0f} s. Is the network up, and is that the right address (HF_ENDPOINT, "
+                f"HTTPS_PROXY)? Where there is no network, bring it here before, by {bring}, and set HF_HUB_OFFLINE=1."
             ) from error
         raise
     finally:

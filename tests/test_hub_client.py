@@ -61,8 +61,8 @@ def test_a_silent_hub_is_given_up_with_the_way_out(
     assert message.startswith(f"cannot load {what}: it is not cached, and the Hub at {server.url} has not answered for")
     assert way_out in message
     assert "HF_HUB_OFFLINE=1" in message
-    said = f"waiting for the Hub at {server.url} to answer: {what}; giving up after 1 s of silence (0 s so far)"
-    assert said in caplog.messages
+    said = f"waiting for the Hub at {server.url} to answer: {what}; giving up after at most 1 s of silence"
+    assert said in caplog.text
 
 
 def test_what_is_cached_does_instead_of_a_silent_hub(server: Hub, vit: Path) -> None:
@@ -98,4 +98,4 @@ def test_a_download_that_is_slow_but_moves_is_not_cut(
     assert (local_directory("ada/flowers") / "adapter_model.safetensors").read_bytes() == bytes(range(60))
     assert time.monotonic() - start > 3, "it was not slow"
     assert server.requests.count("resolve") - before == 2, "the head, and the file at once"
-    assert f"loading ada/flowers, a model or adapter from the Hub at {server.url} (0 s so far)" in caplog.messages
+    assert f"loading ada/flowers, a model or adapter from the Hub at {server.url}" in caplog.text

@@ -98,8 +98,8 @@ def test_a_rank_0_that_never_comes_is_waited_for_and_said(
     message = _refused()
     assert f"rank 0 did not answer at 127.0.0.1:{port} within 1 s: connection refused" in message
     assert "raise --ddp_timeout" in message
-    waited = f"waiting for rank 0 at 127.0.0.1:{port}: connection refused; giving up after 1 s (0 s so far)"
-    assert caplog.messages == [waited]
+    waited = f"waiting for rank 0 at 127.0.0.1:{port}: connection refused; giving up after 1 s ("
+    assert waited in caplog.text
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

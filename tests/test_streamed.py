@@ -1,5 +1,7 @@
 """Streamed training data: what is read, how much of it is held, and what a bad image or too few shards are told."""
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from datasets import config
 from tiny import make_image, make_shards, write_parquet
 
+from lora_dist import waiting
 from lora_dist.config import DataSettings
 from lora_dist.data.dataset import ImageData, load_data
 from lora_dist.data.images import UnreadableImageError, load_rgb
@@ -46,6 +49,19 @@ def test_both_splits_have_the_same_label_map(uneven: Path) -> None:
     assert data.labels == (["0", "1", "2"] if tar else ["a", "b", "c"])
     assert len(data.train) == 32
     assert data.validation.labels.tolist() == [number % 3 for number in range(1000, 1009)]
+
+
+def test_a_shard_that_is_slow_to_come_is_named(
+    uneven: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a Hub that has fallen silent it is tried for half an hour."""
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.1)
+    reader = streamed(uneven).reader()
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda *arguments: time.sleep(0.3) or read(*arguments))
+    assert reader.read(0, [0])
+    (said,) = caplog.messages
+    assert re.fullmatch(r"waiting for train-0000\d-of-00005\.(parquet|tar) row 0 \(\d s so far\)", said)
 
 
 def test_an_epoch_reads_every_image_once(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,16 @@
 """A wait is said once it is long, again now and then, and no longer than it lasts."""
 
 import logging
+import re
+import threading
 import time
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lora_dist import waiting
+from lora_dist.processes.agreement import _appears
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +26,11 @@ def test_a_long_wait_is_said_again_and_again(caplog: pytest.LogCaptureFixture) -
     with waiting.told(lambda: next(states)):
         while len(caplog.messages) < 2:
             time.sleep(0.01)
-    assert caplog.messages == ["waiting for rank 1, 2 (0 s so far)", "waiting for rank 2 (1 s so far)"]
+    assert re.sub(r"\d", "N", caplog.messages[1]) == "waiting for rank N (N s so far)"
+    assert [message.partition(" (")[0] for message in caplog.messages] == [
+        "waiting for rank 1, 2",
+        "waiting for rank 2",
+    ]
     time.sleep(0.3)
     assert len(caplog.messages) == 2
 
@@ -55,4 +64,35 @@ def test_every_process_is_heard_even_where_the_logs_are_those_of_the_first_alone
             time.sleep(0.2)
     finally:
         package.setLevel(before)
-    assert caplog.messages == ["waiting (0 s so far)"]
+    assert len(caplog.messages) == 1
+
+
+def test_a_lock_that_another_process_has_is_waited_for_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / "lock"):
+            held.set()
+            time.sleep(0.25)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(5)
+    with waiting.locked(tmp_path / "lock", "builds the cache"):
+        other.join(0.1)
+        assert not other.is_alive()
+    said = f"waiting for another process, which builds the cache and holds the lock {tmp_path / 'lock'} ("
+    assert said in caplog.text
+    with waiting.locked(tmp_path / "lock", "builds the cache"):
+        pass
+
+
+def test_a_file_that_is_not_seen_yet_is_waited_for_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where the nodes share a slow file system, or none."""
+    threading.Timer(0.25, (tmp_path / "token").touch).start()
+    assert _appears(tmp_path / "token", seconds=30)
+    said = f"waiting to see in {tmp_path} what rank 0 wrote there; giving up after 30 s ("
+    assert said in caplog.text
+    assert not _appears(tmp_path / "none", seconds=0.1)

@@ -42,7 +42,8 @@ class Items(Dataset):
 
 
 def _loaded(event: str, silent_seconds: float | None = None) -> list[int]:
-    loader = worker_loader(Items(event), workers=2, batch_size=None)
+    options = {} if silent_seconds is None else {"timeout": 0.5}
+    loader = worker_loader(Items(event), workers=2, batch_size=None, **options)
     return [int(found) for found in from_workers(loader, silent_seconds)]
 
 

@@ -24,7 +24,7 @@ from lora_dist.data.splits import Encoded, Reader
 from lora_dist.data.transforms import interpolated
 from lora_dist.disk import SAFETY, free_bytes, readable
 from lora_dist.errors import UserError
-from lora_dist.processes.workers import SILENT_SECONDS, from_workers, worker_loader
+from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,8 @@ def _build(cache: ImageCache) -> None:
     remove_unfinished(cache.directory)
     _require_room(cache)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
-    loader = worker_loader(_Parts(cache, missing), workers=workers if workers > 1 else 0, batch_size=None)
+    workers = workers if workers > 1 else 0
+    loader = worker_loader(_Parts(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
     unreadable, total = 0, sum(len(cache.rows(part)) for part in missing)
     seldom = 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=seldom, file=sys.stderr) as bar:

@@ -21,7 +21,7 @@ from lora_dist.data.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.model.bundle import Classifier
-from lora_dist.processes.workers import SILENT_SECONDS, from_workers, worker_loader
+from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
 from lora_dist.writable import writing
 
 GRID = 32
@@ -120,6 +120,7 @@ def classify(
         batch_sampler=[list(range(start, min(start + size, len(files)))) for start in starts],
         workers=workers,
         pin_memory=device.type == "cuda",
+        timeout=POLL_SECONDS,
     )
     for part in from_workers(loader, SILENT_SECONDS):
         scores = _scores(classifier, transforms, part.pixels, top_k, batch_size, device)

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _FAILED = "failed"
+JOINED_SECONDS = 2.0
 TELLING_SECONDS = 30.0
-"""How long a process that fails waits for the store, and one that hosts it for the others to hear of it."""
+"""How long the processes of a launch may take to start, one after the other, for a failure to reach them all."""
 
 
 class RankFailedError(UserError):
@@ -49,13 +51,16 @@ def others_told() -> Iterator[None]:
         raise
     except Exception as error:
         # The store is gone where the first node is; then there is nobody to tell.
-        with suppress(RuntimeError, OSError, JoinError):
+        with suppress(RuntimeError, OSError, JoinError, TrainingStoppedError):
             _tell(error, start)
         raise
 
 
 def _tell(error: Exception, start: float) -> None:
-    store, launch = launch_store(timedelta(seconds=TELLING_SECONDS)), Launch.read()
+    # Once the processes have joined, the store is there at once or gone.
+    joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    seconds = JOINED_SECONDS if joined else max(5.0, start + TELLING_SECONDS - time.monotonic())
+    store, launch = launch_store(timedelta(seconds=seconds)), Launch.read()
     if store is None or launch is None:
         return
     exit_code, kind = (error.exit_code, "") if isinstance(error, UserError) else (1, f"{type(error).__name__}: ")
@@ -87,10 +92,14 @@ def _heard(rank: int | str) -> str:
     return f"heard/{rank}"
 
 
-def told_failure(store: "Store") -> RankFailedError | None:
+def told_failure(store: "Store", rank: int | None = None) -> RankFailedError | None:
     """Which process has failed first, and of what, as an error to be raised; None if none has.
 
     Notes for the process that hosts the store that this one has heard of it.
+
+    Args:
+        store: of the launch.
+        rank: of this process; by default as the environment says, which accelerate empties for moments.
 
     Raises:
         DistNetworkError: the store is gone; see `rendezvous.lost`.
@@ -98,7 +107,7 @@ def told_failure(store: "Store") -> RankFailedError | None:
     if not store.check([_FAILED]):
         return None
     exit_code, message = json.loads(store.get(_FAILED))
-    store.set(_heard(os.environ["RANK"]), "")
+    store.set(_heard(os.environ["RANK"] if rank is None else rank), "")
     return RankFailedError(message, exit_code)
 
 

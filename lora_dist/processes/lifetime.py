@@ -27,6 +27,7 @@ STACKS_SIGNAL = signal.SIGQUIT
 _BROKEN_OUTPUT = 120
 """The exit code of Python itself where standard output cannot be flushed."""
 
+_owned = False
 _cleanups: list[Callable[[], object]] = []
 
 
@@ -47,6 +48,8 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     Args:
         main: returns (code 0), or raises `SystemExit` (its code), or anything else (a traceback and code 1).
     """
+    global _owned
+    _owned = True
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     try:
@@ -55,6 +58,11 @@ def run_command(main: Callable[[], object]) -> NoReturn:
         # While the exception is held, its frames keep their loaders: freeing these would wait for each worker.
         end_process(_exit_code(error))
     end_process(0)
+
+
+def owns_process() -> bool:
+    """Whether this process is a command, which `end_process` may end; not so in a notebook or a test."""
+    return _owned
 
 
 def end_process(code: int) -> NoReturn:
@@ -100,12 +108,14 @@ def _kill_children() -> None:
     children = multiprocessing.active_children()
     for child in children:
         child.kill()
+    end = time.monotonic() + 2
     for child in children:
-        child.join()
+        child.join(max(0.0, end - time.monotonic()))
 
 
 def _end_at_the_latest(code: int) -> None:
     time.sleep(GRACE_SECONDS)
     print(f"cleaning up took longer than {GRACE_SECONDS:.0f} s: ending without it", file=sys.stderr, flush=True)
-    _kill_children()
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(code)

@@ -5,11 +5,12 @@ import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from lora_dist.errors import UserError
+from lora_dist.errors import TrainingStoppedError, UserError
 from lora_dist.processes.failure import RankFailedError, tell_failure, told_failure
-from lora_dist.processes.rendezvous import launch_store
+from lora_dist.processes.rendezvous import Launch, launch_store, lost
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -26,12 +27,15 @@ class Peers:
             store: of the launch.
         """
         self._store = store
+        launch = Launch.read()
+        self._hosted_by_rank_0 = launch is not None and launch.is_hosted_by_rank_0()
         self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        first = self._rank - local_rank
+        first = self._rank - int(os.environ.get("LOCAL_RANK", "0"))
         here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        self._here = [rank for rank in here if rank != self._rank]
-        store.set(f"pid/{self._rank}", str(os.getpid()))
+        # Launchers may number ranks otherwise; then these are elsewhere, as their identities say.
+        self._maybe_here = [rank for rank in here if rank != self._rank]
+        self._here: dict[int, int] = {}
+        store.set(f"process/{self._rank}", _identity())
 
     @classmethod
     def of_launch(cls, timeout: timedelta) -> Self | None:
@@ -48,12 +52,19 @@ class Peers:
 
     def failure(self) -> RankFailedError | None:
         """The first failure of another process: one that was told, or the death of one on this machine."""
-        for rank in self._here:
-            if self._store.check([f"pid/{rank}"]) and not self._store.check([f"left/{rank}"]):
-                pid = int(self._store.get(f"pid/{rank}"))
-                if not _lives(pid):
-                    tell_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)
-        return told_failure(self._store)
+        for rank in [rank for rank in self._maybe_here if self._store.check([f"process/{rank}"])]:
+            self._maybe_here.remove(rank)
+            machine, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
+            if machine == _identity().rsplit(" ", 1)[0]:
+                self._here[rank] = int(pid)
+        for rank, pid in self._here.items():
+            if not _lives(pid) and not self._store.check([f"left/{rank}"]):
+                tell_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)
+        return told_failure(self._store, self._rank)
+
+    def lost(self) -> TrainingStoppedError | None:
+        """What it means that the store is gone: the end of rank 0, where that hosts it."""
+        return lost() if self._hosted_by_rank_0 else None
 
     def tell_failure(self, message: str, exit_code: int) -> None:
         """Has the other processes end with this failure, unless another one was first."""
@@ -89,6 +100,16 @@ class Peers:
             self._store.get(key).decode() if self._store.check([key]) else f"rank {rank}: no answer"
             for rank, key in keys.items()
         ]
+
+
+def _identity() -> str:
+    """The machine, as far as process numbers count there, and the number of this process."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        machine, namespace = socket.gethostname(), ""
+    return f"{machine} {namespace} {os.getpid()}"
 
 
 def _lives(pid: int) -> bool:

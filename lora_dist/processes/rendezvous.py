@@ -102,18 +102,22 @@ def launch_store(timeout: timedelta) -> "Store | None":
     Raises:
         JoinError: the variables of the launch are wrong, the port is taken, the store cannot be reached in time, or
             another process has taken this rank.
+        TrainingStoppedError: the process that hosts the store has just ended.
     """
     launch = Launch.read()
     if launch is None:
         return None
-    from torch.distributed import PrefixStore
+    from torch.distributed import DistError, PrefixStore
 
     if launch.hosts():
         _host(launch)
     client = _connect(launch, timeout.total_seconds())
     # The launcher's store outlives a restart of the processes (torchrun --max-restarts), and what failed before it.
     store = PrefixStore(f"lora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
-    _register(store, launch)
+    try:
+        _register(store, launch)
+    except DistError as error:
+        raise lost() from error
     return store
 
 
@@ -135,7 +139,7 @@ def _host(launch: Launch) -> None:
         try:
             # Several tenants: torch takes the same server when it joins the processes.
             _hosted[launch.port] = TCPStore(
-                "localhost", launch.port, is_master=True, wait_for_workers=False, multi_tenant=True
+                "127.0.0.1", launch.port, is_master=True, wait_for_workers=False, multi_tenant=True
             )
         except DistNetworkError as error:
             reason = str(error).rpartition("message: ")[2]
@@ -217,7 +221,8 @@ def _register(store: "Store", launch: Launch) -> None:
         raise JoinError(
             f"rank {launch.rank} of the launch at {launch.address}:{launch.port} is already "
             f"{first.rpartition(' ')[0]}, and this is {_IDENTITY}. Give each process a RANK of its own, and each run "
-            f"on a host a MASTER_PORT of its own."
+            f"on a host a MASTER_PORT of its own. A process that takes the place of one that has ended cannot join: "
+            f"start all ranks again."
         )
     first = store.compare_set("world size", "", str(launch.world_size)).decode()
     if first != str(launch.world_size):

@@ -1,6 +1,7 @@
 """Notices that a run has stalled, or that another process of the launch has failed, and ends this process then."""
 
 import faulthandler
+import logging
 import os
 import socket
 import sys
@@ -12,11 +13,16 @@ from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
 from lora_dist.errors import PreemptedError, TrainingStoppedError, UserError
-from lora_dist.processes.failure import RankFailedError
-from lora_dist.processes.lifetime import GRACE_SECONDS, end_process, show_stacks_of_children
+from lora_dist.processes.lifetime import GRACE_SECONDS, end_process, owns_process, show_stacks_of_children
 from lora_dist.processes.peers import Peers
 
+logger = logging.getLogger(__name__)
+
+STALLED_CODE = 124
+"""The exit code of a run in which nothing moves: that of timeout(1)."""
 POLL_SECONDS = 1.0
+SAVING_SECONDS = 600.0
+"""How long a save may go on once another process has failed."""
 STORE_TIMEOUT = timedelta(seconds=10)
 FIRST_SECONDS = 1200.0
 """How much longer the first update and the first batch of an evaluation may take: they compile and start workers."""
@@ -26,12 +32,6 @@ ANSWER_SECONDS = 5.0
 """How long the processes of a launch have to say what they are doing, once one has stalled."""
 
 
-class StalledError(UserError):
-    """Nothing has moved for `--stall_timeout`. The code is that of timeout(1)."""
-
-    exit_code = 124
-
-
 class Activity(NamedTuple):
     """What the main thread is doing.
 
@@ -39,11 +39,13 @@ class Activity(NamedTuple):
         name: such as `update 12: waiting for micro-batch 3`.
         since: when it began, by `time.monotonic`.
         patience: seconds that it may take beyond the time-out.
+        saves: whether it is to be finished although another process has failed.
     """
 
     name: str
     since: float
     patience: float
+    saves: bool
 
 
 class Watch:
@@ -63,19 +65,21 @@ class Watch:
         # Not in the thread: accelerate empties the environment for moments.
         self._name = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
         self._is_warm = False
-        self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS)
+        self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS, False)
         self._ended = threading.Event()
         self._peers: Peers | None = None
-        self._failure: RankFailedError | None = None
+        self._failure: UserError | None = None
 
-    def now(self, name: str, first: bool = False) -> None:
+    def now(self, name: str, first: bool = False, saves: bool = False) -> None:
         """Notes what the main thread does from here on; called whenever the run moves.
 
         Args:
             name: such as `update 12: waiting for micro-batch 3`.
-            first: whether it may take `FIRST_SECONDS` more, as everything may before `warmed_up`.
+            first: whether it may take `FIRST_SECONDS` more, as everything may before `warmed_up`, and every save.
+            saves: whether it is to be finished although another process has failed.
         """
-        self._activity = Activity(name, time.monotonic(), FIRST_SECONDS if first or not self._is_warm else 0.0)
+        patience = FIRST_SECONDS if first or saves or not self._is_warm else 0.0
+        self._activity = Activity(name, time.monotonic(), patience, saves)
 
     def warmed_up(self) -> None:
         """Notes that a first update has been made."""
@@ -83,11 +87,14 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches as long as this block lasts.
+        """Watches as long as this block lasts, in a command that owns its process.
 
         Raises:
             RankFailedError: in place of an error of a collective, where another process is the reason.
         """
+        if not owns_process():
+            yield
+            return
         self.now("starting")
         self._peers = Peers.of_launch(STORE_TIMEOUT)
         thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -114,7 +121,7 @@ class Watch:
         if self._peers is not None:
             self._peers.leave()
 
-    def _failure_within(self, seconds: float) -> RankFailedError | None:
+    def _failure_within(self, seconds: float) -> UserError | None:
         """What the thread has found out about the other processes, which may take a moment after the error here."""
         end = time.monotonic() + seconds
         while self._failure is None and self._peers is not None and time.monotonic() < end:
@@ -122,13 +129,21 @@ class Watch:
         return self._failure
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(POLL_SECONDS, self._timeout / 10 or POLL_SECONDS)):
-            activity = self._activity
-            seconds = time.monotonic() - activity.since
-            if self._timeout and seconds > self._timeout + activity.patience:
-                self._end_stalled(activity, seconds)
+        period = min(POLL_SECONDS, self._timeout / 10 or POLL_SECONDS)
+        activity, idle, before = self._activity, 0.0, time.monotonic()
+        while not self._ended.wait(period):
+            now = time.monotonic()
+            # A process that was suspended has not stalled: only the time that this thread was awake counts.
+            idle, before = idle + min(now - before, 2 * period), now
+            if activity is not self._activity:
+                activity, idle = self._activity, 0.0
+            if self._timeout and idle > self._timeout + activity.patience:
+                self._end_stalled(activity, idle)
             if self._peers is not None:
-                self._look_at(self._peers)
+                try:
+                    self._look_at(self._peers)
+                except Exception as error:
+                    logger.warning("cannot look after the other processes: %s: %s", type(error).__name__, error)
 
     def _look_at(self, peers: Peers) -> None:
         """Ends this process if another one has failed."""
@@ -137,12 +152,22 @@ class Watch:
                 peers.tell_activity(self._line(self._activity))
             self._failure = peers.failure()
         except (RuntimeError, OSError):
-            # The store ends with the launcher, or the first process.
-            self._peers = None
-        if self._failure is not None and not self._ended.wait(GRACE_SECONDS / 2):
-            # The main thread has not noticed by itself: it waits in a collective that will never end.
+            # Where rank 0 hosts the store, that has died; otherwise the launcher has, and signals this process.
+            self._peers, self._failure = None, peers.lost()
+        if self._failure is not None and not self._finishes():
             print(f"error: {self._failure}", file=sys.stderr, flush=True)
             end_process(self._failure.exit_code)
+
+    def _finishes(self) -> bool:
+        """Whether the main thread ends by itself, soon, and not before what it is saving is saved.
+
+        Otherwise it waits in a collective that will never end.
+        """
+        end = time.monotonic() + GRACE_SECONDS / 2
+        while not self._ended.wait(0.1):
+            if time.monotonic() > end + (SAVING_SECONDS if self._activity.saves else 0.0):
+                return False
+        return True
 
     def _end_stalled(self, activity: Activity, seconds: float) -> NoReturn:
         """Says what every process is doing, writes all stacks, and ends this one."""
@@ -150,7 +175,7 @@ class Watch:
         with suppress(RuntimeError, OSError):
             if self._peers is not None:
                 lines = self._peers.activities(self._line(activity), ANSWER_SECONDS)
-                self._peers.tell_failure(f"stalled: {self._line(activity)}", StalledError.exit_code)
+                self._peers.tell_failure(f"stalled: {self._line(activity)}", STALLED_CODE)
         if lines:
             print(
                 "\n  ".join([f"error: nothing has moved for {seconds:.0f} s (--stall_timeout):", *lines])
@@ -162,7 +187,7 @@ class Watch:
         faulthandler.dump_traceback(all_threads=True)
         show_stacks_of_children()
         time.sleep(0.5)
-        end_process(StalledError.exit_code)
+        end_process(STALLED_CODE)
 
     def _line(self, activity: Activity) -> str:
         return f"{self._name}, for {time.monotonic() - activity.since:.0f} s: {activity.name}"

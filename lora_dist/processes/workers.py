@@ -3,6 +3,7 @@
 import faulthandler
 import gc
 import math
+import multiprocessing.forkserver
 import multiprocessing.util
 import signal
 import threading
@@ -23,6 +24,7 @@ from lora_dist.processes.signals import STOP_SIGNALS
 SHARED_MEMORY = Path("/dev/shm")
 """Where a worker puts the batches that it hands over (Linux)."""
 POLL_SECONDS = 2.0
+"""The `timeout` of a loader that is watched for silence."""
 SILENT_SECONDS = 600.0
 """How long the workers of a loader may deliver nothing, where nothing else watches for a stall."""
 
@@ -49,12 +51,11 @@ def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, *
         options: of `DataLoader`, about the batches; those about workers count only where there are some.
     """
     if not workers:
-        options = {name: value for name, value in options.items() if name != "prefetch_factor"}
+        options = {name: value for name, value in options.items() if name not in ("prefetch_factor", "timeout")}
         options["persistent_workers"] = False
     return DataLoader(
         dataset,
         num_workers=workers,
-        timeout=POLL_SECONDS if workers else 0,
         collate_fn=_as_is,
         worker_init_fn=set_up_worker,
         pin_memory=pin_memory,
@@ -74,17 +75,9 @@ def from_workers(loader: DataLoader, silent_seconds: float | None = None) -> Ite
     Raises:
         WorkerDiedError: one of them died, or they deliver nothing for too long.
     """
-    if loader.num_workers:
-        # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
-        multiprocessing.util.get_temp_dir()
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # Torch's handler would raise for a dead worker wherever this process happens to be, say in a collective.
-        # Without it, that is raised below, when a batch of the dead worker has been waited for a while.
-        signal.signal(signal.SIGCHLD, before)
-    finished, deadline = False, math.inf
+    iterator, finished = None, False
     try:
+        iterator = _started(loader)
         while not finished:
             deadline = math.inf if silent_seconds is None else time.monotonic() + silent_seconds
             try:
@@ -94,16 +87,40 @@ def from_workers(loader: DataLoader, silent_seconds: float | None = None) -> Ite
             else:
                 yield found
     except (RuntimeError, OSError, EOFError) as error:
-        raise _explained(error, iterator) from error
+        explained = _explained(error, loader._iterator if iterator is None else iterator)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
         if not finished:
-            _kill_workers(iterator)
+            _kill_workers(loader._iterator if iterator is None else iterator)
             # The next pass starts new ones, where they would have stayed.
             loader._iterator = None
 
 
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """An iterator over a loader, whose workers are started, or waked up where they have stayed."""
+    if not loader.num_workers:
+        return iter(loader)
+    # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
+    multiprocessing.util.get_temp_dir()
+    before = signal.getsignal(signal.SIGCHLD)
+    # A signal that comes while workers start is for this process alone; they inherit that it is blocked.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        if multiprocessing.get_start_method() == "forkserver":
+            multiprocessing.forkserver.ensure_running()
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is not None and threading.current_thread() is threading.main_thread():
+            # Torch's handler would raise for a dead worker wherever this process happens to be, say in a collective.
+            # Without it, `next` raises within 5 s of waiting for a batch of the dead worker.
+            signal.signal(signal.SIGCHLD, before)
+
+
 def _next_before(deadline: float, iterator: Iterator[Any]) -> Any:
-    """The next item; each `POLL_SECONDS` without one, torch looks for dead workers, and raises."""
+    """The next item. A loader with a `timeout` raises each time that this passes, and may be asked again."""
     while True:
         try:
             return next(iterator)
@@ -119,9 +136,14 @@ def _next_before(deadline: float, iterator: Iterator[Any]) -> Any:
 
 def _kill_workers(iterator: Any) -> None:
     """Ends the workers of an iterator that is left: torch would wait 5 s for each that does not end by itself."""
-    for worker in getattr(iterator, "_workers", ()):
+    workers = getattr(iterator, "_workers", ())
+    for worker in workers:
         worker.kill()
-    if hasattr(iterator, "_shutdown_workers"):
+    end = time.monotonic() + 1
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+    # Not even SIGKILL ends one that waits for a disk. The kernel ends it, once the disk answers.
+    if workers and not any(worker.is_alive() for worker in workers):
         iterator._shutdown_workers()
 
 
@@ -174,7 +196,7 @@ def _signals_of(iterator: Any) -> set[signal.Signals]:
     """The signals that workers died of. The news of a death may come a moment after the broken connection."""
     workers = getattr(iterator, "_workers", ())
     end = time.monotonic() + 1
-    while all(worker.is_alive() for worker in workers) and time.monotonic() < end:
+    while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < end:
         time.sleep(0.05)
     codes = (worker.exitcode for worker in workers)
     return {signal.Signals(-code) for code in codes if code is not None and code < 0}

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lora_dist import hub
+from lora_dist import hub, hub_client, waiting
 from lora_dist.config import HubSettings
 from lora_dist.errors import UserError
 from lora_dist.hub import HubError
@@ -207,8 +207,10 @@ def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Outp
     publisher, problem = None, ""
     if settings.push_to_hub and accelerator.is_main_process:
         publisher = Publisher(settings.hub_model_id or output.root.resolve().name, settings.hub_private_repo)
+        message = f"waiting for the Hub at {hub_client.endpoint()} to open {publisher.name}"
         try:
-            publisher.open()
+            with waiting.told(message):
+                publisher.open()
         except HubError as error:
             problem = f"--push_to_hub: cannot push to {publisher.name} on the Hub: {error}"
             if going_on and error.passing:
