@@ -37,6 +37,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from pathlib import Path
 
     from lora_dist.data import streamed
+    from lora_dist.files import finish_replacing
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.training.assembly import assemble
@@ -58,6 +59,7 @@ def train(settings: Settings, lock: RunLock) -> None:
             require_writable(output.root)
             if not run.dry_run:
                 lock.take(output.root, accelerator, run.ddp_timeout)
+                finish_replacing(output.checkpoints)
             resumed = find_resume(output, run.resume_from_checkpoint)
         with problems.noted():
             require_token(settings.hub)
@@ -68,7 +70,8 @@ def train(settings: Settings, lock: RunLock) -> None:
         job, progress, handover = parts.job, parts.progress, parts.handover
         announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
         if run.dry_run:
-            rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
+            with watch.watching():
+                rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
             return
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
@@ -95,6 +98,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.model.bundle import load_classifier
     from lora_dist.processes.preflight import Preflight
     from lora_dist.processes.runtime import launch
+    from lora_dist.processes.watch import Watch
     from lora_dist.training.evaluation import Evaluator
     from lora_dist.training.output import Output, find_resume, without_nan
     from lora_dist.training.report import write_evaluation
@@ -112,7 +116,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
-    evaluation = Evaluator(
+    watch = Watch(settings.run.stall_timeout)
+    evaluator = Evaluator(
         accelerator,
         classifier.model.to(accelerator.device),
         split,
@@ -120,7 +125,9 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,
-    )()
+    )
+    with watch.watching():
+        evaluation = evaluator(after_batch=lambda: watch.now("evaluating"))
     if accelerator.is_main_process:
         metrics = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
         print(json.dumps(without_nan(metrics)), flush=True)

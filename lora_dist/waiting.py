@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from lora_dist.errors import UserError
 
 AFTER_SECONDS = 10.0
 """A wait that is shorter is not mentioned."""
 AGAIN_SECONDS = 60.0
 """How often a longer one is mentioned again."""
+
+LOCK_SECONDS = 6 * 3600.0
+"""How long a process waits for another one that builds what both need."""
 
 logger = logging.getLogger(__name__)
 # Heard on every process, and before the logs are set up: the one that waits may be any of them.
@@ -62,10 +67,17 @@ def locked(path: str | Path, task: str) -> Iterator[None]:
     Args:
         path: of the lock.
         task: what the process that has it does, such as "builds the cache".
+
+    Raises:
+        UserError: another process has held it for `LOCK_SECONDS`.
     """
     lock = FileLock(path)
-    with told(f"waiting for another process, which {task} and holds the lock {path}"):
-        lock.acquire()
+    what = f"waiting for another process, which {task} and holds the lock {path}"
+    with told(f"{what}; giving up after {LOCK_SECONDS / 3600:.0f} h"):
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise UserError(f"gave up {what}: does it hang? `fuser {path}` names it") from error
     try:
         yield
     finally:

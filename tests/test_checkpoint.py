@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_dist.errors import UserError
+from lora_dist.files import finish_replacing
 from lora_dist.training import checkpoint
 from lora_dist.training.checkpoint import COMPLETE, OPTIMIZER, STATE, TRAINED, Checkpoint
 
@@ -321,6 +322,8 @@ def test_a_checkpoint_that_was_killed_while_it_was_replaced_is_still_there(tmp_p
     new = checkpoint.write(tmp_path / "other", 5, replace(content, state={"best": 1}))
     path.rename(tmp_path / f".removing-{path.name}")
     new.rename(tmp_path / f".writing-{path.name}")
+    assert checkpoint.read_newest(tmp_path) is None
+    finish_replacing(tmp_path)
     found = checkpoint.read_newest(tmp_path)
     assert found is not None
     assert found[1].state == {"best": 1}

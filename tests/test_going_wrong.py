@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a run costs nothing that was trained: it is saved first, and goes on from there."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_images_that_go_away_cost_no_update(
     assert "Traceback" not in said
     assert saved_in(tmp_path / "broken")["step"] == saved
     away.rename(images / part)
+    time.sleep(1)  # files of events of one process are read in the order of their seconds
     _run(*broken, *RESUME)
     assert_same_run(tmp_path / "broken", whole)
 
@@ -94,6 +96,7 @@ def test_an_error_of_the_program_saves_first_as_well(
     said = capfd.readouterr().err
     assert "ZeroDivisionError: odd. All updates are saved: --resume_from_checkpoint auto goes on from update 5" in said
     assert saved_in(tmp_path / "broken")["step"] == 5
+    time.sleep(1)
     _run(vit, images, tmp_path / "broken", *RESUME)
     assert_same_run(tmp_path / "broken", whole)
 

@@ -165,6 +165,20 @@ def test_no_evaluation_is_logged_twice(
     assert_same_run(broken, whole)
 
 
+def test_an_evaluation_that_was_logged_and_not_saved_is_logged_once(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that dies right after the line of its second evaluation, which follows four lines of updates."""
+    more = ("--eval_steps", 2, "--checkpointing_steps", "no")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _run(vit, photos, whole, *more)
+    _after(monkeypatch, Tracker, "scalars", {6: _die}, (vit, photos, broken, *more))
+    assert "eval/loss" in lines_of(broken)[-1]
+    assert (saved_in(broken)["step"], saved_in(broken)["settled_step"]) == (4, 3)
+    _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
+    assert_same_run(broken, whole)
+
+
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("eval_steps", "evaluated"), [("no", 0), (5, 2 * 9)])
 def test_the_final_evaluation_is_left_as_well_and_made_when_the_run_goes_on(

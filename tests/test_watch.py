@@ -1,5 +1,6 @@
 """A run in which nothing moves says what it was doing, shows its stacks, and ends with a code of its own."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 SCRIPT = """
 import sys, time
 from lora_dist.processes import watch
+from lora_dist.processes.lifetime import run_command
 
 watch.FIRST_SECONDS = float(sys.argv[2])
 watched = watch.Watch(float(sys.argv[1]))
@@ -18,14 +20,17 @@ watched.resume_hint = "go on from update 4"
 def sleeping(seconds):
     time.sleep(seconds)
 
-with watched.watching():
-    for number in range(3):
-        watched.now(f"update {number}: computing")
-        time.sleep(0.3)
-        watched.warmed_up()
-    watched.now("update 3: waiting for micro-batch 7")
-    sleeping(float(sys.argv[3]))
-print("done", flush=True)
+def main():
+    with watched.watching():
+        for number in range(3):
+            watched.now(f"update {number}: computing")
+            time.sleep(0.3)
+            watched.warmed_up()
+        watched.now("update 3: waiting for micro-batch 7")
+        sleeping(float(sys.argv[3]))
+    print("done", flush=True)
+
+run_command(main)
 """
 
 
@@ -58,3 +63,16 @@ def test_what_comes_first_may_take_longer(tmp_path: Path) -> None:
     result, _ = _run(tmp_path, 0.2, 5, 0)
     assert result.returncode == 124
     assert "update 1: computing" in result.stderr
+
+
+def test_a_process_that_was_suspended_has_not_stalled(tmp_path: Path) -> None:
+    """By a scheduler that gives its cores to another job, or by Ctrl-Z."""
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    words = [sys.executable, tmp_path / "script.py", "2", "0", "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.2)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (0, "done\n", "")

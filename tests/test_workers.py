@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,25 @@ def test_a_small_dev_shm_is_said_before_training_with_both_sizes(vit: Path, phot
         pytest.skip("cannot mount here")
     small = run("64k", tmp_path / "small")
     assert small.returncode == 2, small.stderr
-    # 2 workers x 4 batches x 8 images of 3 x 32 x 32 bytes, and their labels, weights and indices.
-    found = re.search(r"/dev/shm has 6\d kB free, and the loader's workers need (\d+) kB there", small.stderr)
+    # 2 workers x 4 batches x (8 + 128) images of 3 x 32 x 32 bytes, and their labels, weights and indices.
+    found = re.search(r"/dev/shm has 6\d kB free, and the loader's workers need ([\d.]+) MB there", small.stderr)
     assert found is not None, small.stderr
-    assert 2 * 4 * 8 * 3 * 32 * 32 <= int(found.group(1)) * 1000 < 2 * 4 * 8 * 5 * 32 * 32
+    assert 0.95 < float(found.group(1)) * 1e6 / (2 * 4 * (8 + 128) * 3 * 32 * 32) < 1.1
     assert "--shm-size" in small.stderr
     assert not (tmp_path / "small" / "config.yaml").exists()
     assert run("64m", tmp_path / "large").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_workers_that_stay_may_be_slow_to_wake_up_and_are_named_if_they_have_died(number: signal.Signals) -> None:
+    """Between two evaluations, say."""
+    loader = worker_loader(Items("is fine"), workers=2, batch_size=None, persistent_workers=True)
+    assert len(list(from_workers(loader))) == 8
+    worker = loader._iterator._workers[0]
+    os.kill(worker.pid, number)
+    if number == signal.SIGKILL:
+        with pytest.raises(WorkerDiedError, match="SIGKILL"):
+            list(from_workers(loader))
+    else:
+        threading.Timer(6, os.kill, (worker.pid, signal.SIGCONT)).start()
+    assert len(list(from_workers(loader))) == 8

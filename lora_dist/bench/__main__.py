@@ -61,7 +61,8 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
         streamed.prepare(settings.data)
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     job = assemble_unwritten(settings, accelerator, directory)
-    figures = measure(job, settings.measuring.updates)
+    with job.watch.watching():
+        figures = measure(job, settings.measuring.updates)
     if accelerator.is_main_process:
         print("\n".join(lines(job, figures, comparison)), flush=True)
         if file is not None:

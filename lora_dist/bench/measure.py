@@ -64,7 +64,8 @@ class Figures:
 def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> Job:
     """The run, put together as training does it, but with nothing written outside `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
-    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), Watch(0)).job
+    watch = Watch(settings.run.stall_timeout)
+    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).job
 
 
 def warm_updates(workers: int, accumulation: int) -> int:

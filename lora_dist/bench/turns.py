@@ -114,7 +114,8 @@ def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
 
         accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
         job, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
-        samples, seconds, _ = time_loaded(job, settings.measuring.updates)
+        with job.watch.watching():
+            samples, seconds, _ = time_loaded(job, settings.measuring.updates)
     else:
         from lora_dist.bench.guide import time_guide
 

@@ -83,6 +83,7 @@ class TorchEngine:
     def load_trained(self, trained: Mapping[str, Tensor]) -> None:
         self._reshard()
         load_trained(self.bare, {name: _placed(trained[name], like) for name, like in trained_tensors(self.bare)})
+        self._statistics.keep()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         self._reshard()

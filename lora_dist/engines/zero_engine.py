@@ -112,6 +112,7 @@ class ZeroEngine:
             # … and the optimizer's own fp32 copy of them.
             if isinstance(target, nn.Parameter):
                 self._set_whole(target, value)
+        self._statistics.keep()
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         if not moments:

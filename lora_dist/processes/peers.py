@@ -54,9 +54,9 @@ class Peers:
         """The first failure of another process: one that was told, or the death of one on this machine."""
         for rank in [rank for rank in self._maybe_here if self._store.check([f"process/{rank}"])]:
             self._maybe_here.remove(rank)
-            machine, pid = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
+            machine, number = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
             if machine == _identity().rsplit(" ", 1)[0]:
-                self._here[rank] = int(pid)
+                self._here[rank] = int(number)
         for rank, pid in self._here.items():
             if not _lives(pid) and not self._store.check([f"left/{rank}"]):
                 tell_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_dist.errors import UserError
+from lora_dist.processes.lifetime import at_end
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,6 +69,7 @@ class RunLock:
         with preflight.first_process_first("locked", accelerator):
             if accelerator.is_main_process:
                 self._wait_for(root, min(OTHER_HOST_SECONDS, ddp_timeout / 2))
+                at_end(self.release)
 
     def release(self) -> None:
         """Releases the lock and removes its file, and the directory as well if this run made it and left it empty."""

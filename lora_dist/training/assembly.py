@@ -113,7 +113,10 @@ def assemble(
     images = TrainImages(data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip")
     with problems.noted():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        require_shared_memory(on_this_machine * bytes_ahead(images, order, 0, settings.data, accelerator.device))
+        ahead = bytes_ahead(images, order, 0, settings.data, accelerator.device)
+        # An evaluation's batches come on top, of as many bytes a sample or fewer.
+        ahead += ahead * optimization.per_device_eval_batch_size // order.per_device_batch
+        require_shared_memory(on_this_machine * ahead)
     identity = identity_of(settings, base, start, data, order)
     preflight.arrive("ready")
     require_agreement(
@@ -151,7 +154,13 @@ def assemble(
         ),
         checkpointer=checkpointer,
         preemption=Preemption(accelerator, output.save_request),
-        tracker=Tracker(output.root, enabled=writes, first_step=progress.step, total_steps=schedule.total_steps),
+        tracker=Tracker(
+            output.root,
+            enabled=writes,
+            first_step=progress.step,
+            total_steps=schedule.total_steps,
+            evaluated=progress.settled_step == progress.step,
+        ),
         watch=watch,
         on_best=handover.after_best,
     )

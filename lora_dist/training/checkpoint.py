@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
-from lora_dist.files import finish_replacing, remove_directory, remove_leftovers, unused, whole_directory
+from lora_dist.files import remove_directory, remove_leftovers, unused, whole_directory
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,6 @@ def read(path: Path) -> Checkpoint:
 
 def read_newest(root: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that is whole, passing over damaged ones and saying so; None where there is none."""
-    finish_replacing(root)
     for path in reversed(listed(root)):
         try:
             return path, read(path)

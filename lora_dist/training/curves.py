@@ -19,17 +19,18 @@ logger = logging.getLogger(__name__)
 class Board:
     """TensorBoard's writer, without which a run can go on: on a full disk it fails, at any later call."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
+    def __init__(self, directory: Path, first_step: int, evaluated: bool = True) -> None:
         """
         Args:
             directory: for the event files.
             first_step: what was written of later steps is hidden.
+            evaluated: whether the evaluation after `first_step` counts; if not, all of that step is hidden.
         """
         _leave_writers_to_boards()
         self._directory = directory
         self._writer: SummaryWriter | None = None
         try:
-            self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+            self._writer = SummaryWriter(str(directory), purge_step=first_step + evaluated)
         except OSError as error:
             logger.error("no TensorBoard: %s. Training goes on; metrics.jsonl has the numbers.", error)
 
@@ -60,17 +61,22 @@ def _leave_writers_to_boards() -> None:
 
 
 class Lines:
-    """A file of lines. One that cannot be written is kept for the next time."""
+    """A file of lines. One that cannot be written is kept for the next time.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    Attributes:
+        last: the content of the lines of `first_step`.
+    """
+
+    def __init__(self, path: Path, first_step: int, evaluated: bool = True) -> None:
         """
         Args:
             path: of the file.
             first_step: lines of later steps are removed.
+            evaluated: whether the evaluation after `first_step` counts; if not, its line is removed too.
         """
         self._path = path
         self._waiting: list[str] = []
-        _drop_lines_after(path, first_step)
+        self.last = [line for line in _drop_lines_after(path, first_step, evaluated) if line["step"] == first_step]
 
     def write(self, line: str) -> None:
         """Adds a line, and those that wait."""
@@ -90,18 +96,23 @@ class Lines:
             self._waiting.clear()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Removes the JSON lines of updates that a resumed run will do again, and a half-written last one."""
+def _drop_lines_after(path: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    """Removes the JSON lines of what a resumed run will do again, and a half-written last one; returns the others."""
+    kept: list[bytes] = []
+    found: list[dict[str, Any]] = []
     if not path.is_file():
-        return
-    kept = []
+        return found
     try:
         for line in path.read_bytes().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                content = json.loads(line)
+                again = content["step"] == step and not evaluated and "eval/loss" in content
+                if content["step"] <= step and not again:
                     kept.append(line)
+                    found.append(content)
             except (ValueError, KeyError, TypeError):
                 continue
         replace_file(path, b"".join(line + b"\n" for line in kept))
     except OSError as error:
         logger.error("cannot write to %s: %s. What it has of updates after %d stays.", path, error, step)
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_dist.cli import flatten
 from lora_dist.config import Settings
 from lora_dist.data.dataset import ImageData
-from lora_dist.errors import TrainingStoppedError, UserError
+from lora_dist.errors import ProcessError, UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.base import Base, load_base_of, load_trained, make_trainable
 from lora_dist.processes.runtime import environment
@@ -31,6 +31,12 @@ from lora_dist.training.state import Progress
 logger = logging.getLogger(__name__)
 
 CHECKED_IMAGES = 8
+
+
+class ResultNotWrittenError(ProcessError):
+    """The process that writes could not write the result; the others learn of it."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,8 @@ class Handover:
             self._write(rescue / self._result(job).name, job, trained, evaluation, results)
             write_json(rescue / self.output.results.name, results)
         except (OSError, SafetensorError) as second:
-            raise TrainingStoppedError(f"{reason} Nor elsewhere: {second}.{resume}") from error
-        raise TrainingStoppedError(f"{reason} It is in {rescue}.{resume}") from error
+            raise ResultNotWrittenError(f"{reason} Nor elsewhere: {second}.{resume}") from error
+        raise ResultNotWrittenError(f"{reason} It is in {rescue}.{resume}") from error
 
     def publish(self, job: Job, progress: Progress) -> None:
         """Pushes the result to the Hub, where that was asked for, and waits for it; a failure is no more than said."""

@@ -121,7 +121,9 @@ def fit(job: Job, progress: Progress) -> None:
         closing(window.timed(batches(_loader(job, progress.step), device))) as stream,
         _saved_on_failure(job, progress),
     ):
-        # What an error kept from being done after the update of the checkpoint.
+        if progress.step and job.checkpointer.saved_step is None:
+            _save(job, progress)  # a checkpoint from another directory
+        # An error may have come between an update and its log.
         if progress.logged_step < progress.step and progress.step % job.settings.run.logging_steps == 0:
             _log_training(job, progress, window)
         if progress.settled_step < progress.step:
@@ -151,7 +153,8 @@ def _saved_on_failure(job: Job, progress: Progress) -> Iterator[None]:
     except Exception as error:
         known_to_all = isinstance(error, LostBatchError) or job.engine.accelerator.num_processes == 1
         is_saved = job.checkpointer.saved_step == progress.step or not progress.step
-        if known_to_all and not is_saved and not isinstance(error, BrokenUpdateError):
+        in_doubt = any(isinstance(one, BrokenUpdateError) for one in (error, error.__cause__))
+        if known_to_all and not is_saved and not in_doubt:
             with suppress(RuntimeError):  # a device that has failed cannot be read
                 job.engine.drop_update()
                 _save(job, progress)
@@ -263,7 +266,9 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
 def _noted(job: Job, step: int, stream: Iterator[Batch]) -> Iterator[Batch]:
     """The micro-batches of an update, with the watch told what is going on."""
     for number in count(1):
-        job.watch.now(f"update {step + 1}: waiting for micro-batch {number}")
+        # A streamed shard is asked for again for half an hour.
+        streamed = job.settings.data.streaming
+        job.watch.now(f"update {step + 1}: waiting for micro-batch {number}", first=streamed)
         try:
             batch = next(stream)
         except StopIteration:
@@ -328,6 +333,7 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
     if save or evaluates or due(run.checkpointing_steps) or _is_over(job, progress):
         _save(job, progress)
     if best:
+        job.watch.now("writing the best so far, to be pushed to the Hub", first=True)
         job.on_best(job, progress, best)
 
 
@@ -341,7 +347,7 @@ def _check(job: Job, progress: Progress) -> bool:
 
 
 def _save(job: Job, progress: Progress) -> None:
-    job.watch.now(f"saving after update {progress.step}")
+    job.watch.now(f"saving after update {progress.step}", saves=True)
     job.tracker.flush()
     job.checkpointer.save(progress)
     job.watch.resume_hint = _way_on(job).strip()

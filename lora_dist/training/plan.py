@@ -99,6 +99,7 @@ def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]
     seconds = []
     for step in steps:
         start = time.perf_counter()
+        job.watch.now(f"update {step + 1}", first=True)
         try:
             make_update(job, step, stream)
         except NonFiniteLossError as error:

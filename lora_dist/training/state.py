@@ -217,7 +217,10 @@ class Checkpointer:
         self._engine.load_moments(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
         progress = Progress(**content.state["progress"])
-        self.saved_step = progress.step
+        # One from another directory is saved here by the run that goes on from it.
+        mine = checkpoint.path_of(self.directory, progress.step).is_dir()
+        (mine,) = broadcast_object_list([mine])
+        self.saved_step = progress.step if mine else None
         # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
         (gone,) = broadcast_object_list(
             [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]

@@ -57,7 +57,7 @@ class LostBatchError(Exception):
         self.own = own
 
 
-class BrokenUpdateError(Exception):
+class BrokenUpdateError(RuntimeError):
     """The optimizer failed while it changed the weights: their state is in doubt."""
 
 
@@ -141,7 +141,7 @@ def train_step(
     except ArithmeticError as error:
         raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows], left_out) from error
     except Exception as error:
-        raise BrokenUpdateError(f"{type(error).__name__}: {error}") from error
+        raise BrokenUpdateError(str(error)) from error
     return Update(loss, grad_norm, engine.was_skipped(), left_out)
 
 

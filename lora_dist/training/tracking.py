@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lora_dist.data.batch import Batch
+from lora_dist.processes.lifetime import at_end
 from lora_dist.training.curves import Board, Lines
 
 logger = logging.getLogger(__name__)
@@ -31,20 +32,29 @@ class Tracker:
     On other processes than the first it does nothing, so that callers need no condition.
     """
 
-    def __init__(self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int, evaluated: bool = True
+    ) -> None:
         """
         Args:
             output_dir: gets `tensorboard/` and `metrics.jsonl`.
             enabled: whether this is the process that writes.
             first_step: updates done before; what an interrupted run logged beyond is removed from both.
             total_steps: updates in the whole run.
+            evaluated: whether the evaluation that was due after `first_step` has been made; if not, it will be logged
+                again.
         """
         self.enabled = enabled
         self._total = total_steps
         if not enabled:
             return
-        self._lines = Lines(output_dir / "metrics.jsonl", first_step)
-        self._board = Board(output_dir / "tensorboard", first_step)
+        self._lines = Lines(output_dir / "metrics.jsonl", first_step, evaluated)
+        self._board = Board(output_dir / "tensorboard", first_step, evaluated)
+        if not evaluated:
+            # TensorBoard hides steps as a whole: what stands of this one is written again.
+            for line in self._lines.last:
+                self._write_scalars(first_step, {name: value for name, value in line.items() if "/" in name})
+        at_end(self.flush)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -65,11 +75,14 @@ class Tracker:
         """Logs numbers under names such as `train/loss`, to the curves and as a JSON line."""
         if not self.enabled:
             return
-        for name, value in values.items():
-            self._board.write(SummaryWriter.add_scalar, name, value, step)
+        self._write_scalars(step, values)
         # JSON has no infinity, which is the gradient's norm in an update that fp16 skips.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
+
+    def _write_scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            self._board.write(SummaryWriter.add_scalar, name, math.inf if value is None else value, step)
 
     def say(self, message: str) -> None:
         """A line for the reader, above the progress bar or in the log file."""
