@@ -127,7 +127,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         settings.data,
     )
     with watch.watching():
-        evaluation = evaluator(after_batch=lambda: watch.now("evaluating"))
+        evaluation = evaluator(after_batch=watch.moved)
     if accelerator.is_main_process:
         metrics = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
         print(json.dumps(without_nan(metrics)), flush=True)

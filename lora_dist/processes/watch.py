@@ -81,6 +81,11 @@ class Watch:
         patience = FIRST_SECONDS if first or saves or not self._is_warm else 0.0
         self._activity = Activity(name, time.monotonic(), patience, saves)
 
+    def moved(self) -> None:
+        """Notes that what was under way has moved on."""
+        self.warmed_up()
+        self.now(self._activity.name)
+
     def warmed_up(self) -> None:
         """Notes that a first update has been made."""
         self._is_warm = True

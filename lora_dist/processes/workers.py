@@ -109,6 +109,8 @@ def _started(loader: DataLoader) -> Iterator[Any]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if multiprocessing.get_start_method() == "forkserver":
+            # Its children need not import everything again.
+            multiprocessing.set_forkserver_preload(["__main__", type(loader.dataset).__module__])
             multiprocessing.forkserver.ensure_running()
         return iter(loader)
     finally:
