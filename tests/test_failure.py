@@ -76,7 +76,8 @@ def test_those_that_wait_name_it_and_end_at_once_with_its_exit_code(
     end = _wait(monkeypatch)
     assert str(end) == f"rank 2 on {socket.gethostname()} failed: {said}"
     assert end.exit_code == code
-    assert time.monotonic() - start < 5
+    # Of the 60 s that it would wait; looking up the name of a host can take 5 s.
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.usefixtures("store")
