@@ -83,7 +83,8 @@ def test_a_lock_that_another_process_has_is_waited_for_and_said(
     with waiting.locked(tmp_path / "lock", "builds the cache"):
         other.join(0.1)
         assert not other.is_alive()
-    said = f"waiting for another process, which builds the cache and holds the lock {tmp_path / 'lock'}; giving up after 6 h ("
+    holds = f"which builds the cache and holds the lock {tmp_path / 'lock'}"
+    said = f"waiting for another process, {holds}; giving up after 6 h ("
     assert said in caplog.text
     with waiting.locked(tmp_path / "lock", "builds the cache"):
         pass
