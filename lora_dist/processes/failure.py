@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FAILED = "failed"
 JOINED_SECONDS = 2.0
+"""How long a process that fails waits for the store once all have joined: it is there at once, or gone."""
 TELLING_SECONDS = 30.0
 """How long the processes of a launch may take to start, one after the other, for a failure to reach them all."""
 
