@@ -75,7 +75,7 @@ def train(settings: Settings, lock: RunLock) -> None:
             return
     job.tracker.settings(flatten(job.settings))
     show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
-    with watch.watching(), stopped_on_request(job, progress):
+    with stopped_on_request(job, progress), watch.watching():
         measure_best_anew(job, progress)
         fit(job, progress)
         job.checkpointer.restore_best(progress)

@@ -13,7 +13,10 @@ from lora_dist.training.batch_size import _sizes
 
 LIMITED = """
 import importlib, os, resource, sys
+import torch
 from lora_dist import train
+# The JIT compiler of oneDNN, once it has been refused memory, makes no kernel any more.
+torch.backends.mkldnn.enabled = False
 place, rooms, *flags = sys.argv[1:]
 module, _, name = place.rpartition(".")
 module = importlib.import_module(module)

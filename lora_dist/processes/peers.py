@@ -113,8 +113,15 @@ def _identity() -> str:
 
 
 def _lives(pid: int) -> bool:
+    """Whether a process of this machine runs. One that has died exists until its parent asks for its exit code."""
     try:
-        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        state = ""
+    if state:
+        return state not in "ZX"
+    try:
+        os.kill(pid, 0)  # where there is no /proc
     except ProcessLookupError:
         return False
     return True

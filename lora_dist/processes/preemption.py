@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from lora_dist.processes.lifetime import owns_process
 from lora_dist.processes.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ class Preemption:
         except StopRequested:
             # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
             handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+            raise
+        except Exception:
+            if owns_process():
+                # The process is about to say why it ends; a launcher that knows already sends SIGTERM.
+                handlers[signal.SIGTERM] = signal.SIG_IGN
             raise
         finally:
             for number, handler in handlers.items():

@@ -12,15 +12,18 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
-from lora_dist.errors import PreemptedError, TrainingStoppedError, UserError
+from lora_dist.errors import TrainingStoppedError, UserError
 from lora_dist.processes.lifetime import GRACE_SECONDS, end_process, owns_process, show_stacks_of_children
 from lora_dist.processes.peers import Peers
+from lora_dist.processes.preemption import StopRequested
 
 logger = logging.getLogger(__name__)
 
 STALLED_CODE = 124
 """The exit code of a run in which nothing moves: that of timeout(1)."""
 POLL_SECONDS = 1.0
+NEWS_PERIOD = 0.05
+"""Seconds from one look at the other processes to the next, while an error of a collective is explained."""
 SAVING_SECONDS = 600.0
 """How long a save may go on once another process has failed."""
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -67,6 +70,7 @@ class Watch:
         self._is_warm = False
         self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS, False)
         self._ended = threading.Event()
+        self._awake = threading.Event()
         self._peers: Peers | None = None
         self._failure: UserError | None = None
 
@@ -111,32 +115,37 @@ class Watch:
             if failure is None:
                 raise
             raise failure from error
-        except (TrainingStoppedError, PreemptedError):
+        except (TrainingStoppedError, StopRequested):
             self._leave(thread)
             raise
         else:
             self._leave(thread)
         finally:
-            self._ended.set()
+            self._end()
 
     def _leave(self, thread: threading.Thread) -> None:
         """Ends as all processes have agreed to."""
-        self._ended.set()
+        self._end()
         thread.join()
         if self._peers is not None:
             self._peers.leave()
 
+    def _end(self) -> None:
+        self._ended.set()
+        self._awake.set()
+
     def _failure_within(self, seconds: float) -> UserError | None:
         """What the thread has found out about the other processes, which may take a moment after the error here."""
         end = time.monotonic() + seconds
+        self._awake.set()
         while self._failure is None and self._peers is not None and time.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(NEWS_PERIOD)
         return self._failure
 
     def _watch(self) -> None:
         period = min(POLL_SECONDS, self._timeout / 10 or POLL_SECONDS)
         activity, idle, before = self._activity, 0.0, time.monotonic()
-        while not self._ended.wait(period):
+        while not self._is_over_within(period):
             now = time.monotonic()
             # A process that was suspended has not stalled: only the time that this thread was awake counts.
             idle, before = idle + min(now - before, 2 * period), now
@@ -149,6 +158,12 @@ class Watch:
                     self._look_at(self._peers)
                 except Exception as error:
                     logger.warning("cannot look after the other processes: %s: %s", type(error).__name__, error)
+
+    def _is_over_within(self, seconds: float) -> bool:
+        """Waits, less long where there is an error to be explained."""
+        if self._awake.wait(seconds) and not self._ended.is_set():
+            time.sleep(NEWS_PERIOD)
+        return self._ended.is_set()
 
     def _look_at(self, peers: Peers) -> None:
         """Ends this process if another one has failed."""

@@ -3,9 +3,12 @@
 import faulthandler
 import gc
 import math
+import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.util
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -152,6 +155,8 @@ def _kill_workers(iterator: Any) -> None:
 def set_up_worker(worker: int) -> None:
     """For `worker_init_fn`: the first thing that a worker process does."""
     end_with_parent()
+    if multiprocessing.get_start_method() == "forkserver" or sys.platform != "linux":
+        threading.Thread(target=_end_with_trainer, daemon=True).start()
     # Schedulers and terminals signal a whole group. The trainer needs its workers to finish the update.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -159,6 +164,17 @@ def set_up_worker(worker: int) -> None:
     # Keeps the worker from finalizing objects that it inherited through fork: a store's destructor joins a thread that
     # only the parent has.
     gc.freeze()
+
+
+def _end_with_trainer() -> None:
+    """Ends this worker when the process that reads from it dies.
+
+    The parent of a worker may be the fork server, which in turn lives as long as any of its workers.
+    """
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        multiprocessing.connection.wait([trainer.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def require_shared_memory(needed: int) -> None:

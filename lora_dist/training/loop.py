@@ -186,7 +186,8 @@ def _add_resume_hint(error: Exception, job: Job, progress: Progress) -> None:
     else:
         hint = f"Update {progress.step} is not saved.{_way_on(job) or ' Nothing is.'}"
     if isinstance(error, UserError):
-        error.args = (f"{error} {hint}",)
+        sentence = str(error)
+        error.args = (f"{sentence}{'' if sentence.endswith('.') else '.'} {hint}",)
     else:
         logger.error("%s: %s. %s", type(error).__name__, error, hint)
 

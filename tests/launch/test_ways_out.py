@@ -70,7 +70,7 @@ def _strike(way: str, launch: Launch, faults: Faults, start: str, processes: int
 IN_CI = {
     ("exception", "spawn", 1), ("exception", "fork", 2), ("SystemExit", "forkserver", 1), ("signal", "spawn", 2),
     ("unreadable image", "forkserver", 2), ("killed worker", "fork", 1), ("hanging worker", "fork", 2),
-    ("killed rank", "spawn", 2), ("killed launcher", "forkserver", 2), ("unreadable image", "fork", 1),
+    ("killed rank", "forkserver", 2), ("killed launcher", "spawn", 2), ("unreadable image", "fork", 1),
 }  # fmt: skip
 ALONE = ("killed rank", "killed launcher")
 
