@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.cli import argv_or, parse
+from lora_dist.settings.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
-from lora_dist.huge_pages import move_to_huge_pages
-from lora_dist.predict_settings import PredictSettings, contradictions
+from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.settings.predict import PredictSettings, contradictions
 from lora_dist.processes.lifetime import run_command
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         move_to_huge_pages()
     # What follows imports torch; a mistake in the settings has been reported by now.
     from lora_dist import demo, extras, hub, logs
-    from lora_dist.deployment import classify, destinations, onnx_export
-    from lora_dist.model import adapter_files
+    from lora_dist.deployment import classify
+    from lora_dist.deployment.export import destinations
+    from lora_dist.deployment.export import onnx as onnx_export
+    from lora_dist.model import adapter_io
 
     logs.set_up_logs(is_main=True)
     if settings.serving.serve:
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
     chosen = {name: hub.local_directory(place) for name, place in settings.source.named_adapters}
     for directory in chosen.values():
-        adapter_files.require_adapter(directory)
+        adapter_io.require_adapter(directory)
     if settings.source.side_by_side:
         rows = _rows_of_each(chosen, files, settings, device)
     else:
@@ -72,39 +74,43 @@ def main(argv: list[str] | None = None) -> None:
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
     """One classifier: an adapter, a blend of adapters, a whole model, or an ONNX file."""
     from lora_dist import hub
-    from lora_dist.deployment import onnx_model
-    from lora_dist.model import bundle, several
+    from lora_dist.deployment.export import onnx_model
+    from lora_dist.model import bundle
+    from lora_dist.model import adapter_set
 
     source = settings.source
     if not chosen and not source.model:
         return onnx_model.load_onnx(Path(settings.exporting.onnx or ""))
     labels = _labels(settings)
     if len(chosen) > 1:
-        return several.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
+        return adapter_set.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
     directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
     return bundle.load_classifier(directory, source.base_model, source.trust_remote_code, labels)
 
 
 def _labels(settings: PredictSettings) -> list[str] | None:
-    from lora_dist.model import foreign
+    from lora_dist.model import infer_metadata
 
-    return foreign.read_labels_file(settings.source.labels) if settings.source.labels else None
+    return infer_metadata.read_labels_file(settings.source.labels) if settings.source.labels else None
 
 
 def _write(
     classifier: Classifier, chosen: Mapping[str, Path], files: list[str], settings: PredictSettings
 ) -> Classifier:
     """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
-    from lora_dist.deployment import export, merge, onnx_export, onnx_model
+    from lora_dist.deployment.export import older_peft
+    from lora_dist.deployment.export import merge
+    from lora_dist.deployment.export import onnx as onnx_export
+    from lora_dist.deployment.export import onnx_model
     from lora_dist.model import bundle
-    from lora_dist.writable import writing
+    from lora_dist.storage.writable import writing
 
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
-        card = export.card_of(list(chosen.values()), settings.title)
+        card = older_peft.card_of(list(chosen.values()), settings.title)
         with writing(out, "export_legacy_names"):
-            export.export_legacy_names(classifier, card, out, files, trusted)
+            older_peft.export_legacy_names(classifier, card, out, files, trusted)
         logger.info("exported to %s, in the names of transformers 4", out)
     if merging.merge_to:
         out = Path(merging.merge_to)
@@ -129,13 +135,15 @@ def _write(
 
 def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
     """Serves until it is interrupted."""
-    from lora_dist.deployment import classify, serve, uploads
+    from lora_dist.deployment import classify
+    from lora_dist.deployment.serve import server
+    from lora_dist.deployment.serve import uploads
 
     serving = settings.serving
     limits = uploads.Limits(
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
-    app = serve.make_app(
+    app = server.make_app(
         classifier,
         settings.title,
         limits,
@@ -143,7 +151,7 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
         batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         device=device,
     )
-    serve.run(app, serving.host, serving.port)
+    server.run(app, serving.host, serving.port)
 
 
 def _rows(classifier: Classifier, files: list[str], settings: PredictSettings, device: torch.device) -> Iterator[Row]:
@@ -163,10 +171,10 @@ def _rows_of_each(
     chosen: Mapping[str, Path], files: list[str], settings: PredictSettings, device: torch.device
 ) -> Iterator[Row]:
     """All rows of one adapter after those of another, on a base that is loaded once."""
-    from lora_dist.model import several
+    from lora_dist.model import adapter_set
 
     source = settings.source
-    group = several.load_several(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    group = adapter_set.load_several(chosen, source.base_model, source.trust_remote_code, _labels(settings))
     return (
         row._replace(adapter=name)
         for name in group.classifiers

@@ -1,10 +1,10 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
-from lora_dist.cli import argv_or, flatten, parse
-from lora_dist.config import Settings
-from lora_dist.contradictions import contradictions
+from lora_dist.settings.cli import argv_or, flatten, parse
+from lora_dist.settings.train import Settings
+from lora_dist.settings.contradictions import contradictions
 from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
-from lora_dist.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
@@ -36,23 +36,23 @@ def train(settings: Settings, lock: RunLock) -> None:
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
 
-    from lora_dist.data import streamed
-    from lora_dist.files import finish_replacing
+    from lora_dist.data.sources import streaming
+    from lora_dist.storage.files import finish_replacing
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.training.assembly import assemble
     from lora_dist.training.best import measure_best_anew
     from lora_dist.training.loop import evaluate, fit, stopped_on_request
-    from lora_dist.training.output import Output, find_resume
-    from lora_dist.training.plan import rehearse
-    from lora_dist.training.publisher import open_publisher, require_token
-    from lora_dist.training.report import announce, show_inputs
-    from lora_dist.writable import require_writable
+    from lora_dist.training.saving.output import Output, find_resume
+    from lora_dist.training.dry_run import rehearse
+    from lora_dist.training.saving.publisher import open_publisher, require_token
+    from lora_dist.training.reporting.report import announce, show_inputs
+    from lora_dist.storage.writable import require_writable
 
     run, problems, watch = settings.run, Problems(settings.run.dry_run), Watch(settings.run.stall_timeout)
     with problems.told_together():
         if settings.data.streaming:
-            streamed.prepare(settings.data)
+            streaming.prepare(settings.data)
         accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
         output, resumed, publisher = Output(Path(run.output_dir)), None, None
         with problems.noted():
@@ -93,16 +93,16 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from pathlib import Path
 
     from lora_dist.data.dataset import load_validation
-    from lora_dist.data.transforms import ImageTransforms
+    from lora_dist.data.pixels.transforms import ImageTransforms
     from lora_dist.hub import local_directory
     from lora_dist.model.bundle import load_classifier
     from lora_dist.processes.preflight import Preflight
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.training.evaluation import Evaluator
-    from lora_dist.training.output import Output, find_resume, without_nan
-    from lora_dist.training.report import write_evaluation
-    from lora_dist.writable import require_writable
+    from lora_dist.training.saving.output import Output, find_resume, without_nan
+    from lora_dist.training.reporting.report import write_evaluation
+    from lora_dist.storage.writable import require_writable
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))

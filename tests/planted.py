@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_dist.data.exclusions import absolute
+from lora_dist.data.sources.exclusions import absolute
 
 ODD_CLASS = "\"><script>alert(1)\n'rose' 🌹"
 ODD_NAME = 'two\nlines <img src=x onerror="alert(1)"> 🦊 \'"&.png'

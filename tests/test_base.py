@@ -19,8 +19,8 @@ from transformers import (
     ViTModel,
 )
 
-from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.base import (

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
-from lora_dist.deployment.batching import Batcher
+from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.errors import UserError
 from lora_dist.model.bundle import Classifier
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_image, make_model, make_remote_model, perturb
 from torch import Tensor
 
-from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.data.transforms import ImageTransforms
-from lora_dist.deployment.export import export_legacy_names
-from lora_dist.deployment.merge import merge_to
+from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.deployment.export.older_peft import export_legacy_names
+from lora_dist.deployment.export.merge import merge_to
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.base import load_base, make_trainable

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_dist.training.card import MOST_CLASSES, model_card
+from lora_dist.training.saving.card import MOST_CLASSES, model_card
 
 RESULTS: dict[str, Any] = {
     "eval_accuracy": 0.87654, "eval_loss": 0.4321, "eval_samples": 1234, "train_samples": 75750,

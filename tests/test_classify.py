@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from lora_dist.deployment import merge
+from lora_dist.deployment.export import merge
 from lora_dist.deployment.classify import (
     Row,
     choose_batch_size,

@@ -10,13 +10,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lora_dist import cli, config, trainer_flags
-from lora_dist.audit.settings import AuditSettings
-from lora_dist.bench.settings import BenchSettings
-from lora_dist.config import Settings
-from lora_dist.contradictions import contradictions
+from lora_dist.settings import cli
+from lora_dist.settings import train as config
+from lora_dist.settings import trainer_flags
+from lora_dist.settings.audit import AuditSettings
+from lora_dist.settings.bench import BenchSettings
+from lora_dist.settings.train import Settings
+from lora_dist.settings.contradictions import contradictions
 from lora_dist.errors import UserError
-from lora_dist.predict_settings import PredictSettings
+from lora_dist.settings.predict import PredictSettings
 
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from lora_dist.data.crops import draw_crop
+from lora_dist.data.pixels.crops import draw_crop
 
 SIZES = [(512, 384), (384, 512), (32, 32), (1, 1), (1, 2), (7, 4), (4, 7), (2000, 3), (3, 2000)]
 """Of the last two the middle is taken: they are so long that no part of them has a shape that may be."""

@@ -13,10 +13,10 @@ import unprivileged
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from tiny import make_folder, make_image
 
-from lora_dist.config import DataSettings
+from lora_dist.settings.train import DataSettings
 from lora_dist.data.dataset import ImageData, Split, load_data, load_validation, stratified_split
-from lora_dist.data.exclusions import Section, write_exclusions
-from lora_dist.data.images import UnreadableImageError
+from lora_dist.data.sources.exclusions import Section, write_exclusions
+from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.errors import UserError
 
 
@@ -148,7 +148,7 @@ def test_a_folder_that_may_not_be_read_is_named(closed: str, tmp_path: Path) -> 
     root = tmp_path / "data"
     make_folder(root, classes=("a", "a/deep/down", "b"), per_class=2)
     (root / closed).chmod(0)
-    code = "import sys; from lora_dist.data.folders import read_class_folders; read_class_folders(sys.argv[1])"
+    code = "import sys; from lora_dist.data.sources.folders import read_class_folders; read_class_folders(sys.argv[1])"
     try:
         result = subprocess.run(unprivileged.python("-c", code, root), capture_output=True, text=True, check=False)
     finally:

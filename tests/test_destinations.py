@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from disks import small_disk
 
-from lora_dist.deployment.destinations import require_destinations, require_free_directory
+from lora_dist.deployment.export.destinations import require_destinations, require_free_directory
 from lora_dist.errors import UserError
-from lora_dist.predict_settings import PredictSettings
-from lora_dist.writable import writing
+from lora_dist.settings.predict import PredictSettings
+from lora_dist.storage.writable import writing
 
 
 def _settings(**places: Path | str) -> PredictSettings:

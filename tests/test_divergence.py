@@ -9,9 +9,9 @@ from launching import lines_of, results_of
 from safetensors.torch import load_file
 
 from lora_dist import train
-from lora_dist.data.images import Picture
-from lora_dist.data.transforms import ImageTransforms
-from lora_dist.data.views import View
+from lora_dist.data.pixels.images import Picture
+from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.pixels.views import View
 
 
 def _run(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.data.exclusions import Section, read_exclusions, write_exclusions
+from lora_dist.data.sources.exclusions import Section, read_exclusions, write_exclusions
 from lora_dist.errors import UserError
 
 NAMES = (

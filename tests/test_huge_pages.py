@@ -9,7 +9,7 @@ import psutil
 import pytest
 from launching import command, environment
 
-from lora_dist.huge_pages import environment_before
+from lora_dist.processes.huge_pages import environment_before
 
 SCRIPT = """
 import os, resource, sys
@@ -92,8 +92,8 @@ def test_a_debugger_is_not_left() -> None:
         ("lora_dist.train", ["--config", "demo"], True),
         ("lora_dist.predict", ["--model", "demo:vit", "--images", "demo:digits/validation"], True),
         ("lora_dist.bench", ["--config", "demo"], True),
-        ("lora_dist.bench.turns", ["ours", "--config", "demo"], True),
-        ("lora_dist.bench.turns", ["trainer", "--config", "demo"], False),
+        ("lora_dist.bench.compare", ["ours", "--config", "demo"], True),
+        ("lora_dist.bench.compare", ["trainer", "--config", "demo"], False),
     ],
 )
 def test_which_commands_compute_on_huge_pages(module: str, arguments: list[str], moves: bool, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 from transformers.image_utils import load_image
 
-from lora_dist.data.images import UnreadableImageError, from_cell, load_rgb, opened
+from lora_dist.data.pixels.images import UnreadableImageError, from_cell, load_rgb, opened
 
 
 def sample(mode: str) -> Image.Image:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from lora_dist.data.lanes import Lanes
-from lora_dist.data.order import FILLER, MicroBatches, Order, Sample
+from lora_dist.data.sampling.interleave import Lanes
+from lora_dist.data.sampling.order import FILLER, MicroBatches, Order, Sample
 
 UNEVEN = (13, 2, 9, 1, 7)
 DATA = [

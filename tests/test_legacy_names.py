@@ -14,9 +14,10 @@ from tiny import make_config, perturb
 from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
-from lora_dist.model import adapter_files, adapters
+from lora_dist.model import adapters
+from lora_dist.model import adapter_io
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.legacy_names import LegacyNames
 
@@ -177,14 +178,14 @@ HOSTILE = {
 def test_a_crafted_pickle_is_refused_in_words(content: bytes, guide: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (guide / "adapter_model.bin").write_bytes(content)
     with pytest.raises(UserError, match="peft_0_2 is damaged"):
-        adapter_files.read(guide)
+        adapter_io.read(guide)
     assert "was run" not in capsys.readouterr().out
 
 
 def test_keys_that_are_no_names_are_refused(guide: Path) -> None:
     torch.save({7: torch.ones(1)}, guide / "adapter_model.bin")
     with pytest.raises(UserError, match="is no dictionary of tensors"):
-        adapter_files.read(guide)
+        adapter_io.read(guide)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", [1, 2], {"x": 1}])
@@ -270,7 +271,7 @@ def test_an_adapter_renamed_to_the_old_names_loads_on_every_architecture(
 def _rename(directory: Path, names: LegacyNames) -> dict[str, Tensor]:
     """Writes the weights of an adapter under old names, and returns them."""
     file = directory / "adapter_model.safetensors"
-    plain = {adapter_files.plain_name(key): tensor for key, tensor in load_file(file).items()}
+    plain = {adapter_io.plain_name(key): tensor for key, tensor in load_file(file).items()}
     renamed = {f"base_model.model.{names.to_old(name)}": tensor for name, tensor in plain.items() if name is not None}
     save_file(renamed, file)
     return renamed

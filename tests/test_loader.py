@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed import TCPStore
 from transformers import ViTImageProcessor
 
-from lora_dist.config import AugmentationSettings, DataSettings
+from lora_dist.settings.train import AugmentationSettings, DataSettings
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.dataset import ImageData, Split, load_data
 from lora_dist.data.loader import batches, default_workers, evaluation_loader, train_loader
-from lora_dist.data.order import FILLER, Order, Shuffled
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.sampling.order import FILLER, Order, Shuffled
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 
 CPU = torch.device("cpu")

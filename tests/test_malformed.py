@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from tiny import make_folder, make_image, perturb
 
 from lora_dist import predict
-from lora_dist.audit.settings import AuditSettings
-from lora_dist.audit.settings import contradictions as audit_contradictions
-from lora_dist.cli import flat_fields, parse
-from lora_dist.config import LoraSettings, ModelSettings, Settings
-from lora_dist.contradictions import contradictions
-from lora_dist.data.images import UnreadableImageError, load_rgb
+from lora_dist.settings.audit import AuditSettings
+from lora_dist.settings.audit import contradictions as audit_contradictions
+from lora_dist.settings.cli import flat_fields, parse
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
+from lora_dist.settings.contradictions import contradictions
+from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.errors import UserError
 from lora_dist.model import bundle
 from lora_dist.model.base import load_base, make_trainable
-from lora_dist.writable import require_writable
+from lora_dist.storage.writable import require_writable
 
 EXAMPLES = 200
 NAMES = sorted(flat_fields(Settings))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn
 
-from lora_dist.training.metric import ClassificationMetric, expected_calibration_error
+from lora_dist.metrics.classification import ClassificationMetric, expected_calibration_error
 
 
 def compute(num_classes: int, true: Any, predicted: Any, **more: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from launching import environment
 from old_adapters import OLD, expected_of, logits
 from tiny import make_image, perturb
 
-from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.deployment.export import export_legacy_names
-from lora_dist.deployment.merge import merge_to
+from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist.deployment.export.older_peft import export_legacy_names
+from lora_dist.deployment.export.merge import merge_to
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import load_classifier, write_adapter
 

@@ -17,14 +17,14 @@ from test_transforms import PROCESSORS
 from tiny import make_folder, make_model, perturb
 from torch import Tensor, nn
 
-from lora_dist.config import LoraSettings, ModelSettings
-from lora_dist.data.images import load_rgb
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist.data.pixels.images import load_rgb
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
-from lora_dist.deployment import onnx_export
+from lora_dist.deployment.export import onnx as onnx_export
 from lora_dist.deployment.classify import classify
-from lora_dist.deployment.onnx_export import Int8Cost, describe, export
-from lora_dist.deployment.onnx_model import load_onnx
+from lora_dist.deployment.export.onnx import Int8Cost, describe, export
+from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import Classifier, load_classifier, write_adapter
@@ -261,7 +261,7 @@ def test_metadata_that_name_code_neither_run_it_nor_ask(exported: Path, tmp_path
     config = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": f"{code}--evil.Evil"}}
     onnx.helper.set_model_props(proto, {"labels": "[]", "preprocessor_config": json.dumps(config)})
     onnx.save(proto, tmp_path / "evil.onnx")
-    program = "import sys, pathlib, lora_dist.deployment.onnx_model as m; m.load_onnx(pathlib.Path(sys.argv[1]))"
+    program = "import sys, pathlib, lora_dist.deployment.export.onnx_model as m; m.load_onnx(pathlib.Path(sys.argv[1]))"
     result = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "evil.onnx"],
         input="y\n" * 9, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from lora_dist.data.order import FILLER, MicroBatches, Order, Shuffled, evaluation_batches
+from lora_dist.data.sampling.order import FILLER, MicroBatches, Order, Shuffled, evaluation_batches
 
 SIZES = [(27, 4, 2, 1), (7, 4, 1, 2), (5, 64, 4, 1), (5, 64, 1, 8), (64, 4, 4, 2), (65, 4, 4, 2), (1, 1, 1, 3)]
 

@@ -10,13 +10,13 @@ from disks import fill, small_disk
 from peft import PeftModel
 from tiny import perturb
 
-from lora_dist.cli import flatten
-from lora_dist.config import LoraSettings, ModelSettings, Settings
+from lora_dist.settings.cli import flatten
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.processes.runtime import launch
-from lora_dist.training import checkpoint
-from lora_dist.training.output import Output, find_resume
+from lora_dist.training.saving import checkpoint
+from lora_dist.training.saving.output import Output, find_resume
 
 SPLITS: dict[str, Any] = {"train": {"num_samples": 2, "rows": [0, 1]}, "validation": {"num_samples": 1, "rows": [2]}}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_dist.data.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
+from lora_dist.data.cache.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
 
 
 def noise(height: int, width: int) -> np.ndarray:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.cli import parse
+from lora_dist.settings.cli import parse
 from lora_dist.errors import UserError
-from lora_dist.predict_settings import PredictSettings, contradictions
+from lora_dist.settings.predict import PredictSettings, contradictions
 
 
 def _parse(line: str) -> PredictSettings:

@@ -17,7 +17,7 @@ from tiny import make_model
 
 from lora_dist import train
 from lora_dist.data.batch import EvaluationImages
-from lora_dist.training.checkpoint import COMPLETE, STATE
+from lora_dist.training.saving.checkpoint import COMPLETE, STATE
 
 RESUME = ("--resume_from_checkpoint", "auto")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lora_dist.config import OptimizationSettings
+from lora_dist.settings.train import OptimizationSettings
 from lora_dist.training.schedule import Schedule, is_due, total_steps
 
 

@@ -11,11 +11,11 @@ from tiny import perturb
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from lora_dist.config import AugmentationSettings, DataSettings, LoraSettings, ModelSettings, OptimizationSettings
+from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.dataset import load_data
-from lora_dist.data.order import Order, Shuffled
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.engines.engine import Engine, make_engine
 from lora_dist.model.base import Base, load_base, make_trainable, set_training
 from lora_dist.processes.runtime import launch

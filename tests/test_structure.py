@@ -12,10 +12,10 @@ from lowest import lowest
 from packaging.version import Version
 from pydantic import BaseModel
 
-from lora_dist.audit.settings import AuditSettings
-from lora_dist.bench.settings import BenchSettings
-from lora_dist.config import Group, Settings
-from lora_dist.predict_settings import PredictSettings
+from lora_dist.settings.audit import AuditSettings
+from lora_dist.settings.bench import BenchSettings
+from lora_dist.settings.train import Group, Settings
+from lora_dist.settings.predict import PredictSettings
 
 PACKAGE = Path(__file__).parents[1] / "lora_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -73,7 +73,7 @@ def _reached(module: str) -> set[str]:
 
 
 def test_the_rules_see_the_package() -> None:
-    assert {"lora_dist.train", "lora_dist.config", "lora_dist.demo.digits"} <= TREES.keys()
+    assert {"lora_dist.train", "lora_dist.settings.train", "lora_dist.demo.digits"} <= TREES.keys()
     assert "torch" in _reached("lora_dist.training.loop")
     assert "lora_dist.training.assembly" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
 
@@ -82,7 +82,7 @@ def test_imports_go_one_way() -> None:
     """`static_order` raises CycleError, which names the modules of the cycle."""
     graph = {module: _internal(_imports(tree)) - {module} for module, tree in TREES.items()}
     order = list(TopologicalSorter(graph).static_order())
-    assert order.index("lora_dist.config") < order.index("lora_dist.train")
+    assert order.index("lora_dist.settings.train") < order.index("lora_dist.train")
 
 
 def test_folders_import_one_way() -> None:
@@ -115,7 +115,7 @@ def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
 def test_who_imports_peft() -> None:
     """The guide's recipe in the benchmark does, too: it is not ours."""
     importers = {module for module, tree in TREES.items() if any(_root(name) == "peft" for name in _imports(tree))}
-    assert importers == {"lora_dist.model.adapters", "lora_dist.model.lora_layer", "lora_dist.bench.guide"}
+    assert importers == {"lora_dist.model.adapters", "lora_dist.model.lora_layer", "lora_dist.bench.trainer_baseline"}
 
 
 def _root(name: str) -> str:
@@ -191,7 +191,7 @@ def test_every_setting_is_read(group: str, name: str) -> None:
     readers = [
         module
         for module, tree in TREES.items()
-        if module != "lora_dist.config"
+        if module != "lora_dist.settings.train"
         and any(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
     ]
     assert readers, f"nothing reads {group}.{name}"
@@ -200,8 +200,8 @@ def test_every_setting_is_read(group: str, name: str) -> None:
 def test_reading_settings_loads_no_torch() -> None:
     """In a real process: what a package of `lora_dist` imports may itself import more than can be seen here."""
     code = (
-        "import sys, lora_dist.config, lora_dist.cli, lora_dist.errors, lora_dist.predict, lora_dist.train\n"
-        "import lora_dist.audit.__main__\n"
+        "import sys, lora_dist.settings.train, lora_dist.settings.cli, lora_dist.errors\n"
+        "import lora_dist.predict, lora_dist.train, lora_dist.audit.__main__\n"
         "print(*sorted({'torch', 'transformers', 'datasets', 'peft', 'accelerate', 'numpy'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,10 +11,10 @@ from tiny import make_image, view_of
 from torchvision.transforms import v2
 from transformers import BitImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
-from lora_dist.config import AugmentationSettings
-from lora_dist.data.images import load_rgb, opened
-from lora_dist.data.transforms import ImageTransforms, seed_of, seeded
-from lora_dist.data.views import draw_mixture, stack
+from lora_dist.settings.train import AugmentationSettings
+from lora_dist.data.pixels.images import load_rgb, opened
+from lora_dist.data.pixels.transforms import ImageTransforms, seed_of, seeded
+from lora_dist.data.pixels.views import draw_mixture, stack
 from lora_dist.errors import UserError
 
 PROCESSORS: dict[str, Any] = {

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny import make_image
 
-from lora_dist.data.images import load_rgb
-from lora_dist.deployment.uploads import FORMATS, RefusedUploadError, check_name, decode
+from lora_dist.data.pixels.images import load_rgb
+from lora_dist.deployment.serve.uploads import FORMATS, RefusedUploadError, check_name, decode
 
 MOST = 1_000_000
 

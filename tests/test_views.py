@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_dist.data.views import NOWHERE, Mixture, Rest, View, black, combine, draw_mixture, resize, stack
+from lora_dist.data.pixels.views import NOWHERE, Mixture, Rest, View, black, combine, draw_mixture, resize, stack
 
 ONES, ZEROS = torch.ones(3, 16, 20), torch.zeros(3, 16, 20)
 

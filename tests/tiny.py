@@ -31,9 +31,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lora_dist.data.images import opened
-from lora_dist.data.transforms import ImageTransforms
-from lora_dist.data.views import stack
+from lora_dist.data.pixels.images import opened
+from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.pixels.views import stack
 
 ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
 

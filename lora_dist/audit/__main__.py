@@ -14,8 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.audit.settings import AuditSettings, contradictions
-from lora_dist.cli import argv_or, parse
+from lora_dist.settings.audit import AuditSettings, contradictions
+from lora_dist.settings.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
 from lora_dist.processes.lifetime import run_command
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     # What follows imports numpy and Pillow; a mistake in the settings has been reported by now.
     from lora_dist.audit.findings import exit_code
-    from lora_dist.writable import require_writable
+    from lora_dist.storage.writable import require_writable
 
     output = Path(settings.run.output_dir)
     require_writable(output)
@@ -60,8 +60,8 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist.audit.checks import check
     from lora_dist.audit.findings import File
     from lora_dist.audit.report import Report
-    from lora_dist.data.exclusions import absolute, read_exclusions
-    from lora_dist.data.folders import read_class_folders
+    from lora_dist.data.sources.exclusions import absolute, read_exclusions
+    from lora_dist.data.sources.folders import read_class_folders
 
     data = settings.data
     named = {"train": data.train_dir, "validation": data.validation_dir}
@@ -110,7 +110,7 @@ def _write(report: Report, output: Path, workers: int) -> None:
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.report import write_json, write_page, write_quarantine
     from lora_dist.audit.thumbnails import thumbnail
-    from lora_dist.writable import writing
+    from lora_dist.storage.writable import writing
 
     def thumbnails(places: Sequence[int]) -> dict[int, str]:
         readable = [place for place in places if not report.scanned.facts[place].fault]

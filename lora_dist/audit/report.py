@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lora_dist.audit.findings import KINDS, Finding, Kind, Scanned, Severity, exit_code, left_out
-from lora_dist.data.exclusions import Section, write_exclusions
+from lora_dist.data.sources.exclusions import Section, write_exclusions
 
 SHOWN_FINDINGS = 40
 """Of each kind in the page; the JSON has them all."""

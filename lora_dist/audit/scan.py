@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lora_dist.data.images import UnreadableImageError, load_rgb
+from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 
 COLORS_SIDE = 16
 _SIDE = 32

@@ -5,7 +5,7 @@ import io
 
 from PIL import Image
 
-from lora_dist.data.images import load_rgb
+from lora_dist.data.pixels.images import load_rgb
 
 SIDE = 192
 

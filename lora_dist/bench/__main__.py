@@ -4,10 +4,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from lora_dist.bench.settings import BenchSettings, contradictions
-from lora_dist.cli import argv_or, parse
+from lora_dist.settings.bench import BenchSettings, contradictions
+from lora_dist.settings.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
-from lora_dist.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
@@ -48,17 +48,17 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     comparison = None
     if settings.measuring.compare:
         # Before this process takes memory and threads of its own.
-        from lora_dist.bench.turns import compare
+        from lora_dist.bench.compare import compare
 
         comparison = compare(flags, settings.measuring.rounds)
 
     from lora_dist.bench.measure import assemble_unwritten, measure
     from lora_dist.bench.report import lines, row
-    from lora_dist.data import streamed
+    from lora_dist.data.sources import streaming
     from lora_dist.processes.runtime import launch
 
     if settings.data.streaming:
-        streamed.prepare(settings.data)
+        streaming.prepare(settings.data)
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     job = assemble_unwritten(settings, accelerator, directory)
     with job.watch.watching():

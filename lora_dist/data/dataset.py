@@ -14,8 +14,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from lora_dist import demo
-from lora_dist.config import DataSettings
-from lora_dist.data.columns import (
+from lora_dist.settings.train import DataSettings
+from lora_dist.data.sources.columns import (
     class_names,
     files_of,
     find_image_column,
@@ -23,12 +23,12 @@ from lora_dist.data.columns import (
     holds_files,
     require_columns,
 )
-from lora_dist.data.exclusions import absolute, read_exclusions
-from lora_dist.data.folders import read_class_folders
-from lora_dist.data.images import from_cell, load_rgb
-from lora_dist.data.order import Arrangement, Shuffled
-from lora_dist.data.shards import load_alone, reading_data
-from lora_dist.data.splits import Encoded, Reader, TrainingSplit
+from lora_dist.data.sources.exclusions import absolute, read_exclusions
+from lora_dist.data.sources.folders import read_class_folders
+from lora_dist.data.pixels.images import from_cell, load_rgb
+from lora_dist.data.sampling.order import Arrangement, Shuffled
+from lora_dist.data.sources.shards import load_alone, reading_data
+from lora_dist.data.sampling.protocol import Encoded, Reader, TrainingSplit
 from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)

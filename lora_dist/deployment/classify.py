@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_dist.data.images import UnreadableImageError, image_files, load_rgb
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.pixels.images import UnreadableImageError, image_files, load_rgb
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.model.bundle import Classifier
 from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
-from lora_dist.writable import writing
+from lora_dist.storage.writable import writing
 
 GRID = 32
 TINY = 8_000

@@ -16,10 +16,11 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.config import LoraSettings
+from lora_dist.settings.train import LoraSettings
 from lora_dist.errors import UserError
-from lora_dist.model import adapter_files, lora_layer
-from lora_dist.model.adapter_files import ADAPTER_CONFIG, WEIGHTS
+from lora_dist.model import lora_layer
+from lora_dist.model import adapter_io
+from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS
 from lora_dist.model.legacy_names import LegacyNames, current_names
 from lora_dist.model.targets import resolve_targets
 
@@ -159,7 +160,7 @@ def read_adapter(model: nn.Module, directory: Path) -> Adapter:
         UserError: no adapter there, or a damaged one, or one that targets nothing in this model.
     """
     base = base_of(model)
-    files = adapter_files.read(directory)
+    files = adapter_io.read(directory)
     # PEFT warns of what it does not know, rightly so where it is set: the numbers may differ then.
     known = {field.name for field in fields(LoraConfig)}
     given = {name: value for name, value in files.config.items() if name in known or value}
@@ -170,7 +171,7 @@ def read_adapter(model: nn.Module, directory: Path) -> Adapter:
     config.init_lora_weights = True
     current = current_names(base)
     modules = {name.rpartition(".")[0] for name in current}
-    if all(place in (modules if lora else current) for place, lora in map(adapter_files.place_of, files.state)):
+    if all(place in (modules if lora else current) for place, lora in map(adapter_io.place_of, files.state)):
         return Adapter(config, files.state, None, directory)
     names = LegacyNames.of(base)
     if not names.are_used_by(files.state):
@@ -222,7 +223,7 @@ def _modernise(config: Any, names: LegacyNames, state: Mapping[str, Tensor], ref
         # Somebody may have renamed the targets, but not the keys.
         for named in ([(module, names.modules[module]) for module in leaves], [(module, module) for module in leaves])
     ]
-    adapted = {place for place, lora in map(adapter_files.place_of, state) if lora}
+    adapted = {place for place, lora in map(adapter_io.place_of, state) if lora}
     targets = next((given for given in found if given.keys() == adapted), found[0] or found[1])
     if not targets and adapted:
         raise UserError(f"{refused}: no {config.target_modules} in it")
@@ -291,7 +292,7 @@ def active_adapter(model: nn.Module) -> Adapter:
     name = str(model.active_adapter)
     state = {}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
-        plain = adapter_files.plain_name(key)
+        plain = adapter_io.plain_name(key)
         if plain is not None:
             state[plain] = tensor.detach().cpu()
     return Adapter(model.peft_config[name], state, None, Path(name))
@@ -307,12 +308,12 @@ def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Te
     slots: dict[str, list[str]] = {}
     expected: dict[str, Tensor] = {}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
-        plain = adapter_files.plain_name(key)
+        plain = adapter_io.plain_name(key)
         if plain is not None:
             slots.setdefault(plain, []).append(key)
             expected[plain] = tensor
     shown = adapter.names.to_old if adapter.names else None
-    adapter_files.require_same_names(state, expected, adapter.directory, shown)
+    adapter_io.require_same_names(state, expected, adapter.directory, shown)
     set_peft_model_state_dict(model, {key: state[plain] for plain, keys in slots.items() for key in keys}, name)
 
 

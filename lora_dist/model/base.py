@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
-from lora_dist.config import LoraSettings, ModelSettings, Settings
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.files import whole_directory
-from lora_dist.model import adapters, foreign
-from lora_dist.model.adapter_files import ADAPTER_CONFIG, result_of_run
+from lora_dist.storage.files import whole_directory
+from lora_dist.model import adapters
+from lora_dist.model import infer_metadata
+from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.base import Base, load_base
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def read_origin(
         identity = _read_identity(directory / BASE_MODEL)
         named, revision, fingerprint = (identity[key] for key in IDENTITY)
     else:
-        named, revision = (base_model, None) if base_model else foreign.base_of(directory)
+        named, revision = (base_model, None) if base_model else infer_metadata.base_of(directory)
         logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
     base, revision = (base_model, None) if base_model else (named, revision)
     if label_map(directory) is not None:
@@ -220,7 +221,7 @@ def read_origin(
     elif is_bundle and labels is None:
         raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
     else:
-        own = foreign.labels_of(directory, base, revision, labels, trust_remote_code)
+        own = infer_metadata.labels_of(directory, base, revision, labels, trust_remote_code)
     return Origin(base, named, revision, fingerprint, own, trust_remote_code)
 
 

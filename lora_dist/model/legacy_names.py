@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_dist.model.adapter_files import place_of
+from lora_dist.model.adapter_io import place_of
 
 
 @dataclass(frozen=True)

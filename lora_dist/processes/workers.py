@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lora_dist.disk import free_bytes, readable
+from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.processes.launcher import end_with_parent
 from lora_dist.processes.lifetime import STACKS_SIGNAL

@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from lora_dist.config import OptimizationSettings
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.settings.train import OptimizationSettings
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model.base import set_training
 

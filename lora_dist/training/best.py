@@ -1,7 +1,7 @@
 """The best update of a run that goes on, measured anew where it was chosen by another metric or on other data."""
 
 from lora_dist.training.loop import Job, evaluate
-from lora_dist.training.state import Progress
+from lora_dist.training.saving.state import Progress
 
 
 def measure_best_anew(job: Job, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora_dist.config import OptimizationSettings
+from lora_dist.settings.train import OptimizationSettings
 from lora_dist.model.adapters import is_lora_b
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_dist.config import OptimizationSettings
+from lora_dist.settings.train import OptimizationSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_dist.data.batch import Batch
-from lora_dist.data.transforms import seed_of
+from lora_dist.data.pixels.transforms import seed_of
 from lora_dist.engines.engine import Engine
 
 

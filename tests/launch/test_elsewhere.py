@@ -12,7 +12,7 @@ from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load_file
 from tiny import make_folder, perturb
 
-from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import load_classifier, write_adapter
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
 
-from lora_dist.config import DataSettings
+from lora_dist.settings.train import DataSettings
 from lora_dist.data.dataset import load_data
-from lora_dist.data.transforms import ImageTransforms
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.model.bundle import load_classifier
 
 LAUNCH_FILES = {

@@ -11,7 +11,7 @@ import torch
 from launching import predict
 from tiny import make_folder, make_model, perturb
 
-from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.deployment.classify import classify, find_images
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import load_classifier, write_adapter

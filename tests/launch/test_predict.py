@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import make_image, make_model, perturb
 from transformers import pipeline
 
-from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.deployment.classify import classify
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import load_classifier, write_adapter

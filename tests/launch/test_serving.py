@@ -21,7 +21,7 @@ from test_uploads import encoded, png_of
 from tiny import make_image, perturb
 from web import CHROMIUM, Browser, post
 
-from lora_dist.config import LoraSettings, ModelSettings
+from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.model.base import load_base, make_trainable
 from lora_dist.model.bundle import write_adapter
 

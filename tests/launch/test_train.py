@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import make_folder
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from lora_dist.data.images import load_rgb
+from lora_dist.data.pixels.images import load_rgb
 
 FAST = ("--logging_steps", 1, "--learning_rate", 5e-3, "--lora_dropout", 0)
 

@@ -1,0 +1,155 @@
+"""The other contender: the PEFT guide "Image classification using LoRA" on the `Trainer` of transformers.
+
+https://huggingface.co/docs/peft/task_guides/image_classification_lora, with the base, data, shape of LoRA, batch,
+precision, workers and rates of the run; how the data is loaded and the model trained is the guide's. Layers to adapt
+and heads are found as for the run, because the guide's names are those of a ViT in transformers 4.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    Normalize,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+    ToTensor,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lora_dist.bench.measure import warm_updates
+from lora_dist.settings.bench import BenchSettings
+from lora_dist.settings.train import AugmentationSettings
+from lora_dist.data.dataset import Split, load_data
+from lora_dist.data.loader import workers_of
+from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.errors import UserError
+from lora_dist.model.base import load_base_of
+from lora_dist.model.targets import resolve_targets
+from lora_dist.processes.runtime import choose_precision, engine_launched
+from lora_dist.training.assembly import make_order
+
+
+class _Images(Dataset):
+    """A split with the guide's transforms, one image at a time."""
+
+    def __init__(self, split: Split, transforms: Compose) -> None:
+        self._split = split
+        self._transforms = transforms
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"pixel_values": self._transforms(self._split.image(row)), "label": int(self._split.labels[row])}
+
+
+def _transforms(processor: Any, augmentation: AugmentationSettings) -> Compose:
+    size = ImageTransforms(processor)
+    last: list[Any] = [ToTensor()]
+    if getattr(processor, "do_normalize", None):
+        last.append(Normalize(mean=processor.image_mean, std=processor.image_std))
+    if augmentation.augmentation == "none":
+        return Compose([Resize(min(size.height, size.width)), CenterCrop((size.height, size.width)), *last])
+    crop = RandomResizedCrop((size.height, size.width), scale=(augmentation.crop_scale_min, 1.0))
+    return Compose([crop, RandomHorizontalFlip(augmentation.horizontal_flip), *last])
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+
+
+class _Clock(TrainerCallback):
+    """When each update was over."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.times.append(time.perf_counter())
+
+
+def time_guide(settings: BenchSettings, directory: Path) -> tuple[int, float, torch.device]:
+    """Trains by the guide's recipe. Called on every process.
+
+    Args:
+        settings: of the run.
+        directory: for what `Trainer` writes.
+
+    Returns:
+        Samples of the updates that count, over all processes; their seconds; and the device.
+
+    Raises:
+        UserError: the launch is of an engine that the guide knows nothing of.
+    """
+    if engine_launched() != "NO":
+        raise UserError(f"--compare: the guide knows one process and DDP, and this is a launch of {engine_launched()}")
+    arguments = _arguments(settings, directory)
+    data = load_data(settings.data, settings.run.seed)
+    assert isinstance(data.train, Split)
+    base, lora = load_base_of(settings, data.labels), settings.lora
+    model = get_peft_model(
+        base.model,
+        LoraConfig(
+            r=lora.lora_r,
+            lora_alpha=lora.lora_alpha,
+            target_modules=resolve_targets(base.model, lora.lora_target_modules, base.heads),
+            lora_dropout=lora.lora_dropout,
+            bias=lora.lora_bias,
+            modules_to_save=base.heads,
+        ),
+    )
+    clock = _Clock()
+    Trainer(
+        model,
+        arguments,
+        train_dataset=_Images(data.train, _transforms(base.processor, settings.augmentation)),
+        processing_class=base.processor,
+        data_collator=_collate,
+        callbacks=[clock],
+    ).train()
+    order = make_order(settings, data.train, arguments.world_size, arguments.process_index)
+    warm = arguments.max_steps - settings.measuring.updates
+    samples = order.samples_before(arguments.max_steps) - order.samples_before(warm)
+    return samples, clock.times[-1] - clock.times[warm - 1], arguments.device
+
+
+def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
+    optimization, on_cpu = settings.optimization, not torch.accelerator.is_available()
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = choose_precision(optimization.mixed_precision, launched, on_cpu)
+    workers = workers_of(settings.data, torch.device("cpu" if on_cpu else "cuda"))
+    return TrainingArguments(
+        str(directory),
+        remove_unused_columns=False,
+        eval_strategy="no",
+        save_strategy="no",
+        learning_rate=optimization.learning_rate,
+        per_device_train_batch_size=optimization.per_device_train_batch_size,
+        gradient_accumulation_steps=optimization.gradient_accumulation_steps,
+        max_grad_norm=optimization.max_grad_norm,
+        label_smoothing_factor=settings.augmentation.label_smoothing_factor,
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        max_steps=warm_updates(workers, optimization.gradient_accumulation_steps) + settings.measuring.updates,
+        logging_steps=settings.run.logging_steps,
+        dataloader_num_workers=workers,
+        seed=settings.run.seed,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+    )

@@ -1,0 +1,256 @@
+"""The shards of a data set that is streamed: finding them, an index of what they hold, and reading one of them.
+
+`datasets` finds the files, on the Hub or on disk, and reads tar files. A shard is what can be read without anything
+before it: a row group of a parquet file, or a whole tar file.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, IterableDataset, config, load_dataset, load_dataset_builder
+from datasets.utils.file_utils import xopen
+from tqdm import tqdm
+
+from lora_dist import hub_client, waiting
+from lora_dist.settings.train import DataSettings
+from lora_dist.data.sources.columns import find_image_column, find_label_column, require_columns
+from lora_dist.errors import UserError
+
+T = TypeVar("T")
+
+FORMATS = ("parquet", "webdataset")
+ROWS_AT_A_TIME = 16
+READ_BYTES = 2**20
+"""How much of a row group is fetched at a time. As a whole it can be gigabytes, and each lane has one open."""
+SURVEY_READ_BYTES = 2**16
+THREADS = 16
+
+
+class Row(NamedTuple):
+    """One row of a shard: the undecoded image cell, and the label as the data holds it."""
+
+    cell: Any
+    label: Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a data set, as `datasets` finds it.
+
+    Attributes:
+        format: `parquet` or `webdataset`.
+        files: paths or addresses, in order.
+        stream: all of them; for its types, and for reading tar files.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+    """
+
+    format: str
+    files: list[str]
+    stream: IterableDataset
+    image_column: str
+    label_column: str
+
+    def survey(self, file: int) -> tuple[list[int], list[Any]]:
+        """Rows in each shard of a file, and the labels of all its rows. Of parquet, little more than these is read."""
+        if self.format != "parquet":
+            labels = [value for values in self._columns_of_tar(file, [self.label_column]) for (value,) in values]
+            return [len(labels)], labels
+        with xopen(self.files[file], "rb", block_size=SURVEY_READ_BYTES) as opened, _parquet(opened) as parquet:
+            groups = range(parquet.num_row_groups)
+            batches = parquet.iter_batches(row_groups=list(groups), columns=[self.label_column], use_threads=False)
+            labels = [value for batch in batches for value in batch.column(0).to_pylist()]
+            return [parquet.metadata.row_group(group).num_rows for group in groups], labels
+
+    def read(self, file: int, group: int, start: int) -> Iterator[Row]:
+        """The rows of a shard from `start` on."""
+        columns = [self.image_column, self.label_column]
+        if self.format != "parquet":
+            yield from (Row(*row) for rows in self._columns_of_tar(file, columns, start) for row in rows)
+            return
+        with xopen(self.files[file], "rb") as opened, _parquet(opened) as parquet:
+            # Without threads: one that still holds the file when the process ends aborts it (apache/arrow#45214).
+            for batch in parquet.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False):
+                kept = batch.slice(min(start, len(batch)))
+                start = max(start - len(batch), 0)
+                yield from map(Row, *(kept.column(name).to_pylist() for name in columns))
+
+    def _columns_of_tar(self, file: int, columns: list[str], start: int = 0) -> Iterator[Iterator[tuple[Any, ...]]]:
+        tar = self.stream.shard(len(self.files), file).select_columns(columns).decode(False)
+        # Unlike a loop over the samples, `iter` leaves the shard whole within a worker process of a DataLoader.
+        with closing(tar.skip(start).iter(ROWS_AT_A_TIME)) as batches:
+            for batch in batches:
+                yield zip(*(batch[name] for name in columns), strict=True)
+
+
+def _parquet(opened: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
+
+
+def find_source(settings: DataSettings) -> Source:
+    """Finds the files of the training split, without reading more of them than their types.
+
+    Raises:
+        UserError: the data set or split is not there, is of a format that cannot be streamed, or lacks a column.
+    """
+    name, config_name, split = settings.dataset_name, settings.dataset_config_name, settings.train_split
+    file_format, files, _ = _find_files(settings, split)
+    stream = _or_user_error(settings, split, lambda: load_dataset(name, config_name, split=split, streaming=True))
+    features = stream.features or {}
+    image_column = settings.image_column_name or find_image_column(features)
+    label_column = settings.label_column_name or find_label_column(features)
+    require_columns(features, image_column, label_column)
+    return Source(file_format, files, stream, image_column, label_column)
+
+
+def load_alone(settings: DataSettings, split: str) -> Dataset:
+    """Loads a split, or a slice of one, and not the rest of the data set, as `load_dataset` by its name would.
+
+    Raises:
+        UserError: as `find_source`.
+    """
+    base = split.partition("[")[0]
+    file_format, files, features = _find_files(settings, base)
+    return _or_user_error(
+        settings, split, lambda: load_dataset(file_format, data_files={base: files}, split=split, features=features)
+    )
+
+
+def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Features | None]:
+    """Format, files and declared types of a split."""
+    name, config_name = settings.dataset_name, settings.dataset_config_name
+    assert name is not None
+    builder = _or_user_error(settings, split, lambda: load_dataset_builder(name, config_name))
+    if builder.name == "cache":
+        raise UserError(
+            f"{name} cannot be had from the Hub now, and what is cached of it are no shards that could be streamed: "
+            f"leave out --streaming"
+        )
+    if builder.name not in FORMATS:
+        raise UserError(
+            f"--streaming reads parquet files and WebDataset tar files, and {name} is of format {builder.name}. "
+            f"Leave out --streaming, or write it as parquet: load_dataset({name!r}, …).to_parquet(…)"
+        )
+    files = {str(part): list(found) for part, found in (builder.config.data_files or {}).items()}
+    if split not in files:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(files)}. Slices cannot be streamed.")
+    return builder.name, files[split], builder.info.features
+
+
+def reading_data(name: str | None) -> AbstractContextManager[None]:
+    """For `hub_client.reading` of a data set."""
+    return hub_client.reading(
+        f"the data set {name}", f"`python -c \"import datasets; datasets.load_dataset('{name}')\"`"
+    )
+
+
+def _or_user_error(settings: DataSettings, split: str, load: Callable[[], T]) -> T:
+    try:
+        with reading_data(settings.dataset_name):
+            return load()
+    except UserError:
+        raise
+    except Exception as error:
+        # `datasets` raises a different class for each of a missing name, file and network.
+        raise UserError(
+            f"cannot load split {split!r} of data set {settings.dataset_name!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What the shards of a source hold; empty ones are left out.
+
+    Attributes:
+        files: file of each shard, as a place among the source's, shape [S].
+        groups: row group of each shard in its file, 0 in a tar file, shape [S].
+        first_rows: number of its first row in the file, shape [S].
+        sizes: samples in each shard, shape [S].
+        labels: distinct labels, as the data holds them.
+        digest: of all labels in order.
+    """
+
+    files: np.ndarray
+    groups: np.ndarray
+    first_rows: np.ndarray
+    sizes: np.ndarray
+    labels: list[Any]
+    digest: str
+
+
+def load_index(source: Source) -> ShardIndex:
+    """The index of a source, from the cache of `datasets` or made and put there.
+
+    Parquet files give it quickly. A tar file has to be read from end to end, once. Several processes may call this
+    at the same time: one of those that share the cache does the work.
+
+    Raises:
+        UserError: names a file that cannot be read, or a row without a label.
+    """
+    path = Path(config.HF_DATASETS_CACHE) / "lora_dist_shards" / f"{_identity(source)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with waiting.locked(f"{path}.lock", "indexes the shards"):
+        if not path.is_file():
+            aside = path.with_suffix(".writing")
+            with hub_client.reading("the shards, to be indexed", "leaving out --streaming once"):
+                aside.write_text(json.dumps(_survey_all(source)), encoding="utf-8")
+            aside.replace(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    by_file = [np.array(sizes, dtype=np.int64) for sizes in content["sizes"]]
+    files = np.repeat(np.arange(len(by_file)), [len(sizes) for sizes in by_file])
+    groups = np.concatenate([np.arange(len(sizes)) for sizes in by_file])
+    first_rows = np.concatenate([np.cumsum(sizes) - sizes for sizes in by_file])
+    sizes = np.concatenate(by_file)
+    full = sizes > 0
+    return ShardIndex(files[full], groups[full], first_rows[full], sizes[full], content["labels"], content["digest"])
+
+
+def _identity(source: Source) -> str:
+    """Digest of what the index depends on. An address on the Hub has its commit in it."""
+    digest = hashlib.sha256(repr((source.format, source.label_column)).encode())
+    for file in source.files:
+        found = Path(file).stat() if Path(file).is_file() else None
+        digest.update(repr((file, found and (found.st_size, found.st_mtime_ns))).encode())
+    return digest.hexdigest()[:32]
+
+
+def _survey_all(source: Source) -> dict[str, Any]:
+    numbers = range(len(source.files))
+    seldom = 0.5 if sys.stderr.isatty() else 60
+    with ThreadPoolExecutor(THREADS) as pool:
+        surveys = pool.map(lambda file: _survey(source, file), numbers)
+        found = list(
+            tqdm(surveys, "indexing shards", len(numbers), unit="file", delay=5, mininterval=seldom, file=sys.stderr)
+        )
+    labels = set().union(*(labels for _, labels, _ in found))
+    return {
+        "sizes": [sizes for sizes, _, _ in found],
+        "labels": sorted(labels, key=lambda label: (isinstance(label, str), label)),
+        "digest": hashlib.sha256("".join(digest for _, _, digest in found).encode()).hexdigest()[:16],
+    }
+
+
+def _survey(source: Source, file: int) -> tuple[list[int], set[Any], str]:
+    """Samples in each shard of a file, its distinct labels, and the digest of all its labels."""
+    name = os.path.basename(source.files[file])
+    try:
+        sizes, labels = source.survey(file)
+    except Exception as error:
+        # Decoders and networks fail in many ways.
+        raise UserError(f"cannot read {source.files[file]}: {type(error).__name__}: {error}") from error
+    for row, label in enumerate(labels):
+        if label is None or label == -1:
+            raise UserError(f"{name} row {row} has no label in column {source.label_column}")
+        if not isinstance(label, int | float | str):
+            raise UserError(f"{name} row {row}: a label of type {type(label).__name__} in {source.label_column}")
+    return sizes, set(labels), hashlib.sha256("\0".join(map(str, labels)).encode()).hexdigest()

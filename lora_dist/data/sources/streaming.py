@@ -1,0 +1,187 @@
+"""Training data that is streamed: shards as a split that is read forward only, a block of each lane at a time."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_dist import waiting
+from lora_dist.settings.train import DataSettings
+from lora_dist.data.sources.columns import class_names
+from lora_dist.data.dataset import ImageData, load_validation, require_same_classes, say_classes_in_doubt
+from lora_dist.data.pixels.images import UnreadableImageError, from_cell
+from lora_dist.data.sampling.interleave import Lanes, Layout, Piece
+from lora_dist.data.sampling.order import Arrangement
+from lora_dist.data.sources.shards import Row, ShardIndex, Source, find_source, load_index
+from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.errors import UserError
+
+MOST_LANES = 64
+
+
+@dataclass(frozen=True)
+class StreamedSplit:
+    """The rows of all shards, numbered through.
+
+    Attributes:
+        source: the shards.
+        index: what they hold.
+        class_of: place in the label map of each label as the data holds it.
+        lanes: how the shards are read.
+    """
+
+    source: Source
+    index: ShardIndex
+    class_of: Mapping[Any, int]
+    lanes: Lanes
+
+    def __len__(self) -> int:
+        return self.lanes.num_samples
+
+    def name(self, index: int) -> str:
+        shard = int(np.searchsorted(np.cumsum(self.index.sizes), index, side="right"))
+        return self.name_in(shard, index - int(self.index.sizes[:shard].sum()))
+
+    def name_in(self, shard: int, row: int) -> str:
+        """What to call a row of a shard: its file, and its number in that."""
+        file = os.path.basename(self.source.files[self.index.files[shard]])
+        return f"{file} row {self.index.first_rows[shard] + row}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.index.digest.encode())
+        digest.update(self.index.sizes.tobytes())
+        for file in self.source.files:
+            digest.update(os.path.basename(file).encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        counts = np.bincount(self.index.files, self.index.sizes, len(self.source.files)).astype(int).tolist()
+        return {
+            "num_samples": len(self),
+            "fingerprint": self.fingerprint(),
+            "files": dict(zip(self.source.files, counts, strict=True)),
+        }
+
+    def arrangement(self, seed: int) -> Arrangement:
+        assert seed == self.lanes.seed
+        return self.lanes
+
+    def reader(self) -> Reader:
+        return LaneReader(self)
+
+
+class LaneReader:
+    """Holds one block of each lane that it is asked for, encoded, and reads on from there."""
+
+    def __init__(self, split: StreamedSplit) -> None:
+        self._split = split
+        self._blocks: dict[int, _Block] = {}
+        self._at = ""
+
+    @property
+    def held(self) -> int:
+        """Samples in memory."""
+        return sum(len(block.samples) for block in self._blocks.values())
+
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+        lanes, blocks = self._split.lanes.layout(epoch).find(np.array(rows, dtype=np.int64))
+        return {
+            row: self._block(epoch, lane, number).samples[row]
+            for row, lane, number in zip(rows, lanes.tolist(), blocks.tolist(), strict=True)
+        }
+
+    def _block(self, epoch: int, lane: int, number: int) -> "_Block":
+        held = self._blocks.get(lane)
+        if held is None or (held.epoch, held.number) != (epoch, number):
+            layout = self._split.lanes.layout(epoch)
+            start, stop = layout.bounds(lane, number)
+            if held is not None and (held.epoch, held.number) == (epoch, number - 1):
+                rest = held.rest
+            else:
+                rest = self._samples(layout, layout.pieces(lane, start))
+            self._blocks.pop(lane, None)
+            # From the Hub it is tried for up to half an hour (STREAMING_READ_MAX_RETRIES of `datasets`).
+            with waiting.told(lambda: f"waiting for {self._at}"):
+                samples = dict(next(rest) for _ in range(stop - start))
+            self._blocks[lane] = _Block(epoch, number, samples, rest)
+        return self._blocks[lane]
+
+    def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, Encoded]]:
+        split, index = self._split, self._split.index
+        for shard, start, stop in pieces:
+            place, self._at = start, split.name_in(shard, start)
+            try:
+                rows = split.source.read(int(index.files[shard]), int(index.groups[shard]), start)
+                for place in range(start, stop):
+                    row = next(rows, None)
+                    if row is None:
+                        raise EOFError("the file has changed since it was indexed")
+                    yield int(layout.first_rows[shard]) + place, self._encoded(row, split.name_in(shard, place))
+            except Exception as error:
+                # Decoders and networks fail in many ways.
+                name = split.name_in(shard, place)
+                raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
+
+    def _encoded(self, row: Row, name: str) -> Encoded:
+        source, inner = from_cell(row.cell)
+        return Encoded(source, f"{name} ({inner})" if inner else name, self._split.class_of[row.label])
+
+
+@dataclass(frozen=True)
+class _Block:
+    epoch: int
+    number: int
+    samples: dict[int, Encoded]
+    rest: Iterator[tuple[int, Encoded]]
+
+
+def prepare(settings: DataSettings) -> None:
+    """Makes the index of the shards, where that is not in the cache yet. It can take longer than processes wait."""
+    load_index(find_source(settings))
+
+
+def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageData:
+    """Finds the training shards, and loads the validation split.
+
+    Args:
+        settings: with `streaming`.
+        seed: of the order.
+        processes: that share the shards.
+
+    Raises:
+        UserError: as `load_data`; or there are too few shards.
+    """
+    source = find_source(settings)
+    index = load_index(source)
+    names = class_names(source.stream.features[source.label_column], set(index.labels))
+    labels = list(names.values())
+    validation = load_validation(settings, seed, labels)
+    class_of = {value: place for place, value in enumerate(names)}
+    in_train = {class_of[label] for label in index.labels}
+    if not settings.allow_missing_classes:
+        require_same_classes(labels, in_train, set(validation.labels.tolist()))
+    say_classes_in_doubt(labels, in_train)
+    return ImageData(
+        labels, StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes)), validation
+    )
+
+
+def _lanes(settings: DataSettings, index: ShardIndex, seed: int, processes: int) -> Lanes:
+    """The lanes of a run: by default a power of two of them, as processes mostly are."""
+    shards = len(index.sizes)
+    if not shards:
+        raise UserError(f"0 training images: {settings.dataset_name} has no rows in split {settings.train_split}")
+    count = settings.streaming_lanes or 2 ** (min(shards, MOST_LANES).bit_length() - 1)
+    if count > shards:
+        raise UserError(f"--streaming_lanes {count}: the data set has {shards} shards (row groups or tar files)")
+    if count < processes:
+        more = f"set --streaming_lanes to between {processes} and {shards}, " if shards >= processes else ""
+        raise UserError(
+            f"{shards} shards (row groups or tar files) in {count} lanes cannot be shared by {processes} processes: "
+            f"{more}start fewer processes, or write the data set in more shards"
+        )
+    block = max(2, settings.shuffle_buffer_size // count // 2 * 2)
+    return Lanes(index.sizes, count, block, seed)

@@ -1,0 +1,77 @@
+"""Where predict writes: places that are free and can be written to, as is found out before anything is loaded."""
+
+import os
+from pathlib import Path
+
+from lora_dist.errors import UserError
+from lora_dist.settings.predict import PredictSettings
+from lora_dist.storage.writable import require_writable, writing
+
+
+def require_destinations(settings: PredictSettings) -> None:
+    """Checks every place that a prediction is to write to.
+
+    Raises:
+        UserError: lists those that are taken, that cannot be written to, or that cannot both be.
+    """
+    merging, images = settings.merging, settings.images
+    # In the order in which they are written.
+    wanted = {
+        "export_legacy_names": (merging.export_legacy_names, require_free_directory),
+        "merge_to": (merging.merge_to, require_free_directory),
+        "onnx": (settings.onnx_to_write, require_free_file),
+        "output": (images.output, _require_file),
+        "grid": (images.grid, _require_file),
+    }
+    problems: list[str] = []
+    before: dict[str, Path] = {}
+    for flag, (name, check) in wanted.items():
+        if not name:
+            continue
+        path = Path(name).resolve()
+        try:
+            check(Path(name), flag)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            problems += [
+                f"--{flag} {name}: --{other} would be there already; name another place"
+                for other, earlier in before.items()
+                if path == earlier or path in earlier.parents
+            ]
+        before[flag] = path
+    if problems:
+        raise UserError("\n  ".join(["nothing was done, since not all of it could be written:", *problems]))
+
+
+def require_free_directory(path: Path, flag: str) -> None:
+    """Raises a `UserError` unless a directory can be put there: nothing stands there, or an empty directory."""
+    with writing(path, flag):
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--{flag} {path} is not empty; name another directory")
+        if path.resolve() == Path.cwd() or path.is_mount():
+            raise UserError(f"--{flag} {path}: the directory itself is replaced; name one inside it")
+        require_writable(path.parent, f"--{flag}")
+
+
+def require_free_file(path: Path, flag: str) -> None:
+    """Raises a `UserError` unless a file can be made there, where nothing stands yet."""
+    with writing(path, flag):
+        if path.is_dir():
+            raise UserError(f"--{flag} {path} is a directory; name a file, such as {path / 'model.onnx'}")
+        if os.path.lexists(path):
+            raise UserError(
+                f"--{flag} {path} is there already; name another file, or run this one without --adapter and --model"
+            )
+        require_writable(path.parent, f"--{flag}")
+
+
+def _require_file(path: Path, flag: str) -> None:
+    """A file may be there, to be written over; or a pipe."""
+    with writing(path, flag):
+        if path.is_dir():
+            raise UserError(f"--{flag} {path} is a directory; name a file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"--{flag} {path}: cannot be written to; name another file")
+        if not path.exists():
+            require_writable(path.parent, f"--{flag}")

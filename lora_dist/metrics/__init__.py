@@ -1,0 +1,1 @@
+"""Metrics of classification, which training, prediction and audit share."""

@@ -1,0 +1,103 @@
+"""The weighted sum of several adapters, as one adapter."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_dist.errors import UserError
+from lora_dist.model.adapter_io import place_of
+from lora_dist.model.adapters import Adapter
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+def blend(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """One adapter whose update is the weighted sum of the updates of several, exactly.
+
+    With s_i the scale of adapter i: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]. What an
+    adapter brings whole, such as its head, is averaged with the same weights.
+
+    Args:
+        adapters: read for the same base, with the same classes in the same order.
+        weights: of each; they add up to 1.
+
+    Returns:
+        An adapter whose rank is the sum of theirs, and whose scale is 1.
+
+    Raises:
+        UserError: DoRA, whose update is no product of matrices; or they train different modules in full.
+    """
+    for adapter in adapters:
+        if adapter.config.use_dora:
+            raise UserError(f"the adapter in {adapter.directory} is DoRA, which has no weighted sum with others")
+    ranks = [_largest_rank(adapter) for adapter in adapters]
+    # A linear probe has no matrices, and adds nothing to the rank.
+    total = max(1, sum(ranks))
+    state: dict[str, Tensor] = {}
+    modules = sorted({place for adapter in adapters for place, lora in map(place_of, adapter.state) if lora})
+    for module in modules:
+        like_a, like_b = next((a.state[module + A], a.state[module + B]) for a in adapters if module + A in a.state)
+        parts_a, parts_b = [], []
+        for adapter, weight, rank in zip(adapters, weights, ranks, strict=True):
+            # Zeros where an adapter has a lower rank here than elsewhere, or does not change this module.
+            part_a = like_a.new_zeros((rank, *like_a.shape[1:]), dtype=torch.float32)
+            part_b = like_b.new_zeros((like_b.shape[0], rank, *like_b.shape[2:]), dtype=torch.float32)
+            if module + A in adapter.state:
+                found_a, found_b = adapter.state[module + A], adapter.state[module + B]
+                part_a[: len(found_a)] = found_a
+                part_b[:, : len(found_a)] = found_b.float() * (weight * _scale(adapter, module))
+            parts_a.append(part_a)
+            parts_b.append(part_b)
+        state[module + A], state[module + B] = torch.cat(parts_a, dim=0), torch.cat(parts_b, dim=1)
+    state |= _average(adapters, weights)
+    first = adapters[0]
+    config = replace(
+        first.config,
+        r=total,
+        lora_alpha=total,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=set(modules) if modules else first.config.target_modules,
+        layers_to_transform=None,
+        layers_pattern=None,
+        exclude_modules=None,
+    )
+    return replace(first, config=config, state=state, names=None)
+
+
+def _largest_rank(adapter: Adapter) -> int:
+    return max((len(tensor) for name, tensor in adapter.state.items() if name.endswith(A)), default=0)
+
+
+def _scale(adapter: Adapter, module: str) -> float:
+    config = adapter.config
+    if config.alpha_pattern:
+        raise UserError(f"the adapter in {adapter.directory} has an alpha_pattern, which cannot be blended")
+    rank = len(adapter.state[module + A])
+    return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Weighted means of what is no LoRA matrix, in fp32; counters are those of the first adapter."""
+    wholes = [{n: tensor for n, tensor in adapter.state.items() if not place_of(n)[1]} for adapter in adapters]
+    averaged: dict[str, Tensor] = {}
+    for adapter, whole in zip(adapters, wholes, strict=True):
+        differing = sorted(whole.keys() ^ wholes[0].keys())
+        differing += [
+            name for name, tensor in whole.items() if name not in differing and tensor.shape != wholes[0][name].shape
+        ]
+        if differing:
+            raise UserError(
+                f"the adapters in {adapters[0].directory} and {adapter.directory} do not train the same modules in "
+                f"full, and cannot be blended: {', '.join(differing[:5])}"
+            )
+    for name, tensor in wholes[0].items():
+        if tensor.is_floating_point():
+            parts = [whole[name].double() * weight for whole, weight in zip(wholes, weights, strict=True)]
+            averaged[name] = torch.stack(parts).sum(dim=0).float()
+        else:
+            averaged[name] = tensor
+    return averaged

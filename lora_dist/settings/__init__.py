@@ -1,0 +1,1 @@
+"""The settings of every command, from flags, YAML files and packaged recipes. Never imports torch."""

@@ -1,0 +1,247 @@
+"""Command line and YAML to settings: flat names, the nearest name for a typo, every problem reported at once."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from lora_dist.settings import trainer_flags
+from lora_dist.settings.train import RECIPES, Problem, recipe_names
+from lora_dist.errors import UserError
+
+S = TypeVar("S", bound=BaseModel)
+_NO_VALUE = object()
+SEVERAL: dict[str, Any] = {"several": True}
+"""`json_schema_extra` of a list setting whose flag takes values separated by spaces, as a shell expands them."""
+
+
+class _Field:
+    """One setting: the group it stands in and what pydantic knows of it."""
+
+    def __init__(self, group: str, info: FieldInfo) -> None:
+        self.group = group
+        self.info = info
+        self.takes_several = info.json_schema_extra == SEVERAL
+        self.is_bool = info.annotation is bool
+
+    def help(self) -> str:
+        text = (self.info.description or "").replace("\n", " ").replace("%", "%%")
+        default = self.info.get_default(call_default_factory=True)
+        if default is None or default == []:
+            return text
+        shown = ",".join(default) if isinstance(default, list) else str(default).lower() if self.is_bool else default
+        return f"{text} (default: {shown})"
+
+    def metavar(self) -> str:
+        choices = [value for part in _flatten(self.info.annotation) for value in _literals(part)]
+        kinds = [_flatten_name(part) for part in _flatten(self.info.annotation) if not _literals(part)]
+        return "|".join([*(kind for kind in kinds if kind), *map(str, choices)]) or "TEXT"
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is None or get_origin(annotation) in (Literal, list):
+        return [annotation]
+    return [part for arg in get_args(annotation) for part in _flatten(arg)]
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _flatten_name(annotation: Any) -> str:
+    names = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+    return "A,B" if get_origin(annotation) is list else names.get(annotation, "")
+
+
+def flat_fields(settings_class: type[BaseModel]) -> dict[str, _Field]:
+    """Flat name to field, for a class whose own fields are groups of settings."""
+    fields: dict[str, _Field] = {}
+    for group, outer in settings_class.model_fields.items():
+        for name, info in _group_class(outer).model_fields.items():
+            assert name not in fields, f"{name} stands in two groups"
+            fields[name] = _Field(group, info)
+    return fields
+
+
+def _group_class(field: FieldInfo) -> type[BaseModel]:
+    assert isinstance(field.annotation, type)
+    assert issubclass(field.annotation, BaseModel)
+    return field.annotation
+
+
+def flatten(settings: BaseModel) -> dict[str, Any]:
+    """Settings as a flat dictionary, in the order of `--help`, that `--config` reads back."""
+    return {name: value for group in settings.model_dump(mode="json").values() for name, value in group.items()}
+
+
+def parse(
+    settings_class: type[S],
+    argv: list[str],
+    *,
+    prog: str,
+    description: str,
+    contradictions: Callable[[S], Iterable[Problem]],
+    takes_config: bool = True,
+) -> S:
+    """Builds settings from defaults, then the YAML of `--config`, then flags; the later one wins.
+
+    Raises:
+        UserError: lists every unknown name, wrong value and contradiction.
+    """
+    fields = flat_fields(settings_class)
+    parser = _parser(settings_class, fields, prog, description, takes_config)
+    flags, leftover = parser.parse_known_args([_underscored(token) for token in argv])
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    problems = list(_unknown_flags(leftover, [*fields, *(["config"] if takes_config else [])]))
+
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    config = given.pop("config", None)
+    unread = False
+    if config is not None and config is not _NO_VALUE:
+        try:
+            content = _read_yaml(_find_config(config))
+        except UserError as error:
+            content, unread = {}, True
+            problems.append(str(error))
+        for name, value in content.items():
+            if name in fields:
+                values[name], origin[name] = value, f" (in {config})"
+            else:
+                problems.append(f"{name}: unknown setting (in {config}){_help_with(str(name), fields)}")
+    elif config is _NO_VALUE:
+        problems.append(f"--config: needs a path or one of {', '.join(recipe_names())}")
+    for name, value in given.items():
+        if value is _NO_VALUE:
+            problems.append(f"--{name}: needs a value")
+        else:
+            values[name], origin[name] = value, ""
+
+    settings, invalid = _validate(settings_class, fields, values)
+    problems += [f"--{name}: {message}{origin[name]}" for name, message in invalid.items()]
+    # Without the file, what seems to contradict may only be missing.
+    for problem in () if unread else contradictions(settings):
+        if not invalid.keys() & set(problem.names):
+            problems.append(f"{', '.join('--' + name for name in problem.names)}: {problem.message}")
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n  ".join([f"{count} with the settings of {prog}", *problems]))
+    return settings
+
+
+def _parser(
+    settings_class: type[BaseModel], fields: Mapping[str, _Field], prog: str, description: str, takes_config: bool
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, usage=f"{prog} [--setting value ...]", description=description, allow_abbrev=False
+    )
+    if takes_config:
+        parser.add_argument(
+            "--config",
+            nargs="?",
+            const=_NO_VALUE,
+            metavar="NAME|FILE",
+            help=f"YAML file of settings, or a packaged recipe: {', '.join(recipe_names())}. Flags override it.",
+        )
+    groups = {
+        name: parser.add_argument_group((_group_class(info).__doc__ or name).splitlines()[0])
+        for name, info in settings_class.model_fields.items()
+    }
+    for name, field in fields.items():
+        groups[field.group].add_argument(
+            f"--{name}",
+            nargs="*" if field.takes_several else "?",
+            const=None if field.takes_several else "true" if field.is_bool else _NO_VALUE,
+            metavar=field.metavar(),
+            help=field.help(),
+        )
+    return parser
+
+
+def _underscored(token: str) -> str:
+    """`--learning-rate=1e-3` means `--learning_rate=1e-3`."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]:
+    after_flag = False
+    for token in leftover:
+        if token.startswith("-"):
+            name = token.lstrip("-").partition("=")[0]
+            yield f"{token.partition('=')[0]}: unknown flag{_help_with(name, known)}"
+            after_flag = True
+        elif not after_flag:
+            yield f"{token}: a value without a flag"
+        else:
+            after_flag = False
+
+
+def _help_with(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return trainer_flags.hint(name, known) or (f"; did you mean --{close[0]}?" if close else "")
+
+
+def _find_config(name: str) -> Path:
+    # That of `Path` fails on a name that is too long.
+    if os.path.isfile(name):  # noqa: PTH113
+        return Path(name)
+    if name in recipe_names():
+        return Path(str(RECIPES / f"{name}.yaml"))
+    hint = difflib.get_close_matches(name, recipe_names(), n=1)
+    raise UserError(
+        f"--config {name}: no such file or recipe"
+        + (f"; did you mean {hint[0]}?" if hint else ".")
+        + f" Recipes: {', '.join(recipe_names())}."
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected lines of the form 'setting: value', found a {type(content).__name__}")
+    return content
+
+
+def _validate(
+    settings_class: type[S], fields: Mapping[str, _Field], values: Mapping[str, Any]
+) -> tuple[S, dict[str, str]]:
+    """Settings from the valid values, and a message for each invalid one."""
+
+    def build(names: Iterable[str]) -> S:
+        grouped: dict[str, dict[str, Any]] = {group: {} for group in settings_class.model_fields}
+        for name in names:
+            grouped[fields[name].group][name] = values[name]
+        return settings_class.model_validate(grouped)
+
+    try:
+        return build(values), {}
+    except ValidationError as error:
+        messages: dict[str, list[str]] = {}
+        for entry in error.errors():
+            messages.setdefault(str(entry["loc"][1]), []).append(entry["msg"])
+    invalid = {
+        name: f"{values[name]!r} is not valid: {' or '.join(dict.fromkeys(found))}" for name, found in messages.items()
+    }
+    return build(name for name in values if name not in invalid), invalid
+
+
+def argv_or(arguments: list[str] | None) -> list[str]:
+    """The arguments given, else those of the command line."""
+    return sys.argv[1:] if arguments is None else arguments

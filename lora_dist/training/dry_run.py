@@ -1,0 +1,189 @@
+"""What a run would be (`--dry_run`): its sizes, and its time and memory from two updates that are really made."""
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import yaml
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from lora_dist.settings.cli import flatten
+from lora_dist.data.batch import Batch
+from lora_dist.data.dataset import ImageData
+from lora_dist.data.loader import batches, train_loader
+from lora_dist.storage.disk import free_bytes, readable
+from lora_dist.errors import Problems, UserError
+from lora_dist.model.adapters import is_counted
+from lora_dist.model.base import set_training
+from lora_dist.training.loop import Job, data_failure, make_update
+from lora_dist.training.saving.disk_budget import Sizes
+from lora_dist.training.schedule import is_due
+from lora_dist.training.step import LostBatchError, NonFiniteLossError
+from lora_dist.training.reporting.tracking import peak_memory_mb
+
+logger = logging.getLogger(__name__)
+
+UPDATES = 2
+MOST_LINES = 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the updates and the evaluation batch of a dry run took.
+
+    Attributes:
+        update_seconds: of an update, waiting for its data included.
+        evaluation_seconds: of a whole evaluation, as far as one batch tells.
+        peak_memory_mb: of the process that takes most.
+    """
+
+    update_seconds: float
+    evaluation_seconds: float
+    peak_memory_mb: float
+
+
+def rehearse(
+    job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
+) -> None:
+    """Prints the settings as YAML and the plan. Called on every process.
+
+    Args:
+        job: to try.
+        data: that it trains on.
+        parameters: trainable and all.
+        sizes: of what it writes.
+        first_step: updates that are done.
+        problems: that were found so far.
+
+    Raises:
+        UserError: an update cannot be made.
+    """
+    measured = measure(job, parameters[1], first_step)
+    if job.engine.accelerator.is_main_process:
+        print(yaml.safe_dump(flatten(job.settings), sort_keys=False, allow_unicode=True))
+        print(describe(job, data, parameters, sizes, measured, first_step), flush=True)
+    job.engine.accelerator.end_training()
+    if not problems.found:
+        logger.info("nothing was written")
+
+
+def measure(job: Job, all_parameters: int, first_step: int) -> Measured:
+    """Makes two updates from `first_step` on, and evaluates a batch. Called on every process."""
+    device = job.engine.accelerator.device
+    steps = range(first_step, min(first_step + UPDATES, job.schedule.total_steps))
+    stream = batches(train_loader(job.images, job.order, steps.start, steps.stop, job.settings.data, device), device)
+    update = time_updates(job, steps, stream)[-1] if steps else 0.0
+    evaluation = _time_evaluation(job)
+    peak = peak_memory_mb(device)
+    if device.type == "cpu" and job.engine.accelerator.is_main_process:
+        # At its end the first process loads the base once more, to hand over what it has trained.
+        peak += 4 * all_parameters / 2**20
+    return Measured(update, evaluation, max(gather_object([peak])))
+
+
+def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]:
+    """Makes updates with the batches of `stream`; returns the seconds of each, waiting for its data included.
+
+    Called on every process.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
+    set_training(job.engine.model)
+    seconds = []
+    for step in steps:
+        start = time.perf_counter()
+        job.watch.now(f"update {step + 1}", first=True)
+        try:
+            make_update(job, step, stream)
+        except NonFiniteLossError as error:
+            raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
+        except LostBatchError as error:
+            raise data_failure(error) from error
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@torch.inference_mode()
+def _time_evaluation(job: Job) -> float:
+    evaluator, accelerator = job.evaluator, job.engine.accelerator
+    job.engine.model.eval()
+    start = time.perf_counter()
+    batch = next(batches(evaluator.loader, accelerator.device))
+    float(job.engine.model(pixel_values=batch.pixel_values).logits.float().sum())
+    return (time.perf_counter() - start) * len(evaluator.loader)
+
+
+def describe(
+    job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measured, first_step: int
+) -> str:
+    """The plan as a text, a line for each thing that one asks."""
+    order, schedule, accelerator = job.order, job.schedule, job.engine.accelerator
+    run = job.settings.run
+    trainable, total = parameters
+    steps = schedule.total_steps - first_step
+    evaluations = sum(
+        is_due(run.eval_steps, step, order.steps_per_epoch, schedule.total_steps)
+        for step in range(first_step + 1, schedule.total_steps + 1)
+    )
+    training, evaluation = steps * measured.update_seconds, (evaluations + 1) * measured.evaluation_seconds
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    root = job.checkpointer.directory.parent
+    rows = [
+        ("data", f"{len(data.train):,} training and {len(data.validation):,} validation images"),
+        ("classes", f"{len(data.labels)}: {', '.join(data.labels[:6])}{' …' if len(data.labels) > 6 else ''}"),
+        (
+            "launch",
+            f"{_processes(order.world_size)} on {socket.gethostname()}, "
+            f"{accelerator.distributed_type.value}, {precision}, {accelerator.device.type}",
+        ),
+        (
+            "updates",
+            f"{steps:,} of {order.effective_batch} samples: {order.per_device_batch} a process x {order.accumulation} "
+            f"accumulated x {_processes(order.world_size)}; {order.steps_per_epoch:,} an epoch"
+            + (f"; {first_step:,} are done" if first_step else ""),
+        ),
+        ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
+        *(("", line) for line in _groups(job.engine.bare)),
+        ("frozen", f"{total - trainable:,} parameters"),
+        (
+            "time",
+            f"{_interval(training + evaluation)}: {_interval(training)} of updates ({measured.update_seconds:.3g} s "
+            f"each) and {_interval(evaluation)} of {evaluations + 1} evaluations",
+        ),
+        ("memory", f"{measured.peak_memory_mb:,.0f} MiB a process at its peak, on the {accelerator.device.type}"),
+        (
+            "disk",
+            f"{readable(sizes.total)} in {root}, which has {readable(free_bytes(root))} free: {sizes.checkpoints} "
+            f"checkpoints of {readable(sizes.checkpoint)}, and the result of {readable(sizes.result)}",
+        ),
+    ]
+    return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+
+def _groups(model: nn.Module) -> Iterator[str]:
+    """What trains: parameters whose names differ by numbers alone, together."""
+    groups: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_counted(name):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            key = re.sub(r"\b\d+\b", "*", name.removeprefix("base_model.model.")), shape
+            groups[key] = groups.get(key, 0) + 1
+    lines = [f"  {count:>4} x {list(shape)}  {name}" for (name, shape), count in groups.items()]
+    yield from lines[:MOST_LINES]
+    if len(lines) > MOST_LINES:
+        yield f"  … and {len(lines) - MOST_LINES} more"
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
+
+
+def _interval(seconds: float) -> str:
+    return tqdm.format_interval(round(seconds))

@@ -1,0 +1,118 @@
+"""Curves on disk, as TensorBoard's events and as JSON lines: neither stops a run when it cannot be written."""
+
+import errno
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lora_dist.storage.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+
+class Board:
+    """TensorBoard's writer, without which a run can go on: on a full disk it fails, at any later call."""
+
+    def __init__(self, directory: Path, first_step: int, evaluated: bool = True) -> None:
+        """
+        Args:
+            directory: for the event files.
+            first_step: what was written of later steps is hidden.
+            evaluated: whether the evaluation after `first_step` counts; if not, all of that step is hidden.
+        """
+        _leave_writers_to_boards()
+        self._directory = directory
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=first_step + evaluated)
+        except OSError as error:
+            logger.error("no TensorBoard: %s. Training goes on; metrics.jsonl has the numbers.", error)
+
+    def write(self, write: Callable[..., object], *arguments: object, **options: object) -> None:
+        """Calls a method of the writer, until that has failed once."""
+        if self._writer is None:
+            return
+        try:
+            if not self._directory.is_dir():
+                logger.error("%s is gone; the curves begin anew", self._directory)
+                self._writer = SummaryWriter(str(self._directory))
+            write(self._writer, *arguments, **options)
+        except Exception as error:
+            # Whatever its thread met is raised here.
+            logger.error("TensorBoard ends here: %s. Training goes on; metrics.jsonl has the numbers.", error)
+            self._writer = None
+
+
+def _leave_writers_to_boards() -> None:
+    """Keeps Python from printing what a thread of TensorBoard died of, which the next call of its writer raises."""
+    before = threading.excepthook
+
+    def hook(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
+
+
+class Lines:
+    """A file of lines. One that cannot be written is kept for the next time.
+
+    Attributes:
+        last: the content of the lines of `first_step`.
+    """
+
+    def __init__(self, path: Path, first_step: int, evaluated: bool = True) -> None:
+        """
+        Args:
+            path: of the file.
+            first_step: lines of later steps are removed.
+            evaluated: whether the evaluation after `first_step` counts; if not, its line is removed too.
+        """
+        self._path = path
+        self._waiting: list[str] = []
+        self.last = [line for line in _drop_lines_after(path, first_step, evaluated) if line["step"] == first_step]
+
+    def write(self, line: str) -> None:
+        """Adds a line, and those that wait."""
+        self._waiting.append(line)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                content = "".join(self._waiting).encode()
+                if file.write(content) < len(content):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if len(self._waiting) == 1:
+                logger.error("cannot write to %s: %s. Its lines wait.", self._path, error)
+        else:
+            self._waiting.clear()
+
+
+def _drop_lines_after(path: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    """Removes the JSON lines of what a resumed run will do again, and a half-written last one; returns the others."""
+    kept: list[bytes] = []
+    found: list[dict[str, Any]] = []
+    if not path.is_file():
+        return found
+    try:
+        for line in path.read_bytes().splitlines():
+            try:
+                content = json.loads(line)
+                again = content["step"] == step and not evaluated and "eval/loss" in content
+                if content["step"] <= step and not again:
+                    kept.append(line)
+                    found.append(content)
+            except (ValueError, KeyError, TypeError):
+                continue
+        replace_file(path, b"".join(line + b"\n" for line in kept))
+    except OSError as error:
+        logger.error("cannot write to %s: %s. What it has of updates after %d stays.", path, error, step)
+    return found

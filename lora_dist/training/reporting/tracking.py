@@ -1,0 +1,196 @@
+"""What people watch: TensorBoard, JSON lines and a progress bar, written by one process."""
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from lora_dist.data.batch import Batch
+from lora_dist.processes.lifetime import at_end
+from lora_dist.training.reporting.board import Board, Lines
+
+logger = logging.getLogger(__name__)
+
+HPARAM_TYPES = (bool, str, float, int)
+
+
+class Tracker:
+    """Writes a run's curves, pictures and log.
+
+    On other processes than the first it does nothing, so that callers need no condition.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int, evaluated: bool = True
+    ) -> None:
+        """
+        Args:
+            output_dir: gets `tensorboard/` and `metrics.jsonl`.
+            enabled: whether this is the process that writes.
+            first_step: updates done before; what an interrupted run logged beyond is removed from both.
+            total_steps: updates in the whole run.
+            evaluated: whether the evaluation that was due after `first_step` has been made; if not, it will be logged
+                again.
+        """
+        self.enabled = enabled
+        self._total = total_steps
+        if not enabled:
+            return
+        self._lines = Lines(output_dir / "metrics.jsonl", first_step, evaluated)
+        self._board = Board(output_dir / "tensorboard", first_step, evaluated)
+        if not evaluated:
+            # TensorBoard hides steps as a whole: what stands of this one is written again.
+            for line in self._lines.last:
+                self._write_scalars(first_step, {name: value for name, value in line.items() if "/" in name})
+        at_end(self.flush)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            delay=1e-3,  # the first update shows it, and what is said before stands above it
+            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
+            file=sys.stderr,
+        )
+
+    def advance(self, step: int, loss: float, samples_per_second: float) -> None:
+        """Moves the progress bar to `step` updates."""
+        if self.enabled:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {samples_per_second:.0f} images/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def scalars(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Logs numbers under names such as `train/loss`, to the curves and as a JSON line."""
+        if not self.enabled:
+            return
+        self._write_scalars(step, values)
+        # JSON has no infinity, which is the gradient's norm in an update that fp16 skips.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
+
+    def _write_scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            self._board.write(SummaryWriter.add_scalar, name, math.inf if value is None else value, step)
+
+    def say(self, message: str) -> None:
+        """A line for the reader, above the progress bar or in the log file."""
+        if self.enabled:
+            if self._bar.disable:
+                logger.info(message)
+            else:
+                self._bar.write(message, file=sys.stderr)
+
+    def progress_line(self, step: int, epoch: float, values: Mapping[str, float], seconds_left: float) -> None:
+        """The progress bar's content as a line, where there is no terminal."""
+        if self.enabled and self._bar.disable:
+            logger.info(
+                "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  left %s",
+                step,
+                self._total,
+                epoch,
+                values["train/loss"],
+                values["train/learning_rate"],
+                values["train/samples_per_second"],
+                tqdm.format_interval(seconds_left),
+            )
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """Adds a picture to TensorBoard."""
+        if self.enabled:
+            self._board.write(SummaryWriter.add_image, name, np.asarray(image), step, dataformats="HWC")
+            self._board.write(SummaryWriter.flush)
+
+    def settings(self, flat: Mapping[str, Any]) -> None:
+        """Adds the settings as text."""
+        if self.enabled:
+            text = yaml.safe_dump(dict(flat), sort_keys=False, allow_unicode=True)
+            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            self._board.write(SummaryWriter.add_text, "settings", indented)
+
+    def hyperparameters(self, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Adds the settings with the final metrics, for TensorBoard's comparison of runs."""
+        if self.enabled:
+            hparams = {
+                name: value if isinstance(value, HPARAM_TYPES) else json.dumps(value) for name, value in flat.items()
+            }
+            results = {f"hparam/{name}": value for name, value in metrics.items()}
+            self._board.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
+
+    def flush(self) -> None:
+        """Writes out what is buffered: what a checkpoint lies behind is not logged again.
+
+        The progress bar is gone until the next update, so that messages about the checkpoint have lines of their own.
+        """
+        if self.enabled:
+            self._bar.clear()
+            self._board.write(SummaryWriter.flush)
+
+    def close(self) -> None:
+        """Ends the progress bar and the files."""
+        if self.enabled:
+            self._bar.close()
+            self._board.write(SummaryWriter.close)
+
+
+class Window:
+    """Times the updates since the last log: how long they took, and how much of that was waiting for data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self.seconds = self.waited = self.own_seconds = 0.0
+        self.samples = self.updates = 0
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all processes."""
+        return self.samples / max(self.seconds, 1e-9)
+
+    def timed(self, stream: Iterator[Batch]) -> Generator[Batch]:
+        """The same batches, with the time until each arrives counted as waiting."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def start_update(self) -> None:
+        """Called before an update."""
+        self._started = time.perf_counter()
+
+    def note_own_work(self) -> None:
+        """Called where an update begins to wait for the other processes: what it took so far is this process's own."""
+        self.own_seconds += time.perf_counter() - self._started
+
+    def end_update(self, samples: int) -> float:
+        """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
+        self.samples += samples
+        self.updates += 1
+        return seconds
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Highest memory use so far: of the CUDA device, or of this process (2**20 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,1 @@
+"""What a run writes: its state, checkpoints and the result."""

@@ -1,0 +1,58 @@
+"""What a run will write, and whether it has the room to, found out before it trains."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lora_dist.storage.disk import SAFETY, free_bytes, readable
+from lora_dist.errors import UserError
+from lora_dist.model.base import count_parameters, trained_tensors
+
+MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a run writes.
+
+    Attributes:
+        checkpoint: one of them.
+        result: the adapter, or the model.
+        checkpoints: most of them that there are at a time: those kept, the best, and the one that is being written.
+    """
+
+    checkpoint: int
+    result: int
+    checkpoints: int
+
+    @property
+    def total(self) -> int:
+        """All of it at a time."""
+        return self.checkpoint * self.checkpoints + self.result
+
+    @classmethod
+    def of(cls, model: nn.Module, whole: bool, save_total_limit: int) -> "Sizes":
+        """
+        Args:
+            model: before it is cut up by an engine.
+            whole: the result is the whole model.
+            save_total_limit: checkpoints to keep, besides the best.
+        """
+        trained = [(tensor.numel() * 4, isinstance(tensor, nn.Parameter)) for _, tensor in trained_tensors(model)]
+        bare = sum(size for size, _ in trained)
+        moments = sum(MOMENTS * size + 4 for size, has_moments in trained if has_moments)
+        result = count_parameters(model)[1] * 4 if whole else bare
+        return cls(bare + moments, result, save_total_limit + 2)
+
+
+def require_room(root: Path, sizes: Sizes) -> None:
+    """Raises a `UserError` where the disk has no room for a run, what is there of it already not counted."""
+    there = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.is_dir() else 0
+    needed, free = int(SAFETY * sizes.total) - there, free_bytes(root)
+    if needed > free:
+        raise UserError(
+            f"--output_dir {root}: {readable(free)} free, and this run writes {readable(needed)}: {sizes.checkpoints} "
+            f"checkpoints of {readable(sizes.checkpoint)} and a result of {readable(sizes.result)}. Make room, name "
+            f"another disk, or keep fewer by --save_total_limit"
+        )

@@ -1,0 +1,223 @@
+"""Keeps a repository on the Hub up to date in the background: training neither waits for it nor fails by it."""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from lora_dist import hub, hub_client, waiting
+from lora_dist.settings.train import HubSettings
+from lora_dist.errors import UserError
+from lora_dist.hub import HubError
+from lora_dist.training.saving.output import Output
+
+logger = logging.getLogger(__name__)
+
+WAITS = (1.0, 4.0, 15.0)
+"""Seconds before each further try, of something that may go away."""
+FINAL_SECONDS = 300.0
+"""How long the end of a run may wait for the Hub, at least."""
+SLOWEST = 1e6
+"""Bytes a second of the slowest connection that the end of a run waits for."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """A directory to become one commit.
+
+    Attributes:
+        directory: with the files.
+        message: of the commit.
+        passes: whether the directory goes away once it has been pushed, or is not to be.
+    """
+
+    directory: Path
+    message: str
+    passes: bool
+
+    def discard(self) -> None:
+        """Called when it is no longer needed."""
+        if self.passes:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Publisher:
+    """Pushes one directory at a time; a newer one takes the place of one that waits, for its turn or its next try.
+
+    Attributes:
+        name: of the repository; without a namespace until the Hub has said which.
+    """
+
+    def __init__(self, name: str, private: bool, waits: Sequence[float] = WAITS) -> None:
+        """
+        Args:
+            name: of the repository, with or without a namespace.
+            private: if it has to be made.
+            waits: seconds before each further try.
+        """
+        self.name = name
+        self._private = private
+        self._waits = waits
+        self._is_open = False
+        self._changed = threading.Condition()
+        self._next: Push | None = None
+        self._final: Push | None = None
+        self._pushed: Push | None = None
+        self._failure = HubError("nothing was pushed yet", passing=False)
+        self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
+        self._thread.start()
+
+    def open(self) -> None:
+        """Makes sure that there is a repository to write to.
+
+        Raises:
+            HubError: there is none, or the Hub does not answer.
+        """
+        self._try(self._open)
+
+    def push(self, push: Push) -> None:
+        """Has a directory pushed; returns at once."""
+        with self._changed:
+            replaced, self._next = self._next, push
+            self._changed.notify_all()
+        if replaced is not None:
+            replaced.discard()
+
+    def finish(self, push: Push, seconds: float | None = None) -> bool:
+        """Makes the last push and waits for it; says what to do by hand where it fails.
+
+        Args:
+            push: of the result of the run.
+            seconds: to wait; by default according to its size.
+
+        Returns:
+            Whether the Hub has it.
+        """
+        if seconds is None:
+            seconds = FINAL_SECONDS + _bytes_in(push.directory) / SLOWEST
+        logger.info("pushing %s to %s on the Hub; giving up after %.0f s", push.message, self.name, seconds)
+        self._final = push
+        self.push(push)
+        self._thread.join(seconds)
+        if self._pushed is push:
+            return True
+        if self._thread.is_alive():
+            self._failure = HubError(f"it took longer than {seconds:.0f} s", passing=True)
+        logger.warning(
+            "%s is complete, but could not be pushed to the Hub: %s\nTo push it by hand:\n    hf upload %s %s .",
+            push.directory,
+            self._failure,
+            self.name,
+            push.directory,
+        )
+        return False
+
+    def _work(self) -> None:
+        push = None
+        while push is None or push is not self._final:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None)
+                push, self._next = self._next, None
+            assert push is not None
+            self._publish(push)
+            push.discard()
+
+    def _publish(self, push: Push) -> None:
+        try:
+            self._try(lambda: self._send(push))
+        except HubError as error:
+            self._failure = error
+            if push is not self._final:
+                logger.warning(
+                    "not pushed to the Hub: %s: %s\nThe run goes on, and the next push brings it up to date.",
+                    push.message,
+                    error,
+                )
+        else:
+            self._pushed = push
+            logger.info("pushed to %s on the Hub: %s", self.name, push.message)
+
+    def _send(self, push: Push) -> None:
+        if not self._is_open:
+            self._open()
+        hub.upload(self.name, push.directory, push.message)
+
+    def _open(self) -> None:
+        self.name = hub.open_repository(self.name, self._private)
+        self._is_open = True
+
+    def _try(self, call: Callable[[], None]) -> None:
+        """Calls again after what may go away, as long as nothing newer is there to be pushed."""
+        for wait in self._waits:
+            try:
+                return _with_hub_errors(call)
+            except HubError as error:
+                if not error.passing or self._is_replaced_within(wait):
+                    raise
+        return _with_hub_errors(call)
+
+    def _is_replaced_within(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._next is not None, timeout=seconds)
+
+
+def _with_hub_errors(call: Callable[[], None]) -> None:
+    """Whatever else fails is a failure to push as well, and no more: it neither ends the thread nor the run."""
+    try:
+        call()
+    except HubError:
+        raise
+    except Exception as error:
+        raise HubError(f"{type(error).__name__}: {error}", passing=False) from error
+
+
+def _bytes_in(directory: Path) -> int:
+    """Size of the files in a directory, 0 where there is none: then pushing says so."""
+    return sum(file.stat().st_size for file in directory.iterdir()) if directory.is_dir() else 0
+
+
+def require_token(settings: HubSettings) -> None:
+    """Raises a `UserError` where pushing is asked for and cannot be, as is plain without asking the Hub."""
+    if settings.push_to_hub:
+        try:
+            hub.require_login()
+        except HubError as error:
+            raise UserError(f"--push_to_hub: {error}") from error
+
+
+def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Output, going_on: bool) -> Publisher | None:
+    """The publisher of a run, on the process that has it: the first one, with `--push_to_hub`.
+
+    Called on every process.
+
+    Args:
+        accelerator: of the launch.
+        settings: what to push to.
+        output: of the run.
+        going_on: with what an interrupted run had done; a Hub that is down does not keep it from that.
+
+    Raises:
+        UserError: on every process, if pushing could not work.
+    """
+    publisher, problem = None, ""
+    if settings.push_to_hub and accelerator.is_main_process:
+        publisher = Publisher(settings.hub_model_id or output.root.resolve().name, settings.hub_private_repo)
+        message = f"waiting for the Hub at {hub_client.endpoint()} to open {publisher.name}"
+        try:
+            with waiting.told(message):
+                publisher.open()
+        except HubError as error:
+            problem = f"--push_to_hub: cannot push to {publisher.name} on the Hub: {error}"
+            if going_on and error.passing:
+                logger.warning("%s\nThe run goes on all the same.", problem)
+                problem = ""
+    if settings.push_to_hub:
+        (problem,) = broadcast_object_list([problem])
+    if problem:
+        raise UserError(problem)
+    return publisher

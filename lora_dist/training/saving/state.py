@@ -1,0 +1,276 @@
+"""A run's state in memory: its position, and the way of weights and moments into a checkpoint and back."""
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lora_dist.engines.engine import Engine
+from lora_dist.errors import UserError
+from lora_dist.model.base import trained_tensors
+from lora_dist.processes.runtime import versions
+from lora_dist.training.saving import checkpoint
+from lora_dist.training.saving.checkpoint import Checkpoint
+from lora_dist.training.identity import differences
+
+logger = logging.getLogger(__name__)
+
+KEPT_IN_MEMORY = 2**28
+"""Bytes of the best weights that a process keeps, whatever becomes of the disk: all of LoRA, not all of `full`."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    There is no random state here: order, augmentation and dropout are functions of the seed and the position.
+
+    Attributes:
+        step: updates done.
+        best_step: update with the best validation metric so far.
+        best_value: that metric.
+        best_metric: its name.
+        best_data: fingerprint of the validation data that it was measured on.
+        stale_evaluations: evaluations since then.
+        skipped_updates: updates that were left out, by fp16 loss scaling or because they were not finite.
+        skipped_in_a_row: those since the last one that was made.
+        unreadable_images: samples that were left out because their images could not be read, each time they came.
+        blind_updates: updates in a row, up to this one, of which no image could be read.
+        train_seconds: time spent in updates, evaluation and saving not counted.
+        samples: samples trained on in that time.
+        grad_norm: of the last update, before clipping.
+        loss_sum: sum of the losses of all updates that were finite.
+        loss_count: number of those.
+        logged_step: update of the last log.
+        logged_loss_sum: `loss_sum` then.
+        logged_loss_count: `loss_count` then.
+        settled_step: last update after which the evaluation that was due has been made; a run that was stopped before
+            it makes it when it goes on.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    best_metric: str | None = None
+    best_data: str | None = None
+    stale_evaluations: int = 0
+    skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    unreadable_images: int = 0
+    blind_updates: int = 0
+    train_seconds: float = 0.0
+    samples: int = 0
+    grad_norm: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    logged_step: int = 0
+    logged_loss_sum: float = 0.0
+    logged_loss_count: int = 0
+    settled_step: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the updates since the last log; NaN if none of them was finite."""
+        count = self.loss_count - self.logged_loss_count
+        return (self.loss_sum - self.logged_loss_sum) / count if count else math.nan
+
+    def note_update(self, loss: float, grad_norm: float, skipped: bool) -> None:
+        """Takes an update into account, whether or not fp16 loss scaling left it out."""
+        self.loss_sum += loss
+        self.loss_count += 1
+        self.grad_norm = grad_norm
+        self.skipped_updates += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def note_log(self) -> None:
+        """The next mean is over what comes from here."""
+        self.logged_step, self.logged_loss_sum, self.logged_loss_count = self.step, self.loss_sum, self.loss_count
+
+    def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
+        """Takes a validation metric into account; True where it is the best so far."""
+        before = self.best_value
+        # A metric that is not a number is better than none, and worse than any.
+        better = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
+        if better:
+            self.best_step, self.best_value, self.stale_evaluations = self.step, value, 0
+        else:
+            self.stale_evaluations += 1
+        return better
+
+
+class Checkpointer:
+    """Saves a run's state and puts it back. Every method is called on every process.
+
+    Attributes:
+        directory: where the checkpoints stand.
+        saved_step: update of the last checkpoint that was written or restored.
+    """
+
+    def __init__(self, directory: Path, engine: Engine, identity: dict[str, Any], keep: int) -> None:
+        """
+        Args:
+            directory: where the checkpoints stand.
+            engine: whose state it is.
+            identity: what a run has to share with this one to go on from it.
+            keep: checkpoints to keep, besides the best.
+        """
+        self.directory = directory
+        self._engine = engine
+        self._identity = identity
+        self._keep = keep
+        self.saved_step: int | None = None
+        self._written_step: int | None = None
+        self._best_weights: tuple[int, dict[str, Tensor]] | None = None
+        self._last_weights: dict[str, Tensor] | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint of this moment and removes those that are no longer needed.
+
+        A failure to write is logged, and training goes on: the next checkpoint may find room. The best weights are kept
+        in memory as well, large ones only where they could not be written.
+        """
+        if not self._replace_state(progress):
+            self._save_all(progress)
+        if progress.best_step == progress.step:
+            self._best_weights = None if self._last_weights is None else (progress.step, self._last_weights)
+
+    def _replace_state(self, progress: Progress) -> bool:
+        """Updates the checkpoint that this process has written after the same update: its tensors are as they were."""
+        if self._written_step != progress.step:
+            return False
+        replaced = False
+        if self._engine.accelerator.is_main_process:
+            try:
+                checkpoint.replace_state(self.directory, progress.step, self._state(progress))
+                checkpoint.prune(self.directory, self._keep, progress.best_step)
+                replaced = True
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning("writing the checkpoint of update %d anew: %s", progress.step, error)
+        (replaced,) = broadcast_object_list([replaced])
+        return replaced
+
+    def _save_all(self, progress: Progress) -> None:
+        content = Checkpoint(self._engine.trained(), self._engine.moments(), self._state(progress))
+        # The first process decides for all: the statistics of batch norms differ by process.
+        (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
+        if saved:
+            self.saved_step = self._written_step = progress.step
+        self._last_weights = content.trained if not saved or _small(content.trained) else None
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "progress": asdict(progress),
+            "identity": self._identity,
+            "scaler": self._engine.scaler_state(),
+            "versions": versions(),
+        }
+
+    def _write(self, progress: Progress, content: Checkpoint) -> bool:
+        broken = [name for name, tensor in content.trained.items() if not tensor.isfinite().all()]
+        if broken:
+            logger.warning("not saved, because %s is not finite: the checkpoint before stands", broken[0])
+            return False
+        try:
+            checkpoint.write(self.directory, progress.step, content)
+            checkpoint.prune(self.directory, self._keep, progress.best_step)
+        except (OSError, SafetensorError) as error:
+            logger.error(
+                "cannot write the checkpoint of update %d: %s. Training goes on. Make room for the next one; until "
+                "then what there is to go on from is %s.",
+                progress.step,
+                error,
+                "nothing" if self.saved_step is None else f"update {self.saved_step}",
+            )
+            return False
+        logger.info("saved a checkpoint after update %d", progress.step)
+        return True
+
+    def restore(self, content: Checkpoint) -> Progress:
+        """Puts a checkpoint back, exactly.
+
+        Raises:
+            UserError: it is of a run that differs in a way that would change the result.
+        """
+        if changes := list(differences(content.state["identity"], self._identity)):
+            raise UserError(
+                "\n  ".join(["the checkpoint is of another run:", *changes])
+                + "\nUse the settings, base and data of that run (see its config.yaml), or another --output_dir."
+            )
+        _tell_other_versions(content.state.get("versions", {}))
+        # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
+        expected = {
+            name: tuple(getattr(tensor, "ds_shape", tensor.shape))
+            for name, tensor in trained_tensors(self._engine.bare)
+        }
+        found = {name: tuple(tensor.shape) for name, tensor in content.trained.items()}
+        unmatched = sorted({name for name, _ in expected.items() ^ found.items()})
+        if unmatched:
+            raise UserError(
+                f"the checkpoint trains other tensors than this run, or of other shapes: {', '.join(unmatched[:5])} …"
+            )
+        self._engine.load_trained(content.trained)
+        self._engine.load_moments(content.optimizer)
+        self._engine.load_scaler_state(content.state["scaler"])
+        progress = Progress(**content.state["progress"])
+        # One from another directory is saved here by the run that goes on from it.
+        mine = checkpoint.path_of(self.directory, progress.step).is_dir()
+        (mine,) = broadcast_object_list([mine])
+        self.saved_step = progress.step if mine else None
+        # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
+        (gone,) = broadcast_object_list(
+            [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
+        )
+        if gone:
+            logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
+            progress.best_step = progress.best_value = None
+        elif progress.best_step is not None and _small(content.trained):
+            self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).trained
+        return progress
+
+    def restore_best(self, progress: Progress) -> None:
+        """Puts the best weights into the model; where they are lost, the last ones stay, and `best_step` is none."""
+        if progress.best_step in (None, progress.step):
+            return
+        weights = self.best_weights(progress)
+        if weights is None:
+            logger.warning("handing over the last weights instead of the best ones")
+        else:
+            self._engine.load_trained(weights)
+
+    def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
+        """What was trained up to the best update; None where that is lost, and `best_step` is none then."""
+        if self._best_weights is not None and self._best_weights[0] == progress.best_step:
+            return self._best_weights[1]
+        best = self._best(progress)
+        (damage,) = broadcast_object_list([self._engine.accelerator.is_main_process and checkpoint.find_damage(best)])
+        if not damage:
+            return checkpoint.read(best).trained
+        logger.warning("the best weights, of update %d, are no longer there (%s)", progress.best_step, damage)
+        progress.best_step = progress.best_value = None
+        return None
+
+    def _best(self, progress: Progress) -> Path:
+        assert progress.best_step is not None
+        return checkpoint.path_of(self.directory, progress.best_step)
+
+
+def _small(trained: dict[str, Tensor]) -> bool:
+    """Whether weights may stay in memory beside those that train."""
+    return sum(tensor.nbytes for tensor in trained.values()) <= KEPT_IN_MEMORY
+
+
+def _tell_other_versions(before: dict[str, str]) -> None:
+    """Says which releases differ from those that wrote a checkpoint."""
+    now = versions()
+    changed = [name for name, version in before.items() if now.get(name) != version]
+    if changed:
+        logger.warning(
+            "the checkpoint is of %s, and this is %s: numbers may differ from those of an unbroken run",
+            ", ".join(f"{name} {before[name]}" for name in changed),
+            ", ".join(f"{name} {now.get(name)}" for name in changed),
+        )
