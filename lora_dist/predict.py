@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.settings.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.settings.predict import PredictSettings, contradictions
 from lora_dist.processes.lifetime import run_command
+from lora_dist.settings.cli import argv_or, parse
+from lora_dist.settings.predict import PredictSettings, contradictions
 
 if TYPE_CHECKING:
     import torch
 
     from lora_dist.deployment.classify import Row
-    from lora_dist.model.bundle import Classifier
+    from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger("lora_dist.predict")
 
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     # What follows imports torch; a mistake in the settings has been reported by now.
     from lora_dist import demo, extras, hub, logs
     from lora_dist.deployment import classify
-    from lora_dist.deployment.export import destinations
-    from lora_dist.deployment.export import onnx as onnx_export
+    from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.model import adapter_io
 
     logs.set_up_logs(is_main=True)
@@ -75,8 +74,8 @@ def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
     """One classifier: an adapter, a blend of adapters, a whole model, or an ONNX file."""
     from lora_dist import hub
     from lora_dist.deployment.export import onnx_model
-    from lora_dist.model import bundle
     from lora_dist.model import adapter_set
+    from lora_dist.model.classifier import load_classifier
 
     source = settings.source
     if not chosen and not source.model:
@@ -85,7 +84,7 @@ def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
     if len(chosen) > 1:
         return adapter_set.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
     directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
-    return bundle.load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+    return load_classifier(directory, source.base_model, source.trust_remote_code, labels)
 
 
 def _labels(settings: PredictSettings) -> list[str] | None:
@@ -98,11 +97,8 @@ def _write(
     classifier: Classifier, chosen: Mapping[str, Path], files: list[str], settings: PredictSettings
 ) -> Classifier:
     """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
-    from lora_dist.deployment.export import older_peft
-    from lora_dist.deployment.export import merge
-    from lora_dist.deployment.export import onnx as onnx_export
-    from lora_dist.deployment.export import onnx_model
-    from lora_dist.model import bundle
+    from lora_dist.deployment.export import merge, older_peft, onnx_export, onnx_model
+    from lora_dist.model.classifier import load_classifier
     from lora_dist.storage.writable import writing
 
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
@@ -120,7 +116,7 @@ def _write(
         logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
         if merged.rounding is not None:
             logger.info("with weights rounded to %s they differ by %.1e", dtype, merged.rounding)
-        classifier = bundle.load_classifier(out, trust_remote_code=trusted)
+        classifier = load_classifier(out, trust_remote_code=trusted)
     if settings.onnx_to_write:
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
@@ -136,8 +132,7 @@ def _write(
 def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
     """Serves until it is interrupted."""
     from lora_dist.deployment import classify
-    from lora_dist.deployment.serve import server
-    from lora_dist.deployment.serve import uploads
+    from lora_dist.deployment.serve import server, uploads
 
     serving = settings.serving
     limits = uploads.Limits(

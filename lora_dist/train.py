@@ -1,14 +1,14 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
-from lora_dist.settings.cli import argv_or, flatten, parse
-from lora_dist.settings.train import Settings
-from lora_dist.settings.contradictions import contradictions
 from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
-from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
+from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
 from lora_dist.processes.run_lock import RunLock
+from lora_dist.settings.cli import argv_or, flatten, parse
+from lora_dist.settings.contradictions import contradictions
+from lora_dist.settings.train import Settings
 
 
 @exit_on_user_error
@@ -37,17 +37,17 @@ def train(settings: Settings, lock: RunLock) -> None:
     from pathlib import Path
 
     from lora_dist.data.sources import streaming
-    from lora_dist.storage.files import finish_replacing
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
+    from lora_dist.storage.files import finish_replacing
+    from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
     from lora_dist.training.best import measure_best_anew
-    from lora_dist.training.loop import evaluate, fit, stopped_on_request
-    from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.dry_run import rehearse
-    from lora_dist.training.saving.publisher import open_publisher, require_token
+    from lora_dist.training.loop import evaluate, fit, stopped_on_request
     from lora_dist.training.reporting.report import announce, show_inputs
-    from lora_dist.storage.writable import require_writable
+    from lora_dist.training.saving.output import Output, find_resume
+    from lora_dist.training.saving.publisher import open_publisher, require_token
 
     run, problems, watch = settings.run, Problems(settings.run.dry_run), Watch(settings.run.stall_timeout)
     with problems.told_together():
@@ -92,17 +92,17 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from datetime import timedelta
     from pathlib import Path
 
-    from lora_dist.data.dataset import load_validation
     from lora_dist.data.pixels.transforms import ImageTransforms
+    from lora_dist.data.sources.load import load_validation
     from lora_dist.hub import local_directory
-    from lora_dist.model.bundle import load_classifier
+    from lora_dist.model.classifier import load_classifier
     from lora_dist.processes.preflight import Preflight
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
-    from lora_dist.training.evaluation import Evaluator
-    from lora_dist.training.saving.output import Output, find_resume, without_nan
-    from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.storage.writable import require_writable
+    from lora_dist.training.evaluation import Evaluator
+    from lora_dist.training.reporting.report import write_evaluation
+    from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     output = Output(Path(settings.run.output_dir))

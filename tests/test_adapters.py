@@ -16,12 +16,13 @@ from tiny import make_image, make_model, perturb
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.base import Base, load_base, make_trainable
+from lora_dist.model.backbone import Base, load_base
 from lora_dist.model.targets import resolve_targets
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer
 
 LABELS = ["x", "y", "z"]

@@ -17,7 +17,6 @@ from disks import small_disk
 from PIL import Image, ImageEnhance, ImageFilter
 from planted import ODD_CLASS, ODD_NAME, Planted, die_of_it, hang_at_it, picture, plant_all, plant_sound
 
-from lora_dist.settings import cli
 from lora_dist.audit import pool
 from lora_dist.audit.__main__ import audit, main
 from lora_dist.audit.checks import check
@@ -25,12 +24,13 @@ from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, l
 from lora_dist.audit.pool import in_processes
 from lora_dist.audit.report import Report, visible, write_json, write_page, write_quarantine
 from lora_dist.audit.scan import Facts, scan
-from lora_dist.settings.audit import AuditSettings, Checks, contradictions
 from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.audit.thumbnails import thumbnail
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.demo import local_path
 from lora_dist.errors import UserError
+from lora_dist.settings import cli
+from lora_dist.settings.audit import AuditSettings, Checks, contradictions
 
 
 def settings_of(*argv: object) -> AuditSettings:

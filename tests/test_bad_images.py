@@ -10,15 +10,16 @@ from launching import lines_of, results_of, train
 from tiny import make_folder, perturb
 from transformers import ViTImageProcessor
 
-from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.dataset import load_data
 from lora_dist.data.loader import batches, train_loader
-from lora_dist.data.sampling.order import Order, Shuffled
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.backbone import load_base
+from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
+from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.train import main
 from lora_dist.training.evaluation import Evaluation, Evaluator
 

@@ -19,22 +19,13 @@ from transformers import (
     ViTModel,
 )
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.base import (
-    Base,
-    cannot_load,
-    count_parameters,
-    find_heads,
-    fingerprint,
-    load_base,
-    load_trained,
-    make_trainable,
-    set_training,
-    trained_tensors,
-)
+from lora_dist.model.backbone import Base, cannot_load, fingerprint, load_base
+from lora_dist.model.head import find_heads
+from lora_dist.model.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["x", "y", "z"]
 LORA = LoraSettings(lora_r=4, lora_dropout=0.0)

@@ -12,7 +12,7 @@ from transformers import ViTImageProcessor
 
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 
 COLORS = ["red", "lime", "blue"]
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 from tiny import make_folder
 
-from lora_dist.settings import cli
 from lora_dist.bench.arithmetic import count_flops
-from lora_dist.bench.trainer_baseline import time_guide
+from lora_dist.bench.compare import Comparison, Turn
+from lora_dist.bench.diagnosis import Circumstances, flag, verdict
 from lora_dist.bench.measure import Figures, assemble_unwritten, measure, warm_updates
 from lora_dist.bench.report import row
 from lora_dist.bench.results import COLUMNS, add_row, require_room_for_rows, table
-from lora_dist.settings.bench import BenchSettings, contradictions
-from lora_dist.bench.compare import Comparison, Turn
-from lora_dist.bench.diagnosis import Circumstances, flag, verdict
-from lora_dist.settings.train import Settings
+from lora_dist.bench.trainer_baseline import time_guide
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.sampling.order import Sample
 from lora_dist.errors import UserError
 from lora_dist.processes.runtime import launch
+from lora_dist.settings import cli
+from lora_dist.settings.bench import BenchSettings, contradictions
+from lora_dist.settings.train import Settings
 from lora_dist.training.loop import Job
 
 ROOT = Path(__file__).parents[1]

@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 from tiny import make_image, make_model, make_remote_model, perturb
 from torch import Tensor
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.export.older_peft import export_legacy_names
 from lora_dist.deployment.export.merge import merge_to
+from lora_dist.deployment.export.older_peft import export_legacy_names
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, read_labels, require_same_logits, write_adapter, write_model
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import read_labels, write_adapter, write_model
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.parity import relative_difference, require_same_logits
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["z, last", "a"]
 IMAGES = [make_image(label, number) for label in range(2) for number in range(2)]
@@ -317,5 +320,5 @@ def test_files_of_a_bundle_can_be_read_by_others(adapter: Path) -> None:
 
 
 def test_the_relative_difference_is_of_the_largest_logit() -> None:
-    assert bundle.relative_difference(torch.tensor([1.0, -3.9]), torch.tensor([1.0, -4.0])) == pytest.approx(0.025)
-    assert bundle.relative_difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_difference(torch.tensor([1.0, -3.9]), torch.tensor([1.0, -4.0])) == pytest.approx(0.025)
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0

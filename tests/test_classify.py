@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from lora_dist.deployment.export import merge
 from lora_dist.deployment.classify import (
     Row,
     choose_batch_size,
@@ -28,8 +27,9 @@ from lora_dist.deployment.classify import (
     spread,
     writer,
 )
+from lora_dist.deployment.export import merge
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 
 HARD = [
     "plain",

@@ -10,15 +10,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lora_dist.settings import cli
+from lora_dist.errors import UserError
+from lora_dist.settings import cli, trainer_flags
 from lora_dist.settings import train as config
-from lora_dist.settings import trainer_flags
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
-from lora_dist.settings.train import Settings
 from lora_dist.settings.contradictions import contradictions
-from lora_dist.errors import UserError
 from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.train import Settings
 
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
 

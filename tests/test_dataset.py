@@ -13,11 +13,12 @@ import unprivileged
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from tiny import make_folder, make_image
 
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.dataset import ImageData, Split, load_data, load_validation, stratified_split
-from lora_dist.data.sources.exclusions import Section, write_exclusions
 from lora_dist.data.pixels.images import UnreadableImageError
+from lora_dist.data.sources.exclusions import Section, write_exclusions
+from lora_dist.data.sources.load import ImageData, load_data, load_validation
+from lora_dist.data.sources.split import Split, stratified_split
 from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings
 
 
 def load(seed: int = 42, **settings: Any) -> ImageData:

@@ -13,10 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from lora_dist import demo
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.dataset import load_data
+from lora_dist.data.sources.load import load_data
 from lora_dist.demo import digits, fashion_mnist
 from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from sklearn import metrics as sklearn
 from tiny import perturb
 from torch import nn
 
-from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings
-from lora_dist.data.dataset import ImageData, load_data
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.model.base import Base, load_base, make_trainable
+from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
+from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings
 from lora_dist.training.evaluation import Evaluation, Evaluator
 
 

@@ -12,12 +12,14 @@ from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load_file
 from tiny import perturb
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.deployment.export.older_peft import card_of, export_legacy_names
 from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
 from lora_dist.model.adapter_set import load_several
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 KINDS: list[dict[str, Any]] = [
     {"lora_r": 4},

@@ -11,13 +11,15 @@ import torch
 from old_adapters import OLD, expected_of, logits
 from tiny import perturb
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import read_config
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
 from lora_dist.model.infer_metadata import read_labels_file
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 
 @pytest.fixture

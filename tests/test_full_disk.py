@@ -13,10 +13,9 @@ from hub_server import point_client_at, serving
 from launching import adapter_of, lines_of, results_of, saved_in, scalars_of
 
 from lora_dist import train
-from lora_dist.model.bundle import load_classifier
-from lora_dist.training.saving import checkpoint
-from lora_dist.training.saving import state
+from lora_dist.model.classifier import load_classifier
 from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.saving import checkpoint, state
 
 # No thread ends with a traceback.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

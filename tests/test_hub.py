@@ -18,12 +18,14 @@ from safetensors.torch import load, load_file
 from tiny import make_image, perturb
 
 from lora_dist import hub, hub_client, train
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.hub import HubError, local_directory, open_repository, upload
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.training.saving.publisher import Publisher, Push
 
 NOW = (0.0, 0.0, 0.0)

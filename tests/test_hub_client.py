@@ -9,12 +9,12 @@ from hub_server import Hub, point_client_at, serving
 from huggingface_hub import constants
 
 from lora_dist import hub_client, waiting
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.dataset import load_data
+from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.streaming import prepare
 from lora_dist.errors import UserError
 from lora_dist.hub import local_directory, open_repository, upload
-from lora_dist.model.base import load_base
+from lora_dist.model.backbone import load_base
+from lora_dist.settings.train import DataSettings
 
 
 @pytest.fixture

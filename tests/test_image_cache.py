@@ -18,16 +18,17 @@ from PIL import Image
 from tiny import make_folder, make_image, make_shards
 from transformers import ViTImageProcessor
 
-from lora_dist.settings.train import AugmentationSettings, DataSettings
-from lora_dist.data.cache import image_cache
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.dataset import Split, load_data
+from lora_dist.data.cache import image_cache
 from lora_dist.data.cache.image_cache import CachedSplit, ImageCache, cached
-from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.loader import batches, train_loader
-from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms, interpolated
+from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.sources.load import load_data
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
+from lora_dist.settings.train import AugmentationSettings, DataSettings
 
 SIZE = (16, 16)
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ from tiny import make_config, perturb
 from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
-from lora_dist.model import adapter_io
-from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model import adapter_io, adapters
+from lora_dist.model.backbone import load_base
 from lora_dist.model.legacy_names import LegacyNames
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 FIXTURES = ("peft_0_2", "peft_0_2_biases", "peft_0_14", "peft_0_14_patterns")
 LABELS = ["a", "b", "c"]

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.distributed import TCPStore
 from transformers import ViTImageProcessor
 
-from lora_dist.settings.train import AugmentationSettings, DataSettings
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.dataset import ImageData, Split, load_data
 from lora_dist.data.loader import batches, default_workers, evaluation_loader, train_loader
-from lora_dist.data.sampling.order import FILLER, Order, Shuffled
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sampling.order import FILLER, Order, Shuffled
+from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
+from lora_dist.settings.train import AugmentationSettings, DataSettings
 
 CPU = torch.device("cpu")
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})

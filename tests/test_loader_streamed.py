@@ -13,15 +13,15 @@ from tiny import make_png, make_shards, view_of, write_parquet
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTImageProcessor
 
-from lora_dist.settings.train import AugmentationSettings, DataSettings
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.dataset import load_data
 from lora_dist.data.loader import batches, train_loader
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import FILLER, Order
 from lora_dist.data.sampling.protocol import TrainingSplit
+from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.streaming import load_streamed
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
+from lora_dist.settings.train import AugmentationSettings, DataSettings
 
 CPU = torch.device("cpu")
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})

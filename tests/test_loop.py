@@ -13,13 +13,13 @@ from launching import adapter_of, assert_same_run, lines_of, results_of, saved_i
 from torch import nn
 
 from lora_dist import train
-from lora_dist.settings.train import DataSettings
 from lora_dist.data.batch import EvaluationImages
-from lora_dist.data.dataset import load_data
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.model.bundle import load_classifier
-from lora_dist.training.saving.result_writer import Handover
+from lora_dist.data.sources.load import load_data
+from lora_dist.model.classifier import load_classifier
+from lora_dist.settings.train import DataSettings
 from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.saving.result_writer import Handover
 
 
 def _run(vit: Path, photos: Path, out: Path, *more: object) -> Path:

@@ -21,15 +21,17 @@ from hypothesis import strategies as st
 from tiny import make_folder, make_image, perturb
 
 from lora_dist import predict
-from lora_dist.settings.audit import AuditSettings
-from lora_dist.settings.audit import contradictions as audit_contradictions
-from lora_dist.settings.cli import flat_fields, parse
-from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
-from lora_dist.settings.contradictions import contradictions
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.errors import UserError
 from lora_dist.model import bundle
-from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.backbone import load_base
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.audit import AuditSettings
+from lora_dist.settings.audit import contradictions as audit_contradictions
+from lora_dist.settings.cli import flat_fields, parse
+from lora_dist.settings.contradictions import contradictions
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 from lora_dist.storage.writable import require_writable
 
 EXAMPLES = 200
@@ -216,7 +218,7 @@ def test_every_spoiled_file_gets_one_clean_row(form: str, adapter: Path, tmp_pat
     with out.open(encoding="utf-8", newline="") as file:
         rows = [json.loads(line) for line in file] if form == "jsonl" else list(csv.DictReader(file))
     assert sorted(row["path"] for row in rows) == sorted(map(str, photos.iterdir()))
-    labels = set(bundle.load_classifier(adapter).labels)
+    labels = set(load_classifier(adapter).labels)
     for row in rows:
         assert bool(row.get("error")) != bool(row.get("label"))
         assert not row.get("label") or row["label"] in labels

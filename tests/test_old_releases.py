@@ -16,11 +16,13 @@ from launching import environment
 from old_adapters import OLD, expected_of, logits
 from tiny import make_image, perturb
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
-from lora_dist.deployment.export.older_peft import export_legacy_names
 from lora_dist.deployment.export.merge import merge_to
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
+from lora_dist.deployment.export.older_peft import export_legacy_names
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 INTERPRETERS = [path for path in os.environ.get("LORA_DIST_OLD_PYTHON", "").split(":") if path]
 LABELS = ["x", "y", "z"]

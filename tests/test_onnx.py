@@ -17,17 +17,19 @@ from test_transforms import PROCESSORS
 from tiny import make_folder, make_model, perturb
 from torch import Tensor, nn
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
-from lora_dist.deployment.export import onnx as onnx_export
 from lora_dist.deployment.classify import classify
-from lora_dist.deployment.export.onnx import Int8Cost, describe, export
+from lora_dist.deployment.export import onnx_export
+from lora_dist.deployment.export.onnx_export import Int8Cost, describe, export
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import Classifier, load_classifier, write_adapter
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["a", "b, c", "émoji 🦊"]
 PHOTOGRAPHS = photographs()

@@ -10,11 +10,12 @@ from disks import fill, small_disk
 from peft import PeftModel
 from tiny import perturb
 
+from lora_dist.errors import UserError
+from lora_dist.model.backbone import load_base
+from lora_dist.model.trainable import make_trainable
+from lora_dist.processes.runtime import launch
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
-from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.processes.runtime import launch
 from lora_dist.training.saving import checkpoint
 from lora_dist.training.saving.output import Output, find_resume
 

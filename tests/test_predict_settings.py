@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_dist.settings.cli import parse
 from lora_dist.errors import UserError
+from lora_dist.settings.cli import parse
 from lora_dist.settings.predict import PredictSettings, contradictions
 
 

@@ -10,13 +10,14 @@ from disks import fill, small_disk
 from tiny import make_model
 
 from lora_dist import train
+from lora_dist.errors import UserError
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_model
+from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.storage.disk import readable
-from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import write_model
-from lora_dist.training.saving.disk_budget import Sizes, require_room
 from lora_dist.storage.writable import require_writable
+from lora_dist.training.saving.disk_budget import Sizes, require_room
 
 
 @pytest.fixture

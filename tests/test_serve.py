@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import ViTImageProcessor
 from web import BOUNDARY, multipart, post
 
-from lora_dist.deployment.serve import guard
-from lora_dist.deployment.serve import server
 from lora_dist.deployment.classify import classify
+from lora_dist.deployment.serve import guard
+from lora_dist.deployment.serve.server import make_app, run
 from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 
 LABELS = ["<b>red</b>", "green & co", "blau 🦊"]
 LIMITS = Limits(body=300_000, pixels=20_000, files=8)
@@ -53,7 +53,7 @@ class Mean(nn.Module):
 
 @contextmanager
 def _serving(classifier: Classifier) -> Iterator[str]:
-    app = server.make_app(
+    app = make_app(
         classifier, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu")
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
@@ -353,8 +353,8 @@ def test_the_endpoint_is_documented(url: str) -> None:
 
 def test_a_port_in_use_is_refused_by_name(classifier: Classifier, url: str) -> None:
     port = int(url.rpartition(":")[2])
-    app = server.make_app(classifier, "x", LIMITS, top_k=1, batch_size=1, device=torch.device("cpu"))
+    app = make_app(classifier, "x", LIMITS, top_k=1, batch_size=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match=f"--port {port}: Address already in use.*--port 0"):
-        server.run(app, "127.0.0.1", port)
+        run(app, "127.0.0.1", port)
     with pytest.raises(UserError, match=r"--host no\.such\.host\.invalid"):
-        server.run(app, "no.such.host.invalid", 0)
+        run(app, "no.such.host.invalid", 0)

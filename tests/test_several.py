@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model, perturb
 from torch import Tensor
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
 from lora_dist.model.adapter_set import load_blend, load_several
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["x", "y", "z"]
 

@@ -12,11 +12,11 @@ import pytest
 from datasets import config, load_dataset
 from tiny import make_png, make_shards, write_parquet, write_tar
 
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.sources import shards
 from lora_dist.data.pixels.images import from_cell
+from lora_dist.data.sources import shards
 from lora_dist.data.sources.shards import find_source, load_alone, load_index
 from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings
 
 COUNTS = (5, 2, 4)
 

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_dist import train
-from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings, Settings
-from lora_dist.data.dataset import load_data
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable, trained_tensors
-from lora_dist.model.bundle import load_classifier, write_adapter
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable, trained_tensors
 from lora_dist.model.warm_start import load_start
+from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings, Settings
 
 LABELS = ["x", "y", "z"]
 

@@ -9,14 +9,14 @@ import torch
 from tiny import perturb
 from torch.nn.functional import cross_entropy
 
-from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.engines.engine import Engine, make_engine
 from lora_dist.errors import UserError
-from lora_dist.model.base import load_base, make_trainable, set_training
+from lora_dist.model.backbone import load_base
+from lora_dist.model.trainable import make_trainable, set_training
 from lora_dist.processes.runtime import launch
-from lora_dist.training.saving import checkpoint
-from lora_dist.training.saving import state
+from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.saving import checkpoint, state
 from lora_dist.training.saving.state import Checkpointer, Progress
 
 IDENTITY = {"base": "1234", "seed": 42, "effective_batch": 512}

@@ -11,14 +11,21 @@ from tiny import perturb
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.dataset import load_data
-from lora_dist.data.sampling.order import Order, Shuffled
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.sources.load import load_data
 from lora_dist.engines.engine import Engine, make_engine
-from lora_dist.model.base import Base, load_base, make_trainable, set_training
+from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.trainable import make_trainable, set_training
 from lora_dist.processes.runtime import launch
+from lora_dist.settings.train import (
+    AugmentationSettings,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizationSettings,
+)
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.schedule import Schedule
 from lora_dist.training.step import NonFiniteLossError, Update, batch_loss, train_step

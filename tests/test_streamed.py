@@ -11,13 +11,13 @@ from datasets import config
 from tiny import make_image, make_shards, write_parquet
 
 from lora_dist import waiting
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.dataset import ImageData, load_data
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.data.sampling.order import Order
+from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.shards import Source
 from lora_dist.data.sources.streaming import LaneReader, StreamedSplit, load_streamed
 from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings
 
 UNEVEN = (13, 2, 9, 1, 7)
 

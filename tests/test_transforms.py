@@ -11,11 +11,11 @@ from tiny import make_image, view_of
 from torchvision.transforms import v2
 from transformers import BitImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
-from lora_dist.settings.train import AugmentationSettings
 from lora_dist.data.pixels.images import load_rgb, opened
 from lora_dist.data.pixels.transforms import ImageTransforms, seed_of, seeded
 from lora_dist.data.pixels.views import draw_mixture, stack
 from lora_dist.errors import UserError
+from lora_dist.settings.train import AugmentationSettings
 
 PROCESSORS: dict[str, Any] = {
     "vit": lambda: ViTImageProcessor(size={"height": 32, "width": 32}),

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from PIL import Image
 
 from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
-from lora_dist.settings.audit import Checks
 from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.data.pixels.images import is_image_name
+from lora_dist.settings.audit import Checks
 
 SAME_FORMAT = {"MPO": "JPEG"}
 """Several JPEG images in one file, as telephones write them, are a JPEG file to everyone else."""

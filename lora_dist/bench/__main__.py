@@ -4,13 +4,13 @@ import os
 import tempfile
 from pathlib import Path
 
-from lora_dist.settings.bench import BenchSettings, contradictions
-from lora_dist.settings.cli import argv_or, parse
 from lora_dist.errors import exit_on_user_error
-from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.failure import others_told
+from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
+from lora_dist.settings.bench import BenchSettings, contradictions
+from lora_dist.settings.cli import argv_or, parse
 
 DESCRIPTION = """Measure the training of an image classifier: images/s, the loader, the share of the hardware's speed,
 memory, checkpoints, and what bounds it. Takes the flags of lora_dist.train; trains nothing that is kept."""

@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
 from lora_dist.bench.arithmetic import count_flops, measure_gemm, measure_passes
-from lora_dist.settings.bench import BenchSettings
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches, train_loader, workers_of
 from lora_dist.errors import Problems
 from lora_dist.processes.watch import Watch
+from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble
-from lora_dist.training.loop import Job
-from lora_dist.training.saving.output import Output
 from lora_dist.training.dry_run import time_updates
-from lora_dist.training.saving.state import Progress
+from lora_dist.training.loop import Job
 from lora_dist.training.reporting.tracking import Window, peak_memory_mb
+from lora_dist.training.saving.output import Output
+from lora_dist.training.saving.state import Progress
 
 
 @dataclass(frozen=True)

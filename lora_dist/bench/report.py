@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lora_dist.bench.measure import Figures
 from lora_dist.bench.compare import Comparison
 from lora_dist.bench.diagnosis import Circumstances, verdict
+from lora_dist.bench.measure import Figures
 from lora_dist.data.loader import workers_of
 from lora_dist.engines.engine import engine_name
 from lora_dist.processes.runtime import environment

@@ -25,15 +25,16 @@ from torchvision.transforms import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_dist.bench.measure import warm_updates
-from lora_dist.settings.bench import BenchSettings
-from lora_dist.settings.train import AugmentationSettings
-from lora_dist.data.dataset import Split, load_data
 from lora_dist.data.loader import workers_of
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sources.load import load_data
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
-from lora_dist.model.base import load_base_of
+from lora_dist.model.backbone import load_base_of
 from lora_dist.model.targets import resolve_targets
 from lora_dist.processes.runtime import choose_precision, engine_launched
+from lora_dist.settings.bench import BenchSettings
+from lora_dist.settings.train import AugmentationSettings
 from lora_dist.training.assembly import make_order
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_dist.settings.train import AugmentationSettings
-from lora_dist.data.dataset import Split
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb, opened
-from lora_dist.data.sampling.order import FILLER, Sample
-from lora_dist.data.sampling.protocol import Encoded, Reader, TrainingSplit
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import Mixture, Rest, View, black, draw_mixture, stack
+from lora_dist.data.sampling.order import FILLER, Sample
+from lora_dist.data.sampling.protocol import Encoded, Reader, TrainingSplit
+from lora_dist.data.sources.split import Split
+from lora_dist.settings.train import AugmentationSettings
 
 logger = logging.getLogger(__name__)
 Key = TypeVar("Key")

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lora_dist.settings.train import DataSettings
 from lora_dist.data.batch import Batch, EvaluationImages, Part, TrainImages
-from lora_dist.data.dataset import Split
 from lora_dist.data.pixels.images import UnreadableImageError
-from lora_dist.data.sampling.order import MicroBatches, Order, Sample, evaluation_batches
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sampling.order import MicroBatches, Order, Sample, evaluation_batches
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
 from lora_dist.processes.workers import from_workers, worker_loader
+from lora_dist.settings.train import DataSettings
 
 CPU = torch.device("cpu")
 MEASURED_SAMPLES = 8

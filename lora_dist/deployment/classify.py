@@ -20,7 +20,7 @@ from lora_dist.data.pixels.images import UnreadableImageError, image_files, load
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
 from lora_dist.storage.writable import writing
 

@@ -15,10 +15,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed import broadcast
 
-from lora_dist.settings.train import OptimizationSettings
 from lora_dist.engines.torch_engine import TorchEngine
 from lora_dist.engines.zero_engine import ZeroEngine
-from lora_dist.model.base import trained_tensors
+from lora_dist.model.trainable import trained_tensors
+from lora_dist.settings.train import OptimizationSettings
 
 
 class Engine(Protocol):

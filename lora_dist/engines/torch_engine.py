@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_dist.engines.statistics import RunningStatistics
-from lora_dist.model.base import host_copy, load_trained, trained_tensors
+from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
 
 class TorchEngine:

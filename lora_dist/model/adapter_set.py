@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_dist.errors import UserError
-from lora_dist.model import adapters, bundle
-from lora_dist.model import adapter_io
-from lora_dist.model import infer_metadata
+from lora_dist.model import adapter_io, adapters, bundle, infer_metadata
 from lora_dist.model.adapters import Adapter
-from lora_dist.model.base import Base, load_base
+from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.bundle import Origin
+from lora_dist.model.classifier import Classifier, put_on
 from lora_dist.model.weighted_sum import blend
-from lora_dist.model.bundle import Classifier, Origin
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def load_several(
         labels: class names of adapters without a label map.
 
     Raises:
-        UserError: as of `bundle.load_classifier`; among others where the base of one is not that of another.
+        UserError: as of `classifier.load_classifier`; among others where the base of one is not that of another.
     """
     origins, base = _load(directories, base_model, trust_remote_code, labels)
     classifiers: dict[str, Classifier] = {}
@@ -67,7 +66,7 @@ def load_several(
         )
         if count not in (None, len(origin.labels)):
             raise UserError(f"{directories[name]} has a head of {count} classes, and names {len(origin.labels)}")
-        classifiers[name] = bundle.put_on(base, directories[name], origin, _inner(place))
+        classifiers[name] = put_on(base, directories[name], origin, _inner(place))
         base = replace(base, model=classifiers[name].model)
     return Several(classifiers)
 

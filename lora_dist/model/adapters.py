@@ -16,13 +16,12 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.settings.train import LoraSettings
 from lora_dist.errors import UserError
-from lora_dist.model import lora_layer
-from lora_dist.model import adapter_io
+from lora_dist.model import adapter_io, lora_layer
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS
 from lora_dist.model.legacy_names import LegacyNames, current_names
 from lora_dist.model.targets import resolve_targets
+from lora_dist.settings.train import LoraSettings
 
 DEFAULT = "default"
 """PEFT's name of the only adapter."""

@@ -13,7 +13,7 @@ from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_io
 from lora_dist.model.adapter_io import AdapterFiles
-from lora_dist.model.base import cannot_load
+from lora_dist.model.backbone import cannot_load
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_dist.settings.train import LoraSettings, Settings
 from lora_dist.errors import UserError
 from lora_dist.hub import local_directory
 from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import place_of
 from lora_dist.model.adapters import Adapter
-from lora_dist.model.base import Base, load_base_of
+from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.classifier import fit
 from lora_dist.model.targets import resolve_targets, shortest
+from lora_dist.settings.train import LoraSettings, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Bas
         found = {"model_name_or_path": origin.base, "model_revision": origin.revision}
         settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
     base = load_base_of(settings, labels)
-    adapter, processor = bundle.fit(base, directory, origin)
+    adapter, processor = fit(base, directory, origin)
     base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)
     same_classes = origin.labels == list(labels)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.processes.launcher import end_with_parent
 from lora_dist.processes.lifetime import STACKS_SIGNAL
 from lora_dist.processes.signals import STOP_SIGNALS
+from lora_dist.storage.disk import free_bytes, readable
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where a worker puts the batches that it hands over (Linux)."""

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lora_dist.settings.train import Count, Group, NonNegative, Problem
 from lora_dist.settings.contradictions import impossible_output, missing_paths
+from lora_dist.settings.train import Count, Group, NonNegative, Problem
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 

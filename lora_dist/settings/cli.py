@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from lora_dist.errors import UserError
 from lora_dist.settings import trainer_flags
 from lora_dist.settings.train import RECIPES, Problem, recipe_names
-from lora_dist.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 _NO_VALUE = object()

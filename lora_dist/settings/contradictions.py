@@ -4,8 +4,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_dist.settings.train import Problem, Settings
 from lora_dist.demo import is_packaged
+from lora_dist.settings.train import Problem, Settings
 
 
 def missing_paths(train_dir: str | None, validation_dir: str | None, exclude: str | None) -> Iterator[Problem]:

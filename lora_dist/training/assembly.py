@@ -8,38 +8,39 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lora_dist.settings.cli import flatten
-from lora_dist.settings.train import Settings
-from lora_dist.data.sources import streaming
 from lora_dist.data.batch import TrainImages
-from lora_dist.data.dataset import ImageData, Split, load_data
 from lora_dist.data.cache.image_cache import cached
 from lora_dist.data.loader import bytes_ahead
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import Order
 from lora_dist.data.sampling.protocol import TrainingSplit
-from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sources import streaming
+from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.data.sources.split import Split
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
-from lora_dist.model.base import count_parameters, make_trainable
+from lora_dist.model.trainable import count_parameters, make_trainable
 from lora_dist.model.warm_start import load_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.watch import Watch
 from lora_dist.processes.workers import require_shared_memory
+from lora_dist.settings.cli import flatten
+from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
-from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.saving.result_writer import Handover
 from lora_dist.training.identity import as_resumed, identity_of
 from lora_dist.training.loop import Job
 from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.saving.checkpoint import Checkpoint
+from lora_dist.training.saving.disk_budget import Sizes, require_room
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.publisher import Publisher
-from lora_dist.training.saving.disk_budget import Sizes, require_room
-from lora_dist.training.schedule import Schedule
+from lora_dist.training.saving.result_writer import Handover
 from lora_dist.training.saving.state import Checkpointer, Progress
-from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from lora_dist.settings.train import OptimizationSettings
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.base import set_training
+from lora_dist.model.trainable import set_training
+from lora_dist.settings.train import OptimizationSettings
 
 logger = logging.getLogger(__name__)
 

@@ -13,19 +13,19 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
-from lora_dist.settings.cli import flatten
 from lora_dist.data.batch import Batch
-from lora_dist.data.dataset import ImageData
 from lora_dist.data.loader import batches, train_loader
-from lora_dist.storage.disk import free_bytes, readable
+from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.adapters import is_counted
-from lora_dist.model.base import set_training
+from lora_dist.model.trainable import set_training
+from lora_dist.settings.cli import flatten
+from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.training.loop import Job, data_failure, make_update
+from lora_dist.training.reporting.tracking import peak_memory_mb
 from lora_dist.training.saving.disk_budget import Sizes
 from lora_dist.training.schedule import is_due
 from lora_dist.training.step import LostBatchError, NonFiniteLossError
-from lora_dist.training.reporting.tracking import peak_memory_mb
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dist.settings.train import DataSettings
 from lora_dist.data.batch import Batch
-from lora_dist.data.dataset import Split
 from lora_dist.data.loader import batches, evaluation_loader
-from lora_dist.data.sampling.order import FILLER
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sampling.order import FILLER
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.metrics.classification import ClassificationMetric
+from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from lora_dist.settings.train import Settings
-from lora_dist.data.dataset import ImageData
 from lora_dist.data.sampling.order import Order
+from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import UserError
-from lora_dist.model.base import Base
+from lora_dist.model.backbone import Base
 from lora_dist.model.warm_start import Start
+from lora_dist.settings.train import Settings
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.output import Output, read_settings
 

@@ -12,22 +12,22 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 
-from lora_dist.settings.train import Settings
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.sampling.order import FILLER, Order
 from lora_dist.engines.engine import Engine, share_statistics
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError, UserError
-from lora_dist.model.base import set_training
+from lora_dist.model.trainable import set_training
 from lora_dist.processes.failure import RankFailedError
 from lora_dist.processes.preemption import Preemption, StopRequested
 from lora_dist.processes.watch import Watch
+from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation, Evaluator, NothingToEvaluateError
 from lora_dist.training.reporting.report import show_evaluation
-from lora_dist.training.schedule import Schedule, is_due
-from lora_dist.training.saving.state import Checkpointer, Progress
-from lora_dist.training.step import BrokenUpdateError, LostBatchError, NonFiniteLossError, Update, train_step
 from lora_dist.training.reporting.tracking import Tracker, Window, peak_memory_mb
+from lora_dist.training.saving.state import Checkpointer, Progress
+from lora_dist.training.schedule import Schedule, is_due
+from lora_dist.training.step import BrokenUpdateError, LostBatchError, NonFiniteLossError, Update, train_step
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from lora_dist.settings.train import OptimizationSettings
 from lora_dist.model.adapters import is_lora_b
+from lora_dist.settings.train import OptimizationSettings
 
 
 def make_optimizer(model: nn.Module, settings: OptimizationSettings, lora_b_ratio: float) -> torch.optim.AdamW:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from lora_dist.settings.train import LoraSettings, OptimizationSettings
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import Engine, engine_name, make_engine
 from lora_dist.model.adapters import inject
-from lora_dist.model.base import set_training
+from lora_dist.model.trainable import set_training
 from lora_dist.processes.runtime import launch
+from lora_dist.settings.train import LoraSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.step import train_step

@@ -30,13 +30,14 @@ from predict_speed import add_rows, make_jpegs
 from torchvision import transforms as torchvision_transforms
 from transformers import ViTImageProcessor
 
-from lora_dist.settings.train import AugmentationSettings, DataSettings
 from lora_dist.data.batch import TrainImages
-from lora_dist.data.dataset import Split, load_data
 from lora_dist.data.cache.image_cache import cached
 from lora_dist.data.loader import batches, train_loader
-from lora_dist.data.sampling.order import Order
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sampling.order import Order
+from lora_dist.data.sources.load import load_data
+from lora_dist.data.sources.split import Split
+from lora_dist.settings.train import AugmentationSettings, DataSettings
 
 JPEG_SIZE = (512, 384)
 BATCH = 32

@@ -39,8 +39,8 @@ from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
 from lora_dist.deployment.classify import choose_batch_size, classify
+from lora_dist.model.classifier import Classifier
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.model.bundle import Classifier
 
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
 JPEG_SIZE = (500, 375)

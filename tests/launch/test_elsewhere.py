@@ -12,9 +12,11 @@ from old_adapters import OLD, expected_of, logits
 from safetensors.torch import load_file
 from tiny import make_folder, perturb
 
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.train import LoraSettings, ModelSettings
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
 
 GUIDE = ("--adapter", OLD / "peft_0_2", "--base_model", OLD / "base")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
 
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.dataset import load_data
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.model.bundle import load_classifier
+from lora_dist.data.sources.load import load_data
+from lora_dist.model.classifier import load_classifier
+from lora_dist.settings.train import DataSettings
 
 LAUNCH_FILES = {
     "single": None,

@@ -11,10 +11,12 @@ import torch
 from launching import predict
 from tiny import make_folder, make_model, perturb
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.deployment.classify import classify, find_images
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 CLASSES = ("red", "green", "blue")
 

@@ -18,10 +18,12 @@ from PIL import Image
 from tiny import make_image, make_model, perturb
 from transformers import pipeline
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.deployment.classify import classify
-from lora_dist.model.base import load_base, make_trainable
-from lora_dist.model.bundle import load_classifier, write_adapter
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
 MODES = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "F")

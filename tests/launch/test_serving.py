@@ -21,9 +21,10 @@ from test_uploads import encoded, png_of
 from tiny import make_image, perturb
 from web import CHROMIUM, Browser, post
 
-from lora_dist.settings.train import LoraSettings, ModelSettings
-from lora_dist.model.base import load_base, make_trainable
+from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["<b>bold</b>", "a & b", "an émoji 🦊"]
 NAMES = ["<img src=x onerror=alert(1)>.png", "two words.png", "ü.png"]

@@ -15,16 +15,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lora_dist import waiting
-from lora_dist.data.sources.columns import files_of, holds_files
-from lora_dist.data.dataset import Split
-from lora_dist.data.pixels.images import UnreadableImageError, opened
-from lora_dist.data.sampling.order import Arrangement
 from lora_dist.data.cache.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
-from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.data.pixels.images import UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import interpolated
-from lora_dist.storage.disk import SAFETY, free_bytes, readable
+from lora_dist.data.sampling.order import Arrangement
+from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.data.sources.columns import files_of, holds_files
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
+from lora_dist.storage.disk import SAFETY, free_bytes, readable
 
 logger = logging.getLogger(__name__)
 

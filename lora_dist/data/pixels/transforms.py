@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from lora_dist.settings.train import AugmentationSettings
 from lora_dist.data.pixels.crops import draw_crop
 from lora_dist.data.pixels.images import Picture
 from lora_dist.data.pixels.views import NOWHERE, Area, Rest, View, combine, resize
 from lora_dist.errors import UserError
+from lora_dist.settings.train import AugmentationSettings
 
 _AT_ONCE = 500_000
 """Pixels up to which images are resized in one call: a call costs as much as resizing a small image, and larger ones

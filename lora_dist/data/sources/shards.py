@@ -22,9 +22,9 @@ from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
 from lora_dist import hub_client, waiting
-from lora_dist.settings.train import DataSettings
 from lora_dist.data.sources.columns import find_image_column, find_label_column, require_columns
 from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings
 
 T = TypeVar("T")
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from lora_dist import waiting
-from lora_dist.settings.train import DataSettings
-from lora_dist.data.sources.columns import class_names
-from lora_dist.data.dataset import ImageData, load_validation, require_same_classes, say_classes_in_doubt
 from lora_dist.data.pixels.images import UnreadableImageError, from_cell
 from lora_dist.data.sampling.interleave import Lanes, Layout, Piece
 from lora_dist.data.sampling.order import Arrangement
-from lora_dist.data.sources.shards import Row, ShardIndex, Source, find_source, load_index
 from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.data.sources.columns import class_names
+from lora_dist.data.sources.load import ImageData, load_validation, require_same_classes, say_classes_in_doubt
+from lora_dist.data.sources.shards import Row, ShardIndex, Source, find_source, load_index
 from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings
 
 MOST_LANES = 64
 

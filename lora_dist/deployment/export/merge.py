@@ -13,9 +13,10 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.errors import UserError
-from lora_dist.storage.files import whole_directory
 from lora_dist.model import adapters, bundle
-from lora_dist.model.bundle import HALF_PRECISION_TOLERANCE, Classifier, relative_difference
+from lora_dist.model.classifier import Classifier
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, difference_when_read, relative_difference
+from lora_dist.storage.files import whole_directory
 
 MOST_IMAGES = 16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -136,8 +137,8 @@ def require_read_back(
     Raises:
         UserError: it does not.
     """
-    difference = bundle.difference_when_read(aside, images, expected, trust_remote_code)
-    if not difference <= bundle.TOLERANCE:
+    difference = difference_when_read(aside, images, expected, trust_remote_code)
+    if not difference <= TOLERANCE:
         raise UserError(
             f"--{flag} {out}: what was written gave other logits when it was read, by {difference:.1e} of the largest, "
             f"and was removed. This is a mistake of lora_dist or a library: please report it with their versions"

@@ -14,11 +14,11 @@ from torch import Tensor
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.deployment.export.merge import check_images, logits, require_read_back
-from lora_dist.storage.files import whole_directory
 from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, place_of
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 from lora_dist.model.legacy_names import LegacyNames
+from lora_dist.storage.files import whole_directory
 
 
 def card_of(directories: Sequence[Path], title: str) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 
 from lora_dist import extras
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 
 INPUT, OUTPUT = "pixel_values", "logits"
 LABELS = "labels"

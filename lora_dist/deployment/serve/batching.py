@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 
 
 class Batcher:

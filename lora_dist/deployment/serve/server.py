@@ -24,7 +24,7 @@ from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.guard import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import Classifier
+from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 

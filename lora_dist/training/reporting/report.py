@@ -8,15 +8,16 @@ from typing import Any
 from accelerate import Accelerator
 
 from lora_dist.data.batch import TrainImages
-from lora_dist.data.dataset import ImageData, Split
-from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.loader import unreadable
+from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.sampling.order import Order
+from lora_dist.data.sources.load import ImageData
+from lora_dist.data.sources.split import Split
 from lora_dist.figures import confusion_picture, grid, to_images
 from lora_dist.training.evaluation import Evaluation
+from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
 from lora_dist.training.schedule import Schedule
-from lora_dist.training.reporting.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 

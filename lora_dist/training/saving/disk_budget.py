@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_dist.storage.disk import SAFETY, free_bytes, readable
 from lora_dist.errors import UserError
-from lora_dist.model.base import count_parameters, trained_tensors
+from lora_dist.model.trainable import count_parameters, trained_tensors
+from lora_dist.storage.disk import SAFETY, free_bytes, readable
 
 MOMENTS = 2
 

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lora_dist import hub, hub_client, waiting
-from lora_dist.settings.train import HubSettings
 from lora_dist.errors import UserError
 from lora_dist.hub import HubError
+from lora_dist.settings.train import HubSettings
 from lora_dist.training.saving.output import Output
 
 logger = logging.getLogger(__name__)

@@ -13,19 +13,21 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lora_dist.settings.cli import flatten
-from lora_dist.settings.train import Settings
-from lora_dist.data.dataset import ImageData
+from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.model import adapters, bundle
-from lora_dist.model.base import Base, load_base_of, load_trained, make_trainable
+from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits
+from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
-from lora_dist.training.saving.card import model_card
+from lora_dist.settings.cli import flatten
+from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.loop import Job
+from lora_dist.training.reporting.report import write_evaluation
+from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
 from lora_dist.training.saving.publisher import Publisher, Push
-from lora_dist.training.reporting.report import write_evaluation
 from lora_dist.training.saving.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -103,8 +105,8 @@ class Handover:
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
                 self._write_elsewhere(error, job, trained, evaluation, results)
-            tolerance = bundle.TOLERANCE if accelerator.mixed_precision == "no" else bundle.HALF_PRECISION_TOLERANCE
-            bundle.require_same_logits(written, images, expected, tolerance, job.settings.model.trust_remote_code)
+            tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
+            require_same_logits(written, images, expected, tolerance, job.settings.model.trust_remote_code)
             tracker.hyperparameters(flatten(job.settings), evaluation.metrics)
             tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
             tracker.close()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lora_dist.engines.engine import Engine
 from lora_dist.errors import UserError
-from lora_dist.model.base import trained_tensors
+from lora_dist.model.trainable import trained_tensors
 from lora_dist.processes.runtime import versions
+from lora_dist.training.identity import differences
 from lora_dist.training.saving import checkpoint
 from lora_dist.training.saving.checkpoint import Checkpoint
-from lora_dist.training.identity import differences
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from lora_dist.deployment.export.merge import check_images, logits
 from lora_dist.deployment.export.onnx_model import INPUT, LABELS, OUTPUT, PREPROCESSOR, OnnxModel, load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.bundle import Classifier, relative_difference
+from lora_dist.model.classifier import Classifier
+from lora_dist.model.parity import relative_difference
 
 TOLERANCE = 1e-4
 """Largest difference between the logits of ONNX Runtime and of PyTorch, relative to the largest logit."""

@@ -1,20 +1,20 @@
-"""The classifier: backbone and head from `transformers`, what of it trains, and who the base is."""
+"""The frozen base of a classifier: loaded, and recognized by a fingerprint of its weights."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
-from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model.head import find_heads
+from lora_dist.settings.train import Settings
 
 
 @dataclass(frozen=True)
@@ -152,28 +152,6 @@ def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None
     )
 
 
-def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
-    """Names of the modules to train in full: all that is not of the backbone, and what the checkpoint lacked.
-
-    Args:
-        model: a `transformers` classifier.
-        missing: parameters that the checkpoint did not have, such as the pooler of a masked-image model, or had in
-            another shape. `transformers` makes them anew; left frozen they would be noise.
-    """
-    heads = [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
-    # Shorter names come first, so that no head stands inside another one.
-    for module in sorted({parameter.rpartition(".")[0] for parameter in missing}, key=lambda name: (len(name), name)):
-        if module and not any(module == head or module.startswith(f"{head}.") for head in heads):
-            heads.append(module)
-    if not heads:
-        raise UserError(f"{type(model).__name__} has no head beside its backbone {model.base_model_prefix!r}")
-    return heads
-
-
 def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
     """Digest of the backbone's weights in fp32, whatever names a release of `transformers` gives them."""
     digests = sorted(
@@ -182,95 +160,3 @@ def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
         if tensor.dtype == torch.float32 and not any(name.startswith(f"{head}.") for head in heads)
     )
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-
-
-def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> nn.Module:
-    """The model as it trains: with LoRA, with a new head on a frozen backbone, or whole.
-
-    Raises:
-        UserError: the model cannot be adapted so, or cannot recompute its activations.
-    """
-    model = base.model
-    if settings.tuning == "lora":
-        model = adapters.inject(model, lora, base.heads)
-    elif settings.tuning == "head":
-        model = adapters.inject_head_only(model, base.heads)
-    else:
-        model.requires_grad_(True)
-    if settings.gradient_checkpointing:
-        _checkpoint_gradients(base.model)
-    freeze_unreached(model, base)
-    if settings.torch_compile:
-        model.compile()
-    return model
-
-
-def _checkpoint_gradients(model: Any) -> None:
-    # After LoRA is in: PEFT would hook the embeddings for the sake of reentrant checkpoints, and breaks on Swin's.
-    try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(f"--gradient_checkpointing: {error} Train without it, with smaller batches.") from error
-
-
-def freeze_unreached(model: nn.Module, base: Base) -> None:
-    """Freezes parameters that the loss does not reach, such as a mask token: under DDP they would stop the run."""
-    size = base.processor(_blank(), return_tensors="pt")["pixel_values"]
-    model.eval()
-    model(pixel_values=size).logits.float().sum().backward()
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.requires_grad_(False)
-        parameter.grad = None
-
-
-def _blank() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64), (127, 127, 127))
-
-
-def set_training(model: nn.Module) -> None:
-    """Training mode, except for batch norms that do not train: their statistics belong to the frozen base."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _trains(module):
-            module.eval()
-
-
-def _trains(module: nn.Module) -> bool:
-    """Whether a module's own parameters train; of a batch norm, a bias alone does not make it."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.weight is not None and module.weight.requires_grad
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-
-
-def trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all that training changes: parameters, and the buffers that stand beside them."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter
-    for prefix, module in model.named_modules():
-        if _trains(module):
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    yield f"{prefix}.{name}" if prefix else name, buffer
-
-
-def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
-    """Puts the tensors that training changed into a model, in place."""
-    with torch.no_grad():
-        for name, target in trained_tensors(model):
-            target.copy_(trained[name])
-
-
-def host_copy(tensor: Tensor) -> Tensor:
-    """A copy on the host, in fp32 where it is a floating-point tensor."""
-    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True).contiguous()
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable and of all parameters; a head counts once, although PEFT keeps its first state as well."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for name, parameter in model.named_parameters() if adapters.is_counted(name))
-    return trainable, total
