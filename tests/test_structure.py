@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -28,7 +28,7 @@ TREES = {
 
 
 def _folder(module: str) -> str:
-    """What of the package a module lies in; a module in none stands for itself."""
+    """The folder of the package that a module lies in; a module in none stands for itself."""
     return f"{module}.".split(".")[1]
 
 
@@ -59,23 +59,22 @@ def _internal(names: Iterator[str]) -> set[str]:
     return {name for name in names if name in TREES and name != "lora_dist"}
 
 
-def _reached(module: str) -> set[str]:
-    """All modules, of this package and others, that importing `module` imports."""
+def _reached(*modules: str, imports: Callable[[ast.Module], Iterator[str]] = _imports) -> set[str]:
+    """All modules, of this package and others, that `modules` import, directly or through others."""
     found: set[str] = set()
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
-        for name in _imports_at_start(TREES[waiting.pop()]):
-            if name not in found:
-                found.add(name)
-                if name in TREES:
-                    waiting.append(name)
+        for name in set(imports(TREES[waiting.pop()])) - found:
+            found.add(name)
+            if name in TREES:
+                waiting.append(name)
     return found
 
 
 def test_the_rules_see_the_package() -> None:
     assert {"lora_dist.train", "lora_dist.settings.train", "lora_dist.demo.digits"} <= TREES.keys()
-    assert "torch" in _reached("lora_dist.training.loop")
-    assert "lora_dist.training.assembly" in _reached("lora_dist.train") | _internal(_imports(TREES["lora_dist.train"]))
+    assert "torch" in _reached("lora_dist.training.loop", imports=_imports_at_start)
+    assert "lora_dist.training.assembly" in _reached("lora_dist.train")
 
 
 def test_imports_go_one_way() -> None:
@@ -94,6 +93,25 @@ def test_folders_import_one_way() -> None:
     assert order.index("model") < order.index("deployment")
 
 
+def test_data_imports_go_down() -> None:
+    """From the loader to batches and their cache, to the sources of samples, to their order and their pixels."""
+    floors = ({"sampling", "pixels"}, {"sources"}, {"batch", "cache"}, {"loader"})
+    floor_of = {f"lora_dist.data.{room}": number for number, rooms in enumerate(floors) for room in rooms}
+
+    def floor(module: str) -> int | None:
+        return next((floor_of[room] for room in floor_of if f"{module}.".startswith(f"{room}.")), None)
+
+    modules = {module: floor(module) for module in TREES if module.startswith("lora_dist.data.")}
+    assert None not in modules.values()
+    upward = [
+        (module, name)
+        for module in modules
+        for name in _internal(_imports(TREES[module])) & modules.keys()
+        if modules[name] > modules[module]
+    ]
+    assert not upward
+
+
 def test_no_module_imports_a_command() -> None:
     commands = {"lora_dist.train", "lora_dist.predict", "lora_dist.audit.__main__", "lora_dist.bench.__main__"}
     importers = {module for module, tree in TREES.items() if _internal(_imports(tree)) & commands}
@@ -103,13 +121,14 @@ def test_no_module_imports_a_command() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "config", "cli", "errors", "demo", "train", "predict", "predict_settings", "training.schedule",
-        "audit.__main__", "bench.__main__", "bench.turns", "bench.results",
+        *("settings.train", "settings.cli", "settings.predict", "settings.audit", "settings.bench", "errors", "demo"),
+        *("train", "predict", "training.schedule", "audit.__main__"),
+        *("bench.__main__", "bench.compare", "bench.results"),
     ],
-)  # fmt: skip
+)
 def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
     heavy = {"torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "PIL"}
-    assert not {module.partition(".")[0] for module in _reached(f"lora_dist.{name}")} & heavy
+    assert not {module.partition(".")[0] for module in _reached(f"lora_dist.{name}", imports=_imports_at_start)} & heavy
 
 
 def test_who_imports_peft() -> None:
@@ -123,14 +142,7 @@ def _root(name: str) -> str:
 
 
 def test_prediction_needs_no_accelerator_and_no_deepspeed() -> None:
-    found: set[str] = set()
-    waiting = ["lora_dist.predict"]
-    while waiting:
-        for name in _imports(TREES[waiting.pop()]):
-            if name not in found:
-                found.add(name)
-                if name in TREES:
-                    waiting.append(name)
+    found = _reached("lora_dist.predict")
     assert "lora_dist.model.bundle" in found
     assert not {_root(name) for name in found} & {"accelerate", "deepspeed"}
 
@@ -209,14 +221,7 @@ def test_reading_settings_loads_no_torch() -> None:
 
 
 def test_an_audit_needs_no_torch() -> None:
-    found: set[str] = set()
-    waiting = [name for name in TREES if name.startswith("lora_dist.audit")]
-    while waiting:
-        for name in _imports(TREES[waiting.pop()]):
-            if name not in found:
-                found.add(name)
-                if name in TREES:
-                    waiting.append(name)
+    found = _reached(*(name for name in TREES if name.startswith("lora_dist.audit")))
     # Packaged data alone needs more, which `demo` imports where it is asked for.
     assert not {_root(name) for name in found} & {"torch", "torchvision", "transformers", "datasets", "accelerate"}
 
@@ -230,14 +235,7 @@ def test_every_setting_of_a_command_is_read(settings: type[BaseModel]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TREES if _folder(name) in {"predict", "deployment"}])
 def test_deployment_reaches_neither_the_loop_nor_the_engines(name: str) -> None:
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        for module in _imports(TREES[waiting.pop()]):
-            if module not in found:
-                found.add(module)
-                if module in TREES:
-                    waiting.append(module)
+    found = _reached(name)
     assert not {_folder(module) for module in found & TREES.keys()} & {"train", "training", "engines"}
     assert not {_root(module) for module in found} & {"accelerate", "deepspeed"}
 
