@@ -53,7 +53,7 @@ class Problems:
         self.found: list[str] = []
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
+    def collect(self) -> Iterator[None]:
         """Whatever `UserError` comes in this block is noted, or passed on."""
         try:
             yield
@@ -63,7 +63,7 @@ class Problems:
             self.found.append(str(error))
 
     @contextmanager
-    def told_together(self) -> Iterator[None]:
+    def raise_all(self) -> Iterator[None]:
         """Ends with a `UserError` that lists what was noted in this block, and what ended it."""
         try:
             yield

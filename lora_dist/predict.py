@@ -82,7 +82,9 @@ def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
         return onnx_model.load_onnx(Path(settings.exporting.onnx or ""))
     labels = _labels(settings)
     if len(chosen) > 1:
-        return adapter_set.load_blend(chosen, source.weights, source.base_model, source.trust_remote_code, labels)
+        return adapter_set.load_weighted_sum(
+            chosen, source.weights, source.base_model, source.trust_remote_code, labels
+        )
     directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
     return load_classifier(directory, source.base_model, source.trust_remote_code, labels)
 
@@ -169,11 +171,11 @@ def _rows_of_each(
     from lora_dist.model import adapter_set
 
     source = settings.source
-    group = adapter_set.load_several(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    group = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
     return (
         row._replace(adapter=name)
         for name in group.classifiers
-        for row in _rows(group.use(name), files, settings, device)
+        for row in _rows(group.set_adapter(name), files, settings, device)
     )
 
 

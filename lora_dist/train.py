@@ -1,7 +1,7 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
 from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
-from lora_dist.processes.failure import others_told
+from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
@@ -15,7 +15,7 @@ from lora_dist.settings.train import Settings
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, then trains or evaluates."""
     end_with_launcher()
-    with others_told(), RunLock() as lock:
+    with report_failure(), RunLock() as lock:
         settings = parse(
             Settings,
             argv_or(argv),
@@ -43,47 +43,47 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
     from lora_dist.training.best import measure_best_anew
-    from lora_dist.training.dry_run import rehearse
+    from lora_dist.training.dry_run import dry_run
     from lora_dist.training.loop import evaluate, fit, stopped_on_request
     from lora_dist.training.reporting.report import announce, show_inputs
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
     run, problems, watch = settings.run, Problems(settings.run.dry_run), Watch(settings.run.stall_timeout)
-    with problems.told_together():
+    with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
         accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
         output, resumed, publisher = Output(Path(run.output_dir)), None, None
-        with problems.noted():
+        with problems.collect():
             require_writable(output.root)
             if not run.dry_run:
                 lock.take(output.root, accelerator, run.ddp_timeout)
                 finish_replacing(output.checkpoints)
             resumed = find_resume(output, run.resume_from_checkpoint)
-        with problems.noted():
+        with problems.collect():
             require_token(settings.hub)
         if not run.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-        parts = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
-        job, progress, handover = parts.job, parts.progress, parts.handover
-        announce(parts.data, job.order, job.schedule, parts.parameters, accelerator)
+        assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
+        job, progress, result_writer = assembled.job, assembled.progress, assembled.result_writer
+        announce(assembled.data, job.order, job.schedule, assembled.parameters, accelerator)
         if run.dry_run:
             with watch.watching():
-                rehearse(job, parts.data, parts.parameters, parts.sizes, progress.step, problems)
+                dry_run(job, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
     job.tracker.settings(flatten(job.settings))
-    show_inputs(job.tracker, job.images, job.order, progress.step, parts.data.labels)
+    show_inputs(job.tracker, job.images, job.order, progress.step, assembled.data.labels)
     with stopped_on_request(job, progress), watch.watching():
         measure_best_anew(job, progress)
         fit(job, progress)
         job.checkpointer.restore_best(progress)
-        handover.at_the_end(job, progress, evaluate(job, "the final evaluation", job.preemption.check))
+        result_writer.finalize(job, progress, evaluate(job, "the final evaluation", job.preemption.check))
         job.preemption.saved()
     accelerator.end_training()
     # When no process waits for another any more, and all files of the run are there.
-    handover.publish(job, progress)
+    result_writer.publish(job, progress)
 
 
 def evaluate_only(settings: Settings, lock: RunLock) -> None:

@@ -13,7 +13,7 @@ from transformers import ViTImageProcessor
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.sampling.order import BatchPlan, ShuffledOrder
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base
@@ -36,7 +36,7 @@ def _batches(root: Path, world: int = 1, rank: int = 0, workers: int = 0, **augm
     split = load_data(settings, seed=0).train
     augmented = AugmentationSettings(**augmentation)
     transforms = ImageTransforms(ViTImageProcessor(size={"height": 16, "width": 16}), augmented)
-    order = Order(Shuffled(len(split), seed=3), 4, 1, world, rank)
+    order = BatchPlan(ShuffledOrder(len(split), seed=3), 4, 1, world, rank)
     images = TrainImages(split, transforms, augmented, 3, skip_bad_images=True)
     return list(batches(train_loader(images, order, 0, 2 * order.steps_per_epoch, settings, CPU)))
 

@@ -11,7 +11,7 @@ from tiny import make_folder
 
 from lora_dist.bench.arithmetic import count_flops
 from lora_dist.bench.compare import Comparison, Turn
-from lora_dist.bench.diagnosis import Circumstances, flag, verdict
+from lora_dist.bench.diagnosis import Circumstances, diagnose, flag
 from lora_dist.bench.measure import Figures, assemble_unwritten, measure, warm_updates
 from lora_dist.bench.report import row
 from lora_dist.bench.results import COLUMNS, add_row, require_room_for_rows, table
@@ -117,7 +117,7 @@ def test_the_verdict_names_what_bounds_a_run_and_what_would_help(
     changes: dict[str, float], flags: tuple[str, ...], found: Circumstances, expected: str, tmp_path: Path
 ) -> None:
     settings = parse("--train_dir", tmp_path, *flags)
-    said = verdict(Figures(**{**vars(FIGURES), **changes}), settings, found)
+    said = diagnose(Figures(**{**vars(FIGURES), **changes}), settings, found)
     assert re.search(expected, said), said
     assert said.count(".") == 1 + said.count("%.")
     names = [word.strip(";,().") for word in said.split() if word.startswith("--")]

@@ -287,7 +287,7 @@ def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(t
     merge_to(load_classifier(adapter, trust_remote_code=True), "x", tmp_path / "merged", [], 1e-4, "fp32", True)
     for directory in (adapter, tmp_path / "old", tmp_path / "merged"):
         found = load_classifier(directory, trust_remote_code=True)
-        assert type(adapters.base_of(found.model)).__name__ == "RemoteModel"
+        assert type(adapters.recorded_base(found.model)).__name__ == "RemoteModel"
         torch.testing.assert_close(_logits(found.model, found.processor), expected, rtol=1e-4, atol=1e-4)
 
 

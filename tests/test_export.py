@@ -14,7 +14,7 @@ from tiny import perturb
 
 from lora_dist.deployment.export.older_peft import card_of, export_legacy_names
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import load_several
+from lora_dist.model.adapter_set import load_adapter_set
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
@@ -84,7 +84,7 @@ def test_one_of_several_is_exported_with_its_own_labels(vit: Path, tmp_path: Pat
         model = make_trainable(base, ModelSettings(), LoraSettings())
         perturb(model, len(labels[name]))
         write_adapter(tmp_path / name, model, base, "card\n")
-    several = load_several({name: tmp_path / name for name in labels})
+    several = load_adapter_set({name: tmp_path / name for name in labels})
     export_legacy_names(several.use("two"), "card\n", tmp_path / "old", [])
     found = load_classifier(tmp_path / "old")
     assert found.labels == labels["two"]

@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 
 from lora_dist import train
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError, UserError
-from lora_dist.processes.failure import others_told, told_failure
+from lora_dist.processes.failure import report_failure, told_failure
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.rendezvous import launch_store
 from lora_dist.processes.runtime import launch
@@ -41,7 +41,7 @@ def store(alone: Accelerator, monkeypatch: pytest.MonkeyPatch) -> TCPStore:
 
 
 def _fail(error: Exception) -> None:
-    with others_told():
+    with report_failure():
         raise error
 
 
@@ -155,7 +155,7 @@ def test_a_first_process_that_fails_lets_nobody_pass(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     first = Preflight(timedelta(seconds=60))
-    with pytest.raises(UserError), others_told(), first.first_process_first("x", alone):
+    with pytest.raises(UserError), report_failure(), first.first_process_first("x", alone):
         raise UserError("no data")
     monkeypatch.setenv("RANK", "1")
     with (

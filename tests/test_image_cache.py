@@ -24,7 +24,7 @@ from lora_dist.data.cache.image_cache import CachedSplit, ImageCache, cached
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms, interpolated
-from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.sampling.order import BatchPlan, ShuffledOrder
 from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
@@ -247,7 +247,7 @@ def training_batches(split: Any, workers: int = 0, skip: bool = False, **augment
     settings = AugmentationSettings(**augmentation)
     transforms = ImageTransforms(ViTImageProcessor(size={"height": 16, "width": 16}), settings)
     images = TrainImages(split, transforms, settings, seed=3, skip_bad_images=skip)
-    order = Order(Shuffled(len(split), seed=3), 4, 1, 1, 0)
+    order = BatchPlan(ShuffledOrder(len(split), seed=3), 4, 1, 1, 0)
     data = DataSettings(dataloader_num_workers=workers)
     return list(batches(train_loader(images, order, 0, 2 * order.steps_per_epoch, data, CPU)))
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from lora_dist.data.sampling.interleave import Lanes
-from lora_dist.data.sampling.order import FILLER, MicroBatches, Order, Sample
+from lora_dist.data.sampling.interleave import Interleave
+from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan, MicroBatches, Sample
 
 UNEVEN = (13, 2, 9, 1, 7)
 DATA = [
@@ -22,16 +22,16 @@ DATA = [
 SPLITS = [(16, 1, 1), (4, 4, 1), (8, 1, 2), (3, 1, 3), (2, 2, 4), (1, 1, 5)]
 
 
-def lanes_of(data: tuple[Sequence[int], int, int], seed: int = 3) -> Lanes:
+def lanes_of(data: tuple[Sequence[int], int, int], seed: int = 3) -> Interleave:
     sizes, count, block = data
-    return Lanes(np.array(sizes), count, block, seed)
+    return Interleave(np.array(sizes), count, block, seed)
 
 
-def orders(lanes: Lanes, batch: int, accumulation: int, world: int) -> list[Order]:
-    return [Order(lanes, batch, accumulation, world, rank) for rank in range(world)]
+def orders(lanes: Interleave, batch: int, accumulation: int, world: int) -> list[BatchPlan]:
+    return [BatchPlan(lanes, batch, accumulation, world, rank) for rank in range(world)]
 
 
-def real(order: Order, step: int) -> list[Sample]:
+def real(order: BatchPlan, step: int) -> list[Sample]:
     return [sample for micro in order.micro_batches(step) for sample in micro if sample.weight]
 
 
@@ -70,7 +70,7 @@ def test_processes_keep_step(data: tuple[Sequence[int], int, int], split: tuple[
             for micro in micros:
                 assert 1 <= len(micro) <= split[0]
                 assert all(sample.weight == 1 for sample in micro) or [s[1:5] for s in micro] == [
-                    (FILLER, micro[0].position, FILLER, 0.0)
+                    (PADDING_INDEX, micro[0].position, PADDING_INDEX, 0.0)
                 ]
         assert sum(len(real(order, step)) for order in shares) == shares[0].samples_in(step)
 
@@ -125,7 +125,7 @@ def test_pieces_of_a_lane_are_its_blocks_one_after_another(data: tuple[Sequence[
 
 def test_lanes_are_of_about_the_same_length_and_the_longest_come_first() -> None:
     sizes = np.random.default_rng(0).integers(50, 150, 300)
-    layout = Lanes(sizes, 16, 8, 0).layout(0)
+    layout = Interleave(sizes, 16, 8, 0).layout(0)
     assert layout.lengths.tolist() == sorted(layout.lengths.tolist(), reverse=True)
     assert layout.lengths.max() - layout.lengths.min() <= sizes.max()
 
@@ -140,7 +140,7 @@ def test_the_lanes_that_last_are_spread_over_the_processes() -> None:
 
 def test_epochs_and_seeds_differ_and_nothing_else_matters() -> None:
     def rows(seed: int, epoch: int) -> list[int]:
-        order = Order(lanes_of(DATA[5], seed), 50, 1, 1, 0)
+        order = BatchPlan(lanes_of(DATA[5], seed), 50, 1, 1, 0)
         return [
             s.row for step in range(order.steps_per_epoch) for s in real(order, epoch * order.steps_per_epoch + step)
         ]
@@ -151,7 +151,7 @@ def test_epochs_and_seeds_differ_and_nothing_else_matters() -> None:
 
 
 def test_shuffling_reaches_across_shards_and_within_blocks() -> None:
-    order = Order(lanes_of(((100,) * 32, 16, 20)), 64, 1, 1, 0)
+    order = BatchPlan(lanes_of(((100,) * 32, 16, 20)), 64, 1, 1, 0)
     found = [sample.row for sample in real(order, 3)]
     assert len({row // 100 for row in found}) == 16, "each lane gives samples of its present shard"
     in_one = [row for row in found if row // 100 == found[0] // 100]
@@ -161,8 +161,8 @@ def test_shuffling_reaches_across_shards_and_within_blocks() -> None:
 @pytest.mark.parametrize("first", range(9))
 def test_a_resumed_order_goes_on_with_the_same_samples(first: int) -> None:
     for rank in range(2):
-        whole = list(MicroBatches(Order(lanes_of(DATA[0]), 4, 1, 2, rank), 0, 9))
-        order = Order(lanes_of(DATA[0]), 4, 1, 2, rank)
+        whole = list(MicroBatches(BatchPlan(lanes_of(DATA[0]), 4, 1, 2, rank), 0, 9))
+        order = BatchPlan(lanes_of(DATA[0]), 4, 1, 2, rank)
         done = sum(order.micro_batches_in(step) for step in range(first))
         assert list(MicroBatches(order, first, 9)) == whole[done:]
 
@@ -170,7 +170,7 @@ def test_a_resumed_order_goes_on_with_the_same_samples(first: int) -> None:
 @pytest.mark.parametrize("data", DATA)
 def test_partners_are_pairs_of_one_block(data: tuple[Sequence[int], int, int]) -> None:
     lanes = lanes_of(data)
-    order = Order(lanes, 7, 1, 1, 0)
+    order = BatchPlan(lanes, 7, 1, 1, 0)
     found = [sample for step in range(order.steps_per_epoch) for sample in real(order, step)]
     rows, partners = np.array([s.row for s in found]), np.array([s.partner for s in found])
     for one, other in zip(lanes.layout(0).find(rows), lanes.layout(0).find(partners), strict=True):
@@ -183,8 +183,8 @@ def test_partners_are_pairs_of_one_block(data: tuple[Sequence[int], int, int]) -
 
 def test_many_samples_cost_no_loop_over_them() -> None:
     """A hundred million samples in a million shards."""
-    lanes = Lanes(np.full(1_000_000, 100), 64, 64, 0)
-    order = Order(lanes, 128, 1, 8, 7)
+    lanes = Interleave(np.full(1_000_000, 100), 64, 64, 0)
+    order = BatchPlan(lanes, 128, 1, 8, 7)
     assert order.steps_per_epoch == 97_657
     rows = [sample.row for sample in real(order, 90_000)]
     assert len(set(rows)) == 128

@@ -20,7 +20,7 @@ from transformers import ViTImageProcessor
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, default_workers, evaluation_loader, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import FILLER, Order, Shuffled
+from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan, ShuffledOrder
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
@@ -52,7 +52,7 @@ def training_batches(
     """The batches of one process, by default of two epochs."""
     settings = AugmentationSettings(**augmentation)
     images = TrainImages(split, ImageTransforms(PROCESSOR, settings), settings, seed=3)
-    order = Order(Shuffled(len(split), seed=3), batch, accumulation, world, rank)
+    order = BatchPlan(ShuffledOrder(len(split), seed=3), batch, accumulation, world, rank)
     first, last = steps if steps[1] else (0, 2 * order.steps_per_epoch)
     return list(batches(train_loader(images, order, first, last, workers(num_workers), CPU)))
 
@@ -66,7 +66,7 @@ def evaluation_batches(
 
 def samples(split: Split, batch: int, accumulation: int = 1, world: int = 1, **more: Any) -> dict[Any, list[Tensor]]:
     """(epoch, row) to all that the batches of all processes say of that sample, over two epochs."""
-    length = Order(Shuffled(len(split), seed=3), batch, accumulation, world, 0).steps_per_epoch
+    length = BatchPlan(ShuffledOrder(len(split), seed=3), batch, accumulation, world, 0).steps_per_epoch
     found: dict[Any, list[Tensor]] = {}
     for epoch in (0, 1):
         steps = (epoch * length, (epoch + 1) * length)
@@ -216,8 +216,8 @@ def test_an_evaluation_sees_every_row_once_as_the_processor_makes_it(
     for part in (part for share in shares for part in share):
         assert (part.partner_labels, part.shares) == (None, None)
         for place, row in enumerate(part.indices.tolist()):
-            assert part.weights[place] == float(row != FILLER)
-            if row != FILLER:
+            assert part.weights[place] == float(row != PADDING_INDEX)
+            if row != PADDING_INDEX:
                 seen.append(row)
                 image = data.validation.image(row)
                 assert torch.equal(part.pixel_values[place], PROCESSOR(image, return_tensors="pt")["pixel_values"][0])
@@ -281,7 +281,7 @@ def test_a_worker_does_not_end_what_was_garbage_at_its_fork(data: ImageData) -> 
     """Ending a store there ended the worker: `std::system_error`, for the store's thread cannot be joined."""
     settings = AugmentationSettings()
     images = Collecting(data.train, ImageTransforms(PROCESSOR, settings), settings, seed=3)
-    order = Order(Shuffled(len(data.train), seed=3), 4, 1, 1, 0)
+    order = BatchPlan(ShuffledOrder(len(data.train), seed=3), 4, 1, 1, 0)
     loader = train_loader(images, order, 0, order.steps_per_epoch, workers(2), CPU)
     gc.disable()
     try:

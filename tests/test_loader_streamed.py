@@ -16,7 +16,7 @@ from transformers import ViTImageProcessor
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import FILLER, Order
+from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan
 from lora_dist.data.sampling.protocol import TrainingSplit
 from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.streaming import load_streamed
@@ -63,7 +63,7 @@ def training_batches(
     **augmentation: Any,
 ) -> list[Batch]:
     """The batches of one process, by default over two epochs."""
-    order = Order(split.arrangement(3), *split_as)
+    order = BatchPlan(split.sample_order(3), *split_as)
     begin, end = (epoch * order.steps_per_epoch for epoch in epochs)
     settings = DataSettings(dataloader_num_workers=workers)
     loader = train_loader(images_of(split, **augmentation), order, max(begin, first), end, settings, CPU)
@@ -132,7 +132,7 @@ def test_a_process_whose_lanes_have_run_out_keeps_step_with_fillers(mixup: float
     split = streamed(make_shards(tmp_path / "data", (30, 3)))
     shares = [training_batches(split, workers, (4, 1, 2, rank), mixup_alpha=mixup) for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1])
-    fillers = [batch for batch in shares[1] if batch.indices.tolist() == [FILLER]]
+    fillers = [batch for batch in shares[1] if batch.indices.tolist() == [PADDING_INDEX]]
     assert fillers
     for batch in fillers:
         assert batch.weights.tolist() == [0.0]
@@ -177,7 +177,7 @@ def test_each_shard_is_read_by_one_worker(tmp_path: Path) -> None:
     images = Recording(split, ImageTransforms(PROCESSOR, settings), settings, seed=3)
     images.log = tmp_path / "log"
     images.log.mkdir()
-    order = Order(split.arrangement(3), 4, 1, 1, 0)
+    order = BatchPlan(split.sample_order(3), 4, 1, 1, 0)
     list(batches(train_loader(images, order, 0, order.steps_per_epoch, DataSettings(dataloader_num_workers=3), CPU)))
     shard_of = np.repeat(np.arange(6), (6, 5, 7, 3, 4, 8))
     read = [{int(shard_of[int(row)]) for row in file.read_text().split()} for file in images.log.iterdir()]
@@ -198,10 +198,10 @@ def test_nothing_read_ahead_is_left_to_worker_processes(tmp_path: Path) -> None:
     """Two processes that go on with one open file disturb each other."""
     split = streamed(make_shards(tmp_path / "data", (40,) * 4))
     images = images_of(split)
-    order = Order(split.arrangement(3), 4, 1, 1, 0)
+    order = BatchPlan(split.sample_order(3), 4, 1, 1, 0)
     expected = training_batches(split, 0)
     images.batch(next(order.micro_batches(0)))
     images.close()
-    order = Order(split.arrangement(3), 4, 2, 1, 0)
+    order = BatchPlan(split.sample_order(3), 4, 2, 1, 0)
     loader = train_loader(images, order, 0, 2 * order.steps_per_epoch, DataSettings(dataloader_num_workers=2), CPU)
     assert_equal(list(batches(loader)), expected)

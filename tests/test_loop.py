@@ -19,7 +19,7 @@ from lora_dist.data.sources.load import load_data
 from lora_dist.model.classifier import load_classifier
 from lora_dist.settings.train import DataSettings
 from lora_dist.training.reporting.tracking import Tracker
-from lora_dist.training.saving.result_writer import Handover
+from lora_dist.training.saving.result_writer import ResultWriter
 
 
 def _run(vit: Path, photos: Path, out: Path, *more: object) -> Path:
@@ -206,14 +206,14 @@ def test_a_signal_while_the_result_is_written_does_not_keep_it_from_being_whole(
     vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the file that asks for a checkpoint, which there is by then, goes away."""
-    at_the_end = Handover.at_the_end
+    finalize = ResultWriter.finalize
 
-    def signalled(self: Handover, *arguments: Any) -> None:
+    def signalled(self: ResultWriter, *arguments: Any) -> None:
         (tmp_path / "SAVE").touch()
         _sigterm()
-        at_the_end(self, *arguments)
+        finalize(self, *arguments)
 
-    monkeypatch.setattr(Handover, "at_the_end", signalled)
+    monkeypatch.setattr(ResultWriter, "at_the_end", signalled)
     _run(vit, photos, tmp_path, "--eval_steps", "no")
     assert results_of(tmp_path)["step"] == 9
     assert load_classifier(tmp_path / "adapter").labels == ["a", "b", "c"]

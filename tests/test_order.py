@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 
-from lora_dist.data.sampling.order import FILLER, MicroBatches, Order, Shuffled, evaluation_batches
+from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan, MicroBatches, ShuffledOrder, evaluation_batches
 
 SIZES = [(27, 4, 2, 1), (7, 4, 1, 2), (5, 64, 4, 1), (5, 64, 1, 8), (64, 4, 4, 2), (65, 4, 4, 2), (1, 1, 1, 3)]
 
 
-def order(size: int, batch: int, accumulation: int, world: int, rank: int = 0) -> Order:
-    return Order(Shuffled(size, seed=3), batch, accumulation, world, rank)
+def order(size: int, batch: int, accumulation: int, world: int, rank: int = 0) -> BatchPlan:
+    return BatchPlan(ShuffledOrder(size, seed=3), batch, accumulation, world, rank)
 
 
 def rows_of(size: int, batch: int, accumulation: int, world: int, step: int) -> list[int]:
@@ -59,7 +59,7 @@ def test_processes_keep_step_and_fillers_weigh_nothing(
 def test_epochs_differ_and_seeds_differ() -> None:
     first, second = ([s.row for m in order(50, 50, 1, 1).micro_batches(step) for s in m] for step in (0, 1))
     assert first != second
-    other = [s.row for m in Order(Shuffled(50, seed=4), 50, 1, 1, 0).micro_batches(0) for s in m]
+    other = [s.row for m in BatchPlan(ShuffledOrder(50, seed=4), 50, 1, 1, 0).micro_batches(0) for s in m]
     assert first != other
 
 
@@ -93,7 +93,7 @@ def test_evaluation_covers_every_row_once_in_equally_many_batches(size: int, wor
     shares = [evaluation_batches(size, batch, world, rank) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     rows = [row for share in shares for part in share for row in part]
-    assert sorted(row for row in rows if row != FILLER) == list(range(size))
+    assert sorted(row for row in rows if row != PADDING_INDEX) == list(range(size))
     assert all(1 <= len(part) <= batch for share in shares for part in share)
 
 

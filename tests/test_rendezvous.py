@@ -12,7 +12,7 @@ from torch.distributed import TCPStore
 
 from lora_dist import waiting
 from lora_dist.processes import rendezvous
-from lora_dist.processes.failure import others_told
+from lora_dist.processes.failure import report_failure
 from lora_dist.processes.rendezvous import JoinError, launch_store
 
 HOST = socket.gethostname()
@@ -134,7 +134,7 @@ def test_a_rank_that_two_processes_have_is_said_and_its_failure_told_to_nobody(m
         _other_process(patch)
         with pytest.raises(JoinError, match=rf"^rank 1 .* is already {HOST} \(process \d+\), and this is elsewhere"):
             launch_store(timedelta(seconds=30))
-        with pytest.raises(ValueError, match="its own"), others_told():
+        with pytest.raises(ValueError, match="its own"), report_failure():
             raise ValueError("its own")
     assert not store.check(["failed"])  # type: ignore[attr-defined]
 

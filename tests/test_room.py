@@ -17,7 +17,7 @@ from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.storage.disk import readable
 from lora_dist.storage.writable import require_writable
-from lora_dist.training.saving.disk_budget import Sizes, require_room
+from lora_dist.training.saving.disk_budget import Sizes, require_disk_space
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def test_too_little_room_is_said_before_training(
 def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
     sizes = Sizes(checkpoint=20_000, result=10_000, checkpoints=4)
     with pytest.raises(UserError, match=r"4 checkpoints of 30 kB and a result of 10 kB"):
-        require_room(disk / "run", Sizes(checkpoint=30_000, result=10_000, checkpoints=4))
+        require_disk_space(disk / "run", Sizes(checkpoint=30_000, result=10_000, checkpoints=4))
     (disk / "run").mkdir()
     (disk / "run" / "checkpoint").write_bytes(bytes(60_000))
-    require_room(disk / "run", sizes)
+    require_disk_space(disk / "run", sizes)
 
 
 def test_a_disk_that_cannot_be_written_to_is_named(disk: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.adapter_set import load_blend, load_several
+from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
@@ -43,14 +43,14 @@ def test_a_chosen_adapter_classifies_as_it_does_alone(vit: Path, tmp_path: Path)
         "two": _write(tmp_path / "2", vit, 2, ["p", "q"], lora_r=2, lora_target_modules=["all-linear"]),
         "a.b c": _write(tmp_path / "3", vit, 3, tuning="head"),
     }
-    several = load_several({name: tmp_path / str(place) for place, name in enumerate(expected, 1)})
+    several = load_adapter_set({name: tmp_path / str(place) for place, name in enumerate(expected, 1)})
     for name in ("two", "a.b c", "one", "two"):
-        classifier = several.use(name)
+        classifier = several.set_adapter(name)
         torch.testing.assert_close(logits(classifier.model, 32), expected[name])
         assert classifier.labels == (["p", "q"] if name == "two" else LABELS)
     assert len({id(classifier.model) for classifier in several.classifiers.values()}) == 1
     with pytest.raises(UserError, match=r"no adapter is called 'three'; there are one, two, a\.b c"):
-        several.use("three")
+        several.set_adapter("three")
 
 
 def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
@@ -58,9 +58,11 @@ def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
     model = make_trainable(base, ModelSettings(), LoraSettings())
     perturb(model)
     write_adapter(tmp_path / "new", model, base, "card\n")
-    several = load_several({"old": OLD / "peft_0_2", "new": tmp_path / "new"}, str(OLD / "base"))
-    torch.testing.assert_close(logits(several.use("new").model), logits(model))
-    torch.testing.assert_close(logits(several.use("old").model), expected_of(OLD / "peft_0_2"), rtol=1e-5, atol=1e-5)
+    several = load_adapter_set({"old": OLD / "peft_0_2", "new": tmp_path / "new"}, str(OLD / "base"))
+    torch.testing.assert_close(logits(several.set_adapter("new").model), logits(model))
+    torch.testing.assert_close(
+        logits(several.set_adapter("old").model), expected_of(OLD / "peft_0_2"), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_given_labels_are_for_those_that_have_none(vit: Path, tmp_path: Path) -> None:
@@ -69,18 +71,18 @@ def test_given_labels_are_for_those_that_have_none(vit: Path, tmp_path: Path) ->
     for name in ("config.json", "base_model.json"):
         (tmp_path / "2" / name).unlink()
     named = {number: tmp_path / number for number in ("1", "2", "3")}
-    several = load_several(named, labels=["cat", "dog"])
-    assert [several.use(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
+    several = load_adapter_set(named, labels=["cat", "dog"])
+    assert [several.set_adapter(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
     with pytest.raises(UserError, match=r"--labels names 3 classes, and the adapter in .*2 has 2"):
-        load_several(named, labels=["cat", "dog", "bird"])
+        load_adapter_set(named, labels=["cat", "dog", "bird"])
     with pytest.raises(UserError, match=r"--labels: .* has a label map of its own"):
-        load_several({number: tmp_path / number for number in ("1", "3")}, labels=["a", "b", "c"])
+        load_adapter_set({number: tmp_path / number for number in ("1", "3")}, labels=["a", "b", "c"])
 
 
 def test_adapters_of_different_bases_are_refused(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path / "1", vit, 1)
     _write(tmp_path / "2", make_model(tmp_path / "other", seed=1), 1)
-    for load in (load_several, lambda named: load_blend(named, [0.5, 0.5])):
+    for load in (load_adapter_set, lambda named: load_weighted_sum(named, [0.5, 0.5])):
         with pytest.raises(UserError, match=r"is not the base that the adapter in .*2 was trained on"):
             load({"1": tmp_path / "1", "2": tmp_path / "2"})
 
@@ -92,13 +94,13 @@ def test_a_label_map_of_another_number_of_classes_is_refused(vit: Path, tmp_path
     names = {str(number): f"class {number}" for number in range(5)}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": names, "label2id": None}))
     with pytest.raises(UserError, match=r"2 has a head of 3 classes, and names 5"):
-        load_several({"1": tmp_path / "1", "2": tmp_path / "2"})
+        load_adapter_set({"1": tmp_path / "1", "2": tmp_path / "2"})
 
 
 def test_a_whole_model_is_no_adapter(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path / "1", vit, 1)
     with pytest.raises(UserError, match="is no adapter"):
-        load_several({"1": tmp_path / "1", "2": vit})
+        load_adapter_set({"1": tmp_path / "1", "2": vit})
 
 
 KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -117,7 +119,7 @@ def test_a_blend_has_the_weighted_mean_of_the_merged_weights(kinds: Any, vit: Pa
     for number, kind in enumerate(kinds):
         _write(tmp_path / str(number), vit, number, **kind)
         merged.append(_weights(load_classifier(tmp_path / str(number)).model))
-    blend = load_blend({"0": tmp_path / "0", "1": tmp_path / "1"}, [0.7, 0.3])
+    blend = load_weighted_sum({"0": tmp_path / "0", "1": tmp_path / "1"}, [0.7, 0.3])
     before = logits(blend.model, 32)
     weights = _weights(blend.model)
     assert weights.keys() == merged[0].keys()
@@ -135,13 +137,13 @@ def test_a_blend_of_one_is_that_one(architecture: Path, weights: list[float], tm
     for number in (0, 1):
         _write(tmp_path / str(number), architecture, number, lora_r=2 + number)
     expected = logits(load_classifier(tmp_path / str(weights.index(1.0))).model, size)
-    blend = load_blend({"0": tmp_path / "0", "1": tmp_path / "1"}, weights)
+    blend = load_weighted_sum({"0": tmp_path / "0", "1": tmp_path / "1"}, weights)
     torch.testing.assert_close(logits(blend.model, size), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_of_two_releases_blend() -> None:
     names = ("peft_0_2", "peft_0_14")
-    blend = load_blend({name: OLD / name for name in names}, [0.25, 0.75], str(OLD / "base"))
+    blend = load_weighted_sum({name: OLD / name for name in names}, [0.25, 0.75], str(OLD / "base"))
     merged = [_weights(load_classifier(OLD / name, str(OLD / "base")).model) for name in names]
     for name, tensor in _weights(blend.model).items():
         torch.testing.assert_close(tensor, 0.25 * merged[0][name] + 0.75 * merged[1][name], rtol=1e-5, atol=1e-6)
@@ -162,7 +164,7 @@ def test_what_has_no_weighted_sum_is_refused(
     _write(tmp_path / "1", vit, 1)
     _write(tmp_path / "2", vit, 2, labels, **lora)
     with pytest.raises(UserError, match=words):
-        load_blend({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 
 
 @pytest.mark.parametrize("places", [(1, 2), (2, 1)])
@@ -171,7 +173,7 @@ def test_an_adapter_that_trains_biases_stands_alone(places: tuple[int, int], vit
     _write(tmp_path / "1", vit, 1)
     _write(tmp_path / "2", vit, 2, lora_bias="lora_only")
     with pytest.raises(UserError, match="trains biases, and has to stand alone"):
-        load_several({str(place): tmp_path / str(place) for place in places})
+        load_adapter_set({str(place): tmp_path / str(place) for place in places})
 
 
 def test_adapters_that_bring_different_modules_whole_are_not_blended(vit: Path, tmp_path: Path) -> None:
@@ -183,10 +185,12 @@ def test_adapters_that_bring_different_modules_whole_are_not_blended(vit: Path, 
     path = tmp_path / "2" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["classifier", "layernorm"]}))
     with pytest.raises(UserError, match=r"do not train the same modules in full.* vit\.layernorm\.bias"):
-        load_blend({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 
 
-@pytest.mark.parametrize("load", [load_several, lambda named: load_blend(named, [0.5, 0.5])], ids=["each", "blend"])
+@pytest.mark.parametrize(
+    "load", [load_adapter_set, lambda named: load_weighted_sum(named, [0.5, 0.5])], ids=["each", "blend"]
+)
 def test_a_key_that_is_missing_from_one_of_them_is_no_module_left_out(load: Any, vit: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         _write(tmp_path / str(number), vit, number)
@@ -204,10 +208,10 @@ def test_adapters_that_see_other_pixels_are_not_blended(vit: Path, tmp_path: Pat
     path = tmp_path / "2" / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
     with pytest.raises(UserError, match="prepare images differently"):
-        load_blend({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 
 
 def test_scales_by_module_are_not_blended() -> None:
     named = {name: OLD / name for name in ("peft_0_14", "peft_0_14_patterns")}
     with pytest.raises(UserError, match="alpha_pattern"):
-        load_blend(named, [0.5, 0.5], str(OLD / "base"))
+        load_weighted_sum(named, [0.5, 0.5], str(OLD / "base"))

@@ -21,7 +21,7 @@ from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable, trained_tensors
-from lora_dist.model.warm_start import load_start
+from lora_dist.model.warm_start import load_warm_start
 from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings, Settings
 
 LABELS = ["x", "y", "z"]
@@ -43,7 +43,7 @@ def _settings(adapter: Path, model: dict[str, Any] | None = None, **lora: Any) -
 
 
 def _begin(settings: Settings, labels: list[str]) -> tuple[Any, Settings]:
-    settled, base, start = load_start(settings, labels)
+    settled, base, start = load_warm_start(settings, labels)
     assert start is not None
     model = make_trainable(base, settled.model, settled.lora)
     start.load_into(model)
@@ -72,7 +72,7 @@ def test_the_same_classes_go_on_in_full(lora: dict[str, Any], vit: Path, tmp_pat
         if name != "lora_target_modules":
             assert getattr(settled.lora, name) == value
     # The settings as recorded make the same model again.
-    again, _, _ = load_start(settled, LABELS)
+    again, _, _ = load_warm_start(settled, LABELS)
     assert again == settled
 
 
@@ -116,7 +116,9 @@ def test_an_adapter_of_an_old_release_goes_on(caplog: pytest.LogCaptureFixture) 
 def test_settings_that_differ_are_told_with_both_values(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path, vit, lora_r=4, lora_alpha=8)
     with pytest.raises(UserError) as caught:
-        load_start(_settings(tmp_path, lora_r=16, lora_alpha=8, use_dora=True, lora_target_modules=["key"]), LABELS)
+        load_warm_start(
+            _settings(tmp_path, lora_r=16, lora_alpha=8, use_dora=True, lora_target_modules=["key"]), LABELS
+        )
     message = str(caught.value)
     assert "--lora_r is 16, and the adapter has 4" in message
     assert "--use_dora is True, and the adapter has False" in message
@@ -125,7 +127,7 @@ def test_settings_that_differ_are_told_with_both_values(vit: Path, tmp_path: Pat
     )
     assert "lora_alpha" not in message
     assert str(tmp_path) in message
-    load_start(_settings(tmp_path, lora_r=4, lora_target_modules=["query", "value"]), LABELS)
+    load_warm_start(_settings(tmp_path, lora_r=4, lora_target_modules=["query", "value"]), LABELS)
 
 
 def test_a_run_goes_on_with_the_pixels_that_the_adapter_was_trained_on(vit: Path, photos: Path, tmp_path: Path) -> None:
@@ -154,18 +156,18 @@ def test_another_base_is_refused(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path / "adapter", vit)
     other = make_model(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="is not the base"):
-        load_start(_settings(tmp_path / "adapter", {"model_name_or_path": str(other)}), LABELS)
+        load_warm_start(_settings(tmp_path / "adapter", {"model_name_or_path": str(other)}), LABELS)
 
 
 def test_what_cannot_go_on_is_refused(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
-        load_start(_settings(tmp_path / "nothing"), LABELS)
+        load_warm_start(_settings(tmp_path / "nothing"), LABELS)
     _write(tmp_path / "probe", vit, tuning="head")
     with pytest.raises(UserError, match="no LoRA matrices"):
-        load_start(_settings(tmp_path / "probe"), LABELS)
+        load_warm_start(_settings(tmp_path / "probe"), LABELS)
     given = {"model_name_or_path": str(OLD / "base")}
     with pytest.raises(UserError, match="differ by module"):
-        load_start(_settings(OLD / "peft_0_14_patterns", given), LABELS)
+        load_warm_start(_settings(OLD / "peft_0_14_patterns", given), LABELS)
 
 
 def test_the_fingerprint_is_of_what_is_taken_over(vit: Path, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_the_fingerprint_is_of_what_is_taken_over(vit: Path, tmp_path: Path) -> 
     _write(tmp_path / "2", vit, ["p", "q"], lora_r=4)
 
     def of(directory: Path, labels: list[str]) -> str:
-        start = load_start(_settings(directory), labels)[2]
+        start = load_warm_start(_settings(directory), labels)[2]
         assert start is not None
         return start.fingerprint()
 
@@ -184,7 +186,7 @@ def test_the_fingerprint_is_of_what_is_taken_over(vit: Path, tmp_path: Path) -> 
 
 def test_without_an_adapter_nothing_changes(vit: Path) -> None:
     settings = Settings(model=ModelSettings(model_name_or_path=str(vit)))
-    settled, base, start = load_start(settings, LABELS)
+    settled, base, start = load_warm_start(settings, LABELS)
     assert settled is settings
     assert start is None
     assert base.name == str(vit)

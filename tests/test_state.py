@@ -64,7 +64,10 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(vit: Path, tmp_path: P
     assert found is not None
     assert checkpointer(tmp_path, resumed).restore(found[1]) == progress
     assert train(resumed, 3, seed=50) == expected
-    for mine, theirs in ((resumed.trained(), whole.trained()), (resumed.moments(), whole.moments())):
+    for mine, theirs in (
+        (resumed.trainable_state(), whole.trainable_state()),
+        (resumed.optimizer_state(), whole.optimizer_state()),
+    ):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
@@ -81,7 +84,7 @@ def test_a_checkpoint_holds_what_trains_and_not_the_base(vit: Path, tmp_path: Pa
     train(one, 1)
     checkpointer(tmp_path, one).save(Progress(step=1))
     content = checkpoint.read(checkpoint.path_of(tmp_path, 1))
-    trained = {name for name, parameter in one.bare.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in one.unwrapped.named_parameters() if parameter.requires_grad}
     assert content.trained.keys() == trained
     assert content.optimizer.keys() == {
         f"{moment}/{name}" for name in trained for moment in ("exp_avg", "exp_avg_sq", "step")
@@ -155,7 +158,7 @@ def test_the_best_weights_come_back_at_the_end(
     one = engine(vit)
     keeper = checkpointer(tmp_path, one)
     train(one, 1)
-    best = one.trained()
+    best = one.trainable_state()
     progress = Progress(step=1, best_step=1, best_value=0.9)
     keeper.save(progress)
     for step in range(2, 6):
@@ -164,12 +167,12 @@ def test_the_best_weights_come_back_at_the_end(
         keeper.save(progress)
     assert [path.name[-1] for path in checkpoint.listed(tmp_path)] == ["1", "4", "5"]
     keeper.restore_best(progress)
-    assert all(torch.equal(tensor, best[name]) for name, tensor in one.trained().items())
+    assert all(torch.equal(tensor, best[name]) for name, tensor in one.trainable_state().items())
 
 
 def test_a_run_that_goes_on_has_the_best_weights_of_before_in_memory(vit: Path, tmp_path: Path) -> None:
     before, after = engine(vit, moved=True), engine(vit)
-    keeper, best = checkpointer(tmp_path, before), before.trained()
+    keeper, best = checkpointer(tmp_path, before), before.trainable_state()
     keeper.save(Progress(step=1, best_step=1, best_value=0.9))
     train(before, 1)
     keeper.save(Progress(step=2, best_step=1, best_value=0.9))
@@ -177,12 +180,12 @@ def test_a_run_that_goes_on_has_the_best_weights_of_before_in_memory(vit: Path, 
     progress = resumed.restore(checkpoint.read(checkpoint.path_of(tmp_path, 2)))
     shutil.rmtree(tmp_path)
     resumed.restore_best(progress)
-    assert all(torch.equal(tensor, best[name]) for name, tensor in after.trained().items())
+    assert all(torch.equal(tensor, best[name]) for name, tensor in after.trainable_state().items())
 
 
 def test_the_best_weights_that_could_not_be_saved_outlive_the_next_save(vit: Path, tmp_path: Path) -> None:
     one = engine(vit, moved=True)
-    keeper, best = checkpointer(tmp_path / "there", one), one.trained()
+    keeper, best = checkpointer(tmp_path / "there", one), one.trainable_state()
     (tmp_path / "there").write_text("no directory", encoding="utf-8")
     keeper.save(Progress(step=1, best_step=1, best_value=0.9))
     train(one, 1)
@@ -190,7 +193,7 @@ def test_the_best_weights_that_could_not_be_saved_outlive_the_next_save(vit: Pat
     progress = Progress(step=2, best_step=1, best_value=0.9)
     keeper.save(progress)
     keeper.restore_best(progress)
-    assert all(torch.equal(tensor, best[name]) for name, tensor in one.trained().items())
+    assert all(torch.equal(tensor, best[name]) for name, tensor in one.trainable_state().items())
 
 
 @pytest.mark.parametrize("best_step", [None, 2])
@@ -198,9 +201,9 @@ def test_the_last_weights_stay_where_they_are_the_best_or_none_is_known(
     best_step: int | None, vit: Path, tmp_path: Path
 ) -> None:
     one = engine(vit, moved=True)
-    before = one.trained()
+    before = one.trainable_state()
     checkpointer(tmp_path, one).restore_best(Progress(step=2, best_step=best_step))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in one.trained().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.trainable_state().items())
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: (path / checkpoint.TRAINED).write_bytes(b"")])

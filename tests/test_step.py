@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import Order, Shuffled
+from lora_dist.data.sampling.order import BatchPlan, ShuffledOrder
 from lora_dist.data.sources.load import load_data
 from lora_dist.engines.engine import Engine, make_engine
 from lora_dist.model.backbone import Base, load_base
@@ -56,7 +56,7 @@ class Trained:
         """Of what trains, as they stand."""
         return {
             name: parameter.grad.clone()
-            for name, parameter in self.engine.bare.named_parameters()
+            for name, parameter in self.engine.unwrapped.named_parameters()
             if parameter.grad is not None
         }
 
@@ -98,11 +98,11 @@ def test_an_update_does_not_depend_on_how_its_batch_is_split(sizes: tuple[int, .
         assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
         assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
         _assert_equal(split.gradients(), whole.gradients())
-    before = Trained(vit).engine.trained()
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in whole.engine.trained().items())
-    for name, tensor in split.engine.trained().items():
+    before = Trained(vit).engine.trainable_state()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in whole.engine.trainable_state().items())
+    for name, tensor in split.engine.trainable_state().items():
         # AdamW divides by the root of the squared gradient, so that entries near zero amplify float error.
-        torch.testing.assert_close(tensor, whole.engine.trained()[name], rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(tensor, whole.engine.trainable_state()[name], rtol=0, atol=2e-5, msg=name)
 
 
 def test_gradients_differ_inside_a_window_and_agree_at_its_end(vit: Path) -> None:
@@ -173,49 +173,49 @@ def test_a_nan_image_is_named_and_nothing_is_changed(vit: Path) -> None:
     trained, undisturbed = Trained(vit), Trained(vit)
     for one in (trained, undisturbed):
         one.update([_batch(6)], 1, 6)
-    weights, moments = trained.engine.trained(), trained.engine.moments()
+    weights, moments = trained.engine.trainable_state(), trained.engine.optimizer_state()
     pixels = _batch(6).pixel_values.clone()
     pixels[4, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteLossError, match="loss") as caught:
         trained.update(_split(_batch(6)._replace(pixel_values=pixels), 3, 3), 2, 6)
     assert caught.value.indices == [104]
-    for actual, expected in ((trained.engine.trained(), weights), (trained.engine.moments(), moments)):
+    for actual, expected in ((trained.engine.trainable_state(), weights), (trained.engine.optimizer_state(), moments)):
         assert actual.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
     for one in (trained, undisturbed):
         one.update([_batch(6, seed=1)], 1, 6)
-    expected = undisturbed.engine.trained()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.engine.trained().items())
+    expected = undisturbed.engine.trainable_state()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.engine.trainable_state().items())
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_before_the_update(vit: Path) -> None:
     """With a finite loss: here one whose slope at the present weights is infinite."""
     trained = Trained(vit)
-    weights = trained.engine.trained()
+    weights = trained.engine.trainable_state()
 
     def cusp(_: nn.Module, __: Any, output: Any) -> Any:
-        weight = trained.engine.bare.base_model.model.classifier.modules_to_save["default"].weight
+        weight = trained.engine.unwrapped.base_model.model.classifier.modules_to_save["default"].weight
         output.logits = output.logits + (weight - weight.detach()).sum().abs().sqrt()
         return output
 
-    handle = trained.engine.bare.register_forward_hook(cusp)
+    handle = trained.engine.unwrapped.register_forward_hook(cusp)
     with pytest.raises(NonFiniteLossError, match="gradient") as caught:
         trained.update([_batch(2)._replace(indices=torch.tensor([5, 9]))], 1, 2)
     handle.remove()
     assert caught.value.indices == [5, 9]
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.engine.trained().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.engine.trainable_state().items())
 
 
 def test_the_ratio_of_lora_plus_reaches_the_update(vit: Path) -> None:
     """The first update of AdamW moves every entry by its learning rate."""
     trained = Trained(vit, ratio=16.0)
-    before = trained.engine.trained()
+    before = trained.engine.trainable_state()
     trained.update([_batch(8)], 1, 8, learning_rate=1e-4)
     assert {group["lr_ratio"]: group["lr"] for group in trained.optimizer.param_groups} == {
         1.0: 1e-4,
         16.0: pytest.approx(16e-4),
     }
-    for name, tensor in trained.engine.trained().items():
+    for name, tensor in trained.engine.trainable_state().items():
         moved = float((tensor - before[name]).abs().median())
         assert moved == pytest.approx(16e-4 if ".lora_B." in name else 1e-4, rel=0.05), name
 
@@ -277,7 +277,7 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
     ours = Trained(vit)
     images = TrainImages(data.train, ImageTransforms(ours.base.processor, augmentation), augmentation, seed=0)
     # 24 of the 27 samples: whole windows only, since the Trainer would end an epoch's last window elsewhere.
-    order = Order(Shuffled(24, seed=0), MICRO_BATCH, ACCUMULATION, world_size=1, rank=0)
+    order = BatchPlan(ShuffledOrder(24, seed=0), MICRO_BATCH, ACCUMULATION, world_size=1, rank=0)
     schedule = Schedule.of(settings, order.steps_per_epoch)
     losses, norms, samples = [], [], []
     for step in range(UPDATES):
@@ -293,7 +293,7 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
         losses.append(update.loss)
         norms.append(update.grad_norm)
 
-    theirs = Trained(vit).engine.bare
+    theirs = Trained(vit).engine.unwrapped
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=UPDATES, learning_rate=5e-3, lr_scheduler_type="linear",
         per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION, max_grad_norm=1.0,
@@ -312,7 +312,7 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
         [line["learning_rate"] for line in logged]
     )
     expected = {name: tensor.detach() for name, tensor in theirs.named_parameters() if tensor.requires_grad}
-    actual = ours.engine.trained()
+    actual = ours.engine.trainable_state()
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)

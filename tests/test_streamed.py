@@ -12,9 +12,9 @@ from tiny import make_image, make_shards, write_parquet
 
 from lora_dist import waiting
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
-from lora_dist.data.sampling.order import Order
+from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData, load_data
-from lora_dist.data.sources.shards import Source
+from lora_dist.data.sources.shards import ShardSource
 from lora_dist.data.sources.streaming import LaneReader, StreamedSplit, load_streamed
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
@@ -57,8 +57,8 @@ def test_a_shard_that_is_slow_to_come_is_named(
     """From a Hub that has fallen silent it is tried for half an hour."""
     monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.1)
     reader = streamed(uneven).reader()
-    read = Source.read
-    monkeypatch.setattr(Source, "read", lambda *arguments: time.sleep(0.3) or read(*arguments))
+    read = ShardSource.read
+    monkeypatch.setattr(ShardSource, "read", lambda *arguments: time.sleep(0.3) or read(*arguments))
     assert reader.read(0, [0])
     (said,) = caplog.messages
     assert re.fullmatch(r"waiting for train-0000\d-of-00005\.(parquet|tar) row 0 \(\d s so far\)", said)
@@ -67,10 +67,10 @@ def test_a_shard_that_is_slow_to_come_is_named(
 def test_an_epoch_reads_every_image_once(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = streamed(uneven)
     opened: list[tuple[int, int, int]] = []
-    read = Source.read
-    monkeypatch.setattr(Source, "read", lambda *arguments: opened.append(arguments[1:]) or read(*arguments))
+    read = ShardSource.read
+    monkeypatch.setattr(ShardSource, "read", lambda *arguments: opened.append(arguments[1:]) or read(*arguments))
     reader = split.reader()
-    order = Order(split.arrangement(3), 4, 1, 1, 0)
+    order = BatchPlan(split.sample_order(3), 4, 1, 1, 0)
     for epoch in range(2):
         seen = []
         for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
@@ -90,7 +90,7 @@ def test_an_epoch_reads_every_image_once(uneven: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("first", range(1, 8))
 def test_a_resumed_run_reads_on_from_the_block_of_its_next_samples(uneven: Path, first: int) -> None:
     split = streamed(uneven)
-    order = Order(split.arrangement(3), 4, 1, 1, 0)
+    order = BatchPlan(split.sample_order(3), 4, 1, 1, 0)
     reader = split.reader()
     for step in range(first, order.steps_per_epoch):
         for micro in order.micro_batches(step):
@@ -104,7 +104,7 @@ def test_no_more_than_the_buffer_is_held(tmp_path: Path) -> None:
     )
     reader = split.reader()
     assert isinstance(reader, LaneReader)
-    order = Order(split.arrangement(3), 8, 1, 1, 0)
+    order = BatchPlan(split.sample_order(3), 8, 1, 1, 0)
     for step in range(order.steps_per_epoch):
         for micro in order.micro_batches(step):
             reader.read(0, [sample.row for sample in micro])

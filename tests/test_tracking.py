@@ -18,7 +18,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_dist.training.reporting.board import Lines
-from lora_dist.training.reporting.tracking import Tracker, peak_memory_mb
+from lora_dist.training.reporting.throughput import peak_memory_mb
+from lora_dist.training.reporting.tracking import Tracker
 
 
 def tracker(root: Path, first_step: int = 0, enabled: bool = True) -> Tracker:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_dist.data.pixels.views import NOWHERE, Mixture, Rest, View, black, combine, draw_mixture, resize, stack
+from lora_dist.data.pixels.views import NOWHERE, DeferredOps, Mixture, View, black, combine, draw_mixture, resize, stack
 
 ONES, ZEROS = torch.ones(3, 16, 20), torch.zeros(3, 16, 20)
 
@@ -41,13 +41,13 @@ def test_the_share_of_a_label_is_the_share_of_its_image(mixup: float, cutmix: fl
 
 
 def test_mixup_fades_and_cutmix_pastes() -> None:
-    faded = [mix_pair(ONES, ZEROS, 1.0, 0.0, (number,))[0] for number in range(20)]
-    assert all(mixed.unique().numel() == 1 for mixed in faded)
+    pixel_lam = [mix_pair(ONES, ZEROS, 1.0, 0.0, (number,))[0] for number in range(20)]
+    assert all(mixed.unique().numel() == 1 for mixed in pixel_lam)
     for number in range(20):
         mixed, _ = mix_pair(ONES, ZEROS, 0.0, 1.0, (number,))
         assert set(mixed.unique().tolist()) <= {0.0, 1.0}
-        pasted = mixed[0] == 0
-        assert int(pasted.sum()) == int(pasted.any(dim=1).sum()) * int(pasted.any(dim=0).sum())
+        cut_box = mixed[0] == 0
+        assert int(cut_box.sum()) == int(cut_box.any(dim=1).sum()) * int(cut_box.any(dim=0).sum())
 
 
 def test_with_both_each_is_drawn_about_half_of_the_time() -> None:
@@ -84,7 +84,7 @@ def noise(count: int, layout: str = "channels first") -> list[Tensor]:
 def test_pixels_are_stacked_as_they_lie_in_memory(layout: str) -> None:
     images = noise(4, layout)
     pixels, rest = stack([View(image) for image in images])
-    assert rest == Rest()
+    assert rest == DeferredOps()
     assert pixels.dtype == torch.uint8
     assert torch.equal(pixels, torch.stack(images))
     assert pixels.permute(0, 2, 3, 1).is_contiguous() == (layout == "channels last")
@@ -105,9 +105,9 @@ def test_a_partner_that_is_no_sample_itself_comes_after_the_samples() -> None:
     mixtures = [Mixture(0.25, NOWHERE, 0.25), Mixture(1.0, (1, 2, 3, 4), 0.5)]
     found = combined([View(image) for image in images], [2, 0], mixtures)
     first, second, third = (image.float() for image in images)
-    pasted = second.clone()
-    pasted[:, 1:4, 2:6] = first[:, 1:4, 2:6]
-    assert torch.allclose(found, torch.stack([0.25 * first + 0.75 * third, pasted]))
+    cut_box = second.clone()
+    cut_box[:, 1:4, 2:6] = first[:, 1:4, 2:6]
+    assert torch.allclose(found, torch.stack([0.25 * first + 0.75 * third, cut_box]))
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -116,15 +116,15 @@ def test_a_black_view_is_like_the_others(flipped: bool) -> None:
     blank = black(like, (16, 20))
     assert (blank.pixels.dtype, blank.pixels.stride(), blank.flipped) == (torch.uint8, like.pixels.stride(), flipped)
     pixels, rest = stack([blank])
-    assert rest.parts is not None
-    assert not combine(resize(pixels, rest.parts, (16, 20)) + 5, rest).any()
+    assert rest.crop_sizes is not None
+    assert not combine(resize(pixels, rest.crop_sizes, (16, 20)) + 5, rest).any()
     assert not combined([black(None, (16, 20))]).any()
 
 
 def resized(views: Sequence[View], size: tuple[int, int]) -> Tensor:
     pixels, rest = stack(views)
-    assert rest.parts is not None
-    return resize(pixels, rest.parts, size)
+    assert rest.crop_sizes is not None
+    return resize(pixels, rest.crop_sizes, size)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (2, 3), (90, 61)])

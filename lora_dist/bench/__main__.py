@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from lora_dist.errors import exit_on_user_error
-from lora_dist.processes.failure import others_told
+from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
@@ -20,7 +20,7 @@ memory, checkpoints, and what bounds it. Takes the flags of lora_dist.train; tra
 def main(argv: list[str] | None = None) -> None:
     """Reads the settings, measures, prints, and adds a row to a file if told so."""
     end_with_launcher()
-    with others_told():
+    with report_failure():
         flags = argv_or(argv)
         settings = parse(
             BenchSettings, flags, prog="lora_dist.bench", description=DESCRIPTION, contradictions=contradictions

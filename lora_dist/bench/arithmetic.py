@@ -46,7 +46,7 @@ def measure_passes(job: Job, batch: Batch, rounds: int) -> tuple[float, float, f
 
     On a model that this process has whole. The three take turns; nothing is exchanged and no weight changes.
     """
-    model, device = job.engine.bare, job.engine.accelerator.device
+    model, device = job.engine.unwrapped, job.engine.accelerator.device
     smoothing = job.settings.augmentation.label_smoothing_factor
 
     def forward() -> torch.Tensor:

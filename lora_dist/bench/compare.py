@@ -106,7 +106,7 @@ def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
     """Trains as one of `CONTENDERS` does. Called on every process."""
     from accelerate.utils import gather_object
 
-    from lora_dist.training.reporting.tracking import peak_memory_mb
+    from lora_dist.training.reporting.throughput import peak_memory_mb
 
     if contender == "ours":
         from lora_dist.bench.measure import assemble_unwritten, time_loaded

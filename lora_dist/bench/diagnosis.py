@@ -35,7 +35,7 @@ class Circumstances(NamedTuple):
     idle_cores: int
 
 
-def verdict(figures: Figures, settings: Settings, found: Circumstances) -> str:
+def diagnose(figures: Figures, settings: Settings, found: Circumstances) -> str:
     """What bounds the run, and what would help."""
     behind = figures.loader_images_per_second < AHEAD * figures.step_images_per_second
     if behind and figures.data_wait >= WAITING:

@@ -18,7 +18,7 @@ from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble
 from lora_dist.training.dry_run import time_updates
 from lora_dist.training.loop import Job
-from lora_dist.training.reporting.tracking import Window, peak_memory_mb
+from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
 
@@ -76,12 +76,12 @@ def warm_updates(workers: int, accumulation: int) -> int:
 def time_loaded(job: Job, updates: int) -> tuple[int, float, float]:
     """Makes updates as a run does, after some that warm up: their samples, seconds, and seconds of waiting for data."""
     steps = _steps(job, updates)
-    window = Window()
-    stream = window.timed(_stream(job, steps.stop))
+    meter = ThroughputMeter()
+    stream = meter.timed(_stream(job, steps.stop))
     time_updates(job, range(steps.start), stream)
-    window.reset()
+    meter.reset()
     seconds = sum(time_updates(job, steps, stream))
-    return job.order.samples_before(steps.stop) - job.order.samples_before(steps.start), seconds, window.waited
+    return job.order.samples_before(steps.stop) - job.order.samples_before(steps.start), seconds, meter.waited
 
 
 def _steps(job: Job, updates: int) -> range:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_dist.bench.compare import Comparison
-from lora_dist.bench.diagnosis import Circumstances, verdict
+from lora_dist.bench.diagnosis import Circumstances, diagnose
 from lora_dist.bench.measure import Figures
 from lora_dist.data.loader import workers_of
 from lora_dist.engines.engine import engine_name
@@ -41,7 +41,7 @@ def lines(job: Job, figures: Figures, comparison: Comparison | None) -> Iterator
             f"the speed ({comparison.lowest:.3f} to {comparison.highest:.3f} by round), {comparison.memory:.3f}x the "
             f"memory"
         )
-    yield verdict(figures, job.settings, circumstances(job))
+    yield diagnose(figures, job.settings, circumstances(job))
 
 
 def circumstances(job: Job) -> Circumstances:

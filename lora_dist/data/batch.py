@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb, opened
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.pixels.views import Mixture, Rest, View, black, draw_mixture, stack
-from lora_dist.data.sampling.order import FILLER, Sample
-from lora_dist.data.sampling.protocol import Encoded, Reader, TrainingSplit
+from lora_dist.data.pixels.views import DeferredOps, Mixture, View, black, draw_mixture, stack
+from lora_dist.data.sampling.order import PADDING_INDEX, Sample
+from lora_dist.data.sampling.protocol import EncodedSample, Reader, TrainingSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.settings.train import AugmentationSettings
 
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     partner_labels: Tensor | None = None
     shares: Tensor | None = None
     unreadable: Tensor | None = None
-    rest: Rest | None = None
+    rest: DeferredOps | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy overlaps the host where memory is pinned."""
@@ -52,18 +52,18 @@ class Batch(NamedTuple):
         return Batch(*moved)  # type: ignore[arg-type]  # only the optional fields can be None
 
 
-class Part(NamedTuple):
-    """What one worker process contributes to a micro-batch: the samples of its lanes.
+class WorkerShard(NamedTuple):
+    """The samples of a micro-batch that one worker process prepares.
 
     Attributes:
-        content: the samples, or once they are fetched the batch of them; None where there are none.
-        places: places of the samples in the micro-batch, shape [B].
-        parts: number of parts of the micro-batch.
+        content: samples before fetching, a `Batch` after; None for a worker without samples.
+        positions: positions of the samples in the micro-batch, int64 [B].
+        num_shards: shards that make up the micro-batch.
     """
 
     content: Any
-    places: Tensor
-    parts: int
+    positions: Tensor
+    num_shards: int
 
 
 class TrainImages(Dataset):
@@ -96,7 +96,7 @@ class TrainImages(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, part: Part) -> Part | UnreadableImageError:
+    def __getitems__(self, part: WorkerShard) -> WorkerShard | UnreadableImageError:
         try:
             return part._replace(content=self.prepared(part.content) if part.content else None)
         except UnreadableImageError as error:
@@ -115,14 +115,14 @@ class TrainImages(Dataset):
         assert batch.rest is not None
         return batch._replace(pixel_values=self.transforms.model_input(batch.pixel_values, batch.rest), rest=None)
 
-    def filler(self, device: torch.device) -> Batch:
+    def padding_batch(self, device: torch.device) -> Batch:
         """A micro-batch of one black image of no weight, as the model takes it."""
-        return self.finished(self._filler().to(device))
+        return self.finished(self._padding_batch().to(device))
 
     def prepared(self, samples: list[Sample]) -> Batch:
         """The part of `batch` that a worker process does."""
-        if samples[0].row == FILLER:
-            return self._filler()
+        if samples[0].row == PADDING_INDEX:
+            return self._padding_batch()
         if self._reader is None:
             self._reader = self.split.reader()
         epoch, pairs = samples[0].epoch, any(self.mixing)
@@ -153,7 +153,7 @@ class TrainImages(Dataset):
             rest=rest,
         )
 
-    def _views(self, encoded: Mapping[int, Encoded], epoch: int) -> dict[int, View]:
+    def _views(self, encoded: Mapping[int, EncodedSample], epoch: int) -> dict[int, View]:
         """Images as augmented, without those that cannot be read and may be left out."""
         if not self.transforms.cuts_out:
             wholes = _resized(self.transforms, encoded, lambda one: load_rgb(one.source, one.name), self._bad)
@@ -167,14 +167,14 @@ class TrainImages(Dataset):
     def _mixture(self, epoch: int, sample: Sample) -> Mixture:
         return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.row, sample.position))
 
-    def _filler(self) -> Batch:
+    def _padding_batch(self) -> Batch:
         """A black image of no weight."""
         pixels, rest = stack([black(None, self._size)])
         return Batch(
             pixel_values=pixels,
             labels=torch.tensor([0]),
             weights=torch.tensor([0.0]),
-            indices=torch.tensor([FILLER]),
+            indices=torch.tensor([PADDING_INDEX]),
             partner_labels=torch.tensor([0]) if any(self.mixing) else None,
             shares=torch.tensor([1.0]) if any(self.mixing) else None,
             unreadable=self._marks([False]),
@@ -216,7 +216,7 @@ class EvaluationImages(Dataset):
             pixel_values=pixels,
             labels=torch.from_numpy(self.split.labels[rows]),
             weights=torch.tensor(counts, dtype=torch.float32),
-            indices=torch.tensor([row if one else FILLER for row, one in zip(indices, counts, strict=True)]),
+            indices=torch.tensor([row if one else PADDING_INDEX for row, one in zip(indices, counts, strict=True)]),
             rest=rest,
         )
 

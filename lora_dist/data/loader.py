@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lora_dist.data.batch import Batch, EvaluationImages, Part, TrainImages
+from lora_dist.data.batch import Batch, EvaluationImages, TrainImages, WorkerShard
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import MicroBatches, Order, Sample, evaluation_batches
+from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
 from lora_dist.processes.workers import from_workers, worker_loader
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 MEASURED_SAMPLES = 8
 
 
-class Parts(Sampler[Part]):
+class WorkerBatchSampler(Sampler[WorkerShard]):
     """The micro-batches of a process, cut up for its workers, for a `DataLoader`'s `batch_sampler`.
 
     A `DataLoader` gives what its batch sampler yields to its workers in turn. So where samples are in lanes, each
@@ -31,25 +31,27 @@ class Parts(Sampler[Part]):
         self.micro_batches = micro_batches
         self.workers = max(workers, 1)
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[WorkerShard]:
         for samples in self.micro_batches:
             lanes = [sample.lane for sample in samples]
             if self.workers == 1 or lanes[0] is None:
-                yield Part(samples, torch.arange(len(samples)), 1)
+                yield WorkerShard(samples, torch.arange(len(samples)), 1)
                 continue
             for worker in range(self.workers):
                 places = [place for place, lane in enumerate(lanes) if (lane or 0) % self.workers == worker]
-                yield Part([samples[place] for place in places], torch.tensor(places, dtype=torch.int64), self.workers)
+                yield WorkerShard(
+                    [samples[place] for place in places], torch.tensor(places, dtype=torch.int64), self.workers
+                )
 
 
 def train_loader(
-    images: TrainImages, order: Order, first_step: int, last_step: int, settings: DataSettings, device: torch.device
+    images: TrainImages, order: BatchPlan, first_step: int, last_step: int, settings: DataSettings, device: torch.device
 ) -> DataLoader:
     """All micro-batches of this process for updates `first_step` to `last_step`, in one pass over all epochs."""
     workers = workers_of(settings, device)
     return worker_loader(
         images,
-        batch_sampler=Parts(MicroBatches(order, first_step, last_step), workers),
+        batch_sampler=WorkerBatchSampler(MicroBatches(order, first_step, last_step), workers),
         workers=workers,
         prefetch_factor=settings.dataloader_prefetch_factor,
         pin_memory=device.type == "cuda",
@@ -84,16 +86,16 @@ def batches(loader: DataLoader, device: torch.device = CPU) -> Generator[Batch]:
         ProcessError: names an image that cannot be read.
     """
     images: Any = loader.dataset
-    parts: list[Part] = []
+    shards: list[WorkerShard] = []
     for found in from_workers(loader):
         if isinstance(found, UnreadableImageError):
             raise unreadable(found)
-        if isinstance(found, Part):
+        if isinstance(found, WorkerShard):
             content = found.content
-            parts.append(found if content is None else found._replace(content=images.finished(content.to(device))))
-            if len(parts) == found.parts:
-                yield _together(parts, device)
-                parts = []
+            shards.append(found if content is None else found._replace(content=images.finished(content.to(device))))
+            if len(shards) == found.num_shards:
+                yield _together(shards, device)
+                shards = []
         else:
             yield images.finished(found.to(device))
 
@@ -106,13 +108,13 @@ def unreadable(error: UnreadableImageError) -> ProcessError:
     )
 
 
-def _together(parts: list[Part], device: torch.device) -> Batch:
-    """The samples of all parts in the order of their places, which no number of workers changes."""
-    filled = [part for part in parts if part.content is not None]
+def _together(shards: list[WorkerShard], device: torch.device) -> Batch:
+    """The samples of all shards by their positions in the micro-batch, whatever the number of workers."""
+    filled = [shard for shard in shards if shard.content is not None]
     if len(filled) == 1:
         return filled[0].content
-    order = torch.cat([part.places for part in filled]).argsort().to(device)
-    fields = zip(*(part.content for part in filled), strict=True)
+    order = torch.cat([shard.positions for shard in filled]).argsort().to(device)
+    fields = zip(*(shard.content for shard in filled), strict=True)
     together = (None if field[0] is None else torch.cat(field)[order] for field in fields)
     return Batch(*together)  # type: ignore[arg-type]  # only the optional fields can be None
 
@@ -131,7 +133,7 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // local_processes - 1))
 
 
-def bytes_ahead(images: TrainImages, order: Order, step: int, settings: DataSettings, device: torch.device) -> int:
+def bytes_ahead(images: TrainImages, order: BatchPlan, step: int, settings: DataSettings, device: torch.device) -> int:
     """Bytes of the batches that the workers of a process have ready, at the most.
 
     The first samples of update `step` (from 0) are prepared, to see how large they are.

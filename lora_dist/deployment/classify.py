@@ -149,7 +149,7 @@ def _scores(
             yield [(classifier.labels[place], value) for place, value in zip(places, values, strict=True)]
 
 
-class _Part(NamedTuple):
+class _DecodedBatch(NamedTuple):
     """A batch of files: pixels of those that could be read, and the error of those that could not."""
 
     paths: list[str]
@@ -165,7 +165,7 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, places: Sequence[int]) -> _Part:
+    def __getitems__(self, places: Sequence[int]) -> _DecodedBatch:
         paths = [self.files[place] for place in places]
         errors: list[str | None] = []
         images = []
@@ -175,7 +175,7 @@ class _Files(Dataset):
                 errors.append(None)
             except UnreadableImageError as error:
                 errors.append(str(error))
-        return _Part(paths, errors, self.transforms.resized(images) if images else None)
+        return _DecodedBatch(paths, errors, self.transforms.resized(images) if images else None)
 
 
 def spread(total: int, count: int) -> list[int]:

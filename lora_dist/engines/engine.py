@@ -27,12 +27,12 @@ class Engine(Protocol):
     Attributes:
         accelerator: of the launch.
         model: to call.
-        bare: the same without the engine's wrapper.
+        unwrapped: the same without the engine's wrapper.
     """
 
     accelerator: Accelerator
     model: nn.Module
-    bare: nn.Module
+    unwrapped: nn.Module
 
     def begin_update(self, learning_rate: float) -> None:
         """Clears the gradient and sets the rate; a group's own is `learning_rate` times its `lr_ratio`."""
@@ -60,16 +60,16 @@ class Engine(Protocol):
     def was_skipped(self) -> bool:
         """Whether fp16 loss scaling left the last update out."""
 
-    def trained(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """Whole tensors, on the host, of all that training changes."""
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """Whole tensors, on the host, of the optimizer's state, as `<moment>/<parameter>`."""
 
-    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+    def load_trainable_state(self, trained: Mapping[str, Tensor]) -> None:
         """Puts weights back."""
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         """Puts the optimizer's state back."""
 
     def scaler_state(self) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def share_statistics(engine: Engine) -> None:
     Its are those that are saved and handed over. Only DDP shares them by itself.
     """
     if engine.accelerator.num_processes > 1:
-        for _, tensor in trained_tensors(engine.bare):
+        for _, tensor in trained_tensors(engine.unwrapped):
             if not isinstance(tensor, nn.Parameter):
                 broadcast(tensor, 0)
 

@@ -27,8 +27,8 @@ class TorchEngine:
             self.model, self._optimizer = model, accelerator.prepare_optimizer(optimizer)
         else:
             self.model, self._optimizer = accelerator.prepare(model, optimizer)
-        self.bare = accelerator.unwrap_model(self.model)
-        self._statistics = RunningStatistics(self.bare)
+        self.unwrapped = accelerator.unwrap_model(self.model)
+        self._statistics = RunningStatistics(self.unwrapped)
 
     def begin_update(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -65,13 +65,13 @@ class TorchEngine:
     def was_skipped(self) -> bool:
         return self.accelerator.optimizer_step_was_skipped
 
-    def trained(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         self._reshard()
-        return {name: host_copy(_whole(tensor)) for name, tensor in trained_tensors(self.bare)}
+        return {name: host_copy(_whole(tensor)) for name, tensor in trained_tensors(self.unwrapped)}
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         self._reshard()
-        states = {name: self._optimizer.state.get(parameter) for name, parameter in self.bare.named_parameters()}
+        states = {name: self._optimizer.state.get(parameter) for name, parameter in self.unwrapped.named_parameters()}
         states = {name: state for name, state in states.items() if state}
         assert len(states) == len(self._optimizer.state), "the optimizer holds other parameters than the model"
         return {
@@ -80,18 +80,20 @@ class TorchEngine:
             for moment, value in state.items()
         }
 
-    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+    def load_trainable_state(self, trained: Mapping[str, Tensor]) -> None:
         self._reshard()
-        load_trained(self.bare, {name: _placed(trained[name], like) for name, like in trained_tensors(self.bare)})
+        load_trained(
+            self.unwrapped, {name: _placed(trained[name], like) for name, like in trained_tensors(self.unwrapped)}
+        )
         self._statistics.keep()
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         self._reshard()
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
             moment, _, name = key.partition("/")
             by_parameter.setdefault(name, {})[moment] = value
-        for name, parameter in self.bare.named_parameters():
+        for name, parameter in self.unwrapped.named_parameters():
             if name in by_parameter:
                 # AdamW keeps the count of steps on the host.
                 self._optimizer.state[parameter] = {
@@ -101,7 +103,7 @@ class TorchEngine:
 
     def _reshard(self) -> None:
         """Puts the parts of parameters back into the model: after a forward pass alone it may still hold whole ones."""
-        for module in self.bare.modules():
+        for module in self.unwrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 

@@ -43,9 +43,9 @@ class ZeroEngine:
         self._ratios = [group.get("lr_ratio", 1.0) for group in optimizer.param_groups]
         configure_deepspeed(accelerator, settings)
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
-        self.bare = accelerator.unwrap_model(self.model)
+        self.unwrapped = accelerator.unwrap_model(self.model)
         self._engine: Any = self.model
-        self._statistics = RunningStatistics(self.bare)
+        self._statistics = RunningStatistics(self.unwrapped)
 
     def begin_update(self, learning_rate: float) -> None:
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
@@ -77,15 +77,15 @@ class ZeroEngine:
     def was_skipped(self) -> bool:
         return not self._engine.was_step_applied()
 
-    def trained(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {
             name: host_copy(safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor)
-            for name, tensor in trained_tensors(self.bare)
+            for name, tensor in trained_tensors(self.unwrapped)
         }
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = {float(state["step"]) for state in self._flat_states() if "step" in state}
@@ -94,17 +94,17 @@ class ZeroEngine:
         assert len(steps) == 1
         count = torch.tensor(steps.pop())
         found: dict[str, Tensor] = {}
-        for name, tensor in trained_tensors(self.bare):
+        for name, tensor in trained_tensors(self.unwrapped):
             if isinstance(tensor, nn.Parameter):
                 for moment in MOMENTS:
                     found[f"{moment}/{name}"] = host_copy(safe_get_full_optimizer_state(tensor, moment))
                 found[f"step/{name}"] = count.clone()
         return found
 
-    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+    def load_trainable_state(self, trained: Mapping[str, Tensor]) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
-        for name, target in trained_tensors(self.bare):
+        for name, target in trained_tensors(self.unwrapped):
             value = trained[name].to(self.accelerator.device)
             # The weights that the model computes with, which are the whole tensor in ZeRO-1 and 2 …
             with torch.no_grad(), GatheredParameters([target], modifier_rank=0, enabled=hasattr(target, "ds_id")):
@@ -114,14 +114,14 @@ class ZeroEngine:
                 self._set_whole(target, value)
         self._statistics.keep()
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         if not moments:
             return
         count = next(value for key, value in moments.items() if key.startswith("step/"))
         self._make_flat_states()
         for state in self._flat_states():
             state["step"] = count.clone()
-        for name, target in trained_tensors(self.bare):
+        for name, target in trained_tensors(self.unwrapped):
             if isinstance(target, nn.Parameter):
                 for moment in MOMENTS:
                     value = moments[f"{moment}/{name}"].to(self.accelerator.device)

@@ -9,12 +9,12 @@ from lora_dist.model import adapter_io, adapters, bundle, infer_metadata
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base
 from lora_dist.model.bundle import Origin
-from lora_dist.model.classifier import Classifier, put_on
-from lora_dist.model.weighted_sum import blend
+from lora_dist.model.classifier import Classifier, attach_adapter
+from lora_dist.model.weighted_sum import weighted_sum
 
 
 @dataclass(frozen=True)
-class Several:
+class AdapterSet:
     """Classifiers that share one model, of which one is active.
 
     Attributes:
@@ -23,7 +23,7 @@ class Several:
 
     classifiers: dict[str, Classifier]
 
-    def use(self, name: str) -> Classifier:
+    def set_adapter(self, name: str) -> Classifier:
         """Makes an adapter the active one, without loading anything, and returns its classifier.
 
         Raises:
@@ -40,12 +40,12 @@ def _inner(place: int) -> str:
     return f"adapter_{place}"
 
 
-def load_several(
+def load_adapter_set(
     directories: Mapping[str, Path],
     base_model: str | None = None,
     trust_remote_code: bool = False,
     labels: Sequence[str] | None = None,
-) -> Several:
+) -> AdapterSet:
     """Loads one base and puts several adapters on it; they may have different classes.
 
     Args:
@@ -66,12 +66,12 @@ def load_several(
         )
         if count not in (None, len(origin.labels)):
             raise UserError(f"{directories[name]} has a head of {count} classes, and names {len(origin.labels)}")
-        classifiers[name] = put_on(base, directories[name], origin, _inner(place))
+        classifiers[name] = attach_adapter(base, directories[name], origin, _inner(place))
         base = replace(base, model=classifiers[name].model)
-    return Several(classifiers)
+    return AdapterSet(classifiers)
 
 
-def load_blend(
+def load_weighted_sum(
     directories: Mapping[str, Path],
     weights: Sequence[float],
     base_model: str | None = None,
@@ -88,19 +88,19 @@ def load_blend(
         labels: class names of adapters without a label map.
 
     Raises:
-        UserError: as of `load_several` and `blend`, or where classes or processors differ.
+        UserError: as of `load_adapter_set` and `weighted_sum`, or where classes or processors differ.
     """
-    several = load_several(directories, base_model, trust_remote_code, labels)
+    several = load_adapter_set(directories, base_model, trust_remote_code, labels)
     first = next(iter(several.classifiers.values()))
     read: list[Adapter] = []
     for name, directory in directories.items():
-        classifier = several.use(name)
+        classifier = several.set_adapter(name)
         if classifier.labels != first.labels:
             raise UserError(f"{next(iter(directories))} and {name} have different label maps, and cannot be blended")
         if classifier.processor.to_dict() != first.processor.to_dict():
             raise UserError(f"{next(iter(directories))} and {name} prepare images differently, and cannot be blended")
         read.append(replace(adapters.active_adapter(classifier.model), directory=directory))
-    return replace(first, model=adapters.put_on(first.model, blend(read, weights), "blend"))
+    return replace(first, model=adapters.attach_adapter(first.model, weighted_sum(read, weights), "blend"))
 
 
 def _load(

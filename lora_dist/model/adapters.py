@@ -252,10 +252,10 @@ def load_adapter(model: nn.Module, directory: Path, name: str = DEFAULT, num_lab
     Raises:
         UserError: no adapter there, keys missing or left over, or shapes that differ.
     """
-    return put_on(model, read_adapter(model, directory), name, num_labels)
+    return attach_adapter(model, read_adapter(model, directory), name, num_labels)
 
 
-def put_on(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
+def attach_adapter(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
     """Puts an adapter that was read on its base, as `load_adapter` does; the one put on last is active."""
     before: list[Any] = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     if before and any(config.bias != "none" for config in [*before, adapter.config]):

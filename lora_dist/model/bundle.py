@@ -102,7 +102,7 @@ def read_origin(
         identity = _read_identity(directory / BASE_MODEL)
         named, revision, fingerprint = (identity[key] for key in IDENTITY)
     else:
-        named, revision = (base_model, None) if base_model else infer_metadata.base_of(directory)
+        named, revision = (base_model, None) if base_model else infer_metadata.recorded_base(directory)
         logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
     base, revision = (base_model, None) if base_model else (named, revision)
     if label_map(directory) is not None:

@@ -74,21 +74,21 @@ def load_classifier(
         return Classifier(whole.model.eval(), whole.processor, own)
     origin = read_origin(directory, base_model, trust_remote_code, labels)
     base = load_base(origin.base, origin.labels, revision=origin.revision, trust_remote_code=trust_remote_code)
-    return put_on(base, directory, origin)
+    return attach_adapter(base, directory, origin)
 
 
-def put_on(base: Base, directory: Path, origin: Origin, name: str = adapters.DEFAULT) -> Classifier:
+def attach_adapter(base: Base, directory: Path, origin: Origin, name: str = adapters.DEFAULT) -> Classifier:
     """A classifier of a base and an adapter; the base may have adapters on it already, and then knows it by `name`.
 
     Raises:
-        UserError: as of `fit`, or the adapter's keys are not those of the base.
+        UserError: as of `check_base`, or the adapter's keys are not those of the base.
     """
-    adapter, processor = fit(base, directory, origin)
-    model = adapters.put_on(base.model, adapter, name, len(origin.labels))
+    adapter, processor = check_base(base, directory, origin)
+    model = adapters.attach_adapter(base.model, adapter, name, len(origin.labels))
     return Classifier(model, processor, origin.labels, base.identity())
 
 
-def fit(base: Base, directory: Path, origin: Origin) -> tuple[adapters.Adapter, Any]:
+def check_base(base: Base, directory: Path, origin: Origin) -> tuple[adapters.Adapter, Any]:
     """Reads an adapter for a base, and the processor that it was trained with.
 
     Raises:

@@ -18,7 +18,7 @@ from lora_dist.model.backbone import cannot_load
 logger = logging.getLogger(__name__)
 
 
-def base_of(directory: Path) -> tuple[str, str | None]:
+def recorded_base(directory: Path) -> tuple[str, str | None]:
     """Name and revision of the base that PEFT wrote down.
 
     Raises:

@@ -13,7 +13,7 @@ from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import place_of
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
-from lora_dist.model.classifier import fit
+from lora_dist.model.classifier import check_base
 from lora_dist.model.targets import resolve_targets, shortest
 from lora_dist.settings.train import LoraSettings, Settings
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """What a run starts from, beside its base.
 
     Attributes:
@@ -52,7 +52,7 @@ class Start:
         adapters.set_adapter_state(model, self.adapter, taken | kept)
 
 
-def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Base, Start | None]:
+def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Base, WarmStart | None]:
     """The base of a run and the adapter that it goes on from, if any.
 
     Args:
@@ -77,7 +77,7 @@ def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Bas
         found = {"model_name_or_path": origin.base, "model_revision": origin.revision}
         settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
     base = load_base_of(settings, labels)
-    adapter, processor = fit(base, directory, origin)
+    adapter, processor = check_base(base, directory, origin)
     base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)
     same_classes = origin.labels == list(labels)
@@ -88,7 +88,7 @@ def load_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings, Bas
         directory,
         "its head goes on as well" if same_classes else "its classes are others, so the head is new",
     )
-    return settings.model_copy(update={"lora": lora}), base, Start(adapter, frozenset(replaced))
+    return settings.model_copy(update={"lora": lora}), base, WarmStart(adapter, frozenset(replaced))
 
 
 def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:

@@ -13,7 +13,7 @@ from lora_dist.model.adapters import Adapter
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-def blend(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """One adapter whose update is the weighted sum of the updates of several, exactly.
 
     With s_i the scale of adapter i: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]. What an

@@ -38,7 +38,7 @@ class RankFailedError(UserError):
 
 
 @contextmanager
-def others_told() -> Iterator[None]:
+def report_failure() -> Iterator[None]:
     """Puts an error into the store of the launch before it is raised further.
 
     What ends a run in the middle is left out: all processes know of that by themselves.

@@ -12,7 +12,7 @@ from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
 from lora_dist.data.loader import bytes_ahead
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import Order
+from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sampling.protocol import TrainingSplit
 from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
@@ -20,7 +20,7 @@ from lora_dist.data.sources.split import Split
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.trainable import count_parameters, make_trainable
-from lora_dist.model.warm_start import load_start
+from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.preflight import Preflight
@@ -35,16 +35,16 @@ from lora_dist.training.loop import Job
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.checkpoint import Checkpoint
-from lora_dist.training.saving.disk_budget import Sizes, require_room
+from lora_dist.training.saving.disk_budget import Sizes, require_disk_space
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.publisher import Publisher
-from lora_dist.training.saving.result_writer import Handover
+from lora_dist.training.saving.result_writer import ResultWriter
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Parts:
+class Run:
     """A run that is ready to begin, or to go on.
 
     Attributes:
@@ -58,7 +58,7 @@ class Parts:
 
     job: Job
     progress: Progress
-    handover: Handover
+    result_writer: ResultWriter
     data: ImageData
     parameters: tuple[int, int]
     sizes: Sizes
@@ -72,7 +72,7 @@ def assemble(
     publisher: Publisher | None,
     problems: Problems,
     watch: Watch,
-) -> Parts:
+) -> Run:
     """Loads, checks and connects all parts of a run. Called on every process.
 
     Args:
@@ -91,9 +91,9 @@ def assemble(
     run, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
-        settings, base, start = load_start(settings, data.labels)
+        settings, base, start = load_warm_start(settings, data.labels)
     transforms = ImageTransforms(base.processor, settings.augmentation)
-    with problems.noted():
+    with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
     model = make_trainable(base, settings.model, settings.lora)
     if start is not None:
@@ -103,16 +103,16 @@ def assemble(
         settings = settings.model_copy(update={"optimization": fitting})
     parameters = count_parameters(model)
     sizes = Sizes.of(model, settings.model.tuning == "full", run.save_total_limit)
-    with problems.noted():
+    with problems.collect():
         if accelerator.is_main_process:
-            require_room(output.root, sizes)
+            require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = make_order(settings, data.train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, order.steps_per_epoch)
     images = TrainImages(data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip")
-    with problems.noted():
+    with problems.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         ahead = bytes_ahead(images, order, 0, settings.data, accelerator.device)
         # An evaluation's batches come on top, of as many bytes a sample or fewer.
@@ -130,14 +130,14 @@ def assemble(
     engine = make_engine(accelerator, model, optimizer, optimization)
     checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
     progress = Progress()
-    with problems.noted():
+    with problems.collect():
         progress = checkpointer.restore(resumed) if resumed is not None else progress
     writes = accelerator.is_main_process and not run.dry_run
     made_with = flatten(settings)
     if writes:
         splits = data.describe_splits()
-        made_with = output.begin(made_with, splits, engine.bare, progress.step, schedule.total_steps)
-    handover = Handover(base, data, parameters, made_with, output, publisher)
+        made_with = output.begin(made_with, splits, engine.unwrapped, progress.step, schedule.total_steps)
+    result_writer = ResultWriter(base, data, parameters, made_with, output, publisher)
     job = Job(
         settings=settings,
         engine=engine,
@@ -160,12 +160,12 @@ def assemble(
             enabled=writes,
             first_step=progress.step,
             total_steps=schedule.total_steps,
-            evaluated=progress.settled_step == progress.step,
+            evaluated=progress.last_evaluated_step == progress.step,
         ),
         watch=watch,
-        on_best=handover.after_best,
+        on_best=result_writer.push_best,
     )
-    return Parts(job, progress, handover, data, parameters, sizes)
+    return Run(job, progress, result_writer, data, parameters, sizes)
 
 
 def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> ImageData:
@@ -176,15 +176,15 @@ def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> I
         return load_data(settings.data, settings.run.seed)
     except UserError:
         if problems.dry_run:
-            with problems.noted():
-                load_start(settings, ["unknown", "unknown too"])
+            with problems.collect():
+                load_warm_start(settings, ["unknown", "unknown too"])
         raise
 
 
-def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> Order:
+def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> BatchPlan:
     """The order in which process `rank` of `world_size` sees its training split."""
-    return Order(
-        arrangement=split.arrangement(settings.run.seed),
+    return BatchPlan(
+        sample_order=split.sample_order(settings.run.seed),
         per_device_batch=settings.optimization.per_device_train_batch_size,
         accumulation=settings.optimization.gradient_accumulation_steps,
         world_size=world_size,

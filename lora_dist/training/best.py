@@ -21,19 +21,19 @@ def measure_best_anew(job: Job, progress: Progress) -> None:
     progress.best_metric, progress.best_data = metric, data
     if (old_metric, old_data) == (metric, data):
         return
-    current = job.engine.trained()
+    current = job.engine.trainable_state()
     candidates = {}
     if old_step is not None and (weights := job.checkpointer.best_weights(progress)) is not None:
         candidates[old_step] = weights
-    if progress.settled_step == progress.step and job.settings.run.eval_steps != "no":
+    if progress.last_evaluated_step == progress.step and job.settings.run.eval_steps != "no":
         candidates[progress.step] = current
     values, chosen = {}, Progress()
     for step, weights in candidates.items():
-        job.engine.load_trained(weights)
+        job.engine.load_trainable_state(weights)
         values[step] = evaluate(job, f"evaluating update {step} anew", job.preemption.check).metrics[metric]
         chosen.step = step
         chosen.note_evaluation(values[step], lower_is_better=metric == "loss")
-    job.engine.load_trained(current)
+    job.engine.load_trainable_state(current)
     progress.best_step, progress.best_value, progress.stale_evaluations = chosen.best_step, chosen.best_value, 0
     job.watch.now(f"saving after update {progress.step}", saves=True)
     job.checkpointer.save(progress)

@@ -22,7 +22,7 @@ from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.training.loop import Job, data_failure, make_update
-from lora_dist.training.reporting.tracking import peak_memory_mb
+from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.saving.disk_budget import Sizes
 from lora_dist.training.schedule import is_due
 from lora_dist.training.step import LostBatchError, NonFiniteLossError
@@ -34,7 +34,7 @@ MOST_LINES = 24
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What the updates and the evaluation batch of a dry run took.
 
     Attributes:
@@ -48,7 +48,7 @@ class Measured:
     peak_memory_mb: float
 
 
-def rehearse(
+def dry_run(
     job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
 ) -> None:
     """Prints the settings as YAML and the plan. Called on every process.
@@ -73,7 +73,7 @@ def rehearse(
         logger.info("nothing was written")
 
 
-def measure(job: Job, all_parameters: int, first_step: int) -> Measured:
+def measure(job: Job, all_parameters: int, first_step: int) -> Measurement:
     """Makes two updates from `first_step` on, and evaluates a batch. Called on every process."""
     device = job.engine.accelerator.device
     steps = range(first_step, min(first_step + UPDATES, job.schedule.total_steps))
@@ -84,7 +84,7 @@ def measure(job: Job, all_parameters: int, first_step: int) -> Measured:
     if device.type == "cpu" and job.engine.accelerator.is_main_process:
         # At its end the first process loads the base once more, to hand over what it has trained.
         peak += 4 * all_parameters / 2**20
-    return Measured(update, evaluation, max(gather_object([peak])))
+    return Measurement(update, evaluation, max(gather_object([peak])))
 
 
 def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]:
@@ -121,7 +121,7 @@ def _time_evaluation(job: Job) -> float:
 
 
 def describe(
-    job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measured, first_step: int
+    job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement, first_step: int
 ) -> str:
     """The plan as a text, a line for each thing that one asks."""
     order, schedule, accelerator = job.order, job.schedule, job.engine.accelerator
@@ -150,7 +150,7 @@ def describe(
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
-        *(("", line) for line in _groups(job.engine.bare)),
+        *(("", line) for line in _groups(job.engine.unwrapped)),
         ("frozen", f"{total - trainable:,} parameters"),
         (
             "time",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import FILLER
+from lora_dist.data.sampling.order import PADDING_INDEX
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.metrics.classification import ClassificationMetric
@@ -115,9 +115,9 @@ class Evaluator:
             with self._room_named():
                 parts.append(_rows(self.model, batch))
             after_batch()
-        integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), FILLER)
+        integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), PADDING_INDEX)
         reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
-        kept = integers[:, 0] != FILLER
+        kept = integers[:, 0] != PADDING_INDEX
         integers, reals = integers[kept], reals[kept]
         ascending = np.argsort(integers[:, 0], kind="stable")
         integers, reals = integers[ascending], reals[ascending]
@@ -195,7 +195,7 @@ def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.stack([batch.indices, batch.labels, prediction, rank], dim=1), torch.stack([confidence, loss], dim=1)
 
 
-def _gathered(accelerator: Accelerator, rows: Tensor, filler: float) -> np.ndarray:
+def _gathered(accelerator: Accelerator, rows: Tensor, padding_batch: float) -> np.ndarray:
     """The rows of all processes, which have different numbers of them."""
-    padded = accelerator.pad_across_processes(rows, dim=0, pad_index=filler)
+    padded = accelerator.pad_across_processes(rows, dim=0, pad_index=padding_batch)
     return accelerator.gather(padded).cpu().numpy()

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from lora_dist.data.sampling.order import Order
+from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import Base
-from lora_dist.model.warm_start import Start
+from lora_dist.model.warm_start import WarmStart
 from lora_dist.settings.train import Settings
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.output import Output, read_settings
@@ -29,7 +29,9 @@ _SHOWN = 5
 """Classes that an error names."""
 
 
-def identity_of(settings: Settings, base: Base, start: Start | None, data: ImageData, order: Order) -> dict[str, Any]:
+def identity_of(
+    settings: Settings, base: Base, start: WarmStart | None, data: ImageData, order: BatchPlan
+) -> dict[str, Any]:
     """What a checkpoint and a run that goes on from it have to share, as JSON holds it.
 
     Beside the data and the order of the samples, it is all that gives the trained tensors their meaning: the base's
@@ -43,7 +45,7 @@ def identity_of(settings: Settings, base: Base, start: Start | None, data: Image
         "seed": settings.run.seed,
         "effective_batch": order.effective_batch,
         "train_data": data.train.fingerprint(),
-        "order": order.arrangement.description,
+        "order": order.sample_order.description,
         "classes": list(data.labels),
         **({name: getattr(settings.lora, name) for name in LORA} if tuning == "lora" else {}),
         **_entries("config", base.model.config.to_json_string(use_diff=False)),

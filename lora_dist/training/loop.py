@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
-from lora_dist.data.sampling.order import FILLER, Order
+from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan
 from lora_dist.engines.engine import Engine, share_statistics
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError, UserError
 from lora_dist.model.trainable import set_training
@@ -24,18 +24,19 @@ from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation, Evaluator, NothingToEvaluateError
 from lora_dist.training.reporting.report import show_evaluation
-from lora_dist.training.reporting.tracking import Tracker, Window, peak_memory_mb
+from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
+from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
 from lora_dist.training.step import BrokenUpdateError, LostBatchError, NonFiniteLossError, Update, train_step
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 32
+MAX_CONSECUTIVE_SKIPPED = 32
 """Updates in a row that fp16 loss scaling may leave out; each of them halves the scale, from 65,536."""
 
 
-MOST_BLIND = 32
+MAX_CONSECUTIVE_UNREADABLE = 32
 """Updates in a row of which no image can be read, in epochs that are longer."""
 
 
@@ -60,7 +61,7 @@ class Job:
     settings: Settings
     engine: Engine
     images: TrainImages
-    order: Order
+    order: BatchPlan
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -115,26 +116,26 @@ def fit(job: Job, progress: Progress) -> None:
         RankFailedError: another process could not load its data; the state has been saved.
         UserError: something else went wrong; it says whether the state has been saved.
     """
-    window = Window()
+    meter = ThroughputMeter()
     device = job.engine.accelerator.device
     with (
-        closing(window.timed(batches(_loader(job, progress.step), device))) as stream,
+        closing(meter.timed(batches(_loader(job, progress.step), device))) as stream,
         _saved_on_failure(job, progress),
     ):
         if progress.step and job.checkpointer.saved_step is None:
             _save(job, progress)  # a checkpoint from another directory
         # An error may have come between an update and its log.
         if progress.logged_step < progress.step and progress.step % job.settings.run.logging_steps == 0:
-            _log_training(job, progress, window)
-        if progress.settled_step < progress.step:
-            _settle(job, progress, window, save=True)
+            _log_training(job, progress, meter)
+        if progress.last_evaluated_step < progress.step:
+            _evaluate_and_save(job, progress, meter, save=True)
         set_training(job.engine.model)
         while not _is_over(job, progress):
-            _update(job, progress, window, stream)
+            _update(job, progress, meter, stream)
             if progress.step % job.settings.run.logging_steps == 0:
-                _log_training(job, progress, window)
+                _log_training(job, progress, meter)
             asked = _check(job, progress)
-            _settle(job, progress, window, save=asked)
+            _evaluate_and_save(job, progress, meter, save=asked)
             if asked:
                 job.preemption.saved()
         share_statistics(job.engine)
@@ -219,7 +220,7 @@ def make_update(
             max_grad_norm=job.settings.optimization.max_grad_norm,
             label_smoothing=job.settings.augmentation.label_smoothing_factor,
             dropout_seed=(job.settings.run.seed, step),
-            filler=lambda: job.images.filler(job.engine.accelerator.device),
+            padding_batch=lambda: job.images.padding_batch(job.engine.accelerator.device),
             before_exchange=before_exchange,
         )
     except RuntimeError as error:
@@ -231,19 +232,19 @@ def make_update(
         raise
 
 
-def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch]) -> None:
+def _update(job: Job, progress: Progress, meter: ThroughputMeter, stream: Iterator[Batch]) -> None:
     """Makes the next update."""
     order, step = job.order, progress.step
-    window.start_update()
+    meter.start_update()
     try:
-        update = make_update(job, step, _noted(job, step, stream), lambda: _exchange(job, step, window))
+        update = make_update(job, step, _noted(job, step, stream), lambda: _exchange(job, step, meter))
     except NonFiniteLossError as error:
         _leave_out(job, progress, error)
         unreadable = error.unreadable
     else:
         progress.note_update(update.loss, update.grad_norm, update.skipped)
         unreadable = update.unreadable
-        if progress.skipped_in_a_row > MOST_SKIPPED:
+        if progress.skipped_in_a_row > MAX_CONSECUTIVE_SKIPPED:
             _save(job, progress)
             raise TrainingStoppedError(
                 f"fp16 loss scaling has left out {progress.skipped_in_a_row} updates in a row: the gradient is not "
@@ -251,17 +252,19 @@ def _update(job: Job, progress: Progress, window: Window, stream: Iterator[Batch
             )
     progress.step += 1
     progress.unreadable_images += unreadable
-    progress.train_seconds += window.end_update(order.samples_in(step))
+    progress.train_seconds += meter.end_update(order.samples_in(step))
     progress.samples += order.samples_in(step)
     job.watch.warmed_up()
-    progress.blind_updates = progress.blind_updates + 1 if unreadable == order.samples_in(step) else 0
-    if progress.blind_updates >= min(MOST_BLIND, order.steps_per_epoch, job.schedule.total_steps):
+    progress.consecutive_unreadable = progress.consecutive_unreadable + 1 if unreadable == order.samples_in(step) else 0
+    if progress.consecutive_unreadable >= min(
+        MAX_CONSECUTIVE_UNREADABLE, order.steps_per_epoch, job.schedule.total_steps
+    ):
         _save(job, progress)
         raise TrainingStoppedError(
-            f"none of the images of the last {progress.blind_updates} updates can be read, up to update "
+            f"none of the images of the last {progress.consecutive_unreadable} updates can be read, up to update "
             f"{progress.step}; their names and what is wrong with them are above.{_way_on(job)}"
         )
-    job.tracker.advance(progress.step, progress.mean_loss, window.samples_per_second)
+    job.tracker.advance(progress.step, progress.mean_loss, meter.samples_per_second)
 
 
 def _noted(job: Job, step: int, stream: Iterator[Batch]) -> Iterator[Batch]:
@@ -278,9 +281,9 @@ def _noted(job: Job, step: int, stream: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _exchange(job: Job, step: int, window: Window) -> None:
+def _exchange(job: Job, step: int, meter: ThroughputMeter) -> None:
     job.watch.now(f"update {step + 1}: last backward pass, which waits for the other processes")
-    window.note_own_work()
+    meter.note_own_work()
 
 
 def _way_on(job: Job) -> str:
@@ -296,7 +299,7 @@ def _leave_out(job: Job, progress: Progress, error: NonFiniteLossError) -> None:
         TrainingStoppedError: otherwise; the last good state has been saved.
     """
     engine, limit = job.engine, job.settings.optimization.max_nonfinite_updates
-    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices if row != FILLER])))
+    names = sorted(set(gather_object([job.images.split.name(row) for row in error.indices if row != PADDING_INDEX])))
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
     what = f"the {error.what} of update {progress.step + 1} is not finite"
     if engine.drop_update() and progress.skipped_in_a_row + 1 < limit:
@@ -311,7 +314,7 @@ def _leave_out(job: Job, progress: Progress, error: NonFiniteLossError) -> None:
     ) from error
 
 
-def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
+def _evaluate_and_save(job: Job, progress: Progress, meter: ThroughputMeter, save: bool) -> None:
     """Saves and evaluates where that is due after an update; saves as well if told so.
 
     A checkpoint holds what has been logged of its update, so that what goes on from it logs nothing twice.
@@ -329,8 +332,8 @@ def _settle(job: Job, progress: Progress, window: Window, save: bool) -> None:
         best = _evaluate(job, progress)
         set_training(job.engine.model)
     if _is_over(job, progress) and progress.logged_step < progress.step:
-        _log_training(job, progress, window)
-    progress.settled_step = progress.step
+        _log_training(job, progress, meter)
+    progress.last_evaluated_step = progress.step
     if save or evaluates or due(run.checkpointing_steps) or _is_over(job, progress):
         _save(job, progress)
     if best:
@@ -369,24 +372,24 @@ def _epoch(job: Job, step: int) -> float:
     return job.order.samples_before(step) / job.order.num_samples
 
 
-def _log_training(job: Job, progress: Progress, window: Window) -> None:
+def _log_training(job: Job, progress: Progress, meter: ThroughputMeter) -> None:
     step = progress.step
     values = {
         "train/loss": progress.mean_loss,
         "train/learning_rate": job.schedule.learning_rate(step - 1),
         "train/grad_norm": progress.grad_norm,
-        "train/samples_per_second": window.samples_per_second,
-        **_step_times(job, window),
-        "train/data_wait": min(1.0, window.waited / max(window.seconds, 1e-9)),
+        "train/samples_per_second": meter.samples_per_second,
+        **_step_times(job, meter),
+        "train/data_wait": min(1.0, meter.waited / max(meter.seconds, 1e-9)),
         "train/peak_memory_mb": peak_memory_mb(job.engine.accelerator.device),
         "train/skipped_updates": float(progress.skipped_updates),
         "train/unreadable_images": float(progress.unreadable_images),
     }
     job.tracker.scalars(step, _epoch(job, step), values)
-    left = (job.schedule.total_steps - step) * window.seconds / max(1, window.updates)
+    left = (job.schedule.total_steps - step) * meter.seconds / max(1, meter.updates)
     job.tracker.progress_line(step, _epoch(job, step), values, left)
     progress.note_log()
-    window.reset()
+    meter.reset()
 
 
 def evaluate(job: Job, name: str, check: Callable[[], object]) -> Evaluation:
@@ -410,10 +413,10 @@ def evaluate(job: Job, name: str, check: Callable[[], object]) -> Evaluation:
     return job.evaluator(after_batch)
 
 
-def _step_times(job: Job, window: Window) -> dict[str, float]:
+def _step_times(job: Job, meter: ThroughputMeter) -> dict[str, float]:
     """Seconds that a process works on an update before it waits for the others: their mean, and of the slowest one."""
     accelerator = job.engine.accelerator
-    own = torch.tensor([window.own_seconds / max(1, window.updates)], device=accelerator.device)
+    own = torch.tensor([meter.own_seconds / max(1, meter.updates)], device=accelerator.device)
     times = accelerator.gather(own)
     return {"train/step_time": float(times.mean()), "train/step_time_slowest_rank": float(times.max())}
 

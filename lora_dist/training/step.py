@@ -80,7 +80,7 @@ def train_step(
     max_grad_norm: float,
     label_smoothing: float,
     dropout_seed: tuple[int, ...],
-    filler: Callable[[], Batch] | None = None,
+    padding_batch: Callable[[], Batch] | None = None,
     before_exchange: Callable[[], object] = lambda: None,
 ) -> Update:
     """One update whose gradient is that of the mean loss over its samples, however they are split.
@@ -114,7 +114,7 @@ def train_step(
     suspects: list[tuple[Tensor, Tensor]] = []
     stream, failure = iter(micro_batches), None
     for place in range(micro_batch_count):
-        batch, failure = _next(stream, filler, failure)
+        batch, failure = _next(stream, padding_batch, failure)
         batch = batch.to(device)
         torch.manual_seed(seed_of((*dropout_seed, place, accelerator.process_index)))
         last = place == micro_batch_count - 1
@@ -146,14 +146,14 @@ def train_step(
 
 
 def _next(
-    stream: Iterator[Batch], filler: Callable[[], Batch] | None, failure: Exception | None
+    stream: Iterator[Batch], padding_batch: Callable[[], Batch] | None, failure: Exception | None
 ) -> tuple[Batch, Exception | None]:
     """The next micro-batch, and the error of the first one that failed; fillers follow, to keep processes in step."""
-    if filler is None:
+    if padding_batch is None:
         return next(stream), None
     if failure is None:
         try:
             return next(stream), None
         except Exception as error:
             failure = error
-    return filler(), failure
+    return padding_batch(), failure

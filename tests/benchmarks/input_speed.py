@@ -34,7 +34,7 @@ from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import Order
+from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.split import Split
 from lora_dist.settings.train import AugmentationSettings, DataSettings
@@ -53,11 +53,11 @@ def training_split(folder: Path, count: int) -> Split:
     return train
 
 
-def images_of(split: Any, on_device: bool = False) -> tuple[TrainImages, Order]:
+def images_of(split: Any, on_device: bool = False) -> tuple[TrainImages, BatchPlan]:
     """A split as it trains, with the default augmentation for a ViT of 224 pixels."""
     settings = AugmentationSettings(augment_on_device=on_device)
     images = TrainImages(split, ImageTransforms(ViTImageProcessor(), settings), settings, seed=0)
-    return images, Order(split.arrangement(0), BATCH, 1, 1, 0)
+    return images, BatchPlan(split.sample_order(0), BATCH, 1, 1, 0)
 
 
 def guide(split: Split) -> Callable[[], None]:

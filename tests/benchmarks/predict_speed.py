@@ -5,7 +5,7 @@
 
 Weights are random, which changes no time; the JPEGs are cut out of the packaged photographs. The contenders take turns
 in every round, each with the same model, files and threads, and a ratio is the median over rounds of what stands in the
-same round, so that whatever else the machine does meets all of them. `bare` is the model alone, on pixels prepared
+same round, so that whatever else the machine does meets all of them. `unwrapped` is the model alone, on pixels prepared
 before the clock starts. CPU time counts all processes of a contender. Each run adds its rows to
 `results/predict_speed.csv`. With `--memory` no clock is read: `predict` goes over that many files, and its memory is
 written to `results/predict_memory.csv` on the way.

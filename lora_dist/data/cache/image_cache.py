@@ -18,8 +18,8 @@ from lora_dist import waiting
 from lora_dist.data.cache.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
 from lora_dist.data.pixels.images import UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import interpolated
-from lora_dist.data.sampling.order import Arrangement
-from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.data.sampling.order import SampleOrder
+from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
@@ -131,7 +131,7 @@ def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> "Cach
     if cache.missing():
         try:
             if not build:
-                _require_room(cache)
+                _require_disk_space(cache)
                 return split
             cache.directory.mkdir(parents=True, exist_ok=True)
             # The others of a node wait here for the one that builds.
@@ -150,10 +150,10 @@ def _build(cache: ImageCache) -> None:
     if not missing:
         return
     remove_unfinished(cache.directory)
-    _require_room(cache)
+    _require_disk_space(cache)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
     workers = workers if workers > 1 else 0
-    loader = worker_loader(_Parts(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
+    loader = worker_loader(_CacheBuilder(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
     unreadable, total = 0, sum(len(cache.rows(part)) for part in missing)
     seldom = 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=seldom, file=sys.stderr) as bar:
@@ -168,7 +168,7 @@ def _build(cache: ImageCache) -> None:
         logger.warning("%d of them cannot be read, and are left to --on_bad_image", unreadable)
 
 
-def _require_room(cache: ImageCache) -> None:
+def _require_disk_space(cache: ImageCache) -> None:
     needed = int(SAFETY * cache.bytes_of(sum(len(cache.rows(part)) for part in cache.missing())))
     free = free_bytes(cache.directory)
     if needed > free:
@@ -178,7 +178,7 @@ def _require_room(cache: ImageCache) -> None:
         )
 
 
-class _Parts(Dataset):
+class _CacheBuilder(Dataset):
     """Parts of a cache, each made by asking for it."""
 
     def __init__(self, cache: ImageCache, parts: Sequence[int]) -> None:
@@ -233,8 +233,8 @@ class CachedSplit:
     def describe(self) -> dict[str, Any]:
         return self.split.describe()
 
-    def arrangement(self, seed: int) -> Arrangement:
-        return self.split.arrangement(seed)
+    def sample_order(self, seed: int) -> SampleOrder:
+        return self.split.sample_order(seed)
 
     def reader(self) -> Reader:
         return CacheReader(self)
@@ -248,10 +248,10 @@ class CacheReader:
         self._cache = split.cache
         self._files: dict[int, PixelFile | None] = {}
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
         return {row: self._sample(epoch, row) for row in rows}
 
-    def _sample(self, epoch: int, index: int) -> Encoded:
+    def _sample(self, epoch: int, index: int) -> EncodedSample:
         row = int(self._split.rows[index])
         part, place = divmod(row, self._cache.rows_in_part)
         if part not in self._files:
@@ -268,7 +268,7 @@ class CacheReader:
         if pixels is None:
             # What could not be read says so again, by its name.
             return self._split.read(epoch, [index])[index]
-        return Encoded(pixels, "", int(self._split.labels[index]))
+        return EncodedSample(pixels, "", int(self._split.labels[index]))
 
     def _opened(self, part: int) -> PixelFile | None:
         try:

@@ -59,7 +59,7 @@ class UnreadableImageError(Exception):
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
-Source = str | bytes | Image.Image | np.ndarray
+ImageSource = str | bytes | Image.Image | np.ndarray
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -168,7 +168,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 @contextmanager
-def opened(source: Source, name: str = "") -> Iterator[Picture]:
+def opened(source: ImageSource, name: str = "") -> Iterator[Picture]:
     """Opens an image.
 
     Args:
@@ -200,7 +200,7 @@ def opened(source: Source, name: str = "") -> Iterator[Picture]:
         yield picture
 
 
-def load_rgb(source: Source, name: str = "") -> Image.Image:
+def load_rgb(source: ImageSource, name: str = "") -> Image.Image:
     """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to 8-bit RGB, turned as EXIF says.
 
     Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits rather than

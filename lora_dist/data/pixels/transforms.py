@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from lora_dist.data.pixels.crops import draw_crop
 from lora_dist.data.pixels.images import Picture
-from lora_dist.data.pixels.views import NOWHERE, Area, Rest, View, combine, resize
+from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combine, resize
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
 
@@ -87,11 +87,11 @@ class ImageTransforms:
         """The second part: what `resized` gave, float32 [B, 3, H, W], to the bit as `batch` makes it."""
         return self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels
 
-    def model_input(self, pixels: Tensor, rest: Rest) -> Tensor:
+    def model_input(self, pixels: Tensor, rest: DeferredOps) -> Tensor:
         """The samples of a batch, float32 [B, 3, H, W], from their views as `views.stack` gives them, on any device."""
-        if rest.parts is None:
+        if rest.crop_sizes is None:
             return combine(self.finished(pixels), rest)
-        return combine(self._normalised(resize(pixels, rest.parts, (self.height, self.width))), rest)
+        return combine(self._normalised(resize(pixels, rest.crop_sizes, (self.height, self.width))), rest)
 
     def _normalised(self, values: Tensor) -> Tensor:
         """What the processor makes of values from 0 to 255, [B, 3, H, W]."""

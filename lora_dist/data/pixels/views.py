@@ -37,8 +37,8 @@ class Mixture(NamedTuple):
         share: of the image in all of it.
     """
 
-    faded: float
-    pasted: Area
+    pixel_lam: float
+    cut_box: Area
     share: float
 
 
@@ -66,7 +66,7 @@ def draw_mixture(mixup_alpha: float, cutmix_alpha: float, size: tuple[int, int],
     return Mixture(1.0, (top, left, cut_height, cut_width), 1 - cut_height * cut_width / (height * width))
 
 
-class Rest(NamedTuple):
+class DeferredOps(NamedTuple):
     """What is left to do with the views of a batch of B samples; None for what is not.
 
     Attributes:
@@ -74,22 +74,24 @@ class Rest(NamedTuple):
         partners: int64 [B], the place among the views of what is mixed into each sample, which are the first B.
         faded: float32 [B], as in `Mixture`.
         pasted: int64 [B, 4], as in `Mixture`.
-        parts: int64 [V, 3], the height and width of each view in the pixels, from their top left, and whether it is
-            flipped; these are resized.
+        crop_sizes: int64 [V, 3], the height and width of each view at the top left of its pixels, and whether it is
+            flipped; the device resizes these.
     """
 
     erased: Tensor | None = None
     partners: Tensor | None = None
-    faded: Tensor | None = None
-    pasted: Tensor | None = None
-    parts: Tensor | None = None
+    pixel_lam: Tensor | None = None
+    cut_box: Tensor | None = None
+    crop_sizes: Tensor | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Rest":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "DeferredOps":
         """The same on `device`."""
-        return Rest(*(None if field is None else field.to(device, non_blocking=non_blocking) for field in self))
+        return DeferredOps(*(None if field is None else field.to(device, non_blocking=non_blocking) for field in self))
 
 
-def stack(views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequence[Mixture] = ()) -> tuple[Tensor, Rest]:
+def stack(
+    views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequence[Mixture] = ()
+) -> tuple[Tensor, DeferredOps]:
     """The views of a batch and the rest of the work, for `ImageTransforms.model_input`.
 
     Args:
@@ -101,18 +103,18 @@ def stack(views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequenc
         Pixels [V, 3, H, W] in the type of the views, and the rest.
     """
     erased = [view.erased for view in views]
-    rest = Rest(torch.tensor(erased) if any(area != NOWHERE for area in erased) else None)
+    rest = DeferredOps(torch.tensor(erased) if any(area != NOWHERE for area in erased) else None)
     if mixtures:
         rest = rest._replace(
             partners=torch.tensor(partners),
-            faded=torch.tensor([mixture.faded for mixture in mixtures]),
-            pasted=torch.tensor([mixture.pasted for mixture in mixtures]),
+            pixel_lam=torch.tensor([mixture.pixel_lam for mixture in mixtures]),
+            cut_box=torch.tensor([mixture.cut_box for mixture in mixtures]),
         )
     pixels = [view.pixels for view in views]
     if views[0].flipped is None:
         return stack_pixels(pixels), rest
-    parts = [(*view.pixels.shape[-2:], int(bool(view.flipped))) for view in views]
-    return _stack_sizes(pixels), rest._replace(parts=torch.tensor(parts))
+    crop_sizes = [(*view.pixels.shape[-2:], int(bool(view.flipped))) for view in views]
+    return _stack_sizes(pixels), rest._replace(crop_sizes=torch.tensor(crop_sizes))
 
 
 def stack_pixels(images: Sequence[Tensor]) -> Tensor:
@@ -141,15 +143,15 @@ def black(like: View | None, size: tuple[int, int]) -> View:
     )
 
 
-def combine(values: Tensor, rest: Rest) -> Tensor:
+def combine(values: Tensor, rest: DeferredOps) -> Tensor:
     """The samples of a batch [B, 3, H, W] from their views as the model takes them, [V, 3, H, W]: erased and mixed."""
     size = values.shape[-2:]
     if rest.erased is not None:
         values = values.masked_fill(_inside(rest.erased, size), 0.0)
-    if rest.partners is None or rest.faded is None or rest.pasted is None:
+    if rest.partners is None or rest.pixel_lam is None or rest.cut_box is None:
         return values
-    own, partners, faded = values[: len(rest.partners)], values[rest.partners], rest.faded[:, None, None, None]
-    return torch.where(_inside(rest.pasted, size), partners, faded * own + (1 - faded) * partners)
+    own, partners, pixel_lam = values[: len(rest.partners)], values[rest.partners], rest.pixel_lam[:, None, None, None]
+    return torch.where(_inside(rest.cut_box, size), partners, pixel_lam * own + (1 - pixel_lam) * partners)
 
 
 def _inside(areas: Tensor, size: Sequence[int]) -> Tensor:
@@ -162,19 +164,19 @@ def _inside(areas: Tensor, size: Sequence[int]) -> Tensor:
     return (spans[0][:, :, None] & spans[1][:, None, :])[:, None]
 
 
-def resize(pixels: Tensor, parts: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(pixels: Tensor, crop_sizes: Tensor, size: tuple[int, int]) -> Tensor:
     """Parts of 8-bit images, resized by bilinear interpolation with antialiasing, float32 [V, 3, *size] of 0 to 255.
 
     That is linear in each direction, and so for a whole batch two products of matrices, on any device.
 
     Args:
         pixels: [V, 3, h, w].
-        parts: as in `Rest`.
+        crop_sizes: as in `DeferredOps`.
         size: height and width.
     """
-    rows = _weights(parts[:, 0], pixels.shape[2], size[0])
-    columns = _weights(parts[:, 1], pixels.shape[3], size[1])
-    columns = torch.where(parts[:, 2, None, None] > 0, columns.flip(1), columns)
+    rows = _weights(crop_sizes[:, 0], pixels.shape[2], size[0])
+    columns = _weights(crop_sizes[:, 1], pixels.shape[3], size[1])
+    columns = torch.where(crop_sizes[:, 2, None, None] > 0, columns.flip(1), columns)
     return rows[:, None] @ pixels.float() @ columns.transpose(1, 2)[:, None]
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_dist.data.sampling.order import FILLER, Sample
+from lora_dist.data.sampling.order import PADDING_INDEX, Sample
 
 
 class Piece(NamedTuple):
@@ -121,7 +121,7 @@ class Layout:
             place, flat = place + 1, stop
 
 
-class Lanes:
+class Interleave:
     """The arrangement of a data set of shards.
 
     Attributes:
@@ -197,6 +197,6 @@ class Lanes:
                 rows.tolist(), positions[mine].tolist(), partners.tolist(), lane[mine].tolist(), strict=True
             )
         ]
-        filler = Sample(epoch, FILLER, window.start, FILLER, weight=0.0, lane=0)
+        padding_batch = Sample(epoch, PADDING_INDEX, window.start, PADDING_INDEX, weight=0.0, lane=0)
         for part in np.array_split(np.arange(len(samples)), count):
-            yield [samples[place] for place in part] or [filler]
+            yield [samples[place] for place in part] or [padding_batch]

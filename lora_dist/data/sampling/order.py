@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-FILLER = -1
+PADDING_INDEX = -1
 """Stands in a batch for a row that this process only sees to keep step with the others."""
 
 
@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: from 0.
-        row: in the data set, or `FILLER`.
+        row: in the data set, or `PADDING_INDEX`.
         position: place in the epoch's order; samples are mixed (mixup, cutmix) in pairs of neighbours.
         partner: row of the neighbour.
         weight: 1, or 0 for a filler on a process that would otherwise have nothing to do.
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
     lane: int | None = None
 
 
-class Arrangement(Protocol):
+class SampleOrder(Protocol):
     """The order of an epoch's samples, and how a window of it is dealt to processes."""
 
     @property
@@ -62,7 +62,7 @@ class Arrangement(Protocol):
 
 
 @dataclass(frozen=True)
-class Shuffled:
+class ShuffledOrder:
     """One permutation of all rows an epoch, where any process can read any row.
 
     Attributes:
@@ -103,7 +103,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchPlan:
     """The order of a run.
 
     Attributes:
@@ -114,7 +114,7 @@ class Order:
         rank: this process.
     """
 
-    arrangement: Arrangement
+    sample_order: SampleOrder
     per_device_batch: int
     accumulation: int
     world_size: int
@@ -123,7 +123,7 @@ class Order:
     @property
     def num_samples(self) -> int:
         """Samples in an epoch, over all processes."""
-        return self.arrangement.num_samples
+        return self.sample_order.num_samples
 
     @property
     def effective_batch(self) -> int:
@@ -147,12 +147,12 @@ class Order:
     def micro_batches_in(self, step: int) -> int:
         """Micro-batches in update `step`, the same number on every process."""
         epoch = step // self.steps_per_epoch
-        return self.arrangement.micro_batch_count(epoch, self._window(step), self.per_device_batch, self.world_size)
+        return self.sample_order.micro_batch_count(epoch, self._window(step), self.per_device_batch, self.world_size)
 
     def micro_batches(self, step: int) -> Iterator[list[Sample]]:
         """This process's share of each micro-batch of update `step`; never empty."""
         epoch = step // self.steps_per_epoch
-        return self.arrangement.micro_batches(
+        return self.sample_order.micro_batches(
             epoch, self._window(step), self.per_device_batch, self.world_size, self.rank
         )
 
@@ -165,7 +165,7 @@ class Order:
 class MicroBatches(Sampler[list[Sample]]):
     """All micro-batches of this process from update `first_step` on, for a `DataLoader`'s `batch_sampler`."""
 
-    def __init__(self, order: Order, first_step: int, last_step: int) -> None:
+    def __init__(self, order: BatchPlan, first_step: int, last_step: int) -> None:
         self.order = order
         self.steps = range(first_step, last_step)
 
@@ -186,4 +186,4 @@ def evaluation_batches(num_samples: int, batch: int, world_size: int, rank: int)
     share = np.array_split(np.arange(num_samples), world_size)
     count = -(-max(len(rows) for rows in share) // batch)
     mine = share[rank].tolist()
-    return [mine[start : start + batch] or [FILLER] for start in range(0, count * batch, batch)]
+    return [mine[start : start + batch] or [PADDING_INDEX] for start in range(0, count * batch, batch)]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from lora_dist.data.sampling.order import Arrangement
+from lora_dist.data.sampling.order import SampleOrder
 
 
-class Encoded(NamedTuple):
+class EncodedSample(NamedTuple):
     """A sample as it is stored.
 
     Attributes:
@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
 class Reader(Protocol):
     """Gets at the samples of a training split."""
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
         """The samples at `rows`, which are asked for in the order of the split's arrangement.
 
         Raises:
@@ -49,7 +49,7 @@ class TrainingSplit(Protocol):
         """What is used, to be written down."""
         ...
 
-    def arrangement(self, seed: int) -> Arrangement:
+    def sample_order(self, seed: int) -> SampleOrder:
         """The order in which it is read."""
         ...
 

@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardSource:
     """A split of a data set, as `datasets` finds it.
 
     Attributes:
@@ -97,7 +97,7 @@ def _parquet(opened: Any) -> pq.ParquetFile:
     return pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
 
 
-def find_source(settings: DataSettings) -> Source:
+def find_source(settings: DataSettings) -> ShardSource:
     """Finds the files of the training split, without reading more of them than their types.
 
     Raises:
@@ -110,7 +110,7 @@ def find_source(settings: DataSettings) -> Source:
     image_column = settings.image_column_name or find_image_column(features)
     label_column = settings.label_column_name or find_label_column(features)
     require_columns(features, image_column, label_column)
-    return Source(file_format, files, stream, image_column, label_column)
+    return ShardSource(file_format, files, stream, image_column, label_column)
 
 
 def load_alone(settings: DataSettings, split: str) -> Dataset:
@@ -188,7 +188,7 @@ class ShardIndex:
     digest: str
 
 
-def load_index(source: Source) -> ShardIndex:
+def load_index(source: ShardSource) -> ShardIndex:
     """The index of a source, from the cache of `datasets` or made and put there.
 
     Parquet files give it quickly. A tar file has to be read from end to end, once. Several processes may call this
@@ -215,7 +215,7 @@ def load_index(source: Source) -> ShardIndex:
     return ShardIndex(files[full], groups[full], first_rows[full], sizes[full], content["labels"], content["digest"])
 
 
-def _identity(source: Source) -> str:
+def _identity(source: ShardSource) -> str:
     """Digest of what the index depends on. An address on the Hub has its commit in it."""
     digest = hashlib.sha256(repr((source.format, source.label_column)).encode())
     for file in source.files:
@@ -224,7 +224,7 @@ def _identity(source: Source) -> str:
     return digest.hexdigest()[:32]
 
 
-def _survey_all(source: Source) -> dict[str, Any]:
+def _survey_all(source: ShardSource) -> dict[str, Any]:
     numbers = range(len(source.files))
     seldom = 0.5 if sys.stderr.isatty() else 60
     with ThreadPoolExecutor(THREADS) as pool:
@@ -240,7 +240,7 @@ def _survey_all(source: Source) -> dict[str, Any]:
     }
 
 
-def _survey(source: Source, file: int) -> tuple[list[int], set[Any], str]:
+def _survey(source: ShardSource, file: int) -> tuple[list[int], set[Any], str]:
     """Samples in each shard of a file, its distinct labels, and the digest of all its labels."""
     name = os.path.basename(source.files[file])
     try:

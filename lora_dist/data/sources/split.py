@@ -13,8 +13,8 @@ import numpy as np
 from datasets import Dataset
 
 from lora_dist.data.pixels.images import from_cell, load_rgb
-from lora_dist.data.sampling.order import Arrangement, Shuffled
-from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.data.sampling.order import SampleOrder, ShuffledOrder
+from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import (
     files_of,
     holds_files,
@@ -50,16 +50,16 @@ class Split:
     def name(self, index: int) -> str:
         return self._source(index)[1]
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
         cells = self.table[self.rows[list(rows)].tolist()][self.column]
         cell_of = dict(zip(rows, cells, strict=True))
-        return {row: Encoded(*self._named(row, cell), int(self.labels[row])) for row, cell in cell_of.items()}
+        return {row: EncodedSample(*self._named(row, cell), int(self.labels[row])) for row, cell in cell_of.items()}
 
     def reader(self) -> Reader:
         return self
 
-    def arrangement(self, seed: int) -> Arrangement:
-        return Shuffled(len(self), seed)
+    def sample_order(self, seed: int) -> SampleOrder:
+        return ShuffledOrder(len(self), seed)
 
     def describe(self) -> dict[str, Any]:
         return {"num_samples": len(self), "fingerprint": self.fingerprint(), "rows": self.rows.tolist()}

@@ -10,12 +10,12 @@ import numpy as np
 
 from lora_dist import waiting
 from lora_dist.data.pixels.images import UnreadableImageError, from_cell
-from lora_dist.data.sampling.interleave import Lanes, Layout, Piece
-from lora_dist.data.sampling.order import Arrangement
-from lora_dist.data.sampling.protocol import Encoded, Reader
+from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
+from lora_dist.data.sampling.order import SampleOrder
+from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import class_names
 from lora_dist.data.sources.load import ImageData, load_validation, require_same_classes, say_classes_in_doubt
-from lora_dist.data.sources.shards import Row, ShardIndex, Source, find_source, load_index
+from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 
@@ -33,10 +33,10 @@ class StreamedSplit:
         lanes: how the shards are read.
     """
 
-    source: Source
+    source: ShardSource
     index: ShardIndex
     class_of: Mapping[Any, int]
-    lanes: Lanes
+    lanes: Interleave
 
     def __len__(self) -> int:
         return self.lanes.num_samples
@@ -65,7 +65,7 @@ class StreamedSplit:
             "files": dict(zip(self.source.files, counts, strict=True)),
         }
 
-    def arrangement(self, seed: int) -> Arrangement:
+    def sample_order(self, seed: int) -> SampleOrder:
         assert seed == self.lanes.seed
         return self.lanes
 
@@ -86,7 +86,7 @@ class LaneReader:
         """Samples in memory."""
         return sum(len(block.samples) for block in self._blocks.values())
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, Encoded]:
+    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
         lanes, blocks = self._split.lanes.layout(epoch).find(np.array(rows, dtype=np.int64))
         return {
             row: self._block(epoch, lane, number).samples[row]
@@ -109,7 +109,7 @@ class LaneReader:
             self._blocks[lane] = _Block(epoch, number, samples, rest)
         return self._blocks[lane]
 
-    def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, Encoded]]:
+    def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, EncodedSample]]:
         split, index = self._split, self._split.index
         for shard, start, stop in pieces:
             place, self._at = start, split.name_in(shard, start)
@@ -125,17 +125,17 @@ class LaneReader:
                 name = split.name_in(shard, place)
                 raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
 
-    def _encoded(self, row: Row, name: str) -> Encoded:
+    def _encoded(self, row: Row, name: str) -> EncodedSample:
         source, inner = from_cell(row.cell)
-        return Encoded(source, f"{name} ({inner})" if inner else name, self._split.class_of[row.label])
+        return EncodedSample(source, f"{name} ({inner})" if inner else name, self._split.class_of[row.label])
 
 
 @dataclass(frozen=True)
 class _Block:
     epoch: int
     number: int
-    samples: dict[int, Encoded]
-    rest: Iterator[tuple[int, Encoded]]
+    samples: dict[int, EncodedSample]
+    rest: Iterator[tuple[int, EncodedSample]]
 
 
 def prepare(settings: DataSettings) -> None:
@@ -169,7 +169,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     )
 
 
-def _lanes(settings: DataSettings, index: ShardIndex, seed: int, processes: int) -> Lanes:
+def _lanes(settings: DataSettings, index: ShardIndex, seed: int, processes: int) -> Interleave:
     """The lanes of a run: by default a power of two of them, as processes mostly are."""
     shards = len(index.sizes)
     if not shards:
@@ -184,4 +184,4 @@ def _lanes(settings: DataSettings, index: ShardIndex, seed: int, processes: int)
             f"{more}start fewer processes, or write the data set in more shards"
         )
     block = max(2, settings.shuffle_buffer_size // count // 2 * 2)
-    return Lanes(index.sizes, count, block, seed)
+    return Interleave(index.sizes, count, block, seed)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.loader import unreadable
 from lora_dist.data.pixels.images import UnreadableImageError
-from lora_dist.data.sampling.order import Order
+from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.figures import confusion_picture, grid, to_images
@@ -26,7 +26,7 @@ INPUTS = 24
 
 
 def announce(
-    data: ImageData, order: Order, schedule: Schedule, parameters: tuple[int, int], accelerator: Accelerator
+    data: ImageData, order: BatchPlan, schedule: Schedule, parameters: tuple[int, int], accelerator: Accelerator
 ) -> None:
     """Says what is about to run: the data, what trains, and the size of an update."""
     trainable, total = parameters
@@ -70,7 +70,7 @@ def _show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split:
     tracker.picture("eval/worst", grid([split.image(index) for index in worst], captions), step)
 
 
-def show_inputs(tracker: Tracker, images: TrainImages, order: Order, step: int, labels: Sequence[str]) -> None:
+def show_inputs(tracker: Tracker, images: TrainImages, order: BatchPlan, step: int, labels: Sequence[str]) -> None:
     """Adds a grid of the next training inputs, as augmented, to TensorBoard.
 
     Raises:

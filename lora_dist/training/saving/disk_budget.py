@@ -46,7 +46,7 @@ class Sizes:
         return cls(bare + moments, result, save_total_limit + 2)
 
 
-def require_room(root: Path, sizes: Sizes) -> None:
+def require_disk_space(root: Path, sizes: Sizes) -> None:
     """Raises a `UserError` where the disk has no room for a run, what is there of it already not counted."""
     there = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.is_dir() else 0
     needed, free = int(SAFETY * sizes.total) - there, free_bytes(root)

@@ -42,7 +42,7 @@ class ResultNotWrittenError(ProcessError):
 
 
 @dataclass(frozen=True)
-class Handover:
+class ResultWriter:
     """What a run hands over, with each best evaluation to the Hub and at its end. Methods are called on every process.
 
     Attributes:
@@ -62,7 +62,7 @@ class Handover:
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
-    def after_best(self, job: Job, progress: Progress, evaluation: Evaluation) -> None:
+    def push_best(self, job: Job, progress: Progress, evaluation: Evaluation) -> None:
         """Has the model as it is, which is the best so far, pushed to the Hub; whatever fails is no more than said.
 
         Args:
@@ -72,7 +72,7 @@ class Handover:
         """
         if not job.settings.hub.push_to_hub:
             return
-        trained = job.engine.trained()
+        trained = job.engine.trainable_state()
         if self.publisher is None or not all(tensor.isfinite().all() for tensor in trained.values()):
             return
         directory = self.output.outbox / f"step-{progress.step:08d}"
@@ -83,7 +83,7 @@ class Handover:
             return
         self.publisher.push(Push(directory, _message(job, progress), passes=True))
 
-    def at_the_end(self, job: Job, progress: Progress, evaluation: Evaluation) -> None:
+    def finalize(self, job: Job, progress: Progress, evaluation: Evaluation) -> None:
         """Writes what a run leaves behind, and checks that it classifies as what was trained.
 
         Args:
@@ -93,7 +93,7 @@ class Handover:
         """
         job.watch.now("writing the result", first=True)
         accelerator, tracker, validation = job.engine.accelerator, job.tracker, self.data.validation
-        trained = job.engine.trained()
+        trained = job.engine.trainable_state()
         images = [validation.image(index) for index in np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]]
         expected = _logits(job, images)
         if accelerator.is_main_process:

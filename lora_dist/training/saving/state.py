@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 KEPT_IN_MEMORY = 2**28
 """Bytes of the best weights that a process keeps, whatever becomes of the disk: all of LoRA, not all of `full`."""
 
+_FORMER_NAMES = {"blind_updates": "consecutive_unreadable", "settled_step": "last_evaluated_step"}
+
 
 @dataclass
 class Progress:
@@ -62,7 +64,7 @@ class Progress:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     unreadable_images: int = 0
-    blind_updates: int = 0
+    consecutive_unreadable: int = 0
     train_seconds: float = 0.0
     samples: int = 0
     grad_norm: float = 0.0
@@ -71,7 +73,12 @@ class Progress:
     logged_step: int = 0
     logged_loss_sum: float = 0.0
     logged_loss_count: int = 0
-    settled_step: int = 0
+    last_evaluated_step: int = 0
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Progress":
+        """From the fields in a checkpoint, some of which had other names in older ones."""
+        return cls(**{_FORMER_NAMES.get(name, name): value for name, value in fields.items()})
 
     @property
     def mean_loss(self) -> float:
@@ -155,7 +162,7 @@ class Checkpointer:
         return replaced
 
     def _save_all(self, progress: Progress) -> None:
-        content = Checkpoint(self._engine.trained(), self._engine.moments(), self._state(progress))
+        content = Checkpoint(self._engine.trainable_state(), self._engine.optimizer_state(), self._state(progress))
         # The first process decides for all: the statistics of batch norms differ by process.
         (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
         if saved:
@@ -205,7 +212,7 @@ class Checkpointer:
         # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
         expected = {
             name: tuple(getattr(tensor, "ds_shape", tensor.shape))
-            for name, tensor in trained_tensors(self._engine.bare)
+            for name, tensor in trained_tensors(self._engine.unwrapped)
         }
         found = {name: tuple(tensor.shape) for name, tensor in content.trained.items()}
         unmatched = sorted({name for name, _ in expected.items() ^ found.items()})
@@ -213,10 +220,10 @@ class Checkpointer:
             raise UserError(
                 f"the checkpoint trains other tensors than this run, or of other shapes: {', '.join(unmatched[:5])} …"
             )
-        self._engine.load_trained(content.trained)
-        self._engine.load_moments(content.optimizer)
+        self._engine.load_trainable_state(content.trained)
+        self._engine.load_optimizer_state(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
-        progress = Progress(**content.state["progress"])
+        progress = Progress.of(content.state["progress"])
         # One from another directory is saved here by the run that goes on from it.
         mine = checkpoint.path_of(self.directory, progress.step).is_dir()
         (mine,) = broadcast_object_list([mine])
@@ -240,7 +247,7 @@ class Checkpointer:
         if weights is None:
             logger.warning("handing over the last weights instead of the best ones")
         else:
-            self._engine.load_trained(weights)
+            self._engine.load_trainable_state(weights)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
         """What was trained up to the best update; None where that is lost, and `best_step` is none then."""
