@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
-    chosen = {name: hub.local_directory(place) for name, place in settings.source.named_adapters}
+    chosen = {name: hub.local_directory(index) for name, index in settings.source.named_adapters}
     for directory in chosen.values():
         adapter_io.require_adapter(directory)
     if settings.source.side_by_side:
@@ -194,11 +194,11 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) ->
     bad = set()
     with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
         silent = images.output is None or not sys.stderr.isatty()
-        for place, row in enumerate(tqdm(rows, unit=" rows", disable=silent)):
+        for index, row in enumerate(tqdm(rows, unit=" rows", disable=silent)):
             write(row)
             if row.error is not None:
                 bad.add(row.path)
-            if place in drawn:
+            if index in drawn:
                 shown.append(row)
     if images.grid:
         classify.draw_grid(shown, Path(images.grid))

@@ -438,8 +438,8 @@ def test_a_second_adapter_is_loaded_as_strictly_as_the_first(saved: Path, vit: P
 
 def test_saving_twice_gives_the_same_bytes(vit: Path, tmp_path: Path) -> None:
     model, _ = _trained(vit)
-    for place in ("first", "second"):
-        adapters.save_adapter(model, tmp_path / place)
+    for index in ("first", "second"):
+        adapters.save_adapter(model, tmp_path / index)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 

@@ -51,7 +51,7 @@ def audit_of(planted: Planted, *more: object) -> Report:
 def found_in(report: Report) -> list[tuple[str, frozenset[str]]]:
     files = report.scanned.files
     return [
-        (finding.kind.name, frozenset(files[place].path for place in finding.files)) for finding in report.findings
+        (finding.kind.name, frozenset(files[index].path for index in finding.files)) for finding in report.findings
     ]  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def places_of(findings: Sequence[Finding]) -> list[tuple[str, list[int], list[in
 def copies(*files: tuple[str, str, int]) -> Sequence[Finding]:
     """Findings about files of (split, class, picture)."""
     facts = [Facts(format="PNG", width=9, height=9, digest=bytes([number])) for _, _, number in files]
-    named = [File(f"{place}.png", split, label) for place, (split, label, _) in enumerate(files)]
+    named = [File(f"{index}.png", split, label) for index, (split, label, _) in enumerate(files)]
     checks = Checks(near_distance=0, min_class_images=1)
     return check(Scanned(named, facts), [], True, checks)
 
@@ -274,9 +274,9 @@ def test_a_changed_copy_is_a_near_duplicate(change: Any, tmp_path: Path) -> None
 def test_plain_images_are_alike_only_in_the_same_color(tmp_path: Path) -> None:
     """Their hashes say nothing."""
     facts = []
-    for place, (color, size) in enumerate([("red", 50), ("blue", 50), ("red", 70), ("#fe0101", 50)]):
-        Image.new("RGB", (size, size), color).save(tmp_path / f"{place}.png")
-        facts.append(scan(str(tmp_path / f"{place}.png")))
+    for index, (color, size) in enumerate([("red", 50), ("blue", 50), ("red", 70), ("#fe0101", 50)]):
+        Image.new("RGB", (size, size), color).save(tmp_path / f"{index}.png")
+        facts.append(scan(str(tmp_path / f"{index}.png")))
     pairs = near_pairs([one.look for one in facts], [one.colors for one in facts], 0.12)
     assert list(pairs) == [(0, 2), (0, 3), (2, 3)]
 
@@ -284,9 +284,9 @@ def test_plain_images_are_alike_only_in_the_same_color(tmp_path: Path) -> None:
 def test_the_search_finds_every_pair_that_differs_in_few_bits() -> None:
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, 1500, dtype=np.uint64)
-    for place in range(0, 1500, 2):
+    for index in range(0, 1500, 2):
         flips = sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 12), replace=False))
-        hashes[place + 1] = hashes[place] ^ np.uint64(flips)
+        hashes[index + 1] = hashes[index] ^ np.uint64(flips)
     expected = [
         (first, second)
         for first in range(1500)
@@ -335,10 +335,10 @@ def test_groups_are_what_is_connected() -> None:
 
 
 def test_a_process_that_dies_costs_the_file_it_was_at() -> None:
-    paths = [f"{'deadly' if place in (3, 40, 41) else 'fine'} {place}" for place in range(70)]
+    paths = [f"{'deadly' if index in (3, 40, 41) else 'fine'} {index}" for index in range(70)]
     results = dict(in_processes(die_of_it, paths, workers=2, died="died"))
     assert results == {
-        place: "died" if place in (3, 40, 41) else path.upper() for place, path in enumerate(paths)
+        index: "died" if index in (3, 40, 41) else path.upper() for index, path in enumerate(paths)
     }  # fmt: skip
 
 
@@ -437,9 +437,9 @@ def test_ctrl_c_waits_for_a_start_though_another_thread_receives_it() -> None:
 
 
 def report_of(folder: Path, names: Sequence[str]) -> Report:
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         (folder / ODD_CLASS).mkdir(exist_ok=True)
-        picture(place).save(folder / ODD_CLASS / name, "PNG")
+        picture(index).save(folder / ODD_CLASS / name, "PNG")
     return audit(settings_of("--train_dir", folder, "--max_aspect_ratio", 1.1))
 
 
@@ -454,7 +454,7 @@ def test_odd_names_come_out_right_everywhere(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert {file["path"] for one in content["findings"] for file in one["files"]} == paths
     assert content["classes"][0] == {"class": ODD_CLASS, "train": 5, "validation": 0, "train_kept": 5}
-    write_page(report, tmp_path / "report.html", lambda places: {})
+    write_page(report, tmp_path / "report.html", lambda indices: {})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img" not in page
@@ -472,14 +472,14 @@ def test_what_would_not_be_seen_is_shown_by_escapes(text: str, shown: str) -> No
 
 
 def test_a_page_of_very_many_findings_stays_small(tmp_path: Path) -> None:
-    files = [File(f"/data/a/{place}.png", "train", "a") for place in range(30_000)]
+    files = [File(f"/data/a/{index}.png", "train", "a") for index in range(30_000)]
     facts = [Facts("unreadable", "broken")] * 20_000 + [Facts(width=9, height=9, digest=b"x")] * 10_000
     findings = check(Scanned(files, facts), ["a"], False, Checks(near_distance=0))
     report = Report({"train": "/data"}, ["a"], Scanned(files, facts), findings)
     asked: list[int] = []
 
-    def thumbnails(places: Sequence[int]) -> dict[int, str]:
-        asked.extend(places)
+    def thumbnails(indices: Sequence[int]) -> dict[int, str]:
+        asked.extend(indices)
         return {}
 
     write_page(report, tmp_path / "report.html", thumbnails)

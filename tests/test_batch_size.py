@@ -46,11 +46,11 @@ def test_smaller_batches_make_up_the_same_update(batch: int, accumulation: int, 
 
 
 def _limited(
-    script: Path, place: str, rooms: str, *arguments: object, launcher: tuple[object, ...] = ()
+    script: Path, index: str, rooms: str, *arguments: object, launcher: tuple[object, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     script.write_text(LIMITED, encoding="utf-8")
     return subprocess.run(
-        [sys.executable, *map(str, [*launcher, script, place, rooms, *arguments])],
+        [sys.executable, *map(str, [*launcher, script, index, rooms, *arguments])],
         capture_output=True, text=True, timeout=TIMEOUT, env=environment(PYTHONPATH=str(ROOT)), check=False,
     )  # fmt: skip
 

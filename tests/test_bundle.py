@@ -255,7 +255,7 @@ def test_a_bundle_is_replaced_whole(adapter: Path, base_model: Path) -> None:
 
 @pytest.mark.parametrize("place", ["save_adapter", "_write_labels"])
 def test_a_bundle_stands_as_it_was_when_writing_the_next_one_fails(
-    place: str, adapter: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+    index: str, adapter: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills up halfway, say."""
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
@@ -263,7 +263,7 @@ def test_a_bundle_stands_as_it_was_when_writing_the_next_one_fails(
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapters if place == "save_adapter" else bundle, place, fail)
+    monkeypatch.setattr(adapters if index == "save_adapter" else bundle, index, fail)
     with pytest.raises(OSError, match="no space left"):
         _write(adapter, base_model, seed=1)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before

@@ -14,7 +14,7 @@ RESULTS: dict[str, Any] = {
 
 
 def card(labels: list[str], tuning: str = "lora", **more: Any) -> str:
-    rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + place} for place in range(len(labels))]
+    rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + index} for index in range(len(labels))]
     given: dict[str, Any] = {
         "title": "food", "tuning": tuning, "base_model": "google/vit", "base_is_on_hub": True, "start": None,
         "data": "ethz/food101", "data_is_on_hub": True, "name_on_hub": None, "labels": labels,

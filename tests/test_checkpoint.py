@@ -91,8 +91,8 @@ def _truncate(path: Path) -> None:
 def _flip(path: Path) -> None:
     """Changes a bit in the middle, of the numbers in a tensor or a digest, so that the file still parses."""
     data = bytearray(path.read_bytes())
-    place = len(data) - 8 if path.suffix == ".safetensors" else next(i for i, c in enumerate(data) if chr(c).isdigit())
-    data[place] ^= 1
+    index = len(data) - 8 if path.suffix == ".safetensors" else next(i for i, c in enumerate(data) if chr(c).isdigit())
+    data[index] ^= 1
     path.write_bytes(data)
 
 

@@ -298,13 +298,13 @@ def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[st
 def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: str, settings: type[BaseModel]) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
-    places = []
+    indices = []
     for field in settings.model_fields.values():
         assert field.annotation is not None
-        places.append(lines.index(f"{(field.annotation.__doc__ or '').splitlines()[0]}:"))
-        text = "\n".join(lines[places[-1] :]).partition("\n\n")[0]
+        indices.append(lines.index(f"{(field.annotation.__doc__ or '').splitlines()[0]}:"))
+        text = "\n".join(lines[indices[-1] :]).partition("\n\n")[0]
         assert all(re.search(rf"^  --{name} ", text, re.MULTILINE) for name in field.annotation.model_fields)
-    assert places == sorted(places)
+    assert indices == sorted(indices)
 
 
 @pytest.mark.parametrize("name", config.recipe_names())

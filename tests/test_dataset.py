@@ -339,8 +339,8 @@ def test_the_fingerprint_tells_changed_files_apart_and_copies_not(tmp_path: Path
 def test_the_fingerprint_tells_embedded_images_apart(tmp_path: Path) -> None:
     features = _features(ClassLabel(names=["x", "y"]))
     prints = set()
-    for number, places in enumerate(([0] * 8, [0] * 7 + [1], [0] * 3 + [1] + [0] * 4)):
-        _saved(tmp_path / str(number), {"image": _cells(places), "label": [0, 1] * 4}, features)
+    for number, indices in enumerate(([0] * 8, [0] * 7 + [1], [0] * 3 + [1] + [0] * 4)):
+        _saved(tmp_path / str(number), {"image": _cells(indices), "label": [0, 1] * 4}, features)
         data = load(dataset_name=tmp_path / str(number), train_val_split=0.5, seed=1)
         prints.add((data.train.fingerprint(), data.validation.fingerprint()))
     assert len(prints) == 3

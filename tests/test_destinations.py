@@ -11,18 +11,18 @@ from lora_dist.settings.predict import PredictSettings
 from lora_dist.storage.writable import writing
 
 
-def _settings(**places: Path | str) -> PredictSettings:
-    merging = {name: str(places[name]) for name in ("merge_to", "export_legacy_names") if name in places}
-    images = {name: str(places[name]) for name in ("output", "grid") if name in places}
-    onnx = {"onnx": str(places["onnx"])} if "onnx" in places else {}
+def _settings(**indices: Path | str) -> PredictSettings:
+    merging = {name: str(indices[name]) for name in ("merge_to", "export_legacy_names") if name in indices}
+    images = {name: str(indices[name]) for name in ("output", "grid") if name in indices}
+    onnx = {"onnx": str(indices["onnx"])} if "onnx" in indices else {}
     return PredictSettings.model_validate(
         {"source": {"adapter": ["a"]}, "merging": merging, "images": images, "exporting": onnx}
     )
 
 
-def _problems(**places: Path | str) -> list[str]:
+def _problems(**indices: Path | str) -> list[str]:
     with pytest.raises(UserError) as caught:
-        require_destinations(_settings(**places))
+        require_destinations(_settings(**indices))
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
@@ -75,10 +75,10 @@ def test_what_cannot_be_made_is_refused(flag: str, tmp_path: Path) -> None:
     ],
 )
 def test_two_things_in_one_place_are_refused(
-    places: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    indices: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (problem,) = _problems(**places)
+    (problem,) = _problems(**indices)
     assert problem.startswith(words)
 
 

@@ -112,8 +112,8 @@ def test_no_damage_to_a_file_raises_anything_else(suffix: str) -> None:
     unreadable = 0
     for _ in range(150):
         damaged = bytearray(whole)
-        for place in random.integers(0, len(whole), 4):
-            damaged[place] = random.integers(256)
+        for index in random.integers(0, len(whole), 4):
+            damaged[index] = random.integers(256)
         try:
             load_rgb(bytes(damaged), "x")
         except UnreadableImageError:

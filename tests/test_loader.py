@@ -72,11 +72,11 @@ def samples(split: Split, batch: int, accumulation: int = 1, world: int = 1, **m
         steps = (epoch * length, (epoch + 1) * length)
         for rank in range(world):
             for part in training_batches(split, batch, accumulation, world, rank, steps, **more):
-                for place in torch.nonzero(part.weights).flatten().tolist():
-                    key = (epoch, int(part.indices[place]))
+                for index in torch.nonzero(part.weights).flatten().tolist():
+                    key = (epoch, int(part.indices[index]))
                     assert key not in found
                     assert part.rest is None
-                    found[key] = [field[place] for field in part[:-1] if field is not None]
+                    found[key] = [field[index] for field in part[:-1] if field is not None]
     assert len(found) == 2 * len(split)
     return found
 
@@ -215,13 +215,13 @@ def test_an_evaluation_sees_every_row_once_as_the_processor_makes_it(
     seen: list[int] = []
     for part in (part for share in shares for part in share):
         assert (part.partner_labels, part.shares) == (None, None)
-        for place, row in enumerate(part.indices.tolist()):
-            assert part.weights[place] == float(row != PADDING_INDEX)
+        for index, row in enumerate(part.indices.tolist()):
+            assert part.weights[index] == float(row != PADDING_INDEX)
             if row != PADDING_INDEX:
                 seen.append(row)
                 image = data.validation.image(row)
-                assert torch.equal(part.pixel_values[place], PROCESSOR(image, return_tensors="pt")["pixel_values"][0])
-                assert part.labels[place] == data.validation.labels[row]
+                assert torch.equal(part.pixel_values[index], PROCESSOR(image, return_tensors="pt")["pixel_values"][0])
+                assert part.labels[index] == data.validation.labels[row]
     assert sorted(seen) == list(range(9))
 
 

@@ -103,10 +103,10 @@ def test_processes_change_nothing_in_a_sample(uneven: Path, augmentation: dict[s
         for epoch, rank in product((0, 1), range(world)):
             split_as, epochs = (batch, accumulation, world, rank), (epoch, epoch + 1)
             for part in training_batches(split, 0, split_as, epochs=epochs, **augmentation):
-                for place in torch.nonzero(part.weights).flatten().tolist():
-                    key = (epoch, int(part.indices[place]))
+                for index in torch.nonzero(part.weights).flatten().tolist():
+                    key = (epoch, int(part.indices[index]))
                     assert key not in found
-                    found[key] = [field[place] for field in part if field is not None]
+                    found[key] = [field[index] for field in part if field is not None]
         assert len(found) == 64
         return found
 

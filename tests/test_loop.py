@@ -136,7 +136,7 @@ def test_an_evaluation_that_was_left_is_made_first(
     _run(vit, photos, whole, *more)
     _after(monkeypatch, EvaluationImages, "__getitems__", {2 * 9 + 5: _sigterm}, (vit, photos, broken, *more))
     saved = saved_in(broken)
-    assert (saved["step"], saved["settled_step"], saved["stale_evaluations"]) == (3, 2, 1)
+    assert (saved["step"], saved["last_evaluated_step"], saved["stale_evaluations"]) == (3, 2, 1)
     _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
     assert results_of(broken)["step"] == 3
     assert_same_run(broken, whole)
@@ -160,7 +160,7 @@ def test_no_evaluation_is_logged_twice(
         _after(monkeypatch, EvaluationImages, "__getitems__", {9 + 5: _sigterm}, run)
         run = (*run, "--resume_from_checkpoint", "auto")
         _after(monkeypatch, Tracker, "advance", {1: _die}, run)
-    assert saved_in(broken)["step"] == saved_in(broken)["settled_step"] == 4
+    assert saved_in(broken)["step"] == saved_in(broken)["last_evaluated_step"] == 4
     _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
     assert_same_run(broken, whole)
 
@@ -174,7 +174,7 @@ def test_an_evaluation_that_was_logged_and_not_saved_is_logged_once(
     _run(vit, photos, whole, *more)
     _after(monkeypatch, Tracker, "scalars", {6: _die}, (vit, photos, broken, *more))
     assert "eval/loss" in lines_of(broken)[-1]
-    assert (saved_in(broken)["step"], saved_in(broken)["settled_step"]) == (4, 3)
+    assert (saved_in(broken)["step"], saved_in(broken)["last_evaluated_step"]) == (4, 3)
     _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
     assert_same_run(broken, whole)
 

@@ -147,18 +147,18 @@ def _spoiled(content: bytes, chance: random.Random) -> bytes:
     """Cut off, flipped, doubled, shifted or filled with rubbish."""
     data = bytearray(content)
     for _ in range(chance.randrange(1, 6)):
-        place = chance.randrange(len(data)) if data else 0
+        index = chance.randrange(len(data)) if data else 0
         kind = chance.randrange(5)
         if kind == 0:
-            del data[place:]
+            del data[index:]
         elif kind == 1 and data:
-            data[place] ^= 1 << chance.randrange(8)
+            data[index] ^= 1 << chance.randrange(8)
         elif kind == 2:
-            data[place:place] = data[place : place + chance.randrange(64)]
+            data[index:index] = data[index : index + chance.randrange(64)]
         elif kind == 3:
-            del data[place : place + chance.randrange(64)]
+            del data[index : index + chance.randrange(64)]
         else:
-            data[place : place + 16] = chance.randbytes(16)
+            data[index : index + 16] = chance.randbytes(16)
     return bytes(data)
 
 

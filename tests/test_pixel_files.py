@@ -26,8 +26,8 @@ def test_images_are_read_as_they_were_written(written: Path) -> None:
     file = PixelFile(written)
     assert len(file) == 4
     for _ in range(2):
-        for place, image in enumerate(IMAGES):
-            found = file[place]
+        for index, image in enumerate(IMAGES):
+            found = file[index]
             assert (found is None) == (image is None)
             assert found is None or np.array_equal(found, image)  # type: ignore[arg-type]
 
@@ -39,8 +39,8 @@ def test_a_file_of_no_images_is_whole(tmp_path: Path) -> None:
 
 def test_every_byte_that_is_turned_is_found(written: Path) -> None:
     whole = written.read_bytes()
-    for place in range(len(whole)):
-        written.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for index in range(len(whole)):
+        written.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
         with pytest.raises(DamagedFileError, match="part: "):
             list(map(PixelFile(written).__getitem__, range(4)))
 

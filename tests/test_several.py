@@ -43,7 +43,7 @@ def test_a_chosen_adapter_classifies_as_it_does_alone(vit: Path, tmp_path: Path)
         "two": _write(tmp_path / "2", vit, 2, ["p", "q"], lora_r=2, lora_target_modules=["all-linear"]),
         "a.b c": _write(tmp_path / "3", vit, 3, tuning="head"),
     }
-    several = load_adapter_set({name: tmp_path / str(place) for place, name in enumerate(expected, 1)})
+    several = load_adapter_set({name: tmp_path / str(index) for index, name in enumerate(expected, 1)})
     for name in ("two", "a.b c", "one", "two"):
         classifier = several.set_adapter(name)
         torch.testing.assert_close(logits(classifier.model, 32), expected[name])
@@ -168,12 +168,12 @@ def test_what_has_no_weighted_sum_is_refused(
 
 
 @pytest.mark.parametrize("places", [(1, 2), (2, 1)])
-def test_an_adapter_that_trains_biases_stands_alone(places: tuple[int, int], vit: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_trains_biases_stands_alone(indices: tuple[int, int], vit: Path, tmp_path: Path) -> None:
     """They are the base's own, and would stay when another adapter is chosen."""
     _write(tmp_path / "1", vit, 1)
     _write(tmp_path / "2", vit, 2, lora_bias="lora_only")
     with pytest.raises(UserError, match="trains biases, and has to stand alone"):
-        load_adapter_set({str(place): tmp_path / str(place) for place in places})
+        load_adapter_set({str(index): tmp_path / str(index) for index in indices})
 
 
 def test_adapters_that_bring_different_modules_whole_are_not_blended(vit: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def is_tar(request: pytest.FixtureRequest) -> bool:
 def test_the_index_tells_what_each_shard_holds(is_tar: bool, tmp_path: Path) -> None:
     source = find_source(streaming(make_shards(tmp_path / "data", COUNTS, tar=is_tar, rows_in_group=3)))
     index = load_index(source)
-    assert [Path(file).stem for file in source.files] == [f"train-0000{place}-of-00003" for place in range(3)]
+    assert [Path(file).stem for file in source.files] == [f"train-0000{position}-of-00003" for position in range(3)]
     assert index.labels == [0, 1, 2]
     if is_tar:
         assert (index.sizes.tolist(), index.files.tolist()) == ([5, 2, 4], [0, 1, 2])
@@ -99,8 +99,8 @@ def test_shards_may_stand_in_a_folder_for_each_split(is_tar: bool, tmp_path: Pat
     made = make_shards(tmp_path / "made", COUNTS, tar=is_tar)
     for split in ("train", "validation"):
         (tmp_path / "data" / split).mkdir(parents=True)
-        for place, file in enumerate(sorted(made.glob(f"{split}-*"))):
-            file.rename(tmp_path / "data" / split / f"{place:04d}{file.suffix}")
+        for index, file in enumerate(sorted(made.glob(f"{split}-*"))):
+            file.rename(tmp_path / "data" / split / f"{index:04d}{file.suffix}")
     assert load_index(find_source(streaming(tmp_path / "data"))).sizes.tolist() == [5, 2, 4]
 
 

@@ -8,14 +8,14 @@ import pytest
 SWEEP = Path(__file__).parents[1] / "slurm" / "sweep.sbatch"
 
 
-def _task(place: Path, line: str) -> subprocess.CompletedProcess[str]:
+def _task(index: Path, line: str) -> subprocess.CompletedProcess[str]:
     """Runs the task of a grid's line; the training would get each word that is printed."""
-    (place / "slurm").mkdir()
-    (place / "slurm" / "train.sbatch").write_text("printf '<%s>\\n' \"$@\"\n", encoding="utf-8")
-    (place / "grid.txt").write_text(f"# flags\n\n{line}\n", encoding="utf-8")
+    (index / "slurm").mkdir()
+    (index / "slurm" / "train.sbatch").write_text("printf '<%s>\\n' \"$@\"\n", encoding="utf-8")
+    (index / "grid.txt").write_text(f"# flags\n\n{line}\n", encoding="utf-8")
     return subprocess.run(
-        ["bash", SWEEP, place / "grid.txt", "runs", "--config", "demo"],
-        env={"PATH": "/usr/bin:/bin", "PROJECT_DIR": str(place), "SLURM_ARRAY_TASK_ID": "1"},
+        ["bash", SWEEP, index / "grid.txt", "runs", "--config", "demo"],
+        env={"PATH": "/usr/bin:/bin", "PROJECT_DIR": str(index), "SLURM_ARRAY_TASK_ID": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -99,8 +99,8 @@ def test_no_damage_to_an_upload_raises_anything_else() -> None:
     statuses = set()
     for _ in range(200):
         damaged = bytearray(whole)
-        for place in random.integers(0, len(whole), 4):
-            damaged[place] = random.integers(256)
+        for index in random.integers(0, len(whole), 4):
+            damaged[index] = random.integers(256)
         try:
             decode(bytes(damaged), "x", MOST)
         except RefusedUploadError as error:

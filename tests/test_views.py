@@ -25,7 +25,7 @@ def mix_pair(
 ) -> tuple[Tensor, float]:
     """The mixed image, and the share of the first in it."""
     mixture = draw_mixture(mixup_alpha, cutmix_alpha, tuple(first.shape[-2:]), seed)
-    return combined([View(first), View(second)], [1], [mixture])[0], mixture.share
+    return combined([View(first), View(second)], [1], [mixture])[0], mixture.lam
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.3), (0.8, 0.5)])
@@ -133,7 +133,7 @@ def test_parts_of_any_size_are_resized_and_flipped_as_each_by_itself(size: tuple
     random = np.random.default_rng(1)
     sizes = [(32, 32), (61, 90), (90, 61), (5, 7), (1, 1), (64, 20), (33, 200)]
     images = [torch.from_numpy(random.integers(0, 256, (3, *each)).astype(np.uint8)) for each in sizes]
-    views = [View(image, flipped=place % 2 == 1) for place, image in enumerate(images)]
+    views = [View(image, flipped=index % 2 == 1) for index, image in enumerate(images)]
     found = resized(views, size)
     assert found.shape == (len(views), 3, *size)
     for view, result in zip(views, found, strict=True):

@@ -204,7 +204,7 @@ def make_shards(
 
     Image `n` of the training split is `make_image(n % 3, n)`.
     """
-    names = [f"train-{place:05d}-of-{len(counts):05d}" for place in range(len(counts))]
+    names = [f"train-{index:05d}-of-{len(counts):05d}" for index in range(len(counts))]
     starts = np.cumsum([0, *counts])
     parts = {name: range(start, start + count) for name, start, count in zip(names, starts, counts, strict=False)}
     for name, numbers in (parts | {"validation-00000-of-00001": range(1000, 1000 + validation)}).items():

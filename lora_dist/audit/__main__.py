@@ -99,8 +99,8 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
     facts = [died] * len(files)
     with closing(in_processes(scan, [file.path for file in files], workers, died)) as results:
         bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        for place, found in bar:
-            facts[place] = found
+        for index, found in bar:
+            facts[index] = found
     return Scanned(files, facts)
 
 
@@ -112,10 +112,10 @@ def _write(report: Report, output: Path, workers: int) -> None:
     from lora_dist.audit.thumbnails import thumbnail
     from lora_dist.storage.writable import writing
 
-    def thumbnails(places: Sequence[int]) -> dict[int, str]:
-        readable = [place for place in places if not report.scanned.facts[place].fault]
-        paths = [report.scanned.files[place].path for place in readable]
-        return {readable[place]: found for place, found in in_processes(thumbnail, paths, workers, "")}
+    def thumbnails(indices: Sequence[int]) -> dict[int, str]:
+        readable = [index for index in indices if not report.scanned.facts[index].fault]
+        paths = [report.scanned.files[index].path for index in readable]
+        return {readable[index]: found for index, found in in_processes(thumbnail, paths, workers, "")}
 
     with writing(output, "output_dir"):
         output.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ def check(
     findings = [*_ignored(ignored), *_single(scanned, checks), *_exact(scanned), *_near(scanned, checks.near_distance)]
     out = left_out(findings)
     counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
-    for place, file in enumerate(scanned.files):
-        if place not in out:
+    for position, file in enumerate(scanned.files):
+        if position not in out:
             counts[file.split][file.label] += 1
     findings += _classes(classes, counts["train"], counts["validation"] if has_validation else None, checks)
     order = list(KINDS)
@@ -47,17 +47,17 @@ def check(
 def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
     """Faults of single files."""
     formats = Image.registered_extensions()
-    for place, (file, facts) in enumerate(zip(*scanned, strict=True)):
+    for index, (file, facts) in enumerate(zip(*scanned, strict=True)):
         if facts.fault:
-            yield Finding(KINDS[facts.fault], facts.message, [place], left_out=[place])
+            yield Finding(KINDS[facts.fault], facts.message, [index], left_out=[index])
             continue
         suffix = os.path.splitext(file.path)[1].lower()
         if formats.get(suffix, facts.format) != SAME_FORMAT.get(facts.format, facts.format):
-            yield Finding(KINDS["wrong_extension"], f"{suffix} with the content of {facts.format}", [place])
+            yield Finding(KINDS["wrong_extension"], f"{suffix} with the content of {facts.format}", [index])
         if facts.width * facts.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-            yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [place])
+            yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [index])
         if max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
-            yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [place])
+            yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [index])
 
 
 def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
@@ -75,14 +75,14 @@ def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
 def _exact(scanned: Scanned) -> Iterator[Finding]:
     """Groups of images with the same pixels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
-    for place, facts in enumerate(scanned.facts):
+    for index, facts in enumerate(scanned.facts):
         if facts.digest:
-            groups[facts.digest].append(place)
+            groups[facts.digest].append(index)
     for group in groups.values():
         if len(group) < 2:
             continue
         train, validation = (_of_split(scanned, group, split) for split in ("train", "validation"))
-        conflict = len({scanned.files[place].label for place in group}) > 1
+        conflict = len({scanned.files[index].label for index in group}) > 1
         if conflict:
             yield Finding(KINDS["conflict"], _labels(scanned, group), group, left_out=group)
         if train and validation:
@@ -97,14 +97,14 @@ def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
         return
     # Of exact copies, one in each class of each split stands for the others.
     firsts: dict[tuple[bytes, str, str], int] = {}
-    for place, (file, facts) in enumerate(zip(*scanned, strict=True)):
+    for index, (file, facts) in enumerate(zip(*scanned, strict=True)):
         if facts.digest:
-            firsts.setdefault((facts.digest, file.split, file.label), place)
-    places = list(firsts.values())
-    facts_of = [scanned.facts[place] for place in places]
+            firsts.setdefault((facts.digest, file.split, file.label), index)
+    indices = list(firsts.values())
+    facts_of = [scanned.facts[index] for index in indices]
     pairs: dict[str, list[tuple[int, int]]] = {"near_leak": [], "near_conflict": [], "near_duplicate": []}
     for pair in near_pairs([facts.look for facts in facts_of], [facts.colors for facts in facts_of], distance):
-        first, second = (places[place] for place in pair)
+        first, second = (indices[index] for index in pair)
         if scanned.facts[first].digest == scanned.facts[second].digest:
             continue
         one, other = scanned.files[first], scanned.files[second]
@@ -123,11 +123,11 @@ def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
 
 
 def _of_split(scanned: Scanned, group: Iterable[int], split: str) -> list[int]:
-    return [place for place in group if scanned.files[place].split == split]
+    return [index for index in group if scanned.files[index].split == split]
 
 
 def _labels(scanned: Scanned, group: Iterable[int]) -> str:
-    return " and ".join(dict.fromkeys(scanned.files[place].label for place in group))
+    return " and ".join(dict.fromkeys(scanned.files[index].label for index in group))
 
 
 def _classes(

@@ -143,7 +143,7 @@ class Finding(NamedTuple):
 
 def left_out(findings: Iterable[Finding]) -> set[int]:
     """Places of all files that training should do without."""
-    return {place for finding in findings for place in finding.left_out}
+    return {index for finding in findings for index in finding.left_out}
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -37,10 +37,10 @@ def in_processes(
     while chunks:
         lost = yield from _run(work, paths, chunks, workers, ahead=2 * workers)
         # One at a time, to see which one it was.
-        suspects = deque(range(place, place + 1) for chunk in lost for place in chunk)
+        suspects = deque(range(index, index + 1) for chunk in lost for index in chunk)
         while suspects:
-            for (place,) in (yield from _run(work, paths, suspects, workers=1, ahead=1)):
-                yield place, died
+            for (index,) in (yield from _run(work, paths, suspects, workers=1, ahead=1)):
+                yield index, died
 
 
 def _run(
@@ -56,7 +56,7 @@ def _run(
             while chunks or running:
                 while chunks and len(running) < ahead:
                     with _no_interrupt():
-                        future = pool.submit(_work_on, work, [paths[place] for place in chunks[0]])
+                        future = pool.submit(_work_on, work, [paths[index] for index in chunks[0]])
                     running[future] = chunks.popleft()
                 done = wait(running, SILENT_SECONDS, FIRST_COMPLETED).done
                 if not done:

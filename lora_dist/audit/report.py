@@ -65,7 +65,7 @@ class Report:
         """For each class its files by split, and how many training images remain without those left out."""
         counts = Counter((file.split, file.label) for file in self.scanned.files)
         files = self.scanned.files
-        gone = Counter(files[place].label for place in left_out(self.findings) if files[place].split == "train")
+        gone = Counter(files[index].label for index in left_out(self.findings) if files[index].split == "train")
         return [
             {
                 "class": name,
@@ -90,7 +90,7 @@ class Report:
                 yield f"    and {len(findings) - SHOWN_LINES:,} more"
 
     def _line(self, finding: Finding) -> str:
-        names = [visible(self.scanned.files[place].path) for place in finding.files[:SHOWN_LINES]]
+        names = [visible(self.scanned.files[index].path) for index in finding.files[:SHOWN_LINES]]
         more = [f"{len(finding.files) - SHOWN_LINES:,} more"] if len(finding.files) > SHOWN_LINES else []
         message = [visible(finding.message)] if finding.message else []
         return ": ".join([*([", ".join(names + more)] if names else []), *message])
@@ -117,8 +117,8 @@ def write_json(report: Report, file: Path) -> None:
                 "kind": finding.kind.name,
                 "severity": finding.kind.severity,
                 "message": finding.message,
-                "files": [_described(report.scanned, place) for place in finding.files],
-                "left_out": [report.scanned.files[place].path for place in finding.left_out],
+                "files": [_described(report.scanned, index) for index in finding.files],
+                "left_out": [report.scanned.files[index].path for index in finding.left_out],
             }
             for finding in report.findings
         ],
@@ -128,8 +128,8 @@ def write_json(report: Report, file: Path) -> None:
     file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def _described(scanned: Scanned, place: int) -> dict[str, Any]:
-    file, facts = scanned.files[place], scanned.facts[place]
+def _described(scanned: Scanned, index: int) -> dict[str, Any]:
+    file, facts = scanned.files[index], scanned.facts[index]
     described: dict[str, Any] = {"path": file.path, "split": file.split, "class": file.label}
     return described | ({} if facts.fault else {"format": facts.format, "width": facts.width, "height": facts.height})
 
@@ -143,7 +143,7 @@ def write_page(report: Report, file: Path, thumbnails: Callable[[Sequence[int]],
         thumbnails: gives the `data:` addresses of the files at some places; empty ones for unreadable files.
     """
     by_kind = {kind: findings[:SHOWN_FINDINGS] for kind, findings in report.by_kind().items()}
-    shown = {place for some in by_kind.values() for finding in some for place in finding.files[:SHOWN_FILES]}
+    shown = {index for some in by_kind.values() for finding in some for index in finding.files[:SHOWN_FILES]}
     pictures = thumbnails(sorted(shown))
     numbers = Counter(finding.kind for finding in report.findings)
     out = left_out(report.findings)
@@ -169,16 +169,16 @@ def write_page(report: Report, file: Path, thumbnails: Callable[[Sequence[int]],
 
 def _shown(report: Report, finding: Finding, pictures: dict[int, str], out: set[int]) -> dict[str, Any]:
     images = []
-    for place in finding.files[:SHOWN_FILES]:
-        path, split, _ = report.scanned.files[place]
+    for index in finding.files[:SHOWN_FILES]:
+        path, split, _ = report.scanned.files[index]
         images.append(
             {
                 "path": path,
                 "name": os.path.relpath(path, report.folders[split]),
                 "split": split,
-                "facts": report.scanned.facts[place],
-                "picture": pictures.get(place, ""),
-                "left_out": place in out,
+                "facts": report.scanned.facts[index],
+                "picture": pictures.get(index, ""),
+                "left_out": index in out,
             }
         )
     return {"message": finding.message, "images": images, "more": max(0, len(finding.files) - SHOWN_FILES)}
@@ -194,8 +194,8 @@ def write_quarantine(report: Report, file: Path) -> None:
     sections = [Section("Listed before", sorted(report.excluded))] if report.excluded else []
     for attribute, active in (("left_out", True), ("proposed", False)):
         for kind, findings in report.by_kind().items():
-            places = {place for finding in findings for place in getattr(finding, attribute)} - listed
-            listed |= places
-            if places:
-                sections.append(Section(kind.title, [names[place].path for place in sorted(places)], active))
+            indices = {index for finding in findings for index in getattr(finding, attribute)} - listed
+            listed |= indices
+            if indices:
+                sections.append(Section(kind.title, [names[index].path for index in sorted(indices)], active))
     write_exclusions(file, sections)

@@ -91,17 +91,17 @@ def connected(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Groups of places that are connected by pairs, each sorted, in the order of their first."""
     parents: dict[int, int] = {}
 
-    def root(place: int) -> int:
-        parents.setdefault(place, place)
-        while parents[place] != place:
-            parents[place] = parents[parents[place]]
-            place = parents[place]
-        return place
+    def root(index: int) -> int:
+        parents.setdefault(index, index)
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
 
     for first, second in pairs:
         low, high = sorted((root(first), root(second)))
         parents[high] = low
     groups: dict[int, list[int]] = {}
-    for place in sorted(parents):
-        groups.setdefault(root(place), []).append(place)
+    for index in sorted(parents):
+        groups.setdefault(root(index), []).append(index)
     return list(groups.values())

@@ -137,10 +137,12 @@ class TrainImages(Dataset):
         # The views of the samples come first, and then those of partners that are no samples here.
         own = {sample.row for sample in samples}
         rows = [sample.row for sample in samples] + [row for row in read if row not in own]
-        place = {row: place for place, row in enumerate(rows)}
+        index_of = {row: index for index, row in enumerate(rows)}
         mixtures = [self._mixture(epoch, sample) for sample in samples] if pairs else []
         pixels, rest = stack(
-            [known.get(row, blank) for row in rows], [place[partner] for partner in partners] if pairs else [], mixtures
+            [known.get(row, blank) for row in rows],
+            [index_of[partner] for partner in partners] if pairs else [],
+            mixtures,
         )
         return Batch(
             pixel_values=pixels,
@@ -148,7 +150,7 @@ class TrainImages(Dataset):
             weights=torch.tensor([sample.weight if sample.row in known else 0.0 for sample in samples]),
             indices=torch.tensor([sample.row for sample in samples]),
             partner_labels=torch.tensor([encoded[partner].label for partner in partners]) if pairs else None,
-            shares=torch.tensor([mixture.share for mixture in mixtures]) if pairs else None,
+            shares=torch.tensor([mixture.lam for mixture in mixtures]) if pairs else None,
             unreadable=self._marks([sample.weight > 0 and sample.row not in known for sample in samples]),
             rest=rest,
         )

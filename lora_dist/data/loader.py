@@ -38,9 +38,9 @@ class WorkerBatchSampler(Sampler[WorkerShard]):
                 yield WorkerShard(samples, torch.arange(len(samples)), 1)
                 continue
             for worker in range(self.workers):
-                places = [place for place, lane in enumerate(lanes) if (lane or 0) % self.workers == worker]
+                indices = [index for index, lane in enumerate(lanes) if (lane or 0) % self.workers == worker]
                 yield WorkerShard(
-                    [samples[place] for place in places], torch.tensor(places, dtype=torch.int64), self.workers
+                    [samples[index] for index in indices], torch.tensor(indices, dtype=torch.int64), self.workers
                 )
 
 

@@ -145,8 +145,8 @@ def _scores(
     for batch in () if pixels is None else pixels.split(batch_size):
         probabilities = classifier.probabilities(transforms.finished(batch.to(device, non_blocking=True)))
         best = probabilities.topk(min(top_k, len(classifier.labels)))
-        for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            yield [(classifier.labels[place], value) for place, value in zip(places, values, strict=True)]
+        for values, positions in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield [(classifier.labels[index], value) for index, value in zip(positions, values, strict=True)]
 
 
 class _DecodedBatch(NamedTuple):
@@ -165,8 +165,8 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, places: Sequence[int]) -> _DecodedBatch:
-        paths = [self.files[place] for place in places]
+    def __getitems__(self, indices: Sequence[int]) -> _DecodedBatch:
+        paths = [self.files[index] for index in indices]
         errors: list[str | None] = []
         images = []
         for path in paths:
@@ -181,7 +181,7 @@ class _Files(Dataset):
 def spread(total: int, count: int) -> list[int]:
     """At most `count` places among `total`, evenly spread: folders come sorted by class."""
     chosen = min(total, count)
-    return [place * total // chosen for place in range(chosen)]
+    return [index * total // chosen for index in range(chosen)]
 
 
 def draw_grid(rows: Sequence[Row], path: Path) -> None:
@@ -253,7 +253,7 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
 def _csv_rows(file: Any, top_k: int, several: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
     columns: Iterable[tuple[str, str]] = (
-        (f"label{suffix}", f"score{suffix}") for suffix in ["", *(f"_{place}" for place in range(2, top_k + 1))]
+        (f"label{suffix}", f"score{suffix}") for suffix in ["", *(f"_{index}" for index in range(2, top_k + 1))]
     )
     lines.writerow([*(["adapter"] if several else []), "path", *chain.from_iterable(columns), "error"])
 

@@ -84,6 +84,6 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bin
     """
     if not np.isfinite(confidences).all():
         return math.nan
-    place = np.minimum((np.asarray(confidences, dtype=np.float64) * bins).astype(int), bins - 1)
-    gap = np.bincount(place, weights=confidences, minlength=bins) - np.bincount(place, weights=correct, minlength=bins)
+    index = np.minimum((np.asarray(confidences, dtype=np.float64) * bins).astype(int), bins - 1)
+    gap = np.bincount(index, weights=confidences, minlength=bins) - np.bincount(index, weights=correct, minlength=bins)
     return float(np.abs(gap).sum() / len(confidences))

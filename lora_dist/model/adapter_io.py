@@ -149,7 +149,7 @@ def plain_name(key: str) -> str | None:
     return key.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
 
 
-def place_of(name: str) -> tuple[str, str]:
+def split_lora_name(name: str) -> tuple[str, str]:
     """Splits a plain name into the module or parameter it belongs to, and what LoRA adds to it (or nothing)."""
     module, lora, rest = name.partition(".lora_")
     return module, lora + rest

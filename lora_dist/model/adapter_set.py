@@ -35,9 +35,9 @@ class AdapterSet:
         return self.classifiers[name]
 
 
-def _inner(place: int) -> str:
+def _inner(index: int) -> str:
     """PEFT's name of an adapter: it goes into names of parameters, where not every text may stand."""
-    return f"adapter_{place}"
+    return f"adapter_{index}"
 
 
 def load_adapter_set(
@@ -59,14 +59,14 @@ def load_adapter_set(
     """
     origins, base = _load(directories, base_model, trust_remote_code, labels)
     classifiers: dict[str, Classifier] = {}
-    for place, (name, origin) in enumerate(origins.items()):
+    for index, (name, origin) in enumerate(origins.items()):
         # The base's head is of the first adapter's size, and cannot tell whether another one is right.
         count = infer_metadata.class_count(
             adapter_io.read(directories[name]), adapters.base_of(base.model).config, trust_remote_code
         )
         if count not in (None, len(origin.labels)):
             raise UserError(f"{directories[name]} has a head of {count} classes, and names {len(origin.labels)}")
-        classifiers[name] = attach_adapter(base, directories[name], origin, _inner(place))
+        classifiers[name] = attach_adapter(base, directories[name], origin, _inner(index))
         base = replace(base, model=classifiers[name].model)
     return AdapterSet(classifiers)
 

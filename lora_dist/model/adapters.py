@@ -170,7 +170,7 @@ def read_adapter(model: nn.Module, directory: Path) -> Adapter:
     config.init_lora_weights = True
     current = current_names(base)
     modules = {name.rpartition(".")[0] for name in current}
-    if all(place in (modules if lora else current) for place, lora in map(adapter_io.place_of, files.state)):
+    if all(target in (modules if lora else current) for target, lora in map(adapter_io.split_lora_name, files.state)):
         return Adapter(config, files.state, None, directory)
     names = LegacyNames.of(base)
     if not names.are_used_by(files.state):
@@ -222,7 +222,7 @@ def _modernise(config: Any, names: LegacyNames, state: Mapping[str, Tensor], ref
         # Somebody may have renamed the targets, but not the keys.
         for named in ([(module, names.modules[module]) for module in leaves], [(module, module) for module in leaves])
     ]
-    adapted = {place for place, lora in map(adapter_io.place_of, state) if lora}
+    adapted = {target for target, lora in map(adapter_io.split_lora_name, state) if lora}
     targets = next((given for given in found if given.keys() == adapted), found[0] or found[1])
     if not targets and adapted:
         raise UserError(f"{refused}: no {config.target_modules} in it")
@@ -322,10 +322,10 @@ def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_lab
     before = base.config.num_labels
     if before == num_labels:
         return
-    for place, wrapper in base.named_modules():
+    for prefix, wrapper in base.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
             continue
-        for inner, module in wrapper.modules_to_save[name].named_modules(prefix=place):
+        for inner, module in wrapper.modules_to_save[name].named_modules(prefix=prefix):
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 found = state.get(f"{inner}.{leaf}")
                 if found is not None and (parameter.shape[0], len(found)) == (before, num_labels):

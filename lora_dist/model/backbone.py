@@ -71,7 +71,7 @@ def load_base(
     labelled: dict[str, Any] = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
-        "label2id": {label: place for place, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
     }
     torch.manual_seed(seed)
     try:

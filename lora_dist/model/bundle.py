@@ -132,7 +132,7 @@ def read_labels(directory: Path) -> list[str]:
         raise UserError(f"{path} is damaged: its label map (id2label) is no map from numbers to names") from error
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"the label map in {path} is not numbered from 0 on")
-    return [names[place] for place in range(len(names))]
+    return [names[index] for index in range(len(names))]
 
 
 def label_map(directory: Path) -> Any:

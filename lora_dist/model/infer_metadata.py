@@ -55,9 +55,9 @@ def labels_of(
     count = class_count(adapter_io.read(directory), config, trust_remote_code)
     if count is None:
         # The adapter brings no head: it was trained on that of a base that is fine-tuned already.
-        labels = [config.id2label[place] for place in range(config.num_labels)]
+        labels = [config.id2label[index] for index in range(config.num_labels)]
     else:
-        labels = [f"LABEL_{place}" for place in range(count)]
+        labels = [f"LABEL_{index}" for index in range(count)]
     if given is None:
         if count is not None:
             logger.warning(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_dist.model.adapter_io import place_of
+from lora_dist.model.adapter_io import split_lora_name
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class LegacyNames:
 
     def to_old(self, name: str) -> str:
         """The old form of a plain name of `adapter_files`; unknown names stay."""
-        place, lora = place_of(name)
-        return (self.modules if lora else self.parameters).get(place, place) + lora
+        target, lora = split_lora_name(name)
+        return (self.modules if lora else self.parameters).get(target, target) + lora
 
     def to_current(self, name: str) -> str:
         """Today's form of an old plain name; unknown names stay."""
-        place, lora = place_of(name)
-        return (self._current_modules if lora else self._current_parameters).get(place, place) + lora
+        target, lora = split_lora_name(name)
+        return (self._current_modules if lora else self._current_parameters).get(target, target) + lora
 
     @cached_property
     def _current_parameters(self) -> dict[str, str]:
@@ -68,9 +68,9 @@ class LegacyNames:
 
     def are_used_by(self, names: Iterable[str]) -> bool:
         """Whether these plain names are of an old release: more of them have a place there than in the model."""
-        places = [place_of(name) for name in names]
-        old = sum(place in (self._current_modules if lora else self._current_parameters) for place, lora in places)
-        current = sum(place in (self.modules if lora else self.parameters) for place, lora in places)
+        targets = [split_lora_name(name) for name in names]
+        old = sum(target in (self._current_modules if lora else self._current_parameters) for target, lora in targets)
+        current = sum(target in (self.modules if lora else self.parameters) for target, lora in targets)
         return old > current
 
 

@@ -85,7 +85,7 @@ def _ends(name: str, suffix: str) -> bool:
 def _last(name: str) -> list[str]:
     """The last part of a module's name that is no number, and what follows it."""
     parts = name.split(".")
-    start = next((place for place in reversed(range(len(parts))) if not parts[place].isdigit()), 0)
+    start = next((index for index in reversed(range(len(parts))) if not parts[index].isdigit()), 0)
     return parts[start:]
 
 

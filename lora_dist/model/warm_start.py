@@ -10,7 +10,7 @@ from torch import nn
 from lora_dist.errors import UserError
 from lora_dist.hub import local_directory
 from lora_dist.model import adapters, bundle
-from lora_dist.model.adapter_io import place_of
+from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.classifier import check_base
@@ -94,8 +94,8 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
 def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:
     """The settings of LoRA with the adapter's shape; what the user gave must be the same."""
     config, directory = adapter.config, adapter.directory
-    places = sorted({place for place, lora in map(place_of, adapter.state) if lora})
-    if not places:
+    adapted = sorted({target for target, lora in map(split_lora_name, adapter.state) if lora})
+    if not adapted:
         raise UserError(f"the adapter in {directory} has no LoRA matrices to go on from")
     if config.rank_pattern or config.alpha_pattern:
         raise UserError(f"the adapter in {directory} has ranks or scales that differ by module; a run has one")
@@ -113,15 +113,15 @@ def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:
     ]
     if "lora_target_modules" in given.model_fields_set:
         wanted = _targets(base, given.lora_target_modules)
-        if wanted != set(places):
+        if wanted != set(adapted):
             problems.append(
                 f"--lora_target_modules {','.join(given.lora_target_modules)} means {len(wanted)} modules, such as "
-                f"{min(wanted)}, and the adapter has {len(places)}, such as {places[0]}"
+                f"{min(wanted)}, and the adapter has {len(adapted)}, such as {adapted[0]}"
             )
     if problems:
         lines = [f"these settings are not those of the adapter in {directory}; leave them out:", *problems]
         raise UserError("\n  ".join(lines))
-    return given.model_copy(update={**shape, "lora_target_modules": shortest(places, base.model)})
+    return given.model_copy(update={**shape, "lora_target_modules": shortest(adapted, base.model)})
 
 
 def _targets(base: Base, names: Sequence[str]) -> set[str]:

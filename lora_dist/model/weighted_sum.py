@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_io import place_of
+from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -36,7 +36,7 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
     # A linear probe has no matrices, and adds nothing to the rank.
     total = max(1, sum(ranks))
     state: dict[str, Tensor] = {}
-    modules = sorted({place for adapter in adapters for place, lora in map(place_of, adapter.state) if lora})
+    modules = sorted({target for adapter in adapters for target, lora in map(split_lora_name, adapter.state) if lora})
     for module in modules:
         like_a, like_b = next((a.state[module + A], a.state[module + B]) for a in adapters if module + A in a.state)
         parts_a, parts_b = [], []
@@ -82,7 +82,7 @@ def _scale(adapter: Adapter, module: str) -> float:
 
 def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
     """Weighted means of what is no LoRA matrix, in fp32; counters are those of the first adapter."""
-    wholes = [{n: tensor for n, tensor in adapter.state.items() if not place_of(n)[1]} for adapter in adapters]
+    wholes = [{n: tensor for n, tensor in adapter.state.items() if not split_lora_name(n)[1]} for adapter in adapters]
     averaged: dict[str, Tensor] = {}
     for adapter, whole in zip(adapters, wholes, strict=True):
         differing = sorted(whole.keys() ^ wholes[0].keys())

@@ -33,8 +33,8 @@ class ModelSource(Group):
         """Name and place of each adapter: of NAME=DIRECTORY, or of a place that is its own name."""
         named = []
         for word in self.adapter:
-            name, equals, place = word.partition("=")
-            named.append((name, place) if equals and not os.path.lexists(word) else (word, word))
+            name, equals, path = word.partition("=")
+            named.append((name, path) if equals and not os.path.lexists(word) else (word, word))
         return named
 
     @property

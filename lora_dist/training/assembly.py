@@ -50,7 +50,7 @@ class Run:
     Attributes:
         job: what `fit` drives.
         progress: where it stands.
-        handover: what it leaves behind.
+        result_writer: writes the result.
         data: that it trains on.
         parameters: trainable and all.
         sizes: of what it writes.

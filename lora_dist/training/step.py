@@ -98,7 +98,7 @@ def train_step(
         max_grad_norm: bound on the gradient's norm; 0 for none.
         label_smoothing: share of the target spread over all classes.
         dropout_seed: decides the dropout of this update.
-        filler: makes a micro-batch of no weight, in place of what could not be loaded; None where errors of
+        padding_batch: makes a micro-batch of no weight, in place of what could not be loaded; None where errors of
             `micro_batches` are to be raised as they are.
         before_exchange: called before the last backward pass, in which processes wait for each other.
 
@@ -113,11 +113,11 @@ def train_step(
     total, unreadable = torch.zeros((), device=device), torch.zeros((), device=device)
     suspects: list[tuple[Tensor, Tensor]] = []
     stream, failure = iter(micro_batches), None
-    for place in range(micro_batch_count):
+    for index in range(micro_batch_count):
         batch, failure = _next(stream, padding_batch, failure)
         batch = batch.to(device)
-        torch.manual_seed(seed_of((*dropout_seed, place, accelerator.process_index)))
-        last = place == micro_batch_count - 1
+        torch.manual_seed(seed_of((*dropout_seed, index, accelerator.process_index)))
+        last = index == micro_batch_count - 1
         with engine.micro_batch(last):
             losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits.float(), batch, label_smoothing)
             if last:

@@ -131,7 +131,7 @@ def test_two_processes_stop_together_wherever_the_signal_arrives_and_go_on_to_th
         second.send_signal(signal.SIGUSR2)
         assert launch.wait() == 1
     saved = saved_in(out)
-    assert (saved["step"], saved["settled_step"]) == (10, 9)
+    assert (saved["step"], saved["last_evaluated_step"]) == (10, 9)
     assert "stopped: after update 10 of 20" in launch.text
     assert launch.text.count("exitcode  : 75") == 2
     assert "Traceback" not in launch.text.partition("stopped:")[0]

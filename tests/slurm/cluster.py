@@ -77,9 +77,9 @@ def user_environment(**extra: str) -> dict[str, str]:
     return here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"}
 
 
-def log_of(job: str, place: Path) -> str:
+def log_of(job: str, index: Path) -> str:
     """What the job log says so far of a job that was submitted in `place`."""
-    return "\n".join(path.read_text(encoding="utf-8") for path in place.glob(f"*-{job}.out"))
+    return "\n".join(path.read_text(encoding="utf-8") for path in index.glob(f"*-{job}.out"))
 
 
 class Cluster:

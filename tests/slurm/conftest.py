@@ -27,11 +27,11 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def index(tmp_path: Path) -> Path:
     """Where jobs are submitted: slurm/ is not there, and the path has what careless scripts trip over."""
-    place = tmp_path / "it's a place"
-    place.mkdir()
-    return place
+    index = tmp_path / "it's a place"
+    index.mkdir()
+    return index
 
 
 @pytest.fixture

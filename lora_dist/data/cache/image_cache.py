@@ -188,9 +188,9 @@ class _CacheBuilder(Dataset):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, place: int) -> tuple[int, int] | OSError:
+    def __getitem__(self, index: int) -> tuple[int, int] | OSError:
         """How many images the part has, and how many of them cannot be read."""
-        part = self.parts[place]
+        part = self.parts[index]
         rows, unreadable = self.cache.rows(part), 0
 
         def images() -> Iterator[np.ndarray | None]:
@@ -253,12 +253,12 @@ class CacheReader:
 
     def _sample(self, epoch: int, index: int) -> EncodedSample:
         row = int(self._split.rows[index])
-        part, place = divmod(row, self._cache.rows_in_part)
+        part, position = divmod(row, self._cache.rows_in_part)
         if part not in self._files:
             self._files[part] = self._opened(part)
         file = self._files[part]
         try:
-            pixels = self._cache.pixels(row) if file is None else file[place]
+            pixels = self._cache.pixels(row) if file is None else file[position]
         except DamagedFileError as error:
             self._files[part] = None
             self._leave(part, error)

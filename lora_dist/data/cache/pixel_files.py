@@ -74,18 +74,18 @@ class PixelFile:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, place: int) -> np.ndarray | None:
+    def __getitem__(self, position: int) -> np.ndarray | None:
         """The image [h, w, 3] in the file, not copied; None if it is missing.
 
         Raises:
             DamagedFileError: its pixels are not those that were written. This is found when they are first read.
         """
-        start, height, width, digest = (int(value) for value in self._entries[place])
+        start, height, width, digest = (int(value) for value in self._entries[position])
         if not height:
             return None
         pixels = self._bytes[start : start + 3 * height * width]
-        if not self._checked[place]:
+        if not self._checked[position]:
             if xxhash.xxh3_64_intdigest(pixels.data) != digest:
-                raise DamagedFileError(f"{self.path}: image {place} in it is damaged")
-            self._checked[place] = True
+                raise DamagedFileError(f"{self.path}: image {position} in it is damaged")
+            self._checked[position] = True
         return pixels.reshape(height, width, 3)

@@ -32,14 +32,14 @@ class Mixture(NamedTuple):
     (https://arxiv.org/abs/1905.04899).
 
     Attributes:
-        faded: share of the image where both are seen at once, which is everywhere; 1 in CutMix.
-        pasted: where the partner alone is seen.
-        share: of the image in all of it.
+        pixel_lam: weight of the image's pixels outside the box, as timm's `lam`; 1 in CutMix.
+        cut_box: where the partner alone is seen; `NOWHERE` in mixup.
+        lam: weight of the image's label: its share of the area in CutMix.
     """
 
     pixel_lam: float
     cut_box: Area
-    share: float
+    lam: float
 
 
 def draw_mixture(mixup_alpha: float, cutmix_alpha: float, size: tuple[int, int], seed: tuple[int, ...]) -> Mixture:
@@ -57,11 +57,11 @@ def draw_mixture(mixup_alpha: float, cutmix_alpha: float, size: tuple[int, int],
     random = np.random.default_rng(seed)
     cut = bool(cutmix_alpha) and (not mixup_alpha or random.random() < 0.5)
     alpha = cutmix_alpha if cut else mixup_alpha
-    share = float(random.beta(alpha, alpha))
+    lam = float(random.beta(alpha, alpha))
     if not cut:
-        return Mixture(share, NOWHERE, share)
+        return Mixture(lam, NOWHERE, lam)
     height, width = size
-    cut_height, cut_width = int(height * (1 - share) ** 0.5), int(width * (1 - share) ** 0.5)
+    cut_height, cut_width = int(height * (1 - lam) ** 0.5), int(width * (1 - lam) ** 0.5)
     top, left = int(random.integers(height - cut_height + 1)), int(random.integers(width - cut_width + 1))
     return Mixture(1.0, (top, left, cut_height, cut_width), 1 - cut_height * cut_width / (height * width))
 
@@ -72,8 +72,8 @@ class DeferredOps(NamedTuple):
     Attributes:
         erased: int64 [V, 4], an area of each view.
         partners: int64 [B], the place among the views of what is mixed into each sample, which are the first B.
-        faded: float32 [B], as in `Mixture`.
-        pasted: int64 [B, 4], as in `Mixture`.
+        pixel_lam: float32 [B], as in `Mixture`.
+        cut_box: int64 [B, 4], as in `Mixture`.
         crop_sizes: int64 [V, 3], the height and width of each view at the top left of its pixels, and whether it is
             flipped; the device resizes these.
     """
@@ -128,8 +128,8 @@ def _stack_sizes(images: Sequence[Tensor]) -> Tensor:
     """Images of different sizes in the top left of one that has room for each; what is beside them can be anything."""
     height, width = (max(pixels.shape[axis] for pixels in images) for axis in (1, 2))
     together = np.empty((len(images), height, width, 3), dtype=np.uint8)
-    for place, pixels in enumerate(images):
-        together[place, : pixels.shape[1], : pixels.shape[2]] = pixels.permute(1, 2, 0).numpy()
+    for index, pixels in enumerate(images):
+        together[index, : pixels.shape[1], : pixels.shape[2]] = pixels.permute(1, 2, 0).numpy()
     return torch.from_numpy(together).permute(0, 3, 1, 2)
 
 
@@ -158,9 +158,9 @@ def _inside(areas: Tensor, size: Sequence[int]) -> Tensor:
     """Which pixels are inside of an area each, bool [N, 1, H, W]."""
     spans = []
     for axis in (0, 1):
-        places = torch.arange(size[axis], device=areas.device)
+        indices = torch.arange(size[axis], device=areas.device)
         start, length = areas[:, axis, None], areas[:, 2 + axis, None]
-        spans.append((places >= start) & (places < start + length))
+        spans.append((indices >= start) & (indices < start + length))
     return (spans[0][:, :, None] & spans[1][:, None, :])[:, None]
 
 
@@ -187,7 +187,7 @@ def _weights(lengths: Tensor, room: int, size: int) -> Tensor:
     """
     scale = (lengths / size)[:, None, None]
     centres = (torch.arange(size, device=lengths.device) + 0.5)[:, None] * scale
-    places = torch.arange(room, device=lengths.device) + 0.5
-    weights = (1 - (places - centres).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = torch.where(places < lengths[:, None, None], weights, 0)
+    indices = torch.arange(room, device=lengths.device) + 0.5
+    weights = (1 - (indices - centres).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = torch.where(indices < lengths[:, None, None], weights, 0)
     return weights / weights.sum(-1, keepdim=True)

@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     """Part of a shard that belongs to a block.
 
     Attributes:
-        shard: place of the shard.
+        shard: index of the shard.
         start: its first row in the shard.
         stop: the row after its last.
     """
@@ -42,7 +42,7 @@ class Layout:
         offsets: where each lane begins, flat, shape [L + 1].
         shards: shards in the order in which they lie in the lanes, shape [S].
         starts: where each of these begins, flat, shape [S], ascending.
-        places: place of each shard in `shards`, shape [S]; of no meaning for empty ones.
+        indices: position of each shard in `shards`, shape [S]; of no meaning for empty ones.
         first_rows: first row of each shard in the data set, shape [S].
         block: samples in a block, even.
         seed: of the permutations within blocks, the epoch included.
@@ -52,7 +52,7 @@ class Layout:
     offsets: np.ndarray
     shards: np.ndarray
     starts: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
     first_rows: np.ndarray
     block: int
     seed: tuple[int, ...]
@@ -82,9 +82,9 @@ class Layout:
     def rows(self, lane: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row of the data set at each index of a lane, and that of the neighbour it is mixed with."""
         own, neighbour = np.empty_like(index), np.empty_like(index)
-        places = (lane << 32) + self.blocks(lane, index)
-        by_block = np.argsort(places, kind="stable")
-        keys, firsts = np.unique(places[by_block], return_index=True)
+        blocks = (lane << 32) + self.blocks(lane, index)
+        by_block = np.argsort(blocks, kind="stable")
+        keys, firsts = np.unique(blocks[by_block], return_index=True)
         ends = [*firsts[1:], len(index)]
         for key, first, end in zip(keys.tolist(), firsts, ends, strict=False):
             group = by_block[first:end]
@@ -100,25 +100,25 @@ class Layout:
 
     def _row(self, lane: np.ndarray, unpermuted: np.ndarray) -> np.ndarray:
         flat = self.offsets[lane] + unpermuted
-        place = np.searchsorted(self.starts, flat, side="right") - 1
-        return self.first_rows[self.shards[place]] + flat - self.starts[place]
+        position = np.searchsorted(self.starts, flat, side="right") - 1
+        return self.first_rows[self.shards[position]] + flat - self.starts[position]
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lane and block that hold each row."""
         shard = np.searchsorted(self.first_rows, rows, side="right") - 1
-        flat = self.starts[self.places[shard]] + rows - self.first_rows[shard]
+        flat = self.starts[self.indices[shard]] + rows - self.first_rows[shard]
         lane = np.searchsorted(self.offsets, flat, side="right") - 1
         return lane, self.blocks(lane, flat - self.offsets[lane])
 
     def pieces(self, lane: int, start: int) -> Iterator[Piece]:
         """What a lane holds from an index on, unpermuted."""
         flat, end = int(self.offsets[lane]) + start, int(self.offsets[lane + 1])
-        place = int(np.searchsorted(self.starts, flat, side="right")) - 1
+        position = int(np.searchsorted(self.starts, flat, side="right")) - 1
         while flat < end:
-            first = int(self.starts[place])
-            stop = int(self.starts[place + 1]) if place + 1 < len(self.starts) else end
-            yield Piece(int(self.shards[place]), flat - first, stop - first)
-            place, flat = place + 1, stop
+            first = int(self.starts[position])
+            stop = int(self.starts[position + 1]) if position + 1 < len(self.starts) else end
+            yield Piece(int(self.shards[position]), flat - first, stop - first)
+            position, flat = position + 1, stop
 
 
 class Interleave:
@@ -161,14 +161,14 @@ class Interleave:
         totals = np.array([self.sizes[shards].sum() for shards in dealt])
         longest_first = np.argsort(-totals, kind="stable")
         shards = np.concatenate([dealt[lane] for lane in longest_first]).astype(np.int64)
-        places = np.zeros(len(self.sizes), dtype=np.int64)
-        places[shards] = np.arange(len(shards))
+        indices = np.zeros(len(self.sizes), dtype=np.int64)
+        indices[shards] = np.arange(len(shards))
         return Layout(
             lengths=totals[longest_first],
             offsets=np.concatenate([[0], np.cumsum(totals[longest_first])]),
             shards=shards,
             starts=np.cumsum(self.sizes[shards]) - self.sizes[shards],
-            places=places,
+            indices=indices,
             first_rows=np.cumsum(self.sizes) - self.sizes,
             block=self.block,
             seed=(self.seed, epoch),
@@ -197,6 +197,6 @@ class Interleave:
                 rows.tolist(), positions[mine].tolist(), partners.tolist(), lane[mine].tolist(), strict=True
             )
         ]
-        padding_batch = Sample(epoch, PADDING_INDEX, window.start, PADDING_INDEX, weight=0.0, lane=0)
+        padding = Sample(epoch, PADDING_INDEX, window.start, PADDING_INDEX, weight=0.0, lane=0)
         for part in np.array_split(np.arange(len(samples)), count):
-            yield [samples[place] for place in part] or [padding_batch]
+            yield [samples[position] for position in part] or [padding]

@@ -107,7 +107,7 @@ class BatchPlan:
     """The order of a run.
 
     Attributes:
-        arrangement: of the samples of each epoch.
+        sample_order: of the samples of each epoch.
         per_device_batch: most samples in a micro-batch of one process.
         accumulation: micro-batches in an update.
         world_size: number of processes.
@@ -181,7 +181,7 @@ def evaluation_batches(num_samples: int, batch: int, world_size: int, rank: int)
     """Rows of each evaluation batch of this process; every row stands on one process, once.
 
     All processes get equally many batches, as the collectives of a sharded model need: a process that runs out
-    gets `[FILLER]`.
+    gets `[PADDING_INDEX]`.
     """
     share = np.array_split(np.arange(num_samples), world_size)
     count = -(-max(len(rows) for rows in share) // batch)

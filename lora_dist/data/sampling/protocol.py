@@ -12,7 +12,7 @@ class EncodedSample(NamedTuple):
     Attributes:
         source: path or bytes of an encoded image, or an opened one.
         name: what to call the image in an error.
-        label: its class as a place in the label map.
+        label: index of its class in the label map.
     """
 
     source: Any

@@ -43,13 +43,13 @@ def read_class_folders(directory: str) -> ClassFolders:
     paths: list[str] = []
     labels: list[int] = []
     ignored = [str(entry) for entry in visible if not entry.is_dir()]
-    for place, name in enumerate(classes):
+    for index, name in enumerate(classes):
         if leads_back(root / name):
             raise UserError(f"{root / name} is a link to a folder that it stands in: remove it")
         for file in visible_files(root / name):
             if is_image_name(file):
                 paths.append(file)
-                labels.append(place)
+                labels.append(index)
             else:
                 ignored.append(file)
     if not paths:

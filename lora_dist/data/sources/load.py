@@ -121,8 +121,8 @@ def _load_folder(name: str, excluded: frozenset[str]) -> Dataset:
             f"{len(found)} file names are not UTF-8, the first is {first}: rename the files, or leave them out by a "
             f"list for --exclude"
         )
-    kept = [place for place, path in enumerate(paths) if path not in odd]
-    columns = {"image": [paths[place] for place in kept], "label": [labels[place] for place in kept]}
+    kept = [index for index, path in enumerate(paths) if path not in odd]
+    columns = {"image": [paths[index] for index in kept], "label": [labels[index] for index in kept]}
     return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=classes))
 
 
@@ -203,8 +203,8 @@ def _labelled(
         rows = np.flatnonzero([file not in excluded for file in _files(table)])
     named = [names[values[row]] for row in rows]
     labels = list(known) if known is not None else list(names.values())
-    place = {name: index for index, name in enumerate(labels)}
-    unknown = sorted(set(named) - place.keys())
+    index_of = {name: index for index, name in enumerate(labels)}
+    unknown = sorted(set(named) - index_of.keys())
     if unknown:
         raise UserError(
             f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
@@ -213,7 +213,7 @@ def _labelled(
     table = table.select_columns([image_column])
     if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):
         table = table.cast_column(image_column, Image(decode=False))
-    numbers = np.fromiter((place[name] for name in named), dtype=np.int64, count=len(named))
+    numbers = np.fromiter((index_of[name] for name in named), dtype=np.int64, count=len(named))
     return labels, Split(table, image_column, rows, numbers)
 
 
@@ -233,7 +233,7 @@ def require_same_classes(labels: Sequence[str], in_train: set[int], in_validatio
 
 def say_classes_in_doubt(labels: Sequence[str], in_train: set[int]) -> None:
     """Warns of classes without a training image, and of one class alone."""
-    if empty := [label for place, label in enumerate(labels) if place not in in_train]:
+    if empty := [label for index, label in enumerate(labels) if index not in in_train]:
         named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
         logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), named)
     if len(in_train) == 1:

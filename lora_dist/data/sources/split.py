@@ -71,9 +71,9 @@ class Split:
         source, name = from_cell(cell)
         return source, name or f"row {self.rows[index]}"
 
-    def select(self, places: np.ndarray) -> "Split":
+    def select(self, indices: np.ndarray) -> "Split":
         """The samples at `places`, in that order."""
-        return replace(self, rows=self.rows[places], labels=self.labels[places])
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
     def fingerprint(self) -> str:
         """Digest of what the data was when this was first asked for: rows, labels and sizes of all samples, names and
@@ -128,8 +128,8 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     """
     held_out = []
     for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        count = min(max(round(fraction * len(places)), 1), len(places) - 1)
-        held_out.append(np.random.default_rng([seed, int(label)]).permutation(places)[:count])
+        indices = np.flatnonzero(labels == label)
+        count = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
+        held_out.append(np.random.default_rng([seed, int(label)]).permutation(indices)[:count])
     chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen

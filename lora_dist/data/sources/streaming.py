@@ -112,17 +112,17 @@ class LaneReader:
     def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, EncodedSample]]:
         split, index = self._split, self._split.index
         for shard, start, stop in pieces:
-            place, self._at = start, split.name_in(shard, start)
+            position, self._at = start, split.name_in(shard, start)
             try:
                 rows = split.source.read(int(index.files[shard]), int(index.groups[shard]), start)
-                for place in range(start, stop):
+                for position in range(start, stop):
                     row = next(rows, None)
                     if row is None:
                         raise EOFError("the file has changed since it was indexed")
-                    yield int(layout.first_rows[shard]) + place, self._encoded(row, split.name_in(shard, place))
+                    yield int(layout.first_rows[shard]) + position, self._encoded(row, split.name_in(shard, position))
             except Exception as error:
                 # Decoders and networks fail in many ways.
-                name = split.name_in(shard, place)
+                name = split.name_in(shard, position)
                 raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
 
     def _encoded(self, row: Row, name: str) -> EncodedSample:
@@ -159,7 +159,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     names = class_names(source.stream.features[source.label_column], set(index.labels))
     labels = list(names.values())
     validation = load_validation(settings, seed, labels)
-    class_of = {value: place for place, value in enumerate(names)}
+    class_of = {value: position for position, value in enumerate(names)}
     in_train = {class_of[label] for label in index.labels}
     if not settings.allow_missing_classes:
         require_same_classes(labels, in_train, set(validation.labels.tolist()))

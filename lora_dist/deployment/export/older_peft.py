@@ -15,7 +15,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.deployment.export.merge import check_images, logits, require_read_back
 from lora_dist.model import adapters, bundle
-from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, place_of
+from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.legacy_names import LegacyNames
 from lora_dist.storage.files import whole_directory
@@ -62,7 +62,7 @@ def export_legacy_names(
     # A base of several adapters has the labels of the first one.
     labelled = copy.deepcopy(adapters.base_of(classifier.model).config)
     labelled.id2label = dict(enumerate(classifier.labels))
-    labelled.label2id = {label: place for place, label in enumerate(classifier.labels)}
+    labelled.label2id = {label: index for index, label in enumerate(classifier.labels)}
     with whole_directory(out) as aside:
         save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
         pickled = io.BytesIO()
@@ -75,7 +75,7 @@ def export_legacy_names(
 
 
 def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]:
-    adapted = {place for place, lora in map(place_of, state) if lora}
+    adapted = {target for target, lora in map(split_lora_name, state) if lora}
     keys: dict[str, Tensor] = {}
     for name, tensor in state.items():
         key = PREFIX + names.to_old(name)
@@ -89,7 +89,7 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
 
 def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """What every release knows, and of the rest only what is in use: many refuse a name that they do not know."""
-    adapted = [names.modules[place] for place, lora in map(place_of, state) if lora]
+    adapted = [names.modules[target] for target, lora in map(split_lora_name, state) if lora]
     content = {
         "base_model_name_or_path": base,
         "bias": config.bias,

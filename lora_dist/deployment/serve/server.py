@@ -139,8 +139,8 @@ REFUSALS = {
 def _prediction(file: str, probabilities: Tensor, labels: list[str], top_k: int) -> Prediction:
     best = probabilities.topk(min(top_k, len(labels)))
     scores = [
-        Score(label=labels[place], score=value)
-        for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        Score(label=labels[index], score=value)
+        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     return Prediction(file=file, label=scores[0].label, score=scores[0].score, top_k=scores)
 

@@ -63,8 +63,8 @@ def model_card(
             }
         ],
     }
-    place = name_on_hub or "THIS_DIRECTORY"
-    use = f"python -m lora_dist.predict --{'adapter' if is_adapter else 'model'} {place} --images photos/"
+    source = name_on_hub or "THIS_DIRECTORY"
+    use = f"python -m lora_dist.predict --{'adapter' if is_adapter else 'model'} {source} --images photos/"
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),

@@ -42,7 +42,7 @@ class Progress:
         skipped_updates: updates that were left out, by fp16 loss scaling or because they were not finite.
         skipped_in_a_row: those since the last one that was made.
         unreadable_images: samples that were left out because their images could not be read, each time they came.
-        blind_updates: updates in a row, up to this one, of which no image could be read.
+        consecutive_unreadable: updates in a row, up to this one, without a readable image.
         train_seconds: time spent in updates, evaluation and saving not counted.
         samples: samples trained on in that time.
         grad_norm: of the last update, before clipping.
@@ -51,7 +51,7 @@ class Progress:
         logged_step: update of the last log.
         logged_loss_sum: `loss_sum` then.
         logged_loss_count: `loss_count` then.
-        settled_step: last update after which the evaluation that was due has been made; a run that was stopped before
+        last_evaluated_step: last update whose due evaluation has been made; a run that was stopped before
             it makes it when it goes on.
     """
 
