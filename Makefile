@@ -20,19 +20,19 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 stress: .venv/installed-dev
-	(date -I; uname -sr; nproc --all) > tests/stress.txt
-	STRESS=1 STRESS_RECORD=$(CURDIR)/tests/stress.txt $(BIN)/python -m pytest --timeout=7200 tests/launch/test_kills.py \
-		tests/test_malformed.py tests/test_full_disk.py tests/test_checkpoint.py | tail -n 1 >> tests/stress.txt
+	(date -I; uname -sr; nproc --all) > tests/records/stress.txt
+	STRESS=1 STRESS_RECORD=$(CURDIR)/tests/records/stress.txt $(BIN)/python -m pytest --timeout=7200 tests/launch/test_kills.py \
+		tests/unit/model/test_malformed.py tests/unit/training/saving | tail -n 1 >> tests/records/stress.txt
 
 # With the lowest releases that pyproject.toml allows, in an environment of its own: some gigabytes to download.
 test-lowest:
 	$(PYTHON) -m venv $(LOWEST)
-	$(PYTHON) tests/lowest.py > $(LOWEST)/requirements.txt
+	$(PYTHON) tests/helpers/lora_dist_testing/lowest.py > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/pip install -q -r $(LOWEST)/requirements.txt -e .
-	(date -I; $(LOWEST)/bin/python -V; cat $(LOWEST)/requirements.txt) > tests/lowest.txt
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/launch --ignore tests/slurm \
+	(date -I; $(LOWEST)/bin/python -V; cat $(LOWEST)/requirements.txt) > tests/records/lowest.txt
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit \
 		> $(LOWEST)/pytest.log; \
-		code=$$?; tail -n 1 $(LOWEST)/pytest.log | tee -a tests/lowest.txt; exit $$code
+		code=$$?; tail -n 1 $(LOWEST)/pytest.log | tee -a tests/records/lowest.txt; exit $$code
 
 # Needs Linux and root, for a loopback interface of its own.
 engine-costs: .venv/installed-dev

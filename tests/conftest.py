@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import ARCHITECTURES, make_folder, make_model
+from lora_dist_testing.tiny import ARCHITECTURES, make_folder, make_model
 
 from lora_dist.processes.signals import STOP_SIGNALS
 
-pytest.register_assert_rewrite("launching")
+pytest.register_assert_rewrite("lora_dist_testing.launching")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts commands in the background so, and the commands under test would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import results_of, run, train
+from lora_dist_testing.launching import results_of, run, train
+from lora_dist_testing.planted import ODD_CLASS, Planted, plant_files, plant_sound
 from PIL import Image
-from planted import ODD_CLASS, Planted, plant_files, plant_sound
 
 
 @pytest.fixture(scope="module")

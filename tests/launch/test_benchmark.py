@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from launching import run
+from lora_dist_testing.launching import run
 
 from lora_dist.bench.results import COLUMNS
 

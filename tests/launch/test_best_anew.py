@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from launching import results_of, train
+from lora_dist_testing.launching import results_of, train
 from safetensors.torch import load_file
 
 from lora_dist.train import main

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import TIMEOUT, environment, free_port, results_of
+from lora_dist_testing.launching import TIMEOUT, environment, free_port, results_of
 
 SCRIPT = """
 import os, time

@@ -4,7 +4,7 @@ import socket
 from importlib import metadata
 from pathlib import Path
 
-from launching import run
+from lora_dist_testing.launching import run
 
 SCRIPT = """
 import os, sys

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import lines_of, train
+from lora_dist_testing.launching import lines_of, train
 
 
 def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:

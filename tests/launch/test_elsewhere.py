@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from launching import predict
-from old_adapters import OLD, expected_of, logits
+from lora_dist_testing.launching import predict
+from lora_dist_testing.old_adapters import OLD, expected_of, logits
+from lora_dist_testing.tiny import make_folder, perturb
 from safetensors.torch import load_file
-from tiny import make_folder, perturb
 
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from launching import ROOT, TIMEOUT, command, environment, free_port, lines_of, results_of, train
+from lora_dist_testing.launching import ROOT, TIMEOUT, command, environment, free_port, lines_of, results_of, train
+from lora_dist_testing.tiny import make_model
 from safetensors.torch import load_file
-from tiny import make_model
 from torch.nn.functional import cross_entropy
 
 from lora_dist.data.pixels.transforms import ImageTransforms

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import predict, results_of, train
+from lora_dist_testing.launching import predict, results_of, train
+from lora_dist_testing.tiny import make_folder
 from safetensors.torch import load_file
-from tiny import make_folder
 
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0)
 

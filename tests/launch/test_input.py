@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from launching import lines_of, train
-from tiny import make_folder
+from lora_dist_testing.launching import lines_of, train
+from lora_dist_testing.tiny import make_folder
 
 
 def test_two_processes_share_a_cache_and_train_as_one(vit: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from launching import Launch, assert_same_run, saved_in, started, train
-from tiny import make_folder, make_model
+from lora_dist_testing.launching import Launch, assert_same_run, saved_in, started, train
+from lora_dist_testing.tiny import make_folder, make_model
 
 KILLS = 50 if os.environ.get("STRESS") else 2
 UPDATES_A_KILL = 15

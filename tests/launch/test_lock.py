@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import Launch, results_of, saved_in, started, train
+from lora_dist_testing.launching import Launch, results_of, saved_in, started, train
 
 from lora_dist import predict
 from lora_dist.processes import run_lock

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from launching import predict
-from tiny import make_folder, make_model, perturb
+from lora_dist_testing.launching import predict
+from lora_dist_testing.tiny import make_folder, make_model, perturb
 
 from lora_dist.deployment.classify import classify, find_images
 from lora_dist.model.backbone import load_base

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import command, environment, predict
+from lora_dist_testing.launching import command, environment, predict
+from lora_dist_testing.tiny import make_image, make_model, perturb
 from PIL import Image
-from tiny import make_image, make_model, perturb
 from transformers import pipeline
 
 from lora_dist.deployment.classify import classify

@@ -5,7 +5,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from launching import run, train
+from lora_dist_testing.launching import run, train
 
 SCRIPT = """
 import os, time

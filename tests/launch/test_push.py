@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import SIGNATURE, TOKEN, Hub, environment_of, serving
-from launching import predict, results_of, started, train
+from lora_dist_testing.hub_server import SIGNATURE, TOKEN, Hub, environment_of, serving
+from lora_dist_testing.launching import predict, results_of, started, train
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--num_train_epochs", 2)

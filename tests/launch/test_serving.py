@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Commit, Repository, environment_of, serving
-from launching import command, environment, predict
-from test_serve import HEAD
-from test_uploads import encoded, png_of
-from tiny import make_image, perturb
-from web import CHROMIUM, Browser, post
+from lora_dist_testing.hub_server import Commit, Repository, environment_of, serving
+from lora_dist_testing.launching import command, environment, predict
+from lora_dist_testing.tiny import make_image, perturb
+from lora_dist_testing.uploads import HEAD, encoded, png_of
+from lora_dist_testing.web import CHROMIUM, Browser, post
 
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import Launch, assert_same_run, saved_in, started, train
-from tiny import make_folder
+from lora_dist_testing.launching import Launch, assert_same_run, saved_in, started, train
+from lora_dist_testing.tiny import make_folder
 
 RESUME = ("--resume_from_checkpoint", "auto")
 TWO = ("--per_device_train_batch_size", 2)

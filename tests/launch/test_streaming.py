@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import lines_of, results_of, started, train
+from lora_dist_testing.launching import lines_of, results_of, started, train
+from lora_dist_testing.tiny import make_png, make_shards, write_tar
 from safetensors.torch import load_file
-from tiny import make_png, make_shards, write_tar
 
 UNEVEN = (13, 2, 9, 1, 7)
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3)

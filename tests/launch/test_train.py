@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launching import adapter_of, assert_same_run, lines_of, results_of, scalars_of, started, train
+from lora_dist_testing.launching import adapter_of, assert_same_run, lines_of, results_of, scalars_of, started, train
+from lora_dist_testing.tiny import make_folder
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_folder
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist.data.pixels.images import load_rgb

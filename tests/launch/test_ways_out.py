@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import Faults
-from launching import Launch, saved_in, started
-from tiny import make_folder
+from lora_dist_testing.faults import Faults
+from lora_dist_testing.launching import Launch, saved_in, started
+from lora_dist_testing.tiny import make_folder
 
 SECONDS = 10
 """Within which a run has to end."""

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import environment
+from lora_dist_testing.launching import environment
+from lora_dist_testing.tiny import make_model
 from PIL import Image
-from tiny import make_model
 
 SECONDS = 10
 MARK = "WAYS_OUT_MARK"

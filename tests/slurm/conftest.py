@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, why_not
+from lora_dist_testing.cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     """Where jobs are submitted: slurm/ is not there, and the path has what careless scripts trip over."""
-    index = tmp_path / "it's a place"
-    index.mkdir()
-    return index
+    directory = tmp_path / "it's a place"
+    directory.mkdir()
+    return directory
 
 
 @pytest.fixture

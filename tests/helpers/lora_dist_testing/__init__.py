@@ -1,0 +1,1 @@
+"""What several tests share: tiny models and images, launches, stand-ins for servers, faults."""

@@ -1,0 +1,189 @@
+"""Real launches in subprocesses, with a free port, one thread a process and a time-out."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+ROOT = Path(__file__).parents[3]
+TIMEOUT = 240
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a launch."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | extra
+
+
+def command(module: str, arguments: Sequence[object], launch_file: str | None = None) -> list[str]:
+    """The command line of a module, plain or through `accelerate launch` with a file of `accelerate_configs/`."""
+    words = [str(argument) for argument in arguments]
+    if launch_file is None:
+        return [sys.executable, "-m", module, *words]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    return [*launcher, str(ROOT / "accelerate_configs" / launch_file), "--main_process_port", "0", "-m", module, *words]
+
+
+def run(
+    module: str,
+    *arguments: object,
+    launch_file: str | None = None,
+    code: int | None = 0,
+    cwd: Path | None = None,
+    **extra: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a module to its end and checks the exit code (None for any other than 0)."""
+    result = subprocess.run(
+        command(module, arguments, launch_file),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment(**extra),
+        cwd=cwd,
+        check=False,
+    )
+    wrong = result.returncode == 0 if code is None else result.returncode != code
+    assert not wrong, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def train(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `lora_dist.train`."""
+    return run("lora_dist.train", *arguments, **options)
+
+
+def predict(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `lora_dist.predict`."""
+    return run("lora_dist.predict", *arguments, **options)
+
+
+class Launch:
+    """A training that runs, in a session of its own, as a terminal or a scheduler has it.
+
+    Attributes:
+        process: of the command itself; where that is a launcher, the ranks are others.
+    """
+
+    def __init__(self, log: Path, arguments: Sequence[object], launch_file: str | None, extra: dict[str, str]) -> None:
+        self._log = log
+        # Inherited by all that it starts, however that detaches itself.
+        self._mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command("lora_dist.train", arguments, launch_file),
+                env=environment(LAUNCH_MARK=self._mark, **extra),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        """What it has said so far."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = TIMEOUT) -> None:
+        """Waits until something is the case, while it runs."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended too early, with {self.process.returncode}\n{self.text}"
+            assert time.monotonic() < end, f"waited too long\n{self.text}"
+            time.sleep(0.005)
+
+    def wait(self, seconds: float = TIMEOUT) -> int:
+        """Waits until the command has ended and nothing that it started is left; returns its exit code."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None or self.processes():
+            assert time.monotonic() < end, f"{self.processes()} still there\n{self.text}"
+            time.sleep(0.05)
+        return self.process.returncode
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of it that run."""
+        running = psutil.process_iter(["environ"])
+        return [one for one in running if (one.info["environ"] or {}).get("LAUNCH_MARK") == self._mark]
+
+    def rank(self, number: int) -> psutil.Process:
+        """The training process of a rank; the workers of its loader have another parent."""
+        ranks = (one for one in self.processes() if one.ppid() == self.process.pid)
+        return next(one for one in ranks if one.environ().get("RANK") == str(number))
+
+
+@contextmanager
+def started(log: Path, *arguments: object, launch_file: str | None = None, **extra: str) -> Iterator[Launch]:
+    """Starts `lora_dist.train`, with its output in a file; whatever of it still runs at the end is killed."""
+    launch = Launch(log, arguments, launch_file, extra)
+    try:
+        yield launch
+    finally:
+        for one in launch.processes():
+            one.kill()
+        launch.process.wait()
+
+
+def results_of(output_dir: Path) -> dict[str, Any]:
+    """The content of `all_results.json`."""
+    return json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
+
+
+def lines_of(output_dir: Path) -> list[dict[str, Any]]:
+    """The content of `metrics.jsonl`."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def saved_in(output_dir: Path) -> dict[str, Any]:
+    """The progress in the newest checkpoint."""
+    newest = sorted((output_dir / "checkpoints").glob("step-*"))[-1]
+    return json.loads((newest / "state.json").read_text(encoding="utf-8"))["progress"]
+
+
+def scalars_of(output_dir: Path, tag: str) -> list[tuple[int, float]]:
+    """Steps and values of a curve in TensorBoard."""
+    reader = EventAccumulator(str(output_dir / "tensorboard"))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def adapter_of(output_dir: Path) -> dict[str, Tensor]:
+    """The weights handed over, of an adapter or a whole model."""
+    whole = output_dir / "model" / "model.safetensors"
+    return load_file(whole if whole.exists() else output_dir / "adapter" / "adapter_model.safetensors")
+
+
+TIMINGS = {
+    "train/samples_per_second", "train/data_wait", "train/peak_memory_mb", "train/step_time",
+    "train/step_time_slowest_rank",
+}  # fmt: skip
+
+
+def assert_same_run(output_dir: Path, expected: Path) -> None:
+    """Two runs have the same adapter and the same curves, to the bit; measured times aside."""
+    adapter = adapter_of(expected)
+    for name, tensor in adapter_of(output_dir).items():
+        assert tensor.equal(adapter[name]), name
+    lines, others = (
+        [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines_of(root)]
+        for root in (output_dir, expected)
+    )
+    assert lines == others
+    tags = {name for line in others for name in line if "/" in name}
+    assert {"train/loss", "eval/loss"} <= tags
+    for tag in tags:
+        assert scalars_of(output_dir, tag) == scalars_of(expected, tag), tag

@@ -1,0 +1,103 @@
+"""Where predict may write: what is taken or cannot be made is said before anything else is done, all of it at once."""
+
+from pathlib import Path
+
+import pytest
+from lora_dist_testing.disks import small_disk
+
+from lora_dist.deployment.export.destinations import require_destinations, require_free_directory
+from lora_dist.errors import UserError
+from lora_dist.settings.predict import PredictSettings
+from lora_dist.storage.writable import writing
+
+
+def _settings(**destinations: Path | str) -> PredictSettings:
+    merging = {name: str(destinations[name]) for name in ("merge_to", "export_legacy_names") if name in destinations}
+    images = {name: str(destinations[name]) for name in ("output", "grid") if name in destinations}
+    onnx = {"onnx": str(destinations["onnx"])} if "onnx" in destinations else {}
+    return PredictSettings.model_validate(
+        {"source": {"adapter": ["a"]}, "merging": merging, "images": images, "exporting": onnx}
+    )
+
+
+def _problems(**destinations: Path | str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        require_destinations(_settings(**destinations))
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_what_is_free_is_taken_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "old.csv").touch()
+    require_destinations(
+        _settings(
+            merge_to=tmp_path / "empty", export_legacy_names=tmp_path / "new" / "old", onnx=tmp_path / "new" / "m.onnx",
+            output=tmp_path / "old.csv", grid=tmp_path / "new" / "grid.png",
+        )
+    )  # fmt: skip
+    require_destinations(_settings(merge_to=tmp_path / "new", output=tmp_path / "new" / "rows.csv"))
+    require_destinations(_settings(output="/dev/null"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old.csv"]
+
+
+def test_all_that_is_taken_is_listed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    link = tmp_path / "dangling"
+    link.symlink_to(tmp_path / "nowhere")
+    file = tmp_path / "thesis.txt"
+    problems = _problems(merge_to=tmp_path, export_legacy_names=link, onnx=file, output=tmp_path, grid=tmp_path)
+    expected = [
+        f"--export_legacy_names {link} is not empty",
+        f"--merge_to {tmp_path} is not empty",
+        f"--onnx {file} is there already",
+        f"--output {tmp_path} is a directory",
+        f"--grid {tmp_path} is a directory",
+    ]
+    assert [problem.partition(";")[0] for problem in problems] == expected
+
+
+@pytest.mark.parametrize("flag", ["merge_to", "export_legacy_names", "onnx", "output", "grid"])
+def test_what_cannot_be_made_is_refused(flag: str, tmp_path: Path) -> None:
+    """Below a file, and below what takes no files even from root."""
+    (tmp_path / "file").touch()
+    for parent in (tmp_path / "file", Path("/proc/nowhere")):
+        (problem,) = _problems(**{flag: parent / "x"})
+        assert problem.startswith(f"--{flag} {parent}")
+
+
+@pytest.mark.parametrize(
+    ("destinations", "words"),
+    [
+        ({"merge_to": "x", "export_legacy_names": "x"}, "--merge_to x: --export_legacy_names would be there already"),
+        ({"merge_to": "x", "export_legacy_names": "x/y"}, "--merge_to x: --export_legacy_names would be there already"),
+        ({"merge_to": "x", "onnx": "y/../x"}, "--onnx y/../x: --merge_to would be there already"),
+        ({"output": "x", "grid": "x"}, "--grid x: --output would be there already"),
+    ],
+)
+def test_two_things_in_one_place_are_refused(
+    destinations: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (problem,) = _problems(**destinations)
+    assert problem.startswith(words)
+
+
+def test_a_directory_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"--merge_to \.: the directory itself is replaced"):
+        require_free_directory(Path(), "merge_to")
+    with (
+        small_disk(tmp_path / "disk", "100k") as disk,
+        pytest.raises(UserError, match=f"--merge_to {disk}: the directory itself is replaced"),
+    ):
+        require_free_directory(disk, "merge_to")
+
+
+def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", "16k") as disk,
+        pytest.raises(UserError, match=rf"--output {disk / 'x'}: cannot be written \(No space left on device\)"),
+        writing(disk / "x", "output"),
+    ):
+        (disk / "x").write_bytes(bytes(100_000))

@@ -1,0 +1,357 @@
+"""The server over real HTTP: what it answers, what it refuses, and that it goes on."""
+
+import http.client
+import itertools
+import json
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from lora_dist_testing.uploads import HEAD, encoded, png_of
+from lora_dist_testing.web import BOUNDARY, multipart, post
+from torch import Tensor, nn
+from transformers import ViTImageProcessor
+
+from lora_dist.deployment.classify import classify
+from lora_dist.deployment.serve import guard
+from lora_dist.deployment.serve.server import make_app, run
+from lora_dist.deployment.serve.uploads import Limits
+from lora_dist.errors import UserError
+from lora_dist.model.classifier import Classifier
+
+LABELS = ["<b>red</b>", "green & co", "blau 🦊"]
+LIMITS = Limits(body=300_000, pixels=20_000, files=8)
+GOOD = encoded()
+
+
+class Mean(nn.Module):
+    """How red, green and blue an image is. Notes the sizes of its batches, and waits for the test if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.broken = False
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        self.sizes.append(len(pixel_values))
+        assert self.may_go.wait(30)
+        if self.broken:
+            raise RuntimeError("out of luck")
+        return SimpleNamespace(logits=3 * pixel_values.mean(dim=(2, 3)))
+
+
+@contextmanager
+def _serving(classifier: Classifier) -> Iterator[str]:
+    app = make_app(
+        classifier, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu")
+    )  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier(Mean(), ViTImageProcessor(size={"height": 8, "width": 8}), LABELS)
+
+
+@pytest.fixture(scope="module")
+def url(classifier: Classifier) -> Iterator[str]:
+    with _serving(classifier) as address:
+        yield address
+
+
+@pytest.fixture
+def model(classifier: Classifier) -> Mean:
+    assert isinstance(classifier.model, Mean)
+    classifier.model.sizes.clear()
+    return classifier.model
+
+
+def test_several_files_come_back_in_order_as_predict_says(url: str, classifier: Classifier, tmp_path: Any) -> None:
+    files = [(f"{number} ü.{kind}", encoded(kind)) for number, kind in enumerate(("PNG", "JPEG", "BMP"))]
+    for name, data in files:
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name, _ in files]
+    rows = classify(classifier, paths, top_k=2, batch_size=8, num_workers=0, device=torch.device("cpu"))
+    status, answer = post(url, files)
+    assert status == 200
+    assert [entry["file"] for entry in answer["predictions"]] == [name for name, _ in files]
+    for entry, row in zip(answer["predictions"], rows, strict=True):
+        assert [(one["label"], pytest.approx(one["score"])) for one in entry["top_k"]] == row.top_k
+        assert (entry["label"], entry["score"]) == (entry["top_k"][0]["label"], entry["top_k"][0]["score"])
+
+
+@pytest.mark.parametrize(("query", "count"), [("", 2), ("?top_k=1", 1), ("?top_k=99", 3)])
+def test_a_request_says_how_many_classes_it_wants(url: str, query: str, count: int) -> None:
+    status, answer = post(url, [("a.png", GOOD)], query)
+    assert status == 200
+    assert len(answer["predictions"][0]["top_k"]) == count
+
+
+def test_requests_at_the_same_time_share_a_batch(url: str, model: Mean) -> None:
+    model.may_go.clear()
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(post, url, [("a.png", GOOD), ("b.png", GOOD)]) for _ in range(8)]
+        # All have been taken in when the first ones block the model and the others have had time to line up.
+        threading.Event().wait(2)
+        model.may_go.set()
+        assert [answer.result()[0] for answer in answers] == [200] * 8
+    assert sum(model.sizes) == 16
+    assert len(model.sizes) < 8, "fewer runs of the model than requests"
+
+
+BODY = LIMITS.body
+HOSTILE: dict[str, tuple[list[tuple[str, bytes]], int]] = {
+    "empty": ([("a.png", b"")], 422),
+    "truncated": ([("a.png", GOOD[:-300])], 422),
+    "text": ([("a.png", b"GIF? no")], 415),
+    "svg": ([("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")], 415),
+    "tiff": ([("a.tif", encoded("TIFF"))], 415),
+    "decompression bomb": ([("a.png", png_of(65_535, 65_535, bytes(10_000_000)))], 413),
+    "too many pixels": ([("a.png", encoded(size=(201, 100)))], 413),
+    "path": ([("../../../etc/passwd", GOOD)], 400),
+    "windows path": ([("..\\\\..\\\\boot.ini", GOOD)], 400),
+    "absolute path": ([("/etc/passwd", GOOD)], 400),
+    "long name": ([("x" * 300 + ".png", GOOD)], 400),
+    "too many bytes": ([("a.png", bytes(BODY))], 413),
+    "too many files": ([("a.png", GOOD)] * 9, 413),
+    "thousands of files": ([("a", b"")] * 2000, 400),
+    "one bad of two": ([("a.png", GOOD), ("b.png", b"bad")], 415),
+    "no file": ([], 422),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_upload_is_refused_and_the_server_goes_on(name: str, url: str, model: Mean) -> None:
+    files, expected = HOSTILE[name]
+    status, answer = post(url, files)
+    assert status == expected, answer
+    assert answer["detail"]
+    assert not model.sizes
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+@pytest.mark.parametrize("query", ["?top_k=0", "?top_k=-1", "?top_k=many"])
+def test_a_wrong_parameter_is_refused(url: str, query: str) -> None:
+    assert post(url, [("a.png", GOOD)], query)[0] == 422
+
+
+def test_another_field_of_the_form_is_no_file(url: str) -> None:
+    assert post(url, [("a.png", GOOD)], field="image")[0] == 422
+
+
+def _raw(url: str, head: str, chunks: list[bytes]) -> bytes:
+    """Sends bytes that no library would, and returns the first line of the answer."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode())
+        try:
+            for chunk in chunks:
+                connection.sendall(chunk)
+        except OSError:
+            # It has answered already and hung up.
+            pass
+        return connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_a_body_without_a_declared_size_is_cut_off_at_the_limit(url: str) -> None:
+    """As `curl -H 'Transfer-Encoding: chunked'` sends it."""
+    body = multipart([("a.png", bytes(BODY + 1))])
+    chunk = b"%x\r\n%s\r\n" % (len(body), body)
+    assert b" 413 " in _raw(url, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n", [chunk, b"0\r\n\r\n"])
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_a_declared_size_beyond_the_limit_is_refused_unread(url: str) -> None:
+    assert b" 413 " in _raw(url, f"{HEAD}Content-Length: {BODY + 1}\r\n\r\n", [])
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_who_sends_much_too_much_still_gets_to_read_why(url: str, declared: bool) -> None:
+    """A connection that is closed on bytes nobody has read is reset, and the answer lost; so most of them are read."""
+    body = multipart([("a.png", bytes(100 * BODY))])
+    size = f"Content-Length: {len(body)}" if declared else "Transfer-Encoding: chunked"
+    chunks = [body] if declared else [b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n"]
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}{size}\r\n\r\n".encode())
+        for chunk in chunks:
+            connection.sendall(chunk)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b" 413 " in answer.partition(b"\r\n")[0]
+    assert b"may hold 0.3 MB" in answer
+
+
+def _send_for(connection: socket.socket, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        connection.sendall(bytes(10_000))
+        time.sleep(0.01)
+
+
+def test_who_never_stops_sending_is_hung_up_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.5)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {10**12}\r\n\r\n".encode())
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            _send_for(connection, 30)
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+FIELD = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n'.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nonsense", b"--boundary-of-the-parts\r\nbroken", FIELD * 2000 + f"--{BOUNDARY}--".encode()],
+    ids=["empty", "nonsense", "broken", "thousands of fields"],
+)
+def test_a_body_that_is_no_form_is_refused(url: str, content: bytes) -> None:
+    answer = _raw(url, f"{HEAD}Content-Length: {len(content)}\r\n\r\n", [content])
+    assert b" 400 " in answer or b" 422 " in answer
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_an_upload_that_is_given_up_halfway_does_no_harm(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + b"--bound")
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_more_uploads_at_once_than_there_is_room_for_are_all_answered(url: str, model: Mean) -> None:
+    """As large as may be: a connection that is closed on what it has sent is reset."""
+    body = multipart([("a.png", GOOD), ("b.png", bytes(BODY - 10_000))])
+
+    def upload() -> tuple[int, str | None, str]:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        connection.request("POST", "/predict", body, {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"})
+        answer = connection.getresponse()
+        return answer.status, answer.headers["Retry-After"], json.load(answer)["detail"]
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = [answer.result() for answer in [pool.submit(upload) for _ in range(100)]]
+    assert {status for status, *_ in answers} <= {415, 503}
+    assert [wait for status, wait, _ in answers if status == 503] == ["1"] * [one for one, *_ in answers].count(503)
+
+
+def test_no_more_than_so_many_uploads_are_in_hand(url: str, model: Mean, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "AT_ONCE", 4)
+    model.may_go.clear()
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(post, url, [("a.png", GOOD)]) for _ in range(20)]
+        done = [answer.result() for answer in itertools.islice(as_completed(answers), 16)]
+        assert [status for status, _ in done] == [503] * 16
+        assert "try again" in done[0][1]["detail"]
+        with urllib.request.urlopen(url, timeout=30) as response:
+            assert response.status == 200, "the page needs no room"
+        model.may_go.set()
+        assert sorted(answer.result()[0] for answer in answers) == [200] * 4 + [503] * 16
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+@contextmanager
+def _begun(url: str, count: int) -> Iterator[list[socket.socket]]:
+    """Uploads of which nothing more comes."""
+    host, port = url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(count)]
+        for connection in opened:
+            connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + b"--bound")
+        yield opened
+
+
+def test_an_upload_that_stops_is_told_so(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE", 0.5)
+    with _begun(url, 1) as (connection,):
+        assert b" 408 " in connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_an_upload_that_is_slow_but_steady_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE", 3.0)
+    body = multipart([("a.png", GOOD)])
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode())
+        for part in range(8):
+            connection.sendall(body[part * len(body) // 8 : (part + 1) * len(body) // 8])
+            time.sleep(0.5)
+        assert b" 200 " in connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_uploads_that_stop_keep_nobody_out(url: str) -> None:
+    with _begun(url, 3 * guard.AT_ONCE) as stopped:
+        time.sleep(guard.BEHIND + 2)
+        start = time.monotonic()
+        assert [post(url, [("a.png", GOOD)])[0] for _ in range(3)] == [200] * 3
+        assert time.monotonic() - start < guard.SILENCE / 2
+        answers = {connection.recv(4096).split()[1] for connection in stopped}
+        assert answers == {b"408", b"503"}
+
+
+def test_an_error_of_the_model_is_not_the_end(url: str, model: Mean) -> None:
+    model.broken = True
+    request = urllib.request.Request(
+        f"{url}/predict", multipart([("a.png", GOOD)]), {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        urllib.request.urlopen(request, timeout=30)
+    model.broken = False
+    assert post(url, [("a.png", GOOD)])[0] == 200
+
+
+def test_the_page_takes_nothing_from_elsewhere_and_no_name_for_markup(url: str) -> None:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        page, policy = response.read().decode(), response.headers["Content-Security-Policy"]
+    assert "&lt;i&gt;model&lt;/i&gt;" in page
+    assert "<i>model" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert policy.startswith("default-src 'self'")
+
+
+@pytest.mark.parametrize("path", ["/", "/page.css", "/page.js", "/openapi.json"])
+def test_who_asks_for_the_head_of_a_page_gets_that_alone(path: str, url: str) -> None:
+    with urllib.request.urlopen(f"{url}{path}", timeout=30) as response:
+        whole = response.headers
+    with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", method="HEAD"), timeout=30) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == whole["Content-Type"]
+        assert response.headers["Content-Length"] == whole["Content-Length"]
+        assert response.read() == b""
+
+
+def test_the_endpoint_is_documented(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/openapi.json", timeout=30) as response:
+        operation = json.load(response)["paths"]["/predict"]["post"]
+    assert operation["description"]
+    assert {"200", "400", "413", "415", "422"} <= operation["responses"].keys()
+    assert "multipart/form-data" in operation["requestBody"]["content"]
+
+
+def test_a_port_in_use_is_refused_by_name(classifier: Classifier, url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    app = make_app(classifier, "x", LIMITS, top_k=1, batch_size=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=f"--port {port}: Address already in use.*--port 0"):
+        run(app, "127.0.0.1", port)
+    with pytest.raises(UserError, match=r"--host no\.such\.host\.invalid"):
+        run(app, "no.such.host.invalid", 0)

@@ -1,0 +1,217 @@
+"""Several adapters on one base: chosen without loading it again, and blended exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_dist_testing.old_adapters import OLD, expected_of, logits
+from lora_dist_testing.tiny import make_model, perturb
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_dist.errors import UserError
+from lora_dist.model import adapters
+from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trainable import make_trainable
+from lora_dist.settings.train import LoraSettings, ModelSettings
+
+LABELS = ["x", "y", "z"]
+
+
+def _write(directory: Path, base_model: Path, seed: int, labels: list[str] = LABELS, **lora: Any) -> Tensor:
+    """Writes a bundle, and returns its logits."""
+    base = load_base(str(base_model), labels)
+    tuning = lora.pop("tuning", "lora")
+    model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(**lora))
+    perturb(model, seed)
+    write_adapter(directory, model, base, "card\n")
+    return logits(model, 32)
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in adapters.merge(model).state_dict().items()}
+
+
+def test_a_chosen_adapter_classifies_as_it_does_alone(vit: Path, tmp_path: Path) -> None:
+    expected = {
+        "one": _write(tmp_path / "1", vit, 1, lora_r=4),
+        "two": _write(tmp_path / "2", vit, 2, ["p", "q"], lora_r=2, lora_target_modules=["all-linear"]),
+        "a.b c": _write(tmp_path / "3", vit, 3, tuning="head"),
+    }
+    several = load_adapter_set({name: tmp_path / str(index) for index, name in enumerate(expected, 1)})
+    for name in ("two", "a.b c", "one", "two"):
+        classifier = several.set_adapter(name)
+        torch.testing.assert_close(logits(classifier.model, 32), expected[name])
+        assert classifier.labels == (["p", "q"] if name == "two" else LABELS)
+    assert len({id(classifier.model) for classifier in several.classifiers.values()}) == 1
+    with pytest.raises(UserError, match=r"no adapter is called 'three'; there are one, two, a\.b c"):
+        several.set_adapter("three")
+
+
+def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
+    base = load_base(str(OLD / "base"), LABELS)
+    model = make_trainable(base, ModelSettings(), LoraSettings())
+    perturb(model)
+    write_adapter(tmp_path / "new", model, base, "card\n")
+    several = load_adapter_set({"old": OLD / "peft_0_2", "new": tmp_path / "new"}, str(OLD / "base"))
+    torch.testing.assert_close(logits(several.set_adapter("new").model), logits(model))
+    torch.testing.assert_close(
+        logits(several.set_adapter("old").model), expected_of(OLD / "peft_0_2"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_given_labels_are_for_those_that_have_none(vit: Path, tmp_path: Path) -> None:
+    for number, labels in ((1, LABELS), (2, ["p", "q"]), (3, LABELS)):
+        _write(tmp_path / str(number), vit, number, labels)
+    for name in ("config.json", "base_model.json"):
+        (tmp_path / "2" / name).unlink()
+    named = {number: tmp_path / number for number in ("1", "2", "3")}
+    several = load_adapter_set(named, labels=["cat", "dog"])
+    assert [several.set_adapter(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
+    with pytest.raises(UserError, match=r"--labels names 3 classes, and the adapter in .*2 has 2"):
+        load_adapter_set(named, labels=["cat", "dog", "bird"])
+    with pytest.raises(UserError, match=r"--labels: .* has a label map of its own"):
+        load_adapter_set({number: tmp_path / number for number in ("1", "3")}, labels=["a", "b", "c"])
+
+
+def test_adapters_of_different_bases_are_refused(vit: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "1", vit, 1)
+    _write(tmp_path / "2", make_model(tmp_path / "other", seed=1), 1)
+    for load in (load_adapter_set, lambda named: load_weighted_sum(named, [0.5, 0.5])):
+        with pytest.raises(UserError, match=r"is not the base that the adapter in .*2 was trained on"):
+            load({"1": tmp_path / "1", "2": tmp_path / "2"})
+
+
+def test_a_label_map_of_another_number_of_classes_is_refused(vit: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        _write(tmp_path / str(number), vit, number)
+    path = tmp_path / "2" / "config.json"
+    names = {str(number): f"class {number}" for number in range(5)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": names, "label2id": None}))
+    with pytest.raises(UserError, match=r"2 has a head of 3 classes, and names 5"):
+        load_adapter_set({"1": tmp_path / "1", "2": tmp_path / "2"})
+
+
+def test_a_whole_model_is_no_adapter(vit: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "1", vit, 1)
+    with pytest.raises(UserError, match="is no adapter"):
+        load_adapter_set({"1": tmp_path / "1", "2": vit})
+
+
+KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"lora_r": 4, "lora_alpha": 8}, {"lora_r": 2, "use_rslora": True}),
+    ({"lora_r": 4, "use_rslora": True}, {"lora_r": 2}),
+    ({"lora_r": 4}, {"lora_r": 3, "lora_target_modules": ["key", "fc1"]}),
+    ({"lora_r": 4}, {"tuning": "head"}),
+    ({"tuning": "head"}, {"tuning": "head"}),
+]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_a_blend_has_the_weighted_mean_of_the_merged_weights(kinds: Any, vit: Path, tmp_path: Path) -> None:
+    """w_1 (W + D_1) + w_2 (W + D_2) = W + w_1 D_1 + w_2 D_2, as the weights add up to 1."""
+    merged = []
+    for number, kind in enumerate(kinds):
+        _write(tmp_path / str(number), vit, number, **kind)
+        merged.append(_weights(load_classifier(tmp_path / str(number)).model))
+    blend = load_weighted_sum({"0": tmp_path / "0", "1": tmp_path / "1"}, [0.7, 0.3])
+    before = logits(blend.model, 32)
+    weights = _weights(blend.model)
+    assert weights.keys() == merged[0].keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, 0.7 * merged[0][name] + 0.3 * merged[1][name], rtol=1e-5, atol=1e-6)
+    assert any((merged[0][name] - merged[1][name]).abs().max() > 0.1 for name in weights)
+    merged_model = load_base(str(vit), LABELS).model
+    merged_model.load_state_dict(weights)
+    torch.testing.assert_close(logits(merged_model, 32), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 1.0]])
+def test_a_blend_of_one_is_that_one(architecture: Path, weights: list[float], tmp_path: Path) -> None:
+    size = 64 if architecture.name == "mobilevit" else 32
+    for number in (0, 1):
+        _write(tmp_path / str(number), architecture, number, lora_r=2 + number)
+    expected = logits(load_classifier(tmp_path / str(weights.index(1.0))).model, size)
+    blend = load_weighted_sum({"0": tmp_path / "0", "1": tmp_path / "1"}, weights)
+    torch.testing.assert_close(logits(blend.model, size), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_two_releases_blend() -> None:
+    names = ("peft_0_2", "peft_0_14")
+    blend = load_weighted_sum({name: OLD / name for name in names}, [0.25, 0.75], str(OLD / "base"))
+    merged = [_weights(load_classifier(OLD / name, str(OLD / "base")).model) for name in names]
+    for name, tensor in _weights(blend.model).items():
+        torch.testing.assert_close(tensor, 0.25 * merged[0][name] + 0.75 * merged[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "lora", "words"),
+    [
+        (["z", "y", "x"], {}, "different label maps"),
+        (["x", "y"], {}, "different label maps"),
+        (LABELS, {"use_dora": True}, "is DoRA"),
+        (LABELS, {"lora_bias": "all"}, "trains biases, and has to stand alone"),
+    ],
+)
+def test_what_has_no_weighted_sum_is_refused(
+    labels: list[str], lora: dict[str, Any], words: str, vit: Path, tmp_path: Path
+) -> None:
+    _write(tmp_path / "1", vit, 1)
+    _write(tmp_path / "2", vit, 2, labels, **lora)
+    with pytest.raises(UserError, match=words):
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("indices", [(1, 2), (2, 1)])
+def test_an_adapter_that_trains_biases_stands_alone(indices: tuple[int, int], vit: Path, tmp_path: Path) -> None:
+    """They are the base's own, and would stay when another adapter is chosen."""
+    _write(tmp_path / "1", vit, 1)
+    _write(tmp_path / "2", vit, 2, lora_bias="lora_only")
+    with pytest.raises(UserError, match="trains biases, and has to stand alone"):
+        load_adapter_set({str(index): tmp_path / str(index) for index in indices})
+
+
+def test_adapters_that_bring_different_modules_whole_are_not_blended(vit: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        _write(tmp_path / str(number), vit, number)
+    file = tmp_path / "2" / "adapter_model.safetensors"
+    more = {f"base_model.model.vit.layernorm.{part}": torch.ones(32) for part in ("weight", "bias")}
+    save_file(load_file(file) | more, file)
+    path = tmp_path / "2" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["classifier", "layernorm"]}))
+    with pytest.raises(UserError, match=r"do not train the same modules in full.* vit\.layernorm\.bias"):
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "load", [load_adapter_set, lambda named: load_weighted_sum(named, [0.5, 0.5])], ids=["each", "blend"]
+)
+def test_a_key_that_is_missing_from_one_of_them_is_no_module_left_out(load: Any, vit: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        _write(tmp_path / str(number), vit, number)
+    file = tmp_path / "2" / "adapter_model.safetensors"
+    save_file(
+        {name: tensor for name, tensor in load_file(file).items() if "layers.1.attention.v_proj" not in name}, file
+    )
+    with pytest.raises(UserError, match=r"missing .*layers\.1\.attention\.v_proj\.lora_A"):
+        load({"1": tmp_path / "1", "2": tmp_path / "2"})
+
+
+def test_adapters_that_see_other_pixels_are_not_blended(vit: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        _write(tmp_path / str(number), vit, number)
+    path = tmp_path / "2" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    with pytest.raises(UserError, match="prepare images differently"):
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+
+
+def test_scales_by_module_are_not_blended() -> None:
+    named = {name: OLD / name for name in ("peft_0_14", "peft_0_14_patterns")}
+    with pytest.raises(UserError, match="alpha_pattern"):
+        load_weighted_sum(named, [0.5, 0.5], str(OLD / "base"))

@@ -1,0 +1,35 @@
+"""A line of a grid becomes the flags of a run, or the job ends: without Slurm, and with a script in place of it."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SWEEP = Path(__file__).parents[3] / "slurm" / "sweep.sbatch"
+
+
+def _task(directory: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """Runs the task of a grid's line; the training would get each word that is printed."""
+    (directory / "slurm").mkdir()
+    (directory / "slurm" / "train.sbatch").write_text("printf '<%s>\\n' \"$@\"\n", encoding="utf-8")
+    (directory / "grid.txt").write_text(f"# flags\n\n{line}\n", encoding="utf-8")
+    return subprocess.run(
+        ["bash", SWEEP, directory / "grid.txt", "runs", "--config", "demo"],
+        env={"PATH": "/usr/bin:/bin", "PROJECT_DIR": str(directory), "SLURM_ARRAY_TASK_ID": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_line_is_split_as_a_shell_does(tmp_path: Path) -> None:
+    result = _task(tmp_path, """--train_dir 'my photos' --lora_r 8 --hub_model_id "" """)
+    words = ["--config", "demo", "--train_dir", "my photos", "--lora_r", "8", "--hub_model_id", ""]
+    assert result.stdout.splitlines() == [f"<{word}>" for word in [*words, "--output_dir", "runs/1"]]
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize("line", ["--lora_r 8 --train_dir 'my photos", '--train_dir "my photos --lora_r 8'])
+def test_a_quote_that_is_not_closed_ends_the_job(line: str, tmp_path: Path) -> None:
+    """It would train with the flags before the quote alone."""
+    result = _task(tmp_path, line)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{tmp_path / 'grid.txt'}, line 1: a quote is not closed: {line}" in result.stderr

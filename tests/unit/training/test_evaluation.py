@@ -1,0 +1,122 @@
+"""An evaluation is what scikit-learn and plain torch say of the same images, whatever the size of a batch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lora_dist_testing.tiny import perturb
+from sklearn import metrics as sklearn
+from torch import nn
+
+from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.trainable import make_trainable
+from lora_dist.processes.runtime import launch
+from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings
+from lora_dist.training.evaluation import Evaluation, Evaluator
+
+
+@pytest.fixture(scope="module")
+def data(photos: Path) -> ImageData:
+    """The 27 images of the training folder as validation, since there are more of them and unevenly many a class."""
+    return load_data(DataSettings(train_dir=str(photos / "validation"), validation_dir=str(photos / "train")), seed=1)
+
+
+@pytest.fixture(scope="module")
+def base(vit: Path) -> Base:
+    base = load_base(str(vit), ["a", "b", "c"])
+    perturb(make_trainable(base, ModelSettings(tuning="full"), LoraSettings()))
+    return base
+
+
+def evaluator(model: nn.Module, base: Base, data: ImageData, batch_size: int = 8) -> Evaluator:
+    accelerator, transforms = launch("no"), ImageTransforms(base.processor)
+    model = model.to(accelerator.device)
+    return Evaluator(accelerator, model, data.validation, transforms, data.labels, batch_size, DataSettings())
+
+
+@pytest.fixture(scope="module")
+def evaluation(base: Base, data: ImageData) -> Evaluation:
+    return evaluator(base.model, base, data)()
+
+
+def test_every_number_is_that_of_scikit_learn_on_the_logits(
+    base: Base, data: ImageData, evaluation: Evaluation
+) -> None:
+    split = data.validation
+    pixels = torch.stack([base.processor(split.image(i), return_tensors="pt")["pixel_values"][0] for i in range(27)])
+    with torch.inference_mode():
+        logits = base.model.eval().cpu()(pixel_values=pixels).logits
+    probabilities, true = logits.softmax(-1).numpy(), split.labels
+    predicted = probabilities.argmax(1)
+    metrics = evaluation.metrics
+    assert 0 < metrics["accuracy"] < 1
+    assert metrics["accuracy"] == pytest.approx(sklearn.accuracy_score(true, predicted))
+    assert metrics["macro_f1"] == pytest.approx(sklearn.f1_score(true, predicted, average="macro"))
+    assert metrics["loss"] == pytest.approx(sklearn.log_loss(true, probabilities), rel=1e-4)
+    assert metrics["top5_accuracy"] == 1, "there are three classes"
+    np.testing.assert_array_equal(evaluation.confusion, sklearn.confusion_matrix(true, predicted))
+    np.testing.assert_array_equal(evaluation.predictions, predicted)
+    np.testing.assert_allclose(evaluation.confidences, probabilities.max(1), rtol=1e-4)
+    np.testing.assert_allclose(evaluation.losses, -np.log(probabilities[np.arange(27), true]), rtol=1e-3)
+    assert [row["support"] for row in evaluation.per_class] == [11, 9, 7]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 27, 100])
+def test_the_batch_size_changes_nothing(batch_size: int, base: Base, data: ImageData, evaluation: Evaluation) -> None:
+    other = evaluator(base.model, base, data, batch_size)()
+    assert other.metrics == pytest.approx(evaluation.metrics, rel=1e-5)
+    np.testing.assert_array_equal(other.predictions, evaluation.predictions)
+    np.testing.assert_allclose(other.losses, evaluation.losses, rtol=1e-4)
+
+
+def test_the_worst_images_are_those_with_the_highest_loss(evaluation: Evaluation) -> None:
+    worst = evaluation.worst(5)
+    assert len(worst) == 5
+    assert evaluation.losses[worst].tolist() == sorted(evaluation.losses.tolist(), reverse=True)[:5]
+    assert sorted(evaluation.worst(100)) == list(range(27))
+
+
+class Tie(nn.Module):
+    """Finds all classes equally likely."""
+
+    def forward(self, pixel_values: torch.Tensor) -> object:
+        return type("Output", (), {"logits": pixel_values.new_zeros(len(pixel_values), 3)})
+
+
+def test_a_model_that_knows_nothing_is_calibrated_at_one_class_in_three(base: Base, data: ImageData) -> None:
+    metrics = evaluator(Tie(), base, data)().metrics
+    assert metrics["accuracy"] == pytest.approx(11 / 27), "the first class wins a tie"
+    assert metrics["loss"] == pytest.approx(np.log(3), rel=1e-5)
+    assert metrics["calibration_error"] == pytest.approx(11 / 27 - 1 / 3, abs=1e-5)
+
+
+class Descending(nn.Module):
+    """Finds the last of seven classes likeliest and the first one least likely."""
+
+    def forward(self, pixel_values: torch.Tensor) -> object:
+        return type("Output", (), {"logits": torch.arange(7.0).expand(len(pixel_values), 7).to(pixel_values.device)})
+
+
+def test_the_fifth_of_seven_classes_is_among_the_first_five_and_the_sixth_is_not(base: Base, data: ImageData) -> None:
+    named = replace(data, labels=list("abcdefg"))
+    assert evaluator(Descending(), base, named)().metrics["top5_accuracy"] == pytest.approx(7 / 27), "those of class c"
+
+
+def test_evaluation_is_without_dropout_and_leaves_gradients_and_random_numbers_alone(
+    vit: Path, data: ImageData
+) -> None:
+    base = load_base(str(vit), ["a", "b", "c"])
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4, lora_dropout=0.9))
+    perturb(model)
+    model.train()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = (evaluator(model, base, data)().metrics for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter.is_inference() for parameter in model.parameters())
