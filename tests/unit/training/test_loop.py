@@ -213,7 +213,7 @@ def test_a_signal_while_the_result_is_written_does_not_keep_it_from_being_whole(
         _sigterm()
         finalize(self, *arguments)
 
-    monkeypatch.setattr(ResultWriter, "at_the_end", signalled)
+    monkeypatch.setattr(ResultWriter, "finalize", signalled)
     _run(vit, photos, tmp_path, "--eval_steps", "no")
     assert results_of(tmp_path)["step"] == 9
     assert load_classifier(tmp_path / "adapter").labels == ["a", "b", "c"]

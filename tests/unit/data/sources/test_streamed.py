@@ -60,7 +60,7 @@ def test_a_shard_that_is_slow_to_come_is_named(
     read = ShardSource.read
     monkeypatch.setattr(ShardSource, "read", lambda *arguments: time.sleep(0.3) or read(*arguments))
     assert reader.read(0, [0])
-    (said,) = caplog.messages
+    said = caplog.messages[0]
     assert re.fullmatch(r"waiting for train-0000\d-of-00005\.(parquet|tar) row 0 \(\d s so far\)", said)
 
 
