@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(settings: Settings, lock: RunLock) -> None:
-    """Trains, evaluates the best checkpoint, and hands over the adapter."""
+    """Trains, evaluates the best checkpoint, and writes the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
 
@@ -42,48 +42,50 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.storage.files import finish_replacing
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
-    from lora_dist.training.best import measure_best_anew
+    from lora_dist.training.best import reselect_best
     from lora_dist.training.dry_run import dry_run
-    from lora_dist.training.loop import evaluate, fit, stopped_on_request
+    from lora_dist.training.failures import stopped_on_request
+    from lora_dist.training.loop import fit
     from lora_dist.training.reporting.report import announce, show_inputs
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
-    run, problems, watch = settings.run, Problems(settings.run.dry_run), Watch(settings.run.stall_timeout)
+    options, problems = settings.run, Problems(settings.run.dry_run)
+    watch = Watch(options.stall_timeout, patient=settings.data.streaming)
     with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
-        accelerator = launch(settings.optimization.mixed_precision, run.ddp_timeout)
-        output, resumed, publisher = Output(Path(run.output_dir)), None, None
+        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout)
+        output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
             require_writable(output.root)
-            if not run.dry_run:
-                lock.take(output.root, accelerator, run.ddp_timeout)
+            if not options.dry_run:
+                lock.take(output.root, accelerator, options.ddp_timeout)
                 finish_replacing(output.checkpoints)
-            resumed = find_resume(output, run.resume_from_checkpoint)
+            resumed = find_resume(output, options.resume_from_checkpoint)
         with problems.collect():
             require_token(settings.hub)
-        if not run.dry_run:
+        if not options.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
         assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
-        job, progress, result_writer = assembled.job, assembled.progress, assembled.result_writer
-        announce(assembled.data, job.order, job.schedule, assembled.parameters, accelerator)
-        if run.dry_run:
+        run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
+        announce(assembled.data, run.order, run.schedule, assembled.parameters, accelerator)
+        if options.dry_run:
             with watch.watching():
-                dry_run(job, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
+                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
-    job.tracker.settings(flatten(job.settings))
-    show_inputs(job.tracker, job.images, job.order, progress.step, assembled.data.labels)
-    with stopped_on_request(job, progress), watch.watching():
-        measure_best_anew(job, progress)
-        fit(job, progress)
-        job.checkpointer.restore_best(progress)
-        result_writer.finalize(job, progress, evaluate(job, "the final evaluation", job.preemption.check))
-        job.preemption.saved()
+    run.tracker.settings(flatten(run.settings))
+    show_inputs(run.tracker, run.images, run.order, progress.step, assembled.data.labels)
+    with stopped_on_request(run, progress), watch.watching():
+        reselect_best(run, progress)
+        fit(run, progress, result_writer.push_best)
+        run.checkpointer.restore_best(progress)
+        result_writer.finalize(run, progress, run.evaluate("the final evaluation"))
+        run.preemption.saved()
     accelerator.end_training()
-    # When no process waits for another any more, and all files of the run are there.
-    result_writer.publish(job, progress)
+    # No process waits for another one any more, and all files of the run are written.
+    result_writer.publish(run, progress)
 
 
 def evaluate_only(settings: Settings, lock: RunLock) -> None:

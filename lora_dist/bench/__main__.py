@@ -60,13 +60,13 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     if settings.data.streaming:
         streaming.prepare(settings.data)
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
-    job = assemble_unwritten(settings, accelerator, directory)
-    with job.watch.watching():
-        figures = measure(job, settings.measuring.updates)
+    run = assemble_unwritten(settings, accelerator, directory)
+    with run.watch.watching():
+        figures = measure(run, settings.measuring.updates)
     if accelerator.is_main_process:
-        print("\n".join(lines(job, figures, comparison)), flush=True)
+        print("\n".join(lines(run, figures, comparison)), flush=True)
         if file is not None:
-            add_row(file, row(job, figures, comparison, load))
+            add_row(file, row(run, figures, comparison, load))
     accelerator.end_training()
 
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_dist.data.batch import Batch
 from lora_dist.model.adapters import without_lora
-from lora_dist.training.loop import Job, make_update
-from lora_dist.training.step import batch_loss
+from lora_dist.training.run import TrainingRun
+from lora_dist.training.step import batch_loss, make_update
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = 10
@@ -19,14 +19,14 @@ PATIENCE = 5.0
 """Seconds after which no further matrix product is made: a CPU may take that long for one in bf16."""
 
 
-def count_flops(job: Job, micro_batches: Sequence[Batch]) -> int:
+def count_flops(run: TrainingRun, micro_batches: Sequence[Batch]) -> int:
     """Floating-point operations of an update on this process: a multiplication and an addition are two.
 
     Counted where they are dispatched, so nothing may be compiled, and attention is made of its two products.
     """
     plain = torch.compiler.set_stance("force_eager")
     with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        make_update(job, 0, iter(micro_batches))
+        make_update(run.begin_update(0), iter(micro_batches), run.settings.optimization.max_grad_norm)
     return counter.get_total_flops()
 
 
@@ -41,13 +41,13 @@ def measure_gemm(device: torch.device, precision: str) -> float:
     return 2 * size**3 / min(times)
 
 
-def measure_passes(job: Job, batch: Batch, rounds: int) -> tuple[float, float, float]:
+def measure_passes(run: TrainingRun, batch: Batch, rounds: int) -> tuple[float, float, float]:
     """Median seconds of a pass over a micro-batch: forward and backward; the same without LoRA; forward without LoRA.
 
     On a model that this process has whole. The three take turns; nothing is exchanged and no weight changes.
     """
-    model, device = job.engine.unwrapped, job.engine.accelerator.device
-    smoothing = job.settings.augmentation.label_smoothing_factor
+    model, device = run.engine.unwrapped, run.engine.accelerator.device
+    smoothing = run.settings.augmentation.label_smoothing_factor
 
     def forward() -> torch.Tensor:
         return batch_loss(model(pixel_values=batch.pixel_values).logits.float(), batch, smoothing).sum()

@@ -113,9 +113,9 @@ def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
         from lora_dist.processes.runtime import launch
 
         accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
-        job, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
-        with job.watch.watching():
-            samples, seconds, _ = time_loaded(job, settings.measuring.updates)
+        run, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
+        with run.watch.watching():
+            samples, seconds, _ = time_loaded(run, settings.measuring.updates)
     else:
         from lora_dist.bench.trainer_baseline import time_guide
 

@@ -17,8 +17,8 @@ from lora_dist.processes.watch import Watch
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble
 from lora_dist.training.dry_run import time_updates
-from lora_dist.training.loop import Job
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
+from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
 
@@ -61,11 +61,11 @@ class Figures:
         return self.gflops_per_second / self.gemm_gflops_per_second
 
 
-def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> Job:
+def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> TrainingRun:
     """The run, put together as training does it, but with nothing written outside `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
     watch = Watch(settings.run.stall_timeout)
-    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).job
+    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).run
 
 
 def warm_updates(workers: int, accumulation: int) -> int:
@@ -73,45 +73,45 @@ def warm_updates(workers: int, accumulation: int) -> int:
     return 1 + -(-workers // accumulation)
 
 
-def time_loaded(job: Job, updates: int) -> tuple[int, float, float]:
+def time_loaded(run: TrainingRun, updates: int) -> tuple[int, float, float]:
     """Makes updates as a run does, after some that warm up: their samples, seconds, and seconds of waiting for data."""
-    steps = _steps(job, updates)
+    steps = _steps(run, updates)
     meter = ThroughputMeter()
-    stream = meter.timed(_stream(job, steps.stop))
-    time_updates(job, range(steps.start), stream)
+    stream = meter.timed(_stream(run, steps.stop))
+    time_updates(run, range(steps.start), stream)
     meter.reset()
-    seconds = sum(time_updates(job, steps, stream))
-    return job.order.samples_before(steps.stop) - job.order.samples_before(steps.start), seconds, meter.waited
+    seconds = sum(time_updates(run, steps, stream))
+    return run.order.samples_before(steps.stop) - run.order.samples_before(steps.start), seconds, meter.waited
 
 
-def _steps(job: Job, updates: int) -> range:
+def _steps(run: TrainingRun, updates: int) -> range:
     """The updates that count."""
-    warm = warm_updates(workers_of(job.settings.data, job.engine.accelerator.device), job.order.accumulation)
+    warm = warm_updates(workers_of(run.settings.data, run.engine.accelerator.device), run.order.accumulation)
     return range(warm, warm + updates)
 
 
-def _stream(job: Job, updates: int) -> Iterator[Batch]:
+def _stream(run: TrainingRun, updates: int) -> Iterator[Batch]:
     """The batches of the first updates of a run, from a loader of their own."""
-    job.images.close()
-    device = job.engine.accelerator.device
-    return batches(train_loader(job.images, job.order, 0, updates, job.settings.data, device), device)
+    run.images.close()
+    device = run.engine.accelerator.device
+    return batches(train_loader(run.images, run.order, 0, updates, run.settings.data, device), device)
 
 
-def measure(job: Job, updates: int) -> Figures:
+def measure(run: TrainingRun, updates: int) -> Figures:
     """Measures a run that is ready to begin. Called on every process."""
-    accelerator, order = job.engine.accelerator, job.order
+    accelerator, order = run.engine.accelerator, run.order
     device = accelerator.device
-    held = [batch.to(device) for batch in _stream(job, 1)]
+    held = [batch.to(device) for batch in _stream(run, 1)]
 
-    step = median(_time_held(job, held, updates + 1)[1:])
-    samples, seconds, waited = time_loaded(job, updates)
+    step = median(_time_held(run, held, updates + 1)[1:])
+    samples, seconds, waited = time_loaded(run, updates)
     peak = peak_memory_mb(device)
-    loading = _time_loader(job, updates)
+    loading = _time_loader(run, updates)
     passes: tuple[float, float, float] | None = None
     if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        passes = measure_passes(job, held[0], updates)
-    saving, size = _time_checkpoint(job)
-    achieved = count_flops(job, held) / step
+        passes = measure_passes(run, held[0], updates)
+    saving, size = _time_checkpoint(run)
+    achieved = count_flops(run, held) / step
     gemm = measure_gemm(device, accelerator.mixed_precision)
 
     step, seconds, waited, peak, loading = (
@@ -126,7 +126,7 @@ def measure(job: Job, updates: int) -> Figures:
         gflops_per_second=achieved / 1e9,
         gemm_gflops_per_second=gemm / 1e9,
         forward_images_per_second=images / passes[2] if passes else None,
-        lora_costs=passes[0] / passes[1] if passes and job.settings.model.tuning == "lora" else None,
+        lora_costs=passes[0] / passes[1] if passes and run.settings.model.tuning == "lora" else None,
         exchange=max(0.0, 1 - len(held) * passes[0] / step) if passes else None,
         peak_memory_mb=peak,
         checkpoint_seconds=saving,
@@ -134,16 +134,16 @@ def measure(job: Job, updates: int) -> Figures:
     )
 
 
-def _time_held(job: Job, held: list[Batch], count: int) -> list[float]:
+def _time_held(run: TrainingRun, held: list[Batch], count: int) -> list[float]:
     """Seconds of updates that all take the same batches."""
-    return [time_updates(job, range(1), iter(held))[0] for _ in range(count)]
+    return [time_updates(run, range(1), iter(held))[0] for _ in range(count)]
 
 
-def _time_loader(job: Job, updates: int) -> float:
+def _time_loader(run: TrainingRun, updates: int) -> float:
     """Seconds of loading as many batches and doing nothing with them."""
-    steps = _steps(job, updates)
-    stream = _stream(job, steps.stop)
-    for _ in range(sum(map(job.order.micro_batches_in, range(steps.start)))):
+    steps = _steps(run, updates)
+    stream = _stream(run, steps.stop)
+    for _ in range(sum(map(run.order.micro_batches_in, range(steps.start)))):
         next(stream)
     start = time.perf_counter()
     for _ in stream:
@@ -151,9 +151,9 @@ def _time_loader(job: Job, updates: int) -> float:
     return time.perf_counter() - start
 
 
-def _time_checkpoint(job: Job) -> tuple[float, int]:
+def _time_checkpoint(run: TrainingRun) -> tuple[float, int]:
     """Seconds and bytes of a checkpoint."""
     start = time.perf_counter()
-    job.checkpointer.save(Progress(step=1))
+    run.checkpointer.save(Progress(step=1))
     seconds = time.perf_counter() - start
-    return seconds, sum(file.stat().st_size for file in job.checkpointer.directory.rglob("*") if file.is_file())
+    return seconds, sum(file.stat().st_size for file in run.checkpointer.directory.rglob("*") if file.is_file())

@@ -14,10 +14,10 @@ from lora_dist.bench.measure import Figures
 from lora_dist.data.loader import workers_of
 from lora_dist.engines.engine import engine_name
 from lora_dist.processes.runtime import environment
-from lora_dist.training.loop import Job
+from lora_dist.training.run import TrainingRun
 
 
-def lines(job: Job, figures: Figures, comparison: Comparison | None) -> Iterator[str]:
+def lines(run: TrainingRun, figures: Figures, comparison: Comparison | None) -> Iterator[str]:
     """What was measured, a line a thing, and last the verdict."""
     yield (
         f"images/s    {figures.images_per_second:.4g}; the step alone {figures.step_images_per_second:.4g}, "
@@ -41,13 +41,13 @@ def lines(job: Job, figures: Figures, comparison: Comparison | None) -> Iterator
             f"the speed ({comparison.lowest:.3f} to {comparison.highest:.3f} by round), {comparison.memory:.3f}x the "
             f"memory"
         )
-    yield diagnose(figures, job.settings, circumstances(job))
+    yield diagnose(figures, run.settings, circumstances(run))
 
 
-def circumstances(job: Job) -> Circumstances:
+def circumstances(run: TrainingRun) -> Circumstances:
     """Of this launch."""
-    accelerator = job.engine.accelerator
-    workers = workers_of(job.settings.data, accelerator.device)
+    accelerator = run.engine.accelerator
+    workers = workers_of(run.settings.data, accelerator.device)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     computing = torch.get_num_threads() if accelerator.device.type == "cpu" else 1
     return Circumstances(
@@ -59,16 +59,16 @@ def circumstances(job: Job) -> Circumstances:
     )
 
 
-def row(job: Job, figures: Figures, comparison: Comparison | None, load: float) -> dict[str, Any]:
+def row(run: TrainingRun, figures: Figures, comparison: Comparison | None, load: float) -> dict[str, Any]:
     """By `results.COLUMNS`; what was not measured is None.
 
     Args:
-        job: that was measured.
+        run: that was measured.
         figures: of it.
         comparison: with `Trainer`.
         load: of the machine over the minute before.
     """
-    settings, accelerator = job.settings, job.engine.accelerator
+    settings, accelerator = run.settings, run.engine.accelerator
     found = environment(accelerator)
     measured = asdict(figures) | {"mfu": figures.mfu}
     compared: dict[str, Any] = {}
@@ -94,8 +94,8 @@ def row(job: Job, figures: Figures, comparison: Comparison | None, load: float) 
         "data": _short(settings.data.train_dir or settings.data.dataset_name or ""),
         "engine": engine_name(accelerator),
         "precision": accelerator.mixed_precision,
-        "batch": job.order.per_device_batch,
-        "accumulation": job.order.accumulation,
+        "batch": run.order.per_device_batch,
+        "accumulation": run.order.accumulation,
         "workers": workers_of(settings.data, accelerator.device),
         **measured,
         **compared,

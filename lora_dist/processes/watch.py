@@ -58,16 +58,17 @@ class Watch:
         resume_hint: appended to what a stall is reported with.
     """
 
-    def __init__(self, stall_timeout: float) -> None:
+    def __init__(self, stall_timeout: float, patient: bool = False) -> None:
         """
         Args:
             stall_timeout: seconds that one activity may take; 0 for ever.
+            patient: every activity may take `FIRST_SECONDS` more, as where data come from a network.
         """
         self.resume_hint = ""
         self._timeout = stall_timeout
         # Not in the thread: accelerate empties the environment for moments.
         self._name = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
-        self._is_warm = False
+        self._is_warm, self._is_patient = False, patient
         self._activity = Activity("starting", time.monotonic(), FIRST_SECONDS, False)
         self._ended = threading.Event()
         self._awake = threading.Event()
@@ -82,7 +83,7 @@ class Watch:
             first: whether it may take `FIRST_SECONDS` more, as everything may before `warmed_up`, and every save.
             saves: whether it is to be finished although another process has failed.
         """
-        patience = FIRST_SECONDS if first or saves or not self._is_warm else 0.0
+        patience = FIRST_SECONDS if first or saves or self._is_patient or not self._is_warm else 0.0
         self._activity = Activity(name, time.monotonic(), patience, saves)
 
     def moved(self) -> None:

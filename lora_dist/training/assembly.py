@@ -29,11 +29,12 @@ from lora_dist.processes.workers import require_shared_memory
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
+from lora_dist.training.best import must_reselect
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, identity_of
-from lora_dist.training.loop import Job
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.run import TrainingRun, is_over
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.disk_budget import Sizes, require_disk_space
 from lora_dist.training.saving.output import Output
@@ -44,19 +45,19 @@ from lora_dist.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Run:
+class Assembled:
     """A run that is ready to begin, or to go on.
 
     Attributes:
-        job: what `fit` drives.
-        progress: where it stands.
+        run: what `fit` trains.
+        progress: where the run starts or resumes.
         result_writer: writes the result.
-        data: that it trains on.
-        parameters: trainable and all.
-        sizes: of what it writes.
+        data: training and validation data.
+        parameters: numbers of trainable and of all parameters.
+        sizes: bytes of the checkpoints and the result.
     """
 
-    job: Job
+    run: TrainingRun
     progress: Progress
     result_writer: ResultWriter
     data: ImageData
@@ -72,7 +73,7 @@ def assemble(
     publisher: Publisher | None,
     problems: Problems,
     watch: Watch,
-) -> Run:
+) -> Assembled:
     """Loads, checks and connects all parts of a run. Called on every process.
 
     Args:
@@ -88,7 +89,7 @@ def assemble(
         UserError: something of it is not there, does not fit, or is not the same on all processes.
     """
     settings = as_resumed(settings, resumed)
-    run, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
+    options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
         settings, base, start = load_warm_start(settings, data.labels)
@@ -102,7 +103,7 @@ def assemble(
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})
     parameters = count_parameters(model)
-    sizes = Sizes.of(model, settings.model.tuning == "full", run.save_total_limit)
+    sizes = Sizes.of(model, settings.model.tuning == "full", options.save_total_limit)
     with problems.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
@@ -111,7 +112,9 @@ def assemble(
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
     order = make_order(settings, data.train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, order.steps_per_epoch)
-    images = TrainImages(data.train, transforms, settings.augmentation, run.seed, settings.data.on_bad_image == "skip")
+    images = TrainImages(
+        data.train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip"
+    )
     with problems.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         ahead = bytes_ahead(images, order, 0, settings.data, accelerator.device)
@@ -122,23 +125,25 @@ def assemble(
     preflight.arrive("ready")
     require_agreement(
         accelerator,
-        None if run.dry_run else output.root,
+        None if options.dry_run else output.root,
         _facts(settings, identity, data, resumed),
-        min(VISIBLE_SECONDS, run.ddp_timeout / 2),
+        min(VISIBLE_SECONDS, options.ddp_timeout / 2),
     )
 
     engine = make_engine(accelerator, model, optimizer, optimization)
-    checkpointer = Checkpointer(output.checkpoints, engine, identity, run.save_total_limit)
+    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit)
     progress = Progress()
     with problems.collect():
         progress = checkpointer.restore(resumed) if resumed is not None else progress
-    writes = accelerator.is_main_process and not run.dry_run
+    writes = accelerator.is_main_process and not options.dry_run
     made_with = flatten(settings)
     if writes:
         splits = data.describe_splits()
-        made_with = output.begin(made_with, splits, engine.unwrapped, progress.step, schedule.total_steps)
+        finished = is_over(settings, progress, schedule.total_steps)
+        finished = finished and not must_reselect(settings, data.validation, progress)
+        made_with = output.begin(made_with, splits, engine.unwrapped, progress.step, finished)
     result_writer = ResultWriter(base, data, parameters, made_with, output, publisher)
-    job = Job(
+    run = TrainingRun(
         settings=settings,
         engine=engine,
         images=images,
@@ -163,9 +168,8 @@ def assemble(
             evaluated=progress.last_evaluated_step == progress.step,
         ),
         watch=watch,
-        on_best=result_writer.push_best,
     )
-    return Run(job, progress, result_writer, data, parameters, sizes)
+    return Assembled(run, progress, result_writer, data, parameters, sizes)
 
 
 def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> ImageData:

@@ -1,46 +1,54 @@
-"""The best update of a run that goes on, measured anew where it was chosen by another metric or on other data."""
+"""Re-evaluates the best checkpoint of a resumed run if the metric or the validation data has changed."""
 
-from lora_dist.training.loop import Job, evaluate
+from lora_dist.data.sources.split import Split
+from lora_dist.settings.train import Settings
+from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.state import Progress
 
 
-def measure_best_anew(job: Job, progress: Progress) -> None:
-    """Chooses the best update again, if the run goes by another metric or validates on other data than before.
+def must_reselect(settings: Settings, validation: Split, progress: Progress) -> bool:
+    """Whether the best update so far was selected by another metric, or on other validation data, than this run's."""
+    now = settings.optimization.metric_for_best_model, validation.fingerprint()
+    # Checkpoints of older releases do not record them.
+    return now != (progress.best_metric or now[0], progress.best_data or now[1])
 
-    It evaluates the best checkpoint and, if that was evaluated too, the current one, which it then puts back. Early
-    stopping counts from there. Called on every process, before the first update.
+
+def reselect_best(run: TrainingRun, progress: Progress) -> None:
+    """Selects the best update again if `metric_for_best_model` or the validation data has changed.
+
+    Evaluates the best checkpoint and, if it was evaluated before, the current one; then restores the current weights.
+    Resets the early-stopping counter. Must be called on every process, before the first update.
 
     Raises:
-        StopRequested: a stop was asked for; the checkpoint that the run goes on from is still the newest one.
+        StopRequested: a stop was requested; the checkpoint to resume from has not changed.
         NothingToEvaluateError: no validation image can be read.
     """
-    metric, data = job.settings.optimization.metric_for_best_model, job.evaluator.split.fingerprint()
-    # Checkpoints of older releases do not say.
+    metric, data = run.settings.optimization.metric_for_best_model, run.evaluator.split.fingerprint()
+    selects_again = must_reselect(run.settings, run.evaluator.split, progress)
     old_metric, old_data = progress.best_metric or metric, progress.best_data or data
     old_step, old_value = progress.best_step, progress.best_value
     progress.best_metric, progress.best_data = metric, data
-    if (old_metric, old_data) == (metric, data):
+    if not selects_again:
         return
-    current = job.engine.trainable_state()
+    current = run.engine.trainable_state()
     candidates = {}
-    if old_step is not None and (weights := job.checkpointer.best_weights(progress)) is not None:
+    if old_step is not None and (weights := run.checkpointer.best_weights(progress)) is not None:
         candidates[old_step] = weights
-    if progress.last_evaluated_step == progress.step and job.settings.run.eval_steps != "no":
+    if progress.last_evaluated_step == progress.step and run.settings.run.eval_steps != "no":
         candidates[progress.step] = current
     values, chosen = {}, Progress()
     for step, weights in candidates.items():
-        job.engine.load_trainable_state(weights)
-        values[step] = evaluate(job, f"evaluating update {step} anew", job.preemption.check).metrics[metric]
+        run.engine.load_trainable_state(weights)
+        values[step] = run.evaluate(f"re-evaluating update {step}").metrics[metric]
         chosen.step = step
         chosen.note_evaluation(values[step], lower_is_better=metric == "loss")
-    job.engine.load_trainable_state(current)
+    run.engine.load_trainable_state(current)
     progress.best_step, progress.best_value, progress.stale_evaluations = chosen.best_step, chosen.best_value, 0
-    job.watch.now(f"saving after update {progress.step}", saves=True)
-    job.checkpointer.save(progress)
+    run.save(progress)
     if old_value is not None and values:
         elsewhere = " on other validation data" if old_data != data else ""
         measured = ", ".join(f"update {step} has {metric} {value:.4f}" for step, value in values.items())
-        job.tracker.say(
-            f"the best so far, update {old_step}, was chosen by {old_metric} {old_value:.4f}{elsewhere}. Measured "
-            f"anew, {measured}: the best is update {progress.best_step}"
+        run.tracker.say(
+            f"the best so far, update {old_step}, was selected by {old_metric} {old_value:.4f}{elsewhere}. "
+            f"Re-evaluated, {measured}: the best is update {progress.best_step}"
         )

@@ -14,18 +14,19 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_dist.data.batch import Batch
-from lora_dist.data.loader import batches, train_loader
+from lora_dist.data.loader import batches
 from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.adapters import is_counted
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable
-from lora_dist.training.loop import Job, data_failure, make_update
+from lora_dist.training.failures import data_failure, out_of_memory_explained
 from lora_dist.training.reporting.throughput import peak_memory_mb
+from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.disk_budget import Sizes
 from lora_dist.training.schedule import is_due
-from lora_dist.training.step import LostBatchError, NonFiniteLossError
+from lora_dist.training.step import LostBatchError, NonFiniteLossError, make_update
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,12 @@ class Measurement:
 
 
 def dry_run(
-    job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
+    run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
 ) -> None:
     """Prints the settings as YAML and the plan. Called on every process.
 
     Args:
-        job: to try.
+        run: to try.
         data: that it trains on.
         parameters: trainable and all.
         sizes: of what it writes.
@@ -64,30 +65,30 @@ def dry_run(
     Raises:
         UserError: an update cannot be made.
     """
-    measured = measure(job, parameters[1], first_step)
-    if job.engine.accelerator.is_main_process:
-        print(yaml.safe_dump(flatten(job.settings), sort_keys=False, allow_unicode=True))
-        print(describe(job, data, parameters, sizes, measured, first_step), flush=True)
-    job.engine.accelerator.end_training()
+    measured = measure(run, parameters[1], first_step)
+    if run.engine.accelerator.is_main_process:
+        print(yaml.safe_dump(flatten(run.settings), sort_keys=False, allow_unicode=True))
+        print(describe(run, data, parameters, sizes, measured, first_step), flush=True)
+    run.engine.accelerator.end_training()
     if not problems.found:
         logger.info("nothing was written")
 
 
-def measure(job: Job, all_parameters: int, first_step: int) -> Measurement:
+def measure(run: TrainingRun, all_parameters: int, first_step: int) -> Measurement:
     """Makes two updates from `first_step` on, and evaluates a batch. Called on every process."""
-    device = job.engine.accelerator.device
-    steps = range(first_step, min(first_step + UPDATES, job.schedule.total_steps))
-    stream = batches(train_loader(job.images, job.order, steps.start, steps.stop, job.settings.data, device), device)
-    update = time_updates(job, steps, stream)[-1] if steps else 0.0
-    evaluation = _time_evaluation(job)
+    device = run.engine.accelerator.device
+    steps = range(first_step, min(first_step + UPDATES, run.schedule.total_steps))
+    stream = run.stream(steps.start, steps.stop)
+    update = time_updates(run, steps, stream)[-1] if steps else 0.0
+    evaluation = _time_evaluation(run)
     peak = peak_memory_mb(device)
-    if device.type == "cpu" and job.engine.accelerator.is_main_process:
+    if device.type == "cpu" and run.engine.accelerator.is_main_process:
         # At its end the first process loads the base once more, to hand over what it has trained.
         peak += 4 * all_parameters / 2**20
     return Measurement(update, evaluation, max(gather_object([peak])))
 
 
-def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]:
+def time_updates(run: TrainingRun, steps: range, stream: Iterator[Batch]) -> list[float]:
     """Makes updates with the batches of `stream`; returns the seconds of each, waiting for its data included.
 
     Called on every process.
@@ -95,13 +96,14 @@ def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]
     Raises:
         UserError: the loss or the gradient is not finite.
     """
-    set_training(job.engine.model)
+    set_training(run.engine.model)
     seconds = []
     for step in steps:
         start = time.perf_counter()
-        job.watch.now(f"update {step + 1}", first=True)
+        run.watch.now(f"update {step + 1}", first=True)
         try:
-            make_update(job, step, stream)
+            with out_of_memory_explained(step):
+                make_update(run.begin_update(step), stream, run.settings.optimization.max_grad_norm)
         except NonFiniteLossError as error:
             raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
         except LostBatchError as error:
@@ -111,30 +113,30 @@ def time_updates(job: Job, steps: range, stream: Iterator[Batch]) -> list[float]
 
 
 @torch.inference_mode()
-def _time_evaluation(job: Job) -> float:
-    evaluator, accelerator = job.evaluator, job.engine.accelerator
-    job.engine.model.eval()
+def _time_evaluation(run: TrainingRun) -> float:
+    evaluator, accelerator = run.evaluator, run.engine.accelerator
+    run.engine.model.eval()
     start = time.perf_counter()
     batch = next(batches(evaluator.loader, accelerator.device))
-    float(job.engine.model(pixel_values=batch.pixel_values).logits.float().sum())
+    float(run.engine.model(pixel_values=batch.pixel_values).logits.float().sum())
     return (time.perf_counter() - start) * len(evaluator.loader)
 
 
 def describe(
-    job: Job, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement, first_step: int
+    run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement, first_step: int
 ) -> str:
     """The plan as a text, a line for each thing that one asks."""
-    order, schedule, accelerator = job.order, job.schedule, job.engine.accelerator
-    run = job.settings.run
+    order, schedule, accelerator = run.order, run.schedule, run.engine.accelerator
+    options = run.settings.run
     trainable, total = parameters
     steps = schedule.total_steps - first_step
     evaluations = sum(
-        is_due(run.eval_steps, step, order.steps_per_epoch, schedule.total_steps)
+        is_due(options.eval_steps, step, order.steps_per_epoch, schedule.total_steps)
         for step in range(first_step + 1, schedule.total_steps + 1)
     )
     training, evaluation = steps * measured.update_seconds, (evaluations + 1) * measured.evaluation_seconds
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    root = job.checkpointer.directory.parent
+    root = run.checkpointer.directory.parent
     rows = [
         ("data", f"{len(data.train):,} training and {len(data.validation):,} validation images"),
         ("classes", f"{len(data.labels)}: {', '.join(data.labels[:6])}{' …' if len(data.labels) > 6 else ''}"),
@@ -150,7 +152,7 @@ def describe(
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
-        *(("", line) for line in _groups(job.engine.unwrapped)),
+        *(("", line) for line in _groups(run.engine.unwrapped)),
         ("frozen", f"{total - trainable:,} parameters"),
         (
             "time",

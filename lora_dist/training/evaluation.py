@@ -26,6 +26,8 @@ from lora_dist.settings.train import DataSettings
 logger = logging.getLogger(__name__)
 
 SHOWN = 8
+NO_RANK = 2**31
+"""The rank of a label whose logits are not finite: not among the top of any number of classes."""
 SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
 
@@ -182,7 +184,7 @@ class Evaluator:
 def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of each sample its row, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
 
-    Where a logit is not finite the prediction is -1, the rank behind all classes, confidence and loss NaN.
+    Where a logit is not finite the prediction is -1, the rank `NO_RANK`, confidence and loss NaN.
     """
     log_probabilities = model(pixel_values=batch.pixel_values).logits.float().log_softmax(dim=-1)
     confidence, prediction = log_probabilities.max(dim=-1)
@@ -190,7 +192,7 @@ def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     rank = (log_probabilities > own).sum(dim=-1)
     # Of logits that are not finite, the largest says nothing, and no class has a rank.
     finite = log_probabilities.isfinite().all(dim=-1)
-    prediction, rank = prediction.where(finite, -1), rank.where(finite, log_probabilities.shape[-1])
+    prediction, rank = prediction.where(finite, -1), rank.where(finite, NO_RANK)
     confidence, loss = confidence.exp().where(finite, torch.nan), (-own[:, 0]).where(finite, torch.nan)
     return torch.stack([batch.indices, batch.labels, prediction, rank], dim=1), torch.stack([confidence, loss], dim=1)
 

@@ -1,4 +1,4 @@
-"""What makes a run the one that it is: written into its checkpoints, and taken from them when the run goes on."""
+"""The identity of a run: saved in its checkpoints, and compared when the run is resumed."""
 
 import json
 import logging
@@ -32,9 +32,9 @@ _SHOWN = 5
 def identity_of(
     settings: Settings, base: Base, start: WarmStart | None, data: ImageData, order: BatchPlan
 ) -> dict[str, Any]:
-    """What a checkpoint and a run that goes on from it have to share, as JSON holds it.
+    """Returns what a checkpoint and a run resumed from it must have in common, as JSON values.
 
-    Beside the data and the order of the samples, it is all that gives the trained tensors their meaning: the base's
+    Besides the data and the sample order, this is everything that gives the trained tensors their meaning: the base's
     weights, configuration and processor, the classes in order, and LoRA's settings.
     """
     tuning = settings.model.tuning
@@ -62,12 +62,14 @@ def _entries(kind: str, content: str) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what differs between the identity in a checkpoint and that of a run, in words.
+    """Yields one line for each difference between the identity in a checkpoint and that of a run.
 
-    What an older release did not write down does not differ. Modules can be named in several ways, so target modules
-    are left to a comparison of the trained tensors.
+    Skips entries that an older release did not save. Also skips the target modules, which can be named in several ways;
+    `Checkpointer.restore` compares the trained tensors instead.
     """
-    for name, value in now.items():
+    # A processor leaves entries out that are not set.
+    unset = {name: None for name in saved if name.startswith("processor.") and saved[name] and name not in now}
+    for name, value in {**now, **unset}.items():
         before = saved.get(name, value)
         if before == value or name == TARGETS:
             continue
@@ -80,9 +82,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
-    """The settings of a run that goes on, with what was not given of LoRA's settings taken from the checkpoint.
+    """Returns the settings of a resumed run. LoRA settings that were not given are taken from the checkpoint.
 
-    A run that began with an adapter takes them from there.
+    With --adapter_name_or_path they come from the adapter instead.
 
     Raises:
         UserError: a setting was given and differs from that of the checkpoint.
@@ -98,19 +100,19 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
         if name not in given:
             taken[name] = before
         elif name != TARGETS:
-            problems.append(f"--{name} is {values[name]}, and the checkpoint has {before}")
+            problems.append(f"--{name} is {values[name]}, but the checkpoint has {before}")
     if problems:
-        lines = ["these settings are not those of the run to go on with; leave them out:", *problems]
-        raise UserError("\n  ".join(lines) + "\nFor a run with other settings, name another --output_dir.")
+        lines = ["these settings differ from those of the run to resume; remove them:", *problems]
+        raise UserError("\n  ".join(lines) + "\nTo use other settings, start a new run in another --output_dir.")
     if taken:
         flags = (f"--{name} {','.join(value) if isinstance(value, list) else value}" for name, value in taken.items())
-        logger.info("taken from the checkpoint: %s", ", ".join(flags))
+        logger.info("settings taken from the checkpoint: %s", ", ".join(flags))
     model = settings.model.model_copy(update={"tuning": taken.pop("tuning", settings.model.tuning)})
     return settings.model_copy(update={"model": model, "lora": settings.lora.model_copy(update=taken)})
 
 
 def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
-    """How a checkpoint's tensors are trained; where an older release wrote it, as the settings beside it say."""
+    """Returns the tuning and LoRA settings of a checkpoint; of an older release, from the config.yaml of its run."""
     saved: Mapping[str, Any] = resumed.state["identity"]
     found = {"tuning": saved["tuning"]}
     if saved["tuning"] == "lora":

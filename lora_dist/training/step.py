@@ -1,7 +1,7 @@
-"""One exact update: the gradient of the mean loss over its samples, however they are split."""
+"""One optimizer step on the mean loss over all samples, however they are split into micro-batches and processes."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ class Update(NamedTuple):
     Attributes:
         loss: mean over all its samples, on all processes.
         grad_norm: before clipping.
-        skipped: whether fp16 loss scaling left the update out.
-        unreadable: samples, on all processes, whose image could not be read; the loss is the mean over the others.
+        skipped: whether fp16 loss scaling skipped the update.
+        unreadable: number of samples, over all processes, whose image could not be read; `loss` excludes them.
     """
 
     loss: float
@@ -33,8 +33,8 @@ class NonFiniteLossError(Exception):
     """The loss or gradient of an update is not finite.
 
     Attributes:
-        what: of them.
-        indices: rows of the samples that may be why, on this process.
+        what: "loss" or "gradient".
+        indices: dataset rows, on this process, of the samples that may be the cause.
         unreadable: as in `Update`.
     """
 
@@ -46,10 +46,10 @@ class NonFiniteLossError(Exception):
 
 
 class LostBatchError(Exception):
-    """A process could not get its data, so none made the update: everything is as it was before.
+    """A process could not load its data, so no process applied the update: the weights are unchanged.
 
     Attributes:
-        own: the error of this process; None where it had its data.
+        own: the error of this process; None if its data was loaded.
     """
 
     def __init__(self, own: Exception | None) -> None:
@@ -58,7 +58,7 @@ class LostBatchError(Exception):
 
 
 class BrokenUpdateError(RuntimeError):
-    """The optimizer failed while it changed the weights: their state is in doubt."""
+    """The optimizer failed while updating the weights, which may now be inconsistent."""
 
 
 def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
@@ -70,90 +70,120 @@ def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     return own * batch.weights
 
 
-def train_step(
-    engine: Engine,
-    micro_batches: Iterable[Batch],
-    *,
-    micro_batch_count: int,
-    sample_count: int,
-    learning_rate: float,
-    max_grad_norm: float,
-    label_smoothing: float,
-    dropout_seed: tuple[int, ...],
-    padding_batch: Callable[[], Batch] | None = None,
-    before_exchange: Callable[[], object] = lambda: None,
-) -> Update:
-    """One update whose gradient is that of the mean loss over its samples, however they are split.
+class GradientAccumulator:
+    """The gradient of one update: accumulates micro-batches, then makes the optimizer step.
 
-    Every sample counts 1 / `sample_count`, over micro-batches and processes of any size; dividing by the number
+    Every sample has loss weight 1 / `sample_count`, in micro-batches and processes of any size; dividing by the number
     of micro-batches instead would mis-scale a last, smaller window (transformers#39659). A sample whose image cannot be
-    read adds nothing to the gradient, and changes nothing in what the others add.
-
-    Args:
-        engine: its model in training mode.
-        micro_batches: this process's share.
-        micro_batch_count: their number, the same on every process.
-        sample_count: samples over all micro-batches and processes.
-        learning_rate: of this update.
-        max_grad_norm: bound on the gradient's norm; 0 for none.
-        label_smoothing: share of the target spread over all classes.
-        dropout_seed: decides the dropout of this update.
-        padding_batch: makes a micro-batch of no weight, in place of what could not be loaded; None where errors of
-            `micro_batches` are to be raised as they are.
-        before_exchange: called before the last backward pass, in which processes wait for each other.
-
-    Raises:
-        NonFiniteLossError: before the update is made.
-        LostBatchError: on every process, before the update is made, where `micro_batches` of any of them fails.
-        BrokenUpdateError: while it is made.
+    read contributes nothing to the gradient, and the loss weight of the other samples does not change.
     """
-    accelerator = engine.accelerator
-    device = accelerator.device
-    engine.begin_update(learning_rate)
-    total, unreadable = torch.zeros((), device=device), torch.zeros((), device=device)
-    suspects: list[tuple[Tensor, Tensor]] = []
-    stream, failure = iter(micro_batches), None
-    for index in range(micro_batch_count):
-        batch, failure = _next(stream, padding_batch, failure)
-        batch = batch.to(device)
-        torch.manual_seed(seed_of((*dropout_seed, index, accelerator.process_index)))
-        last = index == micro_batch_count - 1
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        micro_batch_count: int,
+        sample_count: int,
+        learning_rate: float,
+        label_smoothing: float,
+        dropout_seed: tuple[int, ...],
+        padding_batch: Callable[[], Batch] | None = None,
+        before_exchange: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            engine: engine whose model is in training mode.
+            micro_batch_count: micro-batches of this process, the same number on every process.
+            sample_count: samples over all micro-batches and processes.
+            learning_rate: learning rate of this update.
+            label_smoothing: share of the target spread over all classes.
+            dropout_seed: seed of the dropout masks of this update.
+            padding_batch: returns a micro-batch with weight 0 to replace one that could not be loaded; None to raise
+                loading errors at once.
+            before_exchange: called before the last backward pass, which reduces the gradients over processes.
+        """
+        self._engine = engine
+        self._micro_batch_count = micro_batch_count
+        self._sample_count = sample_count
+        self._label_smoothing = label_smoothing
+        self._dropout_seed = dropout_seed
+        self._padding_batch = padding_batch
+        self._before_exchange = before_exchange
+        self._failure: Exception | None = None
+        self._suspects: list[tuple[Tensor, Tensor]] = []
+        self._loss = self._unreadable = torch.zeros((), device=engine.accelerator.device)
+        engine.begin_update(learning_rate)
+
+    def loaded(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The micro-batches of this update from `stream`, on the device.
+
+        After a loading error padding follows, so that all processes make the same collective calls; `step` raises it.
+        """
+        for _ in range(self._micro_batch_count):
+            batch = None
+            if self._failure is None:
+                try:
+                    batch = next(stream)
+                except Exception as error:
+                    if self._padding_batch is None:
+                        raise
+                    self._failure = error
+            if batch is None:
+                assert self._padding_batch is not None
+                batch = self._padding_batch()
+            yield batch.to(self._engine.accelerator.device)
+
+    def backward(self, batch: Batch) -> None:
+        """Runs the forward and backward pass of the next micro-batch; the last one reduces the gradients."""
+        engine, index = self._engine, len(self._suspects)
+        torch.manual_seed(seed_of((*self._dropout_seed, index, engine.accelerator.process_index)))
+        last = index == self._micro_batch_count - 1
         with engine.micro_batch(last):
-            losses = batch_loss(engine.model(pixel_values=batch.pixel_values).logits.float(), batch, label_smoothing)
+            logits = engine.model(pixel_values=batch.pixel_values).logits.float()
+            losses = batch_loss(logits, batch, self._label_smoothing)
             if last:
-                before_exchange()
-            engine.backward(losses.sum() / sample_count)
-        total += losses.detach().sum()
+                self._before_exchange()
+            engine.backward(losses.sum() / self._sample_count)
+        self._loss = self._loss + losses.detach().sum()
         if batch.unreadable is not None:
-            unreadable += batch.unreadable.sum()
-        suspects.append((batch.indices, losses.detach()))
-    lost = torch.tensor(float(failure is not None), device=device)
-    loss_sum, left_out, lost_batches = accelerator.reduce(torch.stack([total, unreadable, lost]), "sum").tolist()
-    if lost_batches:
-        raise LostBatchError(failure)
-    # Where nothing could be read, the loss of nothing is 0.
-    loss, left_out = loss_sum / max(1, sample_count - left_out), int(left_out)
-    if not math.isfinite(loss):
-        found = [int(row) for rows, seen in suspects for row in rows[~seen.isfinite()]]
-        raise NonFiniteLossError("loss", found, left_out)
-    try:
-        grad_norm = engine.step(max_grad_norm)
-    except ArithmeticError as error:
-        raise NonFiniteLossError("gradient", [int(row) for rows, _ in suspects for row in rows], left_out) from error
-    except Exception as error:
-        raise BrokenUpdateError(str(error)) from error
-    return Update(loss, grad_norm, engine.was_skipped(), left_out)
+            self._unreadable = self._unreadable + batch.unreadable.sum()
+        self._suspects.append((batch.indices, losses.detach()))
 
+    def step(self, max_grad_norm: float) -> Update:
+        """Clips the gradient and makes the optimizer step.
 
-def _next(
-    stream: Iterator[Batch], padding_batch: Callable[[], Batch] | None, failure: Exception | None
-) -> tuple[Batch, Exception | None]:
-    """The next micro-batch, and the error of the first one that failed; fillers follow, to keep processes in step."""
-    if padding_batch is None:
-        return next(stream), None
-    if failure is None:
+        Args:
+            max_grad_norm: maximum norm of the gradient; 0 for no clipping.
+
+        Raises:
+            NonFiniteLossError: the loss or gradient is not finite; the weights are unchanged.
+            LostBatchError: on every process, if a micro-batch failed to load on any of them; the weights are unchanged.
+            BrokenUpdateError: the optimizer failed while updating the weights.
+        """
+        engine = self._engine
+        lost = torch.tensor(float(self._failure is not None), device=self._loss.device)
+        sums = torch.stack([self._loss, self._unreadable, lost])
+        loss_sum, left_out, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
+        if lost_batches:
+            raise LostBatchError(self._failure)
+        unreadable = int(left_out)
+        # The loss is 0 if no image could be read.
+        loss = loss_sum / max(1, self._sample_count - unreadable)
+        if not math.isfinite(loss):
+            found = [int(index) for indices, seen in self._suspects for index in indices[~seen.isfinite()]]
+            raise NonFiniteLossError("loss", found, unreadable)
         try:
-            return next(stream), None
+            grad_norm = engine.step(max_grad_norm)
+        except ArithmeticError as error:
+            found = [int(index) for indices, _ in self._suspects for index in indices]
+            raise NonFiniteLossError("gradient", found, unreadable) from error
         except Exception as error:
-            failure = error
-    return padding_batch(), failure
+            raise BrokenUpdateError(str(error)) from error
+        return Update(loss, grad_norm, engine.was_skipped(), unreadable)
+
+
+def make_update(gradient: GradientAccumulator, stream: Iterator[Batch], max_grad_norm: float) -> Update:
+    """Makes a whole update with the next micro-batches of `stream`. Raises what `GradientAccumulator.step` raises."""
+    for batch in gradient.loaded(stream):
+        gradient.backward(batch)
+    return gradient.step(max_grad_norm)

@@ -29,7 +29,7 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.saving.state import Checkpointer, Progress
-from lora_dist.training.step import train_step
+from lora_dist.training.step import GradientAccumulator, make_update
 
 SHAPES: dict[str, dict[str, Any]] = {
     "vit_b": {},
@@ -97,16 +97,15 @@ def _update(engine: Engine, step: int) -> None:
         weights=torch.ones(2),
         indices=torch.arange(2),
     )
-    train_step(
+    gradient = GradientAccumulator(
         engine,
-        [batch],
         micro_batch_count=1,
         sample_count=2 * engine.accelerator.num_processes,
         learning_rate=1e-3,
-        max_grad_norm=1.0,
         label_smoothing=0.0,
         dropout_seed=(0, step),
     )
+    make_update(gradient, iter([batch]), max_grad_norm=1.0)
 
 
 def _tensor_bytes() -> int:

@@ -29,7 +29,7 @@ def test_a_sharded_model_is_put_back_to_the_bit(vit: Path, photos: Path, tmp_pat
         *common, "--per_device_train_batch_size", 4, "--output_dir", out, "--max_train_steps", 5,
         "--resume_from_checkpoint", "auto", launch_file="fsdp2_cpu.yaml",
     )  # fmt: skip
-    assert "was chosen by loss" in result.stderr
+    assert "was selected by loss" in result.stderr
     assert results_of(out)["step"] == 5
     for step, tolerance in ((3, 0), (5, 1e-5)):
         for name in ("trained.safetensors", "optimizer.safetensors"):

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: written aside, flushed, renamed and marked complete; verified when read; kept to a number.
+"""Checkpoints on disk: written atomically, verified when read, limited in number.
 
-A checkpoint is a directory `step-00000120` with what trains, the optimizer's moments and the run's position, in
-safetensors and JSON: reading one runs no code. `COMPLETE`, written last, holds the size and digest of each file.
+A checkpoint is a directory `step-00000120` with the trained tensors, the optimizer state and the progress, in
+safetensors and JSON: loading it executes no code. `COMPLETE`, written last, holds the size and digest of each file.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ class Checkpoint:
     """The content of a checkpoint.
 
     Attributes:
-        trained: name to tensor of all that training changes.
-        optimizer: `<moment>/<parameter>` to tensor.
-        state: position and counters, as JSON holds them.
+        trained: all tensors that training changes, by name.
+        optimizer: optimizer state, by `<moment>/<parameter>`.
+        state: progress, identity, loss scale and versions, as JSON values.
         directory: where it was read from.
     """
 
@@ -46,12 +46,12 @@ class Checkpoint:
 
 
 def path_of(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates stands."""
+    """Returns the path of the checkpoint after `step` updates."""
     return root / f"{_PREFIX}{step:08d}"
 
 
 def write(root: Path, step: int, content: Checkpoint) -> Path:
-    """Writes a checkpoint and returns where."""
+    """Writes a checkpoint and returns its path."""
     final = path_of(root, step)
     with whole_directory(final) as aside:
         save_file(content.trained, aside / TRAINED)
@@ -61,10 +61,10 @@ def write(root: Path, step: int, content: Checkpoint) -> Path:
 
 
 def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes a checkpoint again with another state. Its tensors are linked, not copied, where the disk can do that.
+    """Rewrites the state of a checkpoint. Tensor files are hard-linked, or copied if that is not supported.
 
     Raises:
-        OSError: it is not there, or cannot be written; the one that is there stays.
+        OSError: the checkpoint is missing or cannot be written; an existing one is unchanged.
         ValueError: its manifest is damaged.
     """
     final = path_of(root, step)
@@ -79,7 +79,7 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint after verifying every file of it.
 
     Raises:
-        UserError: the directory is no checkpoint, or an incomplete or damaged one.
+        UserError: the directory is not a checkpoint, or the checkpoint is incomplete or damaged.
     """
     problem = find_damage(path)
     if problem:
@@ -93,22 +93,22 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_newest(root: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that is whole, passing over damaged ones and saying so; None where there is none."""
+    """Returns the newest complete checkpoint, or None. Logs and skips damaged ones."""
     for path in reversed(listed(root)):
         try:
             return path, read(path)
         except (UserError, OSError, SafetensorError, ValueError) as error:
-            logger.warning("passing over a damaged checkpoint: %s", error)
+            logger.warning("skipping a damaged checkpoint: %s", error)
     return None
 
 
 def listed(root: Path) -> list[Path]:
-    """Checkpoints below `root`, oldest first, whole or not."""
+    """Returns all checkpoints below `root`, oldest first, complete or not."""
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
 
 
 def listed_after(root: Path, step: int) -> list[Path]:
-    """Those of them that are of more than `step` updates."""
+    """Returns the checkpoints below `root` with more than `step` updates."""
     return [path for path in listed(root) if path > path_of(root, step)]
 
 
@@ -120,16 +120,16 @@ def find_damage(path: Path) -> str | None:
             if not (path / name).is_file():
                 return f"{name} is missing"
             if _digest(path / name) != manifest[name]:
-                return f"{name} differs from what was written"
+                return f"{name} is corrupt (its size or digest has changed)"
     except FileNotFoundError:
-        return f"no {COMPLETE} in it, so it was never finished" if path.is_dir() else "no such directory"
+        return f"incomplete, because it has no file {COMPLETE}" if path.is_dir() else "no such directory"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{COMPLETE} is unreadable ({error})"
     return None
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Removes all but the newest `keep` whole checkpoints and the best, and what killed runs left half done."""
+    """Deletes all but the newest `keep` complete checkpoints and the best one, and leftovers of killed runs."""
     best = path_of(root, best_step) if best_step is not None else None
     whole = [path for path in listed(root) if _was_finished(path)]
     for path in listed(root):
@@ -139,7 +139,7 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
 
 
 def _was_finished(path: Path) -> bool:
-    """Whether the files of a checkpoint have their sizes; a save need not read all that was saved before."""
+    """Whether all files have the size in the manifest. Does not check digests, which would read every file."""
     try:
         manifest = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         return all((path / name).stat().st_size == manifest[name]["bytes"] for name in (TRAINED, OPTIMIZER, STATE))
@@ -148,9 +148,9 @@ def _was_finished(path: Path) -> bool:
 
 
 def abandon_after(root: Path, step: int) -> None:
-    """Puts aside the checkpoints after `step` updates, when a run goes on from there on another course."""
+    """Renames checkpoints after update `step` to `abandoned-…` when a run resumes from that update."""
     for path in listed_after(root, step):
-        logger.warning("%s is of another course than the one that goes on from update %d: put aside", path, step)
+        logger.warning("%s is from after update %d, from which this run resumes: renamed to abandoned-…", path, step)
         path.rename(unused(path.with_name(f"abandoned-{path.name}")))
 
 
@@ -162,7 +162,7 @@ def _write_state(directory: Path, state: dict[str, Any], digests: dict[str, Any]
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no hard links."""
+    """Hard-links a file, or copies it if the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:

@@ -1,4 +1,4 @@
-"""The directory of a run: what stands where, and that no run overwrites another."""
+"""The layout of a run's output directory, and checks that no run overwrites another."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from lora_dist.training.saving.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 MEASURED_BY = ("validation_dir", "validation_split", "max_eval_samples", "metric_for_best_model")
-"""Settings that count for a run with no update left as well: they decide how its result is chosen and evaluated."""
+"""Settings that also apply when a finished run is resumed, because they affect only selection and evaluation."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Output:
 
     @property
     def checkpoints(self) -> Path:
-        """What a run needs to go on."""
+        """Checkpoints to resume from."""
         return self.root / "checkpoints"
 
     @property
@@ -43,7 +43,7 @@ class Output:
 
     @property
     def adapter_init(self) -> Path:
-        """The adapter before training, where it was taken out of the base (PiSSA)."""
+        """The adapter before training, if its initialization changes the base weights (PiSSA)."""
         return self.root / "adapter_init"
 
     @property
@@ -53,17 +53,17 @@ class Output:
 
     @property
     def outbox(self) -> Path:
-        """Bundles on their way to the Hub; gone at the end."""
+        """Files waiting to be pushed to the Hub; deleted at the end of the run."""
         return self.root / "outbox"
 
     @property
     def save_request(self) -> Path:
-        """Asks a run for a checkpoint by being there."""
+        """File that requests a checkpoint if it exists."""
         return self.root / "SAVE"
 
     @property
     def config(self) -> Path:
-        """The settings as used, for `--config`."""
+        """The settings of the run, which `--config` can read."""
         return self.root / "config.yaml"
 
     @property
@@ -83,46 +83,50 @@ class Output:
 
     @property
     def metrics(self) -> Path:
-        """The curves as JSON lines."""
+        """The logged metrics as JSON lines."""
         return self.root / "metrics.jsonl"
 
     def results_found(self) -> list[Path]:
-        """What a run has left at its end."""
+        """Returns the existing results of a finished run."""
         return [path for path in (self.adapter, self.model, self.results, self.evaluation) if path.exists()]
 
     def begin(
-        self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int, total_steps: int
+        self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int, is_over: bool
     ) -> dict[str, Any]:
-        """Writes down what a run starts from, after saying which settings changed since it was interrupted.
+        """Writes the settings and splits of a run, and logs which settings changed since it was interrupted.
 
-        Checkpoints and results of later updates are put aside.
+        Moves checkpoints and results of later updates to `abandoned-…`.
 
         Args:
-            settings: flat.
+            settings: all settings, by flat name.
             splits: which samples train and which validate.
-            model: as it stands.
+            model: the model before further training.
             step: updates done.
-            total_steps: updates in the whole run.
+            is_over: whether no update is left.
 
         Returns:
-            What the result is made with, flat: of a run with no update left, what was written down before, but for
-            what it is evaluated by.
+            The settings that produce the result, by flat name. For a run with no update left: the saved settings,
+            except those in `MEASURED_BY`.
 
         Raises:
-            UserError: the run cannot be finished, because what its adapter started from is gone; or results cannot be
-                put aside.
+            UserError: the initial adapter, without which the run cannot be finished, is missing; or results cannot be
+                moved.
         """
         if adapters.mutates_base(model) and not self.adapter_init.exists() and step:
-            raise UserError(f"{self.adapter_init} is gone, and without it the trained adapter cannot be converted")
+            raise UserError(f"{self.adapter_init} is missing; the trained adapter cannot be converted without it")
         self.root.mkdir(parents=True, exist_ok=True)
-        self._abandon_results_after(step)
-        checkpoint.abandon_after(self.checkpoints, step)
         used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
         before = dict(read_settings(self.config))
-        finished = bool(before) and step >= total_steps
+        finished = bool(before) and is_over
+        measured_by = [name for name in MEASURED_BY if name in before and before[name] != used.get(name)]
+        if self._results_are_beyond(step):
+            self._abandon_results(f"from after update {step}")
+        elif measured_by:
+            self._abandon_results(f"selected and measured by another --{measured_by[0]}")
+        checkpoint.abandon_after(self.checkpoints, step)
         for name, value in used.items():
             if before.get(name, value) != value:
-                note = ", with no update left to make" if finished and name not in MEASURED_BY else ""
+                note = "; ignored, because no update is left" if finished and name not in MEASURED_BY else ""
                 logger.warning("--%s was %s when the run began and is now %s%s", name, before[name], value, note)
         lines = "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
         kept = {name: value for name, value in before.items() if name not in MEASURED_BY}
@@ -134,13 +138,13 @@ class Output:
                 adapters.save_adapter(model, aside)
         return made_with
 
-    def _abandon_results_after(self, step: int) -> None:
-        """Puts aside the results of a run that had made more than `step` updates, with its settings and metrics."""
+    def _abandon_results(self, reason: str) -> None:
+        """Moves results to `abandoned-results`, with their settings and metrics."""
         found = self.results_found()
-        if not found or not self._results_are_beyond(step):
+        if not found:
             return
         aside = unused(self.root / "abandoned-results")
-        logger.warning("the results in %s are of a run beyond update %d: put aside in %s", self.root, step, aside)
+        logger.warning("the results in %s are %s: moved to %s", self.root, reason, aside)
         try:
             with whole_directory(aside) as copies:
                 for path in (self.config, self.split, self.metrics):
@@ -149,10 +153,10 @@ class Output:
             for path in found:
                 path.rename(aside / path.name)
         except OSError as error:
-            raise UserError(f"cannot put aside the results in {self.root}: {error.strerror or error}") from error
+            raise UserError(f"cannot move the results in {self.root}: {error.strerror or error}") from error
 
     def _results_are_beyond(self, step: int) -> bool:
-        """Whether the results are of more than `step` updates; where they do not say, whether a checkpoint is."""
+        """Whether the results are from after update `step`; if they do not record it, whether a checkpoint is."""
         try:
             return int(json.loads(self.results.read_text(encoding="utf-8"))["step"]) > step
         except (OSError, ValueError, KeyError, TypeError):
@@ -160,10 +164,10 @@ class Output:
 
 
 def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a run from scratch.
+    """Returns the checkpoint to resume from, or None to start from scratch.
 
     Raises:
-        UserError: the run would overwrite files of another one, or the checkpoint named is damaged.
+        UserError: the run would overwrite files of another run, or the given checkpoint is damaged.
     """
     root = output.root
     if resume_from_checkpoint == "auto":
@@ -172,7 +176,7 @@ def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoin
     if resume_from_checkpoint is None:
         if in_use:
             raise UserError(
-                f"--output_dir {root} is not empty. Go on with the run in it by --resume_from_checkpoint auto, or name "
+                f"--output_dir {root} is not empty. Resume its run with --resume_from_checkpoint auto, or choose "
                 f"another directory."
             )
         return None
@@ -180,15 +184,15 @@ def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoin
     content = checkpoint.read(path)
     if in_use and path.resolve().parent != output.checkpoints.resolve():
         raise UserError(
-            f"{path} is no checkpoint of the run in --output_dir {root}, which is not empty. Go on with the run in "
-            f"that directory by --resume_from_checkpoint auto, or name another --output_dir for the run that goes on "
-            f"from the checkpoint."
+            f"{path} is not a checkpoint of the run in --output_dir {root}, which is not empty. Resume the run in "
+            f"that directory with --resume_from_checkpoint auto, or choose an empty --output_dir to resume "
+            f"from this checkpoint."
         )
     return content
 
 
 def _find_newest(output: Output) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; None where there is none, and no result either."""
+    """Returns the newest complete checkpoint of a run, or None if the run has no checkpoints and no results."""
     newest = checkpoint.read_newest(output.checkpoints)
     if newest is not None:
         path, content = newest
@@ -196,8 +200,8 @@ def _find_newest(output: Output) -> Checkpoint | None:
         return content
     if found := output.results_found():
         raise UserError(
-            f"{output.root} holds results ({', '.join(path.name for path in found)}) but no whole checkpoint to go on "
-            f"from. A start from scratch would overwrite them: move them away, or name another --output_dir."
+            f"{output.root} holds results ({', '.join(path.name for path in found)}) but no complete checkpoint to "
+            f"resume from. Starting from scratch would overwrite them: move them, or choose another --output_dir."
         )
     logger.info("no complete checkpoint in %s: starting from scratch", output.checkpoints)
     return None
@@ -208,7 +212,7 @@ def _as_json(content: Mapping[str, Any]) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """The same for JSON, which has neither NaN nor infinity: a number that could not be computed is null."""
+    """Replaces NaN and infinity with None, because JSON has neither."""
     if isinstance(value, Mapping):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -217,17 +221,17 @@ def without_nan(value: Any) -> Any:
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:
-    """The flat settings that a run has written down, if it has and they can be read."""
+    """Reads the flat settings that a run saved; empty if there are none or they cannot be read."""
     if not path.is_file():
         return {}
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        logger.warning("cannot read %s, so nobody knows which settings have changed: %s", path, error)
+        logger.warning("cannot read %s, so changed settings are not reported: %s", path, error)
         return {}
     if isinstance(found, Mapping):
         return found
-    logger.warning("cannot read %s, so nobody knows which settings have changed: it is no mapping", path)
+    logger.warning("cannot read %s, so changed settings are not reported: it is not a mapping", path)
     return {}
 
 
@@ -237,7 +241,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, content: str) -> None:
-    """Writes what a run can go on without."""
+    """Writes a file that a run does not depend on; an error is only logged."""
     try:
         replace_file(path, content.encode())
     except OSError as error:

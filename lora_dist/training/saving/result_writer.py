@@ -23,8 +23,8 @@ from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation
-from lora_dist.training.loop import Job
 from lora_dist.training.reporting.report import write_evaluation
+from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
 from lora_dist.training.saving.publisher import Publisher, Push
@@ -62,52 +62,55 @@ class ResultWriter:
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
-    def push_best(self, job: Job, progress: Progress, evaluation: Evaluation) -> None:
+    def push_best(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
         """Has the model as it is, which is the best so far, pushed to the Hub; whatever fails is no more than said.
 
         Args:
-            job: its model holds the best weights.
+            run: its model holds the best weights.
             progress: so far.
             evaluation: of those weights.
         """
-        if not job.settings.hub.push_to_hub:
+        if not run.settings.hub.push_to_hub:
             return
-        trained = job.engine.trainable_state()
+        trained = run.engine.trainable_state()
         if self.publisher is None or not all(tensor.isfinite().all() for tensor in trained.values()):
             return
         directory = self.output.outbox / f"step-{progress.step:08d}"
         try:
-            self._write(directory, job, trained, evaluation, self._results(job, progress, evaluation))
+            self._write(directory, run, trained, evaluation, self._results(run, progress, evaluation))
         except (OSError, SafetensorError, UserError) as error:
             logger.warning("cannot write what is to be pushed to the Hub: %s", error)
             return
-        self.publisher.push(Push(directory, _message(job, progress), passes=True))
+        self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
-    def finalize(self, job: Job, progress: Progress, evaluation: Evaluation) -> None:
+    def finalize(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
         """Writes what a run leaves behind, and checks that it classifies as what was trained.
 
         Args:
-            job: its model holds the best weights.
+            run: its model holds the best weights.
             progress: at the end.
             evaluation: of those weights.
         """
-        job.watch.now("writing the result", first=True)
-        accelerator, tracker, validation = job.engine.accelerator, job.tracker, self.data.validation
-        trained = job.engine.trainable_state()
+        run.watch.now("writing the result", first=True)
+        accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
+        trained = run.engine.trainable_state()
         images = [validation.image(index) for index in np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]]
-        expected = _logits(job, images)
+        expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
-            results = self._results(job, progress, evaluation)
-            written = self._result(job)
+            results = self._results(run, progress, evaluation)
+            written = self._result(run)
             try:
-                self._write(written, job, trained, evaluation, results)
+                self._write(written, run, trained, evaluation, results)
                 write_evaluation(self.output.evaluation, evaluation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
-                self._write_elsewhere(error, job, trained, evaluation, results)
+                self._write_elsewhere(error, run, trained, evaluation, results)
             tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
-            require_same_logits(written, images, expected, tolerance, job.settings.model.trust_remote_code)
-            tracker.hyperparameters(flatten(job.settings), evaluation.metrics)
+            if expected is not None:
+                require_same_logits(written, images, expected, tolerance, run.settings.model.trust_remote_code)
+            else:
+                logger.warning("%s is not checked: no validation image has finite logits", written)
+            tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
             tracker.close()
         accelerator.wait_for_everyone()
@@ -115,32 +118,32 @@ class ResultWriter:
     def _write_elsewhere(
         self,
         error: Exception,
-        job: Job,
+        run: TrainingRun,
         trained: dict[str, Tensor],
         evaluation: Evaluation,
         results: dict[str, Any],
     ) -> NoReturn:
         """Puts the result of a run whose directory cannot be written to where temporary files go."""
-        saved, reason = job.checkpointer.saved_step, f"cannot write the result to {self.output.root}: {error}."
+        saved, reason = run.checkpointer.saved_step, f"cannot write the result to {self.output.root}: {error}."
         resume = "" if saved is None else f" Make room, then --resume_from_checkpoint auto goes on from update {saved}."
         try:
             rescue = Path(tempfile.mkdtemp(prefix="lora_dist-"))
-            self._write(rescue / self._result(job).name, job, trained, evaluation, results)
+            self._write(rescue / self._result(run).name, run, trained, evaluation, results)
             write_json(rescue / self.output.results.name, results)
         except (OSError, SafetensorError) as second:
             raise ResultNotWrittenError(f"{reason} Nor elsewhere: {second}.{resume}") from error
         raise ResultNotWrittenError(f"{reason} It is in {rescue}.{resume}") from error
 
-    def publish(self, job: Job, progress: Progress) -> None:
+    def publish(self, run: TrainingRun, progress: Progress) -> None:
         """Pushes the result to the Hub, where that was asked for, and waits for it; a failure is no more than said."""
         if self.publisher is not None:
-            self.publisher.finish(Push(self._result(job), _message(job, progress), passes=False))
+            self.publisher.finish(Push(self._result(run), _message(run, progress), passes=False))
             shutil.rmtree(self.output.outbox, ignore_errors=True)
 
-    def _result(self, job: Job) -> Path:
-        return self.output.model if job.settings.model.tuning == "full" else self.output.adapter
+    def _result(self, run: TrainingRun) -> Path:
+        return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
-    def _results(self, job: Job, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
+    def _results(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
         trainable, total = self.parameters
         return {
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
@@ -151,7 +154,7 @@ class ResultWriter:
             "train_samples_per_second": progress.samples / max(progress.train_seconds, 1e-9),
             "trainable_params": trainable,
             "all_params": total,
-            "epoch": job.order.samples_before(progress.step) / job.order.num_samples,
+            "epoch": run.order.samples_before(progress.step) / run.order.num_samples,
             "step": progress.step,
             "best_step": progress.best_step,
             "skipped_updates": progress.skipped_updates,
@@ -159,20 +162,25 @@ class ResultWriter:
                 "train": progress.unreadable_images,
                 "validation": len(self.data.validation) - evaluation.num_samples,
             },
-            "effective_batch": job.order.effective_batch,
+            "effective_batch": run.order.effective_batch,
             "data_fingerprint": {
                 "train": self.data.train.fingerprint(),
                 "validation": self.data.validation.fingerprint(),
             },
             "base_model": self.base.identity(),
-            **environment(job.engine.accelerator),
+            **environment(run.engine.accelerator),
         }
 
     def _write(
-        self, directory: Path, job: Job, trained: dict[str, Tensor], evaluation: Evaluation, results: dict[str, Any]
+        self,
+        directory: Path,
+        run: TrainingRun,
+        trained: dict[str, Tensor],
+        evaluation: Evaluation,
+        results: dict[str, Any],
     ) -> None:
         """Puts the trained tensors into a fresh model, whatever engine they come from, and writes that."""
-        settings = job.settings
+        settings = run.settings
         base, model = self._fresh_model(settings)
         load_trained(model, trained)
         card = model_card(
@@ -205,15 +213,15 @@ class ResultWriter:
 
 
 @torch.inference_mode()
-def _logits(job: Job, images: list[Image.Image]) -> Tensor:
+def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
     """What the trained model says of some images, on every process alike."""
-    pixels = job.evaluator.transforms.batch(images).to(job.engine.accelerator.device)
-    return job.engine.model(pixel_values=pixels).logits.float().cpu()
+    pixels = run.evaluator.transforms.batch(images).to(run.engine.accelerator.device)
+    return run.engine.model(pixel_values=pixels).logits.float().cpu()
 
 
-def _message(job: Job, progress: Progress) -> str:
+def _message(run: TrainingRun, progress: Progress) -> str:
     """Of the commit: which weights these are, and how good."""
-    name = job.settings.optimization.metric_for_best_model
+    name = run.settings.optimization.metric_for_best_model
     if progress.best_step is None or progress.best_value is None:
         return f"Step {progress.step}"
     return f"Step {progress.best_step}: {name} {progress.best_value:.4f}"

@@ -1,4 +1,4 @@
-"""A run's state in memory: its position, and the way of weights and moments into a checkpoint and back."""
+"""The state of a run: progress counters, and saving and restoring weights and optimizer state."""
 
 import logging
 import math
@@ -21,38 +21,38 @@ from lora_dist.training.saving.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 KEPT_IN_MEMORY = 2**28
-"""Bytes of the best weights that a process keeps, whatever becomes of the disk: all of LoRA, not all of `full`."""
+"""Maximum bytes of the best weights to keep in memory in case the disk fails; enough for LoRA, not for every `full`."""
 
 _FORMER_NAMES = {"blind_updates": "consecutive_unreadable", "settled_step": "last_evaluated_step"}
 
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Progress counters of a run.
 
     There is no random state here: order, augmentation and dropout are functions of the seed and the position.
 
     Attributes:
-        step: updates done.
+        step: number of completed updates.
         best_step: update with the best validation metric so far.
         best_value: that metric.
         best_metric: its name.
         best_data: fingerprint of the validation data that it was measured on.
-        stale_evaluations: evaluations since then.
-        skipped_updates: updates that were left out, by fp16 loss scaling or because they were not finite.
-        skipped_in_a_row: those since the last one that was made.
-        unreadable_images: samples that were left out because their images could not be read, each time they came.
+        stale_evaluations: evaluations since `best_step`, for early stopping.
+        skipped_updates: updates skipped by fp16 loss scaling or because they were not finite.
+        skipped_in_a_row: updates skipped since the last applied one.
+        unreadable_images: samples skipped because their image could not be read; counted again in each epoch.
         consecutive_unreadable: updates in a row, up to this one, without a readable image.
         train_seconds: time spent in updates, evaluation and saving not counted.
         samples: samples trained on in that time.
         grad_norm: of the last update, before clipping.
         loss_sum: sum of the losses of all updates that were finite.
-        loss_count: number of those.
+        loss_count: number of updates in `loss_sum`.
         logged_step: update of the last log.
-        logged_loss_sum: `loss_sum` then.
-        logged_loss_count: `loss_count` then.
+        logged_loss_sum: `loss_sum` at `logged_step`.
+        logged_loss_count: `loss_count` at `logged_step`.
         last_evaluated_step: last update whose due evaluation has been made; a run that was stopped before
-            it makes it when it goes on.
+            that evaluates when it is resumed.
     """
 
     step: int = 0
@@ -82,24 +82,37 @@ class Progress:
 
     @property
     def mean_loss(self) -> float:
-        """Over the updates since the last log; NaN if none of them was finite."""
+        """Mean loss over the updates since the last log; NaN if none of them was finite."""
         count = self.loss_count - self.logged_loss_count
         return (self.loss_sum - self.logged_loss_sum) / count if count else math.nan
 
     def note_update(self, loss: float, grad_norm: float, skipped: bool) -> None:
-        """Takes an update into account, whether or not fp16 loss scaling left it out."""
+        """Adds an update to the counters, including one that fp16 loss scaling skipped."""
         self.loss_sum += loss
         self.loss_count += 1
         self.grad_norm = grad_norm
         self.skipped_updates += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
+    def note_skipped(self) -> None:
+        """Counts an update that was skipped because it was not finite."""
+        self.skipped_updates += 1
+        self.skipped_in_a_row += 1
+
+    def note_samples(self, samples: int, unreadable: int, seconds: float) -> None:
+        """Counts an update, with its samples over all processes and the seconds that it took."""
+        self.step += 1
+        self.samples += samples
+        self.unreadable_images += unreadable
+        self.consecutive_unreadable = self.consecutive_unreadable + 1 if unreadable == samples else 0
+        self.train_seconds += seconds
+
     def note_log(self) -> None:
-        """The next mean is over what comes from here."""
+        """Resets `mean_loss`: the next mean starts here."""
         self.logged_step, self.logged_loss_sum, self.logged_loss_count = self.step, self.loss_sum, self.loss_count
 
     def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
-        """Takes a validation metric into account; True where it is the best so far."""
+        """Adds a validation metric; returns whether it is the best so far."""
         before = self.best_value
         # A metric that is not a number is better than none, and worse than any.
         better = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
@@ -111,7 +124,7 @@ class Progress:
 
 
 class Checkpointer:
-    """Saves a run's state and puts it back. Every method is called on every process.
+    """Saves and restores the state of a run. Every method must be called on every process.
 
     Attributes:
         directory: where the checkpoints stand.
@@ -122,8 +135,8 @@ class Checkpointer:
         """
         Args:
             directory: where the checkpoints stand.
-            engine: whose state it is.
-            identity: what a run has to share with this one to go on from it.
+            engine: engine whose state is saved.
+            identity: what a run must have in common with this one to resume from its checkpoints.
             keep: checkpoints to keep, besides the best.
         """
         self.directory = directory
@@ -136,10 +149,10 @@ class Checkpointer:
         self._last_weights: dict[str, Tensor] | None = None
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint of this moment and removes those that are no longer needed.
+        """Writes a checkpoint of the current state and deletes old ones.
 
-        A failure to write is logged, and training goes on: the next checkpoint may find room. The best weights are kept
-        in memory as well, large ones only where they could not be written.
+        Logs write errors and lets training continue, because the next write may succeed. The best weights are also kept
+        in memory; large ones only if they could not be written.
         """
         if not self._replace_state(progress):
             self._save_all(progress)
@@ -147,7 +160,7 @@ class Checkpointer:
             self._best_weights = None if self._last_weights is None else (progress.step, self._last_weights)
 
     def _replace_state(self, progress: Progress) -> bool:
-        """Updates the checkpoint that this process has written after the same update: its tensors are as they were."""
+        """Rewrites the state of a checkpoint already written for this update, whose tensors are unchanged."""
         if self._written_step != progress.step:
             return False
         replaced = False
@@ -157,7 +170,7 @@ class Checkpointer:
                 checkpoint.prune(self.directory, self._keep, progress.best_step)
                 replaced = True
             except (OSError, ValueError, KeyError) as error:
-                logger.warning("writing the checkpoint of update %d anew: %s", progress.step, error)
+                logger.warning("cannot reuse the checkpoint of update %d, rewriting it: %s", progress.step, error)
         (replaced,) = broadcast_object_list([replaced])
         return replaced
 
@@ -180,32 +193,32 @@ class Checkpointer:
     def _write(self, progress: Progress, content: Checkpoint) -> bool:
         broken = [name for name, tensor in content.trained.items() if not tensor.isfinite().all()]
         if broken:
-            logger.warning("not saved, because %s is not finite: the checkpoint before stands", broken[0])
+            logger.warning("checkpoint not saved, because %s is not finite; the previous one is kept", broken[0])
             return False
         try:
             checkpoint.write(self.directory, progress.step, content)
             checkpoint.prune(self.directory, self._keep, progress.best_step)
         except (OSError, SafetensorError) as error:
             logger.error(
-                "cannot write the checkpoint of update %d: %s. Training goes on. Make room for the next one; until "
-                "then what there is to go on from is %s.",
+                "cannot write the checkpoint of update %d: %s. Training continues. Free space for the next one; until "
+                "then, the last checkpoint to resume from: %s.",
                 progress.step,
                 error,
-                "nothing" if self.saved_step is None else f"update {self.saved_step}",
+                "none" if self.saved_step is None else f"update {self.saved_step}",
             )
             return False
         logger.info("saved a checkpoint after update %d", progress.step)
         return True
 
     def restore(self, content: Checkpoint) -> Progress:
-        """Puts a checkpoint back, exactly.
+        """Restores weights, optimizer state, loss scale and progress from a checkpoint.
 
         Raises:
-            UserError: it is of a run that differs in a way that would change the result.
+            UserError: the checkpoint is from a run that differs in a way that would change the result.
         """
         if changes := list(differences(content.state["identity"], self._identity)):
             raise UserError(
-                "\n  ".join(["the checkpoint is of another run:", *changes])
+                "\n  ".join(["the checkpoint does not match this run:", *changes])
                 + "\nUse the settings, base and data of that run (see its config.yaml), or another --output_dir."
             )
         _tell_other_versions(content.state.get("versions", {}))
@@ -218,7 +231,7 @@ class Checkpointer:
         unmatched = sorted({name for name, _ in expected.items() ^ found.items()})
         if unmatched:
             raise UserError(
-                f"the checkpoint trains other tensors than this run, or of other shapes: {', '.join(unmatched[:5])} …"
+                f"the trained tensors of the checkpoint have other names or shapes: {', '.join(unmatched[:5])} …"
             )
         self._engine.load_trainable_state(content.trained)
         self._engine.load_optimizer_state(content.optimizer)
@@ -233,31 +246,31 @@ class Checkpointer:
             [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
         )
         if gone:
-            logger.warning("the best checkpoint so far, of update %d, is not here; looking anew", progress.best_step)
+            logger.warning("the best checkpoint (update %d) is missing; selecting a new best", progress.best_step)
             progress.best_step = progress.best_value = None
         elif progress.best_step is not None and _small(content.trained):
             self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).trained
         return progress
 
     def restore_best(self, progress: Progress) -> None:
-        """Puts the best weights into the model; where they are lost, the last ones stay, and `best_step` is none."""
+        """Loads the best weights into the model. If they are lost, keeps the last ones and sets `best_step` to None."""
         if progress.best_step in (None, progress.step):
             return
         weights = self.best_weights(progress)
         if weights is None:
-            logger.warning("handing over the last weights instead of the best ones")
+            logger.warning("the result has the last weights instead of the best ones")
         else:
             self._engine.load_trainable_state(weights)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
-        """What was trained up to the best update; None where that is lost, and `best_step` is none then."""
+        """Returns the weights of the best update. If they are lost, returns None and sets `best_step` to None."""
         if self._best_weights is not None and self._best_weights[0] == progress.best_step:
             return self._best_weights[1]
         best = self._best(progress)
         (damage,) = broadcast_object_list([self._engine.accelerator.is_main_process and checkpoint.find_damage(best)])
         if not damage:
             return checkpoint.read(best).trained
-        logger.warning("the best weights, of update %d, are no longer there (%s)", progress.best_step, damage)
+        logger.warning("the best weights (update %d) cannot be read any more (%s)", progress.best_step, damage)
         progress.best_step = progress.best_value = None
         return None
 
@@ -267,17 +280,17 @@ class Checkpointer:
 
 
 def _small(trained: dict[str, Tensor]) -> bool:
-    """Whether weights may stay in memory beside those that train."""
+    """Whether a copy of the weights is small enough to keep in memory."""
     return sum(tensor.nbytes for tensor in trained.values()) <= KEPT_IN_MEMORY
 
 
 def _tell_other_versions(before: dict[str, str]) -> None:
-    """Says which releases differ from those that wrote a checkpoint."""
+    """Logs packages whose versions differ from those that wrote the checkpoint."""
     now = versions()
     changed = [name for name, version in before.items() if now.get(name) != version]
     if changed:
         logger.warning(
-            "the checkpoint is of %s, and this is %s: numbers may differ from those of an unbroken run",
+            "the checkpoint was written with %s, but this run uses %s: results may differ from an uninterrupted run",
             ", ".join(f"{name} {before[name]}" for name in changed),
             ", ".join(f"{name} {now.get(name)}" for name in changed),
         )

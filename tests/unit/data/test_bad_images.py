@@ -156,7 +156,7 @@ def test_a_run_that_can_read_nothing_does_not_pass_for_one_that_trained(
         _run(vit, tmp_path, *more)
     assert end.value.code == 1
     updates = 2 if more else 3
-    assert f"none of the images of the last {updates} updates can be read" in capfd.readouterr().err
+    assert f"no image could be read in the last {updates} updates" in capfd.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -179,7 +179,7 @@ def test_an_epoch_is_not_lost_where_no_validation_image_can_be_read(
     assert end.value.code == 1
     said = capfd.readouterr().err
     assert "none of the validation images can be read" in said
-    assert "--resume_from_checkpoint auto goes on from update 3" in said
+    assert "--resume_from_checkpoint auto resumes from update 3" in said
     make_folder(tmp_path / "validation", per_class=1, first=100)
     _run(vit, tmp_path, "--resume_from_checkpoint", "auto")
     assert [line["step"] for line in lines_of(tmp_path / "run") if "eval/loss" in line] == [3, 6]

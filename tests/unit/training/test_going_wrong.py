@@ -75,7 +75,7 @@ def test_images_that_go_away_cost_no_update(
     assert code == 2
     said = capfd.readouterr().err
     assert "cannot read an image" in said
-    assert f"All updates are saved: --resume_from_checkpoint auto goes on from update {saved}." in said
+    assert f"All updates are saved: --resume_from_checkpoint auto resumes from update {saved}." in said
     assert "Traceback" not in said
     assert saved_in(tmp_path / "broken")["step"] == saved
     away.rename(images / part)
@@ -94,7 +94,7 @@ def test_an_error_of_the_program_saves_first_as_well(
     with pytest.raises(ZeroDivisionError):
         _fails(monkeypatch, 5, fail, (vit, images, tmp_path / "broken"))
     said = capfd.readouterr().err
-    assert "ZeroDivisionError: odd. All updates are saved: --resume_from_checkpoint auto goes on from update 5" in said
+    assert "ZeroDivisionError: odd. All updates are saved: --resume_from_checkpoint auto resumes from update 5" in said
     assert saved_in(tmp_path / "broken")["step"] == 5
     time.sleep(1)
     _run(vit, images, tmp_path / "broken", *RESUME)
@@ -128,6 +128,23 @@ def test_an_image_whose_logits_overflow_is_a_missing_figure_and_a_warning(
     assert report["metrics"]["loss"] is None
     assert sum(map(sum, report["confusion_matrix"]["rows_true_columns_predicted"])) == 8
     assert "nan" not in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_without_any_finite_logits_is_written_all_the_same(
+    vit: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No image is right then, among the first five either; and none shows whether the adapter reads back."""
+    finished = EvaluationImages.finished
+    monkeypatch.setattr(
+        EvaluationImages,
+        "finished",
+        lambda self, batch: (done := finished(self, batch))._replace(pixel_values=done.pixel_values * torch.inf),
+    )
+    out = _run(vit, images, tmp_path / "run")
+    results = results_of(out)
+    assert (results["eval_accuracy"], results["eval_top5_accuracy"], results["eval_loss"]) == (0, 0, None)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert "is not checked: no validation image has finite logits" in capfd.readouterr().err
 
 
 def test_a_picture_that_cannot_be_made_is_a_missing_picture(

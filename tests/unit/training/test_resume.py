@@ -105,16 +105,16 @@ def test_lora_that_is_given_and_differs_is_an_error_naming_both(
     out = _run(vit, photos, tmp_path / "run", "--lora_alpha", 64, "--use_rslora", "true")
     before = _contents(out)
     said = _refused(capfd, vit, photos, out, *RESUME, "--lora_alpha", 16, "--use_rslora", "false", "--lora_r", 16)
-    assert "--lora_alpha is 16, and the checkpoint has 64" in said
-    assert "--use_rslora is False, and the checkpoint has True" in said
+    assert "--lora_alpha is 16, but the checkpoint has 64" in said
+    assert "--use_rslora is False, but the checkpoint has True" in said
     assert "lora_r" not in said
     (tmp_path / "recipe.yaml").write_text("lora_alpha: 8\n")
     said = _refused(capfd, vit, photos, out, *RESUME, "--config", tmp_path / "recipe.yaml")
-    assert "--lora_alpha is 8, and the checkpoint has 64" in said
+    assert "--lora_alpha is 8, but the checkpoint has 64" in said
     said = _refused(capfd, vit, photos, out, *RESUME, "--tuning", "head")
-    assert "--tuning is head, and the checkpoint has lora" in said
+    assert "--tuning is head, but the checkpoint has lora" in said
     said = _refused(capfd, vit, photos, out, *RESUME, "--lora_target_modules", "query")
-    assert "trains other tensors" in said
+    assert "have other names or shapes" in said
     assert _contents(out) == before
     _run(vit, photos, out, *RESUME, "--lora_alpha", 64, "--lora_target_modules", "query,value", "--max_train_steps", 5)
     assert results_of(out)["step"] == 5
@@ -135,7 +135,7 @@ def test_an_old_checkpoint_goes_on_with_what_the_settings_beside_it_say(
     out = _run(vit, photos, tmp_path / "run", "--lora_alpha", 64)
     _rewrite_states(out, _forget)
     said = _refused(capfd, vit, photos, out, *RESUME, "--lora_alpha", 8)
-    assert "--lora_alpha is 8, and the checkpoint has 64" in said
+    assert "--lora_alpha is 8, but the checkpoint has 64" in said
     # From its directory into another one as well.
     newest = sorted((out / "checkpoints").iterdir())[-1]
     other = _run(vit, photos, tmp_path / "other", "--resume_from_checkpoint", newest, "--max_train_steps", 6)
@@ -216,6 +216,45 @@ def _assert_same_checkpoint(out: Path, expected: Path, step: int) -> None:
         assert all(tensor.equal(whole[key]) for key, tensor in found.items())
 
 
+def test_a_processor_entry_that_is_gone_is_another_run(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(vit, tmp_path / "vit"))
+    path = model / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}))
+    out = _run(model, photos, tmp_path / "run", "--max_train_steps", 2)
+    path.write_text(json.dumps(content))
+    said = _refused(capfd, model, photos, out, *RESUME, "--max_train_steps", 3)
+    assert "processor.do_center_crop was True and is now None" in said
+
+
+def test_a_run_that_stopped_early_keeps_the_settings_that_it_was_made_with(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    early = ("--learning_rate", 1e-30, "--early_stopping_patience", 1, "--max_train_steps", 40)
+    out = _run(vit, photos, tmp_path / "run", *early)
+    assert results_of(out)["step"] < 40
+    before = yaml.safe_load((out / "config.yaml").read_text())
+    _run(vit, photos, out, *RESUME, *early[2:], "--learning_rate", 0.5)
+    assert "--learning_rate was 1e-30 when the run began and is now 0.5; ignored" in capfd.readouterr().err
+    assert yaml.safe_load((out / "config.yaml").read_text()) == before
+
+
+def test_results_measured_by_another_metric_are_put_aside(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = _run(vit, photos, tmp_path / "run")
+    before = {name: (out / name).read_bytes() for name in ("all_results.json", "adapter/adapter_model.safetensors")}
+    _run(vit, photos, out, *RESUME, "--metric_for_best_model", "loss")
+    assert "are selected and measured by another --metric_for_best_model: moved to" in capfd.readouterr().err
+    aside = out / "abandoned-results"
+    assert {name: (aside / name).read_bytes() for name in before} == before
+    assert (out / "adapter").is_dir()
+    _run(vit, photos, out, *RESUME, "--metric_for_best_model", "loss")
+    assert [path.name for path in out.glob("abandoned-results*")] == ["abandoned-results"]
+
+
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_the_best_is_measured_anew_by_another_metric(
     tuning: str, vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -233,12 +272,12 @@ def test_the_best_is_measured_anew_by_another_metric(
     capfd.readouterr()
     _run(base, photos, out, *more, *RESUME, "--metric_for_best_model", "accuracy", "--max_train_steps", 9)
     said = capfd.readouterr().err
-    assert f"the best so far, update {best}, was chosen by loss {losses[best]:.4f}. Measured anew" in said
+    assert f"the best so far, update {best}, was selected by loss {losses[best]:.4f}. Re-evaluated" in said
     assert f"update {best} has accuracy {accuracies[best]:.4f}" in said
     assert (results_of(out)["best_step"], results_of(out)["eval_accuracy"]) == (later, accuracies[later])
     _assert_same_checkpoint(out, whole, 9)
     _run(base, photos, out, *more, *RESUME, "--metric_for_best_model", "accuracy", "--max_train_steps", 9)
-    assert "Measured anew" not in capfd.readouterr().err
+    assert "Re-evaluated" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["files", "selection"])
@@ -261,8 +300,8 @@ def test_the_best_is_measured_anew_on_other_validation_data(
     capfd.readouterr()
     _run(vit, photos, out, *loss, *RESUME, *change)
     said = capfd.readouterr().err
-    assert f"the best so far, update {best}, was chosen by loss" in said
-    assert "on other validation data. Measured anew" in said
+    assert f"the best so far, update {best}, was selected by loss" in said
+    assert "on other validation data. Re-evaluated" in said
     assert f"update {best} has loss {losses[best]:.4f}, update 9 has loss {losses[9]:.4f}" in said
     assert (saved_in(out)["best_step"], results_of(out)["best_step"]) == (9, 9)
     assert results_of(out)["eval_loss"] == pytest.approx(losses[9])
@@ -282,7 +321,7 @@ def test_patience_begins_anew_with_the_measure(
     capfd.readouterr()
     _run(vit, misled, out, *more, photos / "train", *RESUME)
     assert results_of(out)["step"] == stopped
-    assert "Measured anew" not in capfd.readouterr().err
+    assert "Re-evaluated" not in capfd.readouterr().err
     _run(vit, photos, out, *more, photos / "train", *RESUME)
     assert results_of(out)["step"] > stopped
 
@@ -297,7 +336,7 @@ def test_an_old_checkpoint_has_its_best_measured_by_what_the_run_goes_by(
     _rewrite_states(out, _forget)
     capfd.readouterr()
     _run(vit, photos, out, *RESUME, "--max_train_steps", 5, "--learning_rate", 1e-30)
-    assert "Measured anew" not in capfd.readouterr().err
+    assert "Re-evaluated" not in capfd.readouterr().err
     after = saved_in(out)
     assert {name: after[name] for name in ("best_step", "best_value", "best_metric", "best_data")} == {
         name: before[name] for name in ("best_step", "best_value", "best_metric", "best_data")
@@ -314,7 +353,7 @@ def test_a_best_that_cannot_be_read_is_set_aside_and_told(
     shutil.rmtree(out / "checkpoints" / f"step-{best:08d}")
     capfd.readouterr()
     _run(vit, photos, out, *loss, *RESUME)
-    assert f"the best checkpoint so far, of update {best}, is not here" in capfd.readouterr().err
+    assert f"the best checkpoint (update {best}) is missing" in capfd.readouterr().err
     assert saved_in(out)["best_step"] == results_of(out)["best_step"] == 4
 
 
@@ -348,11 +387,11 @@ def test_no_results_are_overwritten(vit: Path, photos: Path, tmp_path: Path, cap
     other = _run(vit, photos, tmp_path / "other")
     second, before = one / "checkpoints" / "step-00000002", _contents(other)
     said = _refused(capfd, vit, photos, other, "--resume_from_checkpoint", second)
-    assert f"{second} is no checkpoint of the run in --output_dir {other}" in said
+    assert f"{second} is not a checkpoint of the run in --output_dir {other}" in said
     assert _contents(other) == before
     shutil.rmtree(other / "checkpoints")
     before = _contents(other)
-    assert "no whole checkpoint to go on from" in _refused(capfd, vit, photos, other, *RESUME)
+    assert "no complete checkpoint to resume from" in _refused(capfd, vit, photos, other, *RESUME)
     assert _contents(other) == before
 
     before = _contents(one)

@@ -28,7 +28,7 @@ from lora_dist.settings.train import (
 )
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.schedule import Schedule
-from lora_dist.training.step import NonFiniteLossError, Update, batch_loss, train_step
+from lora_dist.training.step import GradientAccumulator, NonFiniteLossError, Update, batch_loss, make_update
 
 LABELS = ["a", "b", "c"]
 
@@ -47,10 +47,10 @@ class Trained:
 
     def update(self, batches: list[Batch] | Iterator[Batch], count: int, samples: int, **more: Any) -> Update:
         """One update over micro-batches."""
-        settings: dict[str, Any] = {
-            "learning_rate": 1e-3, "max_grad_norm": 1.0, "label_smoothing": 0.0, "dropout_seed": (0, 0),
-        }  # fmt: skip
-        return train_step(self.engine, batches, micro_batch_count=count, sample_count=samples, **(settings | more))
+        settings: dict[str, Any] = {"learning_rate": 1e-3, "label_smoothing": 0.0, "dropout_seed": (0, 0)}
+        max_grad_norm = more.pop("max_grad_norm", 1.0)
+        gradient = GradientAccumulator(self.engine, micro_batch_count=count, sample_count=samples, **(settings | more))
+        return make_update(gradient, iter(batches), max_grad_norm)
 
     def gradients(self) -> dict[str, Tensor]:
         """Of what trains, as they stand."""

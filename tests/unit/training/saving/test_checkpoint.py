@@ -118,14 +118,14 @@ def test_after_any_damage_the_older_one_is_read_and_the_reader_told(
     assert checkpoint.read_newest(tmp_path)[0] == newest  # type: ignore[index]
     damage(newest / name)
     assert checkpoint.find_damage(newest)
-    with pytest.raises(UserError, match=f"cannot resume from {newest}: .*({name}|differs)"):
+    with pytest.raises(UserError, match=f"cannot resume from {newest}: .*({name}|corrupt)"):
         checkpoint.read(newest)
     with caplog.at_level(logging.WARNING):
         found = checkpoint.read_newest(tmp_path)
     assert found is not None
     assert found[0] == checkpoint.path_of(tmp_path, 3)
     assert_same(found[1], content(3))
-    assert "passing over a damaged checkpoint" in caplog.text
+    assert "skipping a damaged checkpoint" in caplog.text
     assert str(newest) in caplog.text
     assert newest.is_dir(), "what is damaged may still be of use to somebody"
 
@@ -143,7 +143,7 @@ def test_nothing_is_found_where_there_is_nothing(tmp_path: Path) -> None:
     assert checkpoint.read_newest(tmp_path / "nowhere") is None
     with pytest.raises(UserError, match="no such directory"):
         checkpoint.read(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="never finished"):
+    with pytest.raises(UserError, match="incomplete"):
         checkpoint.read(tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_a_result_that_cannot_be_written_is_put_elsewhere(
     assert end.value.code == 1
     message = capfd.readouterr().err
     assert f"cannot write the result to {disk / 'run'}" in message
-    assert "--resume_from_checkpoint auto goes on from update 2" in message
+    assert "--resume_from_checkpoint auto resumes from update 2" in message
     rescue = Path(message.split("It is in ")[1].split(". Make room")[0])
     assert _same_adapter(rescue, undisturbed)
     assert load_classifier(rescue / "adapter").labels == ["a", "b", "c"]
@@ -151,8 +151,8 @@ def test_a_stop_that_cannot_be_saved_does_not_say_that_it_was(
         _run(vit, photos, disk / "run", {3: fill_and_stop}, monkeypatch)
     assert end.value.code == 1
     message = capfd.readouterr().err
-    assert "told to stop after update 3 of 9, which could not be saved" in message
-    assert "goes on from update 2" in message
+    assert "asked to stop after update 3 of 9, which could not be saved" in message
+    assert "resumes from update 2" in message
 
 
 def test_a_directory_that_is_deleted_gets_all_that_comes_after(
@@ -191,8 +191,8 @@ def test_weights_too_large_to_keep_in_memory_leave_the_last_ones_when_deleted(
     run = tmp_path / "run"
     _run(vit, misled, run, {8: lambda: shutil.rmtree(run)}, monkeypatch)
     said = capfd.readouterr().err
-    assert "are no longer there (no such directory)" in said
-    assert "handing over the last weights instead of the best ones" in said
+    assert "cannot be read any more (no such directory)" in said
+    assert "the result has the last weights instead of the best ones" in said
     results = results_of(run)
     assert (results["step"], results["best_step"]) == (9, None)
     last = checkpoint.read(checkpoint.path_of(run / "checkpoints", 9)).trained

@@ -100,9 +100,9 @@ def test_a_checkpoint_does_not_go_on_in_a_directory_of_others(into: str, tmp_pat
     with pytest.raises(UserError) as caught:
         find_resume(Output(root), str(path))
     message = str(caught.value)
-    assert f"{path} is no checkpoint of the run in --output_dir {root}" in message
+    assert f"{path} is not a checkpoint of the run in --output_dir {root}" in message
     assert "--resume_from_checkpoint auto" in message
-    assert "another --output_dir" in message
+    assert "an empty --output_dir" in message
 
 
 @pytest.mark.parametrize("name", ["adapter", "model", "all_results.json", "evaluation.json"])
@@ -110,12 +110,12 @@ def test_auto_does_not_begin_from_scratch_over_results(name: str, tmp_path: Path
     (tmp_path / "metrics.jsonl").touch()
     assert find_resume(Output(tmp_path), "auto") is None
     (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).touch()
-    with pytest.raises(UserError, match=rf"{tmp_path} holds results \({name}\) but no whole checkpoint"):
+    with pytest.raises(UserError, match=rf"{tmp_path} holds results \({name}\) but no complete checkpoint"):
         find_resume(Output(tmp_path), "auto")
     write(tmp_path, 3)
     assert find_resume(Output(tmp_path), "auto") is not None
     (checkpoint.path_of(tmp_path / "checkpoints", 3) / checkpoint.STATE).write_text("damaged")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         find_resume(Output(tmp_path), "auto")
 
 
@@ -132,9 +132,9 @@ def test_results_of_a_course_that_is_left_are_put_aside_and_never_overwritten(vi
     output, one = Output(tmp_path), model(vit)
     for number, rate in enumerate((0.1, 0.2), 1):
         settings = flatten(Settings()) | {"learning_rate": rate}
-        output.begin(settings, SPLITS, one, 4 if number > 1 else 0, 20)
+        output.begin(settings, SPLITS, one, 4 if number > 1 else 0, False)
         _finish(output, 20, f"course {number}")
-    output.begin(flatten(Settings()), SPLITS, one, 4, 20)
+    output.begin(flatten(Settings()), SPLITS, one, 4, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "abandoned-results", "abandoned-results-2", "config.yaml", "metrics.jsonl", "split.json",
     ]  # fmt: skip
@@ -151,9 +151,9 @@ def test_results_of_a_course_that_is_left_are_put_aside_and_never_overwritten(vi
 @pytest.mark.parametrize("step", [20, 24])
 def test_results_stay_where_the_run_goes_on_from_them(step: int, vit: Path, tmp_path: Path) -> None:
     output = Output(tmp_path)
-    output.begin(flatten(Settings()), SPLITS, model(vit), 0, 20)
+    output.begin(flatten(Settings()), SPLITS, model(vit), 0, False)
     _finish(output, 20, "first")
-    output.begin(flatten(Settings()), SPLITS, model(vit), step, 30)
+    output.begin(flatten(Settings()), SPLITS, model(vit), step, False)
     assert (output.adapter / "weights").read_text() == "first"
     assert not list(tmp_path.glob("abandoned-*"))
 
@@ -166,7 +166,7 @@ def test_results_of_a_run_that_was_killed_while_it_wrote_them_go_by_its_checkpoi
     write(tmp_path, 4, 20)
     _finish(output, 20, "first")
     output.results.unlink()
-    output.begin(flatten(Settings()), SPLITS, model(vit), step, 20)
+    output.begin(flatten(Settings()), SPLITS, model(vit), step, False)
     assert (tmp_path / "abandoned-results" / "adapter" / "weights").exists() == put_aside
     assert (output.adapter / "weights").exists() != put_aside
 
@@ -176,15 +176,15 @@ def test_a_run_does_not_begin_where_results_cannot_be_put_aside(vit: Path, tmp_p
         output = Output(disk)
         _finish(output, 20, "first" * 3000)
         fill(disk)
-        with pytest.raises(UserError, match=r"cannot put aside the results in .*disk: No space left on device"):
-            output.begin(flatten(Settings()), SPLITS, model(vit), 4, 20)
+        with pytest.raises(UserError, match=r"cannot move the results in .*disk: No space left on device"):
+            output.begin(flatten(Settings()), SPLITS, model(vit), 4, False)
         assert (output.adapter / "weights").read_text() == "first" * 3000
         assert not list(disk.glob("abandoned-*"))
 
 
 def test_a_run_writes_down_what_it_starts_from(vit: Path, tmp_path: Path) -> None:
     settings = flatten(Settings())
-    Output(tmp_path / "run").begin(settings, SPLITS, model(vit), 0, 20)
+    Output(tmp_path / "run").begin(settings, SPLITS, model(vit), 0, False)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")) == {
         name: value for name, value in settings.items() if name != "resume_from_checkpoint"
     }
@@ -197,9 +197,9 @@ def test_a_setting_that_changed_since_the_run_began_is_told(
 ) -> None:
     launch("no")
     settings = flatten(Settings())
-    Output(tmp_path).begin(settings, SPLITS, model(vit), 0, 20)
+    Output(tmp_path).begin(settings, SPLITS, model(vit), 0, False)
     changed = settings | {"learning_rate": 0.1, "lora_dropout": 0.5, "resume_from_checkpoint": "auto"}
-    Output(tmp_path).begin(changed, SPLITS, model(vit), 4, 20)
+    Output(tmp_path).begin(changed, SPLITS, model(vit), 4, False)
     said = capsys.readouterr().err
     assert "--learning_rate was 0.005 when the run began and is now 0.1" in said
     assert "--lora_dropout was 0.1" in said
@@ -211,21 +211,21 @@ def test_a_finished_run_keeps_the_settings_that_it_was_made_with(
 ) -> None:
     launch("no")
     output, settings = Output(tmp_path), flatten(Settings())
-    first = output.begin(settings, SPLITS, model(vit), 0, 20)
+    first = output.begin(settings, SPLITS, model(vit), 0, False)
     written = output.config.read_bytes()
-    assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, 20) == first
-    assert "is now 0.1, with no update left to make" in capsys.readouterr().err
+    assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, True) == first
+    assert "is now 0.1; ignored, because no update is left" in capsys.readouterr().err
     assert output.config.read_bytes() == written
-    assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, 30)["learning_rate"] == 0.1
+    assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, False)["learning_rate"] == 0.1
 
 
 def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: Path) -> None:
     """The adapter is converted back by it at the end; after training has begun it cannot be had again."""
     output, pissa = Output(tmp_path), model(vit, init_lora_weights="pissa")
-    output.begin(flatten(Settings()), SPLITS, pissa, 0, 20)
+    output.begin(flatten(Settings()), SPLITS, pissa, 0, False)
     first = (output.adapter_init / "adapter_model.safetensors").read_bytes()
     perturb(pissa)
-    output.begin(flatten(Settings()), SPLITS, pissa, 4, 20)
+    output.begin(flatten(Settings()), SPLITS, pissa, 4, False)
     assert (output.adapter_init / "adapter_model.safetensors").read_bytes() == first
     PeftModel.from_pretrained(load_base(str(vit), ["a", "b"]).model, output.adapter_init)
 
@@ -233,15 +233,15 @@ def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: P
 def test_a_start_from_scratch_has_its_own_start_of_pissa(vit: Path, tmp_path: Path) -> None:
     """The run before was killed before its first checkpoint, and had other settings."""
     output = Output(tmp_path)
-    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 0, 20)
-    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa", use_rslora=True), 0, 20)
+    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 0, False)
+    output.begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa", use_rslora=True), 0, False)
     config = json.loads((output.adapter_init / "adapter_config.json").read_text())
     assert config["use_rslora"] is True
 
 
 def test_a_run_that_lost_the_start_of_pissa_is_refused(vit: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="adapter_init is gone"):
-        Output(tmp_path / "run").begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 4, 20)
+    with pytest.raises(UserError, match="adapter_init is missing"):
+        Output(tmp_path / "run").begin(flatten(Settings()), SPLITS, model(vit, init_lora_weights="pissa"), 4, False)
     assert not (tmp_path / "run").exists()
 
 
@@ -252,7 +252,7 @@ def test_settings_of_before_that_cannot_be_read_are_written_anew(
     launch("no")
     output, settings = Output(tmp_path), flatten(Settings())
     output.config.write_bytes(rubbish)
-    output.begin(settings, SPLITS, model(vit), 0, 20)
+    output.begin(settings, SPLITS, model(vit), 0, False)
     assert f"cannot read {output.config}" in capsys.readouterr().err
     assert yaml.safe_load(output.config.read_text(encoding="utf-8"))["seed"] == settings["seed"]
 
@@ -263,10 +263,10 @@ def test_settings_stay_where_there_is_no_room_for_new_ones(
     launch("no")
     with small_disk(tmp_path / "disk", "100k") as disk:
         output, settings = Output(disk), flatten(Settings())
-        output.begin(settings, SPLITS, model(vit), 0, 20)
+        output.begin(settings, SPLITS, model(vit), 0, False)
         before = output.config.read_bytes(), output.split.read_bytes()
         fill(disk)
-        output.begin(settings | {"seed": 43}, SPLITS, model(vit), 3, 20)
+        output.begin(settings | {"seed": 43}, SPLITS, model(vit), 3, False)
         assert (output.config.read_bytes(), output.split.read_bytes()) == before
         assert not list(disk.glob(".*"))
     assert f"cannot write {output.config}: No space left on device" in capsys.readouterr().err

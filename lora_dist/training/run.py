@@ -1,0 +1,123 @@
+"""A training run that is ready to start: what the loop, the dry run and the benchmark work on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from lora_dist.data.batch import Batch, TrainImages
+from lora_dist.data.loader import batches, train_loader
+from lora_dist.data.sampling.order import BatchPlan
+from lora_dist.engines.engine import Engine
+from lora_dist.processes.preemption import Preemption
+from lora_dist.processes.watch import Watch
+from lora_dist.settings.train import Settings
+from lora_dist.training.evaluation import Evaluation, Evaluator
+from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.saving.state import Checkpointer, Progress
+from lora_dist.training.schedule import Schedule, is_due
+from lora_dist.training.step import GradientAccumulator
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The parts of a training run. Methods must be called on every process.
+
+    Attributes:
+        settings: resolved settings.
+        engine: model and optimizer.
+        images: training images.
+        order: which samples train in which update.
+        schedule: learning rate of each update.
+        evaluator: computes the metrics of the current weights.
+        checkpointer: saves and restores the state.
+        preemption: requests from outside to stop or to save.
+        tracker: log lines and TensorBoard.
+        watch: ends the process if the run stalls.
+    """
+
+    settings: Settings
+    engine: Engine
+    images: TrainImages
+    order: BatchPlan
+    schedule: Schedule
+    evaluator: Evaluator
+    checkpointer: Checkpointer
+    preemption: Preemption
+    tracker: Tracker
+    watch: Watch
+
+    def stream(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """The micro-batches of this process from update `first_step` up to `last_step`, on its device."""
+        device = self.engine.accelerator.device
+        return batches(train_loader(self.images, self.order, first_step, last_step, self.settings.data, device), device)
+
+    def begin_update(self, step: int, before_exchange: Callable[[], object] = lambda: None) -> GradientAccumulator:
+        """Clears the gradient and sets the learning rate for update `step` (from 0).
+
+        Args:
+            step: index of the update.
+            before_exchange: called before the last backward pass, which reduces the gradients over processes.
+        """
+        return GradientAccumulator(
+            self.engine,
+            micro_batch_count=self.order.micro_batches_in(step),
+            sample_count=self.order.samples_in(step),
+            learning_rate=self.schedule.learning_rate(step),
+            label_smoothing=self.settings.augmentation.label_smoothing_factor,
+            dropout_seed=(self.settings.run.seed, step),
+            padding_batch=lambda: self.images.padding_batch(self.engine.accelerator.device),
+            before_exchange=before_exchange,
+        )
+
+    def evaluate(self, name: str) -> Evaluation:
+        """Evaluates the current weights; a request to stop ends the evaluation.
+
+        Args:
+            name: of this evaluation, for the watch.
+
+        Raises:
+            NothingToEvaluateError: no validation image can be read.
+            StopRequested: a stop was requested.
+        """
+        numbers = count(2)
+
+        def after_batch() -> None:
+            number = next(numbers)
+            # Other processes may still be starting their workers.
+            self.watch.now(f"{name}: batch {number}", first=number == 2)
+            self.preemption.check()
+
+        self.watch.now(f"{name}: batch 1", first=True)
+        return self.evaluator(after_batch)
+
+    def save(self, progress: Progress) -> None:
+        """Saves a checkpoint."""
+        self.watch.now(f"saving after update {progress.step}", saves=True)
+        self.tracker.flush()
+        self.checkpointer.save(progress)
+        self.watch.resume_hint = self.resume_hint
+
+    @property
+    def resume_hint(self) -> str:
+        """A sentence that says how to resume; empty without a checkpoint."""
+        saved = self.checkpointer.saved_step
+        return "" if saved is None else f"--resume_from_checkpoint auto resumes from update {saved}."
+
+    def is_due(self, every: int | Literal["epoch", "no"], progress: Progress) -> bool:
+        """Whether something that happens `every` so many updates, or each epoch, is due after this update."""
+        return is_due(every, progress.step, self.order.steps_per_epoch, self.schedule.total_steps)
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether all updates are done, or early stopping has run out of patience."""
+        return is_over(self.settings, progress, self.schedule.total_steps)
+
+    def epoch(self, step: int) -> float:
+        """Epochs trained after `step` updates."""
+        return self.order.samples_before(step) / self.order.num_samples
+
+
+def is_over(settings: Settings, progress: Progress, total_steps: int) -> bool:
+    """Whether all updates are done, or early stopping has run out of patience."""
+    patience = settings.optimization.early_stopping_patience
+    return progress.step >= total_steps or (patience is not None and progress.stale_evaluations >= patience)
