@@ -1,4 +1,4 @@
-"""Rows of a CSV file, one a benchmark, and the table that README shows: `python -m lora_dist.bench.results FILE`."""
+"""Rows of a CSV file, one per benchmark, and their table in docs/benchmarks.md: `python -m lora_dist.bench.results`."""
 
 import csv
 import sys

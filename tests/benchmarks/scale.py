@@ -52,7 +52,7 @@ def measured_mb(path: Path, model: str) -> dict[str, float]:
 
 
 def formula_mb(engine: str, model: Model, processes: int) -> float:
-    """What a process sends in an update by README's formulas; of ZeRO-3 the most."""
+    """What a process sends in an update by the formulas in docs/benchmarks.md; for ZeRO-3 the upper bound."""
     factor = {"ddp": 2 * model.trained_mb, "zero3": 2 * model.weights_mb}.get(engine, 3 * model.trained_mb)
     return factor * (processes - 1) / processes
 

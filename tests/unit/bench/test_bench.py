@@ -191,5 +191,6 @@ def test_a_file_that_cannot_take_a_row_is_an_error(tmp_path: Path) -> None:
     assert (tmp_path / "other.csv").read_text(encoding="utf-8") == "a,b\n1,2\n"
 
 
-def test_the_readme_shows_what_the_file_of_results_says() -> None:
-    assert table(ROOT / "tests" / "benchmarks" / "results" / "bench.csv") in (ROOT / "README.md").read_text("utf-8")
+def test_the_documentation_shows_the_rows_of_the_results_file() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    assert table(ROOT / "tests" / "benchmarks" / "results" / "bench.csv") in page
