@@ -1,11 +1,10 @@
-"""What a run hands over: the adapter or model, to the Hub as it gets better, and checked and recorded at the end."""
+"""Writes the result of a run: the best model so far for the Hub, and at the end the checked adapter or model."""
 
 import logging
 import shutil
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,22 +35,22 @@ CHECKED_IMAGES = 8
 
 
 class ResultNotWrittenError(ProcessError):
-    """The process that writes could not write the result; the others learn of it."""
+    """The result could not be written. Raised on the main process, which informs the others."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class ResultWriter:
-    """What a run hands over, with each best evaluation to the Hub and at its end. Methods are called on every process.
+    """Writes the adapter or model of a run, with its card and records. Methods must be called on every process.
 
     Attributes:
-        base: that the run began with.
-        data: that it trained on.
-        parameters: trainable and all.
-        made_with: the settings, flat, for the card.
-        output: where to write.
-        publisher: pushes to the Hub; None on other processes than the first, and where nothing is pushed.
+        base: the base model before training.
+        data: training and validation data.
+        parameters: numbers of trainable and of all parameters.
+        made_with: the settings by flat name, for the card.
+        output: directory of the run.
+        publisher: pushes to the Hub; None except on the main process of a run with --push_to_hub.
     """
 
     base: Base
@@ -63,13 +62,7 @@ class ResultWriter:
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
     def push_best(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
-        """Has the model as it is, which is the best so far, pushed to the Hub; whatever fails is no more than said.
-
-        Args:
-            run: its model holds the best weights.
-            progress: so far.
-            evaluation: of those weights.
-        """
+        """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
         trained = run.engine.trainable_state()
@@ -79,17 +72,20 @@ class ResultWriter:
         try:
             self._write(directory, run, trained, evaluation, self._results(run, progress, evaluation))
         except (OSError, SafetensorError, UserError) as error:
-            logger.warning("cannot write what is to be pushed to the Hub: %s", error)
+            logger.warning("cannot write the files for the Hub: %s", error)
             return
         self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
     def finalize(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
-        """Writes what a run leaves behind, and checks that it classifies as what was trained.
+        """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
         Args:
-            run: its model holds the best weights.
-            progress: at the end.
-            evaluation: of those weights.
+            run: the run, whose model holds the best weights.
+            progress: counters at the end.
+            evaluation: metrics of the best weights.
+
+        Raises:
+            ResultNotWrittenError: the directory cannot be written to.
         """
         run.watch.now("writing the result", first=True)
         accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
@@ -104,7 +100,9 @@ class ResultWriter:
                 write_evaluation(self.output.evaluation, evaluation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
-                self._write_elsewhere(error, run, trained, evaluation, results)
+                raise ResultNotWrittenError(
+                    f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
+                ) from error
             tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
             if expected is not None:
                 require_same_logits(written, images, expected, tolerance, run.settings.model.trust_remote_code)
@@ -115,27 +113,8 @@ class ResultWriter:
             tracker.close()
         accelerator.wait_for_everyone()
 
-    def _write_elsewhere(
-        self,
-        error: Exception,
-        run: TrainingRun,
-        trained: dict[str, Tensor],
-        evaluation: Evaluation,
-        results: dict[str, Any],
-    ) -> NoReturn:
-        """Puts the result of a run whose directory cannot be written to where temporary files go."""
-        saved, reason = run.checkpointer.saved_step, f"cannot write the result to {self.output.root}: {error}."
-        resume = "" if saved is None else f" Make room, then --resume_from_checkpoint auto goes on from update {saved}."
-        try:
-            rescue = Path(tempfile.mkdtemp(prefix="lora_dist-"))
-            self._write(rescue / self._result(run).name, run, trained, evaluation, results)
-            write_json(rescue / self.output.results.name, results)
-        except (OSError, SafetensorError) as second:
-            raise ResultNotWrittenError(f"{reason} Nor elsewhere: {second}.{resume}") from error
-        raise ResultNotWrittenError(f"{reason} It is in {rescue}.{resume}") from error
-
     def publish(self, run: TrainingRun, progress: Progress) -> None:
-        """Pushes the result to the Hub, where that was asked for, and waits for it; a failure is no more than said."""
+        """Pushes the result to the Hub if requested, and waits for it. A failure is logged."""
         if self.publisher is not None:
             self.publisher.finish(Push(self._result(run), _message(run, progress), passes=False))
             shutil.rmtree(self.output.outbox, ignore_errors=True)
@@ -179,7 +158,7 @@ class ResultWriter:
         evaluation: Evaluation,
         results: dict[str, Any],
     ) -> None:
-        """Puts the trained tensors into a fresh model, whatever engine they come from, and writes that."""
+        """Loads the trained tensors into a fresh copy of the base, which no engine has wrapped, and writes it."""
         settings = run.settings
         base, model = self._fresh_model(settings)
         load_trained(model, trained)
@@ -204,7 +183,7 @@ class ResultWriter:
             bundle.write_model(directory, model, base.processor, card)
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
-        """A model to put trained tensors into, loaded once: the Hub is asked for nothing in the middle of a run."""
+        """The model that trained tensors are loaded into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
             base = load_base_of(settings, self.data.labels, self.base.revision)
             base = replace(base, processor=self.base.processor)
@@ -214,13 +193,13 @@ class ResultWriter:
 
 @torch.inference_mode()
 def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
-    """What the trained model says of some images, on every process alike."""
+    """The logits of the trained model. Must be called on every process with the same images."""
     pixels = run.evaluator.transforms.batch(images).to(run.engine.accelerator.device)
     return run.engine.model(pixel_values=pixels).logits.float().cpu()
 
 
 def _message(run: TrainingRun, progress: Progress) -> str:
-    """Of the commit: which weights these are, and how good."""
+    """The message of the commit: the update and the metric of its weights."""
     name = run.settings.optimization.metric_for_best_model
     if progress.best_step is None or progress.best_value is None:
         return f"Step {progress.step}"
