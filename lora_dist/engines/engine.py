@@ -1,4 +1,4 @@
-"""What a launch does its own way, behind the same methods for every engine: one process, DDP, FSDP2, DeepSpeed ZeRO.
+"""The interface that every engine implements: one process, DDP, FSDP2, DeepSpeed ZeRO.
 
 Everything that differs between engines stands behind these: accumulating and reducing gradients, clipping, stepping,
 and getting whole tensors in and out where parameters or moments are sharded. Weights and moments come out the same
@@ -22,12 +22,12 @@ from lora_dist.settings.train import OptimizationSettings
 
 
 class Engine(Protocol):
-    """A model and its optimizer as one launch trains them. Every method is called on every process.
+    """A model and its optimizer in one launch. Every method must be called on every process.
 
     Attributes:
-        accelerator: of the launch.
-        model: to call.
-        unwrapped: the same without the engine's wrapper.
+        accelerator: accelerator of the launch.
+        model: the wrapped model, to call.
+        unwrapped: the model without the engine's wrapper.
     """
 
     accelerator: Accelerator
@@ -51,36 +51,36 @@ class Engine(Protocol):
         """
 
     def drop_update(self) -> bool:
-        """Forgets an update that is not to be made: puts the statistics of batch norms back, and clears the gradient.
+        """Drops an update before its optimizer step: restores batch-norm statistics and clears the gradient.
 
         Returns:
             False where the gradient cannot be cleared, so that no other update can follow.
         """
 
     def was_skipped(self) -> bool:
-        """Whether fp16 loss scaling left the last update out."""
+        """Whether fp16 loss scaling skipped the last update."""
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Whole tensors, on the host, of all that training changes."""
+        """Returns the full trained tensors, on the CPU."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole tensors, on the host, of the optimizer's state, as `<moment>/<parameter>`."""
+        """Returns the full tensors of the optimizer state, on the CPU, as `<moment>/<parameter>`."""
 
     def load_trainable_state(self, trained: Mapping[str, Tensor]) -> None:
-        """Puts weights back."""
+        """Loads trained tensors."""
 
     def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
-        """Puts the optimizer's state back."""
+        """Loads the optimizer state."""
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """State of fp16 loss scaling, for JSON: `scale`, and `growth_tracker`, the updates since it last changed."""
+        """Returns the state of fp16 loss scaling as JSON values: `scale` and `growth_tracker`; None without it."""
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Puts it back, whatever engine it is of; a state in another form is left alone."""
+        """Loads the state of fp16 loss scaling from any engine; ignores a state in another form."""
 
 
 def share_statistics(engine: Engine) -> None:
-    """Gives all processes the first one's buffers of what trains, such as the running statistics of batch norms.
+    """Broadcasts the trained buffers of rank 0, such as the running statistics of batch norms.
 
     Its are those that are saved and handed over. Only DDP shares them by itself.
     """
@@ -91,7 +91,7 @@ def share_statistics(engine: Engine) -> None:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """The engine of a launch in one word: single, ddp, fsdp2, zero1, zero2 or zero3."""
+    """Returns the name of the engine: single, ddp, fsdp2, zero1, zero2 or zero3."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     if accelerator.distributed_type == DistributedType.FSDP:

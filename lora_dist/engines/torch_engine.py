@@ -18,7 +18,7 @@ from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
 
 class TorchEngine:
-    """One process, DDP, or FSDP2, whose parameters and moments are tensors that know of their other parts."""
+    """One process, DDP, or FSDP2, whose parameters and moments are `DTensor`s."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator = accelerator
@@ -102,7 +102,7 @@ class TorchEngine:
                 }
 
     def _reshard(self) -> None:
-        """Puts the parts of parameters back into the model: after a forward pass alone it may still hold whole ones."""
+        """Reshards the model, which after a forward pass without a backward pass may hold full parameters."""
         for module in self.unwrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -123,7 +123,7 @@ class TorchEngine:
 
 
 def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Cuts every parameter over the processes, in place, and hands the optimizer the parts.
+    """Shards every parameter over the processes, in place, and gives the optimizer the shards.
 
     `accelerator.prepare` would do so, but cuts the patch embedding twice, which fails (accelerate 1.15), and tells
     parameters apart by their address, which parts of no elements share.
@@ -159,11 +159,11 @@ def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All parts of a tensor; called on every process."""
+    """Returns the full tensor of a shard. Must be called on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _placed(whole: Tensor, like: Tensor) -> Tensor:
-    """A tensor where another one is: on its device, and cut into parts as that is."""
+    """Moves a tensor to the device of another one, and shards it in the same way."""
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole

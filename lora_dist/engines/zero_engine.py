@@ -1,4 +1,4 @@
-"""Training with DeepSpeed ZeRO-1, 2 and 3, and whole tensors in and out of its partitions."""
+"""Training with DeepSpeed ZeRO-1, 2 and 3, and full tensors in and out of its partitions."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -157,7 +157,7 @@ class ZeroEngine:
         return list(self._engine.optimizer.optimizer.state.values())
 
     def _make_flat_states(self) -> None:
-        """AdamW's state of the flat partitions, which it makes at its first step otherwise."""
+        """Creates AdamW's state of the flat partitions, which otherwise appears at the first step."""
         zero = self._engine.optimizer
         sharded = hasattr(zero, "fp32_partitioned_groups_flat")
         for flat in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
@@ -171,20 +171,20 @@ class ZeroEngine:
 
 
 def scaling_of(scaler: Any) -> dict[str, Any]:
-    """The state of DeepSpeed's loss scaler, as `Engine.scaler_state` has it."""
+    """Returns the state of DeepSpeed's loss scaler in the form of `Engine.scaler_state`."""
     tracker = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if scaler.dynamic else 0
     return {"scale": float(scaler.cur_scale), "growth_tracker": tracker}
 
 
 def set_scaling(scaler: Any, state: Mapping[str, Any]) -> None:
-    """Puts that back; a scale that is fixed by the DeepSpeed configuration stays."""
+    """Loads that state; a scale that the DeepSpeed configuration fixes stays."""
     if scaler.dynamic and state.keys() == {"scale", "growth_tracker"}:
         scaler.cur_scale = state["scale"]
         scaler.cur_iter, scaler.last_overflow_iter = state["growth_tracker"], -1
 
 
 def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings) -> None:
-    """Fills in what the DeepSpeed configuration leaves open, from the settings.
+    """Fills in values that the DeepSpeed configuration leaves open, from the settings.
 
     Raises:
         UserError: it holds another value than the settings; both are named.

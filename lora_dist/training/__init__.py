@@ -1,1 +1,1 @@
-"""A run, from its settings to what it hands over."""
+"""Training, from the settings to the result."""

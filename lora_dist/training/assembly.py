@@ -1,4 +1,4 @@
-"""A run put together from its settings: data, model, order, and what drives and records them."""
+"""Builds a run from its settings: data, model, engine, and what saves and reports."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ from lora_dist.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Assembled:
-    """A run that is ready to begin, or to go on.
+    """A run that is ready to start or to resume.
 
     Attributes:
         run: what `fit` trains.
@@ -74,19 +74,19 @@ def assemble(
     problems: Problems,
     watch: Watch,
 ) -> Assembled:
-    """Loads, checks and connects all parts of a run. Called on every process.
+    """Loads, checks and connects the parts of a run. Must be called on every process.
 
     Args:
-        settings: as given.
-        accelerator: of the launch.
+        settings: settings as given.
+        accelerator: accelerator of the launch.
         output: directory of the run.
-        resumed: to go on from.
-        publisher: pushes to the Hub, on the process that has it.
-        problems: takes note, in a dry run, of what speaks against the run.
-        watch: is told what the run is doing.
+        resumed: checkpoint to resume from.
+        publisher: pushes to the Hub; None except on the main process of a run with --push_to_hub.
+        problems: collects the errors of a dry run.
+        watch: is informed of what the run is doing.
 
     Raises:
-        UserError: something of it is not there, does not fit, or is not the same on all processes.
+        UserError: something is missing, does not fit, or differs between processes.
     """
     settings = as_resumed(settings, resumed)
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
@@ -173,7 +173,7 @@ def assemble(
 
 
 def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> ImageData:
-    """The data; where there are none, a dry run looks at the model all the same."""
+    """Loads the data. A dry run checks the model even if the data cannot be loaded."""
     try:
         if settings.data.streaming:
             return streaming.load_streamed(settings.data, settings.run.seed, accelerator.num_processes)
@@ -186,7 +186,7 @@ def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> I
 
 
 def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> BatchPlan:
-    """The order in which process `rank` of `world_size` sees its training split."""
+    """Returns the samples that process `rank` of `world_size` trains on in each update."""
     return BatchPlan(
         sample_order=split.sample_order(settings.run.seed),
         per_device_batch=settings.optimization.per_device_train_batch_size,
@@ -197,7 +197,7 @@ def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: 
 
 
 def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, build: bool) -> ImageData:
-    """The data with training images from the cache, where there is to be one."""
+    """Returns the data, with training images from the cache if --cache_dir is set."""
     if settings.data.cache_dir is None or not isinstance(data.train, Split):
         return data
     size = transforms.height, transforms.width
@@ -205,7 +205,7 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
 
 
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:
-    """What the processes of a launch have to share."""
+    """Returns what must be the same on all processes of a launch."""
     return {
         "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
         "validation_data": data.validation.fingerprint(),

@@ -1,4 +1,4 @@
-"""A batch that fits into memory, found by trying, the same on every process (`--auto_batch_size`)."""
+"""Finds the largest micro-batch that fits into memory on every process (`--auto_batch_size`)."""
 
 import gc
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def fit_batch_size(
     accelerator: Accelerator, model: nn.Module, transforms: ImageTransforms, settings: OptimizationSettings
 ) -> OptimizationSettings:
-    """The settings with smaller micro-batches, and so many more of them, if those that are set do not fit.
+    """Shrinks micro-batches until they fit, and raises accumulation to match.
 
     Each process tries a forward and a backward pass by itself, with the memory set aside that gradients and AdamW's
     moments take, and all go by the one with the least room. An update has the same samples as before. Called on every
@@ -72,7 +72,7 @@ def fit_batch_size(
 
 
 def _sizes(batch: int, accumulation: int) -> list[int]:
-    """Sizes of micro-batches to try, each at most half of the one before, that make up the same update."""
+    """Returns the sizes to try, each at most half of the previous one, that divide the same update."""
     sizes = [batch]
     while sizes[-1] > 1:
         sizes.append(next(size for size in range(sizes[-1] // 2, 0, -1) if batch * accumulation % size == 0))
@@ -80,7 +80,7 @@ def _sizes(batch: int, accumulation: int) -> list[int]:
 
 
 def _fits(accelerator: Accelerator, model: nn.Module, transforms: ImageTransforms, size: int) -> bool:
-    """Whether a forward and a backward pass over `size` samples find room."""
+    """Whether a forward and a backward pass over `size` samples fit into memory."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     set_training(model)
     try:

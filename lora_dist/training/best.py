@@ -7,7 +7,7 @@ from lora_dist.training.saving.state import Progress
 
 
 def must_reselect(settings: Settings, validation: Split, progress: Progress) -> bool:
-    """Whether the best update so far was selected by another metric, or on other validation data, than this run's."""
+    """Whether the best update so far was selected by another metric, or on other validation data."""
     now = settings.optimization.metric_for_best_model, validation.fingerprint()
     # Checkpoints of older releases do not record them.
     return now != (progress.best_metric or now[0], progress.best_data or now[1])

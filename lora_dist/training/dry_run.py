@@ -1,4 +1,4 @@
-"""What a run would be (`--dry_run`): its sizes, and its time and memory from two updates that are really made."""
+"""The dry run (`--dry_run`): prints sizes, time and memory, measured over two real updates."""
 
 import logging
 import re
@@ -36,12 +36,12 @@ MOST_LINES = 24
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the updates and the evaluation batch of a dry run took.
+    """Time and memory of the updates and the evaluation batch of a dry run.
 
     Attributes:
-        update_seconds: of an update, waiting for its data included.
-        evaluation_seconds: of a whole evaluation, as far as one batch tells.
-        peak_memory_mb: of the process that takes most.
+        update_seconds: seconds of an update, including the wait for its data.
+        evaluation_seconds: seconds of a whole evaluation, estimated from one batch.
+        peak_memory_mb: memory of the process that takes most, in MiB.
     """
 
     update_seconds: float
@@ -52,7 +52,7 @@ class Measurement:
 def dry_run(
     run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
 ) -> None:
-    """Prints the settings as YAML and the plan. Called on every process.
+    """Prints the settings as YAML and the plan of the run. Must be called on every process.
 
     Args:
         run: to try.
@@ -75,7 +75,7 @@ def dry_run(
 
 
 def measure(run: TrainingRun, all_parameters: int, first_step: int) -> Measurement:
-    """Makes two updates from `first_step` on, and evaluates a batch. Called on every process."""
+    """Makes two updates from `first_step` on, and evaluates one batch. Must be called on every process."""
     device = run.engine.accelerator.device
     steps = range(first_step, min(first_step + UPDATES, run.schedule.total_steps))
     stream = run.stream(steps.start, steps.stop)
@@ -89,7 +89,7 @@ def measure(run: TrainingRun, all_parameters: int, first_step: int) -> Measureme
 
 
 def time_updates(run: TrainingRun, steps: range, stream: Iterator[Batch]) -> list[float]:
-    """Makes updates with the batches of `stream`; returns the seconds of each, waiting for its data included.
+    """Makes updates with the batches of `stream`. Returns the seconds of each, including the wait for its data.
 
     Called on every process.
 
@@ -125,7 +125,7 @@ def _time_evaluation(run: TrainingRun) -> float:
 def describe(
     run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement, first_step: int
 ) -> str:
-    """The plan as a text, a line for each thing that one asks."""
+    """Returns the plan of the run as text, one line per topic."""
     order, schedule, accelerator = run.order, run.schedule, run.engine.accelerator
     options = run.settings.run
     trainable, total = parameters
@@ -170,7 +170,7 @@ def describe(
 
 
 def _groups(model: nn.Module) -> Iterator[str]:
-    """What trains: parameters whose names differ by numbers alone, together."""
+    """Lists the trained parameters; names that differ only in numbers share a line."""
     groups: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and is_counted(name):

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 8
 NO_RANK = 2**31
-"""The rank of a label whose logits are not finite: not among the top of any number of classes."""
+"""The rank of a label if logits are not finite: outside the top k of any number of classes."""
 SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
 
@@ -37,7 +37,7 @@ class NothingToEvaluateError(UserError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one evaluation, and the row of each sample behind them.
+    """Metrics of one evaluation, and the results of each sample.
 
     Attributes:
         metrics: scalars by name (`accuracy`, `loss` …).
@@ -65,7 +65,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs a model over the validation split. Called on every process; each gets the same result.
+    """Evaluates a model on the validation split. Must be called on every process; each gets the same result.
 
     Attributes:
         accelerator: of the launch.
@@ -87,7 +87,7 @@ class Evaluator:
 
     @cached_property
     def loader(self) -> DataLoader:
-        """This process's part of the split. One loader for all evaluations: its workers are started once."""
+        """The loader of this process. All evaluations share it, so its workers start once."""
         return evaluation_loader(
             self.split,
             self.transforms,
@@ -101,7 +101,7 @@ class Evaluator:
     # Not inference_mode: FSDP2 could not train in the buffers that it makes in its first forward pass.
     @torch.no_grad()
     def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
-        """Gathers one row a sample from all processes, and computes the metrics.
+        """Gathers the result of each sample from all processes, and computes the metrics.
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
@@ -150,7 +150,7 @@ class Evaluator:
         )
 
     def _warn_of_non_finite(self, rows: np.ndarray) -> None:
-        """Names the samples whose logits are not finite; they count as wrong, and the loss has no value."""
+        """Logs the samples whose logits are not finite. They count as wrong, and the loss is NaN."""
         if len(rows):
             names = ", ".join(self.split.name(int(row)) for row in rows[:SHOWN])
             logger.warning(
@@ -163,7 +163,7 @@ class Evaluator:
 
     @contextmanager
     def _room_named(self) -> Iterator[None]:
-        """Names the setting that an evaluation without enough memory depends on."""
+        """Adds the setting that lowers the memory of an evaluation to an out-of-memory error."""
         try:
             yield
         except RuntimeError as error:
@@ -175,14 +175,14 @@ class Evaluator:
             raise
 
     def _by_row(self, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
-        """One value for each sample of the split."""
+        """Returns an array with one value per sample of the split; `missing` for those not evaluated."""
         whole = np.full(len(self.split), missing, dtype=values.dtype)
         whole[rows] = values
         return whole
 
 
 def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of each sample its row, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
+    """Returns index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
 
     Where a logit is not finite the prediction is -1, the rank `NO_RANK`, confidence and loss NaN.
     """
@@ -198,6 +198,6 @@ def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _gathered(accelerator: Accelerator, rows: Tensor, padding_batch: float) -> np.ndarray:
-    """The rows of all processes, which have different numbers of them."""
+    """Gathers rows from all processes, which have different numbers of them."""
     padded = accelerator.pad_across_processes(rows, dim=0, pad_index=padding_batch)
     return accelerator.gather(padded).cpu().numpy()

@@ -25,13 +25,13 @@ class Schedule:
 
     @classmethod
     def of(cls, settings: OptimizationSettings, steps_per_epoch: int) -> "Schedule":
-        """The schedule that the settings ask for, with an epoch of `steps_per_epoch` updates."""
+        """Returns the schedule of the settings, with `steps_per_epoch` updates in an epoch."""
         total = total_steps(settings.num_train_epochs, settings.max_train_steps, steps_per_epoch)
         warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total)
         return cls(settings.learning_rate, settings.lr_scheduler_type, warmup, total)
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update `step` (from 0), equal to that of `transformers.get_scheduler`."""
+        """Returns the learning rate of update `step` (from 0), equal to that of `transformers.get_scheduler`."""
         if step < self.warmup_steps:
             return self.peak * step / max(1, self.warmup_steps)
         if self.kind == "constant":

@@ -1,4 +1,4 @@
-"""How fast training is: samples a second, time waited for data, memory."""
+"""Measures throughput, the time spent waiting for data, and memory."""
 
 import resource
 import sys
@@ -11,23 +11,23 @@ from lora_dist.data.batch import Batch
 
 
 class ThroughputMeter:
-    """Times the updates since the last log: how long they took, and how much of that was waiting for data."""
+    """Measures the updates since the last log: their time, and the part of it spent waiting for data."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new window."""
+        """Starts a new measurement."""
         self.seconds = self.waited = self.own_seconds = 0.0
         self.samples = self.updates = 0
 
     @property
     def samples_per_second(self) -> float:
-        """Over all processes."""
+        """Samples per second over all processes."""
         return self.samples / max(self.seconds, 1e-9)
 
     def timed(self, stream: Iterator[Batch]) -> Generator[Batch]:
-        """The same batches, with the time until each arrives counted as waiting."""
+        """Yields the batches of `stream` and counts the time until each arrives as waiting."""
         while True:
             start = time.perf_counter()
             try:
@@ -42,11 +42,11 @@ class ThroughputMeter:
         self._started = time.perf_counter()
 
     def note_own_work(self) -> None:
-        """Called where an update begins to wait for the other processes: what it took so far is this process's own."""
+        """Called when an update starts to wait for other processes. The time so far is this process's own."""
         self.own_seconds += time.perf_counter() - self._started
 
     def end_update(self, samples: int) -> float:
-        """Called after it; its loss has been read, so the device has finished. Returns its seconds."""
+        """Called after an update whose loss has been read, so that the device has finished. Returns its seconds."""
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         self.samples += samples
@@ -55,7 +55,7 @@ class ThroughputMeter:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Highest memory use so far: of the CUDA device, or of this process (2**20 bytes)."""
+    """Peak memory so far, in MiB: of the CUDA device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

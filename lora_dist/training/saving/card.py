@@ -1,4 +1,4 @@
-"""The model card: what was trained on what, how well it does, and how to use it."""
+"""The model card: base, data, metrics and usage."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run will write, and whether it has the room to, found out before it trains."""
+"""Estimates the disk space of a run, and checks it before training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """All of it at a time."""
+        """Bytes of all of them together."""
         return self.checkpoint * self.checkpoints + self.result
 
     @classmethod
@@ -47,7 +47,7 @@ class Sizes:
 
 
 def require_disk_space(root: Path, sizes: Sizes) -> None:
-    """Raises a `UserError` where the disk has no room for a run, what is there of it already not counted."""
+    """Raises a `UserError` if the disk has no room for a run. Excludes files that the run has already written."""
     there = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.is_dir() else 0
     needed, free = int(SAFETY * sizes.total) - there, free_bytes(root)
     if needed > free:

@@ -183,7 +183,7 @@ class ResultWriter:
             bundle.write_model(directory, model, base.processor, card)
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
-        """The model that trained tensors are loaded into. Loaded once, so that a run does not depend on the Hub later."""
+        """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
             base = load_base_of(settings, self.data.labels, self.base.revision)
             base = replace(base, processor=self.base.processor)

@@ -125,8 +125,6 @@ def test_a_checkpoint_of_other_targets_is_refused(vit: Path, tmp_path: Path) -> 
     content = checkpoint.read(checkpoint.path_of(tmp_path, 0))
     other = engine(vit, lora_target_modules=["query"])
     with pytest.raises(UserError, match=r"other names or shapes.*v_proj\.lora_A"):
-        UserError, match=r"the trained tensors of the checkpoint have other names or shapes.*v_proj\.lora_A"
-    ):
         checkpointer(tmp_path, other).restore(content)
 
 
