@@ -1,4 +1,4 @@
-"""Which columns of a data set hold the images and the labels, what is in them, and how the classes are named."""
+"""Finds the image and label columns of a data set, and names its classes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,12 +26,12 @@ def find_image_column(features: Mapping[str, Any]) -> str:
 
 
 def holds_files(table: Dataset, column: str) -> bool:
-    """Whether the images of a column are files, in the table or beside it, and not arrays of numbers."""
+    """Whether the images of a column are files, inside or outside the table, and not arrays of numbers."""
     return pa.types.is_struct(table.data.schema.field(column).type)
 
 
 def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | None]]:
-    """Yields the path of each file, and how many bytes of it are in the table, None for a file that is beside it."""
+    """Yields the path of each file, and its size in bytes inside the table; None for a file outside the table."""
     for batch in table.with_format("arrow").iter(1000):
         cells = batch[column]
         lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
@@ -39,7 +39,7 @@ def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | No
 
 
 def find_label_column(features: Mapping[str, Any]) -> str:
-    """The column of type ClassLabel, or one with a customary name; `cls` is WebDataset's.
+    """The column of type ClassLabel, or the one called `label`, `labels` or, in WebDataset files, `cls`.
 
     Raises:
         UserError: there is none.
@@ -53,7 +53,7 @@ def find_label_column(features: Mapping[str, Any]) -> str:
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
-    """Checks that both columns are there and that the second holds one label a sample.
+    """Checks that both columns exist and that the second holds one label a sample.
 
     Raises:
         UserError: names the setting to change.
@@ -70,12 +70,7 @@ def require_columns(features: Mapping[str, Any], image_column: str, label_column
 
 
 def class_names(feature: Any, values: set[Any]) -> dict[Any, str]:
-    """Name of each label as the data holds it, in the order of the classes: that of ClassLabel, else sorted.
-
-    Args:
-        feature: of the label column.
-        values: distinct labels.
-    """
+    """Class name of each label value, in class order: the order of a ClassLabel `feature`, else sorted `values`."""
     if isinstance(feature, ClassLabel):
         return dict(enumerate(feature.names))
     return {value: str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))}

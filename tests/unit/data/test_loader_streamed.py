@@ -167,7 +167,7 @@ class Recording(TrainImages):
 
     def prepared(self, samples: list[Any]) -> Batch:
         with (self.log / str(os.getpid())).open("a") as file:
-            file.writelines(f"{sample.row}\n" for sample in samples)
+            file.writelines(f"{sample.index}\n" for sample in samples)
         return super().prepared(samples)
 
 
