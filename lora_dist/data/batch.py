@@ -78,9 +78,10 @@ class WorkerShard(NamedTuple):
 
 
 class _Images(Dataset):
-    """What training and evaluation share. Unreadable images raise, or are skipped and logged, once in each process."""
+    """What training and evaluation share. Unreadable images raise; with `skip_bad_images`, they get weight 0 and each
+    process logs them once."""
 
-    def __init__(self, split: Any, transforms: ImageTransforms, skip_bad_images: bool) -> None:
+    def __init__(self, split: Any, transforms: ImageTransforms, skip_bad_images: bool = False) -> None:
         self.split = split
         self.transforms = transforms
         self._size = transforms.height, transforms.width
@@ -134,14 +135,6 @@ class TrainImages(_Images):
         seed: int,
         skip_bad_images: bool = False,
     ) -> None:
-        """
-        Args:
-            split: training split.
-            transforms: with the same augmentation.
-            augmentation: for mixup and CutMix.
-            seed: of the views.
-            skip_bad_images: give an unreadable image weight 0 instead of raising.
-        """
         super().__init__(split, transforms, skip_bad_images)
         self._reader: Reader | None = None
         self.mixing = (augmentation.mixup_alpha, augmentation.cutmix_alpha)
@@ -227,15 +220,6 @@ class EvaluationImages(_Images):
     """The validation split, fetched a batch at a time."""
 
     split: Split
-
-    def __init__(self, split: Split, transforms: ImageTransforms, skip_bad_images: bool = False) -> None:
-        """
-        Args:
-            split: validation split.
-            transforms: of the model's processor.
-            skip_bad_images: give an unreadable image weight 0 instead of raising.
-        """
-        super().__init__(split, transforms, skip_bad_images)
 
     def __getitems__(self, indices: list[int]) -> Batch | UnreadableImageError:
         shown = [max(index, 0) for index in indices]

@@ -19,10 +19,6 @@ class ClassificationMetric(evaluate.Metric):
     """
 
     def __init__(self, num_classes: int) -> None:
-        """
-        Args:
-            num_classes: rows of the confusion matrix and of the report.
-        """
         self.num_classes = num_classes
         super().__init__(keep_in_memory=True)
 
@@ -74,13 +70,8 @@ class ClassificationMetric(evaluate.Metric):
 def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
     """Mean gap between confidence and accuracy, over equal bins of confidence (https://arxiv.org/abs/1706.04599).
 
-    Args:
-        confidences: probability of each prediction, shape [N].
-        correct: whether each prediction is right, shape [N].
-        bins: number of bins.
-
-    Returns:
-        NaN where a confidence is not finite.
+    `confidences` has the probability of each prediction, `correct` whether it is right, both of shape [N]. The error is
+    NaN if a confidence is not finite.
     """
     if not np.isfinite(confidences).all():
         return math.nan

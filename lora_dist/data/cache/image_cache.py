@@ -5,14 +5,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import xxhash
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from lora_dist import waiting
@@ -36,8 +36,8 @@ MEASURED_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class ImageCache:
-    """The images of a table, full size or smaller, in numbered files.
+class ImageCache(Dataset):
+    """The images of a table, full size or smaller, in numbered files; an item is built by reading it.
 
     Attributes:
         root: directory of all caches.
@@ -60,12 +60,31 @@ class ImageCache:
         return max(MIN_IMAGES, -(-len(self.images) // MAX_FILES))
 
     def path(self, number: int) -> Path:
-        """Path of a file."""
+        """The path of a file."""
         return self.directory / f"part-{number:03d}.pixels"
 
     def rows(self, number: int) -> range:
         """Table rows in a file."""
         return range(len(self.images))[number * self.images_per_file :][: self.images_per_file]
+
+    def __getitem__(self, number: int) -> tuple[int, int] | OSError:
+        """Builds a file; returns the number of its images, and how many of them are unreadable."""
+        rows, unreadable = self.rows(number), 0
+
+        def images() -> Iterator[np.ndarray | None]:
+            nonlocal unreadable
+            for row in rows:
+                try:
+                    yield self.pixels(row)
+                except UnreadableImageError:
+                    unreadable += 1
+                    yield None
+
+        try:
+            write_pixels(self.path(number), images())
+        except OSError as error:
+            return error
+        return len(rows), unreadable
 
     def missing(self) -> list[int]:
         """Numbers of the files that are missing or damaged."""
@@ -111,10 +130,10 @@ class ImageCache:
 
 
 def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> Split:
-    """A training split that is read from a cache. Called on every process.
+    """A training split that is read from a cache of all rows of its table, in `root`. Called on every process.
 
     Args:
-        split: any samples of its table; the cache has all rows.
+        split: any samples of its table.
         root: directory of all caches.
         size: height and width of the model input.
         build: build what is missing; if False, only check the disk space, and return `split` for an incomplete cache.
@@ -152,7 +171,7 @@ def _build(cache: ImageCache) -> None:
     _require_disk_space(cache)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
     workers = workers if workers > 1 else 0
-    loader = worker_loader(_CacheBuilder(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
+    loader = worker_loader(Subset(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
     unreadable, total = 0, sum(len(cache.rows(number)) for number in missing)
     interval = 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=interval, file=sys.stderr) as bar:
@@ -175,36 +194,6 @@ def _require_disk_space(cache: ImageCache) -> None:
             f"--cache_dir {cache.root}: {readable(free)} free, and the images take {readable(needed)}. Free some "
             f"space, for example by removing caches of other data there, name another disk, or train without a cache"
         )
-
-
-class _CacheBuilder(Dataset):
-    """Builds a file of the cache for each item that is read; returns its images, and how many are unreadable."""
-
-    def __init__(self, cache: ImageCache, numbers: Sequence[int]) -> None:
-        self.cache = cache
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, int] | OSError:
-        number = self.numbers[index]
-        rows, unreadable = self.cache.rows(number), 0
-
-        def images() -> Iterator[np.ndarray | None]:
-            nonlocal unreadable
-            for row in rows:
-                try:
-                    yield self.cache.pixels(row)
-                except UnreadableImageError:
-                    unreadable += 1
-                    yield None
-
-        try:
-            write_pixels(self.cache.path(number), images())
-        except OSError as error:
-            return error
-        return len(rows), unreadable
 
 
 @dataclass(frozen=True)
@@ -232,24 +221,18 @@ class CacheReader:
         row = int(self._split.table_rows[index])
         number, position = divmod(row, self._cache.images_per_file)
         if number not in self._files:
-            self._files[number] = self._file(number)
-        file = self._files[number]
-        try:
+            try:
+                self._files[number] = PixelFile(self._cache.path(number))
+            except DamagedFileError as error:
+                self._files[number] = None
+                logger.warning("ignoring a damaged file of the image cache; the next run rebuilds it: %s", error)
+        file, pixels = self._files[number], None
+        with suppress(UnreadableImageError):
             pixels = self._cache.pixels(row) if file is None else file[position]
-        except UnreadableImageError:
-            pixels = None
         if pixels is None:
             # The source raises the error again, with its name.
             return self._split.read(epoch, [index])[index]
         return EncodedSample(pixels, "", int(self._split.labels[index]))
-
-    def _file(self, number: int) -> PixelFile | None:
-        """A file of the cache. This run decodes the images of a damaged one again, and the next run rebuilds it."""
-        try:
-            return PixelFile(self._cache.path(number))
-        except DamagedFileError as error:
-            logger.warning("ignoring a damaged file of the image cache; the next run rebuilds it: %s", error)
-            return None
 
 
 def _fingerprint(images: Split, size: tuple[int, int]) -> str:

@@ -13,11 +13,8 @@ _LOG_MIN, _LOG_MAX = torch.log(torch.tensor([1 / _MAX_RATIO, _MAX_RATIO])).tolis
 def draw_crop(size: tuple[int, int], scale_min: float) -> Box:
     """Draws a crop from torch's CPU generator, exactly as `torchvision.transforms.v2.RandomResizedCrop` does.
 
-    The small tensors of torchvision's `make_params` took a third of the time of a cached image.
-
-    Args:
-        size: width and height of the image.
-        scale_min: least share of the area; the centre crop of a very long image can have less.
+    The small tensors of torchvision's `make_params` took a third of the time of a cached image. `size` is width and
+    height, `scale_min` the least share of the area; the centre crop of a very long image can have less.
     """
     width, height = size
     for _ in range(10):

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -32,8 +32,7 @@ def image_files(directory: str | Path) -> Iterator[str]:
 def visible_files(directory: str | Path) -> Iterator[str]:
     """Files below a directory without hidden files and folders, in an order that is the same on every machine.
 
-    Raises:
-        UserError: a folder cannot be read.
+    Raises `UserError` if a folder cannot be read.
     """
     for folder, folders, files in os.walk(directory, onerror=_refuse, followlinks=True):
         folders[:] = sorted(
@@ -72,42 +71,8 @@ _TRANSPOSE = {
 """What turns an image upright, by its EXIF orientation."""
 
 
-class Picture(Protocol):
-    """An image that `opened` yields. Its methods decode only what they need, and raise `UnreadableImageError`.
-
-    Attributes:
-        size: width and height, upright.
-    """
-
-    size: tuple[int, int]
-
-    def whole(self) -> Image.Image:
-        """The whole image in upright 8-bit RGB."""
-        ...
-
-    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
-        """The pixels in `box` in upright 8-bit RGB [h, w, 3], full size or reduced, but no smaller than `least` (width,
-        height). Can be called once."""
-        ...
-
-
-class _Decoded:
-    """The picture of an array of pixels."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self._pixels = pixels
-        self.size = pixels.shape[1], pixels.shape[0]
-
-    def whole(self) -> Image.Image:
-        return Image.fromarray(self._pixels)
-
-    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
-        left, top, right, bottom = box
-        return self._pixels[top:bottom, left:right]
-
-
-class _Encoded:
-    """The picture of a Pillow image. A JPEG is decoded at a half, quarter or eighth of its size where that suffices."""
+class Picture:
+    """An image of upright `size` (width, height) that decodes only what is needed, or raises `UnreadableImageError`."""
 
     def __init__(self, image: Image.Image, name: str) -> None:
         self._image = image
@@ -120,11 +85,16 @@ class _Encoded:
         self.size = image.size if self._orientation < 5 else image.size[::-1]
 
     def whole(self) -> Image.Image:
+        """The whole image in upright 8-bit RGB."""
         with _named(self._name):
             self._image.load()
             return _to_rgb(_upright(self._image, self._orientation))
 
     def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
+        """The pixels in `box` in upright 8-bit RGB [h, w, 3]. Can be called once.
+
+        A JPEG is decoded at a half, quarter or eighth of its size, but no smaller than `least` (width, height).
+        """
         with _named(self._name):
             stored = _stored_box(box, self._orientation, self._image.size)
             scale = self._reduce(stored, least if self._orientation < 5 else least[::-1])
@@ -139,6 +109,21 @@ class _Encoded:
         width, height = self._image.size
         reduced = self._image.draft(None, (math.ceil(width * inner[0]), math.ceil(height * inner[1])))
         return width / reduced[1][2] if reduced else 1.0
+
+
+class _Pixels(Picture):
+    """The picture of an array of pixels."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self._pixels = pixels
+        self.size = pixels.shape[1], pixels.shape[0]
+
+    def whole(self) -> Image.Image:
+        return Image.fromarray(self._pixels)
+
+    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
+        left, top, right, bottom = box
+        return self._pixels[top:bottom, left:right]
 
 
 def _stored_box(box: Box, orientation: int, size: tuple[int, int]) -> Box:
@@ -162,14 +147,9 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 @contextmanager
 def opened(source: ImageSource, name: str = "") -> Iterator[Picture]:
-    """Opens an image.
+    """Opens a path, the bytes of an image file, a Pillow image, or 8-bit pixels [H, W, 3].
 
-    Args:
-        source: a path, an encoded file's bytes, an opened image, or 8-bit pixels [H, W, 3].
-        name: of the image in errors; defaults to the path.
-
-    Raises:
-        UnreadableImageError: the file is missing, truncated, no image, or not a regular file.
+    Raises `UnreadableImageError`, with `name` or the path, for anything that is not a readable image.
     """
     name = name or (source if isinstance(source, str) else "image")
     with ExitStack() as stack:
@@ -180,13 +160,13 @@ def opened(source: ImageSource, name: str = "") -> Iterator[Picture]:
 
 def _picture(source: ImageSource, name: str, stack: ExitStack) -> Picture:
     if isinstance(source, np.ndarray):
-        return _Decoded(source)
+        return _Pixels(source)
     if isinstance(source, Image.Image):
-        return _Encoded(source, name)
+        return Picture(source, name)
     # Opening a pipe would wait for a writer.
     if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
         raise UnreadableImageError(f"{name}: not a file")
-    return _Encoded(stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)), name)
+    return Picture(stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)), name)
 
 
 def load_rgb(source: ImageSource, name: str = "") -> Image.Image:

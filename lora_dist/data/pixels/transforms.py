@@ -18,6 +18,7 @@ from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combin
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
 
+_POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
 _GROUP_PIXELS = 500_000
 """Most pixels that are resized in one call: a call costs as much as resizing a small image, and larger groups no longer
 fit the CPU's cache."""
@@ -27,32 +28,21 @@ class ImageTransforms:
     """The transforms of a run.
 
     Training views are cropped and augmented as 8-bit RGB images. The last steps (rescaling, normalisation, channel
-    order) are the processor's own, so that training and serving cannot drift apart.
+    order) are the processor's own, so that training and serving cannot drift apart. With `crops`, a training view shows
+    a random crop of its image.
     """
 
     def __init__(self, processor: Any, augmentation: AugmentationSettings | None = None) -> None:
-        """
-        Args:
-            processor: image processor of the base model.
-            augmentation: for training; None where only evaluation is needed.
-
-        Raises:
-            UserError: the processor gives images of different sizes, which cannot be batched.
-        """
+        """`augmentation` is for training alone. Raises `UserError` if the processor gives images of different sizes."""
         self.processor = processor
         self.height, self.width = _output_size(processor)
-        self._crop_scale_min: float | None = None
-        self._flip = 0.0
-        self._policy: v2.Transform | None = None
-        self._on_device = augmentation is not None and augmentation.augment_on_device
-        self._erase: v2.RandomErasing | None = None
-        if augmentation is not None:
-            if augmentation.augmentation != "none":
-                self._crop_scale_min = augmentation.crop_scale_min
-                self._flip = augmentation.horizontal_flip
-                self._policy = _policy(augmentation.augmentation)
-            if augmentation.random_erasing:
-                self._erase = v2.RandomErasing(p=augmentation.random_erasing)
+        settings = augmentation or AugmentationSettings(augmentation="none")
+        self.crops = settings.augmentation != "none"
+        self._crop_scale_min = settings.crop_scale_min
+        self._flip = settings.horizontal_flip
+        self._policy = _POLICIES[settings.augmentation]() if settings.augmentation in _POLICIES else None
+        self._on_device = settings.augment_on_device
+        self._erase = v2.RandomErasing(p=settings.random_erasing) if settings.random_erasing else None
 
     def evaluation(self, image: Image.Image) -> Tensor:
         """Float32 [3, H, W], as the processor alone makes it."""
@@ -121,30 +111,21 @@ class ImageTransforms:
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 
-    @property
-    def crops(self) -> bool:
-        """Whether a training view shows a random crop of its image."""
-        return self._crop_scale_min is not None
-
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
-        """A random view for `model_input`, as a function of the picture and the seed alone.
-
-        Raises:
-            UnreadableImageError: the picture is damaged.
-        """
-        if self._crop_scale_min is None:
+        """A random view for `model_input`, from the picture and the seed alone; raises `UnreadableImageError`."""
+        if not self.crops:
             return self.whole_view(self.resized([picture.whole()])[0], seed)
         with seeded(seed):
-            return self._crop(picture, self._crop_scale_min)._replace(erased=self._erased())
+            return self._crop(picture)._replace(erased=self._erased())
 
     def whole_view(self, pixels: Tensor, seed: tuple[int, ...]) -> View:
         """The same without a crop, from one of the images that `resized` gave, [3, H, W]."""
         with seeded(seed):
             return View(pixels, self._erased())
 
-    def _crop(self, picture: Picture, scale_min: float) -> View:
+    def _crop(self, picture: Picture) -> View:
         size = self.height, self.width
-        box = draw_crop(picture.size, scale_min)
+        box = draw_crop(picture.size, self._crop_scale_min)
         flipped = bool(self._flip and torch.rand(1) < self._flip)
         part = picture.part(box, size[::-1])
         # A large crop is resized in the worker all the same: it would take too long to transfer.
@@ -207,12 +188,6 @@ def _output_size(processor: Any) -> tuple[int, int]:
             f"batched; set a height and width, or a crop size, in its preprocessor_config.json"
         )
     return sizes.pop()
-
-
-def _policy(name: str) -> v2.Transform | None:
-    """The augmentation policy that follows the crop."""
-    policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
-    return policies[name]() if name in policies else None
 
 
 def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:

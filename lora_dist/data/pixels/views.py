@@ -43,15 +43,10 @@ class Mixture(NamedTuple):
 
 
 def draw_mixture(mixup_alpha: float, cutmix_alpha: float, size: tuple[int, int], seed: tuple[int, ...]) -> Mixture:
-    """Draws a mixture as a function of the seed alone.
+    """Draws a mixture of images of `size` (height, width) from the seed alone: torchvision's transforms mix within the
+    batch, which changes with the number of processes.
 
-    torchvision's transforms mix within the batch, which changes with the number of processes.
-
-    Args:
-        mixup_alpha: of the Beta distribution; 0 for no mixup.
-        cutmix_alpha: the same for CutMix; with both, each is drawn half of the time.
-        size: height and width of the images.
-        seed: of all random numbers.
+    An alpha of the Beta distribution is 0 for no mixup or no CutMix; with both, each is drawn half of the time.
     """
     random = np.random.default_rng(seed)
     cut = bool(cutmix_alpha) and (not mixup_alpha or random.random() < 0.5)
@@ -91,15 +86,10 @@ class DeferredOps(NamedTuple):
 def stack(
     views: Sequence[View], partners: Sequence[int] = (), mixtures: Sequence[Mixture] = ()
 ) -> tuple[Tensor, DeferredOps]:
-    """Stacks views for `ImageTransforms.model_input`.
+    """Stacks views to pixels [V, 3, H, W] of their type, and the operations for `ImageTransforms.model_input`.
 
-    Args:
-        views: of the samples, in order, and then of partners that are not samples themselves.
-        partners: number of the partner's view for each sample; empty without mixing.
-        mixtures: for each sample; empty without mixing.
-
-    Returns:
-        Pixels [V, 3, H, W] in the type of the views, and the deferred operations.
+    The views of the samples come first, then those of partners that are not samples themselves. `partners` and
+    `mixtures` have the number of the partner's view and the mixture of each sample; they are empty without mixing.
     """
     erased = [view.erased for view in views]
     deferred = DeferredOps(torch.tensor(erased) if any(area != NOWHERE for area in erased) else None)
@@ -160,17 +150,9 @@ def _mask(areas: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resize(pixels: Tensor, crop_sizes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes crops by bilinear interpolation with antialiasing.
+    """Resizes crops in 8-bit pixels [V, 3, h, w] to float32 [V, 3, *size], bilinear with antialiasing.
 
     The interpolation is linear in each direction, so two matrix products resize a whole batch.
-
-    Args:
-        pixels: 8-bit [V, 3, h, w].
-        crop_sizes: as in `DeferredOps`.
-        size: height and width.
-
-    Returns:
-        Float32 [V, 3, *size] of 0 to 255.
     """
     rows = _weights(crop_sizes[:, 0], pixels.shape[2], size[0])
     columns = _weights(crop_sizes[:, 1], pixels.shape[3], size[1])

@@ -116,14 +116,7 @@ class Layout:
 
 
 class Interleave:
-    """The `SampleOrder` of shards.
-
-    Attributes:
-        sizes: samples in each shard, shape [S].
-        count: number of lanes.
-        block: samples of a lane that are shuffled among each other, even.
-        seed: decides the order.
-    """
+    """The `SampleOrder` of shards with `sizes` samples, in `count` lanes, each shuffled in blocks of an even size."""
 
     def __init__(self, sizes: np.ndarray, count: int, block: int, seed: int) -> None:
         assert block >= 2

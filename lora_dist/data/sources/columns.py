@@ -11,11 +11,7 @@ from lora_dist.errors import UserError
 
 
 def find_image_column(features: Mapping[str, Any]) -> str:
-    """The column of type Image, or the one called `image`.
-
-    Raises:
-        UserError: there is none, or there are several.
-    """
+    """The column of type Image, or the one called `image`; raises `UserError` unless there is exactly one."""
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not columns and "image" in features:
         columns = ["image"]
@@ -39,11 +35,7 @@ def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | No
 
 
 def find_label_column(features: Mapping[str, Any]) -> str:
-    """The column of type ClassLabel, or the one called `label`, `labels` or, in WebDataset files, `cls`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The column of type ClassLabel, or the one called `label`, `labels` or `cls` (WebDataset), else `UserError`."""
     columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if len(columns) != 1:
         columns = [name for name in ("label", "labels", "cls") if name in features]
@@ -53,11 +45,7 @@ def find_label_column(features: Mapping[str, Any]) -> str:
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
-    """Checks that both columns exist and that the second holds one label a sample.
-
-    Raises:
-        UserError: names the setting to change.
-    """
+    """Raises `UserError` unless both columns exist and the second holds one label a sample."""
     for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
         if column not in features:
             raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")

@@ -44,11 +44,7 @@ def _line(path: str) -> str:
 
 
 def read_exclusions(file: str | Path) -> frozenset[str]:
-    """The absolute paths on a list; warns if there are none, as after an audit that found nothing.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not a path.
-    """
+    """The absolute paths on a list; warns of an empty list, and raises `UserError` if it cannot be read."""
     try:
         text = Path(file).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:

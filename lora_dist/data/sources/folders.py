@@ -24,11 +24,7 @@ class ClassFolders(NamedTuple):
 
 
 def read_class_folders(directory: str) -> ClassFolders:
-    """Lists the images of a folder.
-
-    Raises:
-        UserError: there are no class folders, or no images in them, or a folder cannot be read.
-    """
+    """Lists the images of a folder; raises `UserError` if there are none, or a folder cannot be read."""
     root = Path(directory)
     try:
         visible = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))

@@ -38,13 +38,12 @@ class ImageData:
 
 
 def load_data(settings: DataSettings, seed: int) -> ImageData:
-    """Loads both splits and checks that they have the same classes.
-
-    Raises:
-        UserError: names what is missing: a directory, a split, a column, or classes of one split.
-    """
+    """Loads both splits and checks that they have the same classes; raises `UserError` for anything that is missing."""
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    train_table, validation_table = _load_tables(settings, excluded)
+    train_table = _load_table(settings, settings.train_dir, settings.train_split, excluded)
+    validation_table = None
+    if settings.validation_dir or settings.validation_split:
+        validation_table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
     column = settings.image_column_name or find_image_column(train_table.features)
     tables = [train_table] if validation_table is None else [train_table, validation_table]
     _warn_of_unused(excluded, settings.exclude, tables)
@@ -56,21 +55,15 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
         train, validation = train.select(kept), train.select(held_out)
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
-    if not settings.allow_missing_classes:
-        require_same_classes(labels, set(train.labels.tolist()), set(validation.labels.tolist()))
-    warn_of_classes(labels, set(train.labels.tolist()))
-    return ImageData(
-        labels=labels,
-        train=_limited(train, settings.max_train_samples, seed),
-        validation=_limited(validation, settings.max_eval_samples, seed),
-    )
+    check_classes(settings, labels, set(train.labels.tolist()), validation)
+    train = _limited(train, settings.max_train_samples, seed)
+    return ImageData(labels, train, _limited(validation, settings.max_eval_samples, seed))
 
 
 def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
-    """Loads the validation split alone, with class indices of the label map of a trained model.
+    """Loads the validation split alone, with the class indices of `labels`, the label map of a trained model.
 
-    Raises:
-        UserError: as `load_data`, or a class is not in the label map.
+    Raises `UserError` as `load_data`, and for a class that is not in the label map.
     """
     if not settings.validation_dir and not settings.validation_split:
         data = load_data(settings, seed)
@@ -79,10 +72,7 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         return data.validation
     # The list may name training files too, so unused names are no reason to warn.
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    if settings.validation_dir:
-        table = _load_folder(settings.validation_dir, excluded)
-    else:
-        table = _load_split(settings, settings.validation_split or "")
+    table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
     column = settings.image_column_name or find_image_column(table.features)
     _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
@@ -90,18 +80,12 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
     return _limited(split, settings.max_eval_samples, seed)
 
 
-def _load_tables(settings: DataSettings, excluded: frozenset[str]) -> tuple[Dataset, Dataset | None]:
-    if settings.train_dir:
-        train = _load_folder(settings.train_dir, excluded)
-        return train, _load_folder(settings.validation_dir, excluded) if settings.validation_dir else None
-    assert settings.dataset_name is not None
-    train = _load_split(settings, settings.train_split)
-    return train, _load_split(settings, settings.validation_split) if settings.validation_split else None
-
-
-def _load_folder(name: str, excluded: frozenset[str]) -> Dataset:
-    """Class folders as a table. Arrow cannot hold file names that are not UTF-8."""
-    classes, paths, labels, _ = read_class_folders(demo.local_path(name))
+def _load_table(settings: DataSettings, directory: str | None, split: str | None, excluded: frozenset[str]) -> Dataset:
+    if directory is None:
+        assert split is not None
+        return _load_split(settings, split)
+    classes, paths, labels, _ = read_class_folders(demo.local_path(directory))
+    # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
         first = os.fsencode(found[0]).decode(errors="backslashreplace")
@@ -198,22 +182,15 @@ def _labelled(
     return labels, Split(table, image_column, table_rows, numbers)
 
 
-def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:
-    """Checks that both splits have images of the same classes.
-
-    Raises:
-        UserError: names the classes that one of them lacks.
-    """
+def check_classes(settings: DataSettings, labels: Sequence[str], in_train: set[int], validation: Split) -> None:
+    """Raises `UserError` if a split lacks classes of the other; warns of classes without a training image."""
+    in_validation = set(validation.labels.tolist())
     for part, absent in (("training", in_validation - in_train), ("validation", in_train - in_validation)):
-        if absent:
+        if absent and not settings.allow_missing_classes:
             raise UserError(
                 f"classes without a single {part} image: {', '.join(labels[index] for index in sorted(absent))}. "
                 f"Add some, or continue without them with --allow_missing_classes."
             )
-
-
-def warn_of_classes(labels: Sequence[str], in_train: set[int]) -> None:
-    """Warns of classes without a training image, and of training images of a single class."""
     if empty := [label for index, label in enumerate(labels) if index not in in_train]:
         named = ", ".join(empty[:MAX_NAMED_CLASSES]) + (" …" if len(empty) > MAX_NAMED_CLASSES else "")
         logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), named)

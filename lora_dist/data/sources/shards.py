@@ -43,14 +43,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A split of a data set, as `datasets` finds it.
+    """The files of a split, as paths or URLs, and the same as one `stream` for its features and for reading tar files.
 
-    Attributes:
-        format: `parquet` or `webdataset`.
-        files: paths or URLs, in order.
-        stream: all files as one data set, for its features and for reading tar files.
-        image_column: name.
-        label_column: name.
+    `format` is one of `FORMATS`.
     """
 
     format: str
@@ -98,8 +93,7 @@ def _parquet(opened: Any) -> pq.ParquetFile:
 def find_source(settings: DataSettings) -> ShardSource:
     """Finds the files of the training split, and reads their features only.
 
-    Raises:
-        UserError: the data set or split does not exist, has a format that cannot be streamed, or lacks a column.
+    Raises `UserError` if the data set or split does not exist, cannot be streamed, or lacks a column.
     """
     name, config_name, split = settings.dataset_name, settings.dataset_config_name, settings.train_split
     file_format, files, _ = _find_files(settings, split)
@@ -113,11 +107,7 @@ def find_source(settings: DataSettings) -> ShardSource:
 
 
 def load_alone(settings: DataSettings, split: str) -> Dataset:
-    """Loads a split, or a slice of one, without downloading the other splits as `load_dataset` does.
-
-    Raises:
-        UserError: as `find_source`.
-    """
+    """Loads a split, or a slice of one, without downloading the other splits as `load_dataset` does."""
     base = split.partition("[")[0]
     file_format, files, features = _find_files(settings, base)
     with reading_data(settings.dataset_name, split):
@@ -132,7 +122,7 @@ def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Fea
         builder = load_dataset_builder(name, config_name)
     if builder.name == "cache":
         raise UserError(
-            f"the Hub does not answer, and the local cache of {name} has no shards that can be streamed: remove "
+            f"{name} is not available from the Hub now, and the local cache has no shards that can be streamed: remove "
             f"--streaming"
         )
     if builder.name not in FORMATS:
@@ -186,9 +176,7 @@ def load_index(source: ShardSource) -> ShardIndex:
 
     Indexing parquet files is quick; tar files are read from end to end, once. Of the processes that share a cache and
     call this at the same time, one does the work.
-
-    Raises:
-        UserError: names a file that cannot be read, or a row without a label.
+    Raises `UserError` with the name of a file that cannot be read, or of a row without a label.
     """
     path = Path(config.HF_DATASETS_CACHE) / "lora_dist_shards" / f"{_identity(source)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

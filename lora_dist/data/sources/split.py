@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -103,25 +104,17 @@ def _size(path: str | None) -> int:
 
 def _head(source: Any) -> bytes:
     """The first bytes of a file; empty for what cannot be read, which training reports."""
-    if not isinstance(source, str) or not _size(source):
-        return b""
-    try:
-        with Path(source).open("rb") as file:
-            return file.read(HEAD_BYTES)
-    except OSError:
-        return b""
+    with suppress(OSError):
+        if isinstance(source, str) and _size(source):
+            with Path(source).open("rb") as file:
+                return file.read(HEAD_BYTES)
+    return b""
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Holds out `fraction` of each class, and at least one sample of classes with two or more.
 
-    Args:
-        labels: class of each sample, shape [N].
-        fraction: to hold out, from 0 to 1.
-        seed: decides which; the same on every process.
-
-    Returns:
-        Indices to keep and indices held out, both ascending.
+    Returns the indices to keep and the indices held out, both ascending. `labels` has the class of each sample.
     """
     held_out = []
     for label in np.unique(labels):

@@ -14,7 +14,7 @@ from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
 from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import class_names
-from lora_dist.data.sources.load import ImageData, load_validation, require_same_classes, warn_of_classes
+from lora_dist.data.sources.load import ImageData, check_classes, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
@@ -24,14 +24,7 @@ MAX_LANES = 64
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """The rows of all shards, one shard after another.
-
-    Attributes:
-        source: of the shards.
-        index: of the shards.
-        class_of: index in the label map of each label value.
-        lanes: order in which the shards are read.
-    """
+    """The rows of all shards, one shard after another; `class_of` maps each label value to its class index."""
 
     source: ShardSource
     index: ShardIndex
@@ -51,11 +44,9 @@ class StreamedSplit:
         return f"{file} row {self.index.first_rows[shard] + row}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.index.digest.encode())
-        digest.update(self.index.sizes.tobytes())
-        for file in self.source.files:
-            digest.update(os.path.basename(file).encode())
-        return digest.hexdigest()[:16]
+        names = "".join(os.path.basename(file) for file in self.source.files)
+        content = self.index.digest.encode() + self.index.sizes.tobytes() + names.encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         counts = np.bincount(self.index.files, self.index.sizes, len(self.source.files)).astype(int).tolist()
@@ -151,13 +142,7 @@ def prepare(settings: DataSettings) -> None:
 def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageData:
     """Finds the training shards, and loads the validation split.
 
-    Args:
-        settings: with `streaming`.
-        seed: of the order.
-        processes: number of processes that share the shards.
-
-    Raises:
-        UserError: as `load_data`, or there are too few shards.
+    Raises `UserError` as `load_data`, and if there are too few shards for `processes`.
     """
     source = find_source(settings)
     index = load_index(source)
@@ -165,10 +150,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     labels = list(names.values())
     validation = load_validation(settings, seed, labels)
     class_of = {value: label for label, value in enumerate(names)}
-    in_train = {class_of[label] for label in index.labels}
-    if not settings.allow_missing_classes:
-        require_same_classes(labels, in_train, set(validation.labels.tolist()))
-    warn_of_classes(labels, in_train)
+    check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)
     train = StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes))
     return ImageData(labels, train, validation)
 
