@@ -23,23 +23,17 @@ class ClassificationMetric(evaluate.Metric):
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
-        """Makes no folder below HF_HOME, which may not be writable: everything stays in memory."""
+        """Creates no folder below HF_HOME, which may not be writable: everything stays in memory."""
         return self._data_dir_root
 
     def _info(self) -> evaluate.MetricInfo:
+        types = {name: datasets.Value("int64") for name in ("predictions", "references", "ranks")}
+        types |= {name: datasets.Value("float32") for name in ("confidences", "losses")}
         return evaluate.MetricInfo(
             description="Classification metrics, each over every sample once.",
             citation="",
             inputs_description=type(self).__doc__ or "",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("int64"),
-                    "references": datasets.Value("int64"),
-                    "confidences": datasets.Value("float32"),
-                    "ranks": datasets.Value("int64"),
-                    "losses": datasets.Value("float32"),
-                }
-            ),
+            features=datasets.Features(types),
         )
 
     def _compute(self, predictions: Any, references: Any, confidences: Any, ranks: Any, losses: Any) -> dict[str, Any]:

@@ -63,19 +63,19 @@ class ImageCache(Dataset):
         """The path of a file."""
         return self.directory / f"part-{number:03d}.pixels"
 
-    def rows(self, number: int) -> range:
-        """Table rows in a file."""
+    def table_rows(self, number: int) -> range:
+        """Rows of the table in a file."""
         return range(len(self.images))[number * self.images_per_file :][: self.images_per_file]
 
     def __getitem__(self, number: int) -> tuple[int, int] | OSError:
         """Builds a file; returns the number of its images, and how many of them are unreadable."""
-        rows, unreadable = self.rows(number), 0
+        table_rows, unreadable = self.table_rows(number), 0
 
         def images() -> Iterator[np.ndarray | None]:
             nonlocal unreadable
-            for row in rows:
+            for table_row in table_rows:
                 try:
-                    yield self.pixels(row)
+                    yield self.pixels(table_row)
                 except UnreadableImageError:
                     unreadable += 1
                     yield None
@@ -84,7 +84,7 @@ class ImageCache(Dataset):
             write_pixels(self.path(number), images())
         except OSError as error:
             return error
-        return len(rows), unreadable
+        return len(table_rows), unreadable
 
     def missing(self) -> list[int]:
         """Numbers of the files that are missing or damaged."""
@@ -92,19 +92,19 @@ class ImageCache(Dataset):
 
     def _is_whole(self, number: int) -> bool:
         try:
-            return len(PixelFile(self.path(number))) == len(self.rows(number))
+            return len(PixelFile(self.path(number))) == len(self.table_rows(number))
         except DamagedFileError:
             return False
 
     @contextmanager
-    def _opened(self, row: int) -> Iterator[Picture]:
-        sample = self.images.read(0, [row])[row]
+    def _opened(self, table_row: int) -> Iterator[Picture]:
+        sample = self.images.read(0, [table_row])[table_row]
         with opened(sample.source, sample.name) as picture:
             yield picture
 
-    def pixels(self, row: int) -> np.ndarray:
+    def pixels(self, table_row: int) -> np.ndarray:
         """Decodes and resizes an image, 8-bit [h, w, 3]; raises `UnreadableImageError`."""
-        with self._opened(row) as picture:
+        with self._opened(table_row) as picture:
             height, width = self.kept(picture.size)
             if (width, height) == picture.size:
                 return np.asarray(picture.whole())
@@ -120,9 +120,9 @@ class ImageCache(Dataset):
     def bytes_of(self, count: int) -> int:
         """Approximate bytes of `count` images, from the sizes of some."""
         sizes = []
-        for row in range(0, len(self.images), max(1, len(self.images) // MEASURED_IMAGES)):
+        for table_row in range(0, len(self.images), max(1, len(self.images) // MEASURED_IMAGES)):
             try:
-                with self._opened(row) as picture:
+                with self._opened(table_row) as picture:
                     sizes.append(3 * math.prod(self.kept(picture.size)))
             except UnreadableImageError:
                 sizes.append(0)
@@ -172,7 +172,7 @@ def _build(cache: ImageCache) -> None:
     workers = min(len(os.sched_getaffinity(0)), len(missing))
     workers = workers if workers > 1 else 0
     loader = worker_loader(Subset(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
-    unreadable, total = 0, sum(len(cache.rows(number)) for number in missing)
+    unreadable, total = 0, sum(len(cache.table_rows(number)) for number in missing)
     interval = 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=interval, file=sys.stderr) as bar:
         for found in from_workers(loader, SILENT_SECONDS):
@@ -187,7 +187,7 @@ def _build(cache: ImageCache) -> None:
 
 
 def _require_disk_space(cache: ImageCache) -> None:
-    needed = int(SAFETY * cache.bytes_of(sum(len(cache.rows(number)) for number in cache.missing())))
+    needed = int(SAFETY * cache.bytes_of(sum(len(cache.table_rows(number)) for number in cache.missing())))
     free = free_bytes(cache.directory)
     if needed > free:
         raise UserError(
@@ -218,8 +218,8 @@ class CacheReader:
         return {index: self._sample(epoch, index) for index in indices}
 
     def _sample(self, epoch: int, index: int) -> EncodedSample:
-        row = int(self._split.table_rows[index])
-        number, position = divmod(row, self._cache.images_per_file)
+        table_row = int(self._split.table_rows[index])
+        number, position = divmod(table_row, self._cache.images_per_file)
         if number not in self._files:
             try:
                 self._files[number] = PixelFile(self._cache.path(number))
@@ -228,7 +228,7 @@ class CacheReader:
                 logger.warning("ignoring a damaged file of the image cache; the next run rebuilds it: %s", error)
         file, pixels = self._files[number], None
         with suppress(UnreadableImageError):
-            pixels = self._cache.pixels(row) if file is None else file[position]
+            pixels = self._cache.pixels(table_row) if file is None else file[position]
         if pixels is None:
             # The source raises the error again, with its name.
             return self._split.read(epoch, [index])[index]

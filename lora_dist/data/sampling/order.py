@@ -97,14 +97,9 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The micro-batches of one process in each update of a run; updates are counted from 0.
+    """The micro-batches of process `rank` in each update of a run; updates are counted from 0.
 
-    Attributes:
-        sample_order: of all epochs.
-        per_device_batch: most samples in a micro-batch.
-        accumulation: micro-batches in an update.
-        world_size: number of processes.
-        rank: of this process.
+    An update has `accumulation` micro-batches of at most `per_device_batch` samples on each process.
     """
 
     sample_order: SampleOrder

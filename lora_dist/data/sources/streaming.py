@@ -103,17 +103,14 @@ class LaneReader:
     def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, EncodedSample]]:
         split, index = self._split, self._split.index
         for shard, start, stop in pieces:
-            position, self._at = start, split.name_in(shard, start)
+            position, self._at, first = start, split.name_in(shard, start), int(layout.first_indices[shard])
             try:
                 rows = split.source.read(int(index.files[shard]), int(index.groups[shard]), start)
                 for position in range(start, stop):
                     row = next(rows, None)
                     if row is None:
                         raise EOFError("the file has changed since it was indexed")
-                    yield (
-                        int(layout.first_indices[shard]) + position,
-                        self._encoded(row, split.name_in(shard, position)),
-                    )
+                    yield first + position, self._encoded(row, split.name_in(shard, position))
             except Exception as error:
                 # Decoders and networks raise errors of many classes.
                 name = split.name_in(shard, position)

@@ -145,7 +145,7 @@ def test_loading_leaves_the_random_numbers_of_training_alone(data: ImageData, nu
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_process_with_nothing_to_do_gets_a_filler_that_weighs_nothing(data: ImageData) -> None:
+def test_a_process_with_nothing_to_do_gets_padding_of_weight_0(data: ImageData) -> None:
     three = data.train.select(np.array([0, 11, 26]))
     shares = [training_batches(three, batch=4, world=4, rank=rank, steps=(0, 1)) for rank in range(4)]
     assert [len(share) for share in shares] == [1] * 4

@@ -61,7 +61,7 @@ def test_an_update_has_the_same_samples_however_it_is_split(data: tuple[Sequence
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("split", SPLITS)
 def test_processes_keep_step(data: tuple[Sequence[int], int, int], split: tuple[int, int, int]) -> None:
-    """All make as many micro-batches, none of them empty or too large; one without samples gets a filler."""
+    """All make as many micro-batches, none of them empty or too large; one without samples gets a padding sample."""
     shares = orders(lanes_of(data), *split)
     for step in range(2 * shares[0].steps_per_epoch):
         made = [list(order.micro_batches(step)) for order in shares]

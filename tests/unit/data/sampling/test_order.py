@@ -43,7 +43,7 @@ def test_an_update_has_the_same_samples_however_it_is_split(size: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_processes_keep_step_and_fillers_weigh_nothing(
+def test_processes_keep_step_and_padding_has_weight_0(
     sizes: tuple[int, int, int, int],
 ) -> None:
     _, batch, _, world = sizes
@@ -98,8 +98,8 @@ def test_evaluation_covers_every_row_once_in_equally_many_batches(size: int, wor
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_fillers_appear_only_where_a_process_has_nothing(sizes: tuple[int, int, int, int]) -> None:
-    """A micro-batch of fewer samples than processes has one filler for each process too many, and others none."""
+def test_padding_appears_only_where_a_process_has_nothing(sizes: tuple[int, int, int, int]) -> None:
+    """A micro-batch of fewer samples than processes has a padding sample for each process too many."""
     _, batch, _, world = sizes
     for step in range(order(*sizes).steps_per_epoch):
         shares = [list(order(*sizes, rank).micro_batches(step)) for rank in range(world)]
