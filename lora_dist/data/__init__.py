@@ -1,1 +1,1 @@
-"""Data sets of images, and the way of their pixels to the device."""
+"""Image data sets, from files to batches on the device."""

@@ -1,6 +1,6 @@
-"""The embedded base model and data of the offline demo, named `demo:vit` and `demo:digits/…` in settings.
+"""The packaged base model and data of the offline demo, named `demo:vit` and `demo:digits/…` in settings.
 
-Imports nothing heavy: the settings ask here whether a name is packaged before torch is loaded.
+Imports nothing heavy: the settings call it before torch is loaded.
 """
 
 import os
@@ -10,23 +10,20 @@ PREFIX = "demo:"
 
 
 def is_packaged(name: str) -> bool:
-    """Whether `name` stands for something this package brings along."""
+    """Whether `name` is a model or data set of this package."""
     return name.startswith(PREFIX)
 
 
 def photographs() -> list[str]:
-    """The packaged photographs, as files; `photos/README.md` says whose they are."""
+    """Paths of the packaged photographs; `photos/README.md` lists their authors."""
     return [str(path) for path in sorted((Path(__file__).parent / "photos").glob("*.jpg"))]
 
 
 def local_path(name: str) -> str:
-    """The directory that a name of the demo stands for; any other name is returned unchanged.
+    """The directory of a model or data set of the demo; other names are returned unchanged.
 
-    The digits are written out as PNG files the first time they are asked for, below `$LORA_DIST_CACHE`
-    (default `~/.cache/lora_dist`).
-
-    Raises:
-        UserError: the demo has nothing of that name.
+    The first use of the digits writes them as PNG files to `$LORA_DIST_CACHE` (default `~/.cache/lora_dist`). Raises
+    `UserError` for a name that the demo does not have.
     """
     from lora_dist.errors import UserError
 

@@ -11,17 +11,17 @@ VALIDATION_EVERY = 5
 
 
 def write(directory: Path) -> None:
-    """Writes `train/<digit>/*.png` and `validation/<digit>/*.png` (8x8 grey pixels) unless they are there.
+    """Writes `train/<digit>/*.png` and `validation/<digit>/*.png` (8x8 grey pixels) unless they exist.
 
-    Every fifth image of a class is held out: 1,442 for training, 355 for validation. The folder appears whole
-    or not at all, whichever process comes first.
+    Holds out every fifth image of a class: 1,442 for training, 355 for validation. The rename at the end is atomic, so
+    several processes may call this at once.
     """
     if directory.is_dir():
         return
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError('the demo\'s digits come with scikit-learn: pip install "lora_dist[demo]"') from error
+        raise UserError('the demo\'s digits need scikit-learn: pip install "lora_dist[demo]"') from error
     from PIL import Image
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def write(directory: Path) -> None:
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Writes to the directory named."""
+    """Writes to the directory that is the only argument."""
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("usage: python -m lora_dist.demo.digits DIR")
     write(Path(argv[0]))

@@ -20,15 +20,8 @@ FILES = {"train": "train", "test": "t10k"}
 
 
 def write(directory: Path, source: Path = SOURCE) -> None:
-    """Writes `train.parquet` (60,000 images of 28x28 grey pixels) and `test.parquet` (10,000).
-
-    Args:
-        directory: is created.
-        source: has the four gzipped idx files.
-
-    Raises:
-        UserError: the source is not there.
-    """
+    """Writes `train.parquet` (60,000 images of 28x28 grey pixels) and `test.parquet` (10,000) from four gzipped idx
+    files; raises `UserError` if the source is missing."""
     if not source.is_dir():
         raise UserError(f"{source} is missing: apt-get install dataset-fashion-mnist, or give a directory as well")
     directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +47,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Writes to the directory named first, from the one named second if there is one."""
+    """Writes to the first argument; reads from the second, if given."""
     if len(argv) not in (1, 2) or argv[0].startswith("-"):
         raise UserError("usage: python -m lora_dist.demo.fashion_mnist DIR [SOURCE]")
     write(Path(argv[0]), *map(Path, argv[1:]))

@@ -1,1 +1,1 @@
-"""Metrics of classification, which training, prediction and audit share."""
+"""Classification metrics, shared by training, prediction and audit."""

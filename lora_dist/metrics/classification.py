@@ -19,31 +19,21 @@ class ClassificationMetric(evaluate.Metric):
     """
 
     def __init__(self, num_classes: int) -> None:
-        """
-        Args:
-            num_classes: rows of the confusion matrix and of the report.
-        """
         self.num_classes = num_classes
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
-        """Makes no folder below HF_HOME, which may not be writable: everything stays in memory."""
+        """Creates no folder below HF_HOME, which may not be writable: everything stays in memory."""
         return self._data_dir_root
 
     def _info(self) -> evaluate.MetricInfo:
+        types = {name: datasets.Value("int64") for name in ("predictions", "references", "ranks")}
+        types |= {name: datasets.Value("float32") for name in ("confidences", "losses")}
         return evaluate.MetricInfo(
             description="Classification metrics, each over every sample once.",
             citation="",
             inputs_description=type(self).__doc__ or "",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("int64"),
-                    "references": datasets.Value("int64"),
-                    "confidences": datasets.Value("float32"),
-                    "ranks": datasets.Value("int64"),
-                    "losses": datasets.Value("float32"),
-                }
-            ),
+            features=datasets.Features(types),
         )
 
     def _compute(self, predictions: Any, references: Any, confidences: Any, ranks: Any, losses: Any) -> dict[str, Any]:
@@ -74,13 +64,8 @@ class ClassificationMetric(evaluate.Metric):
 def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
     """Mean gap between confidence and accuracy, over equal bins of confidence (https://arxiv.org/abs/1706.04599).
 
-    Args:
-        confidences: probability of each prediction, shape [N].
-        correct: whether each prediction is right, shape [N].
-        bins: number of bins.
-
-    Returns:
-        NaN where a confidence is not finite.
+    `confidences` has the probability of each prediction, `correct` whether it is right, both of shape [N]. The error is
+    NaN if a confidence is not finite.
     """
     if not np.isfinite(confidences).all():
         return math.nan

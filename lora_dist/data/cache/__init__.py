@@ -1,1 +1,1 @@
-"""The image cache: decoded images of a data set in one file, read in place of the originals."""
+"""The image cache: decoded training images in files that are mapped into memory."""

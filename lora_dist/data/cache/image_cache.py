@@ -1,24 +1,24 @@
-"""Training images decoded and resized once (`--cache_dir`): built by one process of a node, and read by all."""
+"""Training images decoded and resized once (`--cache_dir`): one process of a node builds the cache, and all read it."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from lora_dist import waiting
 from lora_dist.data.cache.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
-from lora_dist.data.pixels.images import UnreadableImageError, opened
+from lora_dist.data.pixels.images import Picture, UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import interpolated
-from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
 from lora_dist.data.sources.split import Split
@@ -30,20 +30,19 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MARGIN = 8 / 7
-"""Images are kept this much larger than the model takes them, as far as they are: 256 pixels for 224."""
-MOST_PARTS, LEAST_IMAGES = 256, 64
-LOOKED_AT = 64
-"""Images by which the size of all is judged."""
+"""Size of cached images relative to the model input: 256 pixels for 224. Smaller images are not enlarged."""
+MAX_FILES, MIN_IMAGES = 256, 64
+MEASURED_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class ImageCache:
-    """The images of a table, as they are or smaller, in files on the disk.
+class ImageCache(Dataset):
+    """The images of a table, full size or smaller, in numbered files; an item is built by reading it.
 
     Attributes:
         root: directory of all caches.
-        images: every row of the table.
-        size: height and width that the model takes.
+        images: all rows of the table.
+        size: height and width of the model input.
     """
 
     root: Path
@@ -52,42 +51,60 @@ class ImageCache:
 
     @cached_property
     def directory(self) -> Path:
-        """Where this one is; another one if a file of the data or a setting has changed."""
+        """Directory of this cache; it changes with the files of the data and with `size`."""
         return self.root / _fingerprint(self.images, self.size)
 
     @cached_property
-    def rows_in_part(self) -> int:
-        """Images in each part but the last."""
-        return max(LEAST_IMAGES, -(-len(self.images) // MOST_PARTS))
+    def images_per_file(self) -> int:
+        """Images in each file but the last."""
+        return max(MIN_IMAGES, -(-len(self.images) // MAX_FILES))
 
-    @property
-    def parts(self) -> range:
-        """Numbers of all parts."""
-        return range(-(-len(self.images) // self.rows_in_part))
+    def path(self, number: int) -> Path:
+        """The path of a file."""
+        return self.directory / f"part-{number:03d}.pixels"
 
-    def path(self, part: int) -> Path:
-        """The file of a part."""
-        return self.directory / f"part-{part:03d}.pixels"
+    def table_rows(self, number: int) -> range:
+        """Rows of the table in a file."""
+        return range(len(self.images))[number * self.images_per_file :][: self.images_per_file]
 
-    def rows(self, part: int) -> range:
-        """The rows in a part."""
-        first = part * self.rows_in_part
-        return range(first, min(first + self.rows_in_part, len(self.images)))
+    def __getitem__(self, number: int) -> tuple[int, int] | OSError:
+        """Builds a file; returns the number of its images, and how many of them are unreadable."""
+        table_rows, unreadable = self.table_rows(number), 0
+
+        def images() -> Iterator[np.ndarray | None]:
+            nonlocal unreadable
+            for table_row in table_rows:
+                try:
+                    yield self.pixels(table_row)
+                except UnreadableImageError:
+                    unreadable += 1
+                    yield None
+
+        try:
+            write_pixels(self.path(number), images())
+        except OSError as error:
+            return error
+        return len(table_rows), unreadable
 
     def missing(self) -> list[int]:
-        """Parts that are not there whole."""
-        return [part for part in self.parts if not self._is_whole(part)]
+        """Numbers of the files that are missing or damaged."""
+        return [number for number in range(-(-len(self.images) // self.images_per_file)) if not self._is_whole(number)]
 
-    def _is_whole(self, part: int) -> bool:
+    def _is_whole(self, number: int) -> bool:
         try:
-            return len(PixelFile(self.path(part))) == len(self.rows(part))
+            return len(PixelFile(self.path(number))) == len(self.table_rows(number))
         except DamagedFileError:
             return False
 
-    def pixels(self, row: int) -> np.ndarray:
-        """An image made anew, 8-bit [h, w, 3]; raises `UnreadableImageError`."""
-        one = self.images.read(0, [row])[row]
-        with opened(one.source, one.name) as picture:
+    @contextmanager
+    def _opened(self, table_row: int) -> Iterator[Picture]:
+        sample = self.images.read(0, [table_row])[table_row]
+        with opened(sample.source, sample.name) as picture:
+            yield picture
+
+    def pixels(self, table_row: int) -> np.ndarray:
+        """Decodes and resizes an image, 8-bit [h, w, 3]; raises `UnreadableImageError`."""
+        with self._opened(table_row) as picture:
             height, width = self.kept(picture.size)
             if (width, height) == picture.size:
                 return np.asarray(picture.whole())
@@ -95,38 +112,37 @@ class ImageCache:
             return interpolated(part, (height, width))[0].permute(1, 2, 0).numpy()
 
     def kept(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width that is kept of an image of `size` (width, height)."""
+        """Height and width in the cache of an image of `size` (width, height)."""
         width, height = size
         scale = min(1.0, MARGIN * max(self.size[0] / height, self.size[1] / width))
         return round(height * scale), round(width * scale)
 
-    def bytes_of(self, rows: int) -> int:
-        """About how many bytes that many images take."""
+    def bytes_of(self, count: int) -> int:
+        """Approximate bytes of `count` images, from the sizes of some."""
         sizes = []
-        for row in range(0, len(self.images), max(1, len(self.images) // LOOKED_AT)):
-            one = self.images.read(0, [row])[row]
+        for table_row in range(0, len(self.images), max(1, len(self.images) // MEASURED_IMAGES)):
             try:
-                with opened(one.source, one.name) as picture:
-                    height, width = self.kept(picture.size)
-                    sizes.append(3 * height * width)
+                with self._opened(table_row) as picture:
+                    sizes.append(3 * math.prod(self.kept(picture.size)))
             except UnreadableImageError:
                 sizes.append(0)
-        return int(rows * np.mean(sizes))
+        return int(count * np.mean(sizes))
 
 
-def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> "CachedSplit | Split":
-    """A training split that is read from a cache. Called on every process.
+def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> Split:
+    """A training split that is read from a cache of all rows of its table, in `root`. Called on every process.
 
     Args:
-        split: to be cached, with all rows of its table.
+        split: any samples of its table.
         root: directory of all caches.
-        size: height and width that the model takes.
-        build: make what is missing; if not, the split stays as it is then, and it is only seen whether there is room.
+        size: height and width of the model input.
+        build: build what is missing; if False, only check the disk space, and return `split` for an incomplete cache.
 
     Raises:
-        UserError: the directory cannot be written to, or has no room.
+        UserError: the directory is not writable, or the disk has too little space.
     """
-    everything = replace(split, rows=np.arange(len(split.table)), labels=np.zeros(len(split.table), dtype=np.int64))
+    count = len(split.table)
+    everything = replace(split, table_rows=np.arange(count), labels=np.zeros(count, dtype=np.int64))
     cache = ImageCache(Path(root), everything, size)
     if cache.missing():
         try:
@@ -134,29 +150,31 @@ def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> "Cach
                 _require_disk_space(cache)
                 return split
             cache.directory.mkdir(parents=True, exist_ok=True)
-            # The others of a node wait here for the one that builds.
+            # The other processes of a node wait here for the one that builds.
             with waiting.locked(cache.directory / "lock", "builds the cache of images"):
                 _build(cache)
         except OSError as error:
             raise UserError(
                 f"--cache_dir {root}: cannot write there ({error.strerror or error}); name another directory"
             ) from error
-    return CachedSplit(split, cache)
+    return CachedSplit(split.table, split.column, split.table_rows, split.labels, cache)
 
 
 def _build(cache: ImageCache) -> None:
-    """Makes the parts that are missing, on all cores."""
+    """Builds the missing files on all cores."""
     missing = cache.missing()
     if not missing:
         return
+    if damaged := [path for path in map(cache.path, missing) if path.exists()]:
+        logger.warning("rebuilding %d damaged files of the image cache, the first is %s", len(damaged), damaged[0])
     remove_unfinished(cache.directory)
     _require_disk_space(cache)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
     workers = workers if workers > 1 else 0
-    loader = worker_loader(_CacheBuilder(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
-    unreadable, total = 0, sum(len(cache.rows(part)) for part in missing)
-    seldom = 0.5 if sys.stderr.isatty() else 60
-    with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=seldom, file=sys.stderr) as bar:
+    loader = worker_loader(Subset(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
+    unreadable, total = 0, sum(len(cache.table_rows(number)) for number in missing)
+    interval = 0.5 if sys.stderr.isatty() else 60
+    with tqdm(total=total, desc="caching images", unit="image", delay=5, mininterval=interval, file=sys.stderr) as bar:
         for found in from_workers(loader, SILENT_SECONDS):
             if isinstance(found, OSError):
                 raise found
@@ -165,76 +183,24 @@ def _build(cache: ImageCache) -> None:
             bar.update(written)
     logger.info("cached %d images in %s", total, cache.directory)
     if unreadable:
-        logger.warning("%d of them cannot be read, and are left to --on_bad_image", unreadable)
+        logger.warning("%d of them cannot be read; --on_bad_image decides what training does with these", unreadable)
 
 
 def _require_disk_space(cache: ImageCache) -> None:
-    needed = int(SAFETY * cache.bytes_of(sum(len(cache.rows(part)) for part in cache.missing())))
+    needed = int(SAFETY * cache.bytes_of(sum(len(cache.table_rows(number)) for number in cache.missing())))
     free = free_bytes(cache.directory)
     if needed > free:
         raise UserError(
-            f"--cache_dir {cache.root}: {readable(free)} free, and the images take {readable(needed)}. Make room, for "
-            f"example by removing caches of other data there, name another disk, or train without a cache"
+            f"--cache_dir {cache.root}: {readable(free)} free, and the images take {readable(needed)}. Free some "
+            f"space, for example by removing caches of other data there, name another disk, or train without a cache"
         )
 
 
-class _CacheBuilder(Dataset):
-    """Parts of a cache, each made by asking for it."""
-
-    def __init__(self, cache: ImageCache, parts: Sequence[int]) -> None:
-        self.cache = cache
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> tuple[int, int] | OSError:
-        """How many images the part has, and how many of them cannot be read."""
-        part = self.parts[index]
-        rows, unreadable = self.cache.rows(part), 0
-
-        def images() -> Iterator[np.ndarray | None]:
-            nonlocal unreadable
-            for row in rows:
-                try:
-                    yield self.cache.pixels(row)
-                except UnreadableImageError:
-                    unreadable += 1
-                    yield None
-
-        try:
-            write_pixels(self.cache.path(part), images())
-        except OSError as error:
-            return error
-        return len(rows), unreadable
-
-
 @dataclass(frozen=True)
-class CachedSplit:
-    """A split whose images come from a cache.
+class CachedSplit(Split):
+    """A split whose reader takes the images from a cache."""
 
-    Attributes:
-        split: where they come from themselves.
-        cache: of all rows of its table.
-    """
-
-    split: Split
     cache: ImageCache
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def name(self, index: int) -> str:
-        return self.split.name(index)
-
-    def fingerprint(self) -> str:
-        return self.split.fingerprint()
-
-    def describe(self) -> dict[str, Any]:
-        return self.split.describe()
-
-    def sample_order(self, seed: int) -> SampleOrder:
-        return self.split.sample_order(seed)
 
     def reader(self) -> Reader:
         return CacheReader(self)
@@ -244,50 +210,33 @@ class CacheReader:
     """Reads a cache in one process."""
 
     def __init__(self, split: CachedSplit) -> None:
-        self._split = split.split
+        self._split = split
         self._cache = split.cache
         self._files: dict[int, PixelFile | None] = {}
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
-        return {row: self._sample(epoch, row) for row in rows}
+    def read(self, epoch: int, indices: Sequence[int]) -> Mapping[int, EncodedSample]:
+        return {index: self._sample(epoch, index) for index in indices}
 
     def _sample(self, epoch: int, index: int) -> EncodedSample:
-        row = int(self._split.rows[index])
-        part, position = divmod(row, self._cache.rows_in_part)
-        if part not in self._files:
-            self._files[part] = self._opened(part)
-        file = self._files[part]
-        try:
-            pixels = self._cache.pixels(row) if file is None else file[position]
-        except DamagedFileError as error:
-            self._files[part] = None
-            self._leave(part, error)
-            return self._sample(epoch, index)
-        except UnreadableImageError:
-            pixels = None
+        table_row = int(self._split.table_rows[index])
+        number, position = divmod(table_row, self._cache.images_per_file)
+        if number not in self._files:
+            try:
+                self._files[number] = PixelFile(self._cache.path(number))
+            except DamagedFileError as error:
+                self._files[number] = None
+                logger.warning("ignoring a damaged file of the image cache; the next run rebuilds it: %s", error)
+        file, pixels = self._files[number], None
+        with suppress(UnreadableImageError):
+            pixels = self._cache.pixels(table_row) if file is None else file[position]
         if pixels is None:
-            # What could not be read says so again, by its name.
+            # The source raises the error again, with its name.
             return self._split.read(epoch, [index])[index]
         return EncodedSample(pixels, "", int(self._split.labels[index]))
 
-    def _opened(self, part: int) -> PixelFile | None:
-        try:
-            return PixelFile(self._cache.path(part))
-        except DamagedFileError as error:
-            self._leave(part, error)
-            return None
-
-    def _leave(self, part: int, error: DamagedFileError) -> None:
-        """Has a part made anew by the next run; this one makes the same pixels as it goes."""
-        logger.warning("the cache is damaged, and this part of it is left: %s. The next run makes it anew", error)
-        try:
-            self._cache.path(part).unlink(missing_ok=True)
-        except OSError:
-            logger.warning("remove %s by hand", self._cache.path(part))
-
 
 def _fingerprint(images: Split, size: tuple[int, int]) -> str:
-    """Digest of all that decides what is in a cache: the files with their sizes and times, and the size kept."""
+    """Digest of what decides the content of a cache: the files with their sizes and times, and the cached size."""
     table, column = images.table, images.column
     digest = xxhash.xxh3_128(repr((FORMAT, MARGIN, size, len(table))).encode())
     for file in table.cache_files:
@@ -300,7 +249,7 @@ def _fingerprint(images: Split, size: tuple[int, int]) -> str:
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    """Size and time of a file, or None where there is none."""
+    """Size and modification time of a file; None if it does not exist."""
     try:
         found = Path(path).stat()
     except OSError:

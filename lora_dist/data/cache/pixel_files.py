@@ -1,4 +1,4 @@
-"""A file with the pixels of many images, mapped into memory: there whole or not at all, with a digest of each image."""
+"""Files of decoded images, mapped into memory. They are written atomically, and checked by their size and footer."""
 
 import os
 import struct
@@ -6,23 +6,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-_ENTRY = np.dtype([("start", "<u8"), ("height", "<u4"), ("width", "<u4"), ("digest", "<u8")])
-_FOOTER = struct.Struct("<8sQQ")
-_MAGIC = b"pixels01"
+_FOOTER = struct.Struct("<8sQ8x")
+"""Magic and number of images; version 01 has a digest of the index at the end."""
+_MAGIC = b"pixels02"
+_FIELDS = [("start", "<u8"), ("height", "<u4"), ("width", "<u4")]
+_ENTRY = {_MAGIC: np.dtype(_FIELDS), b"pixels01": np.dtype([*_FIELDS, ("digest", "<u8")])}
 _WRITING = ".writing-"
 
 
 class DamagedFileError(Exception):
-    """A file of pixels that is not as it was written; the message names it."""
+    """A file of pixels that is missing or incomplete; the message names it."""
 
 
 def write_pixels(path: Path, images: Iterable[np.ndarray | None]) -> None:
-    """Writes 8-bit images [h, w, 3] one after the other, their index and a footer; None for an image that is missing.
+    """Writes 8-bit images [h, w, 3], their index and a footer; None for an image that is missing.
 
     Raises:
-        OSError: nothing is left of what was written.
+        OSError: the unfinished file is removed.
     """
     aside = path.with_name(f"{_WRITING}{os.getpid()}-{path.name}")
     entries, start = [], 0
@@ -30,12 +31,11 @@ def write_pixels(path: Path, images: Iterable[np.ndarray | None]) -> None:
         with aside.open("wb") as file:
             for image in images:
                 pixels = np.ascontiguousarray(np.empty((0, 0, 3), np.uint8) if image is None else image)
-                entries.append((start, *pixels.shape[:2], xxhash.xxh3_64_intdigest(pixels.data)))
+                entries.append((start, *pixels.shape[:2]))
                 file.write(pixels.data)
                 start += pixels.nbytes
-            index = np.array(entries, _ENTRY).tobytes()
-            file.write(index)
-            file.write(_FOOTER.pack(_MAGIC, len(entries), xxhash.xxh3_64_intdigest(index)))
+            file.write(np.array(entries, _ENTRY[_MAGIC]).tobytes())
+            file.write(_FOOTER.pack(_MAGIC, len(entries)))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -45,47 +45,37 @@ def write_pixels(path: Path, images: Iterable[np.ndarray | None]) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what killed processes left half written."""
+    """Removes the unfinished files of killed processes."""
     for aside in directory.glob(f"{_WRITING}*"):
         aside.unlink(missing_ok=True)
 
 
 class PixelFile:
-    """Such a file, as images by their places."""
+    """A sequence of the images in a file."""
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            DamagedFileError: the file is missing, or its index is not whole.
+            DamagedFileError: the file is missing, or its size is not what its index and footer say.
         """
-        self.path = path
         try:
-            # Copies are made of pages that are written to, which are none: torch warns of arrays that cannot be.
+            # Nothing writes to the pages; torch warns of arrays that are read-only.
             self._bytes = np.memmap(path, np.uint8, "c")
-            magic, count, digest = _FOOTER.unpack(self._bytes[-_FOOTER.size :].data)
-            index = self._bytes[-_FOOTER.size - count * _ENTRY.itemsize : -_FOOTER.size]
-        except (OSError, ValueError, OverflowError, struct.error) as error:
+            magic, count = _FOOTER.unpack(self._bytes[-_FOOTER.size :].data)
+            end = len(self._bytes) - _FOOTER.size - count * _ENTRY[magic].itemsize
+            self._entries = self._bytes[max(end, 0) : -_FOOTER.size].view(_ENTRY[magic])
+        except (OSError, ValueError, KeyError, OverflowError, struct.error) as error:
             raise DamagedFileError(f"{path}: {error}") from error
-        if magic != _MAGIC or xxhash.xxh3_64_intdigest(index.data) != digest:
-            raise DamagedFileError(f"{path}: its index is damaged")
-        self._entries = index.view(_ENTRY)
-        self._checked = np.zeros(len(self._entries), dtype=bool)
+        sizes = 3 * self._entries["height"].astype(np.int64) * self._entries["width"]
+        if sizes.sum() != end or not np.array_equal(self._entries["start"], np.cumsum(sizes) - sizes):
+            raise DamagedFileError(f"{path}: its index and its size of {len(self._bytes)} bytes contradict each other")
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, position: int) -> np.ndarray | None:
-        """The image [h, w, 3] in the file, not copied; None if it is missing.
-
-        Raises:
-            DamagedFileError: its pixels are not those that were written. This is found when they are first read.
-        """
-        start, height, width, digest = (int(value) for value in self._entries[position])
-        if not height:
+        """The image [h, w, 3], not copied; None if it is missing."""
+        start, height, width = (int(self._entries[position][name]) for name, _ in _FIELDS)
+        if not height * width:
             return None
-        pixels = self._bytes[start : start + 3 * height * width]
-        if not self._checked[position]:
-            if xxhash.xxh3_64_intdigest(pixels.data) != digest:
-                raise DamagedFileError(f"{self.path}: image {position} in it is damaged")
-            self._checked[position] = True
-        return pixels.reshape(height, width, 3)
+        return self._bytes[start : start + 3 * height * width].reshape(height, width, 3)

@@ -1,1 +1,1 @@
-"""From an image file to the pixels that the model takes."""
+"""Decoding, augmentation and model input."""

@@ -1,4 +1,4 @@
-"""Which part of an image a random view shows."""
+"""Random crops for training views."""
 
 from math import sqrt
 
@@ -6,32 +6,27 @@ import torch
 
 from lora_dist.data.pixels.images import Box
 
-_WIDEST = 4 / 3
-"""Ratio of the longer side of a part to the shorter, at most."""
-_NARROWEST_LOG, _WIDEST_LOG = torch.log(torch.tensor([1 / _WIDEST, _WIDEST])).tolist()
+_MAX_RATIO = 4 / 3
+_LOG_MIN, _LOG_MAX = torch.log(torch.tensor([1 / _MAX_RATIO, _MAX_RATIO])).tolist()
 
 
-def draw_crop(size: tuple[int, int], smallest: float) -> Box:
-    """Draws a part of an image from torch's CPU random numbers.
+def draw_crop(size: tuple[int, int], scale_min: float) -> Box:
+    """Draws a crop from torch's CPU generator, exactly as `torchvision.transforms.v2.RandomResizedCrop` does.
 
-    Source: `make_params` of `torchvision.transforms.v2.RandomResizedCrop`. This takes the same numbers and makes the
-    same parts. It stands here because the small tensors of that one took a third of the time of a cached image.
-
-    Args:
-        size: width and height of the image.
-        smallest: the share of its area that a part has at least; the middle of a long one can have less.
+    The small tensors of torchvision's `make_params` took a third of the time of a cached image. `size` is width and
+    height, `scale_min` the least share of the area; the centre crop of a very long image can have less.
     """
     width, height = size
     for _ in range(10):
-        area = width * height * torch.empty(1).uniform_(smallest, 1.0).item()
-        # In single precision, as there: a side that is rounded otherwise has its place elsewhere.
-        ratio = torch.empty(1).uniform_(_NARROWEST_LOG, _WIDEST_LOG).exp_().item()
-        inner_width, inner_height = round(sqrt(area * ratio)), round(sqrt(area / ratio))
-        if 0 < inner_width <= width and 0 < inner_height <= height:
-            top = int(torch.randint(height - inner_height + 1, (1,)))
-            left = int(torch.randint(width - inner_width + 1, (1,)))
+        area = width * height * torch.empty(1).uniform_(scale_min, 1.0).item()
+        # In single precision, as torchvision: double precision rounds some sides differently.
+        ratio = torch.empty(1).uniform_(_LOG_MIN, _LOG_MAX).exp_().item()
+        crop_width, crop_height = round(sqrt(area * ratio)), round(sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(torch.randint(height - crop_height + 1, (1,)))
+            left = int(torch.randint(width - crop_width + 1, (1,)))
             break
     else:
-        inner_width, inner_height = min(width, round(height * _WIDEST)), min(height, round(width * _WIDEST))
-        left, top = (width - inner_width) // 2, (height - inner_height) // 2
-    return left, top, left + inner_width, top + inner_height
+        crop_width, crop_height = min(width, round(height * _MAX_RATIO)), min(height, round(width * _MAX_RATIO))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height

@@ -1,13 +1,13 @@
-"""Any image file to upright RGB pixels, all of them or a part."""
+"""Finding image files, and decoding them to upright RGB, as a whole or in part."""
 
 import io
 import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -17,24 +17,22 @@ from lora_dist.errors import UserError
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
-"""Files of these endings are taken for images, in any case of letters."""
 
 
 def is_image_name(file: str) -> bool:
-    """Whether a file is taken for an image, by its name."""
+    """Whether a file name ends in one of `IMAGE_SUFFIXES`, in any case."""
     return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
 def image_files(directory: str | Path) -> Iterator[str]:
-    """Those of `visible_files` that are taken for images."""
+    """The image files among `visible_files`."""
     return filter(is_image_name, visible_files(directory))
 
 
 def visible_files(directory: str | Path) -> Iterator[str]:
-    """Files below a directory, hidden files and folders left out, in an order that is the same on every machine.
+    """Files below a directory without hidden files and folders, in an order that is the same on every machine.
 
-    Raises:
-        UserError: a folder cannot be read, whose files would be missing without a word.
+    Raises `UserError` if a folder cannot be read.
     """
     for folder, folders, files in os.walk(directory, onerror=_refuse, followlinks=True):
         folders[:] = sorted(
@@ -48,12 +46,12 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one on the way to it, where a walk would go round for ever."""
+    """Whether a folder is a link to one of its parents, which would make a walk endless."""
     return folder.is_symlink() and any(parent.resolve() == folder.resolve() for parent in folder.absolute().parents)
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded; the message names it and says why."""
+    """An image that cannot be decoded; the message names it and the cause."""
 
 
 Box = tuple[int, int, int, int]
@@ -61,7 +59,7 @@ Box = tuple[int, int, int, int]
 
 ImageSource = str | bytes | Image.Image | np.ndarray
 
-_UPRIGHT = {
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -70,32 +68,51 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by the orientation in its EXIF data."""
+"""What turns an image upright, by its EXIF orientation."""
 
 
-class Picture(Protocol):
-    """An opened image, of which no more is decoded and converted than is asked for; see `opened`.
+class Picture:
+    """An image of upright `size` (width, height) that decodes only what is needed, or raises `UnreadableImageError`."""
 
-    Its methods raise `UnreadableImageError`.
-
-    Attributes:
-        size: width and height, upright.
-    """
-
-    size: tuple[int, int]
+    def __init__(self, image: Image.Image, name: str) -> None:
+        self._image = image
+        self._name = name
+        if image.format not in ("JPEG", "MPO"):
+            # Of other formats, the header alone need not tell the size.
+            image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        self._orientation: int = orientation if orientation in _TRANSPOSE else 1
+        self.size = image.size if self._orientation < 5 else image.size[::-1]
 
     def whole(self) -> Image.Image:
-        """All of it in 8-bit RGB, upright."""
-        ...
+        """The whole image in upright 8-bit RGB."""
+        with _named(self._name):
+            self._image.load()
+            return _to_rgb(_upright(self._image, self._orientation))
 
     def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
-        """What is in `box`, upright, in 8-bit RGB [h, w, 3]: as it is, or smaller, but no smaller than `least` (width,
-        height). It can be asked for one part, once."""
-        ...
+        """The pixels in `box` in upright 8-bit RGB [h, w, 3]. Can be called once.
+
+        A JPEG is decoded at a half, quarter or eighth of its size, but no smaller than `least` (width, height).
+        """
+        with _named(self._name):
+            stored = _stored_box(box, self._orientation, self._image.size)
+            scale = self._reduce(stored, least if self._orientation < 5 else least[::-1])
+            self._image.load()
+            left, top, right, bottom = (round(side / scale) for side in stored)
+            return np.array(_upright(_to_rgb(self._image.crop((left, top, right, bottom))), self._orientation))
+
+    def _reduce(self, box: Box, least: tuple[int, int]) -> float:
+        """Sets the decoder to the smallest size that suffices; returns by what factor it reduces each side."""
+        # One pixel more, because the box is rounded.
+        inner = [(size + 1) / (end - start) for size, start, end in zip(least, box[:2], box[2:], strict=True)]
+        width, height = self._image.size
+        reduced = self._image.draft(None, (math.ceil(width * inner[0]), math.ceil(height * inner[1])))
+        return width / reduced[1][2] if reduced else 1.0
 
 
-class _Decoded:
-    """The picture of pixels that are there."""
+class _Pixels(Picture):
+    """The picture of an array of pixels."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self._pixels = pixels
@@ -109,47 +126,8 @@ class _Decoded:
         return self._pixels[top:bottom, left:right]
 
 
-class _Encoded:
-    """The picture of an image of any mode.
-
-    Of a JPEG, a half, quarter or eighth of the pixels in each direction is decoded where that leaves enough, and the
-    box is rounded to these.
-    """
-
-    def __init__(self, image: Image.Image, name: str) -> None:
-        self._image = image
-        self._name = name
-        if image.format not in ("JPEG", "MPO"):
-            # Of other formats, the header alone need not tell the size.
-            image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        self._orientation: int = orientation if orientation in _UPRIGHT else 1
-        self.size = image.size if self._orientation < 5 else image.size[::-1]
-
-    def whole(self) -> Image.Image:
-        with _named(self._name):
-            self._image.load()
-            return _to_rgb(_upright(self._image, self._orientation))
-
-    def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
-        with _named(self._name):
-            stored = _turned(box, self._orientation, self._image.size)
-            scale = self._reduce(stored, least if self._orientation < 5 else least[::-1])
-            self._image.load()
-            left, top, right, bottom = (round(side / scale) for side in stored)
-            return np.array(_upright(_to_rgb(self._image.crop((left, top, right, bottom))), self._orientation))
-
-    def _reduce(self, box: Box, least: tuple[int, int]) -> float:
-        """Has as few pixels decoded as will do; returns how many go into one, in each direction."""
-        # One more, for what rounding may take.
-        inner = [(size + 1) / (end - start) for size, start, end in zip(least, box[:2], box[2:], strict=True)]
-        width, height = self._image.size
-        reduced = self._image.draft(None, (math.ceil(width * inner[0]), math.ceil(height * inner[1])))
-        return width / reduced[1][2] if reduced else 1.0
-
-
-def _turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
-    """A box of an upright image where its file has it, in an image of `size`."""
+def _stored_box(box: Box, orientation: int, size: tuple[int, int]) -> Box:
+    """The box of an upright image in the coordinates of its file, whose image is of `size`."""
     left, top, right, bottom = box if orientation < 5 else (box[1], box[0], box[3], box[2])
     if orientation in (2, 3, 7, 8):
         left, right = size[0] - right, size[0] - left
@@ -159,52 +137,43 @@ def _turned(box: Box, orientation: int, size: tuple[int, int]) -> Box:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation not in _UPRIGHT:
+    if orientation not in _TRANSPOSE:
         return image
-    image = image.transpose(_UPRIGHT[orientation])
-    # It still says that it is to be turned.
+    image = image.transpose(_TRANSPOSE[orientation])
+    # The metadata still has the old orientation.
     image.info.clear()
     return image
 
 
 @contextmanager
 def opened(source: ImageSource, name: str = "") -> Iterator[Picture]:
-    """Opens an image.
+    """Opens a path, the bytes of an image file, a Pillow image, or 8-bit pixels [H, W, 3].
 
-    Args:
-        source: a path, an encoded file's bytes, an opened image, or the pixels of one, 8-bit [H, W, 3].
-        name: what to call it in an error; defaults to the path.
-
-    Raises:
-        UnreadableImageError: it is missing, truncated, no image, or no file; the picture's methods raise it as well.
+    Raises `UnreadableImageError`, with `name` or the path, for anything that is not a readable image.
     """
     name = name or (source if isinstance(source, str) else "image")
+    with ExitStack() as stack:
+        with _named(name):
+            picture = _picture(source, name, stack)
+        yield picture
+
+
+def _picture(source: ImageSource, name: str, stack: ExitStack) -> Picture:
     if isinstance(source, np.ndarray):
-        yield _Decoded(source)
-        return
+        return _Pixels(source)
     if isinstance(source, Image.Image):
-        with _named(name):
-            picture = _Encoded(source, name)
-        yield picture
-        return
-    with _named(name):
-        is_file = isinstance(source, bytes) or stat.S_ISREG(Path(source).stat().st_mode)
-    if not is_file:
-        # To open a pipe is to wait for who writes into it.
+        return Picture(source, name)
+    # Opening a pipe would wait for a writer.
+    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
         raise UnreadableImageError(f"{name}: not a file")
-    with _named(name):
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    with image:
-        with _named(name):
-            picture = _Encoded(image, name)
-        yield picture
+    return Picture(stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)), name)
 
 
 def load_rgb(source: ImageSource, name: str = "") -> Image.Image:
-    """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to 8-bit RGB, turned as EXIF says.
+    """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to upright 8-bit RGB.
 
-    Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits rather than
-    cut off at 255. Arguments and errors are those of `opened`.
+    Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits, not clipped at
+    255. Takes the arguments of `opened` and raises its errors.
     """
     with opened(source, name) as picture:
         return picture.whole()
@@ -214,6 +183,8 @@ def load_rgb(source: ImageSource, name: str = "") -> Image.Image:
 def _named(name: str) -> Iterator[None]:
     try:
         yield
+    except UnreadableImageError:
+        raise
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file leads them to, struct.error and RuntimeError among them.
         raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""RGB image to model input: the processor's own semantics for evaluation, random views in its format for training."""
+"""RGB images to model input: by the image processor itself for evaluation, as random views for training."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,42 +18,31 @@ from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combin
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
 
-_AT_ONCE = 500_000
-"""Pixels up to which images are resized in one call: a call costs as much as resizing a small image, and larger ones
-no longer fit the CPU's cache."""
+_POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+_GROUP_PIXELS = 500_000
+"""Most pixels that are resized in one call: a call costs as much as resizing a small image, and larger groups no longer
+fit the CPU's cache."""
 
 
 class ImageTransforms:
     """The transforms of a run.
 
-    Training views are cropped and augmented as 8-bit RGB images, and then, once they are on the device, take the
-    processor's own last steps (rescaling, normalisation, channel order), so that training and serving cannot drift
-    apart.
+    Training views are cropped and augmented as 8-bit RGB images. The last steps (rescaling, normalisation, channel
+    order) are the processor's own, so that training and serving cannot drift apart. With `crops`, a training view shows
+    a random crop of its image.
     """
 
     def __init__(self, processor: Any, augmentation: AugmentationSettings | None = None) -> None:
-        """
-        Args:
-            processor: the base model's image processor.
-            augmentation: None where only evaluation is needed.
-
-        Raises:
-            UserError: the processor gives images of different sizes, which cannot be batched.
-        """
+        """`augmentation` is for training alone. Raises `UserError` if the processor gives images of different sizes."""
         self.processor = processor
         self.height, self.width = _output_size(processor)
-        self._crop_scale_min: float | None = None
-        self._flip = 0.0
-        self._policy: v2.Transform | None = None
-        self._on_device = augmentation is not None and augmentation.augment_on_device
-        self._erase: v2.RandomErasing | None = None
-        if augmentation is not None:
-            if augmentation.augmentation != "none":
-                self._crop_scale_min = augmentation.crop_scale_min
-                self._flip = augmentation.horizontal_flip
-                self._policy = _policy(augmentation.augmentation)
-            if augmentation.random_erasing:
-                self._erase = v2.RandomErasing(p=augmentation.random_erasing)
+        settings = augmentation or AugmentationSettings(augmentation="none")
+        self.crops = settings.augmentation != "none"
+        self._crop_scale_min = settings.crop_scale_min
+        self._flip = settings.horizontal_flip
+        self._policy = _POLICIES[settings.augmentation]() if settings.augmentation in _POLICIES else None
+        self._on_device = settings.augment_on_device
+        self._erase = v2.RandomErasing(p=settings.random_erasing) if settings.random_erasing else None
 
     def evaluation(self, image: Image.Image) -> Tensor:
         """Float32 [3, H, W], as the processor alone makes it."""
@@ -64,37 +53,26 @@ class ImageTransforms:
         return torch.stack([self.evaluation(image) for image in images])
 
     def resized(self, images: Iterable[Image.Image]) -> Tensor:
-        """The first part of `batch`, for another process to do: 8-bit [B, 3, H, W] where the rest can wait.
+        """The first part of `batch`, for another process: 8-bit [B, 3, H, W] where the other steps can wait.
 
-        That is a quarter of the bytes to hand over, and the rest is cheaper for many images at once. Of `images`, no
-        more are taken at a time than are resized in one call.
+        8-bit pixels are a quarter of the bytes to transfer, and the other steps are cheaper for many images at once.
         """
-        first = {"do_rescale": False, "do_normalize": False} if self._in_two_parts else {}
-        parts: list[Tensor] = []
-        group: list[Image.Image] = []
-        pixels = 0
-        for image in images:
-            if group and pixels + image.width * image.height > _AT_ONCE:
-                parts.append(self.processor(group, **first, return_tensors="pt")["pixel_values"])
-                group, pixels = [], 0
-            group.append(image)
-            pixels += image.width * image.height
-        if group:
-            parts.append(self.processor(group, **first, return_tensors="pt")["pixel_values"])
+        options = {"do_rescale": False, "do_normalize": False} if self._in_two_parts else {}
+        parts = [self.processor(group, **options, return_tensors="pt")["pixel_values"] for group in _groups(images)]
         return torch.cat(parts) if parts else torch.empty(0, 3, self.height, self.width)
 
     def finished(self, pixels: Tensor) -> Tensor:
-        """The second part: what `resized` gave, float32 [B, 3, H, W], to the bit as `batch` makes it."""
+        """The second part: what `resized` gave as float32 [B, 3, H, W], to the bit as `batch` makes it."""
         return self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels
 
-    def model_input(self, pixels: Tensor, rest: DeferredOps) -> Tensor:
-        """The samples of a batch, float32 [B, 3, H, W], from their views as `views.stack` gives them, on any device."""
-        if rest.crop_sizes is None:
-            return combine(self.finished(pixels), rest)
-        return combine(self._normalised(resize(pixels, rest.crop_sizes, (self.height, self.width))), rest)
+    def model_input(self, pixels: Tensor, deferred: DeferredOps) -> Tensor:
+        """The samples of a batch from the views that `views.stack` gives, float32 [B, 3, H, W], on any device."""
+        if deferred.crop_sizes is None:
+            return combine(self.finished(pixels), deferred)
+        return combine(self._normalised(resize(pixels, deferred.crop_sizes, (self.height, self.width))), deferred)
 
     def _normalised(self, values: Tensor) -> Tensor:
-        """What the processor makes of values from 0 to 255, [B, 3, H, W]."""
+        """The processor's last steps for values from 0 to 255, [B, 3, H, W]."""
         if self._normalisation is None:
             return self._last_steps(values)
         mean, deviation = (numbers.to(values.device) for numbers in self._normalisation)
@@ -106,8 +84,8 @@ class ImageTransforms:
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation [3, 1, 1] of 8-bit values, by which each of these gets the bits that it has from the
-        processor; None where it does something else. The processor itself takes several times as long."""
+        """Mean and deviation [3, 1, 1] that give each 8-bit value the same bits as the processor, several times faster;
+        None for a processor that does something else."""
         values = torch.stack([(torch.arange(256) + 85 * channel) % 256 for channel in range(3)])
         pixels = values.to(torch.uint8).reshape(1, 3, 16, 16)
         try:
@@ -123,8 +101,7 @@ class ImageTransforms:
 
     @cached_property
     def _in_two_parts(self) -> bool:
-        """Whether the processor gives the same bits in two parts; some also turn channels round, which is then done
-        twice, or resize to floats."""
+        """Whether the processor gives the same bits in two parts. Some reverse channels twice, or resize to floats."""
         pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 2 * self.width + 7, 3)).astype(np.uint8)
         images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
         try:
@@ -134,34 +111,24 @@ class ImageTransforms:
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 
-    @property
-    def cuts_out(self) -> bool:
-        """Whether a view shows a part of its image, drawn at random."""
-        return self._crop_scale_min is not None
-
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
-        """A random view; a function of the picture and the seed alone. It is for `model_input`.
-
-        Raises:
-            UnreadableImageError: the picture turns out to be damaged.
-        """
-        if not self.cuts_out:
+        """A random view for `model_input`, from the picture and the seed alone; raises `UnreadableImageError`."""
+        if not self.crops:
             return self.whole_view(self.resized([picture.whole()])[0], seed)
         with seeded(seed):
-            return self._drawn(picture)._replace(erased=self._erased())
+            return self._crop(picture)._replace(erased=self._erased())
 
     def whole_view(self, pixels: Tensor, seed: tuple[int, ...]) -> View:
-        """The same of an image that was `resized` with others, [3, H, W], where nothing is cut out."""
+        """The same without a crop, from one of the images that `resized` gave, [3, H, W]."""
         with seeded(seed):
             return View(pixels, self._erased())
 
-    def _drawn(self, picture: Picture) -> View:
+    def _crop(self, picture: Picture) -> View:
         size = self.height, self.width
-        assert self._crop_scale_min is not None
         box = draw_crop(picture.size, self._crop_scale_min)
         flipped = bool(self._flip and torch.rand(1) < self._flip)
         part = picture.part(box, size[::-1])
-        # What is large is not handed over before it is small.
+        # A large crop is resized in the worker all the same: it would take too long to transfer.
         large = min(part.shape[0] // size[0], part.shape[1] // size[1]) >= 2
         pixels = interpolated(part, size) if large or not self._on_device else _as_tensor(part)
         if self._on_device:
@@ -173,11 +140,24 @@ class ImageTransforms:
         return View(pixels[0])
 
     def _erased(self) -> Area:
-        """Draws what of a view is erased."""
         if self._erase is None or torch.rand(1) >= self._erase.p:
             return NOWHERE
         area = self._erase.make_params([torch.empty(3, self.height, self.width, device="meta")])
         return NOWHERE if area["v"] is None else (area["i"], area["j"], area["h"], area["w"])
+
+
+def _groups(images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
+    """Images in groups of `_GROUP_PIXELS`, each taken from the iterator only when its group needs it."""
+    group: list[Image.Image] = []
+    pixels = 0
+    for image in images:
+        if group and pixels + image.width * image.height > _GROUP_PIXELS:
+            yield group
+            group, pixels = [], 0
+        group.append(image)
+        pixels += image.width * image.height
+    if group:
+        yield group
 
 
 def seed_of(numbers: tuple[int, ...]) -> int:
@@ -187,7 +167,7 @@ def seed_of(numbers: tuple[int, ...]) -> int:
 
 @contextmanager
 def seeded(numbers: tuple[int, ...]) -> Iterator[None]:
-    """Runs torch's CPU random numbers from a seed of `numbers`, and puts the generator back as it was."""
+    """Seeds torch's CPU generator by `numbers`, and restores its state at the end."""
     generator = torch.default_generator
     before = generator.get_state()
     generator.manual_seed(seed_of(numbers))
@@ -210,17 +190,11 @@ def _output_size(processor: Any) -> tuple[int, int]:
     return sizes.pop()
 
 
-def _policy(name: str) -> v2.Transform | None:
-    """What is done with a view after it has been cut out."""
-    policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
-    return policies[name]() if name in policies else None
-
-
 def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """An 8-bit image [h, w, 3], resized to [1, 3, *size] by bilinear interpolation with antialiasing."""
+    """Resizes an 8-bit image [h, w, 3] to [1, 3, *size] by bilinear interpolation with antialiasing."""
     return interpolate(_as_tensor(pixels), size, mode="bilinear", antialias=True)
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
-    """The pixels [h, w, 3] of an image as a batch [1, 3, h, w], which lie in memory as before."""
+    """Pixels [h, w, 3] as a batch [1, 3, h, w], not copied."""
     return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)

@@ -1,1 +1,1 @@
-"""Which sample comes when: a function of seed, epoch and position, for any number of processes."""
+"""The order of the samples, as a function of seed, epoch and position, for any number of processes."""

@@ -1,9 +1,10 @@
-"""The order of data that is read forward only: shards dealt to lanes, lanes to processes and their workers.
+"""The order of streamed data: shards are interleaved in lanes, and lanes are assigned to processes and their workers.
 
-Each epoch, the shards are permuted and dealt to a fixed number of lanes of about the same length. A lane is its shards
-one after another, cut into blocks, and each block is permuted. The order of the epoch goes round the lanes, one sample
-of each, as long as they last. So a reader holds one block of each of its lanes and reads on from there, and yet the
-order is a pure function of the sizes of the shards, the seed and the epoch, whatever the processes and workers.
+Each epoch permutes the shards and distributes them over a fixed number of lanes of about the same length. A lane
+concatenates its shards and shuffles them in blocks, like a shuffle buffer. The epoch cycles through the lanes and takes
+one sample of each, like `tf.data`'s `interleave`, until all lanes are exhausted. A reader holds one block of each of
+its lanes and reads forward only. The order is a pure function of the sizes of the shards, the seed and the epoch, for
+any number of processes and workers.
 """
 
 import heapq
@@ -18,13 +19,7 @@ from lora_dist.data.sampling.order import PADDING_INDEX, Sample
 
 
 class Piece(NamedTuple):
-    """Part of a shard that belongs to a block.
-
-    Attributes:
-        shard: index of the shard.
-        start: its first row in the shard.
-        stop: the row after its last.
-    """
+    """Rows `start` to `stop` (excluded) of a shard."""
 
     shard: int
     start: int
@@ -33,32 +28,33 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the shards of one epoch lie in lanes; lanes are numbered from the longest to the shortest.
+    """The lanes of one epoch, numbered from the longest to the shortest.
 
-    A sample stands at `index` in its lane. `flat` counts through the lanes one after another, shard by shard.
+    `offset` is the position of a sample in its lane before shuffling. A flat position counts through all lanes, shard
+    by shard.
 
     Attributes:
         lengths: samples in each lane, descending, shape [L].
-        offsets: where each lane begins, flat, shape [L + 1].
-        shards: shards in the order in which they lie in the lanes, shape [S].
-        starts: where each of these begins, flat, shape [S], ascending.
-        indices: position of each shard in `shards`, shape [S]; of no meaning for empty ones.
-        first_rows: first row of each shard in the data set, shape [S].
+        lane_starts: flat position of each lane, and of the end, shape [L + 1].
+        shards: shards in flat order, shape [S].
+        shard_starts: flat position of each of `shards`, ascending, shape [S].
+        flat_starts: flat position of shard 0, 1, …; undefined for empty shards.
+        first_indices: index in the split of the first sample of shard 0, 1, …
         block: samples in a block, even.
         seed: of the permutations within blocks, the epoch included.
     """
 
     lengths: np.ndarray
-    offsets: np.ndarray
+    lane_starts: np.ndarray
     shards: np.ndarray
-    starts: np.ndarray
-    indices: np.ndarray
-    first_rows: np.ndarray
+    shard_starts: np.ndarray
+    flat_starts: np.ndarray
+    first_indices: np.ndarray
     block: int
     seed: tuple[int, ...]
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lane of each position of the epoch, and index in it."""
+        """Lane and offset of each position of the epoch."""
         ends = np.unique(self.lengths)
         begins = np.concatenate([[0], ends[:-1]])
         lanes = np.searchsorted(-self.lengths, -begins, side="left")
@@ -67,69 +63,60 @@ class Layout:
         rounds, lane = np.divmod(positions - first_positions[stretch], lanes[stretch])
         return lane, begins[stretch] + rounds
 
-    def blocks(self, lane: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Block of each index in its lane. Lanes change blocks at different times, so that reading is spread."""
-        return (index + self._phase(lane)) // self.block
+    def blocks(self, lane: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Block of each offset. Lanes change blocks at different times, which spreads the reading."""
+        return (offset + self._phase(lane)) // self.block
 
     def _phase(self, lane: np.ndarray) -> np.ndarray:
         return lane * self.block // len(self.lengths) // 2 * 2
 
     def bounds(self, lane: int, block: int) -> tuple[int, int]:
-        """First index of a block in its lane, and the index after its last."""
+        """First offset of a block, and the offset after its last."""
         start = block * self.block - int(self._phase(np.array(lane)))
         return max(start, 0), min(start + self.block, int(self.lengths[lane]))
 
-    def rows(self, lane: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row of the data set at each index of a lane, and that of the neighbour it is mixed with."""
-        own, neighbour = np.empty_like(index), np.empty_like(index)
-        blocks = (lane << 32) + self.blocks(lane, index)
+    def indices(self, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index in the split of the shuffled sample at each offset, and of the partner that it is mixed with."""
+        own, partner = np.empty_like(offset), np.empty_like(offset)
+        blocks = (lane << 32) + self.blocks(lane, offset)
         by_block = np.argsort(blocks, kind="stable")
         keys, firsts = np.unique(blocks[by_block], return_index=True)
-        ends = [*firsts[1:], len(index)]
-        for key, first, end in zip(keys.tolist(), firsts, ends, strict=False):
-            group = by_block[first:end]
+        for key, group in zip(keys.tolist(), np.split(by_block, firsts[1:]), strict=False):
             in_lane, block = divmod(key, 1 << 32)
             start, stop = self.bounds(in_lane, block)
             permutation = np.random.default_rng([*self.seed, in_lane, block]).permutation(stop - start)
-            within = index[group] - start
+            within = offset[group] - start
             beside = within ^ 1
             beside = np.where(beside < stop - start, beside, np.maximum(within - 1, 0))
             own[group] = start + permutation[within]
-            neighbour[group] = start + permutation[beside]
-        return self._row(lane, own), self._row(lane, neighbour)
+            partner[group] = start + permutation[beside]
+        return self._index(lane, own), self._index(lane, partner)
 
-    def _row(self, lane: np.ndarray, unpermuted: np.ndarray) -> np.ndarray:
-        flat = self.offsets[lane] + unpermuted
-        position = np.searchsorted(self.starts, flat, side="right") - 1
-        return self.first_rows[self.shards[position]] + flat - self.starts[position]
+    def _index(self, lane: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        flat = self.lane_starts[lane] + offset
+        slot = np.searchsorted(self.shard_starts, flat, side="right") - 1
+        return self.first_indices[self.shards[slot]] + flat - self.shard_starts[slot]
 
-    def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lane and block that hold each row."""
-        shard = np.searchsorted(self.first_rows, rows, side="right") - 1
-        flat = self.starts[self.indices[shard]] + rows - self.first_rows[shard]
-        lane = np.searchsorted(self.offsets, flat, side="right") - 1
-        return lane, self.blocks(lane, flat - self.offsets[lane])
+    def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lane and block of each index in the split."""
+        shard = np.searchsorted(self.first_indices, indices, side="right") - 1
+        flat = self.flat_starts[shard] + indices - self.first_indices[shard]
+        lane = np.searchsorted(self.lane_starts, flat, side="right") - 1
+        return lane, self.blocks(lane, flat - self.lane_starts[lane])
 
-    def pieces(self, lane: int, start: int) -> Iterator[Piece]:
-        """What a lane holds from an index on, unpermuted."""
-        flat, end = int(self.offsets[lane]) + start, int(self.offsets[lane + 1])
-        position = int(np.searchsorted(self.starts, flat, side="right")) - 1
+    def pieces(self, lane: int, offset: int) -> Iterator[Piece]:
+        """The shards of a lane from an offset on, before shuffling."""
+        flat, end = int(self.lane_starts[lane]) + offset, int(self.lane_starts[lane + 1])
+        slot = int(np.searchsorted(self.shard_starts, flat, side="right")) - 1
         while flat < end:
-            first = int(self.starts[position])
-            stop = int(self.starts[position + 1]) if position + 1 < len(self.starts) else end
-            yield Piece(int(self.shards[position]), flat - first, stop - first)
-            position, flat = position + 1, stop
+            first = int(self.shard_starts[slot])
+            stop = int(self.shard_starts[slot + 1]) if slot + 1 < len(self.shards) else end
+            yield Piece(int(self.shards[slot]), flat - first, stop - first)
+            slot, flat = slot + 1, stop
 
 
 class Interleave:
-    """The arrangement of a data set of shards.
-
-    Attributes:
-        sizes: samples in each shard, shape [S].
-        count: number of lanes.
-        block: samples of a lane that are shuffled among each other, even.
-        seed: decides the order.
-    """
+    """The `SampleOrder` of shards with `sizes` samples, in `count` lanes, each shuffled in blocks of an even size."""
 
     def __init__(self, sizes: np.ndarray, count: int, block: int, seed: int) -> None:
         assert block >= 2
@@ -150,26 +137,26 @@ class Interleave:
         return f"{self.count} lanes shuffled in blocks of {self.block}"
 
     def _layout(self, epoch: int) -> Layout:
-        """Deals the shards, each to the lane with the fewest samples so far."""
+        """Assigns each shard to the lane with the fewest samples so far."""
         shuffled = np.random.default_rng([self.seed, epoch]).permutation(np.flatnonzero(self.sizes))
-        dealt: list[list[int]] = [[] for _ in range(self.count)]
+        assigned: list[list[int]] = [[] for _ in range(self.count)]
         lightest = [(0, lane) for lane in range(self.count)]
         for shard, size in zip(shuffled.tolist(), self.sizes[shuffled].tolist(), strict=True):
             total, lane = lightest[0]
-            dealt[lane].append(shard)
+            assigned[lane].append(shard)
             heapq.heapreplace(lightest, (total + size, lane))
-        totals = np.array([self.sizes[shards].sum() for shards in dealt])
+        totals = np.array([self.sizes[shards].sum() for shards in assigned])
         longest_first = np.argsort(-totals, kind="stable")
-        shards = np.concatenate([dealt[lane] for lane in longest_first]).astype(np.int64)
-        indices = np.zeros(len(self.sizes), dtype=np.int64)
-        indices[shards] = np.arange(len(shards))
+        shards = np.concatenate([assigned[lane] for lane in longest_first]).astype(np.int64)
+        flat_starts = np.zeros(len(self.sizes), dtype=np.int64)
+        flat_starts[shards] = np.cumsum(self.sizes[shards]) - self.sizes[shards]
         return Layout(
             lengths=totals[longest_first],
-            offsets=np.concatenate([[0], np.cumsum(totals[longest_first])]),
+            lane_starts=np.concatenate([[0], np.cumsum(totals[longest_first])]),
             shards=shards,
-            starts=np.cumsum(self.sizes[shards]) - self.sizes[shards],
-            indices=indices,
-            first_rows=np.cumsum(self.sizes) - self.sizes,
+            shard_starts=flat_starts[shards],
+            flat_starts=flat_starts,
+            first_indices=np.cumsum(self.sizes) - self.sizes,
             block=self.block,
             seed=(self.seed, epoch),
         )
@@ -181,22 +168,19 @@ class Interleave:
     def micro_batches(
         self, epoch: int, window: range, batch: int, world_size: int, rank: int
     ) -> Iterator[list[Sample]]:
-        """Every process has every `world_size`-th lane, so at any time equally many that last, or one fewer.
+        """Each process reads every `world_size`-th lane, so the lanes that last longest are spread over processes.
 
         Where a process has fewer samples than another, all its micro-batches are smaller.
         """
-        layout = self.layout(epoch)
-        count = self.micro_batch_count(epoch, window, batch, world_size)
-        positions = np.array(window)
-        lane, index = layout.locate(positions)
+        layout, positions = self.layout(epoch), np.array(window)
+        lane, offset = layout.locate(positions)
         mine = lane % world_size == rank
-        rows, partners = layout.rows(lane[mine], index[mine])
+        indices, partners = layout.indices(lane[mine], offset[mine])
+        columns = (indices, positions[mine], partners, lane[mine] // world_size)
         samples = [
-            Sample(epoch, row, position, partner, lane=of_lane // world_size)
-            for row, position, partner, of_lane in zip(
-                rows.tolist(), positions[mine].tolist(), partners.tolist(), lane[mine].tolist(), strict=True
-            )
+            Sample(epoch, index, position, partner, lane=of_lane)
+            for index, position, partner, of_lane in zip(*(column.tolist() for column in columns), strict=True)
         ]
         padding = Sample(epoch, PADDING_INDEX, window.start, PADDING_INDEX, weight=0.0, lane=0)
-        for part in np.array_split(np.arange(len(samples)), count):
-            yield [samples[position] for position in part] or [padding]
+        for part in np.array_split(np.arange(len(samples)), self.micro_batch_count(epoch, window, batch, world_size)):
+            yield [samples[number] for number in part] or [padding]

@@ -1,8 +1,7 @@
-"""Which samples each process sees in each update: a pure function of (seed, epoch, row), whatever the world size.
+"""Which samples each process sees in each update: a pure function of (seed, epoch, position), for any world size.
 
-An epoch is an arrangement of all samples, each once. Update `u` of an epoch takes the next `effective_batch` of them,
-the last one what is left. So every way of splitting the same effective batch trains on the same samples in the same
-update. How a window of an update is dealt to the processes, and cut into micro-batches, is up to the arrangement.
+An epoch visits every sample once. Each update takes the next `effective_batch` samples, the last update of an epoch
+takes the rest. Every way of splitting one effective batch therefore trains on the same samples in the same update.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 PADDING_INDEX = -1
-"""Stands in a batch for a row that this process only sees to keep step with the others."""
+"""Index of a padding sample: a process that has no sample of its own gets one to stay in step with the others."""
 
 
 class Sample(NamedTuple):
@@ -22,15 +21,15 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: from 0.
-        row: in the data set, or `PADDING_INDEX`.
-        position: place in the epoch's order; samples are mixed (mixup, cutmix) in pairs of neighbours.
-        partner: row of the neighbour.
-        weight: 1, or 0 for a filler on a process that would otherwise have nothing to do.
-        lane: decides which worker process reads it; None where any may.
+        index: in the split, or `PADDING_INDEX`.
+        position: in the order of the epoch.
+        partner: index of the neighbour in that order, with which mixup and CutMix mix it.
+        weight: 1, or 0 where a process has the sample only to stay in step.
+        lane: decides which worker process reads the sample; None where any may.
     """
 
     epoch: int
-    row: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`
     position: int
     partner: int
     weight: float = 1.0
@@ -38,7 +37,7 @@ class Sample(NamedTuple):
 
 
 class SampleOrder(Protocol):
-    """The order of an epoch's samples, and how a window of it is dealt to processes."""
+    """The order of the samples of each epoch, and how a window of it is divided among the processes."""
 
     @property
     def num_samples(self) -> int:
@@ -47,28 +46,23 @@ class SampleOrder(Protocol):
 
     @property
     def description(self) -> str:
-        """What, besides the data and the seed, decides the order."""
+        """What decides the order besides the data and the seed."""
         ...
 
     def micro_batch_count(self, epoch: int, window: range, batch: int, world_size: int) -> int:
-        """Micro-batches of at most `batch` samples a process that the positions in `window` make on each process."""
+        """Number of micro-batches that each process makes of the positions in `window`, `batch` samples at most."""
         ...
 
     def micro_batches(
         self, epoch: int, window: range, batch: int, world_size: int, rank: int
     ) -> Iterator[list[Sample]]:
-        """The share of process `rank` in each of them; never empty."""
+        """The samples of process `rank` in each of these micro-batches; never empty."""
         ...
 
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """One permutation of all rows an epoch, where any process can read any row.
-
-    Attributes:
-        num_samples: rows of the data set.
-        seed: of the permutations.
-    """
+    """One permutation of all samples an epoch, for data in which any process can read any sample."""
 
     num_samples: int
     seed: int
@@ -80,14 +74,13 @@ class ShuffledOrder:
     def micro_batches(
         self, epoch: int, window: range, batch: int, world_size: int, rank: int
     ) -> Iterator[list[Sample]]:
-        positions = np.array(window)
-        together = batch * world_size
-        for first in range(0, len(positions), together):
-            share = np.array_split(positions[first : first + together], world_size)[rank]
-            if len(share):
-                yield [self._sample(epoch, int(position)) for position in share]
+        for start in range(0, len(window), batch * world_size):
+            global_batch = window[start : start + batch * world_size]
+            mine = np.array_split(global_batch, world_size)[rank].tolist()
+            if mine:
+                yield [self._sample(epoch, position) for position in mine]
             else:
-                yield [self._sample(epoch, int(positions[first]))._replace(weight=0.0)]
+                yield [self._sample(epoch, global_batch[0])._replace(weight=0.0)]
 
     def _sample(self, epoch: int, position: int) -> Sample:
         permutation = _permutation(self.seed, epoch, self.num_samples)
@@ -104,14 +97,9 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order of a run.
+    """The micro-batches of process `rank` in each update of a run; updates are counted from 0.
 
-    Attributes:
-        sample_order: of the samples of each epoch.
-        per_device_batch: most samples in a micro-batch of one process.
-        accumulation: micro-batches in an update.
-        world_size: number of processes.
-        rank: this process.
+    An update has `accumulation` micro-batches of at most `per_device_batch` samples on each process.
     """
 
     sample_order: SampleOrder
@@ -132,11 +120,11 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates in an epoch; a last, smaller one counts."""
+        """Updates in an epoch, a last, smaller one included."""
         return -(-self.num_samples // self.effective_batch)
 
     def samples_in(self, step: int) -> int:
-        """Samples in update `step` (from 0), over all processes."""
+        """Samples in update `step`, over all processes."""
         return len(self._window(step))
 
     def samples_before(self, step: int) -> int:
@@ -150,11 +138,9 @@ class BatchPlan:
         return self.sample_order.micro_batch_count(epoch, self._window(step), self.per_device_batch, self.world_size)
 
     def micro_batches(self, step: int) -> Iterator[list[Sample]]:
-        """This process's share of each micro-batch of update `step`; never empty."""
-        epoch = step // self.steps_per_epoch
-        return self.sample_order.micro_batches(
-            epoch, self._window(step), self.per_device_batch, self.world_size, self.rank
-        )
+        """The samples of this process in each micro-batch of update `step`; never empty."""
+        epoch, window = step // self.steps_per_epoch, self._window(step)
+        return self.sample_order.micro_batches(epoch, window, self.per_device_batch, self.world_size, self.rank)
 
     def _window(self, step: int) -> range:
         """Positions of update `step` in its epoch."""
@@ -163,27 +149,27 @@ class BatchPlan:
 
 
 class MicroBatches(Sampler[list[Sample]]):
-    """All micro-batches of this process from update `first_step` on, for a `DataLoader`'s `batch_sampler`."""
+    """All micro-batches of updates `first_step` to `last_step` (excluded), for a `DataLoader`'s `batch_sampler`."""
 
-    def __init__(self, order: BatchPlan, first_step: int, last_step: int) -> None:
-        self.order = order
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
+        self.plan = plan
         self.steps = range(first_step, last_step)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for step in self.steps:
-            yield from self.order.micro_batches(step)
+            yield from self.plan.micro_batches(step)
 
     def __len__(self) -> int:
-        return sum(self.order.micro_batches_in(step) for step in self.steps)
+        return sum(self.plan.micro_batches_in(step) for step in self.steps)
 
 
 def evaluation_batches(num_samples: int, batch: int, world_size: int, rank: int) -> list[list[int]]:
-    """Rows of each evaluation batch of this process; every row stands on one process, once.
+    """Indices of each evaluation batch of this process; each index is on one process, once.
 
-    All processes get equally many batches, as the collectives of a sharded model need: a process that runs out
-    gets `[PADDING_INDEX]`.
+    All processes get equally many batches, as the collectives of a sharded model need. A process that runs out of
+    samples gets `[PADDING_INDEX]`.
     """
-    share = np.array_split(np.arange(num_samples), world_size)
-    count = -(-max(len(rows) for rows in share) // batch)
-    mine = share[rank].tolist()
-    return [mine[start : start + batch] or [PADDING_INDEX] for start in range(0, count * batch, batch)]
+    shares = np.array_split(np.arange(num_samples), world_size)
+    mine = shares[rank].tolist()
+    # The first share is the longest.
+    return [mine[start : start + batch] or [PADDING_INDEX] for start in range(0, len(shares[0]), batch)]

@@ -1,4 +1,4 @@
-"""What training asks of its data: a split whose samples can be had in the order that it is arranged in."""
+"""What training needs from its data: a split whose samples are read in the order that the split chooses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +10,9 @@ class EncodedSample(NamedTuple):
     """A sample as it is stored.
 
     Attributes:
-        source: path or bytes of an encoded image, or an opened one.
-        name: what to call the image in an error.
-        label: index of its class in the label map.
+        source: path or bytes of an encoded image, an opened image, or pixels.
+        name: of the image in errors.
+        label: index of the class in the label map.
     """
 
     source: Any
@@ -21,19 +21,19 @@ class EncodedSample(NamedTuple):
 
 
 class Reader(Protocol):
-    """Gets at the samples of a training split."""
+    """Reads the samples of a training split."""
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
-        """The samples at `rows`, which are asked for in the order of the split's arrangement.
+    def read(self, epoch: int, indices: Sequence[int]) -> Mapping[int, EncodedSample]:
+        """The samples at `indices`. Successive calls follow the split's `sample_order`.
 
         Raises:
-            UnreadableImageError: names what cannot be read.
+            UnreadableImageError: names the sample.
         """
         ...
 
 
 class TrainingSplit(Protocol):
-    """What can be trained on: a `Split`, or a stream of shards."""
+    """Training data: a `Split`, or shards that are streamed."""
 
     def __len__(self) -> int: ...
 
@@ -42,17 +42,17 @@ class TrainingSplit(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Digest of the samples that are used, with their labels."""
+        """Digest of the samples and their labels."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What is used, to be written down."""
+        """The selected samples as JSON, for the record of the run."""
         ...
 
     def sample_order(self, seed: int) -> SampleOrder:
-        """The order in which it is read."""
+        """The order in which training reads the samples."""
         ...
 
     def reader(self) -> Reader:
-        """A new way to read it."""
+        """A new reader, private to the calling process."""
         ...

@@ -1,1 +1,1 @@
-"""Where samples come from: folders, tables, label files, shards."""
+"""Sources of samples: folders, tables and shards."""

@@ -1,4 +1,4 @@
-"""Which columns of a data set hold the images and the labels, what is in them, and how the classes are named."""
+"""Finds the image and label columns of a data set, and names its classes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,11 +11,7 @@ from lora_dist.errors import UserError
 
 
 def find_image_column(features: Mapping[str, Any]) -> str:
-    """The column of type Image, or the one called `image`.
-
-    Raises:
-        UserError: there is none, or there are several.
-    """
+    """The column of type Image, or the one called `image`; raises `UserError` unless there is exactly one."""
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not columns and "image" in features:
         columns = ["image"]
@@ -26,12 +22,12 @@ def find_image_column(features: Mapping[str, Any]) -> str:
 
 
 def holds_files(table: Dataset, column: str) -> bool:
-    """Whether the images of a column are files, in the table or beside it, and not arrays of numbers."""
+    """Whether the images of a column are files, inside or outside the table, and not arrays of numbers."""
     return pa.types.is_struct(table.data.schema.field(column).type)
 
 
 def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | None]]:
-    """Yields the path of each file, and how many bytes of it are in the table, None for a file that is beside it."""
+    """Yields the path of each file, and its size in bytes inside the table; None for a file outside the table."""
     for batch in table.with_format("arrow").iter(1000):
         cells = batch[column]
         lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
@@ -39,11 +35,7 @@ def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | No
 
 
 def find_label_column(features: Mapping[str, Any]) -> str:
-    """The column of type ClassLabel, or one with a customary name; `cls` is WebDataset's.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The column of type ClassLabel, or the one called `label`, `labels` or `cls` (WebDataset), else `UserError`."""
     columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if len(columns) != 1:
         columns = [name for name in ("label", "labels", "cls") if name in features]
@@ -53,11 +45,7 @@ def find_label_column(features: Mapping[str, Any]) -> str:
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
-    """Checks that both columns are there and that the second holds one label a sample.
-
-    Raises:
-        UserError: names the setting to change.
-    """
+    """Raises `UserError` unless both columns exist and the second holds one label a sample."""
     for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
         if column not in features:
             raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")
@@ -70,12 +58,7 @@ def require_columns(features: Mapping[str, Any], image_column: str, label_column
 
 
 def class_names(feature: Any, values: set[Any]) -> dict[Any, str]:
-    """Name of each label as the data holds it, in the order of the classes: that of ClassLabel, else sorted.
-
-    Args:
-        feature: of the label column.
-        values: distinct labels.
-    """
+    """Class name of each label value, in class order: the order of a ClassLabel `feature`, else sorted `values`."""
     if isinstance(feature, ClassLabel):
         return dict(enumerate(feature.names))
     return {value: str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))}

@@ -1,8 +1,7 @@
-"""A list of files to leave out of the data: the audit writes it, a person may edit it, training reads it.
+"""A list of files to exclude from the data: the audit writes it, a person may edit it, training reads it.
 
-One path a line; a relative one starts from the current directory. Lines that begin with `#`, and empty ones, are
-skipped. A path that would not be read back as it is, such as one with a line break, stands in double quotes as a JSON
-string.
+One path a line, relative to the current directory or absolute. Empty lines and lines that begin with `#` are skipped. A
+path with a line break or other special characters is written as a JSON string in double quotes.
 """
 
 import json
@@ -18,13 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Section(NamedTuple):
-    """Files that are on the list for the same reason.
-
-    Attributes:
-        heading: the reason, on one line.
-        paths: of the files.
-        active: False for files that are only proposed: they stand behind a `#`.
-    """
+    """Files that are listed for the same reason, the `heading`; commented out unless `active`."""
 
     heading: str
     paths: Sequence[str]
@@ -32,12 +25,12 @@ class Section(NamedTuple):
 
 
 def absolute(path: str) -> str:
-    """The path by which a file is known on a list. Links stay: what they lead to is another file of the data."""
+    """The absolute path of a file, links not resolved: the target of a link is another file of the data."""
     return os.path.abspath(path)  # noqa: PTH100
 
 
 def write_exclusions(file: Path, sections: Iterable[Section]) -> None:
-    """Writes a list that `read_exclusions` reads, with absolute paths."""
+    """Writes a list of absolute paths for `read_exclusions`."""
     lines = ["# Files to leave out: lora_dist.train --exclude THIS_FILE"]
     for section in sections:
         mark = "" if section.active else "#"
@@ -46,16 +39,12 @@ def write_exclusions(file: Path, sections: Iterable[Section]) -> None:
 
 
 def _line(path: str) -> str:
-    # What is not printable includes line breaks, and the bytes of a name that is not UTF-8.
+    # Line breaks and bytes that are not UTF-8 are not printable.
     return path if path.isprintable() and path == path.strip() else json.dumps(path)
 
 
 def read_exclusions(file: str | Path) -> frozenset[str]:
-    """The files on a list, as absolute paths; says so where there are none, as after an audit that found nothing.
-
-    Raises:
-        UserError: the file cannot be read, or a line of it is no path.
-    """
+    """The absolute paths on a list; warns of an empty list, and raises `UserError` if it cannot be read."""
     try:
         text = Path(file).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -66,7 +55,7 @@ def read_exclusions(file: str | Path) -> frozenset[str]:
         if line.strip() and not line.startswith("#")
     )
     if not paths:
-        logger.warning("--exclude %s: the list names no file, and leaves none out", file)
+        logger.warning("--exclude %s: the list names no file, so it excludes none", file)
     return paths
 
 
@@ -76,7 +65,7 @@ def _path(line: str, where: str) -> str:
         try:
             path = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where}: {line[:80]} is no JSON string; a path without quotes is fine") from error
+            raise UserError(f"{where}: {line[:80]} is not a JSON string; write the path without quotes") from error
     if "\0" in path:
-        raise UserError(f"{where}: this is no path; the list is a text file with one path a line")
+        raise UserError(f"{where}: not a path; the list is a text file with one path a line")
     return path

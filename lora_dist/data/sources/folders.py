@@ -1,4 +1,4 @@
-"""A folder of images, with one sub-folder a class: which files are of which class."""
+"""A folder of images with one sub-folder for each class."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from lora_dist.errors import UserError
 
 
 class ClassFolders(NamedTuple):
-    """What a folder holds.
+    """The content of a folder, in an order that is the same on every machine.
 
     Attributes:
         classes: names of the class folders, sorted.
-        paths: files of all classes, sorted by class and path, so that the order is the same on every machine.
-        labels: class of each file, as a place in `classes`.
-        ignored: files that are in no class folder, or not taken for images; hidden ones left out.
+        paths: image files, sorted by class and path.
+        labels: class of each file as an index of `classes`.
+        ignored: visible files outside the class folders, or without an image suffix.
     """
 
     classes: list[str]
@@ -24,11 +24,7 @@ class ClassFolders(NamedTuple):
 
 
 def read_class_folders(directory: str) -> ClassFolders:
-    """Lists the images of a folder.
-
-    Raises:
-        UserError: there are no class folders, or no images in them; or a folder cannot be read.
-    """
+    """Lists the images of a folder; raises `UserError` if there are none, or a folder cannot be read."""
     root = Path(directory)
     try:
         visible = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
@@ -40,18 +36,16 @@ def read_class_folders(directory: str) -> ClassFolders:
             f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
             f"such as {directory}/rose/1.jpg"
         )
-    paths: list[str] = []
-    labels: list[int] = []
-    ignored = [str(entry) for entry in visible if not entry.is_dir()]
-    for index, name in enumerate(classes):
+    found = ClassFolders(classes, [], [], [str(entry) for entry in visible if not entry.is_dir()])
+    for label, name in enumerate(classes):
         if leads_back(root / name):
-            raise UserError(f"{root / name} is a link to a folder that it stands in: remove it")
+            raise UserError(f"{root / name} is a link to one of its parent folders: remove it")
         for file in visible_files(root / name):
             if is_image_name(file):
-                paths.append(file)
-                labels.append(index)
+                found.paths.append(file)
+                found.labels.append(label)
             else:
-                ignored.append(file)
-    if not paths:
+                found.ignored.append(file)
+    if not found.paths:
         raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
-    return ClassFolders(classes, paths, labels, ignored)
+    return found

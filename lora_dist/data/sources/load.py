@@ -12,12 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load
 
 from lora_dist import demo
 from lora_dist.data.sampling.protocol import TrainingSplit
-from lora_dist.data.sources.columns import (
-    class_names,
-    find_image_column,
-    find_label_column,
-    require_columns,
-)
+from lora_dist.data.sources.columns import class_names, find_image_column, find_label_column, require_columns
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.shards import load_alone, reading_data
@@ -26,40 +21,32 @@ from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
-SHOWN = 10
-"""Classes that a warning names."""
+MAX_NAMED_CLASSES = 10
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """What a run trains and validates on.
-
-    Attributes:
-        labels: class names; the place of a name is its class index everywhere.
-        train: training split.
-        validation: validation split.
-    """
+    """The training and validation data of a run; `labels` are the class names, in the order of the class indices."""
 
     labels: list[str]
     train: TrainingSplit
     validation: Split
 
     def describe_splits(self) -> dict[str, Any]:
-        """The split, to be written down: for each part the number, digest and rows, or shards, of its samples."""
+        """Number and digest of the samples of each split, with their table rows or their shards, as JSON."""
         return {"train": self.train.describe(), "validation": self.validation.describe()}
 
 
 def load_data(settings: DataSettings, seed: int) -> ImageData:
-    """Loads both splits and checks that they speak of the same classes.
-
-    Raises:
-        UserError: names what is missing: a directory, a split, a column, the classes of one split only.
-    """
+    """Loads both splits and checks that they have the same classes; raises `UserError` for anything that is missing."""
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    train_table, validation_table = _load_tables(settings, excluded)
+    train_table = _load_table(settings, settings.train_dir, settings.train_split, excluded)
+    validation_table = None
+    if settings.validation_dir or settings.validation_split:
+        validation_table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
     column = settings.image_column_name or find_image_column(train_table.features)
     tables = [train_table] if validation_table is None else [train_table, validation_table]
-    _say_unused(excluded, settings.exclude, tables)
+    _warn_of_unused(excluded, settings.exclude, tables)
     labels, train = _labelled(train_table, column, settings.label_column_name, None, excluded)
     if validation_table is not None:
         _, validation = _labelled(validation_table, column, settings.label_column_name, labels, excluded)
@@ -68,33 +55,24 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
         train, validation = train.select(kept), train.select(held_out)
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
-    if not settings.allow_missing_classes:
-        require_same_classes(labels, set(train.labels.tolist()), set(validation.labels.tolist()))
-    say_classes_in_doubt(labels, set(train.labels.tolist()))
-    return ImageData(
-        labels=labels,
-        train=_limited(train, settings.max_train_samples, seed),
-        validation=_limited(validation, settings.max_eval_samples, seed),
-    )
+    check_classes(settings, labels, set(train.labels.tolist()), validation)
+    train = _limited(train, settings.max_train_samples, seed)
+    return ImageData(labels, train, _limited(validation, settings.max_eval_samples, seed))
 
 
 def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
-    """Loads the validation split alone, numbered by the label map of a trained model.
+    """Loads the validation split alone, with the class indices of `labels`, the label map of a trained model.
 
-    Raises:
-        UserError: as `load_data`; or a class that the model does not know.
+    Raises `UserError` as `load_data`, and for a class that is not in the label map.
     """
     if not settings.validation_dir and not settings.validation_split:
         data = load_data(settings, seed)
         if data.labels != list(labels):
             raise UserError(f"the data has the classes {data.labels}, and the model {list(labels)}")
         return data.validation
-    # A list of files of both splits: those of training are not missed here.
+    # The list may name training files too, so unused names are no reason to warn.
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    if settings.validation_dir:
-        table = _load_folder(settings.validation_dir, excluded)
-    else:
-        table = _load_split(settings, settings.validation_split or "")
+    table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
     column = settings.image_column_name or find_image_column(table.features)
     _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
@@ -102,24 +80,17 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
     return _limited(split, settings.max_eval_samples, seed)
 
 
-def _load_tables(settings: DataSettings, excluded: frozenset[str]) -> tuple[Dataset, Dataset | None]:
-    if settings.train_dir:
-        train = _load_folder(settings.train_dir, excluded)
-        return train, _load_folder(settings.validation_dir, excluded) if settings.validation_dir else None
-    assert settings.dataset_name is not None
-    train = _load_split(settings, settings.train_split)
-    return train, _load_split(settings, settings.validation_split) if settings.validation_split else None
-
-
-def _load_folder(name: str, excluded: frozenset[str]) -> Dataset:
-    """Class folders as a table, in which there is no place for a name that is not UTF-8."""
-    classes, paths, labels, _ = read_class_folders(demo.local_path(name))
+def _load_table(settings: DataSettings, directory: str | None, split: str | None, excluded: frozenset[str]) -> Dataset:
+    if directory is None:
+        assert split is not None
+        return _load_split(settings, split)
+    classes, paths, labels, _ = read_class_folders(demo.local_path(directory))
+    # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
         first = os.fsencode(found[0]).decode(errors="backslashreplace")
         raise UserError(
-            f"{len(found)} file names are not UTF-8, the first is {first}: rename the files, or leave them out by a "
-            f"list for --exclude"
+            f"{len(found)} file names are not UTF-8, the first is {first}: rename the files, or list them for --exclude"
         )
     kept = [index for index, path in enumerate(paths) if path not in odd]
     columns = {"image": [paths[index] for index in kept], "label": [labels[index] for index in kept]}
@@ -134,25 +105,19 @@ def _is_utf8(path: str) -> bool:
 def _load_split(settings: DataSettings, split: str) -> Dataset:
     name = settings.dataset_name
     assert name is not None
-    directory = Path(name)
-    try:
-        if (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file():
-            saved = load_from_disk(name)
-            if not isinstance(saved, DatasetDict):
-                saved = DatasetDict({"train": saved})
-            base, _, slice_ = split.partition("[")
-            if base not in saved:
-                raise UserError(f"{name} has no split {base!r}; it has {', '.join(saved)}")
-            return _sliced(saved[base], slice_, split)
-        if settings.streaming:
-            return load_alone(settings, split)
-        with reading_data(name):
+    saved_to_disk = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if settings.streaming and not saved_to_disk:
+        return load_alone(settings, split)
+    with reading_data(name, split):
+        if not saved_to_disk:
             return load_dataset(name, settings.dataset_config_name, split=split)
-    except UserError:
-        raise
-    except Exception as error:
-        # `datasets` raises a different class for each of a missing name, split, file and network.
-        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(error).__name__}: {error}") from error
+        saved = load_from_disk(name)
+        if not isinstance(saved, DatasetDict):
+            saved = DatasetDict({"train": saved})
+        base, _, slice_ = split.partition("[")
+        if base not in saved:
+            raise UserError(f"{name} has no split {base!r}; it has {', '.join(saved)}")
+        return _sliced(saved[base], slice_, split)
 
 
 def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
@@ -165,8 +130,8 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
     return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
 
 
-def _say_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence[Dataset]) -> None:
-    """Says if some of the files on a list are not in the data; of a name that is not UTF-8 a table cannot tell."""
+def _warn_of_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence[Dataset]) -> None:
+    """Warns of files on a list that are not in the data. A table does not have the names that are not UTF-8."""
     if not excluded:
         return
     unused = [path for path in excluded.difference(*map(_files, folders)) if _is_utf8(path)]
@@ -176,7 +141,7 @@ def _say_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence
 
 
 def _files(folder: Dataset) -> list[str]:
-    """Absolute paths of the images of a folder, by row."""
+    """Absolute paths of the images of a folder, by table row."""
     return [absolute(path) for path in folder["image"]]
 
 
@@ -187,9 +152,9 @@ def _labelled(
     known: Sequence[str] | None,
     excluded: frozenset[str],
 ) -> tuple[list[str], Split]:
-    """The label map and the split; with `known` labels, the split is numbered by them whatever its own order.
+    """The label map and the split; `known` labels override the label map.
 
-    Excluded files are left out of the split and stay in the table, so that rows tell what was left out.
+    Excluded files stay in the table, so that `table_rows` shows which were excluded.
     """
     label_column = label_column or find_label_column(table.features)
     require_columns(table.features, image_column, label_column)
@@ -198,46 +163,39 @@ def _labelled(
     if missing:
         raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
     names = class_names(table.features[label_column], set(values))
-    rows = np.arange(len(values))
+    table_rows = np.arange(len(values))
     if excluded:
-        rows = np.flatnonzero([file not in excluded for file in _files(table)])
-    named = [names[values[row]] for row in rows]
+        table_rows = np.flatnonzero([file not in excluded for file in _files(table)])
+    named = [names[values[row]] for row in table_rows]
     labels = list(known) if known is not None else list(names.values())
     index_of = {name: index for index, name in enumerate(labels)}
     unknown = sorted(set(named) - index_of.keys())
     if unknown:
         raise UserError(
             f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
-            f"Add training images of them, or leave them out."
+            f"Add training images of these classes, or remove them from the validation data."
         )
     table = table.select_columns([image_column])
     if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):
         table = table.cast_column(image_column, Image(decode=False))
     numbers = np.fromiter((index_of[name] for name in named), dtype=np.int64, count=len(named))
-    return labels, Split(table, image_column, rows, numbers)
+    return labels, Split(table, image_column, table_rows, numbers)
 
 
-def require_same_classes(labels: Sequence[str], in_train: set[int], in_validation: set[int]) -> None:
-    """Checks that both splits have images of the same classes.
-
-    Raises:
-        UserError: names the classes of one of them only.
-    """
+def check_classes(settings: DataSettings, labels: Sequence[str], in_train: set[int], validation: Split) -> None:
+    """Raises `UserError` if a split lacks classes of the other; warns of classes without a training image."""
+    in_validation = set(validation.labels.tolist())
     for part, absent in (("training", in_validation - in_train), ("validation", in_train - in_validation)):
-        if absent:
+        if absent and not settings.allow_missing_classes:
             raise UserError(
-                f"classes without a single {part} image: {', '.join(labels[place] for place in sorted(absent))}. "
-                f"Add some, or go on without them by --allow_missing_classes."
+                f"classes without a single {part} image: {', '.join(labels[index] for index in sorted(absent))}. "
+                f"Add some, or continue without them with --allow_missing_classes."
             )
-
-
-def say_classes_in_doubt(labels: Sequence[str], in_train: set[int]) -> None:
-    """Warns of classes without a training image, and of one class alone."""
     if empty := [label for index, label in enumerate(labels) if index not in in_train]:
-        named = ", ".join(empty[:SHOWN]) + (" …" if len(empty) > SHOWN else "")
+        named = ", ".join(empty[:MAX_NAMED_CLASSES]) + (" …" if len(empty) > MAX_NAMED_CLASSES else "")
         logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), named)
     if len(in_train) == 1:
-        logger.warning("all training images are of one class, so there is nothing to tell apart")
+        logger.warning("all training images are of one class, so there is nothing to classify")
 
 
 def _limited(split: Split, limit: int | None, seed: int) -> Split:

@@ -1,19 +1,18 @@
-"""The shards of a data set that is streamed: finding them, an index of what they hold, and reading one of them.
+"""The shards of a streamed data set: finds them on the Hub or on disk, indexes them, and reads them.
 
-`datasets` finds the files, on the Hub or on disk, and reads tar files. A shard is what can be read without anything
-before it: a row group of a parquet file, or a whole tar file.
+A shard can be read without what precedes it: it is a row group of a parquet file, or a whole tar file.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,19 +24,18 @@ from lora_dist import hub_client, waiting
 from lora_dist.data.sources.columns import find_image_column, find_label_column, require_columns
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
-
-T = TypeVar("T")
+from lora_dist.storage.files import replace_file
 
 FORMATS = ("parquet", "webdataset")
-ROWS_AT_A_TIME = 16
+READ_ROWS = 16
 READ_BYTES = 2**20
-"""How much of a row group is fetched at a time. As a whole it can be gigabytes, and each lane has one open."""
+"""Bytes of a row group that are fetched at a time. A row group can have gigabytes, and each lane has one open."""
 SURVEY_READ_BYTES = 2**16
 THREADS = 16
 
 
 class Row(NamedTuple):
-    """One row of a shard: the undecoded image cell, and the label as the data holds it."""
+    """One row of a shard: the undecoded image cell, and the label value."""
 
     cell: Any
     label: Any
@@ -45,14 +43,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A split of a data set, as `datasets` finds it.
+    """The files of a split, as paths or URLs, and the same as one `stream` for its features and for reading tar files.
 
-    Attributes:
-        format: `parquet` or `webdataset`.
-        files: paths or addresses, in order.
-        stream: all of them; for its types, and for reading tar files.
-        image_column: name of the column of images.
-        label_column: name of the column of labels.
+    `format` is one of `FORMATS`.
     """
 
     format: str
@@ -62,7 +55,7 @@ class ShardSource:
     label_column: str
 
     def survey(self, file: int) -> tuple[list[int], list[Any]]:
-        """Rows in each shard of a file, and the labels of all its rows. Of parquet, little more than these is read."""
+        """Rows in each shard of a file, and the labels of all its rows. Parquet files are read in this column only."""
         if self.format != "parquet":
             labels = [value for values in self._columns_of_tar(file, [self.label_column]) for (value,) in values]
             return [len(labels)], labels
@@ -79,16 +72,16 @@ class ShardSource:
             yield from (Row(*row) for rows in self._columns_of_tar(file, columns, start) for row in rows)
             return
         with xopen(self.files[file], "rb") as opened, _parquet(opened) as parquet:
-            # Without threads: one that still holds the file when the process ends aborts it (apache/arrow#45214).
-            for batch in parquet.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False):
+            # A thread that still holds the file when the process ends would abort it (apache/arrow#45214).
+            for batch in parquet.iter_batches(READ_ROWS, row_groups=[group], columns=columns, use_threads=False):
                 kept = batch.slice(min(start, len(batch)))
                 start = max(start - len(batch), 0)
                 yield from map(Row, *(kept.column(name).to_pylist() for name in columns))
 
     def _columns_of_tar(self, file: int, columns: list[str], start: int = 0) -> Iterator[Iterator[tuple[Any, ...]]]:
         tar = self.stream.shard(len(self.files), file).select_columns(columns).decode(False)
-        # Unlike a loop over the samples, `iter` leaves the shard whole within a worker process of a DataLoader.
-        with closing(tar.skip(start).iter(ROWS_AT_A_TIME)) as batches:
+        # Iterating over samples would split the shard among the worker processes of a DataLoader; `iter` does not.
+        with closing(tar.skip(start).iter(READ_ROWS)) as batches:
             for batch in batches:
                 yield zip(*(batch[name] for name in columns), strict=True)
 
@@ -98,14 +91,14 @@ def _parquet(opened: Any) -> pq.ParquetFile:
 
 
 def find_source(settings: DataSettings) -> ShardSource:
-    """Finds the files of the training split, without reading more of them than their types.
+    """Finds the files of the training split, and reads their features only.
 
-    Raises:
-        UserError: the data set or split is not there, is of a format that cannot be streamed, or lacks a column.
+    Raises `UserError` if the data set or split does not exist, cannot be streamed, or lacks a column.
     """
     name, config_name, split = settings.dataset_name, settings.dataset_config_name, settings.train_split
     file_format, files, _ = _find_files(settings, split)
-    stream = _or_user_error(settings, split, lambda: load_dataset(name, config_name, split=split, streaming=True))
+    with reading_data(name, split):
+        stream = load_dataset(name, config_name, split=split, streaming=True)
     features = stream.features or {}
     image_column = settings.image_column_name or find_image_column(features)
     label_column = settings.label_column_name or find_label_column(features)
@@ -114,32 +107,28 @@ def find_source(settings: DataSettings) -> ShardSource:
 
 
 def load_alone(settings: DataSettings, split: str) -> Dataset:
-    """Loads a split, or a slice of one, and not the rest of the data set, as `load_dataset` by its name would.
-
-    Raises:
-        UserError: as `find_source`.
-    """
+    """Loads a split, or a slice of one, without downloading the other splits as `load_dataset` does."""
     base = split.partition("[")[0]
     file_format, files, features = _find_files(settings, base)
-    return _or_user_error(
-        settings, split, lambda: load_dataset(file_format, data_files={base: files}, split=split, features=features)
-    )
+    with reading_data(settings.dataset_name, split):
+        return load_dataset(file_format, data_files={base: files}, split=split, features=features)
 
 
 def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Features | None]:
-    """Format, files and declared types of a split."""
+    """Format, files and declared features of a split."""
     name, config_name = settings.dataset_name, settings.dataset_config_name
     assert name is not None
-    builder = _or_user_error(settings, split, lambda: load_dataset_builder(name, config_name))
+    with reading_data(name, split):
+        builder = load_dataset_builder(name, config_name)
     if builder.name == "cache":
         raise UserError(
-            f"{name} cannot be had from the Hub now, and what is cached of it are no shards that could be streamed: "
-            f"leave out --streaming"
+            f"{name} is not available from the Hub now, and the local cache has no shards that can be streamed: remove "
+            f"--streaming"
         )
     if builder.name not in FORMATS:
         raise UserError(
             f"--streaming reads parquet files and WebDataset tar files, and {name} is of format {builder.name}. "
-            f"Leave out --streaming, or write it as parquet: load_dataset({name!r}, …).to_parquet(…)"
+            f"Remove --streaming, or write the data as parquet: load_dataset({name!r}, …).to_parquet(…)"
         )
     files = {str(part): list(found) for part, found in (builder.config.data_files or {}).items()}
     if split not in files:
@@ -147,36 +136,30 @@ def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Fea
     return builder.name, files[split], builder.info.features
 
 
-def reading_data(name: str | None) -> AbstractContextManager[None]:
-    """For `hub_client.reading` of a data set."""
-    return hub_client.reading(
-        f"the data set {name}", f"`python -c \"import datasets; datasets.load_dataset('{name}')\"`"
-    )
-
-
-def _or_user_error(settings: DataSettings, split: str, load: Callable[[], T]) -> T:
+@contextmanager
+def reading_data(name: str | None, split: str) -> Iterator[None]:
+    """`hub_client.reading` for a data set, in which every error is a `UserError`."""
+    download = f"`python -c \"import datasets; datasets.load_dataset('{name}')\"`"
     try:
-        with reading_data(settings.dataset_name):
-            return load()
+        with hub_client.reading(f"the data set {name}", download):
+            yield
     except UserError:
         raise
     except Exception as error:
-        # `datasets` raises a different class for each of a missing name, file and network.
-        raise UserError(
-            f"cannot load split {split!r} of data set {settings.dataset_name!r}: {type(error).__name__}: {error}"
-        ) from error
+        # `datasets` raises a different class for each of a missing name, split, file and network.
+        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What the shards of a source hold; empty ones are left out.
+    """The shards of a source, without empty ones.
 
     Attributes:
-        files: file of each shard, as a place among the source's, shape [S].
+        files: file of each shard as an index of the source's, shape [S].
         groups: row group of each shard in its file, 0 in a tar file, shape [S].
-        first_rows: number of its first row in the file, shape [S].
+        first_rows: first row of each shard in its file, shape [S].
         sizes: samples in each shard, shape [S].
-        labels: distinct labels, as the data holds them.
+        labels: distinct label values.
         digest: of all labels in order.
     """
 
@@ -189,22 +172,18 @@ class ShardIndex:
 
 
 def load_index(source: ShardSource) -> ShardIndex:
-    """The index of a source, from the cache of `datasets` or made and put there.
+    """The index of a source, cached beside the data sets of `datasets`.
 
-    Parquet files give it quickly. A tar file has to be read from end to end, once. Several processes may call this
-    at the same time: one of those that share the cache does the work.
-
-    Raises:
-        UserError: names a file that cannot be read, or a row without a label.
+    Indexing parquet files is quick; tar files are read from end to end, once. Of the processes that share a cache and
+    call this at the same time, one does the work.
+    Raises `UserError` with the name of a file that cannot be read, or of a row without a label.
     """
     path = Path(config.HF_DATASETS_CACHE) / "lora_dist_shards" / f"{_identity(source)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with waiting.locked(f"{path}.lock", "indexes the shards"):
         if not path.is_file():
-            aside = path.with_suffix(".writing")
             with hub_client.reading("the shards, to be indexed", "leaving out --streaming once"):
-                aside.write_text(json.dumps(_survey_all(source)), encoding="utf-8")
-            aside.replace(path)
+                replace_file(path, json.dumps(_survey_all(source)).encode())
         content = json.loads(path.read_text(encoding="utf-8"))
     by_file = [np.array(sizes, dtype=np.int64) for sizes in content["sizes"]]
     files = np.repeat(np.arange(len(by_file)), [len(sizes) for sizes in by_file])
@@ -216,7 +195,7 @@ def load_index(source: ShardSource) -> ShardIndex:
 
 
 def _identity(source: ShardSource) -> str:
-    """Digest of what the index depends on. An address on the Hub has its commit in it."""
+    """Digest of what the index depends on. A URL of the Hub contains the commit."""
     digest = hashlib.sha256(repr((source.format, source.label_column)).encode())
     for file in source.files:
         found = Path(file).stat() if Path(file).is_file() else None
@@ -225,12 +204,12 @@ def _identity(source: ShardSource) -> str:
 
 
 def _survey_all(source: ShardSource) -> dict[str, Any]:
-    numbers = range(len(source.files))
-    seldom = 0.5 if sys.stderr.isatty() else 60
+    count = len(source.files)
+    interval = 0.5 if sys.stderr.isatty() else 60
     with ThreadPoolExecutor(THREADS) as pool:
-        surveys = pool.map(lambda file: _survey(source, file), numbers)
+        surveys = pool.map(lambda file: _survey(source, file), range(count))
         found = list(
-            tqdm(surveys, "indexing shards", len(numbers), unit="file", delay=5, mininterval=seldom, file=sys.stderr)
+            tqdm(surveys, "indexing shards", count, unit="file", delay=5, mininterval=interval, file=sys.stderr)
         )
     labels = set().union(*(labels for _, labels, _ in found))
     return {
@@ -246,7 +225,7 @@ def _survey(source: ShardSource, file: int) -> tuple[list[int], set[Any], str]:
     try:
         sizes, labels = source.survey(file)
     except Exception as error:
-        # Decoders and networks fail in many ways.
+        # Decoders and networks raise errors of many classes.
         raise UserError(f"cannot read {source.files[file]}: {type(error).__name__}: {error}") from error
     for row, label in enumerate(labels):
         if label is None or label == -1:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,45 +16,46 @@ from datasets import Dataset
 from lora_dist.data.pixels.images import from_cell, load_rgb
 from lora_dist.data.sampling.order import SampleOrder, ShuffledOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
-from lora_dist.data.sources.columns import (
-    files_of,
-    holds_files,
-)
+from lora_dist.data.sources.columns import files_of, holds_files
 
-BEGINNING = 2**20
-"""Bytes of a file that its split is recognized by."""
+HEAD_BYTES = 2**20
+"""Bytes at the start of a file that count for the fingerprint."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with their labels.
+    """Images with their labels; an index counts the samples, a row counts the table.
 
     Attributes:
-        table: a `datasets` table of the image column alone, left undecoded.
+        table: a `datasets` table of the image column alone, undecoded.
         column: name of that column.
-        rows: row of the table for each sample, shape [N].
-        labels: class of each sample as a place in the label map, shape [N].
+        table_rows: row of each sample in the table, shape [N].
+        labels: class of each sample as an index of the label map, shape [N].
     """
 
     table: Dataset
     column: str
-    rows: np.ndarray
+    table_rows: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table_rows)
 
     def image(self, index: int) -> Any:
         """Sample `index` as an upright RGB image; raises `UnreadableImageError` with its name."""
-        return load_rgb(*self._source(index))
+        sample = self.read(0, [index])[index]
+        return load_rgb(sample.source, sample.name)
 
     def name(self, index: int) -> str:
-        return self._source(index)[1]
+        return self.read(0, [index])[index].name
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
-        cells = self.table[self.rows[list(rows)].tolist()][self.column]
-        cell_of = dict(zip(rows, cells, strict=True))
-        return {row: EncodedSample(*self._named(row, cell), int(self.labels[row])) for row, cell in cell_of.items()}
+    def read(self, epoch: int, indices: Sequence[int]) -> Mapping[int, EncodedSample]:
+        table_rows = self.table_rows[list(indices)].tolist()
+        found = {}
+        for index, row, cell in zip(indices, table_rows, self.table[table_rows][self.column], strict=True):
+            source, name = from_cell(cell)
+            found[index] = EncodedSample(source, name or f"row {row}", int(self.labels[index]))
+        return found
 
     def reader(self) -> Reader:
         return self
@@ -62,41 +64,34 @@ class Split:
         return ShuffledOrder(len(self), seed)
 
     def describe(self) -> dict[str, Any]:
-        return {"num_samples": len(self), "fingerprint": self.fingerprint(), "rows": self.rows.tolist()}
-
-    def _source(self, index: int) -> tuple[Any, str]:
-        return self._named(index, self.table[int(self.rows[index])][self.column])
-
-    def _named(self, index: int, cell: Any) -> tuple[Any, str]:
-        source, name = from_cell(cell)
-        return source, name or f"row {self.rows[index]}"
+        return {"num_samples": len(self), "fingerprint": self.fingerprint(), "rows": self.table_rows.tolist()}
 
     def select(self, indices: np.ndarray) -> "Split":
-        """The samples at `places`, in that order."""
-        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+        """The samples at `indices`, in that order."""
+        return replace(self, table_rows=self.table_rows[indices], labels=self.labels[indices])
 
     def fingerprint(self) -> str:
-        """Digest of what the data was when this was first asked for: rows, labels and sizes of all samples, names and
-        beginnings of some. Times do not count: they differ between copies on several machines."""
+        """Digest of the rows, labels and file sizes of all samples, and of the names and first bytes of some, as they
+        were at the first call. Times do not count: they differ between copies on several machines."""
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for numbers in (self.rows, self.labels, self._sizes()):
+        for numbers in (self.table_rows, self.labels, self._sizes()):
             digest.update(numbers.astype(np.int64).tobytes())
-        for cell in self.table.select(self.rows[:: max(1, len(self) // 64)])[self.column]:
+        for cell in self.table.select(self.table_rows[:: max(1, len(self) // 64)])[self.column]:
             source, name = from_cell(cell)
             digest.update(os.path.basename(name).encode())
-            digest.update(source[:BEGINNING] if isinstance(source, bytes) else _beginning(source))
+            digest.update(source[:HEAD_BYTES] if isinstance(source, bytes) else _head(source))
         return digest.hexdigest()[:16]
 
     def _sizes(self) -> np.ndarray:
-        """Bytes of each sample's file, shape [N], 0 for what is none; those in the table are counted, and not read."""
+        """Bytes of each sample's file, shape [N], 0 for images that are not files. Reads no image from the table."""
         if not holds_files(self.table, self.column):
             return np.zeros(len(self))
         sizes = [_size(path) if length is None else length for path, length in files_of(self.table, self.column)]
-        return np.array(sizes)[self.rows]
+        return np.array(sizes)[self.table_rows]
 
 
 def _size(path: str | None) -> int:
@@ -107,24 +102,19 @@ def _size(path: str | None) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _beginning(source: Any) -> bytes:
-    """Of a file; nothing of what is none or cannot be read, of which training tells."""
-    if not isinstance(source, str) or not _size(source):
-        return b""
-    try:
-        with Path(source).open("rb") as file:
-            return file.read(BEGINNING)
-    except OSError:
-        return b""
+def _head(source: Any) -> bytes:
+    """The first bytes of a file; empty for what cannot be read, which training reports."""
+    with suppress(OSError):
+        if isinstance(source, str) and _size(source):
+            with Path(source).open("rb") as file:
+                return file.read(HEAD_BYTES)
+    return b""
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places to keep and places to hold out, both ascending: `fraction` of each class, at least one of two.
+    """Holds out `fraction` of each class, and at least one sample of classes with two or more.
 
-    Args:
-        labels: class of each sample, shape [N].
-        fraction: share to hold out.
-        seed: decides which; the same on every process.
+    Returns the indices to keep and the indices held out, both ascending. `labels` has the class of each sample.
     """
     held_out = []
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""Training data that is streamed: shards as a split that is read forward only, a block of each lane at a time."""
+"""Streamed training data: shards as a split that is read forward only, one block of each lane at a time."""
 
 import hashlib
 import os
@@ -14,24 +14,17 @@ from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
 from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import class_names
-from lora_dist.data.sources.load import ImageData, load_validation, require_same_classes, say_classes_in_doubt
+from lora_dist.data.sources.load import ImageData, check_classes, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 
-MOST_LANES = 64
+MAX_LANES = 64
 
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """The rows of all shards, numbered through.
-
-    Attributes:
-        source: the shards.
-        index: what they hold.
-        class_of: place in the label map of each label as the data holds it.
-        lanes: how the shards are read.
-    """
+    """The rows of all shards, one shard after another; `class_of` maps each label value to its class index."""
 
     source: ShardSource
     index: ShardIndex
@@ -46,16 +39,14 @@ class StreamedSplit:
         return self.name_in(shard, index - int(self.index.sizes[:shard].sum()))
 
     def name_in(self, shard: int, row: int) -> str:
-        """What to call a row of a shard: its file, and its number in that."""
+        """Name of a row of a shard: the file, and the row in it."""
         file = os.path.basename(self.source.files[self.index.files[shard]])
         return f"{file} row {self.index.first_rows[shard] + row}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.index.digest.encode())
-        digest.update(self.index.sizes.tobytes())
-        for file in self.source.files:
-            digest.update(os.path.basename(file).encode())
-        return digest.hexdigest()[:16]
+        names = "".join(os.path.basename(file) for file in self.source.files)
+        content = self.index.digest.encode() + self.index.sizes.tobytes() + names.encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         counts = np.bincount(self.index.files, self.index.sizes, len(self.source.files)).astype(int).tolist()
@@ -74,7 +65,7 @@ class StreamedSplit:
 
 
 class LaneReader:
-    """Holds one block of each lane that it is asked for, encoded, and reads on from there."""
+    """Holds one block of each lane that it reads, undecoded, and continues from there."""
 
     def __init__(self, split: StreamedSplit) -> None:
         self._split = split
@@ -86,11 +77,11 @@ class LaneReader:
         """Samples in memory."""
         return sum(len(block.samples) for block in self._blocks.values())
 
-    def read(self, epoch: int, rows: Sequence[int]) -> Mapping[int, EncodedSample]:
-        lanes, blocks = self._split.lanes.layout(epoch).find(np.array(rows, dtype=np.int64))
+    def read(self, epoch: int, indices: Sequence[int]) -> Mapping[int, EncodedSample]:
+        lanes, blocks = self._split.lanes.layout(epoch).find(np.array(indices, dtype=np.int64))
         return {
-            row: self._block(epoch, lane, number).samples[row]
-            for row, lane, number in zip(rows, lanes.tolist(), blocks.tolist(), strict=True)
+            index: self._block(epoch, lane, number).samples[index]
+            for index, lane, number in zip(indices, lanes.tolist(), blocks.tolist(), strict=True)
         }
 
     def _block(self, epoch: int, lane: int, number: int) -> "_Block":
@@ -99,29 +90,29 @@ class LaneReader:
             layout = self._split.lanes.layout(epoch)
             start, stop = layout.bounds(lane, number)
             if held is not None and (held.epoch, held.number) == (epoch, number - 1):
-                rest = held.rest
+                following = held.following
             else:
-                rest = self._samples(layout, layout.pieces(lane, start))
+                following = self._samples(layout, layout.pieces(lane, start))
             self._blocks.pop(lane, None)
-            # From the Hub it is tried for up to half an hour (STREAMING_READ_MAX_RETRIES of `datasets`).
+            # `datasets` retries the Hub for up to half an hour (STREAMING_READ_MAX_RETRIES).
             with waiting.told(lambda: f"waiting for {self._at}"):
-                samples = dict(next(rest) for _ in range(stop - start))
-            self._blocks[lane] = _Block(epoch, number, samples, rest)
+                samples = dict(next(following) for _ in range(stop - start))
+            self._blocks[lane] = _Block(epoch, number, samples, following)
         return self._blocks[lane]
 
     def _samples(self, layout: Layout, pieces: Iterator[Piece]) -> Iterator[tuple[int, EncodedSample]]:
         split, index = self._split, self._split.index
         for shard, start, stop in pieces:
-            position, self._at = start, split.name_in(shard, start)
+            position, self._at, first = start, split.name_in(shard, start), int(layout.first_indices[shard])
             try:
                 rows = split.source.read(int(index.files[shard]), int(index.groups[shard]), start)
                 for position in range(start, stop):
                     row = next(rows, None)
                     if row is None:
                         raise EOFError("the file has changed since it was indexed")
-                    yield int(layout.first_rows[shard]) + position, self._encoded(row, split.name_in(shard, position))
+                    yield first + position, self._encoded(row, split.name_in(shard, position))
             except Exception as error:
-                # Decoders and networks fail in many ways.
+                # Decoders and networks raise errors of many classes.
                 name = split.name_in(shard, position)
                 raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
 
@@ -132,49 +123,41 @@ class LaneReader:
 
 @dataclass(frozen=True)
 class _Block:
+    """One block of a lane, and an iterator over the samples that follow it in the lane."""
+
     epoch: int
     number: int
     samples: dict[int, EncodedSample]
-    rest: Iterator[tuple[int, EncodedSample]]
+    following: Iterator[tuple[int, EncodedSample]]
 
 
 def prepare(settings: DataSettings) -> None:
-    """Makes the index of the shards, where that is not in the cache yet. It can take longer than processes wait."""
+    """Indexes the shards unless the index is cached. This can take longer than processes wait for each other."""
     load_index(find_source(settings))
 
 
 def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageData:
     """Finds the training shards, and loads the validation split.
 
-    Args:
-        settings: with `streaming`.
-        seed: of the order.
-        processes: that share the shards.
-
-    Raises:
-        UserError: as `load_data`; or there are too few shards.
+    Raises `UserError` as `load_data`, and if there are too few shards for `processes`.
     """
     source = find_source(settings)
     index = load_index(source)
     names = class_names(source.stream.features[source.label_column], set(index.labels))
     labels = list(names.values())
     validation = load_validation(settings, seed, labels)
-    class_of = {value: position for position, value in enumerate(names)}
-    in_train = {class_of[label] for label in index.labels}
-    if not settings.allow_missing_classes:
-        require_same_classes(labels, in_train, set(validation.labels.tolist()))
-    say_classes_in_doubt(labels, in_train)
-    return ImageData(
-        labels, StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes)), validation
-    )
+    class_of = {value: label for label, value in enumerate(names)}
+    check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)
+    train = StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes))
+    return ImageData(labels, train, validation)
 
 
 def _lanes(settings: DataSettings, index: ShardIndex, seed: int, processes: int) -> Interleave:
-    """The lanes of a run: by default a power of two of them, as processes mostly are."""
+    """By default the largest power of two that is at most min(64, shards), as the number of processes often is one."""
     shards = len(index.sizes)
     if not shards:
         raise UserError(f"0 training images: {settings.dataset_name} has no rows in split {settings.train_split}")
-    count = settings.streaming_lanes or 2 ** (min(shards, MOST_LANES).bit_length() - 1)
+    count = settings.streaming_lanes or 2 ** (min(shards, MAX_LANES).bit_length() - 1)
     if count > shards:
         raise UserError(f"--streaming_lanes {count}: the data set has {shards} shards (row groups or tar files)")
     if count < processes:

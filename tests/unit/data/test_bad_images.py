@@ -121,7 +121,7 @@ def test_two_processes_train_as_one_around_bad_images(vit: Path, tmp_path: Path)
             "--gradient_accumulation_steps", 1, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
             "--on_bad_image", "skip", launch_file=launch_file,
         )  # fmt: skip
-        assert all(f"left out, because it cannot be read: {path}" in result.stderr for path in bad)
+        assert all(f"skipped an image that cannot be read: {path}" in result.stderr for path in bad)
         runs[name] = tmp_path / name
     losses = {
         name: [line["train/loss"] for line in lines_of(run) if "train/loss" in line] for name, run in runs.items()

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 from transformers import ViTImageProcessor
 
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.loader import batches, default_workers, evaluation_loader, train_loader
+from lora_dist.data.loader import batches, evaluation_loader, train_loader, workers_of
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan, ShuffledOrder
 from lora_dist.data.sources.load import ImageData, load_data
@@ -75,7 +75,7 @@ def samples(split: Split, batch: int, accumulation: int = 1, world: int = 1, **m
                 for index in torch.nonzero(part.weights).flatten().tolist():
                     key = (epoch, int(part.indices[index]))
                     assert key not in found
-                    assert part.rest is None
+                    assert part.deferred is None
                     found[key] = [field[index] for field in part[:-1] if field is not None]
     assert len(found) == 2 * len(split)
     return found
@@ -145,7 +145,7 @@ def test_loading_leaves_the_random_numbers_of_training_alone(data: ImageData, nu
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_process_with_nothing_to_do_gets_a_filler_that_weighs_nothing(data: ImageData) -> None:
+def test_a_process_with_nothing_to_do_gets_padding_of_weight_0(data: ImageData) -> None:
     three = data.train.select(np.array([0, 11, 26]))
     shares = [training_batches(three, batch=4, world=4, rank=rank, steps=(0, 1)) for rank in range(4)]
     assert [len(share) for share in shares] == [1] * 4
@@ -168,7 +168,7 @@ def test_types_and_shapes_are_as_described(data: ImageData) -> None:
     assert (mixed.partner_labels.dtype, mixed.shares.dtype) == (torch.int64, torch.float32)
     moved = mixed.to(torch.device("meta"))
     assert moved.unreadable is None
-    assert moved.rest is None
+    assert moved.deferred is None
     assert all(field is not None and field.device.type == "meta" for field in moved[:-2])
 
 
@@ -299,5 +299,6 @@ def test_workers_by_default_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
     for cores, processes, expected in ((8, 1, 7), (8, 4, 1), (2, 1, 1), (1, 1, 1), (2, 8, 1), (64, 1, 16)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert default_workers(cuda) == expected
-    assert default_workers(CPU) == 0
+        assert workers_of(workers(None), cuda) == expected
+    assert workers_of(workers(None), CPU) == 0
+    assert workers_of(workers(3), CPU) == 3

@@ -128,13 +128,13 @@ def test_a_view_is_that_of_the_same_row_without_streaming(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
-def test_a_process_whose_lanes_have_run_out_keeps_step_with_fillers(mixup: float, workers: int, tmp_path: Path) -> None:
+def test_a_process_whose_lanes_have_run_out_keeps_step_with_padding(mixup: float, workers: int, tmp_path: Path) -> None:
     split = streamed(make_shards(tmp_path / "data", (30, 3)))
     shares = [training_batches(split, workers, (4, 1, 2, rank), mixup_alpha=mixup) for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1])
-    fillers = [batch for batch in shares[1] if batch.indices.tolist() == [PADDING_INDEX]]
-    assert fillers
-    for batch in fillers:
+    padding_batches = [batch for batch in shares[1] if batch.indices.tolist() == [PADDING_INDEX]]
+    assert padding_batches
+    for batch in padding_batches:
         assert batch.weights.tolist() == [0.0]
         assert [None if field is None else field.dtype for field in batch] == [
             None if field is None else field.dtype for field in shares[0][0]
@@ -167,7 +167,7 @@ class Recording(TrainImages):
 
     def prepared(self, samples: list[Any]) -> Batch:
         with (self.log / str(os.getpid())).open("a") as file:
-            file.writelines(f"{sample.row}\n" for sample in samples)
+            file.writelines(f"{sample.index}\n" for sample in samples)
         return super().prepared(samples)
 
 

@@ -16,6 +16,7 @@ import torch
 from lora_dist_testing.disks import small_disk
 from lora_dist_testing.tiny import make_folder, make_image, make_shards
 from PIL import Image
+from test_pixel_files import as_older_release
 from transformers import ViTImageProcessor
 
 from lora_dist.data.batch import Batch, TrainImages
@@ -35,8 +36,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_cache, "LEAST_IMAGES", 4)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "MIN_IMAGES", 4)
 
 
 def split_of(folder: Path) -> Split:
@@ -47,7 +48,7 @@ def split_of(folder: Path) -> Split:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Eleven images, in three parts."""
+    """Eleven images, in three files of a cache."""
     return make_folder(tmp_path / "photos", per_class=(5, 3, 3), size=(60, 50))
 
 
@@ -71,13 +72,13 @@ def test_images_are_kept_a_little_larger_than_the_model_takes_them(folder: Path,
     found = images_of(split)
     assert len(found) == 11
     for row, image in enumerate(found):
-        expected = interpolated(np.asarray(split.split.image(row)), (18, 22))[0].permute(1, 2, 0).numpy()
+        expected = interpolated(np.asarray(split.image(row)), (18, 22))[0].permute(1, 2, 0).numpy()
         assert np.array_equal(image, expected)
 
 
 def test_small_images_are_kept_as_they_are(folder: Path, tmp_path: Path) -> None:
     split = build(folder, tmp_path / "cache", (44, 52))
-    assert all(np.array_equal(one, split.split.image(row)) for row, one in enumerate(images_of(split)))
+    assert all(np.array_equal(one, split.image(row)) for row, one in enumerate(images_of(split)))
 
 
 def test_the_largest_side_that_counts_decides(folder: Path, tmp_path: Path) -> None:
@@ -150,7 +151,9 @@ def test_data_sets_with_images_in_them_are_cached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "index", "gone"])
-def test_a_part_that_is_not_whole_is_made_anew(damage: str, folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_whole_is_rebuilt(
+    damage: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = images_of(build(folder, tmp_path / "cache"))
     before = written(tmp_path / "cache")
     part = max(before)
@@ -160,43 +163,53 @@ def test_a_part_that_is_not_whole_is_made_anew(damage: str, folder: Path, tmp_pa
         part.write_bytes(part.read_bytes()[:-30] + bytes(6) + part.read_bytes()[-24:])
     else:
         part.unlink()
-    split = build(folder, tmp_path / "cache")
+    with caplog.at_level(logging.WARNING):
+        split = build(folder, tmp_path / "cache")
+    assert (f"rebuilding 1 damaged files of the image cache, the first is {part}" in caplog.text) == (damage != "gone")
     after = written(tmp_path / "cache")
     assert {path for path in before if after[path] == before[path]} >= before.keys() - {part}
     assert all(map(np.array_equal, images_of(split), expected))
 
 
-def test_damaged_pixels_are_found_and_made_anew(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_damaged_after_the_build_is_ignored_and_rebuilt(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     split = build(folder, tmp_path / "cache")
     expected = images_of(split)
     part = split.cache.path(1)
-    content = bytearray(part.read_bytes())
-    content[700] ^= 64
-    part.write_bytes(content)
+    part.write_bytes(part.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         assert all(map(np.array_equal, images_of(split), expected))
-    assert caplog.text.count("the cache is damaged") == 1
+    assert caplog.text.count("ignoring a damaged file of the image cache; the next run rebuilds it") == 1
     assert str(part) in caplog.text
-    assert not part.exists()
     build(folder, tmp_path / "cache")
-    assert part.exists()
     caplog.clear()
     assert all(map(np.array_equal, images_of(split), expected))
     assert not caplog.text
 
 
-def test_a_part_that_goes_away_during_a_run_changes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_removed_during_a_run_changes_nothing(folder: Path, tmp_path: Path) -> None:
     split = build(folder, tmp_path / "cache")
     expected = images_of(split)
     split.cache.path(0).unlink()
     assert all(map(np.array_equal, images_of(split), expected))
 
 
+def test_a_cache_of_an_older_release_is_read_and_not_rebuilt(folder: Path, tmp_path: Path) -> None:
+    split = build(folder, tmp_path / "cache")
+    expected = [image.copy() for image in images_of(split)]
+    for path in written(tmp_path / "cache"):
+        as_older_release(path)
+    before = written(tmp_path / "cache")
+    assert all(map(np.array_equal, images_of(build(folder, tmp_path / "cache")), expected))
+    assert written(tmp_path / "cache") == before
+
+
 BUILD = """
 import sys, time
 from test_image_cache import build, image_cache
 from pathlib import Path
-image_cache.LEAST_IMAGES = 4
+image_cache.MIN_IMAGES = 4
 slow, original = float(sys.argv[3]), image_cache.ImageCache.pixels
 def pixels(self, row):
     time.sleep(slow)
@@ -240,7 +253,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(folder: Path, tmp_path:
         time.sleep(0.02)
     assert [process.returncode for process in processes] == [0, 0]
     assert len(written(tmp_path / "cache")) == 3
-    assert all(len(numbers) == 1 for numbers in seen.values()), "no part was made twice"
+    assert all(len(numbers) == 1 for numbers in seen.values()), "no file was built twice"
 
 
 def training_batches(split: Any, workers: int = 0, skip: bool = False, **augmentation: Any) -> list[Batch]:
@@ -292,7 +305,7 @@ def test_what_cannot_be_read_is_left_to_the_run(folder: Path, tmp_path: Path, ca
     bad.write_bytes(bad.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         split = build(folder, tmp_path / "cache")
-    assert "1 of them cannot be read" in caplog.text
+    assert "1 of them cannot be read; --on_bad_image decides" in caplog.text
     found = training_batches(split, skip=True)
     for one, other in zip(found, expected, strict=True):
         kept = one.indices != 6

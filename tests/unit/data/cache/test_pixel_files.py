@@ -1,5 +1,6 @@
 """Files of pixels: what was written is read, or the damage is found and named."""
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,12 +38,37 @@ def test_a_file_of_no_images_is_whole(tmp_path: Path) -> None:
     assert len(PixelFile(tmp_path / "part")) == 0
 
 
-def test_every_byte_that_is_turned_is_found(written: Path) -> None:
+def as_older_release(path: Path) -> None:
+    """Writes a file again as older releases wrote it, with a digest for each image and one for the index."""
+    file = PixelFile(path)
+    fields = [("start", "<u8"), ("height", "<u4"), ("width", "<u4"), ("digest", "<u8")]
+    index, pixels = np.zeros(len(file), fields), b""
+    for number, image in enumerate(file[position] for position in range(len(file))):
+        image = np.empty((0, 0, 3), np.uint8) if image is None else image
+        index[number] = (len(pixels), *image.shape[:2], 123456789)
+        pixels += image.tobytes()
+    path.write_bytes(pixels + index.tobytes() + struct.pack("<8sQQ", b"pixels01", len(file), 987654321))
+
+
+def test_files_of_older_releases_are_read(written: Path) -> None:
+    as_older_release(written)
+    test_images_are_read_as_they_were_written(written)
+    written.write_bytes(written.read_bytes()[1:])
+    with pytest.raises(DamagedFileError, match="part: "):
+        PixelFile(written)
+
+
+def test_a_turned_byte_of_the_index_or_the_footer_is_found_or_changes_nothing(written: Path) -> None:
     whole = written.read_bytes()
-    for index in range(len(whole)):
+    found = 0
+    for index in range(sum(image.size for image in IMAGES if image is not None), len(whole)):
         written.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
-        with pytest.raises(DamagedFileError, match="part: "):
-            list(map(PixelFile(written).__getitem__, range(4)))
+        try:
+            test_images_are_read_as_they_were_written(written)
+        except DamagedFileError:
+            found += 1
+    # All but the sizes of the missing image, and the end of the footer.
+    assert found == 4 * 16 + 16 - 8
 
 
 @pytest.mark.parametrize("size", [0, 1, 23, 24, 100, -1, -24])

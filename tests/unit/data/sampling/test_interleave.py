@@ -43,7 +43,7 @@ def test_every_sample_comes_once_an_epoch(data: tuple[Sequence[int], int, int], 
     for epoch in range(3):
         steps = range(epoch * shares[0].steps_per_epoch, (epoch + 1) * shares[0].steps_per_epoch)
         found = [sample for order in shares for step in steps for sample in real(order, step)]
-        assert Counter(sample.row for sample in found) == Counter(range(sum(data[0])))
+        assert Counter(sample.index for sample in found) == Counter(range(sum(data[0])))
         assert sorted(sample.position for sample in found) == list(range(sum(data[0])))
         assert {sample.epoch for sample in found} == {epoch}
 
@@ -61,7 +61,7 @@ def test_an_update_has_the_same_samples_however_it_is_split(data: tuple[Sequence
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("split", SPLITS)
 def test_processes_keep_step(data: tuple[Sequence[int], int, int], split: tuple[int, int, int]) -> None:
-    """All make as many micro-batches, none of them empty or too large; one without samples gets a filler."""
+    """All make as many micro-batches, none of them empty or too large; one without samples gets a padding sample."""
     shares = orders(lanes_of(data), *split)
     for step in range(2 * shares[0].steps_per_epoch):
         made = [list(order.micro_batches(step)) for order in shares]
@@ -92,8 +92,8 @@ def test_a_shard_is_read_by_one_process_and_one_worker_from_front_to_back(data: 
             blocks: dict[int | None, list[int]] = {}
             for step in range(order.steps_per_epoch):
                 for sample in real(order, step):
-                    readers.setdefault(int(shard_of[sample.row]), set()).add((order.rank, sample.lane))
-                    (lane,), (block,) = lanes.layout(0).find(np.array([sample.row]))
+                    readers.setdefault(int(shard_of[sample.index]), set()).add((order.rank, sample.lane))
+                    (lane,), (block,) = lanes.layout(0).find(np.array([sample.index]))
                     assert (lane % world, lane // world) == (order.rank, sample.lane)
                     blocks.setdefault(sample.lane, []).append(int(block))
             assert all(numbers == sorted(numbers) for numbers in blocks.values())
@@ -117,7 +117,7 @@ def test_pieces_of_a_lane_are_its_blocks_one_after_another(data: tuple[Sequence[
             assert 1 <= stop - start <= lanes.block
             assert np.flatnonzero(blocks == block).tolist() == list(range(start, stop))
             index = np.arange(start, stop)
-            found, _ = layout.rows(np.full_like(index, lane), index)
+            found, _ = layout.indices(np.full_like(index, lane), index)
             assert sorted(found.tolist()) == sorted(rows[start:stop])
             rest = [first_rows[shard] + begin for shard, begin, _ in layout.pieces(lane, start)]
             assert rest[0] == rows[start]
@@ -142,7 +142,7 @@ def test_epochs_and_seeds_differ_and_nothing_else_matters() -> None:
     def rows(seed: int, epoch: int) -> list[int]:
         order = BatchPlan(lanes_of(DATA[5], seed), 50, 1, 1, 0)
         return [
-            s.row for step in range(order.steps_per_epoch) for s in real(order, epoch * order.steps_per_epoch + step)
+            s.index for step in range(order.steps_per_epoch) for s in real(order, epoch * order.steps_per_epoch + step)
         ]
 
     assert rows(1, 0) == rows(1, 0)
@@ -152,7 +152,7 @@ def test_epochs_and_seeds_differ_and_nothing_else_matters() -> None:
 
 def test_shuffling_reaches_across_shards_and_within_blocks() -> None:
     order = BatchPlan(lanes_of(((100,) * 32, 16, 20)), 64, 1, 1, 0)
-    found = [sample.row for sample in real(order, 3)]
+    found = [sample.index for sample in real(order, 3)]
     assert len({row // 100 for row in found}) == 16, "each lane gives samples of its present shard"
     in_one = [row for row in found if row // 100 == found[0] // 100]
     assert in_one != sorted(in_one) or np.diff(in_one).max() > 1
@@ -172,7 +172,7 @@ def test_partners_are_pairs_of_one_block(data: tuple[Sequence[int], int, int]) -
     lanes = lanes_of(data)
     order = BatchPlan(lanes, 7, 1, 1, 0)
     found = [sample for step in range(order.steps_per_epoch) for sample in real(order, step)]
-    rows, partners = np.array([s.row for s in found]), np.array([s.partner for s in found])
+    rows, partners = np.array([s.index for s in found]), np.array([s.partner for s in found])
     for one, other in zip(lanes.layout(0).find(rows), lanes.layout(0).find(partners), strict=True):
         assert np.array_equal(one, other)
     partner = dict(zip(rows.tolist(), partners.tolist(), strict=True))
@@ -186,5 +186,5 @@ def test_many_samples_cost_no_loop_over_them() -> None:
     lanes = Interleave(np.full(1_000_000, 100), 64, 64, 0)
     order = BatchPlan(lanes, 128, 1, 8, 7)
     assert order.steps_per_epoch == 97_657
-    rows = [sample.row for sample in real(order, 90_000)]
+    rows = [sample.index for sample in real(order, 90_000)]
     assert len(set(rows)) == 128

@@ -15,7 +15,7 @@ def order(size: int, batch: int, accumulation: int, world: int, rank: int = 0) -
 
 def rows_of(size: int, batch: int, accumulation: int, world: int, step: int) -> list[int]:
     return sorted(
-        sample.row
+        sample.index
         for rank in range(world)
         for micro in order(size, batch, accumulation, world, rank).micro_batches(step)
         for sample in micro
@@ -43,7 +43,7 @@ def test_an_update_has_the_same_samples_however_it_is_split(size: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_processes_keep_step_and_fillers_weigh_nothing(
+def test_processes_keep_step_and_padding_has_weight_0(
     sizes: tuple[int, int, int, int],
 ) -> None:
     _, batch, _, world = sizes
@@ -57,9 +57,9 @@ def test_processes_keep_step_and_fillers_weigh_nothing(
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
-    first, second = ([s.row for m in order(50, 50, 1, 1).micro_batches(step) for s in m] for step in (0, 1))
+    first, second = ([s.index for m in order(50, 50, 1, 1).micro_batches(step) for s in m] for step in (0, 1))
     assert first != second
-    other = [s.row for m in BatchPlan(ShuffledOrder(50, seed=4), 50, 1, 1, 0).micro_batches(0) for s in m]
+    other = [s.index for m in BatchPlan(ShuffledOrder(50, seed=4), 50, 1, 1, 0).micro_batches(0) for s in m]
     assert first != other
 
 
@@ -74,7 +74,7 @@ def test_a_resumed_sampler_yields_the_tail() -> None:
 def test_partners_are_pairs_of_neighbours_independent_of_the_split() -> None:
     def partners(batch: int, world: int) -> dict[int, int]:
         return {
-            sample.row: sample.partner
+            sample.index: sample.partner
             for rank in range(world)
             for step in range(order(20, batch, 1, world).steps_per_epoch)
             for micro in order(20, batch, 1, world, rank).micro_batches(step)
@@ -98,8 +98,8 @@ def test_evaluation_covers_every_row_once_in_equally_many_batches(size: int, wor
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_fillers_appear_only_where_a_process_has_nothing(sizes: tuple[int, int, int, int]) -> None:
-    """A micro-batch of fewer samples than processes has one filler for each process too many, and others none."""
+def test_padding_appears_only_where_a_process_has_nothing(sizes: tuple[int, int, int, int]) -> None:
+    """A micro-batch of fewer samples than processes has a padding sample for each process too many."""
     _, batch, _, world = sizes
     for step in range(order(*sizes).steps_per_epoch):
         shares = [list(order(*sizes, rank).micro_batches(step)) for rank in range(world)]

@@ -63,10 +63,10 @@ def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b'/fine\n"unfinished\n', "line 2: \"unfinished is no JSON string"),
+        (b'/fine\n"unfinished\n', "line 2: \"unfinished is not a JSON string"),
         (b'"a" and more\n', "line 1"),
-        (b'"null \\u0000"\n', "line 1: this is no path"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "line 3: this is no path; the list is a text file"),
+        (b'"null \\u0000"\n', "line 1: not a path"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "line 3: not a path; the list is a text file"),
     ],
 )  # fmt: skip
 def test_what_is_no_list_is_refused_by_its_line(content: bytes, part: str, tmp_path: Path) -> None:

@@ -75,13 +75,13 @@ def test_an_epoch_reads_every_image_once(uneven: Path, monkeypatch: pytest.Monke
         seen = []
         for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
             for micro in order.micro_batches(step):
-                found = reader.read(epoch, [row for sample in micro for row in (sample.row, sample.partner)])
+                found = reader.read(epoch, [row for sample in micro for row in (sample.index, sample.partner)])
                 for sample in micro:
-                    one = found[sample.row]
+                    one = found[sample.index]
                     image = load_rgb(one.source, one.name)
-                    np.testing.assert_array_equal(image, make_image(sample.row % 3, sample.row))
-                    assert one.label == sample.row % 3
-                    seen.append(sample.row)
+                    np.testing.assert_array_equal(image, make_image(sample.index % 3, sample.index))
+                    assert one.label == sample.index % 3
+                    seen.append(sample.index)
         assert sorted(seen) == list(range(32))
         assert sorted(opened) == [(file, 0, 0) for file in range(5)], "each shard is opened once, at its beginning"
         opened.clear()
@@ -94,8 +94,8 @@ def test_a_resumed_run_reads_on_from_the_block_of_its_next_samples(uneven: Path,
     reader = split.reader()
     for step in range(first, order.steps_per_epoch):
         for micro in order.micro_batches(step):
-            found = reader.read(0, [sample.row for sample in micro])
-            assert [found[sample.row].label for sample in micro] == [sample.row % 3 for sample in micro]
+            found = reader.read(0, [sample.index for sample in micro])
+            assert [found[sample.index].label for sample in micro] == [sample.index % 3 for sample in micro]
 
 
 def test_no_more_than_the_buffer_is_held(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_no_more_than_the_buffer_is_held(tmp_path: Path) -> None:
     order = BatchPlan(split.sample_order(3), 8, 1, 1, 0)
     for step in range(order.steps_per_epoch):
         for micro in order.micro_batches(step):
-            reader.read(0, [sample.row for sample in micro])
+            reader.read(0, [sample.index for sample in micro])
             assert reader.held <= 32
 
 
