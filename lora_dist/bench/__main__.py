@@ -42,15 +42,15 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     from lora_dist.bench.results import add_row, require_room_for_rows
 
     load = os.getloadavg()[0]
-    file = Path(settings.measuring.csv) if settings.measuring.csv else None
+    file = Path(settings.benchmark.csv) if settings.measuring.csv else None
     if file is not None and os.environ.get("RANK", "0") == "0":
         require_room_for_rows(file)
     comparison = None
-    if settings.measuring.compare:
+    if settings.benchmark.compare:
         # Before this process takes memory and threads of its own.
         from lora_dist.bench.compare import compare
 
-        comparison = compare(flags, settings.measuring.rounds)
+        comparison = compare(flags, settings.benchmark.rounds)
 
     from lora_dist.bench.measure import assemble_unwritten, measure
     from lora_dist.bench.report import lines, row
@@ -62,7 +62,7 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     job = assemble_unwritten(settings, accelerator, directory)
     with job.watch.watching():
-        figures = measure(job, settings.measuring.updates)
+        figures = measure(job, settings.benchmark.updates)
     if accelerator.is_main_process:
         print("\n".join(lines(job, figures, comparison)), flush=True)
         if file is not None:

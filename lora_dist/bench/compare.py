@@ -115,7 +115,7 @@ def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
         accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
         job, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
         with job.watch.watching():
-            samples, seconds, _ = time_loaded(job, settings.measuring.updates)
+            samples, seconds, _ = time_loaded(job, settings.benchmark.updates)
     else:
         from lora_dist.bench.trainer_baseline import time_guide
 

@@ -122,7 +122,7 @@ def time_guide(settings: BenchSettings, directory: Path) -> tuple[int, float, to
         callbacks=[clock],
     ).train()
     order = make_order(settings, data.train, arguments.world_size, arguments.process_index)
-    warm = arguments.max_steps - settings.measuring.updates
+    warm = arguments.max_steps - settings.benchmark.updates
     samples = order.samples_before(arguments.max_steps) - order.samples_before(warm)
     return samples, clock.times[-1] - clock.times[warm - 1], arguments.device
 
@@ -144,7 +144,7 @@ def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
         label_smoothing_factor=settings.augmentation.label_smoothing_factor,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        max_steps=warm_updates(workers, optimization.gradient_accumulation_steps) + settings.measuring.updates,
+        max_steps=warm_updates(workers, optimization.gradient_accumulation_steps) + settings.benchmark.updates,
         logging_steps=settings.run.logging_steps,
         dataloader_num_workers=workers,
         seed=settings.run.seed,

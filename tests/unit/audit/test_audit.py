@@ -138,7 +138,7 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
     for inside in (tmp_path, tmp_path / "reports" / "1"):
         with pytest.raises(UserError, match="--output_dir, --train_dir: the report would become part of the data"):
             settings_of("--train_dir", tmp_path, "--output_dir", inside)
-    with pytest.raises(UserError, match="no data: give a folder"):
+    with pytest.raises(UserError, match="no data: set a folder"):
         settings_of()
 
 
