@@ -42,7 +42,7 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     from lora_dist.bench.results import add_row, require_room_for_rows
 
     load = os.getloadavg()[0]
-    file = Path(settings.benchmark.csv) if settings.measuring.csv else None
+    file = Path(settings.benchmark.csv) if settings.benchmark.csv else None
     if file is not None and os.environ.get("RANK", "0") == "0":
         require_room_for_rows(file)
     comparison = None
