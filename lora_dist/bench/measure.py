@@ -1,45 +1,54 @@
-"""Measures a run: the step alone, the loader alone, both together, and a checkpoint."""
+"""Measures a run: the step alone, the loader alone, both together, FLOP/s, the cost of LoRA, and a checkpoint."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from lora_dist.bench.arithmetic import count_flops, measure_gemm, measure_passes
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches, train_loader, workers_of
 from lora_dist.errors import Problems
+from lora_dist.model.adapters import without_lora
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble
 from lora_dist.training.dry_run import time_updates
-from lora_dist.training.loop import Job
+from lora_dist.training.loop import Job, make_update
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
+from lora_dist.training.step import batch_loss
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MATRIX_PRODUCTS = 10
+MATRIX_SECONDS = 5.0
+"""No matrix product starts after this time. A CPU may need it for a single one in bf16."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured. Rates are over all processes; what else differs is of the process that takes most.
+class Measurements:
+    """Results. Rates are over all processes; other values are of the slowest or largest process.
 
     Attributes:
-        images_per_second: of whole updates, loading included.
-        step_images_per_second: of updates on batches that are on the device already.
-        loader_images_per_second: of the loader, with nobody to wait for.
-        data_wait: share of an update that is waiting for data.
-        gflops_per_second: of the step, on a process.
-        gemm_gflops_per_second: of a large matrix product in the same precision, on a process.
-        forward_images_per_second: of the bare forward pass without LoRA; None where the model is in parts.
-        lora_costs: time of forward and backward, over that without LoRA; None as well.
-        exchange: share of a step that is neither forward nor backward: gradients on their way, and the optimizer.
-        peak_memory_mb: of training, on the CUDA device, or of the process (2**20 bytes).
-        checkpoint_seconds: to save one.
-        checkpoint_mb: its size (10**6 bytes).
+        images_per_second: Of whole updates, including data loading.
+        step_images_per_second: Of updates on batches that are already on the device.
+        loader_images_per_second: Of the loader alone.
+        data_wait: Fraction of an update that is spent waiting for data.
+        gflops_per_second: Of the step, per process.
+        gemm_gflops_per_second: Of a large matrix product in the same precision, per process.
+        forward_images_per_second: Of the forward pass without LoRA. None for sharded models.
+        lora_costs: Time of forward and backward, relative to that without LoRA. None for sharded models.
+        exchange: Fraction of a step outside of forward and backward: communication and the optimizer.
+        peak_memory_mb: Of training, on the CUDA device or of the process, in MiB.
+        checkpoint_seconds: Time to save a checkpoint.
+        checkpoint_mb: Size of a checkpoint, in MB.
     """
 
     images_per_second: float
@@ -57,24 +66,24 @@ class Figures:
 
     @property
     def mfu(self) -> float:
-        """The step's share of what matrix products reach."""
+        """Speed of the step as a fraction of the speed of matrix products."""
         return self.gflops_per_second / self.gemm_gflops_per_second
 
 
 def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> Job:
-    """The run, put together as training does it, but with nothing written outside `directory`."""
+    """Assembles the run as training does, but writes only to `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
     watch = Watch(settings.run.stall_timeout)
     return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).job
 
 
-def warm_updates(workers: int, accumulation: int) -> int:
-    """Updates after which every worker of the loader has delivered what it had prepared while nobody was waiting."""
+def warmup_updates(workers: int, accumulation: int) -> int:
+    """Number of updates after which every worker has delivered the batches that it prepared before the first update."""
     return 1 + -(-workers // accumulation)
 
 
 def time_loaded(job: Job, updates: int) -> tuple[int, float, float]:
-    """Makes updates as a run does, after some that warm up: their samples, seconds, and seconds of waiting for data."""
+    """Runs updates after the warmup; returns their samples, seconds, and seconds of waiting for data."""
     steps = _steps(job, updates)
     meter = ThroughputMeter()
     stream = meter.timed(_stream(job, steps.stop))
@@ -85,40 +94,44 @@ def time_loaded(job: Job, updates: int) -> tuple[int, float, float]:
 
 
 def _steps(job: Job, updates: int) -> range:
-    """The updates that count."""
-    warm = warm_updates(workers_of(job.settings.data, job.engine.accelerator.device), job.order.accumulation)
-    return range(warm, warm + updates)
+    """The measured updates."""
+    workers = workers_of(job.settings.data, job.engine.accelerator.device)
+    warmup = warmup_updates(workers, job.order.accumulation)
+    return range(warmup, warmup + updates)
 
 
 def _stream(job: Job, updates: int) -> Iterator[Batch]:
-    """The batches of the first updates of a run, from a loader of their own."""
+    """Batches of the first `updates` updates, from a new loader."""
     job.images.close()
     device = job.engine.accelerator.device
     return batches(train_loader(job.images, job.order, 0, updates, job.settings.data, device), device)
 
 
-def measure(job: Job, updates: int) -> Figures:
-    """Measures a run that is ready to begin. Called on every process."""
+def measure(job: Job, updates: int) -> Measurements:
+    """Measures a run that is ready to start. Called on every process."""
     accelerator, order = job.engine.accelerator, job.order
     device = accelerator.device
     held = [batch.to(device) for batch in _stream(job, 1)]
 
-    step = median(_time_held(job, held, updates + 1)[1:])
+    step = median([time_updates(job, range(1), iter(held))[0] for _ in range(updates + 1)][1:])
     samples, seconds, waited = time_loaded(job, updates)
     peak = peak_memory_mb(device)
     loading = _time_loader(job, updates)
     passes: tuple[float, float, float] | None = None
     if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        passes = measure_passes(job, held[0], updates)
-    saving, size = _time_checkpoint(job)
+        passes = _time_passes(job, held[0], updates)
+    start = time.perf_counter()
+    job.checkpointer.save(Progress(step=1))
+    saving = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in job.checkpointer.directory.rglob("*") if file.is_file())
     achieved = count_flops(job, held) / step
-    gemm = measure_gemm(device, accelerator.mixed_precision)
+    gemm = _gemm_flops_per_second(device, accelerator.mixed_precision)
 
     step, seconds, waited, peak, loading = (
         max(gather_object([value])) for value in (step, seconds, waited / seconds, peak, loading)
     )
     images = len(held[0].labels) * order.world_size
-    return Figures(
+    return Measurements(
         images_per_second=samples / seconds,
         step_images_per_second=order.samples_in(0) / step,
         loader_images_per_second=samples / loading,
@@ -134,13 +147,8 @@ def measure(job: Job, updates: int) -> Figures:
     )
 
 
-def _time_held(job: Job, held: list[Batch], count: int) -> list[float]:
-    """Seconds of updates that all take the same batches."""
-    return [time_updates(job, range(1), iter(held))[0] for _ in range(count)]
-
-
 def _time_loader(job: Job, updates: int) -> float:
-    """Seconds of loading as many batches and doing nothing with them."""
+    """Seconds to load the batches of as many updates, without training."""
     steps = _steps(job, updates)
     stream = _stream(job, steps.stop)
     for _ in range(sum(map(job.order.micro_batches_in, range(steps.start)))):
@@ -151,9 +159,57 @@ def _time_loader(job: Job, updates: int) -> float:
     return time.perf_counter() - start
 
 
-def _time_checkpoint(job: Job) -> tuple[float, int]:
-    """Seconds and bytes of a checkpoint."""
+def count_flops(job: Job, micro_batches: Sequence[Batch]) -> int:
+    """Floating-point operations of an update on this process; a multiply-add counts as two.
+
+    The counter sees dispatched operators, which needs eager mode and unfused attention.
+    """
+    plain = torch.compiler.set_stance("force_eager")
+    with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        make_update(job, 0, iter(micro_batches))
+    return counter.get_total_flops()
+
+
+def _gemm_flops_per_second(device: torch.device, precision: str) -> float:
+    """FLOP/s of the fastest of several products of large square matrices."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device, dtype=DTYPES[precision])
+    left @ right
+    times: list[float] = []
+    while len(times) < MATRIX_PRODUCTS and sum(times) < MATRIX_SECONDS:
+        times.append(_seconds(lambda: left @ right, device))
+    return 2 * size**3 / min(times)
+
+
+def _time_passes(job: Job, batch: Batch, rounds: int) -> tuple[float, float, float]:
+    """Median seconds per micro-batch: forward and backward; the same without LoRA; forward without LoRA.
+
+    The model must not be sharded. Nothing is communicated and no weight changes.
+    """
+    model, device = job.engine.unwrapped, job.engine.accelerator.device
+    smoothing = job.settings.augmentation.label_smoothing_factor
+
+    def forward() -> torch.Tensor:
+        return batch_loss(model(pixel_values=batch.pixel_values).logits.float(), batch, smoothing).sum()
+
+    def both() -> None:
+        forward().backward()
+        model.zero_grad()
+
+    times: tuple[list[float], ...] = ([], [], [])
+    for _ in range(rounds + 1):
+        times[0].append(_seconds(both, device))
+        with without_lora(model):
+            times[1].append(_seconds(both, device))
+            with torch.no_grad():
+                times[2].append(_seconds(forward, device))
+    with_lora, without, forward_alone = (median(found[1:]) for found in times)
+    return with_lora, without, forward_alone
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
-    job.checkpointer.save(Progress(step=1))
-    seconds = time.perf_counter() - start
-    return seconds, sum(file.stat().st_size for file in job.checkpointer.directory.rglob("*") if file.is_file())
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

@@ -162,8 +162,8 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
         yield Problem(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
     if source.side_by_side:
-        single = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names, "onnx": onnx}
-        single["serve"] = settings.serving.serve
+        legacy, serve = merging.export_legacy_names, settings.serving.serve
+        single = {"merge_to": merging.merge_to, "export_legacy_names": legacy, "onnx": onnx, "serve": serve}
         for name in (name for name, value in single.items() if value):
             yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
         if settings.images.grid:
