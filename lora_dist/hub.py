@@ -99,7 +99,6 @@ def local_directory(name: str) -> Path:
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}; use a directory or a Hub name") from error
     repository, revision = match.groups()
-    missing = f"no such directory: {name}, and it cannot be downloaded from the Hub:"
     try:
         with hub_client.reading(f"the model or adapter {name}", f"`hf download {repository}`"):
             directory = _download(repository, revision, PATTERNS)
@@ -109,21 +108,16 @@ def local_directory(name: str) -> Path:
             return directory
     except UserError:
         raise
-    except GatedRepoError as error:
-        raise UserError(
-            f"{missing} {repository} is gated. Request access on its page, then run `hf auth login` or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{missing} {repository} has no branch, tag or commit {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{missing} there is no repository {repository}, or it is private: run `hf auth login` or set HF_TOKEN"
-        ) from error
     except Exception as error:  # the client raises exceptions of three other libraries
-        raise UserError(
-            f"{missing} {_without_secrets(error)}\nTo use it without network access, download it first: "
-            f"`hf download {repository}`."
-        ) from error
+        if isinstance(error, GatedRepoError):
+            why = f"{repository} is gated. Request access on its page, then run `hf auth login` or set HF_TOKEN"
+        elif isinstance(error, RevisionNotFoundError):
+            why = f"{repository} has no branch, tag or commit {revision}"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = f"there is no repository {repository}, or it is private: run `hf auth login` or set HF_TOKEN"
+        else:
+            why = f"{_without_secrets(error)}\nTo use it offline, download it first: `hf download {repository}`"
+        raise UserError(f"no such directory: {name}, and it cannot be downloaded from the Hub: {why}") from error
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:

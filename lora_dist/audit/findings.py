@@ -32,67 +32,38 @@ class Kind(NamedTuple):
     meaning: str
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("empty", Severity.ERROR, "Empty files", "Files of 0 bytes. Left out."),
-        Kind("truncated", Severity.ERROR, "Truncated images", "The end of the file is missing. Left out."),
-        Kind("unreadable", Severity.ERROR, "Unreadable images", "The file cannot be decoded. Left out."),
-        Kind(
-            "bomb", Severity.ERROR, "Decompression bombs",
-            "Pillow refuses to decode this many pixels. Left out.",
-        ),
-        Kind(
-            "leak", Severity.ERROR, "Leaks", "The same pixels are in training and validation, which makes validation "
-            "metrics too good. Left out of training; the first copy in validation is kept.",
-        ),
-        Kind(
-            "conflict", Severity.ERROR, "Same image in several classes", "The same pixels have different labels; at "
-            "most one label is right. All copies are left out.",
-        ),
-        Kind(
-            "one_split", Severity.ERROR, "Classes in one split only", "Training needs images of each class in both "
-            "splits, unless --allow_missing_classes is set.",
-        ),
-        Kind(
-            "near_leak", Severity.WARNING, "Near leaks", "Almost the same image is in training and validation, e.g. "
-            "resized or compressed. Left out of training.",
-        ),
-        Kind(
-            "near_conflict", Severity.WARNING, "Near duplicates in several classes", "Almost the same image has "
-            "different labels. Not left out, because one label may be right.",
-        ),
-        Kind(
-            "duplicate", Severity.WARNING, "Duplicates", "The same pixels are in a class several times. All copies "
-            "except the first are left out.",
-        ),
-        Kind(
-            "near_duplicate", Severity.WARNING, "Near duplicates", "Almost the same image is in a class several "
-            "times. Not left out; the list proposes all copies except the first, commented out with #.",
-        ),
-        Kind(
-            "wrong_extension", Severity.WARNING, "Wrong extensions", "The file is of another format than its name "
-            "says. Training can read it; other programs may not.",
-        ),
-        Kind(
-            "huge", Severity.WARNING, "Huge images", "Pillow warns of a decompression bomb. The image can be read, "
-            "but needs a lot of time and memory; consider a smaller copy.",
-        ),
-        Kind(
-            "aspect_ratio", Severity.WARNING, "Extreme aspect ratios", "A square input crops or distorts most of such "
-            "an image.",
-        ),
-        Kind(
-            "ignored", Severity.WARNING, "Ignored files", "The file is in no class folder, or has no image suffix. "
-            "Training ignores it.",
-        ),
-        Kind(
-            "imbalance", Severity.WARNING, "Class imbalance", "Rare classes are learned badly, which accuracy hides. "
-            "Look at macro F1.",
-        ),
-        Kind("few_images", Severity.WARNING, "Classes with few images", "Too few images to learn the class."),
-    )
+_ERRORS = {
+    "empty": ("Empty files", "Files of 0 bytes. Left out."),
+    "truncated": ("Truncated images", "The end of the file is missing. Left out."),
+    "unreadable": ("Unreadable images", "The file cannot be decoded. Left out."),
+    "bomb": ("Decompression bombs", "Pillow refuses to decode this many pixels. Left out."),
+    "leak": ("Leaks", "The same pixels are in training and validation, which makes validation metrics too good. Left "
+             "out of training; the first copy in validation is kept."),
+    "conflict": ("Same image in several classes", "The same pixels have different labels; at most one label is right. "
+                 "All copies are left out."),
+    "one_split": ("Classes in one split only", "Training needs images of each class in both splits, unless "
+                  "--allow_missing_classes is set."),
 }  # fmt: skip
+_WARNINGS = {
+    "near_leak": ("Near leaks", "Almost the same image is in training and validation, e.g. resized or compressed. Left "
+                  "out of training."),
+    "near_conflict": ("Near duplicates in several classes", "Almost the same image has different labels. Not left out, "
+                      "because one label may be right."),
+    "duplicate": ("Duplicates", "The same pixels are in a class several times. All but the first are left out."),
+    "near_duplicate": ("Near duplicates", "Almost the same image is in a class several times. Not left out; the list "
+                       "proposes all copies except the first, commented out with #."),
+    "wrong_extension": ("Wrong extensions", "The file is of another format than its name says. Training can read it; "
+                        "other programs may not."),
+    "huge": ("Huge images", "Pillow warns of a decompression bomb. The image can be read, but needs a lot of time and "
+             "memory; consider a smaller copy."),
+    "aspect_ratio": ("Extreme aspect ratios", "A square input crops or distorts most of such an image."),
+    "ignored": ("Ignored files", "The file is in no class folder, or has no image suffix. Training ignores it."),
+    "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),
+    "few_images": ("Classes with few images", "Too few images to learn the class."),
+}  # fmt: skip
+KINDS = {name: Kind(name, Severity.ERROR, *texts) for name, texts in _ERRORS.items()} | {
+    name: Kind(name, Severity.WARNING, *texts) for name, texts in _WARNINGS.items()
+}
 
 
 class File(NamedTuple):

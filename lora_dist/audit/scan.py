@@ -21,14 +21,11 @@ _COSINES = np.cos(np.pi / (2 * _SIDE) * np.outer(np.arange(_FREQUENCIES), 2 * np
 
 
 class Facts(NamedTuple):
-    """Facts about a file; an unreadable file has only `fault` and `message`.
+    """Facts about a file; an unreadable file has only `fault` and `message`, a readable one only the others.
 
     Attributes:
-        fault: `empty`, `truncated`, `bomb` or `unreadable`; an empty string for a readable file.
-        message: Describes the fault.
-        format: Pillow's name of the format.
-        width: In pixels, after EXIF rotation.
-        height: In pixels, after EXIF rotation.
+        fault: `empty`, `truncated`, `bomb` or `unreadable`.
+        format: Pillow's name of the format. `width` and `height` are in pixels, after EXIF rotation.
         digest: Hash of the pixels that training reads; equal for the same image in another format.
         phash: Perceptual hash of 64 bits; resized and compressed copies differ in few of them.
         colors: The image at 16 x 16 pixels, RGB.

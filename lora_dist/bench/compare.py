@@ -32,23 +32,28 @@ class Throughput(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Medians over all rounds. `speedup` and `memory_ratio` are ours / trainer within a round."""
+    """Medians over all rounds, with the names of their columns. Ratios are ours / trainer within a round."""
 
-    ours: Throughput
-    trainer: Throughput
-    speedup: float
-    lowest_speedup: float
-    highest_speedup: float
-    memory_ratio: float
     rounds: int
+    our_images_per_second: float
+    trainer_images_per_second: float
+    faster_than_trainer: float
+    lowest: float
+    highest: float
+    our_memory_mb: float
+    trainer_memory_mb: float
+    memory_of_trainer: float
 
     @classmethod
     def of(cls, rounds: list[tuple[Throughput, Throughput]]) -> "Comparison":
         """Summarizes pairs of (ours, trainer)."""
-        ours, trainer = (Throughput(*map(median, zip(*found, strict=True))) for found in zip(*rounds, strict=True))
-        ratios = [mine.images_per_second / other.images_per_second for mine, other in rounds]
-        memory = median(mine.peak_memory_mb / other.peak_memory_mb for mine, other in rounds)
-        return cls(ours, trainer, median(ratios), min(ratios), max(ratios), memory, len(rounds))
+        speeds, memories = zip(*(zip(*pair, strict=True) for pair in rounds), strict=True)
+        our_speed, trainer_speed = map(median, zip(*speeds, strict=True))
+        our_memory, trainer_memory = map(median, zip(*memories, strict=True))
+        ratios = [ours / trainer for ours, trainer in speeds]
+        memory = median(ours / trainer for ours, trainer in memories)
+        speed = (our_speed, trainer_speed, median(ratios), min(ratios), max(ratios))
+        return cls(len(rounds), *speed, our_memory, trainer_memory, memory)
 
 
 def compare(argv: list[str], rounds: int) -> Comparison:

@@ -36,33 +36,21 @@ MATRIX_SECONDS = 5.0
 class Measurements:
     """Results. Rates are over all processes; other values are of the slowest or largest process.
 
-    Attributes:
-        images_per_second: Of whole updates, including data loading.
-        step_images_per_second: Of updates on batches that are already on the device.
-        loader_images_per_second: Of the loader alone.
-        data_wait: Fraction of an update that is spent waiting for data.
-        gflops_per_second: Of the step, per process.
-        gemm_gflops_per_second: Of a large matrix product in the same precision, per process.
-        forward_images_per_second: Of the forward pass without LoRA. None for sharded models.
-        lora_costs: Time of forward and backward, relative to that without LoRA. None for sharded models.
-        exchange: Fraction of a step outside of forward and backward: communication and the optimizer.
-        peak_memory_mb: Of training, on the CUDA device or of the process, in MiB.
-        checkpoint_seconds: Time to save a checkpoint.
-        checkpoint_mb: Size of a checkpoint, in MB.
+    `exchange` is the fraction of a step outside of forward and backward: communication and the optimizer.
     """
 
-    images_per_second: float
-    step_images_per_second: float
+    images_per_second: float  # whole updates, including data loading
+    step_images_per_second: float  # updates on batches that are already on the device
     loader_images_per_second: float
-    data_wait: float
-    gflops_per_second: float
-    gemm_gflops_per_second: float
-    forward_images_per_second: float | None
-    lora_costs: float | None
+    data_wait: float  # fraction of an update
+    gflops_per_second: float  # of the step, per process
+    gemm_gflops_per_second: float  # of a large matrix product in the same precision, per process
+    forward_images_per_second: float | None  # without LoRA; None for sharded models
+    lora_costs: float | None  # time of forward and backward, relative to that without LoRA
     exchange: float | None
-    peak_memory_mb: float
+    peak_memory_mb: float  # MiB, on the CUDA device or of the process
     checkpoint_seconds: float
-    checkpoint_mb: float
+    checkpoint_mb: float  # MB
 
     @property
     def mfu(self) -> float:

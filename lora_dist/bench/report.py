@@ -33,12 +33,12 @@ def lines(job: Job, measured: Measurements, comparison: Comparison | None) -> It
     yield f"memory      {measured.peak_memory_mb:,.0f} MiB per process at the peak"
     yield f"checkpoint  {measured.checkpoint_mb:.4g} MB in {measured.checkpoint_seconds:.3g} s"
     if comparison is not None:
-        ours, trainer = comparison.ours, comparison.trainer
         yield (
-            f"comparison  {ours.images_per_second:.4g} images/s and {ours.peak_memory_mb:,.0f} MiB; Trainer: "
-            f"{trainer.images_per_second:.4g} images/s and {trainer.peak_memory_mb:,.0f} MiB; "
-            f"{comparison.speedup:.3f}x the speed ({comparison.lowest_speedup:.3f} to "
-            f"{comparison.highest_speedup:.3f} by round), {comparison.memory_ratio:.3f}x the memory"
+            f"comparison  {comparison.our_images_per_second:.4g} images/s and {comparison.our_memory_mb:,.0f} MiB; "
+            f"Trainer: {comparison.trainer_images_per_second:.4g} images/s and "
+            f"{comparison.trainer_memory_mb:,.0f} MiB; {comparison.faster_than_trainer:.3f}x the speed "
+            f"({comparison.lowest:.3f} to {comparison.highest:.3f} by round), "
+            f"{comparison.memory_of_trainer:.3f}x the memory"
         )
     accelerator = job.engine.accelerator
     workers = workers_of(job.settings.data, accelerator.device)
@@ -56,19 +56,6 @@ def row(job: Job, measured: Measurements, comparison: Comparison | None, load: f
     """
     settings, accelerator = job.settings, job.engine.accelerator
     found = environment(accelerator)
-    compared: dict[str, Any] = {}
-    if comparison is not None:
-        compared = {
-            "rounds": comparison.rounds,
-            "our_images_per_second": comparison.ours.images_per_second,
-            "trainer_images_per_second": comparison.trainer.images_per_second,
-            "faster_than_trainer": comparison.speedup,
-            "lowest": comparison.lowest_speedup,
-            "highest": comparison.highest_speedup,
-            "our_memory_mb": comparison.ours.peak_memory_mb,
-            "trainer_memory_mb": comparison.trainer.peak_memory_mb,
-            "memory_of_trainer": comparison.memory_ratio,
-        }
     return {
         "hardware": found["device"],
         "threads": torch.get_num_threads(),
@@ -84,7 +71,7 @@ def row(job: Job, measured: Measurements, comparison: Comparison | None, load: f
         "workers": workers_of(settings.data, accelerator.device),
         **asdict(measured),
         "mfu": measured.mfu,
-        **compared,
+        **(comparison._asdict() if comparison else {}),
     }
 
 

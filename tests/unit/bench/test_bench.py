@@ -140,8 +140,10 @@ def test_ratios_of_a_comparison_are_within_a_round() -> None:
         (Throughput(30, 95), Throughput(30, 100)),
     ]
     found = Comparison.of(rounds)
-    assert (found.ours, found.trainer) == (Throughput(30, 91), Throughput(30, 100))
-    assert (found.speedup, found.lowest_speedup, found.highest_speedup, found.memory_ratio, found.rounds) == (
+    assert (found.our_images_per_second, found.trainer_images_per_second) == (30, 30)
+    assert (found.our_memory_mb, found.trainer_memory_mb) == (91, 100)
+    assert found._fields == COLUMNS[-len(found) :]
+    assert (found.faster_than_trainer, found.lowest, found.highest, found.memory_of_trainer, found.rounds) == (
         1.5,
         1.0,
         2.0,
