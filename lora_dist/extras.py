@@ -1,4 +1,4 @@
-"""Optional packages: what is missing is named with the command that installs it."""
+"""Optional dependencies."""
 
 from importlib import import_module
 
@@ -6,15 +6,10 @@ from lora_dist.errors import UserError
 
 
 def require(extra: str, flag: str, *modules: str) -> None:
-    """Checks that the modules of an extra can be imported.
+    """Raises a `UserError` that says how to install an extra of pyproject.toml unless `modules` can be imported.
 
     Args:
-        extra: its name in `pyproject.toml`.
-        flag: what needs it, for the message.
-        modules: to import.
-
-    Raises:
-        UserError: one of them is not installed.
+        flag: Setting that needs the extra.
     """
     for module in modules:
         try:

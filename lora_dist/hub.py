@@ -1,7 +1,7 @@
-"""The Hugging Face Hub through its own client: opens a repository, uploads a directory, brings a bundle here.
+"""The Hugging Face Hub: creates a repository, uploads a directory, downloads an adapter or model.
 
-The client finds the token itself, in HF_TOKEN or where `hf auth login` left it. Here nothing is told what it is, and
-what the client says is passed on without anything that might be secret.
+`huggingface_hub` reads the token itself, from HF_TOKEN or from `hf auth login`. Secrets are removed from its
+error messages.
 """
 
 import json
@@ -16,57 +16,54 @@ from lora_dist.errors import UserError
 
 T = TypeVar("T")
 
-LOG_IN = "log in by `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
-PASSING = (408, 409, 412, 425, 429)
-"""Client errors that go away: a time-out, a commit made meanwhile, too many requests."""
-NEEDED = ["*.json", "*.safetensors", "*.py", "README.md"]
-"""What a bundle or a model may consist of."""
-OLD_WEIGHTS = ["adapter_model.bin", "pytorch_model*.bin"]
-"""Fetched only where there are no safetensors: a repository that has both has the same in them."""
+LOG_IN = (
+    "run `hf auth login`, or set HF_TOKEN to a token with write permission (https://huggingface.co/settings/tokens)"
+)
+TEMPORARY_STATUS = (408, 409, 412, 425, 429)
+"""Status codes of client errors that a retry may resolve: timeout, concurrent commit, too many requests."""
+PATTERNS = ["*.json", "*.safetensors", "*.py", "README.md"]
+"""Files of an adapter or model."""
+PICKLED_WEIGHTS = ["adapter_model.bin", "pytorch_model*.bin"]
+"""Downloaded only from repositories without safetensors."""
 
 _NAME = re.compile(r"([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(\S+))?")
 
 
 class HubError(Exception):
-    """Something failed between here and the Hub.
+    """A request to the Hub failed. The message contains no secrets.
 
     Attributes:
-        passing: whether it may go away by itself.
+        temporary: Whether a retry may succeed.
     """
 
-    def __init__(self, message: str, passing: bool) -> None:
-        """
-        Args:
-            message: without secrets.
-            passing: whether it may go away by itself.
-        """
+    def __init__(self, message: str, temporary: bool) -> None:
         super().__init__(message)
-        self.passing = passing
+        self.temporary = temporary
 
 
 def require_login() -> None:
-    """Raises a `HubError` where it is plain that nothing can be written."""
+    """Raises a `HubError` if the client is offline or has no token."""
     from huggingface_hub import get_token, is_offline_mode
 
     if is_offline_mode():
-        raise HubError("HF_HUB_OFFLINE is set; unset it", passing=False)
+        raise HubError("HF_HUB_OFFLINE is set; unset it to use the Hub", temporary=False)
     try:
         token = get_token()
     except OSError as error:
-        raise HubError(f"the token cannot be read: {error}; {LOG_IN}", passing=False) from error
+        raise HubError(f"cannot read the token: {error}; {LOG_IN}", temporary=False) from error
     if token is None:
-        raise HubError(f"there is no token: {LOG_IN}", passing=False)
+        raise HubError(f"no token: {LOG_IN}", temporary=False)
 
 
 def open_repository(name: str, private: bool) -> str:
-    """Makes sure that a repository for a model exists, and returns its whole name.
+    """Creates a model repository unless it exists, and returns its full name.
 
     Args:
-        name: with or without a namespace; without, it is in the user's own.
-        private: if it has to be made; otherwise what the namespace has as its default.
+        name: Without a namespace, it is created in the user's.
+        private: Creates it as private; otherwise, the namespace's default applies.
 
     Raises:
-        HubError: it cannot be written to, or not now.
+        HubError: The repository cannot be created or written to.
     """
     from huggingface_hub import HfApi
 
@@ -76,10 +73,10 @@ def open_repository(name: str, private: bool) -> str:
 
 
 def upload(repository: str, directory: Path, message: str) -> None:
-    """Makes one commit of the files in a directory; a file that has not changed is not sent again.
+    """Commits the files of a directory; unchanged files are not sent again.
 
     Raises:
-        HubError: nothing was committed, as far as is known.
+        HubError: The commit failed.
     """
     from huggingface_hub import HfApi
 
@@ -88,10 +85,10 @@ def upload(repository: str, directory: Path, message: str) -> None:
 
 
 def local_directory(name: str) -> Path:
-    """The directory of a bundle or model: `name` itself, or a copy of what the Hub has as `org/name[@revision]`.
+    """Returns the directory of an adapter or model, downloaded if `name` is `org/name[@revision]` on the Hub.
 
     Raises:
-        UserError: there is no such directory, and it cannot be had from the Hub.
+        UserError: There is no such directory, and the download failed.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -100,74 +97,68 @@ def local_directory(name: str) -> Path:
         if Path(name).is_dir() or not match:
             return Path(name)
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}; name a directory, or what the Hub has") from error
+        raise UserError(f"{name}: {error.strerror}; use a directory or a Hub name") from error
     repository, revision = match.groups()
-    missing = f"no such directory: {name}; and from the Hub it cannot be had:"
     try:
-        with hub_client.reading(f"{name}, a model or adapter", f"`hf download {repository}`"):
-            directory = _fetch(repository, revision, NEEDED)
+        with hub_client.reading(f"the model or adapter {name}", f"`hf download {repository}`"):
+            directory = _download(repository, revision, PATTERNS)
             if not any(directory.glob("*.safetensors")):
-                # A snapshot is called after its commit.
-                directory = _fetch(repository, directory.name, OLD_WEIGHTS)
+                # The name of a snapshot directory is its commit.
+                directory = _download(repository, directory.name, PICKLED_WEIGHTS)
             return directory
     except UserError:
         raise
-    except GatedRepoError as error:
-        raise UserError(
-            f"{missing} {repository} is gated. Ask for access on its page there, then `hf auth login` or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{missing} {repository} has no branch, tag or commit {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{missing} there is no repository {repository}, or it is private: `hf auth login` or set HF_TOKEN"
-        ) from error
-    except Exception as error:  # the client passes on those of three libraries below it
-        raise UserError(
-            f"{missing} {_without_secrets(error)}\nWhere there is no network, bring it here before, by "
-            f"`hf download {repository}`."
-        ) from error
+    except Exception as error:  # the client raises exceptions of three other libraries
+        if isinstance(error, GatedRepoError):
+            why = f"{repository} is gated. Request access on its page, then run `hf auth login` or set HF_TOKEN"
+        elif isinstance(error, RevisionNotFoundError):
+            why = f"{repository} has no branch, tag or commit {revision}"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = f"there is no repository {repository}, or it is private: run `hf auth login` or set HF_TOKEN"
+        else:
+            why = f"{_without_secrets(error)}\nTo use it offline, download it first: `hf download {repository}`"
+        raise UserError(f"no such directory: {name}, and it cannot be downloaded from the Hub: {why}") from error
 
 
-def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Brings files at the top of a repository here: what lies deeper are checkpoints, if anything."""
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Downloads files from the top level of a repository; sub-folders may contain checkpoints."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
 
 
 def _translated(call: Callable[[], T]) -> T:
-    """Calls the client; whatever it raises becomes a `HubError`."""
+    """Turns exceptions of the client into `HubError`."""
     try:
         return call()
-    except Exception as error:  # the client passes on those of three libraries below it
-        raise HubError(_without_secrets(error), _is_passing(error)) from error
+    except Exception as error:  # the client raises exceptions of three other libraries
+        raise HubError(_without_secrets(error), _is_temporary(error)) from error
 
 
-def _is_passing(error: BaseException | None) -> bool:
-    """Whether a second try may do better, as said by the first answer of the Hub in the chain of causes."""
+def _is_temporary(error: BaseException | None) -> bool:
+    """Whether a retry may succeed, by the first HTTP response in the chain of causes."""
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     cause = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
-            return status in PASSING or status >= 500
+            return status in TEMPORARY_STATUS or status >= 500
         if isinstance(cause, LocalTokenNotFoundError | OfflineModeIsEnabled):
             return False
         cause = cause.__cause__
-    # Of a name or a card that is not valid. A page of HTML in place of JSON comes from a proxy, or a Hub in need.
+    # Invalid names and model cards raise ValueError. HTML instead of JSON comes from a proxy or an overloaded Hub.
     return isinstance(error, json.JSONDecodeError) or not isinstance(error, ValueError)
 
 
 def _without_secrets(error: BaseException) -> str:
-    """What an error says, on a line, without tokens and without the signatures in addresses for uploads."""
+    """The message of an error on one line, without tokens and signatures of upload URLs."""
     from huggingface_hub import get_token
 
-    # The client says which file it was uploading, and leaves what went wrong to the cause of that.
+    # For uploads, the client raises a RuntimeError that names the file; its cause says what failed.
     causes = [error, error.__cause__] if type(error) is RuntimeError else [error]
     text = ": ".join(" ".join(str(cause).split()) for cause in causes) or type(error).__name__
-    # Where it cannot be read, it is in no message either.
+    # A token that cannot be read is in no message.
     with suppress(OSError):
         text = text.replace(get_token() or "…", "…")
     text = re.sub(r"\bhf_\w+", "hf_…", text)

@@ -7,8 +7,7 @@ from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import run_command
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.settings.cli import argv_or, flatten, parse
-from lora_dist.settings.contradictions import contradictions
-from lora_dist.settings.train import Settings
+from lora_dist.settings.train import Settings, contradictions
 
 
 @exit_on_user_error

@@ -1,1 +1,1 @@
-"""The audit of a data set before training: `python -m lora_dist.audit --train_dir …`."""
+"""Checks a data set for problems before training: `python -m lora_dist.audit --train_dir …`."""

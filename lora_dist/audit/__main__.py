@@ -1,6 +1,6 @@
-"""Looks for faults in a data set before it is trained on: `python -m lora_dist.audit --train_dir DIR …`.
+"""Checks a data set for problems before training: `python -m lora_dist.audit --train_dir DIR …`.
 
-Needs neither torch nor `datasets`. Exit codes: 0 nothing found, 2 settings to put right, 3 warnings, 4 errors.
+Needs neither torch nor `datasets`. Exit codes: 0 no findings, 2 invalid settings, 3 warnings, 4 errors.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
     from lora_dist.audit.report import Report
 
-DESCRIPTION = """Look for faults in a folder of images before training on it: files that cannot be read, duplicates,
-leaks between training and validation, classes that lack images. Writes a report, and a list of files to leave out for
-lora_dist.train --exclude. Exit codes: 0 nothing found, 2 settings to put right, 3 warnings, 4 errors."""
+DESCRIPTION = """Check folders of images for problems before training: unreadable files, duplicates, leaks between
+training and validation, classes with too few images. Writes a report, and a list of files to leave out for
+lora_dist.train --exclude. Exit codes: 0 no findings, 2 invalid settings, 3 warnings, 4 errors."""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Scans, reports, and exits with the code of the worst finding."""
+    """Audits the data, writes the report, and exits with the code of the worst finding."""
     settings = parse(
         AuditSettings,
         argv_or(argv),
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         contradictions=contradictions,
         takes_config=False,
     )
-    # What follows imports numpy and Pillow; a mistake in the settings has been reported by now.
+    # Imported here, because settings errors are reported before numpy and Pillow are loaded.
     from lora_dist.audit.findings import exit_code
     from lora_dist.storage.writable import require_writable
 
@@ -51,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def audit(settings: AuditSettings) -> Report:
-    """Scans the data and checks it.
+    """Scans and checks the data.
 
     Raises:
-        UserError: there is nothing to audit.
+        UserError: There are no images to audit.
     """
     from lora_dist import demo
     from lora_dist.audit.checks import check
@@ -95,9 +94,9 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.scan import Facts, scan
 
-    died = Facts("unreadable", "the process that read it died or hung")
-    facts = [died] * len(files)
-    with closing(in_processes(scan, [file.path for file in files], workers, died)) as results:
+    failed = Facts("unreadable", "the process that read it crashed or hung")
+    facts = [failed] * len(files)
+    with closing(in_processes(scan, [file.path for file in files], workers, failed)) as results:
         bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
         for index, found in bar:
             facts[index] = found
@@ -105,11 +104,12 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
 
 
 def _write(report: Report, output: Path, workers: int) -> None:
-    """Writes the three files, which replace those that are there once all are whole, and prints what was found."""
+    """Writes the three files and prints the summary."""
     from lora_dist.audit.findings import left_out
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.report import write_json, write_page, write_quarantine
-    from lora_dist.audit.thumbnails import thumbnail
+    from lora_dist.audit.scan import thumbnail
+    from lora_dist.storage.files import replace_files
     from lora_dist.storage.writable import writing
 
     def thumbnails(indices: Sequence[int]) -> dict[int, str]:
@@ -117,22 +117,17 @@ def _write(report: Report, output: Path, workers: int) -> None:
         paths = [report.scanned.files[index].path for index in readable]
         return {readable[index]: found for index, found in in_processes(thumbnail, paths, workers, "")}
 
-    with writing(output, "output_dir"):
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=output) as name:
-            aside = Path(name)
-            write_page(report, aside / "report.html", thumbnails)
-            write_json(report, aside / "report.json")
-            write_quarantine(report, aside / "quarantine.txt")
-            for file in aside.iterdir():
-                file.replace(output / file.name)
+    with writing(output, "output_dir"), replace_files(output) as directory:
+        write_page(report, directory / "report.html", thumbnails)
+        write_json(report, directory / "report.json")
+        write_quarantine(report, directory / "quarantine.txt")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for line in report.lines():
         print(line)
-    out = len(report.excluded) + len(left_out(report.findings))
-    if out:
-        print(f"{out:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
+    count = len(report.excluded) + len(left_out(report.findings))
+    if count:
+        print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
     print(f"report: {output / 'report.html'}")
 
 

@@ -1,4 +1,4 @@
-"""Facts about files to findings: faults of single files, copies of one image, and how the classes are filled."""
+"""Derives findings from facts about files: faults, duplicates, and the sizes of classes."""
 
 import os
 from collections import Counter, defaultdict
@@ -12,9 +12,9 @@ from lora_dist.data.pixels.images import is_image_name
 from lora_dist.settings.audit import Checks
 
 SAME_FORMAT = {"MPO": "JPEG"}
-"""Several JPEG images in one file, as telephones write them, are a JPEG file to everyone else."""
+"""Phones write MPO files (several JPEG images in one file) with the suffix .jpg."""
 SHOWN_NAMES = 3
-"""Of ignored files of a sort."""
+"""Number of ignored files to name in a message."""
 
 
 def check(
@@ -24,20 +24,19 @@ def check(
     checks: Checks,
     ignored: Iterable[tuple[str, str]] = (),
 ) -> list[Finding]:
-    """All findings, by kind.
+    """Returns all findings, ordered by kind.
 
     Args:
-        scanned: the files.
-        classes: names of all classes, those without files included.
-        has_validation: whether there is a validation split; else training holds a part out.
-        checks: limits.
-        ignored: files that training does not see: of which split, and the path below its folder.
+        classes: Names of all classes, including empty ones.
+        has_validation: Whether there is a validation folder; otherwise, training images are held out.
+        checks: Limits.
+        ignored: Split and relative path of each file that training ignores.
     """
     findings = [*_ignored(ignored), *_single(scanned, checks), *_exact(scanned), *_near(scanned, checks.near_distance)]
     out = left_out(findings)
     counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
-    for position, file in enumerate(scanned.files):
-        if position not in out:
+    for index, file in enumerate(scanned.files):
+        if index not in out:
             counts[file.split][file.label] += 1
     findings += _classes(classes, counts["train"], counts["validation"] if has_validation else None, checks)
     order = list(KINDS)
@@ -45,7 +44,7 @@ def check(
 
 
 def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
-    """Faults of single files."""
+    """Yields faults of single files."""
     formats = Image.registered_extensions()
     for index, (file, facts) in enumerate(zip(*scanned, strict=True)):
         if facts.fault:
@@ -53,7 +52,7 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
             continue
         suffix = os.path.splitext(file.path)[1].lower()
         if formats.get(suffix, facts.format) != SAME_FORMAT.get(facts.format, facts.format):
-            yield Finding(KINDS["wrong_extension"], f"{suffix} with the content of {facts.format}", [index])
+            yield Finding(KINDS["wrong_extension"], f"{suffix} file with {facts.format} content", [index])
         if facts.width * facts.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
             yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [index])
         if max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
@@ -61,19 +60,19 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
 
 
 def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
-    """Files that training does not see, by split and suffix, and how some of them are called."""
+    """Yields ignored files by split and suffix, and names some of them."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for split, path in ignored:
         suffix = os.path.splitext(path)[1].lower()
-        what = f"files of {suffix}" if suffix else "files without a suffix"
-        groups[split, "images in no class folder" if is_image_name(path) else what].append(path)
+        what = f"{suffix} files" if suffix else "files without a suffix"
+        groups[split, "images outside of class folders" if is_image_name(path) else what].append(path)
     for (split, what), paths in sorted(groups.items()):
         some = ", ".join(sorted(paths)[:SHOWN_NAMES])
-        yield Finding(KINDS["ignored"], f"{split}: {what}: {len(paths):,}, such as {some}")
+        yield Finding(KINDS["ignored"], f"{split}: {what}: {len(paths):,}, e.g. {some}")
 
 
 def _exact(scanned: Scanned) -> Iterator[Finding]:
-    """Groups of images with the same pixels."""
+    """Yields groups of images with the same pixels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, facts in enumerate(scanned.facts):
         if facts.digest:
@@ -92,10 +91,10 @@ def _exact(scanned: Scanned) -> Iterator[Finding]:
 
 
 def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
-    """Groups of images that look the same, of which each looks the same as another one of its group."""
+    """Yields groups of images that near duplicates connect."""
     if not distance:
         return
-    # Of exact copies, one in each class of each split stands for the others.
+    # Of exact duplicates, compares only one per class and split.
     firsts: dict[tuple[bytes, str, str], int] = {}
     for index, (file, facts) in enumerate(zip(*scanned, strict=True)):
         if facts.digest:
@@ -103,7 +102,7 @@ def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
     indices = list(firsts.values())
     facts_of = [scanned.facts[index] for index in indices]
     pairs: dict[str, list[tuple[int, int]]] = {"near_leak": [], "near_conflict": [], "near_duplicate": []}
-    for pair in near_pairs([facts.look for facts in facts_of], [facts.colors for facts in facts_of], distance):
+    for pair in near_pairs([facts.phash for facts in facts_of], [facts.colors for facts in facts_of], distance):
         first, second = (indices[index] for index in pair)
         if scanned.facts[first].digest == scanned.facts[second].digest:
             continue
@@ -133,12 +132,12 @@ def _labels(scanned: Scanned, group: Iterable[int]) -> str:
 def _classes(
     classes: Sequence[str], train: Counter[str], validation: Counter[str] | None, checks: Checks
 ) -> Iterator[Finding]:
-    """How many images each class has, when what should be left out has been."""
+    """Yields findings about the number of images per class that remain."""
     for name in classes:
         if validation is not None and bool(train[name]) != bool(validation[name]):
             yield Finding(KINDS["one_split"], f"{name}: {train[name]} training, {validation[name]} validation images")
         elif validation is None and train[name] == 1:
-            yield Finding(KINDS["one_split"], f"{name}: one image, of which none can be held out for validation")
+            yield Finding(KINDS["one_split"], f"{name}: 1 image, none can be held out for validation")
         if train[name] < checks.min_class_images and (train[name] or not (validation and validation[name])):
             yield Finding(KINDS["few_images"], f"{name}: {_images(train[name])}")
     if train:

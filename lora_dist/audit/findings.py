@@ -1,4 +1,4 @@
-"""What an audit can find: the kinds, how bad each is, and what becomes of the files."""
+"""The kinds of findings, their severity, and the data that findings refer to."""
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -8,24 +8,22 @@ from lora_dist.audit.scan import Facts
 
 
 class Severity(StrEnum):
-    """How bad a finding is: errors end a run, or make its results untrue; warnings are for a person to judge."""
+    """Errors stop a run or falsify its results. Warnings need a person's judgment."""
 
     ERROR = "error"
     WARNING = "warning"
 
 
 EXIT_CODES = {Severity.WARNING: 3, Severity.ERROR: 4}
-"""1 is a crash, and 2 a mistake in the settings."""
+"""1 is a crash, and 2 invalid settings."""
 
 
 class Kind(NamedTuple):
     """A kind of finding.
 
     Attributes:
-        name: in the JSON report.
-        severity: of each finding of this kind.
-        title: heading.
-        meaning: what it is, and what becomes of the files.
+        name: Key in the JSON report.
+        meaning: What it is, and whether its files are left out.
     """
 
     name: str
@@ -34,77 +32,42 @@ class Kind(NamedTuple):
     meaning: str
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("empty", Severity.ERROR, "Empty files", "Files of no bytes. Left out."),
-        Kind("truncated", Severity.ERROR, "Truncated images", "The end of the file is missing. Left out."),
-        Kind("unreadable", Severity.ERROR, "Unreadable images", "These cannot be decoded. Left out."),
-        Kind(
-            "bomb", Severity.ERROR, "Decompression bombs",
-            "So many pixels that Pillow refuses to decode them. Left out.",
-        ),
-        Kind(
-            "leak", Severity.ERROR, "Leaks", "The same pixels in training and validation, whose results are then too "
-            "good. Left out of training; of copies within validation, the first stays.",
-        ),
-        Kind(
-            "conflict", Severity.ERROR, "One image under two classes", "The same pixels with different labels, of "
-            "which one at most is right. All are left out.",
-        ),
-        Kind(
-            "one_split", Severity.ERROR, "Classes in one split alone", "Training asks for images of each class in "
-            "both splits; --allow_missing_classes lets it go on without images to validate on.",
-        ),
-        Kind(
-            "near_leak", Severity.WARNING, "Near leaks", "The same picture in training and validation, resized, "
-            "compressed or otherwise changed a little. Left out of training.",
-        ),
-        Kind(
-            "near_conflict", Severity.WARNING, "Near copies under two classes", "The same picture, changed a little, "
-            "with different labels. Nothing is left out for that: one of them may be right.",
-        ),
-        Kind(
-            "duplicate", Severity.WARNING, "Duplicates", "The same pixels more than once in a class. The first "
-            "stays, the others are left out.",
-        ),
-        Kind(
-            "near_duplicate", Severity.WARNING, "Near duplicates", "The same picture more than once in a class, "
-            "changed a little. The list proposes all but the first, behind a #, and leaves none out.",
-        ),
-        Kind(
-            "wrong_extension", Severity.WARNING, "Wrong extensions", "The content is of another format than the name "
-            "says. Training reads them; other programs may not.",
-        ),
-        Kind(
-            "huge", Severity.WARNING, "Huge images", "So many pixels that Pillow suspects a decompression bomb. They "
-            "can be read, each in a lot of time and memory; consider smaller copies.",
-        ),
-        Kind(
-            "aspect_ratio", Severity.WARNING, "Extreme aspect ratios", "A square view shows little of such an image, "
-            "or shows it badly squeezed.",
-        ),
-        Kind(
-            "ignored", Severity.WARNING, "Ignored files", "In no class folder, or of no suffix that is taken for an "
-            "image. Training does not see them.",
-        ),
-        Kind(
-            "imbalance", Severity.WARNING, "Class imbalance", "A class seen rarely is learned badly, and accuracy "
-            "hides it; look at macro F1.",
-        ),
-        Kind("few_images", Severity.WARNING, "Classes with few images", "Too few to learn a class from."),
-    )
+_ERRORS = {
+    "empty": ("Empty files", "Files of 0 bytes. Left out."),
+    "truncated": ("Truncated images", "The end of the file is missing. Left out."),
+    "unreadable": ("Unreadable images", "The file cannot be decoded. Left out."),
+    "bomb": ("Decompression bombs", "Pillow refuses to decode this many pixels. Left out."),
+    "leak": ("Leaks", "The same pixels are in training and validation, which makes validation metrics too good. Left "
+             "out of training; the first copy in validation is kept."),
+    "conflict": ("Same image in several classes", "The same pixels have different labels; at most one label is right. "
+                 "All copies are left out."),
+    "one_split": ("Classes in one split only", "Training needs images of each class in both splits, unless "
+                  "--allow_missing_classes is set."),
 }  # fmt: skip
+_WARNINGS = {
+    "near_leak": ("Near leaks", "Almost the same image is in training and validation, e.g. resized or compressed. Left "
+                  "out of training."),
+    "near_conflict": ("Near duplicates in several classes", "Almost the same image has different labels. Not left out, "
+                      "because one label may be right."),
+    "duplicate": ("Duplicates", "The same pixels are in a class several times. All but the first are left out."),
+    "near_duplicate": ("Near duplicates", "Almost the same image is in a class several times. Not left out; the list "
+                       "proposes all copies except the first, commented out with #."),
+    "wrong_extension": ("Wrong extensions", "The file is of another format than its name says. Training can read it; "
+                        "other programs may not."),
+    "huge": ("Huge images", "Pillow warns of a decompression bomb. The image can be read, but needs a lot of time and "
+             "memory; consider a smaller copy."),
+    "aspect_ratio": ("Extreme aspect ratios", "A square input crops or distorts most of such an image."),
+    "ignored": ("Ignored files", "The file is in no class folder, or has no image suffix. Training ignores it."),
+    "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),
+    "few_images": ("Classes with few images", "Too few images to learn the class."),
+}  # fmt: skip
+KINDS = {name: Kind(name, Severity.ERROR, *texts) for name, texts in _ERRORS.items()} | {
+    name: Kind(name, Severity.WARNING, *texts) for name, texts in _WARNINGS.items()
+}
 
 
 class File(NamedTuple):
-    """An image file of the data.
-
-    Attributes:
-        path: as found.
-        split: `train` or `validation`.
-        label: name of its class.
-    """
+    """An image file; `split` is `train` or `validation`, `label` the name of its class."""
 
     path: str
     split: str
@@ -112,26 +75,20 @@ class File(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """All files of the data with what is known of them; a place in both is that of a file.
-
-    Attributes:
-        files: training first, each split sorted by class and path.
-        facts: of each file.
-    """
+    """All files, training first and each split sorted by class and path, and the facts about each file."""
 
     files: Sequence[File]
     facts: Sequence[Facts]
 
 
 class Finding(NamedTuple):
-    """One finding.
+    """A finding; files are given as indices into `Scanned.files`.
 
     Attributes:
-        kind: what.
-        message: about this one; empty where its files say it all.
-        files: places of the files that it is about.
-        left_out: those of them that training should do without.
-        proposed: those that a person might want to leave out as well.
+        message: Details; empty if the files say everything.
+        files: The affected files.
+        left_out: Those that training should leave out.
+        proposed: Those that a person might leave out as well.
     """
 
     kind: Kind
@@ -142,10 +99,10 @@ class Finding(NamedTuple):
 
 
 def left_out(findings: Iterable[Finding]) -> set[int]:
-    """Places of all files that training should do without."""
+    """Indices of all files that training should leave out."""
     return {index for finding in findings for index in finding.left_out}
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """Of the worst finding; 0 if there is none."""
+    """Exit code of the worst finding; 0 without findings."""
     return max((EXIT_CODES[finding.kind.severity] for finding in findings), default=0)

@@ -1,4 +1,4 @@
-"""Work on files in processes, of which one may die: that costs the file it was at, and nothing else."""
+"""A process pool that survives crashed and hung workers; only the file that a worker was reading is lost."""
 
 import multiprocessing
 import os
@@ -15,40 +15,39 @@ from typing import TypeVar
 
 R = TypeVar("R")
 
-FILES_AT_ONCE = 16
+CHUNK_SIZE = 16
 SILENT_SECONDS = 300.0
-"""How long all processes may take over their files before those count as dead."""
+"""Workers that finish no chunk in this time count as hung."""
 
 
 def in_processes(
-    work: Callable[[str], R], paths: Sequence[str], workers: int, died: R
+    work: Callable[[str], R], paths: Sequence[str], workers: int, failed: R
 ) -> Generator[tuple[int, R], None, None]:
-    """Yields the place of each path with what `work` makes of it, in the order in which they are done.
+    """Yields the index of each path and the result of `work`, in the order of completion.
 
-    Closed early, or interrupted, it ends its processes at once.
+    Closing the generator or interrupting it kills the workers at once.
 
     Args:
-        work: a function of a module, which raises nothing.
-        paths: to work on.
-        workers: processes.
-        died: stands for the result where a process died, of a crash in a decoder or for want of memory, or hung.
+        work: Module-level function that raises no exceptions.
+        workers: Number of processes.
+        failed: Result for a path on which a worker crashed, ran out of memory or hung.
     """
-    chunks = deque(range(len(paths))[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE))
+    chunks = deque(range(len(paths))[start : start + CHUNK_SIZE] for start in range(0, len(paths), CHUNK_SIZE))
     while chunks:
         lost = yield from _run(work, paths, chunks, workers, ahead=2 * workers)
-        # One at a time, to see which one it was.
+        # One file at a time, to find the one that failed.
         suspects = deque(range(index, index + 1) for chunk in lost for index in chunk)
         while suspects:
             for (index,) in (yield from _run(work, paths, suspects, workers=1, ahead=1)):
-                yield index, died
+                yield index, failed
 
 
 def _run(
     work: Callable[[str], R], paths: Sequence[str], chunks: deque[range], workers: int, ahead: int
 ) -> Generator[tuple[int, R], None, list[range]]:
-    """Takes chunks off the left until none is left or a process dies; returns those that were lost with it."""
+    """Processes chunks until none is left or a worker dies; returns the unfinished chunks."""
     running: dict[Future[list[R]], range] = {}
-    # A fork would have the threads' locks of this process, but not its threads.
+    # A forked process would inherit locks that no thread of its own releases.
     context = multiprocessing.get_context("spawn")
     others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(workers, context, initializer=_set_up) as pool:
@@ -60,7 +59,7 @@ def _run(
                     running[future] = chunks.popleft()
                 done = wait(running, SILENT_SECONDS, FIRST_COMPLETED).done
                 if not done:
-                    # One hangs, in a file that cannot be read. Without its processes the pool fails, and tells which.
+                    # A worker hangs. Killing the workers raises BrokenProcessPool below.
                     _kill({*multiprocessing.active_children()} - others)
                 for future in done:
                     yield from zip(running[future], future.result(), strict=True)
@@ -68,7 +67,7 @@ def _run(
         except BrokenProcessPool:
             pass
         except BaseException:
-            # Whoever asked has gone, or it was Ctrl-C: what is being read is not waited for.
+            # The caller is gone or pressed Ctrl-C; do not wait for the workers.
             _kill({*multiprocessing.active_children()} - others)
             raise
         finally:
@@ -87,9 +86,9 @@ def _work_on(work: Callable[[str], R], paths: list[str]) -> list[R]:
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block, and never reaches a process that is started in it."""
+    """Delays Ctrl-C until the end of this block, and keeps it from processes that the block starts."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # A process inherits the mask. Here it is this thread's alone: a signal that another thread receives is kept.
+    # New processes inherit the mask, but other threads have their own: the handler keeps signals that they receive.
     received: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
@@ -102,7 +101,7 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _set_up() -> None:
-    # What Pillow warns of is in the report.
+    # The report covers what Pillow warns about.
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The report of an audit: an HTML page that needs no other file, JSON, and lines for the terminal."""
+"""The report of an audit: a self-contained HTML page, JSON, and lines for the terminal."""
 
 import json
 import os
@@ -15,23 +15,22 @@ from lora_dist.audit.findings import KINDS, Finding, Kind, Scanned, Severity, ex
 from lora_dist.data.sources.exclusions import Section, write_exclusions
 
 SHOWN_FINDINGS = 40
-"""Of each kind in the page; the JSON has them all."""
+"""Findings per kind on the page. The JSON report has all of them."""
 SHOWN_FILES = 8
-"""Of each finding in the page."""
+"""Files per finding on the page."""
 SHOWN_LINES = 3
-"""Of each kind in the terminal."""
+"""Findings per kind in the terminal."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found, and where.
+    """The results of an audit.
 
     Attributes:
-        folders: directory of each split.
-        classes: names of all classes.
-        scanned: the files.
-        findings: by kind, the worst first.
-        excluded: files that were left out from the start, by a list.
+        folders: Folder of each split.
+        classes: Names of all classes.
+        findings: Ordered by kind, the worst first.
+        excluded: Absolute paths from `--exclude`.
     """
 
     folders: Mapping[str, str]
@@ -41,14 +40,14 @@ class Report:
     excluded: Collection[str] = ()
 
     def by_kind(self) -> dict[Kind, list[Finding]]:
-        """Findings of each kind that there is."""
+        """Findings of each kind that occurs."""
         found = {
             kind: [finding for finding in self.findings if finding.kind.name == name] for name, kind in KINDS.items()
         }
         return {kind: findings for kind, findings in found.items() if findings}
 
     def counts(self) -> dict[str, int]:
-        """Numbers of the whole."""
+        """Total numbers of images, classes and findings."""
         severities = Counter(finding.kind.severity for finding in self.findings)
         splits = Counter(file.split for file in self.scanned.files)
         return {
@@ -62,7 +61,7 @@ class Report:
         }
 
     def class_counts(self) -> list[dict[str, Any]]:
-        """For each class its files by split, and how many training images remain without those left out."""
+        """Number of files of each class by split, and of training images that are not left out."""
         counts = Counter((file.split, file.label) for file in self.scanned.files)
         files = self.scanned.files
         gone = Counter(files[index].label for index in left_out(self.findings) if files[index].split == "train")
@@ -77,7 +76,7 @@ class Report:
         ]
 
     def lines(self) -> Iterator[str]:
-        """A summary for the terminal."""
+        """Yields the lines of a summary for the terminal."""
         counts = self.counts()
         yield (
             f"{counts['images']:,} images in {counts['classes']:,} classes ({counts['train']:,} training, "
@@ -97,16 +96,16 @@ class Report:
 
 
 def visible(text: str) -> str:
-    """Text on one line, with escapes for what would not be seen: line breaks, controls, bytes that are not UTF-8."""
+    """Escapes characters that are invisible or break lines, and bytes that are not UTF-8."""
     return "".join(
-        # A joiner holds emoji together.
+        # Zero-width joiners are part of emoji.
         character if character.isprintable() or character == "\u200d" else ascii(character)[1:-1]
         for character in text
     )
 
 
 def write_json(report: Report, file: Path) -> None:
-    """Writes all findings with all their files."""
+    """Writes all findings and files as JSON."""
     content = {
         "folders": report.folders,
         "exit_code": exit_code(report.findings),
@@ -124,7 +123,7 @@ def write_json(report: Report, file: Path) -> None:
         ],
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    # Of a name that is not UTF-8 the escapes are those of JSON.
+    # Names that are not UTF-8 become JSON escapes.
     file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -138,9 +137,7 @@ def write_page(report: Report, file: Path, thumbnails: Callable[[Sequence[int]],
     """Writes the HTML page.
 
     Args:
-        report: to show.
-        file: to write.
-        thumbnails: gives the `data:` addresses of the files at some places; empty ones for unreadable files.
+        thumbnails: Maps indices of files to `data:` URLs; unreadable files may be missing.
     """
     by_kind = {kind: findings[:SHOWN_FINDINGS] for kind, findings in report.by_kind().items()}
     shown = {index for some in by_kind.values() for finding in some for index in finding.files[:SHOWN_FILES]}
@@ -185,13 +182,13 @@ def _shown(report: Report, finding: Finding, pictures: dict[int, str], out: set[
 
 
 def write_quarantine(report: Report, file: Path) -> None:
-    """Writes the list of files to leave out, each under the first kind of finding that says so.
+    """Writes the list of files to leave out, each under the first kind of finding that leaves it out.
 
-    Those that an earlier list left out come first: it may be the one that is replaced.
+    Files from `--exclude` come first, because this list may replace that file.
     """
     names = report.scanned.files
     listed: set[int] = set()
-    sections = [Section("Listed before", sorted(report.excluded))] if report.excluded else []
+    sections = [Section("From --exclude", sorted(report.excluded))] if report.excluded else []
     for attribute, active in (("left_out", True), ("proposed", False)):
         for kind, findings in report.by_kind().items():
             indices = {index for finding in findings for index in getattr(finding, attribute)} - listed

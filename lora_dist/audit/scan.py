@@ -1,6 +1,8 @@
-"""What one file is: whether it can be read, what its pixels are, what it looks like. Whatever it holds, no error."""
+"""Reads one image file: faults, format, size and hashes. Never raises an exception."""
 
+import base64
 import hashlib
+import io
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 
 COLORS_SIDE = 16
+THUMBNAIL_SIDE = 192
 _SIDE = 32
 _BAND = 2**20
 _FREQUENCIES = 8
@@ -18,17 +21,14 @@ _COSINES = np.cos(np.pi / (2 * _SIDE) * np.outer(np.arange(_FREQUENCIES), 2 * np
 
 
 class Facts(NamedTuple):
-    """What is known of a file. If it cannot be read, `fault` and `message` alone.
+    """Facts about a file; an unreadable file has only `fault` and `message`, a readable one only the others.
 
     Attributes:
-        fault: why it cannot be read (`empty`, `truncated`, `bomb` or `unreadable`), or an empty string.
-        message: the same in words.
-        format: of the content, as Pillow calls it.
-        width: in pixels, upright.
-        height: in pixels, upright.
-        digest: of the pixels that training sees; equal for the same picture in another file or format.
-        look: perceptual hash of 64 bits; few of them differ between copies that were resized or compressed.
-        colors: the image at 16 x 16 pixels, RGB.
+        fault: `empty`, `truncated`, `bomb` or `unreadable`.
+        format: Pillow's name of the format. `width` and `height` are in pixels, after EXIF rotation.
+        digest: Hash of the pixels that training reads; equal for the same image in another format.
+        phash: Perceptual hash of 64 bits; resized and compressed copies differ in few of them.
+        colors: The image at 16 x 16 pixels, RGB.
     """
 
     fault: str = ""
@@ -37,12 +37,12 @@ class Facts(NamedTuple):
     width: int = 0
     height: int = 0
     digest: bytes = b""
-    look: int = 0
+    phash: int = 0
     colors: bytes = b""
 
 
 def scan(path: str) -> Facts:
-    """Reads a file as training does."""
+    """Reads a file like training does."""
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
@@ -58,7 +58,7 @@ def scan(path: str) -> Facts:
             width=image.width,
             height=image.height,
             digest=_digest(image),
-            look=_look(small),
+            phash=_phash(small),
             colors=small.resize((COLORS_SIDE, COLORS_SIDE), Image.Resampling.BOX).tobytes(),
         )
     except UnreadableImageError as error:
@@ -72,14 +72,14 @@ def _fault(error: BaseException) -> Facts:
     if isinstance(error, Image.DecompressionBombError):
         return Facts("bomb", message.partition(",")[0])
     if isinstance(error, UnidentifiedImageError):
-        return Facts("unreadable", "no image of a known format")
+        return Facts("unreadable", "not an image of a known format")
     if isinstance(error, OSError) and error.strerror:
         return Facts("unreadable", error.strerror)
     return Facts("truncated" if "truncated" in message.lower() else "unreadable", message)
 
 
 def _digest(image: Image.Image) -> bytes:
-    """Of size and pixels. An image can be large, so its rows are copied out a few at a time."""
+    """Hash of size and pixels. Copies bands of rows to save memory."""
     digest = hashlib.blake2b(f"{image.width} {image.height}".encode(), digest_size=16)
     rows = max(1, _BAND // image.width)
     for top in range(0, image.height, rows):
@@ -87,10 +87,23 @@ def _digest(image: Image.Image) -> bytes:
     return digest.digest()
 
 
-def _look(small: Image.Image) -> int:
-    """The signs of the lowest frequencies about their median ("pHash", Zauner 2010)."""
+def _phash(small: Image.Image) -> int:
+    """Whether each of the lowest frequencies exceeds their median ("pHash", Zauner 2010)."""
     gray = np.asarray(small.convert("L"), dtype=np.float64)
     lowest = (_COSINES @ gray @ _COSINES.T).ravel()[1:]
-    # Not to be decided by rounding where there is nothing to see.
+    # The margin keeps rounding errors from deciding bits of plain images.
     bits = lowest > np.median(lowest) + 1e-6
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+
+
+def thumbnail(path: str) -> str:
+    """A `data:` URL of the image at no more than 192 x 192 pixels; an empty string if it cannot be read."""
+    content = io.BytesIO()
+    try:
+        image = load_rgb(path)
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC, reducing_gap=2)
+        image.save(content, "JPEG", quality=80)
+    except Exception:
+        # The report is complete without the picture.
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,1 +1,1 @@
-"""How fast a run is, what bounds it, and how it compares."""
+"""Benchmarks of training: speed, memory, bottleneck, and a comparison with `transformers.Trainer`."""

@@ -1,4 +1,4 @@
-"""Measures a run instead of making it: `accelerate launch … -m lora_dist.bench [flags of lora_dist.train]`."""
+"""Benchmarks a training run: `accelerate launch … -m lora_dist.bench [flags of lora_dist.train]`."""
 
 import os
 import tempfile
@@ -12,13 +12,13 @@ from lora_dist.processes.lifetime import run_command
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
 
-DESCRIPTION = """Measure the training of an image classifier: images/s, the loader, the share of the hardware's speed,
-memory, checkpoints, and what bounds it. Takes the flags of lora_dist.train; trains nothing that is kept."""
+DESCRIPTION = """Benchmark the training of an image classifier: images/s, data loader, share of the hardware's speed,
+memory, checkpoints and bottleneck. Takes the flags of lora_dist.train. The trained weights are discarded."""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Reads the settings, measures, prints, and adds a row to a file if told so."""
+    """Parses the settings and runs the benchmark."""
     end_with_launcher()
     with report_failure():
         flags = argv_or(argv)
@@ -32,25 +32,24 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
-    """Compares if told so, then measures. Called on every process.
+    """Runs the comparison if requested, then the measurements, and reports both. Called on every process.
 
     Args:
-        settings: of the run and of measuring it.
-        flags: that they come from.
-        directory: for what a run writes.
+        flags: Command line that `settings` were parsed from.
+        directory: Where the run writes its files.
     """
-    from lora_dist.bench.results import add_row, require_room_for_rows
+    from lora_dist.bench.results import append_row, require_appendable
 
     load = os.getloadavg()[0]
-    file = Path(settings.measuring.csv) if settings.measuring.csv else None
+    file = Path(settings.benchmark.csv) if settings.benchmark.csv else None
     if file is not None and os.environ.get("RANK", "0") == "0":
-        require_room_for_rows(file)
+        require_appendable(file)
     comparison = None
-    if settings.measuring.compare:
-        # Before this process takes memory and threads of its own.
+    if settings.benchmark.compare:
+        # Before this process allocates memory and starts threads.
         from lora_dist.bench.compare import compare
 
-        comparison = compare(flags, settings.measuring.rounds)
+        comparison = compare(flags, settings.benchmark.rounds)
 
     from lora_dist.bench.measure import assemble_unwritten, measure
     from lora_dist.bench.report import lines, row
@@ -62,11 +61,11 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     run = assemble_unwritten(settings, accelerator, directory)
     with run.watch.watching():
-        figures = measure(run, settings.measuring.updates)
+        measured = measure(run, settings.benchmark.updates)
     if accelerator.is_main_process:
-        print("\n".join(lines(run, figures, comparison)), flush=True)
+        print("\n".join(lines(run, measured, comparison)), flush=True)
         if file is not None:
-            add_row(file, row(run, figures, comparison, load))
+            append_row(file, row(run, measured, comparison, load))
     accelerator.end_training()
 
 

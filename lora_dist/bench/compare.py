@@ -1,7 +1,7 @@
-"""This trainer and the guide's in turns, each turn a process of its own: `python -m lora_dist.bench.compare WHO …`.
+"""Compares this trainer with `transformers.Trainer`: `python -m lora_dist.bench.compare ours|trainer …` measures one.
 
-A fresh process meets no caches, threads or memory of the other, and its peak memory is its own. Loading the model is
-not timed; the first updates, until the loader's workers are in step, are made and not counted.
+Each measurement is a new process, so that caches, threads and peak memory are its own. Loading the model and the warmup
+updates are not timed.
 """
 
 import json
@@ -21,107 +21,96 @@ from lora_dist.processes.lifetime import run_command
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
 
-CONTENDERS = ("ours", "trainer")
+TRAINERS = ("ours", "trainer")
 
 
-class Turn(NamedTuple):
-    """What a turn took.
-
-    Attributes:
-        images_per_second: over all processes.
-        peak_memory_mb: of the process that takes most, on the device or as a whole (2**20 bytes).
-    """
+class Throughput(NamedTuple):
+    """Images per second over all processes, and the largest peak memory of a process, in MiB."""
 
     images_per_second: float
     peak_memory_mb: float
 
 
 class Comparison(NamedTuple):
-    """Medians over rounds; ratios are between the two turns of a round.
+    """Medians over all rounds, with the names of their columns. Ratios are ours / trainer within a round."""
 
-    Attributes:
-        ours: this trainer.
-        trainer: the guide's.
-        faster: images/s of ours over those of the other.
-        lowest: the same in the round where it was lowest.
-        highest: and highest.
-        memory: peak of ours over that of the other.
-        rounds: their number.
-    """
-
-    ours: Turn
-    trainer: Turn
-    faster: float
+    rounds: int
+    our_images_per_second: float
+    trainer_images_per_second: float
+    faster_than_trainer: float
     lowest: float
     highest: float
-    memory: float
-    rounds: int
+    our_memory_mb: float
+    trainer_memory_mb: float
+    memory_of_trainer: float
 
     @classmethod
-    def of(cls, rounds: list[tuple[Turn, Turn]]) -> "Comparison":
-        """From the turns of each round, ours first."""
-        ours, trainer = (Turn(*map(median, zip(*turns, strict=True))) for turns in zip(*rounds, strict=True))
-        ratios = [mine.images_per_second / other.images_per_second for mine, other in rounds]
-        memory = median(mine.peak_memory_mb / other.peak_memory_mb for mine, other in rounds)
-        return cls(ours, trainer, median(ratios), min(ratios), max(ratios), memory, len(rounds))
+    def of(cls, rounds: list[tuple[Throughput, Throughput]]) -> "Comparison":
+        """Summarizes pairs of (ours, trainer)."""
+        speeds, memories = zip(*(zip(*pair, strict=True) for pair in rounds), strict=True)
+        our_speed, trainer_speed = map(median, zip(*speeds, strict=True))
+        our_memory, trainer_memory = map(median, zip(*memories, strict=True))
+        ratios = [ours / trainer for ours, trainer in speeds]
+        memory = median(ours / trainer for ours, trainer in memories)
+        speed = (our_speed, trainer_speed, median(ratios), min(ratios), max(ratios))
+        return cls(len(rounds), *speed, our_memory, trainer_memory, memory)
 
 
 def compare(argv: list[str], rounds: int) -> Comparison:
-    """Both in turns, with the flags of the benchmark. Called on every process of a launch, before they join.
+    """Measures both trainers alternately. Called on every process of a launch, before the process group exists.
 
     Raises:
-        UserError: a turn failed.
+        UserError: A measurement failed.
     """
-    turns = [_in_a_process(argv, contender, number) for number, contender in enumerate(CONTENDERS * rounds)]
-    return Comparison.of(list(zip(turns[::2], turns[1::2], strict=True)))
+    found = [_in_new_process(argv, trainer, number) for number, trainer in enumerate(TRAINERS * rounds)]
+    return Comparison.of(list(zip(found[::2], found[1::2], strict=True)))
 
 
-def _in_a_process(argv: list[str], contender: str, number: int) -> Turn:
+def _in_new_process(argv: list[str], trainer: str, number: int) -> Throughput:
     environment = environment_before(os.environ)
     if "MASTER_PORT" in environment:
-        # The processes of a turn meet by themselves, and not where those of the benchmark will.
+        # A port of their own: the process group of the benchmark uses the original one.
         environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + number)
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    command = [sys.executable, "-m", "lora_dist.bench.compare", contender, *argv]
+    command = [sys.executable, "-m", "lora_dist.bench.compare", trainer, *argv]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        raise UserError(f"turn {number + 1}, of {contender}, ended with code {result.returncode}; see above")
-    return Turn(**json.loads(result.stdout.splitlines()[-1]))
+        raise UserError(f"measurement {number + 1} ({trainer}) failed with exit code {result.returncode}; see above")
+    return Throughput(**json.loads(result.stdout.splitlines()[-1]))
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Takes one turn, and prints it as JSON."""
+    """Measures one trainer and prints the result as JSON."""
     end_with_parent(signal.SIGTERM)
-    contender, *flags = argv_or(argv)
+    trainer, *flags = argv_or(argv)
     settings = parse(BenchSettings, flags, prog="lora_dist.bench", description="", contradictions=contradictions)
-    if __name__ == "__main__" and contender == "ours":
+    if __name__ == "__main__" and trainer == "ours":
         move_to_huge_pages()
     with tempfile.TemporaryDirectory() as directory:
-        turn = take_turn(contender, settings, Path(directory))
-    print(json.dumps(turn._asdict()))
+        print(json.dumps(measure_trainer(trainer, settings, Path(directory))._asdict()))
 
 
-def take_turn(contender: str, settings: BenchSettings, directory: Path) -> Turn:
-    """Trains as one of `CONTENDERS` does. Called on every process."""
+def measure_trainer(trainer: str, settings: BenchSettings, directory: Path) -> Throughput:
+    """Measures one of `TRAINERS`. Called on every process."""
     from accelerate.utils import gather_object
 
     from lora_dist.training.reporting.throughput import peak_memory_mb
 
-    if contender == "ours":
+    if trainer == "ours":
         from lora_dist.bench.measure import assemble_unwritten, time_loaded
         from lora_dist.processes.runtime import launch
 
         accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
         run, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
         with run.watch.watching():
-            samples, seconds, _ = time_loaded(run, settings.measuring.updates)
+            samples, seconds, _ = time_loaded(run, settings.benchmark.updates)
     else:
-        from lora_dist.bench.trainer_baseline import time_guide
+        from lora_dist.bench.trainer_baseline import time_baseline
 
-        samples, seconds, device = time_guide(settings, directory)
+        samples, seconds, device = time_baseline(settings, directory)
     seconds, peak = (max(gather_object([value])) for value in (seconds, peak_memory_mb(device)))
-    return Turn(samples / seconds, peak)
+    return Throughput(samples / seconds, peak)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Measures a run: the step alone, the loader alone, both together, and a checkpoint."""
+"""Measures a run: the step alone, the loader alone, both together, FLOP/s, the cost of LoRA, and a checkpoint."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from lora_dist.bench.arithmetic import count_flops, measure_gemm, measure_passes
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches, train_loader, workers_of
 from lora_dist.errors import Problems
+from lora_dist.model.adapters import without_lora
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble
@@ -21,60 +24,54 @@ from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
+from lora_dist.training.step import batch_loss, make_update
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MATRIX_PRODUCTS = 10
+MATRIX_SECONDS = 5.0
+"""No matrix product starts after this time. A CPU may need it for a single one in bf16."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured. Rates are over all processes; what else differs is of the process that takes most.
+class Measurements:
+    """Results. Rates are over all processes; other values are of the slowest or largest process.
 
-    Attributes:
-        images_per_second: of whole updates, loading included.
-        step_images_per_second: of updates on batches that are on the device already.
-        loader_images_per_second: of the loader, with nobody to wait for.
-        data_wait: share of an update that is waiting for data.
-        gflops_per_second: of the step, on a process.
-        gemm_gflops_per_second: of a large matrix product in the same precision, on a process.
-        forward_images_per_second: of the bare forward pass without LoRA; None where the model is in parts.
-        lora_costs: time of forward and backward, over that without LoRA; None as well.
-        exchange: share of a step that is neither forward nor backward: gradients on their way, and the optimizer.
-        peak_memory_mb: of training, on the CUDA device, or of the process (2**20 bytes).
-        checkpoint_seconds: to save one.
-        checkpoint_mb: its size (10**6 bytes).
+    `exchange` is the fraction of a step outside of forward and backward: communication and the optimizer.
     """
 
-    images_per_second: float
-    step_images_per_second: float
+    images_per_second: float  # whole updates, including data loading
+    step_images_per_second: float  # updates on batches that are already on the device
     loader_images_per_second: float
-    data_wait: float
-    gflops_per_second: float
-    gemm_gflops_per_second: float
-    forward_images_per_second: float | None
-    lora_costs: float | None
+    data_wait: float  # fraction of an update
+    gflops_per_second: float  # of the step, per process
+    gemm_gflops_per_second: float  # of a large matrix product in the same precision, per process
+    forward_images_per_second: float | None  # without LoRA; None for sharded models
+    lora_costs: float | None  # time of forward and backward, relative to that without LoRA
     exchange: float | None
-    peak_memory_mb: float
+    peak_memory_mb: float  # MiB, on the CUDA device or of the process
     checkpoint_seconds: float
-    checkpoint_mb: float
+    checkpoint_mb: float  # MB
 
     @property
     def mfu(self) -> float:
-        """The step's share of what matrix products reach."""
+        """Speed of the step as a fraction of the speed of matrix products."""
         return self.gflops_per_second / self.gemm_gflops_per_second
 
 
 def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> TrainingRun:
-    """The run, put together as training does it, but with nothing written outside `directory`."""
+    """Assembles the run as training does, but writes only to `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
     watch = Watch(settings.run.stall_timeout)
     return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).run
 
 
-def warm_updates(workers: int, accumulation: int) -> int:
-    """Updates after which every worker of the loader has delivered what it had prepared while nobody was waiting."""
+def warmup_updates(workers: int, accumulation: int) -> int:
+    """Number of updates after which every worker has delivered the batches that it prepared before the first update."""
     return 1 + -(-workers // accumulation)
 
 
 def time_loaded(run: TrainingRun, updates: int) -> tuple[int, float, float]:
-    """Makes updates as a run does, after some that warm up: their samples, seconds, and seconds of waiting for data."""
+    """Runs updates after the warmup; returns their samples, seconds, and seconds of waiting for data."""
     steps = _steps(run, updates)
     meter = ThroughputMeter()
     stream = meter.timed(_stream(run, steps.stop))
@@ -85,40 +82,44 @@ def time_loaded(run: TrainingRun, updates: int) -> tuple[int, float, float]:
 
 
 def _steps(run: TrainingRun, updates: int) -> range:
-    """The updates that count."""
-    warm = warm_updates(workers_of(run.settings.data, run.engine.accelerator.device), run.order.accumulation)
-    return range(warm, warm + updates)
+    """The measured updates."""
+    workers = workers_of(run.settings.data, run.engine.accelerator.device)
+    warmup = warmup_updates(workers, run.order.accumulation)
+    return range(warmup, warmup + updates)
 
 
 def _stream(run: TrainingRun, updates: int) -> Iterator[Batch]:
-    """The batches of the first updates of a run, from a loader of their own."""
+    """Batches of the first `updates` updates, from a new loader."""
     run.images.close()
     device = run.engine.accelerator.device
     return batches(train_loader(run.images, run.order, 0, updates, run.settings.data, device), device)
 
 
-def measure(run: TrainingRun, updates: int) -> Figures:
-    """Measures a run that is ready to begin. Called on every process."""
+def measure(run: TrainingRun, updates: int) -> Measurements:
+    """Measures a run that is ready to start. Called on every process."""
     accelerator, order = run.engine.accelerator, run.order
     device = accelerator.device
     held = [batch.to(device) for batch in _stream(run, 1)]
 
-    step = median(_time_held(run, held, updates + 1)[1:])
+    step = median([time_updates(run, range(1), iter(held))[0] for _ in range(updates + 1)][1:])
     samples, seconds, waited = time_loaded(run, updates)
     peak = peak_memory_mb(device)
     loading = _time_loader(run, updates)
     passes: tuple[float, float, float] | None = None
     if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        passes = measure_passes(run, held[0], updates)
-    saving, size = _time_checkpoint(run)
+        passes = _time_passes(run, held[0], updates)
+    start = time.perf_counter()
+    run.checkpointer.save(Progress(step=1))
+    saving = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in run.checkpointer.directory.rglob("*") if file.is_file())
     achieved = count_flops(run, held) / step
-    gemm = measure_gemm(device, accelerator.mixed_precision)
+    gemm = _gemm_flops_per_second(device, accelerator.mixed_precision)
 
     step, seconds, waited, peak, loading = (
         max(gather_object([value])) for value in (step, seconds, waited / seconds, peak, loading)
     )
     images = len(held[0].labels) * order.world_size
-    return Figures(
+    return Measurements(
         images_per_second=samples / seconds,
         step_images_per_second=order.samples_in(0) / step,
         loader_images_per_second=samples / loading,
@@ -134,13 +135,8 @@ def measure(run: TrainingRun, updates: int) -> Figures:
     )
 
 
-def _time_held(run: TrainingRun, held: list[Batch], count: int) -> list[float]:
-    """Seconds of updates that all take the same batches."""
-    return [time_updates(run, range(1), iter(held))[0] for _ in range(count)]
-
-
 def _time_loader(run: TrainingRun, updates: int) -> float:
-    """Seconds of loading as many batches and doing nothing with them."""
+    """Seconds to load the batches of as many updates, without training."""
     steps = _steps(run, updates)
     stream = _stream(run, steps.stop)
     for _ in range(sum(map(run.order.micro_batches_in, range(steps.start)))):
@@ -151,9 +147,57 @@ def _time_loader(run: TrainingRun, updates: int) -> float:
     return time.perf_counter() - start
 
 
-def _time_checkpoint(run: TrainingRun) -> tuple[float, int]:
-    """Seconds and bytes of a checkpoint."""
+def count_flops(run: TrainingRun, micro_batches: Sequence[Batch]) -> int:
+    """Floating-point operations of an update on this process; a multiply-add counts as two.
+
+    The counter sees dispatched operators, which needs eager mode and unfused attention.
+    """
+    plain = torch.compiler.set_stance("force_eager")
+    with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        make_update(run.begin_update(0), iter(micro_batches), run.settings.optimization.max_grad_norm)
+    return counter.get_total_flops()
+
+
+def _gemm_flops_per_second(device: torch.device, precision: str) -> float:
+    """FLOP/s of the fastest of several products of large square matrices."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device, dtype=DTYPES[precision])
+    left @ right
+    times: list[float] = []
+    while len(times) < MATRIX_PRODUCTS and sum(times) < MATRIX_SECONDS:
+        times.append(_seconds(lambda: left @ right, device))
+    return 2 * size**3 / min(times)
+
+
+def _time_passes(run: TrainingRun, batch: Batch, rounds: int) -> tuple[float, float, float]:
+    """Median seconds per micro-batch: forward and backward; the same without LoRA; forward without LoRA.
+
+    The model must not be sharded. Nothing is communicated and no weight changes.
+    """
+    model, device = run.engine.unwrapped, run.engine.accelerator.device
+    smoothing = run.settings.augmentation.label_smoothing_factor
+
+    def forward() -> torch.Tensor:
+        return batch_loss(model(pixel_values=batch.pixel_values).logits.float(), batch, smoothing).sum()
+
+    def both() -> None:
+        forward().backward()
+        model.zero_grad()
+
+    times: tuple[list[float], ...] = ([], [], [])
+    for _ in range(rounds + 1):
+        times[0].append(_seconds(both, device))
+        with without_lora(model):
+            times[1].append(_seconds(both, device))
+            with torch.no_grad():
+                times[2].append(_seconds(forward, device))
+    with_lora, without, forward_alone = (median(found[1:]) for found in times)
+    return with_lora, without, forward_alone
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
-    run.checkpointer.save(Progress(step=1))
-    seconds = time.perf_counter() - start
-    return seconds, sum(file.stat().st_size for file in run.checkpointer.directory.rglob("*") if file.is_file())
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

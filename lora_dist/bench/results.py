@@ -1,4 +1,4 @@
-"""Rows of a CSV file, one per benchmark, and their table in docs/benchmarks.md: `python -m lora_dist.bench.results`."""
+"""The CSV file of benchmark results, and its table in the documentation: `python -m lora_dist.bench.results FILE`."""
 
 import csv
 import sys
@@ -19,8 +19,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def require_room_for_rows(path: Path) -> None:
-    """Raises a `UserError` unless a row can be added to the file, which need not be there yet and is not left there."""
+def require_appendable(path: Path) -> None:
+    """Raises a `UserError` unless a row can be appended to the file. Does not create the file."""
     new = not path.exists()
     try:
         with path.open("a+", encoding="utf-8", newline="") as file:
@@ -29,13 +29,13 @@ def require_room_for_rows(path: Path) -> None:
         if new:
             path.unlink()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--csv {path}: {error}") from error
+        raise UserError(f"--csv {path}: cannot append to the file: {error}") from error
     if found is not None and tuple(found) != COLUMNS:
-        raise UserError(f"--csv {path} has other columns than these figures; name another file")
+        raise UserError(f"--csv {path}: the file has other columns; use another file")
 
 
-def add_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds figures to the file; numbers are rounded to four digits, and what was not measured is left empty."""
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Appends results to the file. Rounds numbers to four digits and leaves missing values empty."""
     new = not path.exists() or not path.stat().st_size
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -45,7 +45,7 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def table(path: Path) -> str:
-    """The newest row of each model, data, engine and number of processes as Markdown."""
+    """Markdown table of the newest row per hardware, model, data, engine, number of processes and precision."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = {
             (row["hardware"], row["model"], row["data"], row["engine"], row["processes"], row["precision"]): row

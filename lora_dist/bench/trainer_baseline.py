@@ -1,8 +1,8 @@
-"""The other contender: the PEFT guide "Image classification using LoRA" on the `Trainer` of transformers.
+"""The baseline of `--compare trainer`: the PEFT guide "Image classification using LoRA" on `transformers.Trainer`.
 
-https://huggingface.co/docs/peft/task_guides/image_classification_lora, with the base, data, shape of LoRA, batch,
-precision, workers and rates of the run; how the data is loaded and the model trained is the guide's. Layers to adapt
-and heads are found as for the run, because the guide's names are those of a ViT in transformers 4.
+https://huggingface.co/docs/peft/task_guides/image_classification_lora, with the base model, data, LoRA shape, batch
+size, precision, workers and rates of the run. Data loading and training are the guide's. Target modules and heads are
+found as for the run, because the guide names the modules of a ViT in transformers 4.
 """
 
 import os
@@ -13,18 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from torchvision.transforms import (
-    CenterCrop,
-    Compose,
-    Normalize,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-    Resize,
-    ToTensor,
-)
+from torchvision import transforms
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_dist.bench.measure import warm_updates
+from lora_dist.bench.measure import warmup_updates
 from lora_dist.data.loader import workers_of
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
@@ -39,28 +31,29 @@ from lora_dist.training.assembly import make_order
 
 
 class _Images(Dataset):
-    """A split with the guide's transforms, one image at a time."""
+    """A split with the transforms of the guide."""
 
-    def __init__(self, split: Split, transforms: Compose) -> None:
+    def __init__(self, split: Split, transform: transforms.Compose) -> None:
         self._split = split
-        self._transforms = transforms
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self._split)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"pixel_values": self._transforms(self._split.image(row)), "label": int(self._split.labels[row])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self._transform(self._split.image(index)), "label": int(self._split.labels[index])}
 
 
-def _transforms(processor: Any, augmentation: AugmentationSettings) -> Compose:
-    size = ImageTransforms(processor)
-    last: list[Any] = [ToTensor()]
+def _transform(processor: Any, augmentation: AugmentationSettings) -> transforms.Compose:
+    target = ImageTransforms(processor)
+    size = (target.height, target.width)
+    last: list[Any] = [transforms.ToTensor()]
     if getattr(processor, "do_normalize", None):
-        last.append(Normalize(mean=processor.image_mean, std=processor.image_std))
+        last.append(transforms.Normalize(mean=processor.image_mean, std=processor.image_std))
     if augmentation.augmentation == "none":
-        return Compose([Resize(min(size.height, size.width)), CenterCrop((size.height, size.width)), *last])
-    crop = RandomResizedCrop((size.height, size.width), scale=(augmentation.crop_scale_min, 1.0))
-    return Compose([crop, RandomHorizontalFlip(augmentation.horizontal_flip), *last])
+        return transforms.Compose([transforms.Resize(min(size)), transforms.CenterCrop(size), *last])
+    crop = transforms.RandomResizedCrop(size, scale=(augmentation.crop_scale_min, 1.0))
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(augmentation.horizontal_flip), *last])
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -71,7 +64,7 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class _Clock(TrainerCallback):
-    """When each update was over."""
+    """Records when each update ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -82,21 +75,20 @@ class _Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def time_guide(settings: BenchSettings, directory: Path) -> tuple[int, float, torch.device]:
-    """Trains by the guide's recipe. Called on every process.
+def time_baseline(settings: BenchSettings, directory: Path) -> tuple[int, float, torch.device]:
+    """Trains with the recipe of the guide. Called on every process.
 
     Args:
-        settings: of the run.
-        directory: for what `Trainer` writes.
+        directory: Output directory of `Trainer`.
 
     Returns:
-        Samples of the updates that count, over all processes; their seconds; and the device.
+        The samples of the measured updates over all processes, their seconds, and the device.
 
     Raises:
-        UserError: the launch is of an engine that the guide knows nothing of.
+        UserError: The launch uses FSDP or DeepSpeed.
     """
     if engine_launched() != "NO":
-        raise UserError(f"--compare: the guide knows one process and DDP, and this is a launch of {engine_launched()}")
+        raise UserError(f"--compare trainer: {engine_launched()} is not supported; launch one process or DDP")
     arguments = _arguments(settings, directory)
     data = load_data(settings.data, settings.run.seed)
     assert isinstance(data.train, Split)
@@ -116,15 +108,15 @@ def time_guide(settings: BenchSettings, directory: Path) -> tuple[int, float, to
     Trainer(
         model,
         arguments,
-        train_dataset=_Images(data.train, _transforms(base.processor, settings.augmentation)),
+        train_dataset=_Images(data.train, _transform(base.processor, settings.augmentation)),
         processing_class=base.processor,
         data_collator=_collate,
         callbacks=[clock],
     ).train()
     order = make_order(settings, data.train, arguments.world_size, arguments.process_index)
-    warm = arguments.max_steps - settings.measuring.updates
-    samples = order.samples_before(arguments.max_steps) - order.samples_before(warm)
-    return samples, clock.times[-1] - clock.times[warm - 1], arguments.device
+    warmup = arguments.max_steps - settings.benchmark.updates
+    samples = order.samples_before(arguments.max_steps) - order.samples_before(warmup)
+    return samples, clock.times[-1] - clock.times[warmup - 1], arguments.device
 
 
 def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
@@ -144,7 +136,7 @@ def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
         label_smoothing_factor=settings.augmentation.label_smoothing_factor,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        max_steps=warm_updates(workers, optimization.gradient_accumulation_steps) + settings.measuring.updates,
+        max_steps=warmup_updates(workers, optimization.gradient_accumulation_steps) + settings.benchmark.updates,
         logging_steps=settings.run.logging_steps,
         dataloader_num_workers=workers,
         seed=settings.run.seed,

@@ -210,3 +210,8 @@ def git_commit(directory: Path) -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def cores_per_process() -> int:
+    """Number of cores of this machine for each of its processes."""
+    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Settings of an audit."""
+"""Settings of an audit: names, types, defaults, help texts and contradictions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lora_dist.settings.contradictions import impossible_output, missing_paths
-from lora_dist.settings.train import Count, Group, NonNegative, Problem
+from lora_dist.settings.fields import Count, Group, NonNegative, Problem, impossible_output, missing_paths
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
@@ -16,37 +15,37 @@ class AuditData(Group):
     """Data"""
 
     train_dir: str | None = None
-    """A folder with one sub-folder of images a class."""
+    """Folder of training images with one sub-folder per class."""
     validation_dir: str | None = None
-    """The same for validation, to look for images that are in both."""
+    """Folder of validation images with one sub-folder per class, to find images that are also in training."""
     exclude: str | None = None
-    """Leave out the files listed in this text file, one path a line, such as an earlier audit's quarantine.txt."""
+    """Text file with the paths of images to leave out, one per line, e.g. the quarantine.txt of an earlier audit."""
 
 
 class Checks(Group):
     """Checks"""
 
     max_aspect_ratio: Ratio = 5.0
-    """Find images whose longer side is more than this many times the shorter one."""
+    """Report images whose longer side exceeds this multiple of the shorter side."""
     max_imbalance: Ratio = 10.0
-    """Find whether the largest class has more than this many times the training images of the smallest one."""
+    """Report if the largest class has more than this multiple of the training images of the smallest class."""
     min_class_images: Count = 10
-    """Find classes with fewer training images."""
+    """Report classes with fewer training images."""
     near_distance: NonNegative = 0.12
-    """How much near duplicates may differ, relative to their contrast; 0 looks for exact ones alone."""
+    """Largest difference between near duplicates, relative to their contrast. 0 reports only exact duplicates."""
 
 
 class AuditRun(Group):
     """Run"""
 
     output_dir: str = "audit"
-    """Directory for report.html, report.json and quarantine.txt, which are replaced if they are there."""
+    """Directory for report.html, report.json and quarantine.txt. Existing ones are replaced."""
     num_workers: Count | None = None
-    """Processes that read images. Default: one a core."""
+    """Processes that read images. Default: one per core."""
 
 
 class AuditSettings(Group):
-    """Settings of an audit, by group."""
+    """All settings of an audit, by group."""
 
     data: AuditData = AuditData()
     checks: Checks = Checks()
@@ -57,7 +56,7 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
     data = settings.data
     if not data.train_dir:
-        yield Problem(("train_dir",), "no data: give a folder of images")
+        yield Problem(("train_dir",), "no data: set a folder of images")
     paths = (data.train_dir, data.validation_dir, data.exclude)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
     yield from wrong
@@ -66,4 +65,4 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     output = Path(settings.run.output_dir).resolve()
     for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
         if directory and output.is_relative_to(Path(directory).resolve()):
-            yield Problem(("output_dir", name), "the report would become part of the data: name another directory")
+            yield Problem(("output_dir", name), "the report would become part of the data: use another directory")

@@ -1,51 +1,51 @@
-"""Settings of a benchmark: those of the run that it measures, and its own."""
+"""Settings of a benchmark, in addition to those of the run that it measures."""
 
 from collections.abc import Iterator
 from typing import Literal
 
-from lora_dist.settings import contradictions as of_runs
-from lora_dist.settings.train import Count, Group, Problem, Settings
+from lora_dist.settings import train
+from lora_dist.settings.fields import Count, Group, Problem
 
 
-class Measuring(Group):
+class BenchmarkSettings(Group):
     """Benchmark"""
 
     updates: Count = 10
-    """Updates in each measurement, after those that warm up."""
+    """Updates per measurement, after the warmup."""
     compare: Literal["trainer"] | None = None
-    """trainer: the same training by the PEFT guide's recipe on the Trainer of transformers, in turns with this one."""
+    """trainer: also measure the recipe of the PEFT guide on transformers.Trainer, alternating with this trainer."""
     rounds: Count = 5
-    """Turns of each (with --compare)."""
+    """Measurements of each trainer (with --compare)."""
     csv: str | None = None
-    """Add the figures as a row to this file."""
+    """CSV file to append the results to."""
 
 
-class BenchSettings(Settings):
-    """All settings of a training run, and those of measuring it."""
+class BenchSettings(train.Settings):
+    """All settings of a benchmark, by group."""
 
-    measuring: Measuring = Measuring()
+    benchmark: BenchmarkSettings = BenchmarkSettings()
 
 
 def contradictions(settings: BenchSettings) -> Iterator[Problem]:
-    """Yields what cannot be trained, measured or compared."""
-    yield from of_runs.contradictions(settings)
+    """Yields every combination of settings that cannot work."""
+    yield from train.contradictions(settings)
     for name in ("do_eval_only", "dry_run"):
         if getattr(settings.run, name):
-            yield Problem((name,), "there is nothing to measure: drop it")
-    if settings.measuring.compare is None:
+            yield Problem((name,), "it leaves nothing to measure: remove it")
+    if settings.benchmark.compare is None:
         return
     augmentation = settings.augmentation
     if settings.model.tuning != "lora" or settings.model.adapter_name_or_path:
-        yield Problem(("compare", "tuning", "adapter_name_or_path"), "the guide trains a new LoRA")
+        yield Problem(("compare", "tuning", "adapter_name_or_path"), "the PEFT guide trains a new LoRA adapter")
     if settings.data.streaming:
-        yield Problem(("compare", "streaming"), "the guide's data set is on the disk: drop one of them")
+        yield Problem(("compare", "streaming"), "the PEFT guide does not stream: remove one of them")
     if settings.optimization.auto_batch_size:
-        yield Problem(("compare", "auto_batch_size"), "both are to have one batch: say which")
+        yield Problem(("compare", "auto_batch_size"), "both trainers need the same batch size: set it")
     if augmentation.augmentation not in ("none", "basic"):
-        yield Problem(("compare", "augmentation"), "the guide has none, or basic")
+        yield Problem(("compare", "augmentation"), "the PEFT guide supports only none and basic")
     for group, name in (
         (augmentation, "random_erasing"), (augmentation, "mixup_alpha"), (augmentation, "cutmix_alpha"),
         (settings.lora, "use_dora"),
     ):  # fmt: skip
         if getattr(group, name):
-            yield Problem(("compare", name), "the guide has nothing like it: drop one of them")
+            yield Problem(("compare", name), "the PEFT guide does not support it: remove one of them")

@@ -1,10 +1,11 @@
-"""Command line and YAML to settings: flat names, the nearest name for a typo, every problem reported at once."""
+"""Parses flags, YAML files and packaged recipes into settings, and reports all problems at once."""
 
 import argparse
 import difflib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -14,16 +15,15 @@ from pydantic.fields import FieldInfo
 
 from lora_dist.errors import UserError
 from lora_dist.settings import trainer_flags
-from lora_dist.settings.train import RECIPES, Problem, recipe_names
+from lora_dist.settings.fields import SEVERAL, Problem
 
 S = TypeVar("S", bound=BaseModel)
+RECIPES = resources.files("lora_dist") / "recipes"
 _NO_VALUE = object()
-SEVERAL: dict[str, Any] = {"several": True}
-"""`json_schema_extra` of a list setting whose flag takes values separated by spaces, as a shell expands them."""
 
 
 class _Field:
-    """One setting: the group it stands in and what pydantic knows of it."""
+    """A setting: its group and its pydantic field."""
 
     def __init__(self, group: str, info: FieldInfo) -> None:
         self.group = group
@@ -40,32 +40,33 @@ class _Field:
         return f"{text} (default: {shown})"
 
     def metavar(self) -> str:
-        choices = [value for part in _flatten(self.info.annotation) for value in _literals(part)]
-        kinds = [_flatten_name(part) for part in _flatten(self.info.annotation) if not _literals(part)]
-        return "|".join([*(kind for kind in kinds if kind), *map(str, choices)]) or "TEXT"
+        words: list[str] = []
+        choices: list[str] = []
+        for annotation in _members(self.info.annotation):
+            origin = get_origin(annotation)
+            if origin is Literal:
+                choices += map(str, get_args(annotation))
+            elif word := "A,B" if origin is list else _METAVARS.get(annotation):
+                words.append(word)
+        return "|".join([*words, *choices]) or "TEXT"
 
 
-def _flatten(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is None or get_origin(annotation) in (Literal, list):
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Members of a union, through `Annotated`."""
+    if get_origin(annotation) in (None, Literal, list):
         return [annotation]
-    return [part for arg in get_args(annotation) for part in _flatten(arg)]
-
-
-def _literals(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
-
-
-def _flatten_name(annotation: Any) -> str:
-    names = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
-    return "A,B" if get_origin(annotation) is list else names.get(annotation, "")
+    return [member for argument in get_args(annotation) for member in _members(argument)]
 
 
 def flat_fields(settings_class: type[BaseModel]) -> dict[str, _Field]:
-    """Flat name to field, for a class whose own fields are groups of settings."""
+    """Fields by flat name of a class whose own fields are groups of settings."""
     fields: dict[str, _Field] = {}
     for group, outer in settings_class.model_fields.items():
         for name, info in _group_class(outer).model_fields.items():
-            assert name not in fields, f"{name} stands in two groups"
+            assert name not in fields, f"{name} is in two groups"
             fields[name] = _Field(group, info)
     return fields
 
@@ -77,7 +78,7 @@ def _group_class(field: FieldInfo) -> type[BaseModel]:
 
 
 def flatten(settings: BaseModel) -> dict[str, Any]:
-    """Settings as a flat dictionary, in the order of `--help`, that `--config` reads back."""
+    """Settings by flat name, in the order of `--help`; `--config` reads them back from YAML."""
     return {name: value for group in settings.model_dump(mode="json").values() for name, value in group.items()}
 
 
@@ -90,10 +91,10 @@ def parse(
     contradictions: Callable[[S], Iterable[Problem]],
     takes_config: bool = True,
 ) -> S:
-    """Builds settings from defaults, then the YAML of `--config`, then flags; the later one wins.
+    """Builds settings from defaults, the YAML of `--config`, and flags; later ones override earlier ones.
 
     Raises:
-        UserError: lists every unknown name, wrong value and contradiction.
+        UserError: Lists all unknown names, invalid values and contradictions.
     """
     fields = flat_fields(settings_class)
     parser = _parser(settings_class, fields, prog, description, takes_config)
@@ -117,7 +118,7 @@ def parse(
             else:
                 problems.append(f"{name}: unknown setting (in {config}){_help_with(str(name), fields)}")
     elif config is _NO_VALUE:
-        problems.append(f"--config: needs a path or one of {', '.join(recipe_names())}")
+        problems.append(f"--config: needs a path or a recipe: {', '.join(recipe_names())}")
     for name, value in given.items():
         if value is _NO_VALUE:
             problems.append(f"--{name}: needs a value")
@@ -126,7 +127,7 @@ def parse(
 
     settings, invalid = _validate(settings_class, fields, values)
     problems += [f"--{name}: {message}{origin[name]}" for name, message in invalid.items()]
-    # Without the file, what seems to contradict may only be missing.
+    # If the file is unreadable, settings may only seem to be missing.
     for problem in () if unread else contradictions(settings):
         if not invalid.keys() & set(problem.names):
             problems.append(f"{', '.join('--' + name for name in problem.names)}: {problem.message}")
@@ -148,7 +149,7 @@ def _parser(
             nargs="?",
             const=_NO_VALUE,
             metavar="NAME|FILE",
-            help=f"YAML file of settings, or a packaged recipe: {', '.join(recipe_names())}. Flags override it.",
+            help=f"YAML file of settings or packaged recipe ({', '.join(recipe_names())}). Flags override it.",
         )
     groups = {
         name: parser.add_argument_group((_group_class(info).__doc__ or name).splitlines()[0])
@@ -166,7 +167,7 @@ def _parser(
 
 
 def _underscored(token: str) -> str:
-    """`--learning-rate=1e-3` means `--learning_rate=1e-3`."""
+    """Turns `--learning-rate=1e-3` into `--learning_rate=1e-3`."""
     if not token.startswith("--"):
         return token
     name, equals, value = token.partition("=")
@@ -181,7 +182,7 @@ def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]
             yield f"{token.partition('=')[0]}: unknown flag{_help_with(name, known)}"
             after_flag = True
         elif not after_flag:
-            yield f"{token}: a value without a flag"
+            yield f"{token}: value without a flag"
         else:
             after_flag = False
 
@@ -192,7 +193,7 @@ def _help_with(name: str, known: Collection[str]) -> str:
 
 
 def _find_config(name: str) -> Path:
-    # That of `Path` fails on a name that is too long.
+    # `Path.is_file` raises if the name is too long.
     if os.path.isfile(name):  # noqa: PTH113
         return Path(name)
     if name in recipe_names():
@@ -211,18 +212,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected lines of the form 'setting: value', found a {type(content).__name__}")
+        raise UserError(f"--config {path}: expected 'setting: value' lines, found a {type(content).__name__}")
     return content
 
 
 def _validate(
     settings_class: type[S], fields: Mapping[str, _Field], values: Mapping[str, Any]
 ) -> tuple[S, dict[str, str]]:
-    """Settings from the valid values, and a message for each invalid one."""
+    """Builds settings from the valid values; returns a message for each invalid one."""
 
     def build(names: Iterable[str]) -> S:
         grouped: dict[str, dict[str, Any]] = {group: {} for group in settings_class.model_fields}
@@ -243,5 +244,10 @@ def _validate(
 
 
 def argv_or(arguments: list[str] | None) -> list[str]:
-    """The arguments given, else those of the command line."""
+    """Returns `arguments`, or those of the command line for None."""
     return sys.argv[1:] if arguments is None else arguments
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes that `--config` takes."""
+    return sorted(Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))

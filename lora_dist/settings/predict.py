@@ -1,4 +1,4 @@
-"""Settings of the prediction command, their help, and what contradicts what."""
+"""Settings of the prediction command: names, types, defaults, help texts and contradictions."""
 
 import math
 import os
@@ -7,30 +7,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_dist.settings.cli import SEVERAL
-from lora_dist.settings.train import Count, Group, Names, Positive, Problem
+from lora_dist.settings.fields import SEVERAL, Count, Group, Names, NonNegativeInt, Positive, Problem
 
 
 class ModelSource(Group):
     """Model"""
 
     adapter: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
-    """Directory of an adapter, such as runs/demo/adapter, or its name on the Hub: org/name or org/name@revision. Or
-    several on one base, plain or as NAME=DIRECTORY."""
+    """Adapter: a directory, e.g. runs/demo/adapter, or a Hub name (org/name or org/name@revision). Several adapters of
+    one base model may be given, each optionally named: NAME=DIRECTORY."""
     weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
-    """Blend several adapters into one: a weight for each, together 1."""
+    """Merge several adapters into one weighted sum: one weight per adapter, adding up to 1."""
     labels: str | None = None
-    """Text file of class names, one a line, for adapters from elsewhere that have no label map."""
+    """Text file of class names, one per line, for an adapter without a label map."""
     model: str | None = None
-    """Directory of a whole model, merged or trained with --tuning full; or its name on the Hub."""
+    """Full model, merged or trained with --tuning full: a directory or a Hub name."""
     base_model: str | None = None
-    """Where the adapter's base model is now, if not where it was."""
+    """Base model of the adapter: a Hub name or a directory. Default: the one that the adapter names."""
     trust_remote_code: bool = False
-    """Run model code that comes with the model. Only for sources you trust."""
+    """Run model code that comes with the model. Use only with sources that you trust."""
 
     @property
     def named_adapters(self) -> list[tuple[str, str]]:
-        """Name and place of each adapter: of NAME=DIRECTORY, or of a place that is its own name."""
+        """Name and source of each adapter, from NAME=DIRECTORY; an unnamed adapter is named after its source."""
         named = []
         for word in self.adapter:
             name, equals, path = word.partition("=")
@@ -39,7 +38,7 @@ class ModelSource(Group):
 
     @property
     def side_by_side(self) -> bool:
-        """Whether there are several adapters, each for itself."""
+        """Whether each of several adapters predicts separately."""
         return len(self.adapter) > 1 and not self.weights
 
 
@@ -49,69 +48,69 @@ class Images(Group):
     images: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Files, folders and patterns such as 'photos/*.jpg'."""
     top_k: Count | None = None
-    """Classes to name for each image, most likely first: 1 unless given, and 5 with --serve."""
+    """Number of classes per image, most likely first. Default: 1, or 5 with --serve."""
     output: str | None = None
-    """File for the predictions; without it they are printed."""
+    """File for the predictions. Default: print them."""
     format: Literal["jsonl", "csv"] | None = None
-    """JSON lines or CSV; by default what the name of --output says."""
+    """JSON Lines or CSV. Default: by the suffix of --output."""
     grid: str | None = None
-    """Also draw some of the images, spread evenly, with their predictions into this PNG file."""
+    """PNG file for a grid of evenly spaced images with their predictions."""
     batch_size: Count | None = None
-    """Images in a forward pass: 32 unless given, and 8 on a CPU, whose caches hold no more."""
-    num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that decode images while the model runs: one unless given, and none for a few or for tiny files."""
+    """Images per forward pass. Default: 32, or 8 on a CPU."""
+    num_workers: NonNegativeInt | None = None
+    """Processes that decode images while the model runs. Default: 1, or 0 for few or tiny images."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps …"""
+    """auto, cpu, cuda, cuda:1, mps, ..."""
 
 
 class Merging(Group):
     """Merging and export"""
 
     merge_to: str | None = None
-    """Write the base with the adapter merged into it, as a plain transformers model, to this directory."""
+    """Directory for the base model with the adapter merged into it, as a plain transformers model."""
     merge_tolerance: Positive = 1e-4
-    """Refuse a merge whose logits differ by more than this, relative to the largest."""
+    """Refuse to merge if the logits differ by more than this, relative to the largest logit."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Type of the merged weights: they are merged in fp32 and rounded last."""
+    """Data type of the merged weights. Weights are merged in fp32 and then converted."""
     export_legacy_names: str | None = None
-    """Write the adapter in the names that transformers 4 and its PEFT read, to this directory."""
+    """Directory for the adapter with the module names of transformers 4 and its PEFT."""
 
 
 class Exporting(Group):
     """ONNX (extra [onnx])"""
 
     onnx: str | None = None
-    """A model in one file, for ONNX Runtime on the CPU. With --adapter or --model it is written, merged, with labels
-    and preprocessing in its metadata, unless its logits on real images differ from PyTorch's by more than 1e-4 of the
-    largest. Without either it is read and run, instead of torch's model."""
+    """ONNX file for ONNX Runtime on the CPU. With --adapter or --model: export the merged model, with labels and
+    preprocessing in the metadata; fails if the logits on real images differ from PyTorch's by more than 1e-4 of the
+    largest. Otherwise: predict with this file instead of PyTorch."""
     int8: bool = False
-    """Quantise the linear layers of the file to 8 bits. What that costs is counted on --images: how many get another
-    class, and the accuracy of those in folders named as the classes."""
+    """Quantize the linear layers of the file to 8 bits. With --images, reports how many predictions change, and the
+    accuracy on folders that are named after classes."""
 
 
 class Serving(Group):
     """Serving (extra [serve])"""
 
     serve: bool = False
-    """Serve a page to drop images on, and the same as JSON."""
+    """Serve a web page for uploading images, and a JSON API."""
     host: str = "127.0.0.1"
-    """Address to listen on; the default is for this machine alone. There is no password."""
+    """Address to listen on. The default accepts only this machine. There is no password."""
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on. 0 selects a free one."""
     max_upload_mb: Positive = 20
     """Largest request, in megabytes."""
     max_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
-    """Largest image, in millions of pixels, whatever its file holds; at most 178, beyond which Pillow opens none."""
+    """Largest image, in millions of pixels. Pillow's limit is 178."""
     max_files: Count = 32
-    """Most images in a request."""
+    """Largest number of images per request."""
 
 
 FOR_FILES = ("output", "format", "grid", "num_workers")
-"""Settings of --images that a server has no use for."""
+"""Settings of `Images` that a server does not use."""
 
 
 class PredictSettings(Group):
-    """Settings of a prediction, by group."""
+    """All settings of a prediction, by group."""
 
     source: ModelSource = ModelSource()
     images: Images = Images()
@@ -121,12 +120,12 @@ class PredictSettings(Group):
 
     @property
     def onnx_to_write(self) -> str | None:
-        """The ONNX file, where there is a model to write into it; else it is there, and is run."""
+        """The ONNX file to export; None if there is none, or if it is the model to run."""
         return self.exporting.onnx if self.source.adapter or self.source.model else None
 
     @property
     def title(self) -> str:
-        """The one model in words: as the user called it, and a blend with its weights."""
+        """Display name of the model; a weighted sum includes its weights."""
         names = [name for name, _ in self.source.named_adapters]
         if len(names) > 1:
             return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
@@ -135,69 +134,65 @@ class PredictSettings(Group):
 
 def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
-    yield from _about_the_model(settings)
-    yield from _about_the_work(settings)
+    yield from _model_problems(settings)
+    yield from _task_problems(settings)
 
 
-def _about_the_model(settings: PredictSettings) -> Iterator[Problem]:
+def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
     source, merging, onnx = settings.source, settings.merging, settings.exporting.onnx
     if source.adapter and source.model:
-        yield Problem(("adapter", "model"), "give one of them")
+        yield Problem(("adapter", "model"), "use only one of them")
     if not (source.adapter or source.model or onnx):
-        yield Problem(("adapter", "model", "onnx"), "give one of them")
+        yield Problem(("adapter", "model", "onnx"), "no model: set one of them")
     if not source.adapter and (source.model or onnx):
-        whole = "model" if source.model else "onnx"
+        full = "model" if source.model else "onnx"
         for name in ("merge_to", "export_legacy_names"):
             if getattr(merging, name):
-                yield Problem((whole, name), "a whole model has nothing to merge or export: give an --adapter")
+                yield Problem((full, name), "only adapters can be merged or converted: use --adapter")
         for name in ("base_model", "labels", "weights"):
             if getattr(source, name):
-                yield Problem((whole, name), "this belongs to an adapter: give an --adapter")
+                yield Problem((full, name), f"--{name} needs an adapter: use --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
-        yield Problem(("onnx", "trust_remote_code"), "an ONNX file brings no code to run: leave the second out")
+        yield Problem(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
     names = [name for name, _ in source.named_adapters]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        yield Problem(("adapter",), f"{name} is there twice; write NAME=DIRECTORY")
+        yield Problem(("adapter",), f"two adapters are named {name}: use NAME=DIRECTORY")
     if source.weights and source.adapter and len(source.weights) != len(source.adapter):
         yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
-        yield Problem(("weights",), f"they add up to {sum(source.weights):g} and not to 1")
+        yield Problem(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
     if source.side_by_side:
-        written = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names, "onnx": onnx}
-        for name in (name for name, value in written.items() if value):
-            yield Problem(("adapter", name), "of several adapters, a blend is written: give --weights")
-        if settings.serving.serve:
-            yield Problem(("adapter", "serve"), "of several adapters, a blend is served: give --weights")
+        legacy, serve = merging.export_legacy_names, settings.serving.serve
+        single = {"merge_to": merging.merge_to, "export_legacy_names": legacy, "onnx": onnx, "serve": serve}
+        for name in (name for name, value in single.items() if value):
+            yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
         if settings.images.grid:
-            yield Problem(("grid", "adapter"), "a grid shows the predictions of one adapter")
+            yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
 
 
-def _about_the_work(settings: PredictSettings) -> Iterator[Problem]:
+def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     images, merging, exporting = settings.images, settings.merging, settings.exporting
     if exporting.int8 and not settings.onnx_to_write:
-        yield Problem(("int8", "onnx"), "a file is quantised when it is written: give it, and an --adapter or --model")
+        yield Problem(("int8", "onnx"), "--int8 applies to an export: set --onnx, and --adapter or --model")
     if exporting.onnx and images.device not in ("auto", "cpu"):
-        yield Problem(("onnx", "device"), "an ONNX file runs on the CPU: leave --device out")
+        yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
     if settings.serving.serve:
-        for name in _given(images, "images", *FOR_FILES):
-            yield Problem(("serve", name), "a server takes its images from requests")
+        for name in _set(images, "images", *FOR_FILES):
+            yield Problem(("serve", name), f"the server does not use --{name}: remove one of them")
     elif not (images.images or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
-        yield Problem(
-            ("images", "merge_to", "onnx", "serve"),
-            "nothing to do: give images to classify, a directory to merge to, a file to export to, or serve",
-        )
+        yield Problem(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
         return
     elif not images.images:
-        for name in _given(images, *FOR_FILES, "top_k", "batch_size", "device"):
-            yield Problem((name, "images"), "no images are classified: give the second as well, or neither")
+        for name in _set(images, *FOR_FILES, "top_k", "batch_size", "device"):
+            yield Problem((name, "images"), f"--{name} needs --images")
     if not merging.merge_to:
-        for name in _given(merging, "merge_tolerance", "dtype"):
-            yield Problem((name, "merge_to"), "nothing is merged: give the second as well, or neither")
+        for name in _set(merging, "merge_tolerance", "dtype"):
+            yield Problem((name, "merge_to"), f"--{name} needs --merge_to")
     if not settings.serving.serve:
-        for name in _given(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
-            yield Problem((name, "serve"), "nothing is served: give the second as well, or neither")
+        for name in _set(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
+            yield Problem((name, "serve"), f"--{name} needs --serve")
 
 
-def _given(group: Group, *names: str) -> Iterator[str]:
-    """Those of these settings that the user gave, even if as their defaults."""
+def _set(group: Group, *names: str) -> Iterator[str]:
+    """Those of the settings that the user set, even to the default."""
     return (name for name in names if name in group.model_fields_set)

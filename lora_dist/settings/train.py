@@ -1,51 +1,28 @@
-"""Every setting of a training run: its name, type, default and help text.
+"""Settings of a training run: names, types, defaults, help texts and contradictions.
 
-Names are those of `transformers.TrainingArguments`, `peft.LoraConfig` and the `run_image_classification`
-scripts. The defaults are the recipe of the PEFT guide "Image classification using LoRA". Nothing here
-imports torch, so that a mistake in the settings costs a second and not a minute.
+The names are those of `transformers.TrainingArguments`, `peft.LoraConfig` and the `run_image_classification` scripts.
+The defaults are the recipe of the PEFT guide "Image classification using LoRA".
 """
 
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field
 
-RECIPES = resources.files("lora_dist") / "recipes"
-
-
-class Group(BaseModel):
-    """A group of settings; the first line of its docstring is the heading in `--help`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_null(cls, value: Any) -> Any:
-        """No path, name or label can have a NUL, which only YAML can express."""
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("a NUL character in a text")
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _yaml_words(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML 1.1 reads a bare `no` as False, and `yes` as True, which must not pass for the number 1."""
-        is_bool = cls.model_fields[str(info.field_name)].annotation is bool
-        return ("no", "yes")[value] if isinstance(value, bool) and not is_bool else value
-
-
-def _split_commas(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-Names = Annotated[list[str], BeforeValidator(_split_commas)]
-Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
-Count = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+from lora_dist.settings.fields import (
+    Count,
+    Fraction,
+    Group,
+    Interval,
+    Names,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Probability,
+    Problem,
+    impossible_output,
+    missing_paths,
+)
 
 
 class ModelSettings(Group):
@@ -56,18 +33,18 @@ class ModelSettings(Group):
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
     adapter_name_or_path: str | None = None
-    """An adapter to go on from, with its base and its shape of LoRA, or to evaluate with --do_eval_only: a directory,
-    or a name on the Hub (org/name or org/name@revision)."""
+    """Adapter to continue training, with its base model and LoRA settings, or to evaluate with --do_eval_only: a
+    directory or a Hub name (org/name or org/name@revision)."""
     tuning: Literal["lora", "head", "full"] = "lora"
-    """What trains: LoRA and the head, the head alone (linear probe), or every weight."""
+    """What to train: LoRA and the head, only the head (linear probe), or all weights."""
     init_from_config: bool = False
-    """Start from random weights: only the configuration and processor of the base are read (with --tuning full)."""
+    """Start from random weights: reads only the configuration and processor of the base model. Needs --tuning full."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: uses less memory and takes about a third more time."""
     torch_compile: bool = False
-    """Compile the model with torch.compile: a slow first step, then faster ones on a GPU, and slower ones on a CPU."""
+    """Compile the model with torch.compile. The first step is slow; later steps are faster on a GPU only."""
     trust_remote_code: bool = False
-    """Run model code that comes with the base model. Only for sources you trust."""
+    """Run model code that comes with the base model. Use only with sources that you trust."""
 
 
 class LoraSettings(Group):
@@ -76,90 +53,89 @@ class LoraSettings(Group):
     lora_r: Count = 16
     """Rank of the update matrices."""
     lora_alpha: Count = 16
-    """Scale of the update: alpha / r."""
+    """Numerator of the scale of the update, alpha / r."""
     lora_dropout: Fraction = 0.1
     """Dropout on the input of the update."""
-    lora_target_modules: Annotated[Names, Field(min_length=1)] = ["auto"]
-    """Modules to adapt, separated by commas. auto: the query and value projections, or what stands for them."""
+    lora_target_modules: Annotated[Names, Field(min_length=1)] = Field(default=["auto"])
+    """Modules to adapt, separated by commas. auto: the query and value projections or their equivalents."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train."""
+    """Biases to train."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) (rank-stabilised LoRA)."""
+    """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
     use_dora: bool = False
     """Decompose weights into magnitude and direction (DoRA)."""
     init_lora_weights: Literal["default", "gaussian", "pissa"] = "default"
-    """Start of the update matrices; pissa takes the principal singular vectors of the base."""
+    """Initialization of the update matrices. pissa: principal singular vectors of the base weights."""
     loraplus_lr_ratio: Positive = 1.0
-    """Learning rate of the B matrices relative to the others (LoRA+ suggests 16)."""
+    """Learning rate of the B matrices relative to the other weights (LoRA+ suggests 16)."""
 
 
 class DataSettings(Group):
     """Data"""
 
     train_dir: str | None = None
-    """A folder with one sub-folder of images a class."""
+    """Folder of training images with one sub-folder per class."""
     validation_dir: str | None = None
-    """The same for validation; without it a part of the training images is held out."""
+    """Folder of validation images with one sub-folder per class. Default: hold out training images."""
     dataset_name: str | None = None
-    """A Hub data set, a local directory of parquet, Arrow or tar files, or one written by save_to_disk."""
+    """Data set: a Hub name, a local directory of parquet, Arrow or tar files, or a save_to_disk directory."""
     dataset_config_name: str | None = None
     """Configuration of the data set."""
     streaming: bool = False
-    """Read the training split of a data set as it goes, and keep none of it: parquet or WebDataset tar files."""
+    """Stream the training split (parquet or WebDataset tar files) without storing it."""
     streaming_lanes: Count | None = None
-    """Shards that are read at the same time. Default: the largest power of two up to 64 and the number of shards."""
+    """Number of shards to read at the same time. Default: the largest power of two that is at most min(64, shards)."""
     shuffle_buffer_size: Annotated[int, Field(ge=2)] = 4096
-    """Encoded images held in memory, over all processes, to be shuffled (with --streaming)."""
+    """Number of encoded images, over all processes, in the shuffle buffer (with --streaming)."""
     train_split: str = "train"
-    """Split to train on; slices such as train[:5000] work."""
+    """Training split. Slices such as train[:5000] work."""
     validation_split: str | None = None
-    """Split to validate on; without it a part of the training split is held out."""
+    """Validation split. Default: hold out training images."""
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share held out for validation, seeded and stratified by class, when no validation data is given."""
+    """Fraction of the training images to hold out, seeded and stratified by class, without validation data."""
     exclude: str | None = None
-    """Leave out the files listed in this text file, one path a line; lora_dist.audit writes one."""
+    """Text file with the paths of images to leave out, one per line. lora_dist.audit writes one."""
     image_column_name: str | None = None
-    """Column of the images; by default the one of type Image."""
+    """Image column. Default: the column of type Image."""
     label_column_name: str | None = None
-    """Column of the labels; by default the one of type ClassLabel, or 'label'."""
+    """Label column. Default: the column of type ClassLabel, or 'label'."""
     max_train_samples: Count | None = None
-    """Use a seeded random selection of this many training samples."""
+    """Train on a seeded random selection of this many samples."""
     max_eval_samples: Count | None = None
-    """Use a seeded random selection of this many validation samples."""
+    """Validate on a seeded random selection of this many samples."""
     allow_missing_classes: bool = False
-    """Go on when a class has images in one of training and validation only."""
+    """Allow classes with images in only one of training and validation."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """An image that cannot be read stops the run (fail), or is left out and counted (skip); the others stay where they
-    are, and an update is what they make of it."""
+    """What to do with an unreadable image. fail: stop the run. skip: leave the image out and count it; the loss is
+    averaged over the readable samples."""
     cache_dir: str | None = None
-    """Keep all training images in this directory, decoded and resized to 8/7 of what the model takes, and read them
-    from there; what is there of another run with the same data is used."""
-    dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Worker processes that decode images, for each training process. Default: by cores and device."""
+    """Directory for a cache of all training images, decoded and resized to 8/7 of the input size. An existing cache of
+    the same data is reused."""
+    dataloader_num_workers: NonNegativeInt | None = None
+    """Worker processes per training process that decode images. Default: by cores and device."""
     dataloader_prefetch_factor: Count = 4
-    """Batches each worker prepares ahead."""
+    """Batches that each worker prepares in advance."""
 
 
 class AugmentationSettings(Group):
     """Augmentation"""
 
     augmentation: Literal["none", "basic", "randaugment", "trivialaugment"] = "basic"
-    """none: as in evaluation. basic: random resized crop and flip; the others add a policy after these."""
+    """none: as in evaluation. basic: random resized crop and flip. The others: basic, then the named policy."""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of the image that a random crop keeps."""
+    """Smallest fraction of the image area in a random crop."""
     horizontal_flip: Probability = 0.5
-    """Probability of a left-right flip; 0 for text, digits and other things with a handedness."""
+    """Probability of a left-right flip. Use 0 for text, digits and other images that a flip changes in meaning."""
     augment_on_device: bool = False
-    """Resize and flip the crops on the device that trains, a batch at a time, rather than in the worker processes; for
-    GPUs: on a CPU it takes longer."""
+    """Resize and flip the crops in batches on the training device instead of in the workers. Slower on a CPU."""
     random_erasing: Probability = 0.0
     """Probability of erasing a random rectangle."""
     mixup_alpha: NonNegative = 0.0
-    """Mix pairs of images, with a share from Beta(alpha, alpha)."""
+    """Alpha of mixup: mixes pairs of images with a ratio from Beta(alpha, alpha). 0 disables it."""
     cutmix_alpha: NonNegative = 0.0
-    """Paste a rectangle from another image; with mixup as well, one of both is drawn for each pair."""
+    """Alpha of CutMix: pastes a rectangle from another image. With mixup, each pair randomly uses one of the two."""
     label_smoothing_factor: Fraction = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Fraction of the target that is spread evenly over all classes."""
 
 
 class OptimizationSettings(Group):
@@ -168,86 +144,87 @@ class OptimizationSettings(Group):
     num_train_epochs: Positive = 5.0
     """Passes over the training data."""
     max_train_steps: Count | None = None
-    """Number of updates; overrides --num_train_epochs."""
+    """Number of updates. Overrides --num_train_epochs."""
     per_device_train_batch_size: Count = 128
-    """Samples in one forward pass of one process."""
+    """Samples per process in one forward pass."""
     gradient_accumulation_steps: Count = 4
-    """Forward passes in one update."""
+    """Forward passes per update."""
     auto_batch_size: bool = False
-    """Halve --per_device_train_batch_size until it fits into memory, on all processes, and accumulate as many more."""
+    """Halve --per_device_train_batch_size until it fits into the memory of all processes, and raise
+    --gradient_accumulation_steps to match."""
     per_device_eval_batch_size: Count = 128
-    """Samples in one evaluation pass of one process."""
+    """Samples per process in one forward pass of evaluation."""
     learning_rate: Positive = 5e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Learning rate schedule after the warmup."""
+    warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises from 0."""
     warmup_ratio: Fraction = 0.0
-    """The same as a share of all updates."""
+    """Warmup as a fraction of all updates."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay on matrices; biases and norms are exempt."""
+    """Decoupled weight decay of matrices. Biases and norms have none."""
     adam_beta1: Fraction = 0.9
-    """AdamW's decay of the mean gradient."""
+    """Decay rate of AdamW's mean of gradients."""
     adam_beta2: Fraction = 0.999
-    """AdamW's decay of the mean squared gradient."""
+    """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: Positive = 1e-8
-    """AdamW's term for stability."""
+    """AdamW's term for numerical stability."""
     max_grad_norm: NonNegative = 1.0
-    """Clip the gradient to this norm; 0 leaves it as it is."""
+    """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: fp16 or bf16 where the launch file says so, else fp16 on a GPU and no on a CPU."""
+    """auto: the precision of the launch file if it is fp16 or bf16; otherwise fp16 on a GPU and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
-    """Validation metric that chooses the best checkpoint."""
+    """Validation metric that selects the best checkpoint."""
     max_nonfinite_updates: Count = 3
-    """Stop when the loss or gradient of this many updates in a row is not finite; the ones before are left out."""
+    """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer are skipped."""
     early_stopping_patience: Count | None = None
-    """Stop after this many evaluations without a better metric."""
+    """Stop after this many consecutive evaluations without improvement."""
 
 
 class RunSettings(Group):
     """Run"""
 
     output_dir: str = "runs/lora"
-    """Where everything of this run goes."""
+    """Directory for all files of the run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of initialisation, order, augmentation and dropout."""
+    """Seed of initialization, data order, augmentation and dropout."""
     eval_steps: Interval = "epoch"
     """Evaluate every N updates, every epoch, or only at the end (no)."""
     checkpointing_steps: Interval = "epoch"
     """Save a checkpoint every N updates, every epoch, or only with each evaluation and at the end (no)."""
     save_total_limit: Count = 2
-    """Checkpoints to keep, besides the best."""
+    """Number of checkpoints to keep besides the best one."""
     resume_from_checkpoint: str | None = None
-    """auto: the newest complete checkpoint of --output_dir, or a start from scratch; or the path of a checkpoint in
-    --output_dir, or in another directory if --output_dir is empty."""
+    """auto: resume from the newest complete checkpoint in --output_dir, or start from scratch without one. Or the path
+    of a checkpoint in --output_dir, or in another directory if --output_dir is empty."""
     ddp_timeout: Count = 1800
-    """Seconds after which a process that waits for others gives up; it says so after ten."""
+    """Seconds before a process stops waiting for the others. It logs a message after 10 seconds."""
     stall_timeout: NonNegative = 600
-    """Seconds without a micro-batch, an evaluation batch or a save after which the run writes the stacks of all threads
-    and ends with code 124, so that a scheduler can start it again; 0 waits for ever."""
+    """Seconds without a micro-batch, an evaluation batch or a save before the run writes the stacks of all threads and
+    exits with code 124, for a scheduler to restart it. 0 disables this check."""
     logging_steps: Count = 10
     """Log every N updates."""
     dry_run: bool = False
-    """Say what would run, with its time and memory from two updates and what speaks against it, and write nothing."""
+    """Report what would run, its time and memory, measured on two updates, and all problems. Writes no files."""
     do_eval_only: bool = False
-    """Evaluate --adapter_name_or_path on the validation data and train nothing."""
+    """Evaluate --adapter_name_or_path on the validation data without training."""
 
 
 class HubSettings(Group):
     """Hugging Face Hub"""
 
     push_to_hub: bool = False
-    """Push the adapter, or model, with its card after each best evaluation and at the end. Needs a token, which is no
-    setting: `hf auth login` or HF_TOKEN."""
+    """Push the adapter or model with its model card after each best evaluation and at the end. Needs a token from
+    `hf auth login` or HF_TOKEN; no flag takes one."""
     hub_model_id: str | None = None
-    """Repository to push to; by default the name of --output_dir, in your own namespace."""
+    """Repository to push to. Default: the name of --output_dir in your namespace."""
     hub_private_repo: bool = False
-    """Make the repository private, if it has to be made; otherwise the namespace's default decides."""
+    """Create the repository as private. Default: as the namespace is configured."""
 
 
 class Settings(Group):
-    """All settings of a training run, by group; on the command line and in YAML the names are flat."""
+    """All settings of a training run, by group. Flags and YAML use the flat names."""
 
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
@@ -258,13 +235,57 @@ class Settings(Group):
     hub: HubSettings = HubSettings()
 
 
-class Problem(NamedTuple):
-    """A contradiction between settings: the flat names it is about, and a message that shows the way out."""
-
-    names: tuple[str, ...]
-    message: str
-
-
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes that `--config` takes."""
-    return sorted(Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+def contradictions(settings: Settings) -> Iterator[Problem]:
+    """Yields every combination of settings that cannot work."""
+    model, data, optimization = settings.model, settings.data, settings.optimization
+    run, hub = settings.run, settings.hub
+    if data.train_dir and data.dataset_name:
+        yield Problem(("train_dir", "dataset_name"), "two data sources: use only one of them")
+    if not (data.train_dir or data.dataset_name or (run.do_eval_only and data.validation_dir)):
+        yield Problem(("train_dir", "dataset_name"), "no data: set a folder of images or the name of a data set")
+    if data.validation_dir and data.dataset_name:
+        yield Problem(("validation_dir", "dataset_name"), "use --validation_split to validate with a data set")
+    if data.validation_split and data.train_dir:
+        yield Problem(("validation_split", "train_dir"), "use --validation_dir to validate with a folder")
+    if data.streaming:
+        if data.train_dir:
+            yield Problem(("streaming", "train_dir"), "folders cannot be streamed: remove one of them")
+        elif not data.validation_split:
+            yield Problem(("streaming", "validation_split"), "a stream cannot be held out: set --validation_split")
+        if data.cache_dir:
+            yield Problem(("streaming", "cache_dir"), "streams are not cached: remove one of them")
+        if data.max_train_samples:
+            yield Problem(("streaming", "max_train_samples"), "streams are not sampled: use --max_train_steps instead")
+        if "[" in data.train_split or "+" in data.train_split:
+            yield Problem(("streaming", "train_split"), "streams do not support slices or sums: set one whole split")
+    elif data.streaming_lanes:
+        yield Problem(("streaming_lanes", "streaming"), "lanes need a stream: add --streaming")
+    if data.exclude and data.dataset_name:
+        yield Problem(("exclude", "dataset_name"), "only images in folders can be excluded: remove one of them")
+    yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
+    yield from impossible_output(run.output_dir)
+    if settings.augmentation.augment_on_device and settings.augmentation.augmentation != "basic":
+        text = "the device supports only crops and flips: use --augmentation basic or remove --augment_on_device"
+        yield Problem(("augment_on_device", "augmentation"), text)
+    if optimization.warmup_steps and optimization.warmup_ratio:
+        yield Problem(("warmup_steps", "warmup_ratio"), "two warmup lengths: use only one of them")
+    if model.init_from_config and model.tuning != "full":
+        yield Problem(("init_from_config", "tuning"), "random weights need full training: add --tuning full")
+    if run.do_eval_only and not model.adapter_name_or_path:
+        yield Problem(("do_eval_only", "adapter_name_or_path"), "nothing to evaluate: set --adapter_name_or_path")
+    if model.adapter_name_or_path and not run.do_eval_only:
+        if model.tuning != "lora":
+            yield Problem(("adapter_name_or_path", "tuning"), "adapters continue as LoRA: remove one of them")
+        if settings.lora.init_lora_weights != "default":
+            text = "the adapter sets the initial weights: remove one of them"
+            yield Problem(("adapter_name_or_path", "init_lora_weights"), text)
+    if run.do_eval_only and run.dry_run:
+        yield Problem(("dry_run", "do_eval_only"), "dry runs are for training: remove one of them")
+    if run.do_eval_only and run.resume_from_checkpoint:
+        yield Problem(("do_eval_only", "resume_from_checkpoint"), "evaluations cannot be resumed: remove one of them")
+    if optimization.early_stopping_patience and run.eval_steps == "no":
+        yield Problem(("early_stopping_patience", "eval_steps"), "early stopping needs evaluations: set --eval_steps")
+    if hub.push_to_hub and run.do_eval_only:
+        yield Problem(("push_to_hub", "do_eval_only"), "evaluations have nothing to push: remove one of them")
+    if (hub.hub_model_id or hub.hub_private_repo) and not hub.push_to_hub:
+        yield Problem(("hub_model_id", "hub_private_repo", "push_to_hub"), "nothing is pushed: add --push_to_hub")

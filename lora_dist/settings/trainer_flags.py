@@ -1,8 +1,8 @@
-"""What flags of `transformers.TrainingArguments` are called here, for those who come from it."""
+"""Flags of `transformers.TrainingArguments` that have another name here, or none."""
 
 from collections.abc import Collection
 
-NAMES = {
+RENAMED = {
     "auto_find_batch_size": "auto_batch_size",
     "batch_size": "per_device_train_batch_size",
     "bf16": "mixed_precision bf16",
@@ -16,29 +16,41 @@ NAMES = {
     "save_steps": "checkpointing_steps",
     "save_strategy": "checkpointing_steps",
 }
-NEEDLESS = {
-    "do_eval": "it always evaluates",
-    "do_train": "it trains unless told --do_eval_only",
-    "ignore_mismatched_sizes": "a head of another size is always made anew",
-    "load_best_model_at_end": "the best checkpoint is always what is handed over",
-    "logging_dir": "curves are in the directory tensorboard of --output_dir",
-    "optim": "the optimizer is AdamW",
-    "overwrite_output_dir": "name another --output_dir, as no run overwrites another",
-    "remove_unused_columns": "only the columns of images and labels are read",
-    "report_to": "TensorBoard always gets everything",
-    "run_name": "runs are called after their --output_dir",
-    "use_cpu": "ACCELERATE_USE_CPU=true does it",
+UNNECESSARY = {
+    "do_eval": "every run evaluates",
+    "do_train": "every run without --do_eval_only trains",
+    "ignore_mismatched_sizes": "a head of another size is always replaced",
+    "load_best_model_at_end": "the result is always the best checkpoint",
+    "logging_dir": "TensorBoard logs are in --output_dir/tensorboard",
+    "optim": "the optimizer is always AdamW",
+    "overwrite_output_dir": "runs do not overwrite each other; use another --output_dir",
+    "remove_unused_columns": "only the image and label columns are read",
+    "report_to": "TensorBoard always receives everything",
+    "run_name": "the name of a run is its --output_dir",
+    "use_cpu": "set ACCELERATE_USE_CPU=true instead",
+}
+LAUNCH_FILES = {
+    "deepspeed": ("DeepSpeed", "zero2.yaml"),
+    "fsdp": ("FSDP", "fsdp2.yaml"),
+    "fsdp_config": ("FSDP", "fsdp2.yaml"),
 }
 
 
 def hint(flag: str, known: Collection[str]) -> str:
-    """What to write instead of a flag of `TrainingArguments`; empty for others, and where a command has neither.
+    """What to write instead of a flag of `TrainingArguments`; empty for other flags.
 
     Args:
-        flag: without its dashes.
-        known: flags of the command.
+        flag: Without dashes.
+        known: Flags of the command.
     """
-    if "output_dir" in known and flag in NEEDLESS:
-        return f"; leave it out: {NEEDLESS[flag]}"
-    name = NAMES.get(flag, "")
-    return f"; here it is --{name}" if name.split(" ")[0] in known else ""
+    trains = "num_train_epochs" in known
+    if trains and flag in UNNECESSARY:
+        return f"; remove it: {UNNECESSARY[flag]}"
+    if trains and flag in LAUNCH_FILES:
+        engine, file = LAUNCH_FILES[flag]
+        return (
+            f"; the launch file selects {engine}: accelerate launch --config_file accelerate_configs/{file} "
+            f"(`python -m lora_dist.launch_files` lists all)"
+        )
+    name = RENAMED.get(flag, "")
+    return f"; use --{name}" if name.split(" ")[0] in known else ""

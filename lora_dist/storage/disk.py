@@ -1,4 +1,4 @@
-"""How much room a disk has, and sizes for people."""
+"""Free disk space, and sizes as text."""
 
 import shutil
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from lora_dist.storage.writable import standing
 
 SAFETY = 1.1
-"""Room is asked for with this margin, for what is small beside it: headers, curves, pictures."""
+"""Factor on required disk space, for headers, logs and images."""
 
 
 def free_bytes(root: Path) -> int:
-    """Room on the disk of a directory, which need not be there yet."""
+    """Free bytes on the disk of a directory, which need not exist."""
     return shutil.disk_usage(standing(root)).free
 
 
 def readable(size: float) -> str:
-    """A number of bytes for people."""
+    """Formats a number of bytes, e.g. `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"

@@ -1,7 +1,8 @@
-"""Directories and files that appear whole or not at all, whenever the process dies."""
+"""Atomic writing: files and directories appear complete or not at all, even if the process dies."""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -12,10 +13,10 @@ _WRITING, _REMOVING = ".writing-", ".removing-"
 
 @contextmanager
 def whole_directory(final: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `final` at the end; what stood there goes only then.
+    """Yields a directory to write into, which replaces `final` at the end.
 
-    Everything is flushed to the disk before the rename, so that a power cut leaves the old or the new one. After an
-    error nothing is left of what was written: on a full disk, room is what is needed.
+    Files are flushed to the disk before the rename, so that the old or the new directory survives a power failure.
+    After an error the new files are removed, to free the space on a full disk.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(_WRITING + final.name)
@@ -34,7 +35,7 @@ def _put_in_place(aside: Path, final: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for file in aside.iterdir():
-        # safetensors makes its files readable by their owner alone.
+        # safetensors creates files that only their owner can read.
         file.chmod(0o666 & ~umask)
         _flush(file)
     _flush(aside)
@@ -48,21 +49,21 @@ def _put_in_place(aside: Path, final: Path) -> None:
 
 
 def finish_replacing(parent: Path) -> None:
-    """Finishes what a process was killed in: between two renames, a directory to be replaced has no name.
+    """Completes a replacement if the process was killed between the two renames.
 
-    May be called by several processes at once.
+    Several processes may call this at once.
     """
     for old in parent.glob(f"{_REMOVING}*"):
         final = parent / old.name.removeprefix(_REMOVING)
         aside = parent / (_WRITING + final.name)
         if not final.exists():
-            # The new directory was whole before the old one lost its name; without one, the old one was to go.
+            # The new directory was complete before the old one was renamed. Without it, the old one was being removed.
             with suppress(OSError):
                 aside.rename(final)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file; what stood there goes only when the new one is whole."""
+    """Writes a file; an existing one is replaced only by the complete new file."""
     aside = path.with_name(_WRITING + path.name)
     try:
         aside.write_bytes(content)
@@ -73,14 +74,25 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+@contextmanager
+def replace_files(directory: Path) -> Iterator[Path]:
+    """Yields a directory for new files, which replace those of the same names in `directory` at the end."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_WRITING, dir=directory) as name:
+        yield Path(name)
+        for file in Path(name).iterdir():
+            _flush(file)
+            file.replace(directory / file.name)
+
+
 def unused(path: Path) -> Path:
-    """The path itself where nothing is there, else the first of `path-2`, `path-3` … that is not taken."""
+    """Returns the path if it does not exist, else the first of `path-2`, `path-3`, … that does not exist."""
     names = (path.with_name(f"{path.name}-{number}") if number > 1 else path for number in count(1))
     return next(candidate for candidate in names if not candidate.exists())
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory so that it is never seen half empty under its name."""
+    """Removes a directory; it is never visible half removed under its name."""
     doomed = path.with_name(_REMOVING + path.name)
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -89,7 +101,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what killed processes left half written or half removed in `parent`."""
+    """Removes incomplete directories and files that killed processes left in `parent`."""
     for leftover in [*parent.glob(f"{_WRITING}*"), *parent.glob(f"{_REMOVING}*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 

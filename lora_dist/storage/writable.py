@@ -1,4 +1,4 @@
-"""Whether files can be made in a place, and what it is called where they cannot."""
+"""Checks whether directories are writable, and turns write errors into `UserError`."""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,30 +11,34 @@ from lora_dist.errors import UserError
 
 
 def require_writable(root: Path, flag: str = "--output_dir") -> None:
-    """Raises a `UserError` that names the flag unless files can be made below a directory, there or not yet."""
+    """Raises a `UserError` unless files can be created in a directory, which need not exist.
+
+    Args:
+        flag: Named in the message.
+    """
     try:
         there = standing(root)
         for part in root.absolute().relative_to(there).parts:
-            # Whether it could be: a name can be too long.
-            _is_there(there / part)
+            # Raises if the name is too long.
+            _exists(there / part)
         with tempfile.TemporaryFile(dir=there):
             return
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(
-            f"{flag} {root}: cannot write there ({why}); name a directory that is writable from this machine"
+            f"{flag} {root}: cannot write there ({why}); use a directory that is writable on this machine"
         ) from error
 
 
 def standing(root: Path) -> Path:
-    """A directory that need not be there yet, or else the nearest one above it that is."""
+    """Returns the directory, or its nearest parent that exists."""
     there = root.absolute()
-    while not _is_there(there):
+    while not _exists(there):
         there = there.parent
     return there
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -44,7 +48,7 @@ def _is_there(path: Path) -> bool:
 
 @contextmanager
 def writing(path: Path, flag: str) -> Iterator[None]:
-    """What goes wrong on the disk in this block, such as that it is full, becomes a `UserError`."""
+    """Turns disk errors in this block, e.g. a full disk, into a `UserError` that names the flag."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -46,7 +46,7 @@ def test_the_exit_code_is_that_of_the_worst_finding(planted: Planted, audited: P
     sound = plant_sound(tmp_path / "sound")
     result = _audit(sound, tmp_path / "sound audit", code=0)
     assert "57 images in 3 classes (42 training, 15 validation): 0 errors, 0 warnings" in result.stdout
-    assert "Nothing to find fault with" in (tmp_path / "sound audit" / "report.html").read_text()
+    assert "No problems found" in (tmp_path / "sound audit" / "report.html").read_text()
     (tmp_path / "file").touch()
     assert f"--output_dir {tmp_path / 'file'}" in _audit(sound, tmp_path / "file", code=2).stderr
     assert "no such file: /nowhere" in _audit(sound, tmp_path / "x", "--exclude", "/nowhere", code=2).stderr

@@ -1,4 +1,4 @@
-"""A benchmark is launched like a training: figures, one sentence, a row, and the guide's recipe in turns."""
+"""A benchmark is launched like training: results, diagnosis, a CSV row, and the comparison with the PEFT guide."""
 
 import csv
 from pathlib import Path
@@ -20,8 +20,8 @@ def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos
     arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
     result = run("lora_dist.bench", *arguments, launch_file="single.yaml")
     said = result.stdout.splitlines()
-    assert "bounds this run" in said[-1]
-    assert any(line.startswith("in turns") for line in said)
+    assert said[-1].startswith("Bottleneck: ")
+    assert any(line.startswith("comparison") for line in said)
     assert [path.name for path in tmp_path.iterdir()] == ["bench.csv"]
     with (tmp_path / "bench.csv").open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -33,7 +33,7 @@ def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos
 
 
 def test_two_processes_are_measured_together(vit: Path, photos: Path, tmp_path: Path) -> None:
-    """And compared: the processes of a turn meet each other."""
+    """And compared: the processes of one measurement form their own process group."""
     arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
     run("lora_dist.bench", *arguments, launch_file="ddp_cpu.yaml")
     with (tmp_path / "bench.csv").open(encoding="utf-8", newline="") as file:

@@ -113,14 +113,14 @@ def test_a_weighted_merge_in_half_precision(vit: Path, images: Path, tmp_path: P
 def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path) -> None:
     pair = ("--adapter", "a=x", "b=y")
     for words, part in (
-        ((*pair, "--merge_to", "z"), "of several adapters, a blend is written: give --weights"),
+        ((*pair, "--merge_to", "z"), "--merge_to needs one model: merge the adapters with --weights"),
         ((*pair, "--weights", 0.5, "--images", images), "1 weights for 2 adapters"),
-        ((*pair, "--weights", 0.5, 0.6, "--images", images), "they add up to 1.1 and not to 1"),
-        ((*pair, "--images", images, "--grid", "g.png"), "a grid shows the predictions of one adapter"),
-        (("--adapter", "x", "--dtype", "bf16", "--images", images), "nothing is merged"),
-        (("--model", "x", "--labels", "y", "--images", images), "this belongs to an adapter"),
-        (("--model", "x", "--export_legacy_names", "y"), "nothing to merge or export"),
-        (("--adapter", "x", "x", "--images", images), "x is there twice"),
+        ((*pair, "--weights", 0.5, 0.6, "--images", images), "the weights add up to 1.1 instead of 1"),
+        ((*pair, "--images", images, "--grid", "g.png"), "--grid shows the predictions of one adapter"),
+        (("--adapter", "x", "--dtype", "bf16", "--images", images), "--dtype needs --merge_to"),
+        (("--model", "x", "--labels", "y", "--images", images), "--labels needs an adapter"),
+        (("--model", "x", "--export_legacy_names", "y"), "only adapters can be merged or converted"),
+        (("--adapter", "x", "x", "--images", images), "two adapters are named x"),
         ((*GUIDE, "--labels", tmp_path / "nowhere", "--images", images), "nowhere"),
     ):
         result = predict(*words, code=2)

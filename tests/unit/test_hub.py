@@ -102,7 +102,7 @@ def test_a_repository_is_private_if_that_is_asked_for_and_keeps_what_it_is(serve
 def test_a_name_that_the_hub_does_not_take_is_refused_before_it_is_asked(server: Hub, name: str) -> None:
     with pytest.raises(HubError, match="Repo id must") as caught:
         open_repository(name, private=False)
-    assert not caught.value.passing
+    assert not caught.value.temporary
     assert server.requests == []
 
 
@@ -110,14 +110,14 @@ def test_without_a_token_the_way_to_one_is_named(server: Hub, monkeypatch: pytes
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match=r"no token: .*hf auth login.*HF_TOKEN") as caught:
         open_repository("flowers", private=False)
-    assert not caught.value.passing
+    assert not caught.value.temporary
 
 
 def test_offline_is_said(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set") as caught:
         open_repository("flowers", private=False)
-    assert not caught.value.passing
+    assert not caught.value.temporary
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +127,11 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(server: Hub, monkeypatch: 
     with pytest.raises(HubError, match="timed out") as caught:
         open_repository("flowers", private=False)
     assert time.monotonic() - start < 2
-    assert caught.value.passing
+    assert caught.value.temporary
 
 
 @pytest.mark.parametrize(
-    ("route", "failure", "passing"),
+    ("route", "failure", "temporary"),
     [
         ("create", 503, True), ("create", 429, True), ("create", "drop", True), ("create", 401, False),
         ("create", 403, False), ("validate", "html", True), ("validate", 500, True), ("validate", "drop", True),
@@ -140,18 +140,20 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(server: Hub, monkeypatch: 
         ("commit", "drop", True), ("commit", 401, False), ("commit", 403, False), ("commit", 413, False),
     ],
 )  # fmt: skip
-def test_which_failures_may_go_away(route: str, failure: int | str, passing: bool, server: Hub, tmp_path: Path) -> None:
+def test_which_failures_may_go_away(
+    route: str, failure: int | str, temporary: bool, server: Hub, tmp_path: Path
+) -> None:
     server.fail(route, failure, "for ever")
     with pytest.raises(HubError) as caught:
         upload(open_repository("flowers", private=False), _files(tmp_path / "bundle"), "message")
-    assert caught.value.passing == passing
+    assert caught.value.temporary == temporary
     assert server.requests[-1] == ("info" if (route, failure) in (("create", 401), ("create", 403)) else route)
 
 
 def test_nobody_listening_may_go_away(dead_end: None) -> None:
     with pytest.raises(HubError) as caught:
         open_repository("flowers", private=False)
-    assert caught.value.passing
+    assert caught.value.temporary
 
 
 def test_a_card_that_the_hub_does_not_take_is_a_lasting_failure(server: Hub, tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_a_card_that_the_hub_does_not_take_is_a_lasting_failure(server: Hub, tmp
     card = "---\nbase_model: /home/ada/vit\n---\n# x\n"
     with pytest.raises(HubError, match="/home/ada/vit") as caught:
         upload("ada/flowers", _files(tmp_path / "bundle", card=card), "message")
-    assert not caught.value.passing
+    assert not caught.value.temporary
 
 
 @pytest.mark.parametrize("route", ["create", "preupload", "store", "commit"])
@@ -347,7 +349,7 @@ def test_a_token_that_cannot_be_read_is_said(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))
-    with pytest.raises(HubError, match=r"the token cannot be read: .*hf auth login"):
+    with pytest.raises(HubError, match=r"cannot read the token: .*hf auth login"):
         open_repository("flowers", private=False)
     with pytest.raises(HubError, match="Is a directory"):
         upload("ada/flowers", _files(tmp_path / "bundle"), "message")
@@ -432,7 +434,7 @@ def test_a_directory_comes_before_the_hub(server: Hub, tmp_path: Path, monkeypat
     assert server.requests == []
 
 
-def test_what_was_fetched_before_is_there_when_the_hub_is_not(server: Hub, tmp_path: Path) -> None:
+def test_the_cache_is_used_if_the_hub_fails(server: Hub, tmp_path: Path) -> None:
     upload(open_repository("flowers", private=False), _files(tmp_path / "bundle"), "message")
     before = local_directory("ada/flowers")
     server.fail("*", 503, "for ever")
@@ -444,7 +446,7 @@ def test_what_was_fetched_before_is_there_when_the_hub_is_not(server: Hub, tmp_p
     [("ada/none", "no repository ada/none, or it is private"), ("ada/flowers@v9", "no branch, tag or commit v9"),
      ("ada/gated", "ada/gated is gated")],
 )  # fmt: skip
-def test_what_cannot_be_had_is_named_with_the_way_out(name: str, said: str, server: Hub, tmp_path: Path) -> None:
+def test_a_failed_download_says_what_to_do(name: str, said: str, server: Hub, tmp_path: Path) -> None:
     for repository in ("flowers", "gated"):
         upload(open_repository(repository, private=False), _files(tmp_path / "bundle"), "message")
     server.repositories["ada/gated"].gated = True
@@ -469,7 +471,7 @@ def test_a_private_repository_is_not_found_without_a_token(
 ) -> None:
     upload(open_repository("hidden", private=True), _files(tmp_path / "bundle"), "message")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="or it is private: `hf auth login` or set HF_TOKEN"):
+    with pytest.raises(UserError, match="or it is private: run `hf auth login` or set HF_TOKEN"):
         local_directory("ada/hidden")
 
 
@@ -541,7 +543,7 @@ def test_a_hub_that_refuses_every_commit_costs_a_run_nothing(
 @pytest.mark.parametrize(
     ("token", "more", "said"),
     [
-        (None, (), "no token: log in by `hf auth login`, or set HF_TOKEN"),
+        (None, (), "no token: run `hf auth login`, or set HF_TOKEN"),
         ("hf_wrongWRONGwrong01234", (), "Invalid credentials"),
         ("hf_readsREADSreads0123456789abcdefgh", (), "You don't have the rights"),
         (TOKEN, ("--hub_model_id", "someone/else"), "cannot push to someone/else"),

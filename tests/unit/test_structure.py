@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
+from lora_dist.settings.fields import Group
 from lora_dist.settings.predict import PredictSettings
-from lora_dist.settings.train import Group, Settings
+from lora_dist.settings.train import Settings
 
 PACKAGE = Path(__file__).parents[2] / "lora_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))

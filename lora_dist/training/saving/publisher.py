@@ -68,7 +68,7 @@ class Publisher:
         self._next: Push | None = None
         self._final: Push | None = None
         self._pushed: Push | None = None
-        self._failure = HubError("nothing was pushed yet", passing=False)
+        self._failure = HubError("nothing was pushed yet", temporary=False)
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
         self._thread.start()
 
@@ -107,7 +107,7 @@ class Publisher:
         if self._pushed is push:
             return True
         if self._thread.is_alive():
-            self._failure = HubError(f"it took longer than {seconds:.0f} s", passing=True)
+            self._failure = HubError(f"it took longer than {seconds:.0f} s", temporary=True)
         logger.warning(
             "%s is complete, but could not be pushed to the Hub: %s\nTo push it by hand:\n    hf upload %s %s .",
             push.directory,
@@ -157,7 +157,7 @@ class Publisher:
             try:
                 return _with_hub_errors(call)
             except HubError as error:
-                if not error.passing or self._is_replaced_within(wait):
+                if not error.temporary or self._is_replaced_within(wait):
                     raise
         return _with_hub_errors(call)
 
@@ -173,7 +173,7 @@ def _with_hub_errors(call: Callable[[], None]) -> None:
     except HubError:
         raise
     except Exception as error:
-        raise HubError(f"{type(error).__name__}: {error}", passing=False) from error
+        raise HubError(f"{type(error).__name__}: {error}", temporary=False) from error
 
 
 def _bytes_in(directory: Path) -> int:
@@ -213,7 +213,7 @@ def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Outp
                 publisher.open()
         except HubError as error:
             problem = f"--push_to_hub: cannot push to {publisher.name} on the Hub: {error}"
-            if going_on and error.passing:
+            if going_on and error.temporary:
                 logger.warning("%s\nThe run goes on all the same.", problem)
                 problem = ""
     if settings.push_to_hub:

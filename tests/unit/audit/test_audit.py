@@ -1,4 +1,4 @@
-"""The audit by its parts: files are read whatever they hold, copies are found, classes are counted, names are shown."""
+"""The audit: reading files, finding duplicates, counting classes, and reports."""
 
 import json
 import os
@@ -32,9 +32,8 @@ from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
 from lora_dist.audit.pool import in_processes
 from lora_dist.audit.report import Report, visible, write_json, write_page, write_quarantine
-from lora_dist.audit.scan import Facts, scan
+from lora_dist.audit.scan import Facts, scan, thumbnail
 from lora_dist.audit.similar import connected, near_pairs
-from lora_dist.audit.thumbnails import thumbnail
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.demo import local_path
 from lora_dist.errors import UserError
@@ -83,13 +82,13 @@ def test_every_fault_is_found_and_nothing_else(planted: Planted, report: Report)
     assert exit_code(report.findings) == 4
 
 
-def test_files_that_training_does_not_see_are_counted_and_some_named(report: Report) -> None:
+def test_ignored_files_are_counted_and_some_named(report: Report) -> None:
     messages = [finding.message for finding in report.findings if finding.kind.name == "ignored"]
     assert messages == [
-        "train: files of .heic: 4, such as few/1.heic, many/1.HEIC, many/2.heic",
-        "train: files of .txt: 2, such as many/notes.txt, readme.txt",
-        "train: images in no class folder: 1, such as loose.png",
-        "validation: files without a suffix: 1, such as many/no suffix",
+        "train: .heic files: 4, e.g. few/1.heic, many/1.HEIC, many/2.heic",
+        "train: .txt files: 2, e.g. many/notes.txt, readme.txt",
+        "train: images outside of class folders: 1, e.g. loose.png",
+        "validation: files without a suffix: 1, e.g. many/no suffix",
     ]
 
 
@@ -138,7 +137,7 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
     for inside in (tmp_path, tmp_path / "reports" / "1"):
         with pytest.raises(UserError, match="--output_dir, --train_dir: the report would become part of the data"):
             settings_of("--train_dir", tmp_path, "--output_dir", inside)
-    with pytest.raises(UserError, match="no data: give a folder"):
+    with pytest.raises(UserError, match="no data: set a folder"):
         settings_of()
 
 
@@ -231,7 +230,7 @@ def test_a_photograph_of_a_telephone_has_no_wrong_extension(tmp_path: Path) -> N
 # Copies
 
 
-def places_of(findings: Sequence[Finding]) -> list[tuple[str, list[int], list[int]]]:
+def indices_of(findings: Sequence[Finding]) -> list[tuple[str, list[int], list[int]]]:
     return [(finding.kind.name, list(finding.files), list(finding.left_out)) for finding in findings]
 
 
@@ -245,17 +244,17 @@ def copies(*files: tuple[str, str, int]) -> Sequence[Finding]:
 
 def test_of_copies_in_a_split_the_first_stays() -> None:
     found = copies(("train", "a", 1), ("train", "a", 2), ("train", "a", 1), ("train", "a", 1), ("validation", "a", 3))
-    assert places_of(found) == [("duplicate", [0, 2, 3], [2, 3])]
+    assert indices_of(found) == [("duplicate", [0, 2, 3], [2, 3])]
 
 
 def test_a_leak_leaves_training_and_one_copy_stays_in_validation() -> None:
     found = copies(("train", "a", 1), ("train", "a", 1), ("validation", "a", 1), ("validation", "a", 1))
-    assert places_of(found) == [("leak", [0, 1, 2, 3], [0, 1, 3])]
+    assert indices_of(found) == [("leak", [0, 1, 2, 3], [0, 1, 3])]
 
 
 def test_an_image_of_two_classes_goes_altogether_and_is_a_leak_as_well_where_it_is_one() -> None:
     found = copies(("train", "a", 1), ("train", "b", 1), ("validation", "a", 1), ("train", "a", 2), ("train", "b", 2))
-    assert places_of(found) == [("leak", [0, 1, 2], [0, 1]), ("conflict", [0, 1, 2], [0, 1, 2]),
+    assert indices_of(found) == [("leak", [0, 1, 2], [0, 1]), ("conflict", [0, 1, 2], [0, 1, 2]),
                                 ("conflict", [3, 4], [3, 4])]  # fmt: skip
     assert left_out(found) == {0, 1, 2, 3, 4}
 
@@ -276,7 +275,7 @@ def test_a_changed_copy_is_a_near_duplicate(change: Any, tmp_path: Path) -> None
         picture(seed).save(tmp_path / f"{seed}.png")
         change(picture(seed)).save(tmp_path / f"{seed}.jpg", quality=70)
         facts += [scan(str(tmp_path / f"{seed}.png")), scan(str(tmp_path / f"{seed}.jpg"))]
-    pairs = near_pairs([one.look for one in facts], [one.colors for one in facts], Checks().near_distance)
+    pairs = near_pairs([one.phash for one in facts], [one.colors for one in facts], Checks().near_distance)
     assert list(pairs) == [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
@@ -286,7 +285,7 @@ def test_plain_images_are_alike_only_in_the_same_color(tmp_path: Path) -> None:
     for index, (color, size) in enumerate([("red", 50), ("blue", 50), ("red", 70), ("#fe0101", 50)]):
         Image.new("RGB", (size, size), color).save(tmp_path / f"{index}.png")
         facts.append(scan(str(tmp_path / f"{index}.png")))
-    pairs = near_pairs([one.look for one in facts], [one.colors for one in facts], 0.12)
+    pairs = near_pairs([one.phash for one in facts], [one.colors for one in facts], 0.12)
     assert list(pairs) == [(0, 2), (0, 3), (2, 3)]
 
 
@@ -343,18 +342,18 @@ def test_groups_are_what_is_connected() -> None:
 # Processes
 
 
-def test_a_process_that_dies_costs_the_file_it_was_at() -> None:
+def test_a_crashed_worker_loses_only_the_file_that_it_was_reading() -> None:
     paths = [f"{'deadly' if index in (3, 40, 41) else 'fine'} {index}" for index in range(70)]
-    results = dict(in_processes(die_of_it, paths, workers=2, died="died"))
+    results = dict(in_processes(die_of_it, paths, workers=2, failed="failed"))
     assert results == {
-        index: "died" if index in (3, 40, 41) else path.upper() for index, path in enumerate(paths)
+        index: "failed" if index in (3, 40, 41) else path.upper() for index, path in enumerate(paths)
     }  # fmt: skip
 
 
-def test_a_process_that_hangs_costs_the_file_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_worker_loses_only_the_file_that_it_was_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "SILENT_SECONDS", 2.0)
     paths = ["fine", "stuck", "fine too"]
-    assert dict(in_processes(hang_at_it, paths, workers=2, died="died")) == {0: "FINE", 1: "died", 2: "FINE TOO"}
+    assert dict(in_processes(hang_at_it, paths, workers=2, failed="failed")) == {0: "FINE", 1: "failed", 2: "FINE TOO"}
 
 
 def workers_of(parent: subprocess.Popen[Any]) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""A benchmark measures what it says, and says what would help in flags that there are."""
+"""Benchmarks: measurements, diagnosis, comparison and the CSV file."""
 
 import dataclasses
 import re
@@ -9,13 +9,12 @@ import pytest
 import torch
 from lora_dist_testing.tiny import make_folder
 
-from lora_dist.bench.arithmetic import count_flops
-from lora_dist.bench.compare import Comparison, Turn
-from lora_dist.bench.diagnosis import Circumstances, diagnose, flag
-from lora_dist.bench.measure import Figures, assemble_unwritten, measure, warm_updates
+from lora_dist.bench.compare import Comparison, Throughput
+from lora_dist.bench.diagnosis import Hardware, diagnose, flag
+from lora_dist.bench.measure import Measurements, assemble_unwritten, count_flops, measure, warmup_updates
 from lora_dist.bench.report import row
-from lora_dist.bench.results import COLUMNS, add_row, require_room_for_rows, table
-from lora_dist.bench.trainer_baseline import time_guide
+from lora_dist.bench.results import COLUMNS, append_row, require_appendable, table
+from lora_dist.bench.trainer_baseline import time_baseline
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.sampling.order import Sample
@@ -24,13 +23,13 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings import cli
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.train import Settings
-from lora_dist.training.loop import Job
+from lora_dist.training.run import TrainingRun
 
 ROOT = Path(__file__).parents[3]
-FIGURES = Figures(100.0, 110.0, 900.0, 0.01, 50.0, 100.0, 300.0, 1.2, 0.05, 1000.0, 0.1, 8.0)
+MEASURED = Measurements(100.0, 110.0, 900.0, 0.01, 50.0, 100.0, 300.0, 1.2, 0.05, 1000.0, 0.1, 8.0)
 SLOW_LOADER = {"data_wait": 0.3, "loader_images_per_second": 120.0}
-CPU = Circumstances("cpu", "no", 1, workers=0, idle_cores=3)
-GPU = Circumstances("cuda", "no", 1, workers=15, idle_cores=0)
+CPU = Hardware("cpu", "no", 1, workers=0, idle_cores=3)
+GPU = Hardware("cuda", "no", 1, workers=15, idle_cores=0)
 
 
 def parse(*argv: object) -> BenchSettings:
@@ -39,7 +38,7 @@ def parse(*argv: object) -> BenchSettings:
 
 
 @pytest.fixture(scope="module")
-def made(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+def made(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingRun, Path]:
     """A run of two micro-batches of 4 an update, ready to be measured, and the directory it may write to."""
     root = tmp_path_factory.mktemp("bench")
     make_folder(root / "photos", per_class=12)
@@ -58,29 +57,29 @@ class Slow(TrainImages):
         return super().prepared(samples)
 
 
-def test_all_of_a_run_is_measured_and_nothing_is_written_where_it_would_be(made: tuple[Job, Path]) -> None:
+def test_all_of_a_run_is_measured_and_nothing_is_written_where_it_would_be(made: tuple[TrainingRun, Path]) -> None:
     """What is measured depends on the machine; that a slow loader is waited for does not."""
     job, root = made
     images = Slow(job.images.split, job.images.transforms, job.settings.augmentation, seed=0)
-    figures = measure(dataclasses.replace(job, images=images), updates=1)
+    measured = measure(dataclasses.replace(job, images=images), updates=1)
     samples = 8
-    assert samples / figures.loader_images_per_second >= 1
-    assert samples / figures.images_per_second * figures.data_wait >= 1
-    assert figures.step_images_per_second > figures.images_per_second
-    assert 0 < figures.mfu < 1
-    assert figures.forward_images_per_second
-    assert figures.lora_costs
-    assert figures.peak_memory_mb > 100
+    assert samples / measured.loader_images_per_second >= 1
+    assert samples / measured.images_per_second * measured.data_wait >= 1
+    assert measured.step_images_per_second > measured.images_per_second
+    assert 0 < measured.mfu < 1
+    assert measured.forward_images_per_second
+    assert measured.lora_costs
+    assert measured.peak_memory_mb > 100
     (saved,) = (root / "written" / "checkpoints").iterdir()
-    assert figures.checkpoint_mb * 1e6 == sum(file.stat().st_size for file in saved.iterdir())
+    assert measured.checkpoint_mb * 1e6 == sum(file.stat().st_size for file in saved.iterdir())
     assert not (root / "run").exists()
-    found = row(job, figures, None, load=1.5)
+    found = row(job, measured, None, load=1.5)
     assert found.keys() <= set(COLUMNS)
     assert (found["engine"], found["precision"], found["batch"], found["accumulation"]) == ("single", "no", 4, 2)
     assert found["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_the_arithmetic_of_an_update_is_that_of_its_products(made: tuple[Job, Path]) -> None:
+def test_the_flops_of_an_update_are_those_of_its_matrix_products(made: tuple[TrainingRun, Path]) -> None:
     """Of two micro-batches of 4 images; the backward pass has one product for each of the forward pass, and for each
     of LoRA's a second one, but ends in the first layer."""
     job, _ = made
@@ -94,46 +93,63 @@ def test_the_arithmetic_of_an_update_is_that_of_its_products(made: tuple[Job, Pa
     assert 1.6 * forward < count_flops(job, held) < 2 * forward + 2 * 8 * tokens * lora
 
 
-def test_updates_that_warm_up_cover_each_worker_once() -> None:
-    assert [warm_updates(workers, 4) for workers in (0, 1, 4, 5)] == [1, 2, 2, 3]
+def test_warmup_updates_cover_each_worker_once() -> None:
+    assert [warmup_updates(workers, 4) for workers in (0, 1, 4, 5)] == [1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("changes", "flags", "found", "expected"),
     [
-        (SLOW_LOADER, (), CPU, "loader bounds this run: 30% .*; --cache_dir or --dataloader_num_workers 3 "),
-        (SLOW_LOADER, (), GPU, "loader bounds this run: .*; --cache_dir or --augment_on_device may help"),
-        (SLOW_LOADER, ("--cache_dir", "c", "--augment_on_device"), GPU, "loader bounds .* no core is idle"),
-        ({"data_wait": 0.3}, (), CPU, "The step bounds this run"),
-        ({"exchange": 0.4}, (), CPU._replace(processes=2), "exchange .* 40% .* --per_device_train_batch_size .* or a"),
-        ({"exchange": 0.4}, (), CPU, "The step bounds this run: it reaches 50% .*; no setting"),
-        ({"gflops_per_second": 20.0}, (), GPU, "step bounds this run: .* 20% .*; .* bf16 or --torch_compile or a "),
+        (SLOW_LOADER, (), CPU, "data loader .30% .*; --cache_dir or --dataloader_num_workers 3 "),
+        (SLOW_LOADER, (), GPU, "data loader .*; --cache_dir or --augment_on_device may help"),
+        (SLOW_LOADER, ("--cache_dir", "c", "--augment_on_device"), GPU, "data loader .* no core is idle"),
+        ({"data_wait": 0.3}, (), CPU, "Bottleneck: the step"),
+        (
+            {"exchange": 0.4},
+            (),
+            CPU._replace(processes=2),
+            "communication .40% .* --per_device_train_batch_size .* or a",
+        ),
+        ({"exchange": 0.4}, (), CPU, "the step .it reaches 50% .*; no setting"),
+        ({"gflops_per_second": 20.0}, (), GPU, "the step .* 20% .*; .* bf16 or --torch_compile or a "),
         ({"gflops_per_second": 20.0}, ("--gradient_checkpointing",), GPU, "--mixed_precision bf16 or no --gradient_"),
-        ({"gflops_per_second": 80.0}, (), CPU, "Arithmetic bounds this run: it reaches 80% .*; no setting"),
-        ({"gflops_per_second": 80.0}, (), GPU, "Arithmetic bounds .*; --mixed_precision bf16 may help"),
+        ({"gflops_per_second": 80.0}, (), CPU, "computation .it reaches 80% .*; no setting"),
+        ({"gflops_per_second": 80.0}, (), GPU, "computation .*; --mixed_precision bf16 may help"),
     ],
 )
-def test_the_verdict_names_what_bounds_a_run_and_what_would_help(
-    changes: dict[str, float], flags: tuple[str, ...], found: Circumstances, expected: str, tmp_path: Path
+def test_the_diagnosis_names_the_bottleneck_and_settings_that_may_help(
+    changes: dict[str, float], flags: tuple[str, ...], found: Hardware, expected: str, tmp_path: Path
 ) -> None:
     settings = parse("--train_dir", tmp_path, *flags)
-    said = diagnose(Figures(**{**vars(FIGURES), **changes}), settings, found)
+    said = diagnose(Measurements(**{**vars(MEASURED), **changes}), settings, found)
     assert re.search(expected, said), said
     assert said.count(".") == 1 + said.count("%.")
     names = [word.strip(";,().") for word in said.split() if word.startswith("--")]
     assert {name.removeprefix("--") for name in names} <= cli.flat_fields(Settings).keys()
 
 
-def test_a_flag_that_there_is_not_cannot_be_advised() -> None:
+def test_an_unknown_flag_cannot_be_advised() -> None:
     with pytest.raises(ValueError, match="faster"):
         flag("faster")
 
 
-def test_a_comparison_is_of_the_turns_of_a_round() -> None:
-    rounds = [(Turn(30, 90), Turn(20, 100)), (Turn(60, 91), Turn(30, 100)), (Turn(30, 95), Turn(30, 100))]
+def test_ratios_of_a_comparison_are_within_a_round() -> None:
+    rounds = [
+        (Throughput(30, 90), Throughput(20, 100)),
+        (Throughput(60, 91), Throughput(30, 100)),
+        (Throughput(30, 95), Throughput(30, 100)),
+    ]
     found = Comparison.of(rounds)
-    assert (found.ours, found.trainer) == (Turn(30, 91), Turn(30, 100))
-    assert (found.faster, found.lowest, found.highest, found.memory, found.rounds) == (1.5, 1.0, 2.0, 0.91, 3)
+    assert (found.our_images_per_second, found.trainer_images_per_second) == (30, 30)
+    assert (found.our_memory_mb, found.trainer_memory_mb) == (91, 100)
+    assert found._fields == COLUMNS[-len(found) :]
+    assert (found.faster_than_trainer, found.lowest, found.highest, found.memory_of_trainer, found.rounds) == (
+        1.5,
+        1.0,
+        2.0,
+        0.91,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,27 +169,27 @@ def test_what_cannot_be_measured_or_compared_is_said_first(flags: tuple[str, ...
         parse("--train_dir", tmp_path, *flags)
 
 
-def test_the_guide_trains_any_architecture_for_as_many_updates(architecture: Path, tmp_path: Path) -> None:
+def test_the_baseline_trains_any_architecture_for_as_many_updates(architecture: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "photos", per_class=12)
     settings = parse(
         "--model_name_or_path", architecture, "--train_dir", tmp_path / "photos", "--augmentation", "none",
         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--updates", 2,
     )  # fmt: skip
-    samples, seconds, device = time_guide(settings, tmp_path / "written")
+    samples, seconds, device = time_baseline(settings, tmp_path / "written")
     assert (samples, device.type) == (16, "cpu")
     assert seconds > 0
 
 
 def test_rows_are_added_and_the_newest_of_a_kind_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "bench.csv"
-    require_room_for_rows(file)
+    require_appendable(file)
     assert not file.exists()
     one = dict.fromkeys(COLUMNS) | {"model": "vit", "precision": "no", "batch": 32, "accumulation": 4, "engine": "ddp"}
     one |= {"images_per_second": 20.123456, "mfu": 0.456, "peak_memory_mb": 1234.5, "lora_costs": 1.0512}
-    add_row(file, one)
-    require_room_for_rows(file)
-    add_row(file, one | {"images_per_second": 30.0})
-    add_row(file, one | {"model": "swin", "faster_than_trainer": 1.5, "lowest": 1.4, "highest": 1.6})
+    append_row(file, one)
+    require_appendable(file)
+    append_row(file, one | {"images_per_second": 30.0})
+    append_row(file, one | {"model": "swin", "faster_than_trainer": 1.5, "lowest": 1.4, "highest": 1.6})
     lines = table(file).splitlines()[2:]
     assert len(file.read_text(encoding="utf-8").splitlines()) == 4
     assert len(lines) == 2
@@ -185,9 +201,9 @@ def test_rows_are_added_and_the_newest_of_a_kind_is_shown(tmp_path: Path) -> Non
 def test_a_file_that_cannot_take_a_row_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(UserError, match="other columns"):
-        require_room_for_rows(tmp_path / "other.csv")
+        require_appendable(tmp_path / "other.csv")
     with pytest.raises(UserError, match="--csv"):
-        require_room_for_rows(tmp_path / "nowhere" / "bench.csv")
+        require_appendable(tmp_path / "nowhere" / "bench.csv")
     assert (tmp_path / "other.csv").read_text(encoding="utf-8") == "a,b\n1,2\n"
 
 

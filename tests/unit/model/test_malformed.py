@@ -30,8 +30,7 @@ from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.audit import contradictions as audit_contradictions
 from lora_dist.settings.cli import flat_fields, parse
-from lora_dist.settings.contradictions import contradictions
-from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings, contradictions
 from lora_dist.storage.writable import require_writable
 
 EXAMPLES = 200

@@ -1,4 +1,4 @@
-"""What contradicts what on the prediction command line."""
+"""Settings of the prediction command: which combinations are accepted, and which are refused."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def _parse(line: str) -> PredictSettings:
         "--onnx f --serve",
     ],
 )
-def test_what_fits_together_is_taken(line: str) -> None:
+def test_valid_combinations_are_accepted(line: str) -> None:
     _parse(line)
 
 
@@ -51,7 +51,7 @@ def test_the_title_names_the_model(line: str, title: str) -> None:
     assert _parse(line).title == title
 
 
-def test_an_adapter_has_the_name_that_is_given_or_that_of_its_directory(tmp_path: Path) -> None:
+def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> None:
     odd = tmp_path / "r=16"
     odd.mkdir()
     source = _parse(f"--adapter day=a b {odd} --images x").source
@@ -61,53 +61,56 @@ def test_an_adapter_has_the_name_that_is_given_or_that_of_its_directory(tmp_path
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--images x", "--adapter, --model, --onnx: give one of them"),
-        ("--adapter a --model m --images x", "--adapter, --model: give one of them"),
-        ("--adapter a b a --images x", "--adapter: a is there twice; write NAME=DIRECTORY"),
-        ("--adapter a=x a=y --images x", "--adapter: a is there twice; write NAME=DIRECTORY"),
+        ("--images x", "--adapter, --model, --onnx: no model: set one of them"),
+        ("--adapter a --model m --images x", "--adapter, --model: use only one of them"),
+        ("--adapter a b a --images x", "--adapter: two adapters are named a: use NAME=DIRECTORY"),
+        ("--adapter a=x a=y --images x", "--adapter: two adapters are named a: use NAME=DIRECTORY"),
         ("--adapter a", "--images, --merge_to, --onnx, --serve: nothing to do"),
         ("--onnx f", "--images, --merge_to, --onnx, --serve: nothing to do"),
-        ("--onnx f --images x --merge_to m", "--onnx, --merge_to: a whole model has nothing to merge"),
-        ("--onnx f --images x --labels l", "--onnx, --labels: this belongs to an adapter"),
-        ("--model m --images x --base_model b", "--model, --base_model: this belongs to an adapter"),
-        ("--adapter a b --onnx f", "--adapter, --onnx: of several adapters, a blend is written"),
-        ("--adapter a b --merge_to m", "--adapter, --merge_to: of several adapters, a blend is written"),
-        ("--adapter a b --serve", "--adapter, --serve: of several adapters, a blend is served"),
-        ("--adapter a b --images x --grid g", "--grid, --adapter: a grid shows the predictions of one adapter"),
+        ("--onnx f --images x --merge_to m", "--onnx, --merge_to: only adapters can be merged"),
+        ("--onnx f --images x --labels l", "--onnx, --labels: --labels needs an adapter"),
+        ("--model m --images x --base_model b", "--model, --base_model: --base_model needs an adapter"),
+        ("--adapter a b --onnx f", "--adapter, --onnx: --onnx needs one model"),
+        ("--adapter a b --merge_to m", "--adapter, --merge_to: --merge_to needs one model"),
+        ("--adapter a b --serve", "--adapter, --serve: --serve needs one model"),
+        ("--adapter a b --images x --grid g", "--grid, --adapter: --grid shows the predictions of one adapter"),
         ("--adapter a b --images x --weights 1", "--weights, --adapter: 1 weights for 2 adapters"),
-        ("--adapter a b --images x --weights 1 1", "--weights: they add up to 2 and not to 1"),
-        ("--adapter a --images x --dtype bf16", "--dtype, --merge_to: nothing is merged"),
-        ("--adapter a --images x --merge_tolerance 1e-4", "--merge_tolerance, --merge_to: nothing is merged"),
-        ("--adapter a --serve --dtype bf16", "--dtype, --merge_to: nothing is merged"),
-        ("--adapter a --merge_to m --output o", "--output, --images: no images are classified"),
-        ("--adapter a --merge_to m --format csv", "--format, --images: no images are classified"),
-        ("--adapter a --merge_to m --grid g", "--grid, --images: no images are classified"),
-        ("--adapter a --onnx f --top_k 1", "--top_k, --images: no images are classified"),
-        ("--adapter a --merge_to m --batch_size 8", "--batch_size, --images: no images are classified"),
-        ("--adapter a --merge_to m --num_workers 0", "--num_workers, --images: no images are classified"),
-        ("--adapter a --merge_to m --device cpu", "--device, --images: no images are classified"),
-        ("--adapter a --images x --port 8000", "--port, --serve: nothing is served"),
-        ("--adapter a --merge_to m --host h", "--host, --serve: nothing is served"),
-        ("--model m --images x --max_upload_mb 1", "--max_upload_mb, --serve: nothing is served"),
-        ("--onnx f --images x --max_megapixels 1", "--max_megapixels, --serve: nothing is served"),
-        ("--adapter a --images x --max_files 1", "--max_files, --serve: nothing is served"),
+        ("--adapter a b --images x --weights 1 1", "--weights: the weights add up to 2 instead of 1"),
+        ("--adapter a --images x --dtype bf16", "--dtype, --merge_to: --dtype needs --merge_to"),
+        (
+            "--adapter a --images x --merge_tolerance 1e-4",
+            "--merge_tolerance, --merge_to: --merge_tolerance needs --merge_to",
+        ),
+        ("--adapter a --serve --dtype bf16", "--dtype, --merge_to: --dtype needs --merge_to"),
+        ("--adapter a --merge_to m --output o", "--output, --images: --output needs --images"),
+        ("--adapter a --merge_to m --format csv", "--format, --images: --format needs --images"),
+        ("--adapter a --merge_to m --grid g", "--grid, --images: --grid needs --images"),
+        ("--adapter a --onnx f --top_k 1", "--top_k, --images: --top_k needs --images"),
+        ("--adapter a --merge_to m --batch_size 8", "--batch_size, --images: --batch_size needs --images"),
+        ("--adapter a --merge_to m --num_workers 0", "--num_workers, --images: --num_workers needs --images"),
+        ("--adapter a --merge_to m --device cpu", "--device, --images: --device needs --images"),
+        ("--adapter a --images x --port 8000", "--port, --serve: --port needs --serve"),
+        ("--adapter a --merge_to m --host h", "--host, --serve: --host needs --serve"),
+        ("--model m --images x --max_upload_mb 1", "--max_upload_mb, --serve: --max_upload_mb needs --serve"),
+        ("--onnx f --images x --max_megapixels 1", "--max_megapixels, --serve: --max_megapixels needs --serve"),
+        ("--adapter a --images x --max_files 1", "--max_files, --serve: --max_files needs --serve"),
         ("--adapter a --dtype bf16", "--images, --merge_to, --onnx, --serve: nothing to do"),
-        ("--adapter a --images x --int8", "--int8, --onnx: a file is quantised when it is written"),
-        ("--onnx f --images x --int8", "--int8, --onnx: a file is quantised when it is written"),
-        ("--onnx f --images x --device cuda", "--onnx, --device: an ONNX file runs on the CPU"),
-        ("--adapter a --serve --images x", "--serve, --images: a server takes its images from requests"),
-        ("--adapter a --serve --output o", "--serve, --output: a server takes its images from requests"),
+        ("--adapter a --images x --int8", "--int8, --onnx: --int8 applies to an export"),
+        ("--onnx f --images x --int8", "--int8, --onnx: --int8 applies to an export"),
+        ("--onnx f --images x --device cuda", "--onnx, --device: ONNX files run on the CPU"),
+        ("--adapter a --serve --images x", "--serve, --images: the server does not use --images"),
+        ("--adapter a --serve --output o", "--serve, --output: the server does not use --output"),
         (
             "--adapter a --serve --max_megapixels 179",
             "--max_megapixels: '179' is not valid: Input should be less than",
         ),
-        ("--adapter a --serve --grid g", "--serve, --grid: a server takes its images from requests"),
-        ("--adapter a --serve --format csv", "--serve, --format: a server takes its images from requests"),
-        ("--adapter a --serve --num_workers 0", "--serve, --num_workers: a server takes its images from requests"),
-        ("--onnx f --images x --trust_remote_code", "--onnx, --trust_remote_code: an ONNX file brings no code"),
+        ("--adapter a --serve --grid g", "--serve, --grid: the server does not use --grid"),
+        ("--adapter a --serve --format csv", "--serve, --format: the server does not use --format"),
+        ("--adapter a --serve --num_workers 0", "--serve, --num_workers: the server does not use --num_workers"),
+        ("--onnx f --images x --trust_remote_code", "--onnx, --trust_remote_code: ONNX files contain no code"),
     ],
 )
-def test_what_contradicts_is_told_alone_and_by_name(line: str, words: str) -> None:
+def test_a_contradiction_is_one_problem_by_name(line: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         _parse(line)
     first, *problems = str(caught.value).splitlines()

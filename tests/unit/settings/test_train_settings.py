@@ -12,13 +12,12 @@ from pydantic import BaseModel
 
 from lora_dist.errors import UserError
 from lora_dist.settings import cli, trainer_flags
-from lora_dist.settings import train as config
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
-from lora_dist.settings.contradictions import contradictions
 from lora_dist.settings.predict import PredictSettings
-from lora_dist.settings.train import Settings
+from lora_dist.settings.train import Settings, contradictions
 
+ROOT = Path(__file__).parents[3]
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
 
 
@@ -73,24 +72,44 @@ def test_dashes_equals_signs_bare_booleans_and_comma_lists(folder: Path) -> None
     assert settings.run.checkpointing_steps == 50
 
 
-def test_flags_of_trainer_are_told_what_they_are_called_here(folder: Path) -> None:
+def test_flags_of_trainer_are_answered_with_the_flags_of_this_command(folder: Path) -> None:
     message = problems_of(
         "--train_dir", folder, "--bf16", "--save_steps", 500, "--eval-strategy=steps", "--report_to", "tensorboard",
         "--learning_rat", 1,
     )  # fmt: skip
     assert message.splitlines()[1:] == [
-        "  --bf16: unknown flag; here it is --mixed_precision bf16",
-        "  --save_steps: unknown flag; here it is --checkpointing_steps",
-        "  --eval_strategy: unknown flag; here it is --eval_steps",
-        "  --report_to: unknown flag; leave it out: TensorBoard always gets everything",
+        "  --bf16: unknown flag; use --mixed_precision bf16",
+        "  --save_steps: unknown flag; use --checkpointing_steps",
+        "  --eval_strategy: unknown flag; use --eval_steps",
+        "  --report_to: unknown flag; remove it: TensorBoard always receives everything",
         "  --learning_rat: unknown flag; did you mean --learning_rate?",
     ]
 
 
-def test_every_name_that_stands_for_one_of_trainer_is_a_flag() -> None:
+@pytest.mark.parametrize(
+    ("words", "engine", "file"),
+    [
+        (["--deepspeed", "ds.json"], "DeepSpeed", "zero2.yaml"),
+        (["--fsdp", "full_shard auto_wrap"], "FSDP", "fsdp2.yaml"),
+        (["--fsdp-config=fsdp.json"], "FSDP", "fsdp2.yaml"),
+    ],
+)
+def test_flags_of_trainer_for_engines_are_answered_with_a_launch_file(
+    words: list[str], engine: str, file: str, folder: Path
+) -> None:
+    _, problem = problems_of("--train_dir", folder, *words).splitlines()
+    assert f"the launch file selects {engine}: accelerate launch --config_file accelerate_configs/{file} " in problem
+    assert (ROOT / "accelerate_configs" / file).is_file()
+    assert "lora_dist.launch_files" in problem
+
+
+def test_every_replacement_of_a_trainer_flag_is_a_flag() -> None:
     known = cli.flat_fields(Settings)
-    assert {name.split()[0] for name in trainer_flags.NAMES.values()} <= known.keys()
-    assert not (trainer_flags.NAMES.keys() | trainer_flags.NEEDLESS.keys()) & known.keys()
+    assert {name.split()[0] for name in trainer_flags.RENAMED.values()} <= known.keys()
+    assert (
+        not (trainer_flags.RENAMED.keys() | trainer_flags.UNNECESSARY.keys() | trainer_flags.LAUNCH_FILES.keys())
+        & known.keys()
+    )
 
 
 def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, tmp_path: Path) -> None:
@@ -103,7 +122,7 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
     for part in (
         "7 problems", "learning_rat: unknown setting", f"(in {file})", "did you mean --learning_rate?",
         "--lora_dropout: 2 is not valid", "--lora_rank: unknown flag; did you mean --lora_r?",
-        "--seed: needs a value", "--train_dir, --dataset_name: two sources of data",
+        "--seed: needs a value", "--train_dir, --dataset_name: two data sources",
         "--mixed_precision: 'fp8' is not valid", "--warmup_steps, --warmup_ratio",
     ):  # fmt: skip
         assert part in message, part
@@ -116,42 +135,42 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
         (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
         (["--train_dir", "/tmp", "--exclude", "/nowhere.txt"], "--exclude: no such file: /nowhere.txt"),
         (["--train_dir", "/tmp", "--exclude", "/tmp"], "--exclude: no such file: /tmp"),
-        (["--dataset_name", "x", "--exclude", __file__], "a list of files goes with folders"),
+        (["--dataset_name", "x", "--exclude", __file__], "only images in folders can be excluded"),
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
-        (["--dataset_name", "x", "--do_eval_only"], "name the adapter"),
-        (["--train_dir", "/tmp", "--streaming"], "a folder is not streamed"),
-        (["--dataset_name", "x", "--streaming"], "no part of a stream is held out"),
-        ([*STREAM, "--max_train_samples", "9"], "bound it by --max_train_steps"),
-        ([*STREAM, "--train_split", "train[:9]"], "without a slice or sum"),
-        ([*STREAM, "--train_split", "train+more"], "without a slice or sum"),
+        (["--dataset_name", "x", "--do_eval_only"], "set --adapter_name_or_path"),
+        (["--train_dir", "/tmp", "--streaming"], "folders cannot be streamed"),
+        (["--dataset_name", "x", "--streaming"], "a stream cannot be held out"),
+        ([*STREAM, "--max_train_samples", "9"], "use --max_train_steps"),
+        ([*STREAM, "--train_split", "train[:9]"], "do not support slices or sums"),
+        ([*STREAM, "--train_split", "train+more"], "do not support slices or sums"),
         (["--dataset_name", "x", "--streaming_lanes", "4"], "add --streaming"),
         (["--dataset_name", "x", "--init_from_config"], "--tuning full"),
         (["--dataset_name", "x", "--early_stopping_patience", "2", "--eval_steps", "no"], "needs evaluations"),
-        (["--dataset_name", "x", "stray"], "stray: a value without a flag"),
+        (["--dataset_name", "x", "stray"], "stray: value without a flag"),
         (["--config", "fod101"], "did you mean food101?"),
         (["--dataset_name", "x", "--checkpointing_steps", "0"], "--checkpointing_steps: '0' is not valid"),
         (["--dataset_name", "x", "--learning_rate", "nan"], "--learning_rate: 'nan' is not valid"),
     ],
 )
-def test_impossible_settings_name_the_way_out(argv: list[str], part: str) -> None:
+def test_impossible_settings_say_how_to_resolve_them(argv: list[str], part: str) -> None:
     assert part in problems_of(*argv)
 
 
 @pytest.mark.parametrize("content", ["- a list", "just text", "a: [1", "a: b: c", "\x00"])
-def test_a_file_that_is_no_settings_is_named(content: str, tmp_path: Path) -> None:
+def test_an_invalid_settings_file_is_named(content: str, tmp_path: Path) -> None:
     file = tmp_path / "odd.yaml"
     file.write_text(content)
     assert str(file) in problems_of("--config", file)
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", cli.recipe_names())
 def test_every_packaged_recipe_parses_and_says_its_command(name: str) -> None:
     assert parse("--config", name).run.output_dir == f"runs/{name}"
-    text = (config.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (cli.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     assert f"lora_dist.train --config {name}" in text
 
 
-def test_settings_survive_the_way_through_yaml(folder: Path, tmp_path: Path) -> None:
+def test_settings_survive_a_round_trip_through_yaml(folder: Path, tmp_path: Path) -> None:
     settings = parse("--train_dir", folder, "--eval_steps", 3, "--lora_target_modules", "a,b", "--mixed_precision=no")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(cli.flatten(settings)))
@@ -240,12 +259,12 @@ def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Pat
         (["--eval_steps", "sometimes"], "--eval_steps: 'sometimes' is not valid"),
         (["--learn", "1e-3"], "--learn: unknown flag"),
         (["-c", "demo"], "-c: unknown flag"),
-        (["--config"], "--config: needs a path or one of demo"),
+        (["--config"], "--config: needs a path or a recipe: demo"),
         (["--early_stopping_patience", "many", "--eval_steps", "no"], "--early_stopping_patience: 'many' is not valid"),
         (["--init_from_config", "--tuning", "ful"], "--tuning: 'ful' is not valid"),
-        (["--adapter_name_or_path", "y", "--tuning", "full"], "an adapter goes on as LoRA"),
-        (["--adapter_name_or_path", "y", "--tuning", "head"], "an adapter goes on as LoRA"),
-        (["--adapter_name_or_path", "y", "--init_lora_weights", "pissa"], "an adapter is the start"),
+        (["--adapter_name_or_path", "y", "--tuning", "full"], "adapters continue as LoRA"),
+        (["--adapter_name_or_path", "y", "--tuning", "head"], "adapters continue as LoRA"),
+        (["--adapter_name_or_path", "y", "--init_lora_weights", "pissa"], "the adapter sets the initial weights"),
     ],
 )
 def test_a_wrong_setting_is_one_problem_by_name(words: list[str], part: str) -> None:
@@ -254,7 +273,7 @@ def test_a_wrong_setting_is_one_problem_by_name(words: list[str], part: str) -> 
     assert part in message
 
 
-def test_a_config_that_is_nowhere_is_refused_with_the_recipes() -> None:
+def test_a_missing_config_is_refused_with_the_names_of_recipes() -> None:
     assert "nowhere.yaml: no such file or recipe. Recipes: demo" in problems_of("--config", "nowhere.yaml")
 
 
@@ -264,7 +283,7 @@ def test_a_file_named_like_a_recipe_is_preferred(tmp_path: Path, monkeypatch: py
     assert parse("--config", "demo").lora.lora_r == 3
 
 
-def test_packaged_data_is_not_looked_for_on_the_disk() -> None:
+def test_packaged_data_need_not_exist_as_a_path() -> None:
     assert parse("--train_dir", "demo:digits/train").data.train_dir == "demo:digits/train"
 
 
@@ -307,14 +326,14 @@ def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: s
     assert indices == sorted(indices)
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
+@pytest.mark.parametrize("name", cli.recipe_names())
 def test_flags_override_a_packaged_recipe(name: str) -> None:
     settings = parse("--config", name, "--lora_r=3", "--output_dir", "elsewhere")
     assert (settings.lora.lora_r, settings.run.output_dir) == (3, "elsewhere")
 
 
-@pytest.mark.parametrize("name", config.recipe_names())
-def test_a_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", cli.recipe_names())
+def test_a_recipe_survives_a_round_trip_through_yaml(name: str, tmp_path: Path) -> None:
     settings = parse("--config", name)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(cli.flatten(settings)))
@@ -325,7 +344,7 @@ def test_a_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -> No
     ("name", "word"),
     [("lora_r", "yes"), ("seed", "no"), ("learning_rate", "on"), ("max_train_steps", "true"), ("mixup_alpha", "off")],
 )
-def test_a_yes_or_no_in_yaml_is_no_number(name: str, word: str, tmp_path: Path) -> None:
+def test_a_yes_or_no_in_yaml_is_not_a_number(name: str, word: str, tmp_path: Path) -> None:
     """Python's True is a 1, and pydantic takes it for one."""
     file = tmp_path / "run.yaml"
     file.write_text(f"dataset_name: x\n{name}: {word}\n")
@@ -360,10 +379,10 @@ def test_pushing_to_the_hub_has_its_contradictions(folder: Path) -> None:
     for lonely in (("--hub_model_id", "ada/x"), ("--hub_private_repo",)):
         assert "nothing is pushed: add --push_to_hub" in problems_of("--train_dir", folder, *lonely)
     evaluation = ("--do_eval_only", "--adapter_name_or_path", "x", "--validation_dir", folder)
-    assert "an evaluation has nothing to push" in problems_of(*evaluation, "--push_to_hub")
+    assert "evaluations have nothing to push" in problems_of(*evaluation, "--push_to_hub")
 
 
-def test_a_token_is_no_setting_and_is_not_repeated(folder: Path) -> None:
+def test_a_token_is_not_a_setting_and_is_not_printed(folder: Path) -> None:
     said = problems_of("--train_dir", folder, "--push_to_hub", "--hub_token", "hf_secret0123456789")
     assert "--hub_token: unknown flag" in said
     assert "hf_secret" not in said
@@ -371,11 +390,11 @@ def test_a_token_is_no_setting_and_is_not_repeated(folder: Path) -> None:
 
 def test_a_stream_is_not_cached(folder: Path) -> None:
     assert parse("--train_dir", folder, "--cache_dir", "x").data.cache_dir == "x"
-    assert "--streaming, --cache_dir: a stream is kept nowhere" in problems_of(*STREAM, "--cache_dir", "x")
+    assert "--streaming, --cache_dir: streams are not cached" in problems_of(*STREAM, "--cache_dir", "x")
 
 
-def test_what_comes_after_crops_and_flips_is_not_made_on_the_device(folder: Path) -> None:
+def test_the_device_supports_only_crops_and_flips(folder: Path) -> None:
     assert parse("--train_dir", folder, "--augment_on_device").augmentation.augment_on_device
     for augmentation in ("none", "randaugment"):
         said = problems_of("--train_dir", folder, "--augment_on_device", "--augmentation", augmentation)
-        assert "--augment_on_device, --augmentation: crops and flips are made on the device" in said
+        assert "--augment_on_device, --augmentation: the device supports only crops and flips" in said

@@ -1,0 +1,85 @@
+"""What the settings of all commands share: groups, value types, and checks of paths."""
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from lora_dist.demo import is_packaged
+
+SEVERAL: dict[str, Any] = {"several": True}
+"""`json_schema_extra` of a list setting whose flag takes several values, separated by spaces."""
+
+
+class Group(BaseModel):
+    """A group of settings. The first line of its docstring is the heading in `--help`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_null(cls, value: Any) -> Any:
+        """Refuses a NUL character, which YAML can express but no path, name or label can contain."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("it contains a NUL character")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any, info: ValidationInfo) -> Any:
+        """Turns the True or False that YAML 1.1 makes of a bare `yes` or `no` back into the word."""
+        is_bool = cls.model_fields[str(info.field_name)].annotation is bool
+        return ("no", "yes")[value] if isinstance(value, bool) and not is_bool else value
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
+Count = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Problem(NamedTuple):
+    """A contradiction between settings: their flat names, and a message that says how to resolve it."""
+
+    names: tuple[str, ...]
+    message: str
+
+
+def missing_paths(train_dir: str | None, validation_dir: str | None, exclude: str | None) -> Iterator[Problem]:
+    """Yields a problem for each input path that does not exist."""
+    for name, path in {"train_dir": train_dir, "validation_dir": validation_dir}.items():
+        if path and not is_packaged(path):
+            mode, why = _mode(path)
+            if not stat.S_ISDIR(mode):
+                yield Problem((name,), f"{why or 'no such directory'}: {path}")
+    if exclude:
+        mode, why = _mode(exclude)
+        if not stat.S_ISREG(mode):
+            yield Problem(("exclude",), f"{why or 'no such file'}: {exclude}")
+
+
+def impossible_output(output_dir: str) -> Iterator[Problem]:
+    """Yields a problem if `output_dir` is not a possible path."""
+    _, why = _mode(output_dir)
+    if why:
+        yield Problem(("output_dir",), f"{why}: {output_dir}")
+
+
+def _mode(path: str) -> tuple[int, str]:
+    """`st_mode` of a path, 0 if it does not exist; and why it cannot be read, e.g. because its name is too long."""
+    try:
+        return Path(path).stat().st_mode, ""
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, ""
+    except (OSError, ValueError) as error:
+        return 0, (isinstance(error, OSError) and error.strerror) or str(error)
