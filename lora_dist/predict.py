@@ -1,6 +1,6 @@
 """Classifies images with a model, and merges, exports or serves it: `python -m lora_dist.predict --adapter DIR …`.
 
-One plain process: no launcher, no `Accelerator`, no deepspeed.
+Runs in one process, without a launcher, accelerate or deepspeed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXIT_BAD_IMAGES = 1
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Merges, exports, classifies or serves; exits with code 1 when an image could not be read."""
+    """Merges, exports, classifies or serves; exits with code 1 if an image cannot be read."""
     settings = parse(
         PredictSettings,
         argv_or(argv),
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if __name__ == "__main__":
         move_to_huge_pages()
-    # What follows imports torch; a mistake in the settings has been reported by now.
+    # Settings errors are reported before torch is imported.
     from lora_dist import demo, extras, hub, logs
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
-    chosen = {name: hub.local_directory(index) for name, index in settings.source.named_adapters}
+    chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
     for directory in chosen.values():
         adapter_io.require_adapter(directory)
     if settings.source.side_by_side:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
-    """One classifier: an adapter, a blend of adapters, a whole model, or an ONNX file."""
+    """Loads an adapter, a weighted sum of adapters, a whole model, or an ONNX file."""
     from lora_dist import hub
     from lora_dist.deployment.export import onnx_model
     from lora_dist.model import adapter_set
@@ -98,7 +98,7 @@ def _labels(settings: PredictSettings) -> list[str] | None:
 def _write(
     classifier: Classifier, chosen: Mapping[str, Path], files: list[str], settings: PredictSettings
 ) -> Classifier:
-    """Exports and merges as asked, and returns what to go on with: what was written last, if it can be run here."""
+    """Writes the requested exports, and returns the classifier to use: the merged or ONNX model if one was written."""
     from lora_dist.deployment.export import merge, older_peft, onnx_export, onnx_model
     from lora_dist.model.classifier import load_classifier
     from lora_dist.storage.writable import writing
@@ -109,7 +109,7 @@ def _write(
         card = older_peft.card_of(list(chosen.values()), settings.title)
         with writing(out, "export_legacy_names"):
             older_peft.export_legacy_names(classifier, card, out, files, trusted)
-        logger.info("exported to %s, in the names of transformers 4", out)
+        logger.info("exported to %s, with the names of transformers 4", out)
     if merging.merge_to:
         out = Path(merging.merge_to)
         tolerance, dtype = merging.merge_tolerance, merging.dtype
@@ -123,16 +123,15 @@ def _write(
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
             exported = onnx_export.export(classifier, out, files, exporting.int8)
-        what = ", before it was quantised," if exporting.int8 else ""
+        what = ", before quantisation," if exporting.int8 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
         if exporting.int8:
-            logger.info("%s", exported.int8 or "give --images to see what int8 costs, best in folders named as classes")
+            logger.info("%s", exported.int8 or "pass --images, best in class folders, to measure the cost of int8")
         classifier = onnx_model.load_onnx(out)
     return classifier
 
 
 def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
-    """Serves until it is interrupted."""
     from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
 
@@ -167,29 +166,29 @@ def _rows(classifier: Classifier, files: list[str], settings: PredictSettings, d
 def _rows_of_each(
     chosen: Mapping[str, Path], files: list[str], settings: PredictSettings, device: torch.device
 ) -> Iterator[Row]:
-    """All rows of one adapter after those of another, on a base that is loaded once."""
+    """Yields all rows of one adapter after those of another, on a shared base."""
     from lora_dist.model import adapter_set
 
     source = settings.source
-    group = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
     return (
         row._replace(adapter=name)
-        for name in group.classifiers
-        for row in _rows(group.set_adapter(name), files, settings, device)
+        for name in loaded.classifiers
+        for row in _rows(loaded.set_adapter(name), files, settings, device)
     )
 
 
 def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) -> bool:
-    """Writes the rows; False where some images could not be read."""
+    """Writes the rows; returns False if an image is unreadable."""
     from tqdm import tqdm
 
     from lora_dist.deployment import classify
 
     images = settings.images
     if hasattr(signal, "SIGPIPE"):
-        # `… | head` ends the command without a traceback. Not before: a lost connection to the Hub is an error.
+        # Ends `… | head` without a traceback. Not set earlier: a lost connection to the Hub is an error.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    drawn = set(classify.spread(len(files), classify.GRID)) if images.grid else set()
+    drawn = set(classify.spread(len(files), classify.GRID_IMAGES)) if images.grid else set()
     shown = []
     bad = set()
     with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
@@ -205,7 +204,7 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) ->
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:
-        logger.warning("%d of %d images could not be read; their rows say why", len(bad), len(files))
+        logger.warning("%d of %d images could not be read; their rows have the errors", len(bad), len(files))
     return not bad
 
 

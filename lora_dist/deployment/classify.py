@@ -1,4 +1,4 @@
-"""Files to rows of predictions: find the images, decode them beside the model, write JSON lines or CSV."""
+"""Finds images, classifies them, and writes the predictions as JSON lines or CSV."""
 
 import csv
 import glob
@@ -6,9 +6,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,21 +24,21 @@ from lora_dist.model.classifier import Classifier
 from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
 from lora_dist.storage.writable import writing
 
-GRID = 32
-TINY = 8_000
-"""Bytes of a file below which a process to decode it takes more from the model's threads than it gives."""
-PART = 32
-"""Images, at least, that are decoded and handed over at once: that costs as much as to decode a few small ones."""
+GRID_IMAGES = 32
+TINY_FILE = 8_000
+"""Bytes of a file below which a decoding process costs more than it saves."""
+MIN_DECODED = 32
+"""Images, at least, that a decoding process returns at once, because each return has a fixed cost."""
 
 
 class Row(NamedTuple):
-    """What is known of one image.
+    """The prediction for one image.
 
     Attributes:
         path: of the file, as found.
-        top_k: classes with their probabilities, most likely first; empty where there is an error.
-        error: why the image could not be read, or None.
-        adapter: whose prediction this is, where there are several.
+        top_k: classes with their probabilities, most likely first; empty if there is an error.
+        error: why the image is unreadable, or None.
+        adapter: name of the adapter, if there are several.
     """
 
     path: str
@@ -48,29 +48,29 @@ class Row(NamedTuple):
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Files that `names` stand for: files as they are, folders with all below them, patterns; in order, each once.
+    """Resolves files, folders (recursively) and patterns to files, in order and without duplicates.
 
     Raises:
-        UserError: a folder or a pattern with no image, or a name of nothing.
+        UserError: a name matches no image.
     """
     found: dict[str, None] = {}
     for name in names:
-        # That of `Path` fails on a name that is too long.
+        # `Path.is_dir` fails on a name that is too long.
         if os.path.isdir(name):  # noqa: PTH112
             files = list(image_files(name))
         else:
             files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         if not files:
-            raise UserError(f"--images {name}: no images there")
+            raise UserError(f"--images {name}: no images found")
         found.update(dict.fromkeys(files))
     return list(found)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device to run on; `auto` takes an accelerator where there is one.
+    """Returns the device; `auto` selects an accelerator if there is one.
 
     Raises:
-        UserError: no such device here.
+        UserError: the machine has no such device.
     """
     try:
         if name == "auto":
@@ -83,7 +83,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_batch_size(given: int | None, device: torch.device) -> int:
-    """The number of images in a forward pass. On a CPU, a ViT-S took a seventh less time for 8 than for 32."""
+    """Returns the batch size. On a CPU, batches of 8 took a seventh less time than of 32 with a ViT-S."""
     return given or (8 if device.type == "cpu" else 32)
 
 
@@ -97,22 +97,22 @@ def classify(
     num_workers: int | None,
     device: torch.device,
 ) -> Iterator[Row]:
-    """Yields a row for each file, in order; a file that cannot be read gets one with its error.
+    """Yields a row for each file, in order; that of an unreadable file has an error.
 
     Args:
-        classifier: to ask.
+        classifier: is moved to `device`.
         files: paths.
-        top_k: classes to name.
+        top_k: number of classes in a row.
         batch_size: images in a forward pass.
-        num_workers: decoding processes; None for one, where there are many files and these are not tiny.
-        device: to run the model on.
+        num_workers: decoding processes; None for one, or none if the files are few or tiny.
+        device: where the model runs.
 
     Raises:
         UserError: a logit is not finite.
     """
     classifier.model.to(device)
-    size = max(batch_size, PART)
-    workers = num_workers if num_workers is not None else int(len(files) > size and _take_time(files[:size]))
+    size = max(batch_size, MIN_DECODED)
+    workers = num_workers if num_workers is not None else int(len(files) > size and _are_slow_to_decode(files[:size]))
     starts = range(0, len(files), size)
     transforms = ImageTransforms(classifier.processor)
     loader = worker_loader(
@@ -122,15 +122,15 @@ def classify(
         pin_memory=device.type == "cuda",
         timeout=POLL_SECONDS,
     )
-    for part in from_workers(loader, SILENT_SECONDS):
-        scores = _scores(classifier, transforms, part.pixels, top_k, batch_size, device)
-        for path, error in zip(part.paths, part.errors, strict=True):
+    for decoded in from_workers(loader, SILENT_SECONDS):
+        scores = _scores(classifier, transforms, decoded.pixels, top_k, batch_size, device)
+        for path, error in zip(decoded.paths, decoded.errors, strict=True):
             yield Row(path, [] if error else next(scores), error)
 
 
-def _take_time(files: Sequence[str]) -> bool:
-    """Whether files take so long to decode that another process is worth it."""
-    return sum(path.stat().st_size for path in map(Path, files) if path.is_file()) > TINY * len(files)
+def _are_slow_to_decode(files: Sequence[str]) -> bool:
+    """Whether a decoding process is worth its cost."""
+    return sum(path.stat().st_size for path in map(Path, files) if path.is_file()) > TINY_FILE * len(files)
 
 
 def _scores(
@@ -145,12 +145,12 @@ def _scores(
     for batch in () if pixels is None else pixels.split(batch_size):
         probabilities = classifier.probabilities(transforms.finished(batch.to(device, non_blocking=True)))
         best = probabilities.topk(min(top_k, len(classifier.labels)))
-        for values, positions in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            yield [(classifier.labels[index], value) for index, value in zip(positions, values, strict=True)]
+        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield [(classifier.labels[index], value) for index, value in zip(indices, values, strict=True)]
 
 
 class _DecodedBatch(NamedTuple):
-    """A batch of files: pixels of those that could be read, and the error of those that could not."""
+    """Paths and errors of files, and the pixels [B, 3, H, W] of the readable ones."""
 
     paths: list[str]
     errors: list[str | None]
@@ -179,16 +179,20 @@ class _Files(Dataset):
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most `count` places among `total`, evenly spread: folders come sorted by class."""
+    """Returns at most `count` of `total` indices, evenly spread, because folders are sorted by class."""
     chosen = min(total, count)
     return [index * total // chosen for index in range(chosen)]
 
 
 def draw_grid(rows: Sequence[Row], path: Path) -> None:
-    """Draws images with their predictions into a PNG file."""
+    """Draws a PNG file with images and their predictions.
+
+    Raises:
+        UserError: no image is readable, or the file cannot be written.
+    """
     shown = [row for row in rows if row.error is None]
     if not shown:
-        raise UserError("--grid: none of the images to draw can be read")
+        raise UserError("--grid: none of its images can be read")
     captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,38 +201,38 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
 
 @contextmanager
 def writer(
-    output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: int, several: bool = False
+    output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: int, with_adapter: bool = False
 ) -> Iterator[Callable[[Row], None]]:
-    """A function that writes a row, to a file or to standard output, flushed row by row.
+    """Yields a function that writes and flushes a row.
 
     Args:
-        output: path, or None to print.
-        format_: None to go by the path's suffix.
-        top_k: number of class columns in a CSV.
-        several: whether rows are of several adapters, which a CSV has a column for.
+        output: path, or None for standard output.
+        format_: None to infer it from the path's suffix.
+        top_k: number of classes in a CSV line.
+        with_adapter: add a column for the name of the adapter to a CSV.
 
     Raises:
         UserError: the file cannot be written.
     """
     chosen = format_ or ("csv" if output and output.lower().endswith(".csv") else "jsonl")
+    to_rows = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter) if chosen == "csv" else _json_lines
     if output is None:
-        yield _csv_rows(_utf8_stdout(), top_k, several) if chosen == "csv" else _json_lines(_utf8_stdout())
+        yield to_rows(_utf8_stdout())
         return
     path = Path(output)
     with writing(path, "output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a name that is no text, bytes are escaped.
+        # Escapes bytes of file names that are not UTF-8.
         file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     try:
-        write = _csv_rows(file, top_k, several) if chosen == "csv" else _json_lines(file)
-        yield writing(path, "output")(write)
+        yield writing(path, "output")(to_rows(file))
     finally:
         with writing(path, "output"):
             file.close()
 
 
 def _utf8_stdout() -> Any:
-    """Standard output in UTF-8 whatever the locale is; of a name that is no text, bytes are escaped."""
+    """Standard output in UTF-8 in any locale, with bytes of other file names escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     return sys.stdout
@@ -239,9 +243,8 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
         content: dict[str, Any] = {} if row.adapter is None else {"adapter": row.adapter}
         content["path"] = row.path
         if row.error is None:
-            label, score = row.top_k[0]
-            content |= {"label": label, "score": score}
-            content["top_k"] = [{"label": label, "score": score} for label, score in row.top_k]
+            top_k = [{"label": label, "score": score} for label, score in row.top_k]
+            content |= {**top_k[0], "top_k": top_k}
         else:
             content["error"] = row.error
         file.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -250,18 +253,16 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
     return write
 
 
-def _csv_rows(file: Any, top_k: int, several: bool) -> Callable[[Row], None]:
+def _csv_rows(file: Any, top_k: int, with_adapter: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
-    columns: Iterable[tuple[str, str]] = (
-        (f"label{suffix}", f"score{suffix}") for suffix in ["", *(f"_{index}" for index in range(2, top_k + 1))]
-    )
-    lines.writerow([*(["adapter"] if several else []), "path", *chain.from_iterable(columns), "error"])
+    suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
+    columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "score")]
+    lines.writerow([*(["adapter"] if with_adapter else []), "path", *columns, "error"])
 
     def write(row: Row) -> None:
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
-        lines.writerow(
-            [*([row.adapter] if several else []), row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""]
-        )
+        cells += [""] * (len(columns) - len(cells))
+        lines.writerow([*([row.adapter] if with_adapter else []), row.path, *cells, row.error or ""])
         file.flush()
 
     return write

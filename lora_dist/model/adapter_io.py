@@ -1,4 +1,4 @@
-"""The files of an adapter as they stand on disk, whichever release of PEFT wrote them."""
+"""Reads the files of an adapter, in the format of any release of PEFT."""
 
 import json
 import pickle
@@ -23,36 +23,30 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What the directory of an adapter holds.
+    """The content of an adapter's directory.
 
     Attributes:
         config: content of `adapter_config.json`.
-        state: tensors under plain names: those of the model's parameters, or of a module and `lora_A.weight` …
-        directory: where they came from.
+        state: tensors under plain names: of a parameter of the model, or of a module followed by `lora_A.weight` etc.
+        directory: where the files are.
     """
 
     config: dict[str, Any]
     state: dict[str, Tensor]
     directory: Path
 
-    def modules_to_save(self) -> list[str]:
-        """Names of the modules that the adapter brings whole."""
-        return list(self.config.get("modules_to_save") or [])
-
 
 def read(directory: Path) -> AdapterFiles:
-    """Reads an adapter's configuration and weights; an old pickle is read as tensors alone, without running code.
+    """Reads an adapter's configuration and weights; a pickle is read with `weights_only=True`.
 
     Raises:
-        UserError: a file is missing or damaged, a number is not finite, or this is another kind of adapter than LoRA.
+        UserError: a file is missing or damaged, a weight is not finite, or the adapter is not LoRA.
     """
-    config, file = read_config(directory), _weights_file(directory)
+    config, file = _read_config(directory), _weights_file(directory)
     state: dict[str, Tensor] = {}
     for key, tensor in _read_weights(file).items():
         if not tensor.float().isfinite().all():
-            raise UserError(
-                f"the adapter in {directory} is damaged: {file.name} has numbers in {key} that are not finite"
-            )
+            raise UserError(f"the adapter in {directory} is damaged: {key} in {file.name} is not finite")
         name = plain_name(key)
         if name is None:
             continue
@@ -63,31 +57,26 @@ def read(directory: Path) -> AdapterFiles:
 
 
 def require_adapter(directory: Path) -> None:
-    """Raises a `UserError`, with what is there instead, unless a directory holds an adapter."""
+    """Raises a `UserError`, with a hint, unless a directory holds an adapter."""
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}")
     if (directory / ADAPTER_CONFIG).is_file():
         return
     instead = result_of_run(directory)
     if (directory / "config.json").is_file():
-        instead = ". It is a whole model: predict takes it as --model, and train as --model_name_or_path"
-    raise UserError(f"{directory} is no adapter: it has no {ADAPTER_CONFIG}{instead}")
+        instead = ". It is a whole model: pass it to predict as --model, and to train as --model_name_or_path"
+    raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG}{instead}")
 
 
 def result_of_run(directory: Path) -> str:
-    """Words, to end a message with, on where the result is if the directory is that of a run."""
+    """Returns a hint for an error message if the directory is that of a run, else an empty string."""
     for inside, file in ((directory / "adapter", ADAPTER_CONFIG), (directory / "model", "config.json")):
         if (inside / file).is_file():
-            return f". It is the directory of a run; name the result, {inside}"
+            return f". It is the output directory of a run; pass its result, {inside}"
     return ""
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`.
-
-    Raises:
-        UserError: it is missing or damaged, or this is another kind of adapter than LoRA.
-    """
+def _read_config(directory: Path) -> dict[str, Any]:
     require_adapter(directory)
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -95,13 +84,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"the adapter in {directory} is damaged: {error}") from error
     if kind != "LORA":
-        raise UserError(f"the adapter in {directory} is of the kind {kind}; only LORA can be read")
+        raise UserError(f"the adapter in {directory} is of type {kind}; only LORA is supported")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_BASE_CHANGING):
-        # Its matrices belong to a base that the initialisation has changed, and would be wrong on the one on disk.
+        # Its matrices belong to a base that the initialisation changed, and do not fit the one on disk.
         raise UserError(
-            f"the adapter in {directory} was saved on the changed base of init_lora_weights={start!r}. Save it as "
-            f"plain LoRA first: save_pretrained(…, path_initial_model_for_weight_conversion=…) of PEFT."
+            f"the adapter in {directory} was saved for the base that init_lora_weights={start!r} changed. "
+            f"Save it as plain LoRA first: save_pretrained(…, path_initial_model_for_weight_conversion=…) of PEFT."
         )
     return config
 
@@ -110,7 +99,7 @@ def _weights_file(directory: Path) -> Path:
     for name in (WEIGHTS, OLD_WEIGHTS):
         if (directory / name).is_file():
             return directory / name
-    raise UserError(f"{directory} is no adapter: it has no {WEIGHTS} (and no {OLD_WEIGHTS}, as old releases wrote)")
+    raise UserError(f"{directory} is not an adapter: it has no {WEIGHTS} (nor {OLD_WEIGHTS}, as old releases wrote)")
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -120,26 +109,26 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch would advise to run whatever code is in it.
+        # torch's own message advises to run the code in it.
         raise UserError(
-            f"{damaged} {file.name} is no pickle of tensors alone, and is not opened. Ask whoever made it for "
+            f"{damaged} {file.name} holds more than tensors, and is not opened. Ask its author for "
             f"{WEIGHTS}, or for a file that torch.load reads with weights_only=True"
         ) from error
     except MemoryError:
         raise
     except Exception as error:
-        # torch reads a crafted pickle into any exception there is.
+        # A crafted pickle makes torch raise any exception.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{damaged} {reason}") from error
     if isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         return state
-    raise UserError(f"{damaged} {file.name} is no dictionary of tensors")
+    raise UserError(f"{damaged} {file.name} is not a dictionary of tensors")
 
 
 def plain_name(key: str) -> str | None:
-    """A key without what PEFT's wrappers put into it, which differs by its release; None for an untrained copy.
+    """Removes from a key what PEFT's wrappers add, which differs by release; None for the untrained copy of a module.
 
     `base_model.model.classifier.modules_to_save.bias` -> `classifier.bias`,
     `base_model.model.vit.layers.0.attention.q_proj.base_layer.bias` -> `vit.layers.0.attention.q_proj.bias`.
@@ -150,7 +139,7 @@ def plain_name(key: str) -> str | None:
 
 
 def split_lora_name(name: str) -> tuple[str, str]:
-    """Splits a plain name into the module or parameter it belongs to, and what LoRA adds to it (or nothing)."""
+    """Splits a plain name into the name of a module and its LoRA suffix; the suffix of other parameters is empty."""
     module, lora, rest = name.partition(".lora_")
     return module, lora + rest
 
@@ -161,23 +150,23 @@ def require_same_names(
     directory: Path,
     shown: Callable[[str], str] | None = None,
 ) -> None:
-    """Compares the tensors of an adapter with those that its base has a place for.
+    """Compares an adapter's tensors with those that its base expects, by plain name and shape.
 
     Args:
-        found: under plain names.
-        expected: the same.
+        found: tensors of the adapter.
+        expected: tensors of the base.
         directory: of the adapter.
-        shown: a plain name to the one that the adapter's files have, where that is another one.
+        shown: converts a plain name to the name in the adapter's files.
 
     Raises:
-        UserError: lists names missing, left over or of another shape.
+        UserError: lists missing and unexpected names, and those of another shape.
     """
 
     def key(name: str) -> str:
         return PREFIX + (shown(name) if shown else name)
 
     problems = [f"missing {key(name)}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"left over {key(name)}" for name in sorted(found.keys() - expected.keys())]
+    problems += [f"unexpected {key(name)}" for name in sorted(found.keys() - expected.keys())]
     problems += [
         f"{key(name)} is {list(found[name].shape)} and should be {list(expected[name].shape)}"
         for name in sorted(found.keys() & expected.keys())

@@ -18,25 +18,20 @@ from torch import Tensor, nn
 
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, lora_layer
-from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS
+from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.legacy_names import LegacyNames, current_names
 from lora_dist.model.targets import resolve_targets
 from lora_dist.settings.train import LoraSettings
 
 DEFAULT = "default"
-"""PEFT's name of the only adapter."""
+"""PEFT's name of a single adapter."""
 
 
 def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> PeftModel:
-    """Freezes the model, adds LoRA to its target modules and lets the heads train in full.
-
-    Args:
-        model: the classifier.
-        settings: of LoRA.
-        heads: names of the modules to train in full.
+    """Freezes the model, adds LoRA to its target modules and makes the `heads` trainable in full.
 
     Raises:
-        UserError: this kind of LoRA does not exist for the target modules.
+        UserError: PEFT does not support these settings for the target modules.
     """
     config = LoraConfig(
         r=settings.lora_r,
@@ -53,21 +48,21 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"{type(model).__name__} cannot be adapted with these settings of LoRA: {error} "
-            f"(--init_lora_weights pissa, for one, is for linear layers only)"
+            f"{type(model).__name__} cannot be adapted with these LoRA settings: {error} "
+            f"(for example, --init_lora_weights pissa supports linear layers only)"
         ) from error
     lora_layer.speed_up(adapted)
     return adapted
 
 
 def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
-    """Freezes all but the heads, in the format of an adapter: a linear probe is saved and loaded like LoRA."""
+    """Freezes all but the heads; a linear probe is saved and loaded like a LoRA adapter."""
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
 
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Takes LoRA out of the computation, and lets the backward pass go as far as it does with it: what LoRA costs."""
+    """Disables LoRA but keeps the backward pass as long as with it, to measure the cost of LoRA."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     hooks = [layer.register_forward_hook(_with_gradient) for layer in layers]
     for layer in layers:
@@ -86,21 +81,21 @@ def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
 
 
 def mutates_base(model: nn.Module) -> bool:
-    """Whether the initialisation changed the base (PiSSA), so that saving has to convert back."""
-    return isinstance(model, PeftModel) and getattr(model.peft_config["default"], "init_lora_weights", "") == "pissa"
+    """Whether the initialisation changed the base (PiSSA), which `save_adapter` has to convert back."""
+    return isinstance(model, PeftModel) and getattr(model.peft_config[DEFAULT], "init_lora_weights", "") == "pissa"
 
 
 def save_adapter(model: nn.Module, directory: Path, initial: Path | None = None) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        model: with its adapter.
+        model: with an adapter.
         directory: is created.
-        initial: the adapter as it was before training, where `mutates_base`; the result is then plain LoRA of
-            twice the rank on the unchanged base.
+        initial: directory of the adapter before training, if `mutates_base`; the result is then plain LoRA of twice
+            the rank on the unchanged base.
 
     Raises:
-        ValueError: a tensor is empty, as happens to parts of a sharded model (peft#2892).
+        ValueError: a tensor is empty, as in a sharded model (peft#2892).
     """
     assert isinstance(model, PeftModel)
     empty = [name for name, tensor in get_peft_model_state_dict(model).items() if tensor.numel() == 0]
@@ -112,9 +107,9 @@ def save_adapter(model: nn.Module, directory: Path, initial: Path | None = None)
 
 
 def _make_plain(directory: Path, initial: Path) -> None:
-    """Turns a saved adapter into LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
+    """Converts a saved adapter to LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
 
-    `save_pretrained` of PEFT would do it too, but it loses the heads, and all else that is no LoRA matrix.
+    PEFT's own conversion in `save_pretrained` loses the heads and all other tensors that are not LoRA matrices.
     """
     path, config_path = directory / WEIGHTS, directory / ADAPTER_CONFIG
     state, start = load_file(path), load_file(initial / WEIGHTS)
@@ -133,13 +128,13 @@ def _make_plain(directory: Path, initial: Path) -> None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read for a certain base model.
+    """An adapter in the module names of a base model.
 
     Attributes:
-        config: PEFT's `LoraConfig`, with targets in the names of the model.
-        state: tensors under plain names of the model (see `adapter_files`).
-        names: the old names, where the adapter was saved under these.
-        directory: where it came from.
+        config: PEFT's `LoraConfig`.
+        state: tensors under plain names (see `AdapterFiles`).
+        names: the legacy names, if the adapter was saved under these.
+        directory: where the files are.
     """
 
     config: Any
@@ -148,24 +143,19 @@ class Adapter:
     directory: Path
 
 
-def read_adapter(model: nn.Module, directory: Path) -> Adapter:
-    """Reads an adapter for a base model, whichever release of PEFT and `transformers` saved it.
-
-    Args:
-        model: the base, with or without adapters on it.
-        directory: of the adapter.
+def read_adapter(model: nn.Module, files: AdapterFiles) -> Adapter:
+    """Converts an adapter of any release of PEFT and `transformers` to the names of a base model.
 
     Raises:
-        UserError: no adapter there, or a damaged one, or one that targets nothing in this model.
+        UserError: the configuration is damaged, or targets no module of this model.
     """
-    base = base_of(model)
-    files = adapter_io.read(directory)
-    # PEFT warns of what it does not know, rightly so where it is set: the numbers may differ then.
+    base, directory = base_of(model), files.directory
+    # PEFT warns of unknown fields. Those that are set matter: the result may differ.
     known = {field.name for field in fields(LoraConfig)}
     given = {name: value for name, value in files.config.items() if name in known or value}
-    with _refused(f"the adapter in {directory} is damaged: {ADAPTER_CONFIG}"):
+    with _as_user_error(f"the adapter in {directory} is damaged: {ADAPTER_CONFIG}"):
         config: Any = LoraConfig.from_peft_type(**given)
-    _require_sense(config, directory)
+    _check_types(config, directory)
     config.inference_mode = True
     config.init_lora_weights = True
     current = current_names(base)
@@ -176,28 +166,28 @@ def read_adapter(model: nn.Module, directory: Path) -> Adapter:
     if not names.are_used_by(files.state):
         return Adapter(config, files.state, None, directory)
     state = {names.to_current(name): tensor for name, tensor in files.state.items()}
-    refused = f"the adapter in {directory} does not fit {type(base).__name__}"
-    with _refused(refused):
-        _modernise(config, names, state, refused)
+    mismatch = f"the adapter in {directory} does not fit {type(base).__name__}"
+    with _as_user_error(mismatch):
+        _rename_targets(config, names, state, mismatch)
     return Adapter(config, state, names, directory)
 
 
 @contextmanager
-def _refused(words: str) -> Iterator[None]:
-    """Turns whatever PEFT raises at settings that it does not check into a `UserError` that begins with these words."""
+def _as_user_error(prefix: str) -> Iterator[None]:
+    """Converts any exception to a `UserError`: PEFT does not check the settings of an adapter."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{words}: {reason}") from error
+        raise UserError(f"{prefix}: {reason}") from error
 
 
-def _require_sense(config: Any, directory: Path) -> None:
-    """Raises a `UserError` where settings of the shape of LoRA are not of their kind: PEFT takes any."""
+def _check_types(config: Any, directory: Path) -> None:
+    """Raises a `UserError` for rank, scale, bias or pattern of a wrong type, which PEFT accepts."""
     numbers = (int, float)
-    sense = {
+    valid = {
         "r": isinstance(config.r, int) and config.r > 0,
         "lora_alpha": isinstance(config.lora_alpha, numbers),
         "bias": config.bias in ("none", "all", "lora_only"),
@@ -207,25 +197,25 @@ def _require_sense(config: Any, directory: Path) -> None:
             for name in ("rank_pattern", "alpha_pattern")
         },
     }
-    for name, makes_sense in sense.items():
-        if not makes_sense:
+    for name, is_valid in valid.items():
+        if not is_valid:
             raise UserError(
                 f"the adapter in {directory} is damaged: {ADAPTER_CONFIG} has {name} {getattr(config, name)!r}"
             )
 
 
-def _modernise(config: Any, names: LegacyNames, state: Mapping[str, Tensor], refused: str) -> None:
-    """Puts the targets, and what else goes by names, into the names of the model: whole ones, each one target."""
+def _rename_targets(config: Any, names: LegacyNames, state: Mapping[str, Tensor], mismatch: str) -> None:
+    """Rewrites targets, patterns and `modules_to_save` to the model's full module names."""
     leaves = [module for module in names.modules if f"{module}.weight" in names.parameters]
     found = [
         {module: name for module, name in named if check_target_module_exists(config, name)}
-        # Somebody may have renamed the targets, but not the keys.
+        # Some adapters have current targets but legacy keys.
         for named in ([(module, names.modules[module]) for module in leaves], [(module, module) for module in leaves])
     ]
     adapted = {target for target, lora in map(adapter_io.split_lora_name, state) if lora}
     targets = next((given for given in found if given.keys() == adapted), found[0] or found[1])
     if not targets and adapted:
-        raise UserError(f"{refused}: no {config.target_modules} in it")
+        raise UserError(f"{mismatch}: it has no modules {config.target_modules}")
     for pattern in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, pattern)
         keys = {module: get_pattern_key(list(given), old) for module, old in targets.items()}
@@ -240,28 +230,23 @@ def _modernise(config: Any, names: LegacyNames, state: Mapping[str, Tensor], ref
     ] or None
 
 
-def load_adapter(model: nn.Module, directory: Path, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
-    """Puts a saved adapter on its base, strictly: every key has a place and every place a key.
+def attach_adapter(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
+    """Puts an adapter on its base and activates it; every tensor of the adapter must be used.
 
     Args:
-        model: the base, with a head of the adapter's number of classes; or a base with adapters already.
-        directory: of the adapter.
-        name: to `activate` it by, in the second case.
-        num_labels: of the adapter, in the second case: its head may be of another size than those before.
+        model: the base, possibly with other adapters.
+        adapter: read for this base.
+        name: of the adapter, for `activate`.
+        num_labels: number of classes of the adapter, if the base's head may have another one.
 
     Raises:
-        UserError: no adapter there, keys missing or left over, or shapes that differ.
+        UserError: keys are missing or unexpected, or shapes differ.
     """
-    return attach_adapter(model, read_adapter(model, directory), name, num_labels)
-
-
-def attach_adapter(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
-    """Puts an adapter that was read on its base, as `load_adapter` does; the one put on last is active."""
     before: list[Any] = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     if before and any(config.bias != "none" for config in [*before, adapter.config]):
-        # PEFT does not always see it, and the biases of one would stay when another one is active.
-        raise UserError(f"the adapter in {adapter.directory} or one before it trains biases, and has to stand alone")
-    with _refused(f"the adapter in {adapter.directory} does not fit {type(base_of(model)).__name__}"):
+        # PEFT does not always notice, and the biases of one adapter would remain when another one is active.
+        raise UserError(f"the adapter in {adapter.directory} or one before it trains biases; load it alone")
+    with _as_user_error(f"the adapter in {adapter.directory} does not fit {type(base_of(model)).__name__}"):
         if isinstance(model, PeftModel):
             adapted = model
             adapted.add_adapter(name, adapter.config)
@@ -275,49 +260,47 @@ def attach_adapter(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_
 
 
 def base_of(model: nn.Module) -> Any:
-    """The `transformers` model under an adapter, or the model itself where there is none."""
+    """Returns the `transformers` model without the wrapper of PEFT."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def activate(model: nn.Module, name: str) -> None:
-    """Makes one of several adapters the one that the model runs with."""
+    """Activates one of several adapters."""
     assert isinstance(model, PeftModel)
     model.set_adapter(name)
 
 
 def active_adapter(model: nn.Module) -> Adapter:
-    """The adapter that a model runs with."""
+    """Returns a copy of the active adapter, on the CPU."""
     assert isinstance(model, PeftModel)
     name = str(model.active_adapter)
-    state = {}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
-        plain = adapter_io.plain_name(key)
-        if plain is not None:
-            state[plain] = tensor.detach().cpu()
+    state = {plain: tensor.detach().cpu() for plain, _, tensor in _adapter_tensors(model, name)}
     return Adapter(model.peft_config[name], state, None, Path(name))
 
 
 def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], name: str = DEFAULT) -> None:
-    """Puts tensors under plain names into an adapter of a model, strictly.
+    """Loads tensors under plain names into an adapter of a model.
 
     Raises:
-        UserError: keys missing or left over, or shapes that differ, in the names that the adapter's files have.
+        UserError: keys are missing or unexpected, or shapes differ; in the names of the adapter's files.
     """
     assert isinstance(model, PeftModel)
-    slots: dict[str, list[str]] = {}
-    expected: dict[str, Tensor] = {}
+    found = list(_adapter_tensors(model, name))
+    shown = adapter.names.to_old if adapter.names else None
+    adapter_io.require_same_names(state, {plain: tensor for plain, _, tensor in found}, adapter.directory, shown)
+    set_peft_model_state_dict(model, {key: state[plain] for plain, key, _ in found}, name)
+
+
+def _adapter_tensors(model: PeftModel, name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """Yields plain name, PEFT's key and tensor; several keys may have one plain name."""
     for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
         plain = adapter_io.plain_name(key)
         if plain is not None:
-            slots.setdefault(plain, []).append(key)
-            expected[plain] = tensor
-    shown = adapter.names.to_old if adapter.names else None
-    adapter_io.require_same_names(state, expected, adapter.directory, shown)
-    set_peft_model_state_dict(model, {key: state[plain] for plain, keys in slots.items() for key in keys}, name)
+            yield plain, key, tensor
 
 
 def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_labels: int) -> None:
-    """Gives the heads of one adapter its number of classes, where the base has the number of another one."""
+    """Resizes the heads of an adapter to its number of classes, if the base has another number."""
     base = base_of(model)
     before = base.config.num_labels
     if before == num_labels:
@@ -336,12 +319,12 @@ def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_lab
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a model carries an adapter that is not merged."""
+    """Whether a model has an adapter that is not merged."""
     return isinstance(model, PeftModel)
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The base model with the adapter folded into its weights, in fp32; `model` is used up.
+    """Merges the adapter into the base in fp32, in place, and returns the base.
 
     Raises:
         UserError: the merged weights are not finite.
@@ -355,10 +338,10 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def is_counted(name: str) -> bool:
-    """Whether a parameter counts: PEFT keeps an untrained copy of each head, which does not."""
+    """Whether a parameter counts as one of the model's; PEFT's untrained copy of each head does not."""
     return ".original_module." not in name
 
 
 def is_lora_b(name: str) -> bool:
-    """Whether a parameter is a B matrix, which LoRA+ trains at a higher rate."""
+    """Whether a parameter is a B matrix, which LoRA+ trains at a higher learning rate."""
     return ".lora_B." in name

@@ -1,4 +1,4 @@
-"""The frozen base of a classifier: loaded, and recognized by a fingerprint of its weights."""
+"""Loads the base model of a classifier, finds its head, and identifies it by a fingerprint of its weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,22 +13,21 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
-from lora_dist.model.head import find_heads
 from lora_dist.settings.train import Settings
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model as loaded, before anything is added to it.
+    """A base model as loaded.
 
     Attributes:
-        model: the classifier, a `transformers` model in fp32, its head sized for the labels.
-        processor: its image processor.
-        heads: names of the modules that are not of the backbone, and of parts that the checkpoint lacked.
-        missing: parameters that the checkpoint lacked or had in another shape, and that are random now.
+        model: a `transformers` classifier in fp32, with a head for the labels.
+        processor: image processor.
+        heads: names of the modules to train in full (see `find_heads`).
+        missing: parameters that the checkpoint lacked or had in another shape; they are random.
         name: path or Hub name.
-        revision: commit on the Hub, if it came from there.
-        fingerprint: of the backbone's weights.
+        revision: commit on the Hub; None for a directory.
+        fingerprint: digest of the backbone's weights.
     """
 
     model: Any
@@ -40,7 +39,7 @@ class Base:
     fingerprint: str
 
     def identity(self) -> dict[str, str | None]:
-        """What an adapter says of the base it belongs to."""
+        """Returns what an adapter bundle records of its base."""
         return {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
 
 
@@ -53,18 +52,18 @@ def load_base(
     init_from_config: bool = False,
     trust_remote_code: bool = False,
 ) -> Base:
-    """Loads a base model and its processor, in fp32, with a head for `labels`.
+    """Loads a base model in fp32 with a head for `labels`, and its processor.
 
     Args:
         name: Hub name, local directory, or a packaged model.
         labels: class names in order.
         revision: branch, tag or commit on the Hub.
-        seed: of weights that the checkpoint lacks, such as a new head.
-        init_from_config: all weights are random.
+        seed: for weights that the checkpoint lacks, such as a new head.
+        init_from_config: initialise all weights at random.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: the model cannot be found or is no image classifier.
+        UserError: the model is not found or is not an image classifier.
     """
     name = demo.local_path(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -82,7 +81,7 @@ def load_base(
                 _random(config, trust_remote_code) if init_from_config else _pretrained(name, config, source)
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        # One of these comes of a missing name, an unreachable Hub, a foreign architecture and a truncated file.
+        # For a missing name, an unreachable Hub, an unsupported architecture or a truncated file.
         raise cannot_load(name, error) from error
     heads = find_heads(model, missing)
     return Base(
@@ -96,52 +95,8 @@ def load_base(
     )
 
 
-def _random(config: Any, trust_remote_code: bool) -> tuple[Any, list[str]]:
-    """A model with random weights, none of which is missing."""
-    config.architectures = config.architectures or []
-    made = AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    return made, []
-
-
-def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, list[str]]:
-    """A model with its weights, and the names of those that are missing or of another shape."""
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        name,
-        config=config,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        dtype=torch.float32,
-        **source,
-    )
-    return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
-
-
-def cannot_load(name: str, error: Exception) -> UserError:
-    """In words of this project what `transformers` says of a model that it cannot load."""
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"the model {name!r} brings code of its own. If you trust where it comes from, --trust_remote_code runs it"
-        )
-    message = f"cannot load the base model {name!r} as an image classifier: "
-    if Path(name).is_dir():
-        return UserError(f"{message}{error}")
-    elsewhere = "\nIf it is elsewhere now, say where: predict takes --base_model, and train --model_name_or_path"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return UserError(f"{message}there is no such directory.{elsewhere}")
-    return UserError(
-        f"{message}{error}{elsewhere}\nWhere there is no network, bring it here before, by `hf download {name}`; "
-        "demo:vit, which is small, needs none"
-    )
-
-
 def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None = None) -> Base:
-    """The base that a training run's settings name.
-
-    Args:
-        settings: of the run.
-        labels: class names in order.
-        revision: to load it once more as it was, whatever has become of it on the Hub.
-    """
+    """Loads the base of a training run's settings; `revision` overrides theirs, to load the same commit again."""
     return load_base(
         settings.model.model_name_or_path,
         labels,
@@ -152,11 +107,72 @@ def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None
     )
 
 
+def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
+    """Returns the names of the modules to train in full: all outside the backbone, and those that are random.
+
+    Args:
+        model: a `transformers` classifier.
+        missing: parameters that the checkpoint lacked, such as the pooler of a masked-image model.
+
+    Raises:
+        UserError: the model has no module outside its backbone.
+    """
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    # Shorter names come first, so that no head is inside another one.
+    for module in sorted({parameter.rpartition(".")[0] for parameter in missing}, key=lambda name: (len(name), name)):
+        if module and not any(module == head or module.startswith(f"{head}.") for head in heads):
+            heads.append(module)
+    if not heads:
+        raise UserError(f"{type(model).__name__} has no head beside its backbone {model.base_model_prefix!r}")
+    return heads
+
+
 def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
-    """Digest of the backbone's weights in fp32, whatever names a release of `transformers` gives them."""
+    """Returns a digest of the backbone's fp32 weights that does not depend on their names."""
     digests = sorted(
         hashlib.sha256(str(list(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
         for name, tensor in model.state_dict().items()
         if tensor.dtype == torch.float32 and not any(name.startswith(f"{head}.") for head in heads)
     )
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def cannot_load(name: str, error: Exception) -> UserError:
+    """Converts an error of `transformers` to a `UserError` with advice."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"the model {name!r} contains its own code. If you trust its source, --trust_remote_code runs it"
+        )
+    message = f"cannot load the base model {name!r} as an image classifier: "
+    if Path(name).is_dir():
+        return UserError(f"{message}{error}")
+    elsewhere = "\nIf it has moved, pass its location: predict as --base_model, train as --model_name_or_path"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return UserError(f"{message}there is no such directory.{elsewhere}")
+    return UserError(
+        f"{message}{error}{elsewhere}\nWithout a network, run `hf download {name}` beforehand; "
+        "the small demo:vit needs no network"
+    )
+
+
+def _random(config: Any, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    config.architectures = config.architectures or []
+    made = AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return made, []
+
+
+def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The model, and the names of weights that are missing or of another shape."""
+    model, loading = AutoModelForImageClassification.from_pretrained(
+        name,
+        config=config,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        **source,
+    )
+    return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})

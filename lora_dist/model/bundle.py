@@ -1,8 +1,8 @@
-"""What a run hands over: the adapter with its labels, processor, card and base; written whole, read strictly.
+"""Reads and writes the result of a run: an adapter with the identity of its base, labels, processor and model card.
 
-The directory is a PEFT adapter that `PeftModel.from_pretrained` loads. Beside the adapter stand `config.json` (the
-architecture and the label map), `preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of
-the base) and `README.md`. A run with `--tuning full` hands over a whole `transformers` model instead.
+The directory is a PEFT adapter that `PeftModel.from_pretrained` loads, with `config.json` (architecture and label map),
+`preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of the base) and `README.md`. A run with
+`--tuning full` writes a whole `transformers` model instead.
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from lora_dist.errors import UserError
-from lora_dist.model import adapters, infer_metadata
+from lora_dist.model import adapter_io, adapters, infer_metadata
+from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
 from lora_dist.storage.files import whole_directory
 
@@ -25,121 +26,113 @@ IDENTITY = ("model_name_or_path", "revision", "fingerprint")
 
 
 def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
-    """Writes the bundle of an adapter; a bundle that stands there is replaced only when the new one is whole."""
-    with whole_directory(directory) as aside:
-        adapters.save_adapter(model, aside, initial)
-        write_company(aside, base.model.config, base.processor, base.identity(), card)
-
-
-def write_company(directory: Path, config: Any, processor: Any, identity: dict[str, str | None], card: str) -> None:
-    """Writes what stands beside an adapter.
-
-    Args:
-        directory: must be there.
-        config: of the base, with the label map.
-        processor: of images.
-        identity: of the base.
-        card: content of the model card.
-    """
-    config.save_pretrained(directory)
-    _write_labels(directory, config)
-    processor.save_pretrained(directory)
-    (directory / BASE_MODEL).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    """Writes an adapter bundle; an existing one is replaced when the new one is complete."""
+    with whole_directory(directory) as temporary:
+        adapters.save_adapter(model, temporary, initial)
+        write_metadata(temporary, base.model.config, base.processor, card, base.identity())
 
 
 def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
-    """Writes a whole `transformers` model with its processor and card, in the same way."""
-    with whole_directory(directory) as aside:
-        write_model_files(aside, model, processor, card)
+    """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
+    with whole_directory(directory) as temporary:
+        model.save_pretrained(temporary)
+        write_metadata(temporary, model.config, processor, card)
 
 
-def write_model_files(directory: Path, model: Any, processor: Any, card: str) -> None:
-    """Writes the same into a directory that is there."""
-    model.save_pretrained(directory)
-    _write_labels(directory, model.config)
+def write_metadata(
+    directory: Path, config: Any, processor: Any, card: str, base: dict[str, str | None] | None = None
+) -> None:
+    """Writes config, label map, processor and model card into an existing directory; for an adapter, also its base."""
+    config.save_pretrained(directory)
+    path = directory / "config.json"
+    # `transformers` leaves the label map out if it is LABEL_0, LABEL_1.
+    labels = {"id2label": config.id2label, "label2id": config.label2id}
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | labels)
     processor.save_pretrained(directory)
+    if base is not None:
+        _write_json(directory / BASE_MODEL, base)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What an adapter belongs to.
+class AdapterBundle:
+    """An adapter as read, with what is known of its base and classes.
 
     Attributes:
-        base: name or path of its base.
-        named: the same, where the adapter was trained.
-        revision: of the base on the Hub.
-        fingerprint: of the base's weights, where the adapter's directory says.
+        files: configuration and weights.
+        base: name or path of the base, to load it.
+        trained_base: name or path of the base at training time.
+        revision: commit of the base on the Hub.
+        fingerprint: of the base's weights; None if the directory does not record it.
         labels: class names in order.
-        trust_remote_code: run code that comes with the adapter, such as that of its processor.
+        trust_remote_code: run code that comes with the processor.
     """
 
+    files: AdapterFiles
     base: str
-    named: str
+    trained_base: str
     revision: str | None
     fingerprint: str | None
     labels: list[str]
     trust_remote_code: bool
 
 
-def read_origin(
+def read_bundle(
     directory: Path, base_model: str | None, trust_remote_code: bool, labels: Sequence[str] | None
-) -> Origin:
-    """What an adapter says of its base and classes; of one from elsewhere, what can be found out.
+) -> AdapterBundle:
+    """Reads an adapter, and infers its base and classes if another program wrote it.
 
     Args:
         directory: of the adapter.
-        base_model: where the base is now, if not where the adapter says.
+        base_model: overrides the recorded location of the base.
         trust_remote_code: run code that comes with the model.
         labels: class names of an adapter that has no label map.
 
     Raises:
-        UserError: part of the bundle is missing or damaged, or there are two label maps.
+        UserError: a file is missing or damaged, or `labels` differs from the label map.
     """
-    fingerprint = None
-    if is_bundle := (directory / BASE_MODEL).is_file():
-        identity = _read_identity(directory / BASE_MODEL)
-        named, revision, fingerprint = (identity[key] for key in IDENTITY)
+    files, fingerprint = adapter_io.read(directory), None
+    if is_ours := (directory / BASE_MODEL).is_file():
+        trained_base, revision, fingerprint = _read_identity(directory / BASE_MODEL)
     else:
-        named, revision = (base_model, None) if base_model else infer_metadata.recorded_base(directory)
-        logger.warning("%s has no %s: whether %s is its base cannot be checked", directory, BASE_MODEL, named)
-    base, revision = (base_model, None) if base_model else (named, revision)
+        trained_base, revision = (base_model, None) if base_model else infer_metadata.recorded_base(files)
+        logger.warning("%s has no %s: cannot check that %s is its base", directory, BASE_MODEL, trained_base)
+    base, revision = (base_model, None) if base_model else (trained_base, revision)
     if label_map(directory) is not None:
-        own = read_labels(directory)
-        if labels is not None and own != list(labels):
-            raise UserError(f"--labels: {directory}/config.json has a label map of its own, and another one")
-    elif is_bundle and labels is None:
+        names = read_labels(directory)
+        if labels is not None and names != list(labels):
+            raise UserError(f"--labels differs from the label map in {directory}/config.json; leave it out")
+    elif is_ours and labels is None:
         raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
     else:
-        own = infer_metadata.labels_of(directory, base, revision, labels, trust_remote_code)
-    return Origin(base, named, revision, fingerprint, own, trust_remote_code)
+        names = infer_metadata.labels_of(files, base, revision, labels, trust_remote_code)
+    return AdapterBundle(files, base, trained_base, revision, fingerprint, names, trust_remote_code)
 
 
 def read_labels(directory: Path) -> list[str]:
-    """Class names in order, from the label map of a bundle or model.
+    """Reads the class names of a bundle or model, in order.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no label map, or it is damaged.
     """
     path, found = directory / "config.json", label_map(directory)
-    # `transformers` makes up LABEL_0, LABEL_1 … where there is no label map.
+    # `transformers` would make up LABEL_0, LABEL_1.
     if found is None:
-        raise UserError(f"{path} has no label map (id2label), so nobody knows the classes")
+        raise UserError(f"{path} has no label map (id2label)")
     try:
         names = {int(number): str(label) for number, label in found.items()}
     except (AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: its label map (id2label) is no map from numbers to names") from error
+        raise UserError(f"{path} is damaged: its label map (id2label) does not map numbers to names") from error
     if sorted(names) != list(range(len(names))) or not names:
-        raise UserError(f"the label map in {path} is not numbered from 0 on")
+        raise UserError(f"the label map in {path} is not numbered from 0")
     return [names[index] for index in range(len(names))]
 
 
 def label_map(directory: Path) -> Any:
-    """What `config.json` says of the labels; None where it says nothing or is not there.
+    """Returns `id2label` of `config.json`, or None where either is missing.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     path = directory / "config.json"
     try:
@@ -148,20 +141,16 @@ def label_map(directory: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _write_labels(directory: Path, config: Any) -> None:
-    """Puts the label map into `config.json`, where `transformers` leaves it out if it is LABEL_0, LABEL_1."""
-    path = directory / "config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content |= {"id2label": config.id2label, "label2id": config.label2id}
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_identity(path: Path) -> dict[str, Any]:
-    """What `Base.identity` wrote."""
+def _read_identity(path: Path) -> tuple[Any, ...]:
+    """Name, revision and fingerprint that `Base.identity` gave."""
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return {key: identity[key] for key in IDENTITY}
+        return tuple(identity[key] for key in IDENTITY)
     except KeyError as error:
-        raise UserError(f"{path} is damaged: it does not say {error}") from error
+        raise UserError(f"{path} is damaged: it has no {error}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error

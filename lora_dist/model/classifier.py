@@ -1,4 +1,4 @@
-"""Loads a trained classifier, ready for prediction: an adapter on its base, or a whole model."""
+"""Loads a trained classifier for prediction: an adapter on its base, or a whole model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, load_base
-from lora_dist.model.bundle import BASE_MODEL, Origin, read_labels, read_origin
+from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_labels
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Classifier:
     """A model ready to classify.
 
     Attributes:
-        model: in evaluation mode, fp32; with its adapter, or whole.
-        processor: its image processor.
+        model: in evaluation mode and fp32, with an adapter or whole.
+        processor: image processor.
         labels: class names in order.
-        base: of an adapter: the name, revision and fingerprint of the base.
+        base: name, revision and fingerprint of an adapter's base.
     """
 
     model: nn.Module
@@ -32,7 +32,7 @@ class Classifier:
     base: dict[str, str | None] | None = None
 
     def probabilities(self, pixel_values: Tensor) -> Tensor:
-        """Probabilities [B, classes] in fp32, of prepared images [B, 3, H, W] on the device of the model.
+        """Computes probabilities [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
 
         Raises:
             UserError: a logit is not finite.
@@ -49,65 +49,65 @@ def load_classifier(
     trust_remote_code: bool = False,
     labels: Sequence[str] | None = None,
 ) -> Classifier:
-    """Loads what a run handed over, or an adapter or model from elsewhere.
+    """Loads the result of a run, or an adapter or model that another program wrote.
 
     Args:
         directory: of the adapter or whole model.
-        base_model: where the base is now, if not where the adapter says.
+        base_model: overrides the recorded location of an adapter's base.
         trust_remote_code: run code that comes with the model.
         labels: class names of an adapter that has no label map.
 
     Raises:
-        UserError: part of it is missing, or the base is another one than the adapter was trained on.
+        UserError: a file is missing or damaged, or the adapter was trained on another base.
     """
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}")
-    if not (directory / ADAPTER_CONFIG).is_file():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"{directory} is no model: it has no config.json{result_of_run(directory)}")
-        own = read_labels(directory)
-        whole = load_base(str(directory), own, trust_remote_code=trust_remote_code)
-        if whole.missing:
-            raise UserError(
-                f"{directory} is no whole {type(whole.model).__name__}: its weights lack {', '.join(whole.missing[:5])}"
-            )
-        return Classifier(whole.model.eval(), whole.processor, own)
-    origin = read_origin(directory, base_model, trust_remote_code, labels)
-    base = load_base(origin.base, origin.labels, revision=origin.revision, trust_remote_code=trust_remote_code)
-    return attach_adapter(base, directory, origin)
+    if (directory / ADAPTER_CONFIG).is_file():
+        bundle = read_bundle(directory, base_model, trust_remote_code, labels)
+        base = load_base(bundle.base, bundle.labels, revision=bundle.revision, trust_remote_code=trust_remote_code)
+        return attach_adapter(base, bundle)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} is not a model: it has no config.json{result_of_run(directory)}")
+    names = read_labels(directory)
+    whole = load_base(str(directory), names, trust_remote_code=trust_remote_code)
+    if whole.missing:
+        raise UserError(
+            f"{directory} is not a complete {type(whole.model).__name__}: its weights lack "
+            f"{', '.join(whole.missing[:5])}"
+        )
+    return Classifier(whole.model.eval(), whole.processor, names)
 
 
-def attach_adapter(base: Base, directory: Path, origin: Origin, name: str = adapters.DEFAULT) -> Classifier:
-    """A classifier of a base and an adapter; the base may have adapters on it already, and then knows it by `name`.
-
-    Raises:
-        UserError: as of `check_base`, or the adapter's keys are not those of the base.
-    """
-    adapter, processor = check_base(base, directory, origin)
-    model = adapters.attach_adapter(base.model, adapter, name, len(origin.labels))
-    return Classifier(model, processor, origin.labels, base.identity())
-
-
-def check_base(base: Base, directory: Path, origin: Origin) -> tuple[adapters.Adapter, Any]:
-    """Reads an adapter for a base, and the processor that it was trained with.
+def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAULT) -> Classifier:
+    """Puts an adapter under a name on its base, which may already have other adapters.
 
     Raises:
-        UserError: the base is another one than the adapter was trained on, or lacks what the adapter does not bring.
+        UserError: as `check_base`, or the adapter's keys are not those of the base.
     """
-    if origin.fingerprint not in (None, base.fingerprint):
+    adapter, processor = check_base(base, bundle)
+    model = adapters.attach_adapter(base.model, adapter, name, len(bundle.labels))
+    return Classifier(model, processor, bundle.labels, base.identity())
+
+
+def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:
+    """Returns a bundle's adapter in the names of its base, and the processor that it was trained with.
+
+    Raises:
+        UserError: the adapter was trained on another base, or neither has weights that the model needs.
+    """
+    directory = bundle.files.directory
+    if bundle.fingerprint not in (None, base.fingerprint):
         raise UserError(
             f"{base.name} is not the base that the adapter in {directory} was trained on: the fingerprint of its "
-            f"weights is {base.fingerprint}, and that of {origin.named} was {origin.fingerprint}"
+            f"weights is {base.fingerprint}, and that of {bundle.trained_base} was {bundle.fingerprint}"
         )
-    adapter = adapters.read_adapter(base.model, directory)
+    adapter = adapters.read_adapter(base.model, bundle.files)
     random = [parameter for parameter in base.missing if parameter not in adapter.state]
     if random:
-        raise UserError(
-            f"{base.name} lacks weights that the adapter in {directory} does not bring either: {', '.join(random[:5])}"
-        )
+        raise UserError(f"neither {base.name} nor the adapter in {directory} has weights for {', '.join(random[:5])}")
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", BASE_MODEL)):
         return adapter, base.processor
     try:
-        return adapter, AutoImageProcessor.from_pretrained(directory, trust_remote_code=origin.trust_remote_code)
+        return adapter, AutoImageProcessor.from_pretrained(directory, trust_remote_code=bundle.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error

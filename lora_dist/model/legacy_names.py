@@ -1,8 +1,7 @@
-"""Names of a model's parts in transformers 4, from what transformers 5 itself writes into checkpoints.
+"""Maps the names of a model's parameters and modules to those of transformers 4.
 
-Transformers 5 renamed the modules of ViT, DeiT, BEiT, Swin, DINOv2 and others, and still saves weights under the old
-names, which every release reads. So the names that it gives to marked tensors tell how it renames, for any
-architecture, without a table of our own.
+Transformers 5 renamed the modules of ViT, DeiT, BEiT, Swin, DINOv2 and others, but saves weights under the old names.
+The mapping is read from a checkpoint that transformers itself writes, so it works for any architecture.
 """
 
 import tempfile
@@ -20,11 +19,11 @@ from lora_dist.model.adapter_io import split_lora_name
 
 @dataclass(frozen=True)
 class LegacyNames:
-    """Old names of a model's parameters and modules.
+    """Maps current to old names.
 
     Attributes:
-        parameters: today's name of each parameter and buffer to its old one.
-        modules: the same for modules whose parameters are named alike in both.
+        parameters: of parameters and buffers.
+        modules: of modules whose parameters have the same last component in both.
     """
 
     parameters: Mapping[str, str]
@@ -32,29 +31,26 @@ class LegacyNames:
 
     @classmethod
     def of(cls, model: Any) -> "LegacyNames":
-        """The names of a `transformers` model; LoRA in its modules makes no difference.
-
-        Source: `PreTrainedModel.save_pretrained`, which undoes the renaming that loading did.
-        """
+        """Returns the names of a `transformers` model, with or without LoRA, by `PreTrainedModel.save_pretrained`."""
         names = list(current_names(model))
         with tempfile.TemporaryDirectory() as directory:
-            # A float tells integers up to 2**24 apart.
+            # float32 represents integers up to 2**24 exactly.
             marked = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
             model.save_pretrained(directory, state_dict=marked)
             written: dict[str, torch.Tensor] = {}
             for file in Path(directory).glob("*.safetensors"):
                 written |= load_file(file)
-        # What is fused or split on the way has no single old name, and so none at all here.
+        # Parameters that are fused or split on saving have no single old name.
         parameters = {names[int(tensor)]: old for old, tensor in written.items() if tensor.numel() == 1}
         return cls(parameters, _modules(parameters))
 
     def to_old(self, name: str) -> str:
-        """The old form of a plain name of `adapter_files`; unknown names stay."""
+        """Converts a plain name to the old one; unknown names stay."""
         target, lora = split_lora_name(name)
         return (self.modules if lora else self.parameters).get(target, target) + lora
 
     def to_current(self, name: str) -> str:
-        """Today's form of an old plain name; unknown names stay."""
+        """Converts an old plain name to the current one; unknown names stay."""
         target, lora = split_lora_name(name)
         return (self._current_modules if lora else self._current_parameters).get(target, target) + lora
 
@@ -67,7 +63,7 @@ class LegacyNames:
         return {old: current for current, old in self.modules.items()}
 
     def are_used_by(self, names: Iterable[str]) -> bool:
-        """Whether these plain names are of an old release: more of them have a place there than in the model."""
+        """Whether more of these plain names are old than current names of the model."""
         targets = [split_lora_name(name) for name in names]
         old = sum(target in (self._current_modules if lora else self._current_parameters) for target, lora in targets)
         current = sum(target in (self.modules if lora else self.parameters) for target, lora in targets)
@@ -75,7 +71,7 @@ class LegacyNames:
 
 
 def current_names(model: Any) -> dict[str, None]:
-    """Today's names of a model's parameters and buffers, in order, as they are without any LoRA."""
+    """Returns the names of a model's parameters and buffers, in order, as without LoRA."""
     return dict.fromkeys(
         name.replace(".base_layer.", ".").replace(".original_module.", ".")
         for name in model.state_dict()

@@ -1,4 +1,4 @@
-"""The linear layer of LoRA as one autograd function: PEFT's numbers, in fewer passes over memory."""
+"""LoRA's linear layer as one autograd function: same results as PEFT's, with fewer passes over memory."""
 
 from types import MethodType
 from typing import Any
@@ -12,26 +12,16 @@ from torch.nn.functional import linear
 
 
 def speed_up(model: nn.Module) -> None:
-    """Lets the linear LoRA layers of a model run as one function, wherever that covers what they are to compute.
-
-    The layers stay PEFT's in all else: their names, parameters, saving and merging.
-    """
+    """Replaces the `forward` of PEFT's linear LoRA layers; names, parameters, saving and merging stay PEFT's."""
     for module in model.modules():
         if type(module) is lora.Linear:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`W x + c + s B A dropout(x)`, as PEFT's layer gives it.
+    """Computes `W x + c + s B A dropout(x)`: [..., in_features] to [..., out_features].
 
-    Args:
-        layer: PEFT's.
-        x: [..., in_features].
-        args: what PEFT's `forward` takes; it is left to it.
-        kwargs: the same.
-
-    Returns:
-        [..., out_features].
+    Falls back to PEFT's `forward` for its further arguments and for layers that the function does not support.
     """
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
     if args or kwargs or not _is_covered(layer, name, x):
@@ -47,7 +37,7 @@ def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
-    """Whether a layer is plain LoRA on an unquantised linear layer whose weights are all here."""
+    """Whether a layer is plain LoRA on a frozen, unquantised linear layer whose weights are not sharded."""
     if (
         name not in layer.lora_A
         or name in layer.lora_variant
@@ -56,11 +46,11 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
         or type(layer.base_layer) is not nn.Linear
         or any(parameter.requires_grad for parameter in layer.base_layer.parameters())
         or layer.lora_B[name].bias is not None
-        or torch.compiler.is_compiling()  # which fuses PEFT's own layer
+        or torch.compiler.is_compiling()  # fuses PEFT's own layer
     ):
         return False
     weights = [layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight]
-    # ZeRO-3 (`ds_id`) and tensor parallelism gather a weight when the module that owns it is called.
+    # ZeRO-3 (`ds_id`) and tensor parallelism gather a weight only when its module is called.
     if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights):
         return False
     if torch.is_autocast_enabled(x.device.type):
@@ -69,9 +59,9 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The base is frozen. Kept for the backward pass: the input, which layers share; `hidden` ([rows, r]); the mask.
+    """Saves the input (shared by layers), `hidden` [rows, r] and the dropout mask for the backward pass.
 
-    Without dropout, `s B A` is added to the weights rather than to the output (it `folds`) where these are fewer.
+    Without dropout, `s B A` is added to the weights instead of the output (`folds`) if the weights are fewer.
     """
 
     @staticmethod
@@ -80,9 +70,9 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         kept, keep = _draw(rows, rate)
-        # What dropout takes away, the others make up for: here in the one factor that is applied to `r` columns alone.
+        # Dropout's factor 1/keep is part of the scaling, which applies to `r` columns only.
         ctx.scaling, ctx.shape = scaling / keep if keep else 0.0, x.shape
-        # A half-precision sum of the weights would lose what LoRA adds to them.
+        # In half precision, the sum would round away the small update.
         ctx.folds = kept is None and rows.dtype == torch.float32 and rows.shape[0] > rows.shape[1]
         hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
         factor = weight.addmm(up, down, alpha=ctx.scaling) if ctx.folds else weight
@@ -102,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
         mask = _as_factor(kept, rows.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
-            # Not the one of the forward pass: FSDP would have to hold it beside the weights that it releases.
+            # Recomputed: saving the sum would keep memory that FSDP frees between the passes.
             of_x = gradient @ (weight.addmm(up, down, alpha=ctx.scaling) if ctx.folds else weight)
             if mask is not None:
                 of_x.addcmul_(of_hidden @ down, mask)
@@ -114,7 +104,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
-    """Which elements dropout keeps, a byte each, by the device's generator; and the share of them."""
+    """Draws the elements that dropout keeps, one byte each, and returns their probability."""
     keep = 1 - rate
     if rate == 0:
         return None, keep
@@ -123,21 +113,20 @@ def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
     values = 256 * keep
     if not 1 <= values <= 255 or rows.shape[1] % 8:
         return torch.empty_like(rows, dtype=torch.uint8).bernoulli_(keep), keep
-    # On a CPU `bernoulli_` takes as long as the layer's matrix product. A random byte an element, eight at a draw, and
-    # a comparison in place take a tenth of that. As bytes are coarse, the values to keep are, by chance, one more in
-    # some rows than in others; so that each element is kept with exactly the probability asked for.
+    # On a CPU, `bernoulli_` takes as long as the matrix product; comparing random bytes, drawn eight at a time, takes
+    # a tenth. The threshold of each row is rounded up or down at random, which makes the probability exact.
     last = torch.empty(rows.shape[0], 1, dtype=torch.int8).bernoulli_(values % 1).add_(int(values) - 129)
     words = torch.empty(rows.shape[0], rows.shape[1] // 8, dtype=torch.int64).random_(-(2**63), None)
     return words.view(torch.int8).le_(last), keep
 
 
 def _as_factor(kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is kept as 1 and 0 in the type of what they multiply, which takes half the time on a CPU."""
+    """The mask in the dtype of its other factor, which takes half the time on a CPU."""
     return kept if kept is None or kept.dtype == torch.bool else kept.to(dtype)
 
 
 def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """What is kept of the rows. It takes the place of the mask, which costs less than memory of its own."""
+    """Rows times mask; overwrites a floating-point mask, to save memory."""
     if mask is None:
         return rows
     return rows * mask if mask.dtype == torch.bool else mask.mul_(rows)

@@ -1,4 +1,4 @@
-"""Whether two ways of computing the same logits agree."""
+"""Compares logits: a written model must give those of the model in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.model.classifier import load_classifier
 
 TOLERANCE = 1e-3
-"""Relative difference of logits up to which two ways of computing them on one device or two count as equal."""
+"""Largest difference of fp32 logits, relative to the largest logit, on the same or another device."""
 HALF_PRECISION_TOLERANCE = 5e-2
-"""The same where one of them is in fp16 or bf16."""
+"""The same if one side is computed in fp16 or bf16."""
 
 
 def require_same_logits(
@@ -23,33 +23,26 @@ def require_same_logits(
     tolerance: float = TOLERANCE,
     trust_remote_code: bool = False,
 ) -> None:
-    """Checks that what was written gives the logits of the model it was written from, on real images.
-
-    Args:
-        directory: of the bundle or model.
-        images: to classify.
-        expected: logits [B, classes] of the model in memory.
-        tolerance: largest difference, relative to the largest logit.
-        trust_remote_code: run code that comes with the model.
+    """Checks that a written bundle or model gives the expected logits [B, classes] on real images (see peft#577).
 
     Raises:
-        RuntimeError: it does not; a file that is silently wrong would cost the whole run (peft#577).
+        RuntimeError: they differ by more than `tolerance`, relative to the largest logit.
     """
-    difference = difference_when_read(directory, images, expected, trust_remote_code)
+    difference = loaded_difference(directory, images, expected, trust_remote_code)
     if not difference <= tolerance:
-        raise RuntimeError(f"{directory} was written but gives other logits when read: relative error {difference:.1e}")
+        raise RuntimeError(f"{directory} gives other logits after loading: relative error {difference:.1e}")
 
 
-def difference_when_read(
+def loaded_difference(
     directory: Path, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool = False
 ) -> float:
-    """How far a bundle or model, as read, is from logits [B, classes] on images, relative to the largest logit."""
-    read = load_classifier(directory, trust_remote_code=trust_remote_code)
+    """Loads a bundle or model, and returns the difference of its logits from the expected ones [B, classes]."""
+    loaded = load_classifier(directory, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
-        actual = read.model(pixel_values=ImageTransforms(read.processor).batch(images)).logits.float()
+        actual = loaded.model(pixel_values=ImageTransforms(loaded.processor).batch(images)).logits.float()
     return relative_difference(actual, expected)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest magnitude expected."""
+    """Largest absolute difference, relative to the largest absolute value expected."""
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

@@ -1,4 +1,4 @@
-"""Which modules LoRA adapts: auto, all-linear, or names of any release of transformers, resolved in a model."""
+"""Resolves `--lora_target_modules`: auto, all-linear, or module names of transformers 4 or 5."""
 
 from collections.abc import Sequence
 
@@ -17,19 +17,19 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 """Names of the same projection in transformers 4 and 5, where most models were renamed (transformers#41693)."""
 
 AUTO: tuple[tuple[str, ...], ...] = (("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
-"""What `auto` adapts: the first of these that the model has, else all its convolutions."""
+"""Targets of `auto`: the first group that the model has, else all its convolutions."""
 
 
 def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]) -> list[str]:
-    """Names for `LoraConfig.target_modules` that exist in this model.
+    """Returns names for `LoraConfig.target_modules` that exist in this model.
 
     Args:
         model: the classifier, without adapters.
-        names: suffixes of module names, in the names of transformers 4 or 5; or `["auto"]`, or `["all-linear"]`.
-        heads: modules that train in full and take no adapter.
+        names: suffixes of module names, `["auto"]` or `["all-linear"]`.
+        heads: modules that are trained in full and get no LoRA.
 
     Raises:
-        UserError: a name that the model lacks, with the names that it has.
+        UserError: the model lacks one of the names.
     """
     adaptable: dict[str, nn.Module] = {
         name: module
@@ -65,12 +65,12 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
 
 
 def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:
-    """Full names of the modules that `name`, or else a synonym of it, stands for."""
+    """Full names of the modules that `name`, or else a synonym of it, selects."""
     synonyms = next((group for group in SYNONYMS if name in group), (name,))
     for candidate in (name, *synonyms):
         found = [module for module in modules if _ends(module, candidate)]
         if candidate != name:
-            # A new name means one projection; the old name that stands for it may end that of another one.
+            # An old name may be the ending of the old name of another projection.
             longer = [old for group in SYNONYMS for old in group if _ends(old, candidate) and old != candidate]
             found = [module for module in found if not any(_ends(module, old) for old in longer)]
         if found:
@@ -83,14 +83,14 @@ def _ends(name: str, suffix: str) -> bool:
 
 
 def _last(name: str) -> list[str]:
-    """The last part of a module's name that is no number, and what follows it."""
+    """The last component of a module's name that is not a number, and those after it."""
     parts = name.split(".")
     start = next((index for index in reversed(range(len(parts))) if not parts[index].isdigit()), 0)
     return parts[start:]
 
 
 def shortest(wanted: list[str], model: nn.Module) -> list[str]:
-    """The last components of `wanted`, where these name nothing else in the model; else the full names."""
+    """Returns the last components of `wanted` if they select no other module; else the full names."""
     if not wanted:
         raise UserError(f"{type(model).__name__} has no linear or convolutional layer outside its head to adapt")
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in wanted})

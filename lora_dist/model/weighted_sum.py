@@ -14,26 +14,23 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """One adapter whose update is the weighted sum of the updates of several, exactly.
+    """Returns an adapter whose update is exactly the weighted sum of the updates of several adapters.
 
-    With s_i the scale of adapter i: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]. What an
-    adapter brings whole, such as its head, is averaged with the same weights.
+    With s_i the scale of adapter i: sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]. The rank is
+    the sum of the ranks, the scale 1. Modules trained in full, such as heads, are averaged with the same weights.
 
     Args:
         adapters: read for the same base, with the same classes in the same order.
-        weights: of each; they add up to 1.
-
-    Returns:
-        An adapter whose rank is the sum of theirs, and whose scale is 1.
+        weights: one for each adapter, with sum 1.
 
     Raises:
-        UserError: DoRA, whose update is no product of matrices; or they train different modules in full.
+        UserError: an adapter uses DoRA or alpha patterns, or the adapters train different modules in full.
     """
     for adapter in adapters:
         if adapter.config.use_dora:
-            raise UserError(f"the adapter in {adapter.directory} is DoRA, which has no weighted sum with others")
+            raise UserError(f"the adapter in {adapter.directory} uses DoRA, which has no weighted sum")
     ranks = [_largest_rank(adapter) for adapter in adapters]
-    # A linear probe has no matrices, and adds nothing to the rank.
+    # Linear probes have no matrices.
     total = max(1, sum(ranks))
     state: dict[str, Tensor] = {}
     modules = sorted({target for adapter in adapters for target, lora in map(split_lora_name, adapter.state) if lora})
@@ -41,7 +38,7 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
         like_a, like_b = next((a.state[module + A], a.state[module + B]) for a in adapters if module + A in a.state)
         parts_a, parts_b = [], []
         for adapter, weight, rank in zip(adapters, weights, ranks, strict=True):
-            # Zeros where an adapter has a lower rank here than elsewhere, or does not change this module.
+            # Pads with zeros if this module has a lower rank or no LoRA in this adapter.
             part_a = like_a.new_zeros((rank, *like_a.shape[1:]), dtype=torch.float32)
             part_b = like_b.new_zeros((like_b.shape[0], rank, *like_b.shape[2:]), dtype=torch.float32)
             if module + A in adapter.state:
@@ -75,13 +72,13 @@ def _largest_rank(adapter: Adapter) -> int:
 def _scale(adapter: Adapter, module: str) -> float:
     config = adapter.config
     if config.alpha_pattern:
-        raise UserError(f"the adapter in {adapter.directory} has an alpha_pattern, which cannot be blended")
+        raise UserError(f"the adapter in {adapter.directory} has an alpha_pattern, which has no weighted sum")
     rank = len(adapter.state[module + A])
     return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Weighted means of what is no LoRA matrix, in fp32; counters are those of the first adapter."""
+    """Averages tensors that are not LoRA matrices, in fp32; integer tensors are those of the first adapter."""
     wholes = [{n: tensor for n, tensor in adapter.state.items() if not split_lora_name(n)[1]} for adapter in adapters]
     averaged: dict[str, Tensor] = {}
     for adapter, whole in zip(adapters, wholes, strict=True):
@@ -92,7 +89,7 @@ def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str,
         if differing:
             raise UserError(
                 f"the adapters in {adapters[0].directory} and {adapter.directory} do not train the same modules in "
-                f"full, and cannot be blended: {', '.join(differing[:5])}"
+                f"full: {', '.join(differing[:5])}"
             )
     for name, tensor in wholes[0].items():
         if tensor.is_floating_point():

@@ -46,7 +46,7 @@ def test_the_guides_adapter_predicts_merges_and_goes_back(images: Path, tmp_path
         *GUIDE, "--labels", tmp_path / "labels.txt", "--images", images, "--top_k", 3,
         "--merge_to", tmp_path / "merged", "--export_legacy_names", tmp_path / "old",
     )  # fmt: skip
-    assert "cannot be checked" in result.stderr
+    assert "cannot check that" in result.stderr
     assert "exported to" in result.stderr
     rows = _rows(result.stdout)
     assert len(rows) == 3

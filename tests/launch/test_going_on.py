@@ -34,7 +34,7 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
         "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 4, "--checkpointing_steps", 1,
     )  # fmt: skip
     result = train(*arguments, "--max_train_steps", 2, launch_file="ddp_cpu.yaml")
-    assert "going on from the adapter" in result.stderr
+    assert "starting from the adapter" in result.stderr
     assert "the head is new" in result.stderr
     before = load_file(first / "adapter" / "adapter_model.safetensors")
     after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -67,5 +67,5 @@ def test_flags_that_differ_from_the_adapter_are_refused(first: Path, photos: Pat
         "--adapter_name_or_path", first / "adapter", "--train_dir", photos / "train",
         "--validation_dir", photos / "validation", "--output_dir", tmp_path / "run", "--lora_r", 8, code=2,
     )  # fmt: skip
-    assert "--lora_r is 8, and the adapter has 4" in result.stderr
+    assert "--lora_r is 8, and that of the adapter is 4" in result.stderr
     assert "Traceback" not in result.stderr

@@ -199,9 +199,9 @@ def test_places_and_adapters_are_looked_at_before_anything_is_done(adapter: Path
     """Nothing is merged where the file of the ONNX model is there already, or where there is nothing to merge."""
     (tmp_path / "old.onnx").touch()
     merged = tmp_path / "merged"
-    words = ["nothing was done", f"--onnx {tmp_path / 'old.onnx'} is there already"]
+    words = ["nothing was done", f"--onnx {tmp_path / 'old.onnx'} exists"]
     _refused("--adapter", adapter, "--merge_to", merged, "--onnx", tmp_path / "old.onnx", words=words)
-    words = [f"{vit} is no adapter", "a whole model", "--model"]
+    words = [f"{vit} is not an adapter", "a whole model", "--model"]
     _refused("--adapter", vit, "--merge_to", merged, "--export_legacy_names", tmp_path / "old", words=words)
     assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
 
@@ -221,7 +221,7 @@ def test_an_adapter_without_a_label_map_is_refused(vit: Path, folder: Path, tmp_
 
 def test_a_name_of_nothing_is_refused_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
-    words = [f"--images {missing}: no images there"]
+    words = [f"--images {missing}: no images found"]
     _refused("--adapter", tmp_path / "no adapter", "--images", folder, missing, words=words)
 
 

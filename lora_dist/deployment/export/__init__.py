@@ -1,1 +1,1 @@
-"""A trained adapter as files for other programs: merged, ONNX, older PEFT releases."""
+"""Exports a trained adapter: merged, as ONNX, and for older releases of PEFT."""

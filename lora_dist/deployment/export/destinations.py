@@ -1,4 +1,4 @@
-"""Where predict writes: places that are free and can be written to, as is found out before anything is loaded."""
+"""Checks before anything is loaded that `predict` can write all its outputs."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,13 @@ from lora_dist.storage.writable import require_writable, writing
 
 
 def require_destinations(settings: PredictSettings) -> None:
-    """Checks every place that a prediction is to write to.
+    """Checks all output paths of a prediction.
 
     Raises:
-        UserError: lists those that are taken, that cannot be written to, or that cannot both be.
+        UserError: lists the paths that exist, are not writable, or are inside another output.
     """
     merging, images = settings.merging, settings.images
-    # In the order in which they are written.
+    # In the order of writing.
     wanted = {
         "export_legacy_names": (merging.export_legacy_names, require_free_directory),
         "merge_to": (merging.merge_to, require_free_directory),
@@ -35,43 +35,43 @@ def require_destinations(settings: PredictSettings) -> None:
             problems.append(str(error))
         else:
             problems += [
-                f"--{flag} {name}: --{other} would be there already; name another place"
+                f"--{flag} {name}: --{other} is written there first; choose another path"
                 for other, earlier in before.items()
                 if path == earlier or path in earlier.parents
             ]
         before[flag] = path
     if problems:
-        raise UserError("\n  ".join(["nothing was done, since not all of it could be written:", *problems]))
+        raise UserError("\n  ".join(["nothing was done, because these outputs cannot be written:", *problems]))
 
 
 def require_free_directory(path: Path, flag: str) -> None:
-    """Raises a `UserError` unless a directory can be put there: nothing stands there, or an empty directory."""
+    """Raises a `UserError` unless a directory can be created at `path`, or an empty one replaced."""
     with writing(path, flag):
         if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--{flag} {path} is not empty; name another directory")
+            raise UserError(f"--{flag} {path} is not empty; choose another directory")
         if path.resolve() == Path.cwd() or path.is_mount():
-            raise UserError(f"--{flag} {path}: the directory itself is replaced; name one inside it")
+            raise UserError(f"--{flag} {path}: this directory would be replaced; choose one inside it")
         require_writable(path.parent, f"--{flag}")
 
 
 def require_free_file(path: Path, flag: str) -> None:
-    """Raises a `UserError` unless a file can be made there, where nothing stands yet."""
+    """Raises a `UserError` unless a file can be created at `path`."""
     with writing(path, flag):
         if path.is_dir():
             raise UserError(f"--{flag} {path} is a directory; name a file, such as {path / 'model.onnx'}")
         if os.path.lexists(path):
             raise UserError(
-                f"--{flag} {path} is there already; name another file, or run this one without --adapter and --model"
+                f"--{flag} {path} exists; choose another file, or run this one without --adapter and --model"
             )
         require_writable(path.parent, f"--{flag}")
 
 
 def _require_file(path: Path, flag: str) -> None:
-    """A file may be there, to be written over; or a pipe."""
+    """The path may be an existing file, which is overwritten, or a pipe."""
     with writing(path, flag):
         if path.is_dir():
-            raise UserError(f"--{flag} {path} is a directory; name a file")
+            raise UserError(f"--{flag} {path} is a directory; choose a file")
         if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"--{flag} {path}: cannot be written to; name another file")
+            raise UserError(f"--{flag} {path}: no permission to write; choose another file")
         if not path.exists():
             require_writable(path.parent, f"--{flag}")

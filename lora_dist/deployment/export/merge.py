@@ -1,4 +1,4 @@
-"""Folds an adapter into its base, and hands the result over only if it classifies as before."""
+"""Merges an adapter into its base, and checks that the result gives the same logits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +15,20 @@ from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.classifier import Classifier
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, difference_when_read, relative_difference
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
 from lora_dist.storage.files import whole_directory
 
-MOST_IMAGES = 16
+MAX_IMAGES = 16
+"""Images on which logits are compared."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Merged(NamedTuple):
-    """How far the logits of a merged model are from those of its adapter, relative to the largest.
+    """Differences of logits from those of the adapter, relative to the largest logit.
 
     Attributes:
-        merge: in fp32.
-        rounding: of weights rounded to half precision, in fp32 arithmetic; None where they stay fp32.
+        merge: after merging in fp32.
+        rounding: after rounding the weights to half precision, computed in fp32; None without rounding.
     """
 
     merge: float
@@ -43,23 +44,20 @@ def merge_to(
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     trust_remote_code: bool = False,
 ) -> Merged:
-    """Writes the merged model as a plain `transformers` checkpoint with its processor and label map.
+    """Writes the merged model as a `transformers` checkpoint with its processor and label map.
 
     Args:
-        classifier: with an adapter; used up.
-        source: the adapter in words, for the card.
-        out: must not exist, or be empty.
-        files: images to compare logits on; the first that can be read are taken, else packaged photographs.
-        tolerance: largest difference of logits, relative to the largest logit. What half precision rounds away may
-            be `HALF_PRECISION_TOLERANCE`.
-        precision: to round the merged weights to, last.
+        classifier: with an adapter, which is merged in place.
+        source: title of the adapter, for the model card.
+        out: new or empty directory.
+        files: images to compare logits on; packaged photographs if none is readable.
+        tolerance: largest difference of logits, relative to the largest logit. For half precision at least
+            `HALF_PRECISION_TOLERANCE`.
+        precision: of the written weights; merging is in fp32.
         trust_remote_code: run code that comes with the base.
 
-    Returns:
-        The differences measured.
-
     Raises:
-        UserError: the merged model differs by more, in memory or as read, or `out` holds something or cannot be made.
+        UserError: the logits differ by more, in memory or after loading, or `out` cannot be written.
     """
     require_free_directory(out, "merge_to")
     dtype = DTYPES[precision]
@@ -81,24 +79,25 @@ def merge_to(
         if not rounding <= max(tolerance, HALF_PRECISION_TOLERANCE):
             raise UserError(
                 f"in {precision} the merged model differs from the adapter by {rounding:.1e}, more than "
-                f"{max(tolerance, HALF_PRECISION_TOLERANCE):.1e}; nothing was written. Leave --dtype out, or take the "
-                f"other one"
+                f"{max(tolerance, HALF_PRECISION_TOLERANCE):.1e}; nothing was written. Leave --dtype out, or use the "
+                f"other half-precision type"
             )
-    with whole_directory(out) as aside:
+    with whole_directory(out) as temporary:
         card = _card(source, measured, dtype, len(images))
-        bundle.write_model_files(aside, merged.to(dtype), classifier.processor, card)
-        require_read_back(aside, out, "merge_to", images, after, trust_remote_code)
+        merged.to(dtype).save_pretrained(temporary)
+        bundle.write_metadata(temporary, merged.config, classifier.processor, card)
+        require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured
 
 
 @torch.inference_mode()
 def logits(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Logits [B, classes] of pixels [B, 3, H, W]."""
+    """Computes logits [B, classes] of model inputs [B, 3, H, W]."""
     return model(pixel_values=pixels).logits
 
 
 def _round(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Rounds what a checkpoint of this dtype would hold, in place; the tensors stay fp32."""
+    """Rounds the weights to the values of a dtype, in place; the tensors stay fp32."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
@@ -121,39 +120,31 @@ def _card(source: str, measured: Merged, dtype: torch.dtype, images: int) -> str
     return "\n".join([*lines, "", '    pipeline("image-classification", model="THIS_DIRECTORY")', ""])
 
 
-def require_read_back(
-    aside: Path, out: Path, flag: str, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool
+def require_same_after_loading(
+    temporary: Path, out: Path, flag: str, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool
 ) -> None:
-    """Checks that what was written, and is not yet in its place, gives the logits that it should.
-
-    Args:
-        aside: directory where it is now.
-        out: where it is to be.
-        flag: that names `out`.
-        images: to classify.
-        expected: logits [B, classes] of the model in memory.
-        trust_remote_code: run code that comes with the model.
+    """Checks that a written model, still in a temporary directory, gives the expected logits [B, classes].
 
     Raises:
-        UserError: it does not.
+        UserError: it does not; the message names `out` and its flag.
     """
-    difference = difference_when_read(aside, images, expected, trust_remote_code)
+    difference = loaded_difference(temporary, images, expected, trust_remote_code)
     if not difference <= TOLERANCE:
         raise UserError(
-            f"--{flag} {out}: what was written gave other logits when it was read, by {difference:.1e} of the largest, "
-            f"and was removed. This is a mistake of lora_dist or a library: please report it with their versions"
+            f"--{flag} {out}: the written model gave other logits after loading, by {difference:.1e} of the largest, "
+            f"and was removed. This is a bug of lora_dist or a library: please report it with their versions"
         )
 
 
 def check_images(files: Sequence[str]) -> list[Image.Image]:
-    """Images to compare logits on: the first of the user's that can be read, else packaged photographs."""
+    """Loads the first readable ones of the user's images, else packaged photographs."""
     return _readable(files) or _readable(photographs())
 
 
 def _readable(files: Sequence[str]) -> list[Image.Image]:
     images: list[Image.Image] = []
     for file in files:
-        if len(images) == MOST_IMAGES:
+        if len(images) == MAX_IMAGES:
             break
         try:
             images.append(load_rgb(file))

@@ -1,4 +1,4 @@
-"""An adapter in the names of transformers 4 and the files of early PEFT, checked to classify as before."""
+"""Exports an adapter with the names of transformers 4 and the files of early PEFT, and checks its logits."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.destinations import require_free_directory
-from lora_dist.deployment.export.merge import check_images, logits, require_read_back
+from lora_dist.deployment.export.merge import check_images, logits, require_same_after_loading
 from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
 from lora_dist.model.classifier import Classifier
@@ -22,12 +22,7 @@ from lora_dist.storage.files import whole_directory
 
 
 def card_of(directories: Sequence[Path], title: str) -> str:
-    """The card of an adapter to export. A blend is none of its adapters, whose numbers are not its own.
-
-    Args:
-        directories: of the adapter, or of all that are blended.
-        title: where there is no card to copy.
-    """
+    """Returns the model card of an exported adapter: its own, or a new one for a weighted sum of several."""
     own = directories[0] / "README.md"
     if len(directories) == 1 and own.is_file():
         return own.read_text(encoding="utf-8", errors="replace")
@@ -38,19 +33,19 @@ def card_of(directories: Sequence[Path], title: str) -> str:
 def export_legacy_names(
     classifier: Classifier, card: str, out: Path, files: Sequence[str], trust_remote_code: bool = False
 ) -> None:
-    """Writes the active adapter as a bundle that releases before transformers 5 read as well.
+    """Writes the active adapter as a bundle that transformers 4 and PEFT from 0.2 on read as well.
 
-    PEFT read `adapter_model.bin` alone before 0.5, and prefers safetensors since: both are there.
+    PEFT before 0.5 reads only `adapter_model.bin`, so both formats of weights are written.
 
     Args:
         classifier: with the adapter.
         card: content of the model card.
-        out: must not exist, or be empty.
-        files: images to compare logits on; the first that can be read are taken, else packaged photographs.
+        out: new or empty directory.
+        files: images to compare logits on; packaged photographs if none is readable.
         trust_remote_code: run code that comes with the base.
 
     Raises:
-        UserError: `out` holds something or cannot be made, or what was written gives other logits when it is read.
+        UserError: `out` cannot be written, or the exported adapter gives other logits after loading.
     """
     require_free_directory(out, "export_legacy_names")
     images = check_images(files)
@@ -59,19 +54,20 @@ def export_legacy_names(
     names = LegacyNames.of(adapters.base_of(classifier.model))
     assert classifier.base is not None
     state = _old_keys(adapter.state, names)
-    # A base of several adapters has the labels of the first one.
+    # The config of a base with several adapters has the labels of the first one.
     labelled = copy.deepcopy(adapters.base_of(classifier.model).config)
     labelled.id2label = dict(enumerate(classifier.labels))
     labelled.label2id = {label: index for index, label in enumerate(classifier.labels)}
-    with whole_directory(out) as aside:
-        save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
+    with whole_directory(out) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        # Not saved directly: on a full disk, torch.save raises a RuntimeError.
         pickled = io.BytesIO()
         torch.save(state, pickled)
-        (aside / OLD_WEIGHTS).write_bytes(pickled.getbuffer())
+        (temporary / OLD_WEIGHTS).write_bytes(pickled.getbuffer())
         content = _config(adapter.config, classifier.base["model_name_or_path"], adapter.state, names)
-        (aside / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        bundle.write_company(aside, labelled, classifier.processor, classifier.base, card)
-        require_read_back(aside, out, "export_legacy_names", images, expected, trust_remote_code)
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        bundle.write_metadata(temporary, labelled, classifier.processor, card, classifier.base)
+        require_same_after_loading(temporary, out, "export_legacy_names", images, expected, trust_remote_code)
 
 
 def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]:
@@ -82,13 +78,13 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
         keys[key] = tensor.clone().contiguous()
         module, _, leaf = key.rpartition(".")
         if name.rpartition(".")[0] in adapted:
-            # A bias beside LoRA: PEFT before 0.6 knew no `base_layer`. What a release does not know it passes over.
+            # A bias of a LoRA layer. PEFT before 0.6 has no `base_layer`; each release ignores unknown keys.
             keys[f"{module}.base_layer.{leaf}"] = tensor.clone().contiguous()
     return keys
 
 
 def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
-    """What every release knows, and of the rest only what is in use: many refuse a name that they do not know."""
+    """Fields that every release knows, and others only if they are set: many releases refuse unknown fields."""
     adapted = [names.modules[target] for target, lora in map(split_lora_name, state) if lora]
     content = {
         "base_model_name_or_path": base,
@@ -114,7 +110,7 @@ def _config(config: Any, base: str | None, state: dict[str, Tensor], names: Lega
 
 
 def _targets(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Last components of these names where they name nothing else; PEFT 0.2 compared without the dot before."""
+    """Last components of the names if they select nothing else; PEFT 0.2 compares them without a leading dot."""
     wanted = set(adapted)
     last = sorted({name.rpartition(".")[2] for name in wanted})
     return last if {name for name in modules if name.endswith(tuple(last))} == wanted else sorted(wanted)

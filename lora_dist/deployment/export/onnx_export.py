@@ -1,10 +1,10 @@
-"""A classifier to one ONNX file: merged, for batches of any size, with labels and preprocessing inside, and checked."""
+"""Exports a classifier to one ONNX file, merged, with dynamic batch size, labels and preprocessing, and checks it."""
 
 import json
 import logging
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,24 +22,25 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.parity import relative_difference
+from lora_dist.storage.files import replace_file
 
 TOLERANCE = 1e-4
-"""Largest difference between the logits of ONNX Runtime and of PyTorch, relative to the largest logit."""
-LARGEST = 2**31
-"""Bytes of weights that one ONNX file, which is a protocol buffer, can hold."""
+"""Largest difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit."""
+MAX_BYTES = 2**31
+"""Largest size of a protocol buffer, and therefore of one ONNX file."""
 QUANTIZED = ["MatMul", "Gemm"]
-"""Operators that int8 is for. In ONNX Runtime a convolution in int8 is slower than in fp32."""
+"""Quantised operators. In ONNX Runtime, int8 convolutions are slower than fp32."""
 
 
 class Int8Cost(NamedTuple):
-    """What int8 changes, counted on images.
+    """Effect of int8, counted on images.
 
     Attributes:
-        images: that could be read.
-        changed: of these, those whose class is another one than in fp32.
-        labelled: of these, those in a folder that is named as a class.
-        right_before: of the labelled, those classified as their folder says in fp32.
-        right_after: the same in int8.
+        images: readable images.
+        changed: images with another class than in fp32.
+        labelled: images in a folder with the name of a class.
+        right_before: labelled images that fp32 classifies correctly.
+        right_after: labelled images that int8 classifies correctly.
     """
 
     images: int
@@ -57,11 +58,11 @@ class Int8Cost(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """How far what was written is from the model it was written from.
+    """Differences of an ONNX file from its model.
 
     Attributes:
-        logits: largest difference in fp32, before anything is quantised, relative to the largest logit.
-        int8: what quantising changes; None where nothing was quantised, or there were no files to count on.
+        logits: largest difference in fp32, before quantisation, relative to the largest logit.
+        int8: effect of quantisation; None without it, or without images.
     """
 
     logits: float
@@ -69,20 +70,17 @@ class Exported(NamedTuple):
 
 
 def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool = False) -> Exported:
-    """Writes the classifier as an ONNX file, which is there only when it has been checked.
+    """Writes the classifier as an ONNX file, after checking its logits.
 
     Args:
-        classifier: with an adapter, which is merged and so used up, or whole.
-        out: file to write; must not exist.
-        files: images to compare on; for logits the first that can be read, or else packaged photographs.
-        int8: quantise the weights of linear layers to 8 bits, and their inputs as they come.
-
-    Returns:
-        The differences measured.
+        classifier: whole, or with an adapter, which is merged in place.
+        out: new file.
+        files: images to compare on; packaged photographs if none is readable.
+        int8: quantise the weights of linear layers to 8 bits, and their inputs dynamically.
 
     Raises:
-        UserError: the logits differ by more than `TOLERANCE`, the model cannot be exported, something stands at `out`,
-            or a package is missing.
+        UserError: the logits differ by more than `TOLERANCE`, the model cannot be exported, `out` exists, or a package
+            is missing.
     """
     require_packages()
     import onnx
@@ -99,34 +97,35 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
         "weights": "fp32",
     }
     onnx.helper.set_model_props(proto, metadata)
-    with _whole_file(out) as aside:
-        onnx.save(proto, aside)
-        exact = load_onnx(aside)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as directory:
+        file = Path(directory) / out.name
+        onnx.save(proto, file)
+        exact = load_onnx(file)
         assert isinstance(exact.model, OnnxModel)
         images = exact.model.session.get_inputs()[0].shape[0]
         if isinstance(images, int):
-            raise UserError(f"--onnx {out}: this model can be exported for a batch of {images} alone")
+            raise UserError(f"--onnx {out}: this model can be exported only for a batch of {images}")
         difference = _difference(exact, pixels, expected)
         if not difference <= TOLERANCE:
             raise UserError(
                 f"--onnx {out}: on {len(pixels)} images the logits of ONNX Runtime differ from PyTorch's by "
-                f"{difference:.1e} of the largest, and {TOLERANCE:.0e} is allowed; nothing was written"
+                f"{difference:.1e} of the largest, more than {TOLERANCE:.0e}; nothing was written"
             )
         cost = None
         if int8:
-            _quantize(proto, aside)
-            cost = _int8_cost(exact, load_onnx(aside), files) if files else None
+            _quantize(proto, file)
+            cost = _int8_cost(exact, load_onnx(file), files) if files else None
+        replace_file(out, file.read_bytes())
     return Exported(difference, cost)
 
 
 def require_packages() -> None:
-    """Raises a `UserError` where a package that writes ONNX files is missing."""
+    """Raises a `UserError` if a package for writing ONNX files is missing."""
     extras.require("onnx", "--onnx", "onnx", "onnxscript", "onnxruntime")
 
 
 class _Logits(nn.Module):
-    """A tensor in, a tensor out."""
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -136,18 +135,18 @@ class _Logits(nn.Module):
 
 
 def _to_onnx(model: nn.Module, example: Tensor, out: Path) -> Any:
-    """The merged model as an ONNX `ModelProto`."""
+    """Merges and converts a model to an ONNX `ModelProto`."""
     merged = _Logits(adapters.merge(model) if adapters.is_adapted(model) else model).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in merged.parameters())
-    if size > LARGEST:
-        raise UserError(f"--onnx {out}: {size / 2**30:.1f} GB of weights, and an ONNX file holds 2 GB")
+    if size > MAX_BYTES:
+        raise UserError(f"--onnx {out}: {size / 2**30:.1f} GB of weights; an ONNX file can have 2 GB")
     try:
-        # With gradients, the attention of Swin cannot be decomposed into operators of ONNX.
+        # With gradients, Swin's attention cannot be decomposed into ONNX operators.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 merged,
-                # Two images: a batch of one would be taken for a constant.
+                # torch.export specialises a batch of one.
                 (example.expand(2, -1, -1, -1).contiguous(),),
                 dynamo=True,
                 input_names=[INPUT],
@@ -156,7 +155,6 @@ def _to_onnx(model: nn.Module, example: Tensor, out: Path) -> Any:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        # What it says itself is how to report a bug; the cause says what is wrong.
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"--onnx {out}: torch.onnx cannot export {type(merged.model).__name__}: {reason}") from error
     assert program is not None
@@ -164,24 +162,20 @@ def _to_onnx(model: nn.Module, example: Tensor, out: Path) -> Any:
 
 
 def _difference(actual: Classifier, pixels: Tensor, expected: Tensor) -> float:
-    """Of logits, for all images at once and one by one: the number of images must not matter."""
+    """Difference of logits, for all images in one batch and one by one."""
     whole = logits(actual.model, pixels)
     single = torch.cat([logits(actual.model, pixels[row : row + 1]) for row in range(len(pixels))])
     return max(relative_difference(whole, expected), relative_difference(single, expected))
 
 
 def _quantize(proto: Any, out: Path) -> None:
-    """Rewrites the file with 8-bit weights.
-
-    Weights and inputs are both unsigned: with signed weights, CPUs without VNNI instructions saturate at 16 bits, and
-    the result would depend on the CPU.
-    """
+    """Writes the file with 8-bit weights, unsigned: signed ones saturate on CPUs without VNNI instructions."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # Some releases turn a weight around under its old name, and then refuses the shape that the exporter noted.
+    # Some releases transpose weights in place, and then refuse the shapes recorded by the exporter.
     del proto.graph.value_info[:]
-    # It warns, through the root logger, of optimisations that a checked file shall not undergo.
+    # It advises on the root logger to optimise the file first.
     logging.disable(logging.WARNING)
     try:
         quantize_dynamic(
@@ -215,19 +209,13 @@ def _int8_cost(exact: Classifier, quantized: Classifier, files: Sequence[str]) -
 
 
 def describe(processor: Any, height: int, width: int) -> str:
-    """The preprocessing in words, for who runs the file without this package.
-
-    Args:
-        processor: of the model.
-        height: of the model's input, in pixels.
-        width: the same.
-    """
+    """Describes the preprocessing for users without this package; `height` and `width` are those of the input."""
     settings = processor.to_dict()
     steps = ["decode to 8-bit RGB, turned upright as EXIF says"]
     size = dict(settings.get("size") or {})
     crop = dict(settings.get("crop_size") or {}) if settings.get("do_center_crop") else {}
     if settings.get("crop_pct") and size.get("shortest_edge", 384) < 384:
-        # ConvNeXt's processor crops without saying so.
+        # ConvNeXt's processor crops although `do_center_crop` is not set.
         crop, size = {"height": height, "width": width}, {"shortest_edge": int(height / settings["crop_pct"])}
     if settings.get("do_resize"):
         how = Image.Resampling(int(settings["resample"])).name.lower()
@@ -244,15 +232,3 @@ def describe(processor: Any, height: int, width: int) -> str:
     order = "blue, green, red" if settings.get("do_flip_channel_order") else "red, green, blue"
     steps.append(f"float32 of shape [batch, 3, {height}, {width}]: image, channel ({order}), row, column")
     return "; ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
-
-
-@contextmanager
-def _whole_file(final: Path) -> Iterator[Path]:
-    """A file to write, which becomes `final` at the end, or is removed after an error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".writing-{final.name}")
-    try:
-        yield aside
-        aside.replace(final)
-    finally:
-        aside.unlink(missing_ok=True)

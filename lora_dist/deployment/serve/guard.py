@@ -1,20 +1,18 @@
-"""Between the server and the app: refuses uploads that are too large, too slow or too many, and adds headers."""
+"""ASGI middleware that limits the size, the duration and the number of uploads, and adds security headers."""
 
 import asyncio
-import json
 from contextlib import suppress
 from typing import Any
 
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 
-AT_ONCE = 64
-"""Uploads that are taken in or worked on at the same time."""
-SILENCE = 10.0
-"""Seconds for which an upload may send nothing."""
-PACE, BEHIND = 10_000, 3.0
-"""Where all places are taken, an upload gives way that is slower than so many bytes a second, by so many seconds."""
-PATIENCE = 5.0
-"""Seconds for which the rest of a refused request is read and thrown away."""
+MAX_UPLOADS = 64
+"""Uploads that are received or classified at the same time."""
+UPLOAD_SECONDS = 60.0
+"""Time for receiving a request."""
+DRAIN_SECONDS = 5.0
+"""Time for which the rest of a refused request is read and discarded."""
 HEADERS = [
     (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -23,127 +21,90 @@ HEADERS = [
 
 
 class Guard:
-    """ASGI middleware that refuses a body as soon as it is known not to be taken in, and adds `HEADERS`."""
+    """Refuses a request as soon as it exceeds a limit, and adds `HEADERS` to every response."""
 
-    def __init__(self, app: Any, most: int) -> None:
+    def __init__(self, app: Any, max_bytes: int) -> None:
         """
         Args:
-            app: to guard.
-            most: bytes of a request.
+            app: ASGI application behind the guard.
+            max_bytes: size of a request's body.
         """
         self.app = app
-        self.most = most
-        self._uploads: set[_Exchange] = set()
+        self.max_bytes = max_bytes
+        self._uploads = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request; what is not HTTP passes."""
+        """Handles one ASGI connection; only HTTP is guarded."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(self.most, scope, receive, send)
-        if exchange.is_too_large:
-            await exchange.refuse(exchange.too_large())
-        elif not exchange.has_body:
+        exchange = _Exchange(scope, receive, send, self.max_bytes)
+        if exchange.declared > self.max_bytes:
+            await exchange.refuse(exchange.too_large)
+        elif not exchange.unread:
             await exchange.run(self.app)
-        elif not self._make_room():
-            busy = f"{AT_ONCE} uploads are in hand; try again"
+        elif self._uploads >= MAX_UPLOADS:
+            busy = f"the server is busy with {MAX_UPLOADS} uploads; try again"
             await exchange.refuse(HTTPException(503, busy, headers={"Retry-After": "1"}))
         else:
-            self._uploads.add(exchange)
+            self._uploads += 1
             try:
                 await exchange.run(self.app)
             finally:
-                self._uploads.discard(exchange)
-
-    def _make_room(self) -> bool:
-        """Whether one more upload may come in; that which is most behind has to give way to it."""
-        if len(self._uploads) < AT_ONCE:
-            return True
-        slowest = max(self._uploads, key=_Exchange.seconds_behind)
-        if slowest.seconds_behind() < BEHIND:
-            return False
-        slowest.give_way()
-        self._uploads.discard(slowest)
-        return True
+                self._uploads -= 1
 
 
 class _Exchange:
     """A request and its response."""
 
-    def __init__(self, most: int, scope: Any, receive: Any, send: Any) -> None:
+    def __init__(self, scope: Any, receive: Any, send: Any, max_bytes: int) -> None:
+        self._scope, self._receive, self._send, self._max_bytes = scope, receive, send, max_bytes
         headers = dict(scope["headers"])
-        declared = headers.get(b"content-length", b"0")
-        self.is_too_large = not (declared.isdigit() and int(declared) <= most)
-        self.has_body = declared != b"0" or b"transfer-encoding" in headers
-        self._unread = self.has_body
-        self._most, self._received = most, 0
-        self._is_answered, self._patience = False, PATIENCE
-        self._begun = asyncio.get_running_loop().time()
-        self._waiting: asyncio.Timeout | None = None
-        self._scope, self._receive, self._send = scope, receive, send
+        self.declared = int(headers.get(b"content-length", 0))
+        self.unread = self.declared > 0 or b"transfer-encoding" in headers
+        self.too_large = HTTPException(413, f"a request may have at most {max_bytes / 1e6:g} MB")
+        self._received = 0
+        self._is_answered = False
+        self._deadline = asyncio.get_running_loop().time() + UPLOAD_SECONDS
 
     async def run(self, app: Any) -> None:
         try:
-            await app(self._scope, self._receive_part, self._send_on)
+            await app(self._scope, self._limited_receive, self._guarded_send)
         except asyncio.CancelledError:
-            # The server ends, and has waited for this long enough.
+            # uvicorn cancels open requests when its grace period ends.
             if not self._is_answered:
-                self._patience = 0.0
-                await self.refuse(HTTPException(503, "the server is being stopped"))
+                self.unread = False
+                await self.refuse(HTTPException(503, "the server is shutting down"))
 
     async def refuse(self, refusal: HTTPException) -> None:
-        content = json.dumps({"detail": refusal.detail}).encode()
-        kind = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        more = [(name.lower().encode(), value.encode()) for name, value in (refusal.headers or {}).items()]
-        await self._send_on({"type": "http.response.start", "status": refusal.status_code, "headers": [*kind, *more]})
-        await self._send_on({"type": "http.response.body", "body": content})
+        response = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
+        await response(self._scope, self._receive, self._guarded_send)
 
-    def too_large(self) -> HTTPException:
-        return HTTPException(413, f"a request may hold {self._most / 1e6:g} MB")
-
-    def seconds_behind(self) -> float:
-        """How much later than at `PACE` the bytes have come that are here, if there are more to come."""
-        if self._waiting is None:
-            return 0.0
-        return asyncio.get_running_loop().time() - self._begun - self._received / PACE
-
-    def give_way(self) -> None:
-        """Ends the waiting for more bytes."""
-        assert self._waiting is not None
-        self._waiting.reschedule(asyncio.get_running_loop().time())
-
-    async def _receive_part(self) -> Any:
-        try:
-            message = await self._receive_next()
-        except TimeoutError as error:
-            raise HTTPException(408, "the upload came too slowly") from error
-        if self._received > self._most:
-            raise self.too_large()
-        return message
-
-    async def _receive_next(self) -> Any:
-        if not self._unread:
+    async def _limited_receive(self) -> Any:
+        if not self.unread:
             return await self._receive()
         try:
-            async with asyncio.timeout(SILENCE) as self._waiting:
+            async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
-        finally:
-            self._waiting = None
+        except TimeoutError as error:
+            raise HTTPException(408, f"the upload took longer than {UPLOAD_SECONDS:g} s") from error
         self._received += len(message.get("body", b""))
-        self._unread = message.get("more_body", False)
+        self.unread = message.get("more_body", False)
+        if self._received > self._max_bytes:
+            raise self.too_large
         return message
 
-    async def _send_on(self, message: Any) -> None:
+    async def _guarded_send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self._is_answered = True
-            closing = [(b"connection", b"close")] if self._unread else []
+            closing = [(b"connection", b"close")] if self.unread else []
             message = {**message, "headers": [*message["headers"], *HEADERS, *closing]}
-        elif self._unread and not message.get("more_body"):
-            # To close on bytes that nobody has read resets the connection, and the answer may be lost with it.
+        elif self.unread and not message.get("more_body"):
+            # Closing a connection with unread bytes resets it, and the client may lose the response.
             await self._send({**message, "more_body": True})
             with suppress(TimeoutError, asyncio.CancelledError):
-                async with asyncio.timeout(self._patience):
-                    while self._unread:
-                        await self._receive_next()
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    while self.unread:
+                        self.unread = (await self._receive()).get("more_body", False)
             message = {"type": "http.response.body"}
         await self._send(message)

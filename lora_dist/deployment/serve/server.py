@@ -1,4 +1,4 @@
-"""The serving page and its JSON endpoint: FastAPI, `python -m lora_dist.predict --serve`."""
+"""The web page and JSON endpoint of `python -m lora_dist.predict --serve`, on FastAPI."""
 
 import asyncio
 import html
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from string import Template
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import uvicorn
@@ -28,11 +28,18 @@ from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).parent / "page"
-READING = ["GET", "HEAD"]
-MOST_DECODERS = 4
-GRACE = 3
-"""Seconds that the server waits for open requests when it ends."""
+PAGE = Path(__file__).parents[1] / "page"
+MAX_DECODERS = 4
+GRACE_SECONDS = 3
+"""Time that open requests get when the server shuts down."""
+REFUSALS = {
+    400: "a file name contains a path, or the body is not a multipart form",
+    408: "the upload took too long",
+    413: "a request, an image or the number of files is too large",
+    415: "a file is not an image of an allowed type",
+    422: "a file is empty or damaged, or a parameter is invalid",
+    503: "too many uploads at once",
+}
 
 
 class Score(BaseModel):
@@ -43,7 +50,7 @@ class Score(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What is known of one file: as a row of `predict`, with `file` for its name."""
+    """The prediction for one file, with the fields of a JSON line of `predict`."""
 
     file: str
     label: str
@@ -52,7 +59,7 @@ class Prediction(BaseModel):
 
 
 class Predictions(BaseModel):
-    """One prediction a file, in the order of the request."""
+    """One prediction per file, in the order of the request."""
 
     predictions: list[Prediction]
 
@@ -60,60 +67,56 @@ class Predictions(BaseModel):
 def make_app(
     classifier: Classifier, name: str, limits: Limits, *, top_k: int, batch_size: int, device: torch.device
 ) -> FastAPI:
-    """The page at `/` and the endpoint at `/predict`.
+    """Returns the app with the page at `/` and the endpoint at `/predict`.
 
     Args:
-        classifier: to ask.
-        name: of the model, for the page.
-        limits: of a request.
-        top_k: classes to name where a request does not say.
-        batch_size: images in a forward pass.
-        device: to run the model on.
+        classifier: is moved to `device`.
+        name: title of the page.
+        limits: what a request may contain.
+        top_k: default number of classes per file.
+        batch_size: largest number of images in a forward pass.
+        device: where the model runs.
     """
     batcher = Batcher(classifier, batch_size, device)
-    # Few at once: an image of the largest size allowed takes some 600 MB while it is decoded and resized.
-    decoders = ThreadPoolExecutor(min(MOST_DECODERS, os.cpu_count() or 1), thread_name_prefix="decoder")
+    # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
+    decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), thread_name_prefix="decoder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # The second Ctrl+C cancels.
+        # A second Ctrl+C cancels the lifespan.
         with suppress(asyncio.CancelledError):
             yield
         decoders.shutdown(cancel_futures=True)
         batcher.close()
 
-    # Its own pages for the API load scripts from elsewhere.
+    # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, most=limits.body)
+    app.add_middleware(Guard, max_bytes=limits.body)
     page = Template((PAGE / "index.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(name), classes=len(classifier.labels), top_k=min(top_k, len(classifier.labels)),
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
     )  # fmt: skip
 
-    @app.api_route("/", methods=READING, response_class=HTMLResponse, include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False)
     async def index() -> str:
         return page
 
-    @app.api_route("/page.css", methods=READING, include_in_schema=False)
-    async def style() -> FileResponse:
-        return FileResponse(PAGE / "page.css")
-
-    @app.api_route("/page.js", methods=READING, include_in_schema=False)
-    async def script() -> FileResponse:
-        return FileResponse(PAGE / "page.js")
+    @app.api_route("/page.{kind}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def asset(kind: Literal["css", "js"]) -> FileResponse:
+        return FileResponse(PAGE / f"page.{kind}")
 
     def prepare(data: bytes, file: str) -> Tensor:
         return batcher.transforms.resized([decode(data, file, limits.pixels)])
 
     @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
     async def predict(
-        files: list[UploadFile], top_k: Annotated[int, Query(ge=1, description="classes to name")] = top_k
+        files: list[UploadFile], top_k: Annotated[int, Query(ge=1, description="number of classes per file")] = top_k
     ) -> Predictions:
-        """The most likely classes of each file; all files of a request, or none."""
+        """Returns the most likely classes of each file. A request with a bad file is refused as a whole."""
         loop = asyncio.get_running_loop()
         try:
             if len(files) > limits.files:
-                raise RefusedUploadError(413, f"{len(files)} files, and {limits.files} are allowed")
+                raise RefusedUploadError(413, f"{len(files)} files; at most {limits.files} are allowed")
             names = [check_name(file.filename or "") for file in files]
             contents = [(await file.read(), name) for file, name in zip(files, names, strict=True)]
             images = await asyncio.gather(*(loop.run_in_executor(decoders, prepare, *content) for content in contents))
@@ -126,16 +129,6 @@ def make_app(
     return app
 
 
-REFUSALS = {
-    400: "a file name with a path in it, or no multipart form",
-    408: "the upload came too slowly",
-    413: "a request, an image or the number of files is too large",
-    415: "a file is not an image of an allowed type",
-    422: "a file is empty or damaged, or a parameter is wrong",
-    503: "too many uploads at once",
-}
-
-
 def _prediction(file: str, probabilities: Tensor, labels: list[str], top_k: int) -> Prediction:
     best = probabilities.topk(min(top_k, len(labels)))
     scores = [
@@ -146,28 +139,23 @@ def _prediction(file: str, probabilities: Tensor, labels: list[str], top_k: int)
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Serves until it is interrupted.
-
-    Args:
-        app: to serve.
-        host: name or address to listen on.
-        port: 0 for any that is free.
+    """Serves until interrupted; port 0 takes a free port.
 
     Raises:
-        UserError: the address cannot be listened on.
+        UserError: the server cannot listen on this address.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes a free one") from error
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes a free port") from error
     with listener:
         shown, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(shown).is_loopback:
             logger.warning("listening on %s: whoever reaches this machine can use it, without a password", shown)
         logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-        # uvicorn passes the interrupt on once it has ended, unless whoever started this has it ignored.
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
+        # uvicorn raises the interrupt again after its shutdown.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
         logger.info("stopped")

@@ -1,4 +1,4 @@
-"""Bytes from strangers to RGB images: what is too large, no image or damaged is refused with its HTTP status."""
+"""Decodes uploaded bytes to RGB images; refuses oversized, damaged and other files with an HTTP status."""
 
 import io
 import re
@@ -11,18 +11,12 @@ from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 
 Image.init()
 FORMATS: list[str] = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN]
-"""What browsers show. Each decoder more is one more to attack; SVG has none in Pillow."""
-LONGEST_NAME = 255
+"""Formats that browsers show; further decoders would only add attack surface."""
+MAX_NAME_LENGTH = 255
 
 
 class Limits(NamedTuple):
-    """What a request may hold.
-
-    Attributes:
-        body: bytes of a request.
-        pixels: of an image, whatever its file holds.
-        files: images in a request.
-    """
+    """Limits of a request: bytes of its body, pixels of an image, and number of files."""
 
     body: int
     pixels: int
@@ -30,11 +24,7 @@ class Limits(NamedTuple):
 
 
 class RefusedUploadError(Exception):
-    """An upload that is not classified.
-
-    Attributes:
-        status: of HTTP, 4xx.
-    """
+    """Raised for an upload that is not classified, with a 4xx `status`."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -42,32 +32,26 @@ class RefusedUploadError(Exception):
 
 
 def check_name(name: str) -> str:
-    """The name of a file, which is only ever shown.
+    """Returns a plain file name unchanged.
 
     Raises:
         RefusedUploadError: 400 for a path, control characters, or more than 255 characters.
     """
-    if len(name) > LONGEST_NAME or re.search(r"[/\\\x00-\x1f\x7f]", name) or name in ("", ".", ".."):
-        raise RefusedUploadError(400, f"{name[:LONGEST_NAME]!r} is no plain file name")
+    if len(name) > MAX_NAME_LENGTH or re.search(r"[/\\\x00-\x1f\x7f]", name) or name in ("", ".", ".."):
+        raise RefusedUploadError(400, f"{name[:MAX_NAME_LENGTH]!r} is not a plain file name")
     return name
 
 
-def decode(data: bytes, name: str, most_pixels: int) -> Image.Image:
-    """Upright RGB. The number of pixels is read from the header, before memory is taken for them.
-
-    Args:
-        data: of the file.
-        name: for messages.
-        most_pixels: that the image may have.
+def decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Decodes an image to upright RGB; checks the size in the header before allocating pixels.
 
     Raises:
-        RefusedUploadError: 413 for too many pixels, 415 for none of `FORMATS`, 422 for an empty or damaged file.
+        RefusedUploadError: 413 for too many pixels, 415 for an unsupported format, 422 for an empty or damaged file.
     """
     if not data:
         raise RefusedUploadError(422, f"{name}: the file is empty")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of what is refused here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -75,12 +59,12 @@ def decode(data: bytes, name: str, most_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise RefusedUploadError(413, f"{name}: {error}") from error
     except Exception as error:
-        # As in `load_rgb`: decoders raise whatever a damaged file leads them to.
+        # Decoders raise any exception on a damaged file.
         raise RefusedUploadError(422, f"{name}: {type(error).__name__}: {error}") from error
     with image:
-        if image.width * image.height > most_pixels:
+        if image.width * image.height > max_pixels:
             raise RefusedUploadError(
-                413, f"{name}: {image.width} x {image.height} pixels, and {most_pixels / 1e6:g} megapixels are allowed"
+                413, f"{name}: {image.width} x {image.height} pixels, more than {max_pixels / 1e6:g} megapixels"
             )
         try:
             return load_rgb(image, name)

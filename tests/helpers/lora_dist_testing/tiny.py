@@ -127,6 +127,13 @@ def make_remote_model(directory: Path) -> Path:
     return directory
 
 
+def load_adapter(model: Any, directory: Path, name: str = "default", num_labels: int | None = None) -> Any:
+    """Reads an adapter and puts it on its base."""
+    from lora_dist.model import adapter_io, adapters
+
+    return adapters.attach_adapter(model, adapters.read_adapter(model, adapter_io.read(directory)), name, num_labels)
+
+
 def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
     """Moves everything that trains, as training does: a fresh adapter changes nothing, and would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)

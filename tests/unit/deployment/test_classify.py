@@ -83,7 +83,7 @@ def test_linked_folders_are_followed_and_dangling_links_kept_to_be_reported(tmp_
 def test_a_name_of_nothing_is_refused_by_name(tmp_path: Path) -> None:
     _touch(tmp_path, "empty/notes.txt")
     for name in ("missing.png", "*.png", "empty"):
-        with pytest.raises(UserError, match="no images there") as caught:
+        with pytest.raises(UserError, match="no images found") as caught:
             find_images([str(tmp_path / name)])
         assert str(tmp_path / name) in str(caught.value)
 

@@ -43,14 +43,14 @@ def test_a_chosen_adapter_classifies_as_it_does_alone(vit: Path, tmp_path: Path)
         "two": _write(tmp_path / "2", vit, 2, ["p", "q"], lora_r=2, lora_target_modules=["all-linear"]),
         "a.b c": _write(tmp_path / "3", vit, 3, tuning="head"),
     }
-    several = load_adapter_set({name: tmp_path / str(index) for index, name in enumerate(expected, 1)})
+    adapter_set = load_adapter_set({name: tmp_path / str(index) for index, name in enumerate(expected, 1)})
     for name in ("two", "a.b c", "one", "two"):
-        classifier = several.set_adapter(name)
+        classifier = adapter_set.set_adapter(name)
         torch.testing.assert_close(logits(classifier.model, 32), expected[name])
         assert classifier.labels == (["p", "q"] if name == "two" else LABELS)
-    assert len({id(classifier.model) for classifier in several.classifiers.values()}) == 1
-    with pytest.raises(UserError, match=r"no adapter is called 'three'; there are one, two, a\.b c"):
-        several.set_adapter("three")
+    assert len({id(classifier.model) for classifier in adapter_set.classifiers.values()}) == 1
+    with pytest.raises(UserError, match=r"there is no adapter 'three', only one, two, a\.b c"):
+        adapter_set.set_adapter("three")
 
 
 def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
     model = make_trainable(base, ModelSettings(), LoraSettings())
     perturb(model)
     write_adapter(tmp_path / "new", model, base, "card\n")
-    several = load_adapter_set({"old": OLD / "peft_0_2", "new": tmp_path / "new"}, str(OLD / "base"))
-    torch.testing.assert_close(logits(several.set_adapter("new").model), logits(model))
+    adapter_set = load_adapter_set({"old": OLD / "peft_0_2", "new": tmp_path / "new"}, str(OLD / "base"))
+    torch.testing.assert_close(logits(adapter_set.set_adapter("new").model), logits(model))
     torch.testing.assert_close(
-        logits(several.set_adapter("old").model), expected_of(OLD / "peft_0_2"), rtol=1e-5, atol=1e-5
+        logits(adapter_set.set_adapter("old").model), expected_of(OLD / "peft_0_2"), rtol=1e-5, atol=1e-5
     )
 
 
@@ -71,11 +71,11 @@ def test_given_labels_are_for_those_that_have_none(vit: Path, tmp_path: Path) ->
     for name in ("config.json", "base_model.json"):
         (tmp_path / "2" / name).unlink()
     named = {number: tmp_path / number for number in ("1", "2", "3")}
-    several = load_adapter_set(named, labels=["cat", "dog"])
-    assert [several.set_adapter(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
+    adapter_set = load_adapter_set(named, labels=["cat", "dog"])
+    assert [adapter_set.set_adapter(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
     with pytest.raises(UserError, match=r"--labels names 3 classes, and the adapter in .*2 has 2"):
         load_adapter_set(named, labels=["cat", "dog", "bird"])
-    with pytest.raises(UserError, match=r"--labels: .* has a label map of its own"):
+    with pytest.raises(UserError, match=r"--labels differs from the label map"):
         load_adapter_set({number: tmp_path / number for number in ("1", "3")}, labels=["a", "b", "c"])
 
 
@@ -93,13 +93,13 @@ def test_a_label_map_of_another_number_of_classes_is_refused(vit: Path, tmp_path
     path = tmp_path / "2" / "config.json"
     names = {str(number): f"class {number}" for number in range(5)}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": names, "label2id": None}))
-    with pytest.raises(UserError, match=r"2 has a head of 3 classes, and names 5"):
+    with pytest.raises(UserError, match=r"2 has a head of 3 classes, and names for 5"):
         load_adapter_set({"1": tmp_path / "1", "2": tmp_path / "2"})
 
 
 def test_a_whole_model_is_no_adapter(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path / "1", vit, 1)
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is not an adapter"):
         load_adapter_set({"1": tmp_path / "1", "2": vit})
 
 
@@ -154,8 +154,8 @@ def test_adapters_of_two_releases_blend() -> None:
     [
         (["z", "y", "x"], {}, "different label maps"),
         (["x", "y"], {}, "different label maps"),
-        (LABELS, {"use_dora": True}, "is DoRA"),
-        (LABELS, {"lora_bias": "all"}, "trains biases, and has to stand alone"),
+        (LABELS, {"use_dora": True}, "uses DoRA"),
+        (LABELS, {"lora_bias": "all"}, "trains biases; load it alone"),
     ],
 )
 def test_what_has_no_weighted_sum_is_refused(
@@ -172,7 +172,7 @@ def test_an_adapter_that_trains_biases_stands_alone(indices: tuple[int, int], vi
     """They are the base's own, and would stay when another adapter is chosen."""
     _write(tmp_path / "1", vit, 1)
     _write(tmp_path / "2", vit, 2, lora_bias="lora_only")
-    with pytest.raises(UserError, match="trains biases, and has to stand alone"):
+    with pytest.raises(UserError, match="trains biases; load it alone"):
         load_adapter_set({str(index): tmp_path / str(index) for index in indices})
 
 

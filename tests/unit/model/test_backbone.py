@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.tiny import make_image, make_model, perturb
+from lora_dist_testing.tiny import load_adapter, make_image, make_model, perturb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -22,8 +22,7 @@ from transformers import (
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.backbone import Base, cannot_load, fingerprint, load_base
-from lora_dist.model.head import find_heads
+from lora_dist.model.backbone import Base, cannot_load, find_heads, fingerprint, load_base
 from lora_dist.model.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
@@ -196,7 +195,7 @@ def test_a_layer_missing_from_the_checkpoint_trains_and_travels(name: str, tunin
     adapters.save_adapter(model, tmp_path / "adapter")
     other = _base(directory, seed=1)
     assert other.fingerprint == base.fingerprint
-    loaded = adapters.load_adapter(other.model, tmp_path / "adapter")
+    loaded = load_adapter(other.model, tmp_path / "adapter")
     torch.testing.assert_close(loaded(pixel_values=_pixels(base)).logits, expected)
     merged = adapters.merge(loaded).eval()
     torch.testing.assert_close(merged(pixel_values=_pixels(base)).logits, expected, rtol=1e-4, atol=1e-4)
@@ -344,7 +343,7 @@ def test_what_is_no_image_classifier_is_refused_by_name(content: str | None, vit
         ("./nowhere", "there is no such directory"),
         ("/no/where", "there is no such directory"),
         ("models/vit/best", "there is no such directory"),
-        ("someone/nothing", "bring it here before, by `hf download someone/nothing`"),
+        ("someone/nothing", "run `hf download someone/nothing` beforehand"),
     ],
 )
 def test_a_name_that_can_only_be_a_path_is_told_from_one_of_the_hub(name: str, part: str) -> None:

@@ -105,9 +105,9 @@ def test_labels_that_look_like_no_labels_survive(base_model: Path, tmp_path: Pat
     ("labels", "words"),
     [
         (None, "no label map"),
-        ({}, "not numbered from 0 on"),
-        ({"0": "a", "2": "b"}, "not numbered from 0 on"),
-        ({"1": "a", "2": "b"}, "not numbered from 0 on"),
+        ({}, "not numbered from 0"),
+        ({"0": "a", "2": "b"}, "not numbered from 0"),
+        ({"1": "a", "2": "b"}, "not numbered from 0"),
         ({"zero": "a"}, "damaged"),
         (["a", "b"], "damaged"),
     ],
@@ -190,7 +190,7 @@ def test_a_base_model_file_that_lacks_an_entry_is_refused(key: str, adapter: Pat
     content = json.loads((adapter / "base_model.json").read_text())
     del content[key]
     (adapter / "base_model.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"does not say '{key}'"):
+    with pytest.raises(UserError, match=f"it has no '{key}'"):
         load_classifier(adapter)
 
 
@@ -225,7 +225,7 @@ def test_a_bundle_that_classifies_otherwise_than_the_model_in_memory_is_noticed(
         if where in name:
             state[name] = torch.zeros_like(state[name])
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="gives other logits when read"):
+    with pytest.raises(RuntimeError, match="gives other logits after loading"):
         require_same_logits(tmp_path / "adapter", IMAGES, expected)
 
 
@@ -253,7 +253,7 @@ def test_a_bundle_is_replaced_whole(adapter: Path, base_model: Path) -> None:
     assert {path.name for path in adapter.parent.iterdir()} == {"base", "adapter"}
 
 
-@pytest.mark.parametrize("function", ["save_adapter", "_write_labels"])
+@pytest.mark.parametrize("function", ["save_adapter", "_write_json"])
 def test_a_bundle_stands_as_it_was_when_writing_the_next_one_fails(
     function: str, adapter: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +272,7 @@ def test_a_bundle_stands_as_it_was_when_writing_the_next_one_fails(
 def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(tmp_path: Path) -> None:
     """In the adapter, its export, its merge; the message names the flag, and not what Python would call it."""
     remote = make_remote_model(tmp_path / "remote")
-    with pytest.raises(UserError, match=rf"{remote}' brings code of its own.* --trust_remote_code runs it"):
+    with pytest.raises(UserError, match=rf"{remote}' contains its own code.* --trust_remote_code runs it"):
         load_base(str(remote), LABELS)
     base = load_base(str(remote), LABELS, trust_remote_code=True)
     model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
@@ -287,14 +287,14 @@ def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(t
     merge_to(load_classifier(adapter, trust_remote_code=True), "x", tmp_path / "merged", [], 1e-4, "fp32", True)
     for directory in (adapter, tmp_path / "old", tmp_path / "merged"):
         found = load_classifier(directory, trust_remote_code=True)
-        assert type(adapters.recorded_base(found.model)).__name__ == "RemoteModel"
+        assert type(adapters.base_of(found.model)).__name__ == "RemoteModel"
         torch.testing.assert_close(_logits(found.model, found.processor), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_code_that_comes_with_the_base_of_a_foreign_adapter_is_not_run(tmp_path: Path) -> None:
     base = load_base(str(make_remote_model(tmp_path / "remote")), LABELS, trust_remote_code=True)
     adapters.save_adapter(make_trainable(base, ModelSettings(), LoraSettings()), tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"remote' brings code of its own.* --trust_remote_code runs it"):
+    with pytest.raises(UserError, match=r"remote' contains its own code.* --trust_remote_code runs it"):
         load_classifier(tmp_path / "adapter")
     assert load_classifier(tmp_path / "adapter", None, True).labels == ["LABEL_0", "LABEL_1"]
 

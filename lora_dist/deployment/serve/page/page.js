@@ -1,4 +1,4 @@
-// Sends each image that is dropped or chosen to the JSON endpoint, and draws what comes back as bars.
+// Sends each dropped or chosen image to the JSON endpoint, and shows the predictions as bars.
 "use strict";
 
 const drop = document.getElementById("drop");
@@ -9,7 +9,7 @@ document.getElementById("here").textContent = location.href.replace(/[?#].*$/, "
 function element(name, className, text = "") {
   const made = document.createElement(name);
   made.className = className;
-  // Names of files and classes come from anywhere: they are text and never markup.
+  // File and class names are untrusted: set them as text, never as markup.
   made.textContent = text;
   return made;
 }
@@ -39,19 +39,19 @@ async function classify(file) {
 async function show(file) {
   const card = element("li", "result");
   const picture = element("img", "");
-  const told = element("div", "");
+  const details = element("div", "");
   picture.alt = "";
   picture.src = URL.createObjectURL(file);
   picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
-  told.append(element("h2", "", file.name));
-  card.append(picture, told);
+  details.append(element("h2", "", file.name));
+  card.append(picture, details);
   results.prepend(card);
   try {
     const bars = element("ol", "bars");
     bars.append(...(await classify(file)).map(bar));
-    told.append(bars);
+    details.append(bars);
   } catch (error) {
-    told.append(element("p", "error", error.message));
+    details.append(element("p", "error", error.message));
   }
 }
 
@@ -59,7 +59,7 @@ choose.addEventListener("change", () => {
   [...choose.files].forEach(show);
   choose.value = "";
 });
-// On the whole window: an image dropped beside the box would otherwise replace the page.
+// On the whole window: the browser would open an image dropped outside the box, in place of the page.
 window.addEventListener("dragover", (event) => {
   event.preventDefault();
   drop.classList.add("over");

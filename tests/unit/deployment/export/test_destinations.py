@@ -49,7 +49,7 @@ def test_all_that_is_taken_is_listed_at_once(tmp_path: Path) -> None:
     expected = [
         f"--export_legacy_names {link} is not empty",
         f"--merge_to {tmp_path} is not empty",
-        f"--onnx {file} is there already",
+        f"--onnx {file} exists",
         f"--output {tmp_path} is a directory",
         f"--grid {tmp_path} is a directory",
     ]
@@ -68,10 +68,10 @@ def test_what_cannot_be_made_is_refused(flag: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("destinations", "words"),
     [
-        ({"merge_to": "x", "export_legacy_names": "x"}, "--merge_to x: --export_legacy_names would be there already"),
-        ({"merge_to": "x", "export_legacy_names": "x/y"}, "--merge_to x: --export_legacy_names would be there already"),
-        ({"merge_to": "x", "onnx": "y/../x"}, "--onnx y/../x: --merge_to would be there already"),
-        ({"output": "x", "grid": "x"}, "--grid x: --output would be there already"),
+        ({"merge_to": "x", "export_legacy_names": "x"}, "--merge_to x: --export_legacy_names is written there first"),
+        ({"merge_to": "x", "export_legacy_names": "x/y"}, "--merge_to x: --export_legacy_names is written there first"),
+        ({"merge_to": "x", "onnx": "y/../x"}, "--onnx y/../x: --merge_to is written there first"),
+        ({"output": "x", "grid": "x"}, "--grid x: --output is written there first"),
     ],
 )
 def test_two_things_in_one_place_are_refused(
@@ -85,11 +85,11 @@ def test_two_things_in_one_place_are_refused(
 def test_a_directory_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match=r"--merge_to \.: the directory itself is replaced"):
+    with pytest.raises(UserError, match=r"--merge_to \.: this directory would be replaced"):
         require_free_directory(Path(), "merge_to")
     with (
         small_disk(tmp_path / "disk", "100k") as disk,
-        pytest.raises(UserError, match=f"--merge_to {disk}: the directory itself is replaced"),
+        pytest.raises(UserError, match=f"--merge_to {disk}: this directory would be replaced"),
     ):
         require_free_directory(disk, "merge_to")
 

@@ -100,7 +100,7 @@ def test_what_gives_other_logits_when_read_is_removed_again(vit: Path, tmp_path:
     for flag, write in writers.items():
         classifier = load_classifier(adapter)
         _disturb(classifier)
-        with pytest.raises(UserError, match=rf"--{flag} .*out: what was written gave other logits .* was removed"):
+        with pytest.raises(UserError, match=rf"--{flag} .*out: the written model gave other logits .* was removed"):
             write(classifier, tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

@@ -84,8 +84,8 @@ def test_one_of_several_is_exported_with_its_own_labels(vit: Path, tmp_path: Pat
         model = make_trainable(base, ModelSettings(), LoraSettings())
         perturb(model, len(labels[name]))
         write_adapter(tmp_path / name, model, base, "card\n")
-    several = load_adapter_set({name: tmp_path / name for name in labels})
-    export_legacy_names(several.set_adapter("two"), "card\n", tmp_path / "old", [])
+    adapter_set = load_adapter_set({name: tmp_path / name for name in labels})
+    export_legacy_names(adapter_set.set_adapter("two"), "card\n", tmp_path / "old", [])
     found = load_classifier(tmp_path / "old")
     assert found.labels == labels["two"]
     torch.testing.assert_close(logits(found.model, 32), logits(load_classifier(tmp_path / "two").model, 32))

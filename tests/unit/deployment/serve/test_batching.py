@@ -1,4 +1,4 @@
-"""Concurrent requests through the model: each gets its own answer, and those who wait are answered together."""
+"""Dynamic batching: each request gets its own answer, and waiting requests share a batch."""
 
 import threading
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ COLORS = ["red", "lime", "blue"]
 
 
 class Slow(nn.Module):
-    """How red, green and blue an image is, when the test lets it; black images break it, and white ones overflow."""
+    """Logits are the mean red, green and blue, once the test allows; black images raise, and white ones overflow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,30 +37,30 @@ class Slow(nn.Module):
         return SimpleNamespace(logits=10 * pixel_values.mean(dim=(2, 3)))
 
 
-def _batcher(largest: int = 4) -> tuple[Batcher, Slow]:
+def _batcher(max_batch_size: int = 4) -> tuple[Batcher, Slow]:
     model = Slow()
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    return Batcher(Classifier(model, processor, COLORS), largest, torch.device("cpu")), model
+    return Batcher(Classifier(model, processor, COLORS), max_batch_size, torch.device("cpu")), model
 
 
 def _ask(batcher: Batcher, color: str) -> Any:
     return batcher.submit(batcher.transforms.resized([Image.new("RGB", (9, 7), color)]))
 
 
-def test_what_comes_in_while_the_model_runs_runs_next_together() -> None:
+def test_images_that_arrive_while_the_model_runs_share_the_next_batch() -> None:
     batcher, model = _batcher()
-    promises = [_ask(batcher, "red")]
+    futures = [_ask(batcher, "red")]
     assert model.started.wait(30)
-    promises += [_ask(batcher, COLORS[number % 3]) for number in range(1, 10)]
+    futures += [_ask(batcher, COLORS[number % 3]) for number in range(1, 10)]
     model.may_go.set()
-    answers = [promise.result(30) for promise in promises]
+    answers = [future.result(30) for future in futures]
     assert [COLORS[int(answer.argmax())] for answer in answers] == [COLORS[number % 3] for number in range(10)]
     assert all(float(answer.sum()) == pytest.approx(1) for answer in answers)
     assert model.sizes == [1, 4, 4, 1]
     batcher.close()
 
 
-def test_an_error_of_the_model_reaches_those_who_asked_and_nobody_else() -> None:
+def test_an_error_of_the_model_reaches_only_its_batch() -> None:
     batcher, model = _batcher()
     model.may_go.set()
     with pytest.raises(ValueError, match="too dark"):
@@ -69,7 +69,7 @@ def test_an_error_of_the_model_reaches_those_who_asked_and_nobody_else() -> None
     batcher.close()
 
 
-def test_logits_that_are_not_finite_are_no_answer() -> None:
+def test_logits_that_are_not_finite_are_an_error() -> None:
     batcher, model = _batcher()
     model.may_go.set()
     with pytest.raises(UserError, match="are not finite"):
@@ -78,12 +78,12 @@ def test_logits_that_are_not_finite_are_no_answer() -> None:
     batcher.close()
 
 
-def test_what_was_given_up_is_not_computed() -> None:
+def test_cancelled_images_are_not_computed() -> None:
     batcher, model = _batcher()
     first = _ask(batcher, "red")
     assert model.started.wait(30)
-    given_up, kept = _ask(batcher, "black"), _ask(batcher, "lime")
-    assert given_up.cancel()
+    cancelled, kept = _ask(batcher, "black"), _ask(batcher, "lime")
+    assert cancelled.cancel()
     model.may_go.set()
     assert int(kept.result(30).argmax()) == 1
     assert int(first.result(30).argmax()) == 0
@@ -91,9 +91,9 @@ def test_what_was_given_up_is_not_computed() -> None:
     batcher.close()
 
 
-def test_closing_answers_what_was_asked_before() -> None:
-    batcher, model = _batcher(largest=2)
-    promises = [_ask(batcher, "blue") for _ in range(5)]
+def test_close_answers_submitted_images() -> None:
+    batcher, model = _batcher(max_batch_size=2)
+    futures = [_ask(batcher, "blue") for _ in range(5)]
     model.may_go.set()
     batcher.close()
-    assert [int(promise.result(0).argmax()) for promise in promises] == [2] * 5
+    assert [int(future.result(0).argmax()) for future in futures] == [2] * 5

@@ -1,4 +1,4 @@
-"""Uploads from strangers: images become RGB, and everything else is refused with its status."""
+"""Uploads: images are decoded to RGB, everything else is refused with its status."""
 
 import io
 import struct
@@ -13,26 +13,26 @@ from PIL import Image
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.deployment.serve.uploads import FORMATS, RefusedUploadError, check_name, decode
 
-MOST = 1_000_000
+MAX_PIXELS = 1_000_000
 
 
-def _refused(data: bytes, most_pixels: int = MOST) -> RefusedUploadError:
+def _refused(data: bytes, max_pixels: int = MAX_PIXELS) -> RefusedUploadError:
     with pytest.raises(RefusedUploadError, match=r"^odd\.png: ") as caught:
-        decode(data, "odd.png", most_pixels)
+        decode(data, "odd.png", max_pixels)
     return caught.value
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_images_of_the_allowed_types_are_decoded_as_everywhere(format_: str) -> None:
     data = encoded(format_)
-    assert np.array_equal(np.asarray(decode(data, "a", MOST)), np.asarray(load_rgb(data)))
+    assert np.array_equal(np.asarray(decode(data, "a", MAX_PIXELS)), np.asarray(load_rgb(data)))
 
 
 def test_photographs_are_turned_upright() -> None:
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     make_image(0, 0, (40, 32)).save(file, "JPEG", exif=exif)
-    assert decode(file.getvalue(), "a", MOST).size == (32, 40)
+    assert decode(file.getvalue(), "a", MAX_PIXELS).size == (32, 40)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_largest_limit_that_can_be_set_is_kept_to() -> None:
 
 
 def test_as_many_pixels_as_allowed_are_fine() -> None:
-    assert decode(png_of(1000, 1000, bytes(1001 * 1000)), "a", MOST).size == (1000, 1000)
+    assert decode(png_of(1000, 1000, bytes(1001 * 1000)), "a", MAX_PIXELS).size == (1000, 1000)
 
 
 def test_a_bomb_in_the_text_of_a_png_is_refused() -> None:
@@ -87,7 +87,7 @@ def test_no_damage_to_an_upload_raises_anything_else() -> None:
         for index in random.integers(0, len(whole), 4):
             damaged[index] = random.integers(256)
         try:
-            decode(bytes(damaged), "x", MOST)
+            decode(bytes(damaged), "x", MAX_PIXELS)
         except RefusedUploadError as error:
             statuses.add(error.status)
     assert statuses <= {413, 415, 422}
@@ -98,7 +98,7 @@ def test_no_damage_to_an_upload_raises_anything_else() -> None:
     "name", ["../../etc/passwd", "/etc/passwd", "C:\\boot.ini", "a\0.png", "a\nb", "", ".", "..", "x" * 256]
 )
 def test_a_name_with_a_path_in_it_is_refused(name: str) -> None:
-    with pytest.raises(RefusedUploadError, match="no plain file name") as caught:
+    with pytest.raises(RefusedUploadError, match="not a plain file name") as caught:
         check_name(name)
     assert caught.value.status == 400
 
