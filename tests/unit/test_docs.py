@@ -125,7 +125,13 @@ def flag_problems(name: str, arguments: list[str]) -> Iterator[str]:
 def inline_flag_problems(text: str) -> Iterator[str]:
     """Flags in the text that no program has."""
     known = {"config"} | {name for settings in COMMANDS.values() for name in cli.flat_fields(settings)}
-    known |= ACCELERATE_FLAGS | OTHER_PROGRAMS | trainer_flags.NAMES.keys() | trainer_flags.NEEDLESS.keys()
+    known |= (
+        ACCELERATE_FLAGS
+        | OTHER_PROGRAMS
+        | trainer_flags.RENAMED.keys()
+        | trainer_flags.UNNECESSARY.keys()
+        | trainer_flags.LAUNCH_FILES.keys()
+    )
     for code in inline_code(text):
         for flag in re.findall(r"(?<!\S)--([A-Za-z][\w-]*)", code):
             if flag not in known:
@@ -224,7 +230,7 @@ def test_the_readme_is_short() -> None:
 
 def test_all_renamed_flags_of_trainer_are_listed() -> None:
     page = (ROOT / "docs" / "coming-from-trainer.md").read_text(encoding="utf-8")
-    assert [name for name, ours in trainer_flags.NAMES.items() if f"| `{name}` | `--{ours}` |" not in page] == []
+    assert [name for name, ours in trainer_flags.RENAMED.items() if f"| `{name}` | `--{ours}` |" not in page] == []
 
 
 def test_one_time_is_named_for_the_tests() -> None:
