@@ -55,8 +55,8 @@ def test_a_shard_that_is_slow_to_come_is_named(
     uneven: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From a Hub that has fallen silent it is tried for half an hour."""
-    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.1)
     reader = streamed(uneven).reader()
+    monkeypatch.setattr(waiting, "AFTER_SECONDS", 0.1)
     read = ShardSource.read
     monkeypatch.setattr(ShardSource, "read", lambda *arguments: time.sleep(0.3) or read(*arguments))
     assert reader.read(0, [0])
