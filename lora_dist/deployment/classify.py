@@ -97,15 +97,9 @@ def classify(
     num_workers: int | None,
     device: torch.device,
 ) -> Iterator[Row]:
-    """Yields a row for each file, in order; that of an unreadable file has an error.
+    """Yields a row with `top_k` classes for each file, in order; that of an unreadable file has an error.
 
-    Args:
-        classifier: is moved to `device`.
-        files: paths.
-        top_k: number of classes in a row.
-        batch_size: images in a forward pass.
-        num_workers: decoding processes; None for one, or none if the files are few or tiny.
-        device: where the model runs.
+    `num_workers` decoding processes; None for one, or none if the files are few or tiny.
 
     Raises:
         UserError: a logit is not finite.
@@ -123,30 +117,17 @@ def classify(
         timeout=POLL_SECONDS,
     )
     for decoded in from_workers(loader, SILENT_SECONDS):
-        scores = _scores(classifier, transforms, decoded.pixels, top_k, batch_size, device)
+        batches = () if decoded.pixels is None else decoded.pixels.split(batch_size)
+        inputs = (transforms.finished(batch.to(device, non_blocking=True)) for batch in batches)
+        # Lazy, so that rows of a batch are written before the next batch runs.
+        ranked = (row for batch in inputs for row in classifier.top_k(classifier.probabilities(batch), top_k))
         for path, error in zip(decoded.paths, decoded.errors, strict=True):
-            yield Row(path, [] if error else next(scores), error)
+            yield Row(path, [] if error else next(ranked), error)
 
 
 def _are_slow_to_decode(files: Sequence[str]) -> bool:
     """Whether a decoding process is worth its cost."""
     return sum(path.stat().st_size for path in map(Path, files) if path.is_file()) > TINY_FILE * len(files)
-
-
-def _scores(
-    classifier: Classifier,
-    transforms: ImageTransforms,
-    pixels: Tensor | None,
-    top_k: int,
-    batch_size: int,
-    device: torch.device,
-) -> Iterator[list[tuple[str, float]]]:
-    """Yields classes with their probabilities for each image, batch by batch."""
-    for batch in () if pixels is None else pixels.split(batch_size):
-        probabilities = classifier.probabilities(transforms.finished(batch.to(device, non_blocking=True)))
-        best = probabilities.topk(min(top_k, len(classifier.labels)))
-        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            yield [(classifier.labels[index], value) for index, value in zip(indices, values, strict=True)]
 
 
 class _DecodedBatch(NamedTuple):
@@ -207,9 +188,9 @@ def writer(
 
     Args:
         output: path, or None for standard output.
-        format_: None to infer it from the path's suffix.
+        format_: None to infer it from the path.
         top_k: number of classes in a CSV line.
-        with_adapter: add a column for the name of the adapter to a CSV.
+        with_adapter: add the column `adapter` to a CSV.
 
     Raises:
         UserError: the file cannot be written.

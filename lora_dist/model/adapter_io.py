@@ -23,13 +23,7 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The content of an adapter's directory.
-
-    Attributes:
-        config: content of `adapter_config.json`.
-        state: tensors under plain names: of a parameter of the model, or of a module followed by `lora_A.weight` etc.
-        directory: where the files are.
-    """
+    """The content of `adapter_config.json`, and the tensors under plain names (see `plain_name`)."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -74,6 +68,49 @@ def result_of_run(directory: Path) -> str:
         if (inside / file).is_file():
             return f". It is the output directory of a run; pass its result, {inside}"
     return ""
+
+
+def plain_name(key: str) -> str | None:
+    """Removes from a key what PEFT's wrappers add, which differs by release; None for the untrained copy of a module.
+
+    `base_model.model.classifier.modules_to_save.bias` -> `classifier.bias`,
+    `base_model.model.vit.layers.0.attention.q_proj.base_layer.bias` -> `vit.layers.0.attention.q_proj.bias`.
+    """
+    if ".original_module." in key:
+        return None
+    return key.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+
+
+def split_lora_name(name: str) -> tuple[str, str]:
+    """Splits a plain name into the name of a module and its LoRA suffix; the suffix of other parameters is empty."""
+    module, lora, rest = name.partition(".lora_")
+    return module, lora + rest
+
+
+def require_same_names(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    directory: Path,
+    shown: Callable[[str], str] | None = None,
+) -> None:
+    """Compares an adapter's tensors with those that its base expects, by plain name and shape.
+
+    Raises:
+        UserError: lists missing and unexpected names, and those of another shape, as `shown` converts them.
+    """
+
+    def key(name: str) -> str:
+        return PREFIX + (shown(name) if shown else name)
+
+    problems = [f"missing {key(name)}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {key(name)}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{key(name)} is {list(found[name].shape)} and should be {list(expected[name].shape)}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise UserError("\n  ".join([f"the adapter in {directory} does not fit this base model:", *problems]))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -125,52 +162,3 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     ):
         return state
     raise UserError(f"{damaged} {file.name} is not a dictionary of tensors")
-
-
-def plain_name(key: str) -> str | None:
-    """Removes from a key what PEFT's wrappers add, which differs by release; None for the untrained copy of a module.
-
-    `base_model.model.classifier.modules_to_save.bias` -> `classifier.bias`,
-    `base_model.model.vit.layers.0.attention.q_proj.base_layer.bias` -> `vit.layers.0.attention.q_proj.bias`.
-    """
-    if ".original_module." in key:
-        return None
-    return key.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-
-
-def split_lora_name(name: str) -> tuple[str, str]:
-    """Splits a plain name into the name of a module and its LoRA suffix; the suffix of other parameters is empty."""
-    module, lora, rest = name.partition(".lora_")
-    return module, lora + rest
-
-
-def require_same_names(
-    found: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    directory: Path,
-    shown: Callable[[str], str] | None = None,
-) -> None:
-    """Compares an adapter's tensors with those that its base expects, by plain name and shape.
-
-    Args:
-        found: tensors of the adapter.
-        expected: tensors of the base.
-        directory: of the adapter.
-        shown: converts a plain name to the name in the adapter's files.
-
-    Raises:
-        UserError: lists missing and unexpected names, and those of another shape.
-    """
-
-    def key(name: str) -> str:
-        return PREFIX + (shown(name) if shown else name)
-
-    problems = [f"missing {key(name)}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {key(name)}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{key(name)} is {list(found[name].shape)} and should be {list(expected[name].shape)}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise UserError("\n  ".join([f"the adapter in {directory} does not fit this base model:", *problems]))

@@ -37,13 +37,7 @@ def load_adapter_set(
     trust_remote_code: bool = False,
     labels: Sequence[str] | None = None,
 ) -> AdapterSet:
-    """Loads several adapters, which may have different classes, on one base.
-
-    Args:
-        directories: of the adapters, by name.
-        base_model: overrides the recorded location of the base.
-        trust_remote_code: run code that comes with the base.
-        labels: class names of adapters without a label map.
+    """Loads several adapters, which may have different classes, on one base. Arguments as `load_classifier`.
 
     Raises:
         UserError: as `load_classifier`, or the adapters have different bases.

@@ -76,10 +76,6 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
-
-
 def mutates_base(model: nn.Module) -> bool:
     """Whether the initialisation changed the base (PiSSA), which `save_adapter` has to convert back."""
     return isinstance(model, PeftModel) and getattr(model.peft_config[DEFAULT], "init_lora_weights", "") == "pissa"
@@ -88,11 +84,8 @@ def mutates_base(model: nn.Module) -> bool:
 def save_adapter(model: nn.Module, directory: Path, initial: Path | None = None) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`.
 
-    Args:
-        model: with an adapter.
-        directory: is created.
-        initial: directory of the adapter before training, if `mutates_base`; the result is then plain LoRA of twice
-            the rank on the unchanged base.
+    If `mutates_base`, pass the directory of the initial adapter: the result is LoRA of twice the rank on the unchanged
+    base.
 
     Raises:
         ValueError: a tensor is empty, as in a sharded model (peft#2892).
@@ -104,26 +97,6 @@ def save_adapter(model: nn.Module, directory: Path, initial: Path | None = None)
     model.save_pretrained(str(directory))
     if initial is not None:
         _make_plain(directory, initial)
-
-
-def _make_plain(directory: Path, initial: Path) -> None:
-    """Converts a saved adapter to LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
-
-    PEFT's own conversion in `save_pretrained` loses the heads and all other tensors that are not LoRA matrices.
-    """
-    path, config_path = directory / WEIGHTS, directory / ADAPTER_CONFIG
-    state, start = load_file(path), load_file(initial / WEIGHTS)
-    for name, tensor in state.items():
-        if ".lora_A." in name:
-            state[name] = torch.cat([tensor, start[name]], dim=0)
-        elif ".lora_B." in name:
-            state[name] = torch.cat([tensor, -start[name]], dim=1)
-    save_file(state, path, metadata={"format": "pt"})
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    config["init_lora_weights"] = True
-    config["r"] *= 2
-    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -160,10 +133,9 @@ def read_adapter(model: nn.Module, files: AdapterFiles) -> Adapter:
     config.init_lora_weights = True
     current = current_names(base)
     modules = {name.rpartition(".")[0] for name in current}
-    if all(target in (modules if lora else current) for target, lora in map(adapter_io.split_lora_name, files.state)):
-        return Adapter(config, files.state, None, directory)
-    names = LegacyNames.of(base)
-    if not names.are_used_by(files.state):
+    targets = map(adapter_io.split_lora_name, files.state)
+    is_current = all(target in (modules if lora else current) for target, lora in targets)
+    if is_current or not (names := LegacyNames.of(base)).are_used_by(files.state):
         return Adapter(config, files.state, None, directory)
     state = {names.to_current(name): tensor for name, tensor in files.state.items()}
     mismatch = f"the adapter in {directory} does not fit {type(base).__name__}"
@@ -172,72 +144,8 @@ def read_adapter(model: nn.Module, files: AdapterFiles) -> Adapter:
     return Adapter(config, state, names, directory)
 
 
-@contextmanager
-def _as_user_error(prefix: str) -> Iterator[None]:
-    """Converts any exception to a `UserError`: PEFT does not check the settings of an adapter."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{prefix}: {reason}") from error
-
-
-def _check_types(config: Any, directory: Path) -> None:
-    """Raises a `UserError` for rank, scale, bias or pattern of a wrong type, which PEFT accepts."""
-    numbers = (int, float)
-    valid = {
-        "r": isinstance(config.r, int) and config.r > 0,
-        "lora_alpha": isinstance(config.lora_alpha, numbers),
-        "bias": config.bias in ("none", "all", "lora_only"),
-        **{
-            name: isinstance(pattern := getattr(config, name), dict)
-            and all(isinstance(value, numbers) for value in pattern.values())
-            for name in ("rank_pattern", "alpha_pattern")
-        },
-    }
-    for name, is_valid in valid.items():
-        if not is_valid:
-            raise UserError(
-                f"the adapter in {directory} is damaged: {ADAPTER_CONFIG} has {name} {getattr(config, name)!r}"
-            )
-
-
-def _rename_targets(config: Any, names: LegacyNames, state: Mapping[str, Tensor], mismatch: str) -> None:
-    """Rewrites targets, patterns and `modules_to_save` to the model's full module names."""
-    leaves = [module for module in names.modules if f"{module}.weight" in names.parameters]
-    found = [
-        {module: name for module, name in named if check_target_module_exists(config, name)}
-        # Some adapters have current targets but legacy keys.
-        for named in ([(module, names.modules[module]) for module in leaves], [(module, module) for module in leaves])
-    ]
-    adapted = {target for target, lora in map(adapter_io.split_lora_name, state) if lora}
-    targets = next((given for given in found if given.keys() == adapted), found[0] or found[1])
-    if not targets and adapted:
-        raise UserError(f"{mismatch}: it has no modules {config.target_modules}")
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        given = getattr(config, pattern)
-        keys = {module: get_pattern_key(list(given), old) for module, old in targets.items()}
-        setattr(config, pattern, {module: given[key] for module, key in keys.items() if key in given})
-    if targets:
-        config.target_modules = set(targets)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.modules_to_save = [
-        module
-        for module, old in names.modules.items()
-        if any(old == name or old.endswith(f".{name}") for name in config.modules_to_save or [])
-    ] or None
-
-
 def attach_adapter(model: nn.Module, adapter: Adapter, name: str = DEFAULT, num_labels: int | None = None) -> PeftModel:
-    """Puts an adapter on its base and activates it; every tensor of the adapter must be used.
-
-    Args:
-        model: the base, possibly with other adapters.
-        adapter: read for this base.
-        name: of the adapter, for `activate`.
-        num_labels: number of classes of the adapter, if the base's head may have another one.
+    """Puts an adapter on its base, which may have other adapters and another number of classes, and activates it.
 
     Raises:
         UserError: keys are missing or unexpected, or shapes differ.
@@ -291,33 +199,6 @@ def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Te
     set_peft_model_state_dict(model, {key: state[plain] for plain, key, _ in found}, name)
 
 
-def _adapter_tensors(model: PeftModel, name: str) -> Iterator[tuple[str, str, Tensor]]:
-    """Yields plain name, PEFT's key and tensor; several keys may have one plain name."""
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
-        plain = adapter_io.plain_name(key)
-        if plain is not None:
-            yield plain, key, tensor
-
-
-def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_labels: int) -> None:
-    """Resizes the heads of an adapter to its number of classes, if the base has another number."""
-    base = base_of(model)
-    before = base.config.num_labels
-    if before == num_labels:
-        return
-    for prefix, wrapper in base.named_modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
-            continue
-        for inner, module in wrapper.modules_to_save[name].named_modules(prefix=prefix):
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
-                found = state.get(f"{inner}.{leaf}")
-                if found is not None and (parameter.shape[0], len(found)) == (before, num_labels):
-                    shape = (num_labels, *parameter.shape[1:])
-                    setattr(module, leaf, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
-                    if isinstance(module, nn.Linear):
-                        module.out_features = num_labels
-
-
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model has an adapter that is not merged."""
     return isinstance(model, PeftModel)
@@ -345,3 +226,110 @@ def is_counted(name: str) -> bool:
 def is_lora_b(name: str) -> bool:
     """Whether a parameter is a B matrix, which LoRA+ trains at a higher learning rate."""
     return ".lora_B." in name
+
+
+def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+
+def _make_plain(directory: Path, initial: Path) -> None:
+    """Converts a saved adapter to LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
+
+    PEFT's own conversion in `save_pretrained` loses the heads and all other tensors that are not LoRA matrices.
+    """
+    path, config_path = directory / WEIGHTS, directory / ADAPTER_CONFIG
+    state, start = load_file(path), load_file(initial / WEIGHTS)
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            state[name] = torch.cat([tensor, start[name]], dim=0)
+        elif ".lora_B." in name:
+            state[name] = torch.cat([tensor, -start[name]], dim=1)
+    save_file(state, path, metadata={"format": "pt"})
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["init_lora_weights"] = True
+    config["r"] *= 2
+    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def _as_user_error(prefix: str) -> Iterator[None]:
+    """Converts any exception to a `UserError`: PEFT does not check the settings of an adapter."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{prefix}: {reason}") from error
+
+
+def _check_types(config: Any, directory: Path) -> None:
+    """Raises a `UserError` for rank, scale, bias or pattern of a wrong type, which PEFT accepts."""
+
+    def is_pattern(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+
+    valid = {
+        "r": isinstance(config.r, int) and config.r > 0,
+        "lora_alpha": isinstance(config.lora_alpha, int | float),
+        "bias": config.bias in ("none", "all", "lora_only"),
+        "rank_pattern": is_pattern(config.rank_pattern),
+        "alpha_pattern": is_pattern(config.alpha_pattern),
+    }
+    for name in (name for name, is_valid in valid.items() if not is_valid):
+        value = getattr(config, name)
+        raise UserError(f"the adapter in {directory} is damaged: {ADAPTER_CONFIG} has {name} {value!r}")
+
+
+def _rename_targets(config: Any, names: LegacyNames, state: Mapping[str, Tensor], mismatch: str) -> None:
+    """Rewrites targets, patterns and `modules_to_save` to the model's full module names."""
+    leaves = [module for module in names.modules if f"{module}.weight" in names.parameters]
+    found = [
+        {module: name for module, name in named if check_target_module_exists(config, name)}
+        # Some adapters have current targets but legacy keys.
+        for named in ([(module, names.modules[module]) for module in leaves], [(module, module) for module in leaves])
+    ]
+    adapted = {target for target, lora in map(adapter_io.split_lora_name, state) if lora}
+    targets = next((given for given in found if given.keys() == adapted), found[0] or found[1])
+    if not targets and adapted:
+        raise UserError(f"{mismatch}: it has no modules {config.target_modules}")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, pattern)
+        keys = {module: get_pattern_key(list(given), old) for module, old in targets.items()}
+        setattr(config, pattern, {module: given[key] for module, key in keys.items() if key in given})
+    if targets:
+        config.target_modules = set(targets)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = [
+        module
+        for module, old in names.modules.items()
+        if any(old == name or old.endswith(f".{name}") for name in config.modules_to_save or [])
+    ] or None
+
+
+def _adapter_tensors(model: PeftModel, name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """Yields plain name, PEFT's key and tensor; several keys may have one plain name."""
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
+        plain = adapter_io.plain_name(key)
+        if plain is not None:
+            yield plain, key, tensor
+
+
+def _fit_heads(model: PeftModel, name: str, state: Mapping[str, Tensor], num_labels: int) -> None:
+    """Resizes the heads of an adapter to its number of classes, if the base has another number."""
+    base = base_of(model)
+    before = base.config.num_labels
+    if before == num_labels:
+        return
+    for prefix, wrapper in base.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
+            continue
+        for inner, module in wrapper.modules_to_save[name].named_modules(prefix=prefix):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                found = state.get(f"{inner}.{leaf}")
+                if found is not None and (parameter.shape[0], len(found)) == (before, num_labels):
+                    shape = (num_labels, *parameter.shape[1:])
+                    setattr(module, leaf, nn.Parameter(parameter.new_empty(shape), requires_grad=False))
+                    if isinstance(module, nn.Linear):
+                        module.out_features = num_labels

@@ -56,14 +56,14 @@ def write_metadata(
 
 @dataclass(frozen=True)
 class AdapterBundle:
-    """An adapter as read, with what is known of its base and classes.
+    """An adapter with its base and classes.
 
     Attributes:
         files: configuration and weights.
-        base: name or path of the base, to load it.
+        base: current name or path of the base.
         trained_base: name or path of the base at training time.
         revision: commit of the base on the Hub.
-        fingerprint: of the base's weights; None if the directory does not record it.
+        fingerprint: of the base's weights, if recorded.
         labels: class names in order.
         trust_remote_code: run code that comes with the processor.
     """
@@ -80,13 +80,7 @@ class AdapterBundle:
 def read_bundle(
     directory: Path, base_model: str | None, trust_remote_code: bool, labels: Sequence[str] | None
 ) -> AdapterBundle:
-    """Reads an adapter, and infers its base and classes if another program wrote it.
-
-    Args:
-        directory: of the adapter.
-        base_model: overrides the recorded location of the base.
-        trust_remote_code: run code that comes with the model.
-        labels: class names of an adapter that has no label map.
+    """Reads an adapter, and infers its base and classes if another program wrote it. See `load_classifier`.
 
     Raises:
         UserError: a file is missing or damaged, or `labels` differs from the label map.

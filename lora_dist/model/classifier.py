@@ -42,6 +42,12 @@ class Classifier:
             raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
         return logits.softmax(dim=-1)
 
+    def top_k(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
+        """Returns the k most likely classes of each row of [B, classes] with their probabilities."""
+        best = probabilities.topk(min(k, len(self.labels)))
+        rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [[(self.labels[i], value) for i, value in zip(indices, values, strict=True)] for values, indices in rows]
+
 
 def load_classifier(
     directory: Path,

@@ -44,22 +44,16 @@ def labels_of(
     except (OSError, ValueError) as error:
         raise cannot_load(base, error) from error
     count = class_count(files, config, trust_remote_code)
+    # An adapter without a head was trained with the head of a fine-tuned base.
+    expected = config.num_labels if count is None else count
+    if given is not None:
+        if len(given) != expected:
+            raise UserError(f"--labels names {len(given)} classes, and the adapter in {files.directory} has {expected}")
+        return list(given)
     if count is None:
-        # The adapter has no head: it was trained with the head of a fine-tuned base.
-        labels = [config.id2label[index] for index in range(config.num_labels)]
-    else:
-        labels = [f"LABEL_{index}" for index in range(count)]
-    if given is None:
-        if count is not None:
-            logger.warning(
-                "%s has no label map; classes are named LABEL_0 … LABEL_%d. Pass a file of names with --labels.",
-                files.directory,
-                count - 1,
-            )
-        return labels
-    if len(given) != len(labels):
-        raise UserError(f"--labels names {len(given)} classes, and the adapter in {files.directory} has {len(labels)}")
-    return list(given)
+        return [config.id2label[index] for index in range(expected)]
+    logger.warning("%s has no label map, so classes are named LABEL_0 …; pass names with --labels", files.directory)
+    return [f"LABEL_{index}" for index in range(count)]
 
 
 def class_count(files: AdapterFiles, config: Any, trust_remote_code: bool) -> int | None:

@@ -64,6 +64,15 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
     return shortest(resolved, model)
 
 
+def shortest(wanted: list[str], model: nn.Module) -> list[str]:
+    """Returns the last components of `wanted` if they select no other module; else the full names."""
+    if not wanted:
+        raise UserError(f"{type(model).__name__} has no linear or convolutional layer outside its head to adapt")
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in wanted})
+    hit = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes}
+    return suffixes if hit == set(wanted) else sorted(set(wanted))
+
+
 def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:
     """Full names of the modules that `name`, or else a synonym of it, selects."""
     synonyms = next((group for group in SYNONYMS if name in group), (name,))
@@ -87,12 +96,3 @@ def _last(name: str) -> list[str]:
     parts = name.split(".")
     start = next((index for index in reversed(range(len(parts))) if not parts[index].isdigit()), 0)
     return parts[start:]
-
-
-def shortest(wanted: list[str], model: nn.Module) -> list[str]:
-    """Returns the last components of `wanted` if they select no other module; else the full names."""
-    if not wanted:
-        raise UserError(f"{type(model).__name__} has no linear or convolutional layer outside its head to adapt")
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in wanted})
-    hit = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes}
-    return suffixes if hit == set(wanted) else sorted(set(wanted))

@@ -81,9 +81,9 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     heads = tuple(f"{head}." for head in base.heads)
     replaced = () if same_classes else (name for name in adapter.state if name.startswith(heads))
     logger.info(
-        "starting from the adapter in %s, %s",
+        "starting from the adapter in %s, with %s",
         directory,
-        "with its head" if same_classes else "with a new head, because its classes differ",
+        "its head" if same_classes else "a new head, because its classes differ",
     )
     return settings.model_copy(update={"lora": lora}), base, WarmStart(adapter, frozenset(replaced))
 

@@ -36,18 +36,18 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
     modules = sorted({target for adapter in adapters for target, lora in map(split_lora_name, adapter.state) if lora})
     for module in modules:
         like_a, like_b = next((a.state[module + A], a.state[module + B]) for a in adapters if module + A in a.state)
-        parts_a, parts_b = [], []
+        blocks_a, blocks_b = [], []
         for adapter, weight, rank in zip(adapters, weights, ranks, strict=True):
             # Pads with zeros if this module has a lower rank or no LoRA in this adapter.
-            part_a = like_a.new_zeros((rank, *like_a.shape[1:]), dtype=torch.float32)
-            part_b = like_b.new_zeros((like_b.shape[0], rank, *like_b.shape[2:]), dtype=torch.float32)
+            block_a = like_a.new_zeros((rank, *like_a.shape[1:]), dtype=torch.float32)
+            block_b = like_b.new_zeros((like_b.shape[0], rank, *like_b.shape[2:]), dtype=torch.float32)
             if module + A in adapter.state:
                 found_a, found_b = adapter.state[module + A], adapter.state[module + B]
-                part_a[: len(found_a)] = found_a
-                part_b[:, : len(found_a)] = found_b.float() * (weight * _scale(adapter, module))
-            parts_a.append(part_a)
-            parts_b.append(part_b)
-        state[module + A], state[module + B] = torch.cat(parts_a, dim=0), torch.cat(parts_b, dim=1)
+                block_a[: len(found_a)] = found_a
+                block_b[:, : len(found_a)] = found_b.float() * (weight * _scale(adapter, module))
+            blocks_a.append(block_a)
+            blocks_b.append(block_b)
+        state[module + A], state[module + B] = torch.cat(blocks_a, dim=0), torch.cat(blocks_b, dim=1)
     state |= _average(adapters, weights)
     first = adapters[0]
     config = replace(
@@ -93,8 +93,8 @@ def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str,
             )
     for name, tensor in wholes[0].items():
         if tensor.is_floating_point():
-            parts = [whole[name].double() * weight for whole, weight in zip(wholes, weights, strict=True)]
-            averaged[name] = torch.stack(parts).sum(dim=0).float()
+            terms = [whole[name].double() * weight for whole, weight in zip(wholes, weights, strict=True)]
+            averaged[name] = torch.stack(terms).sum(dim=0).float()
         else:
             averaged[name] = tensor
     return averaged

@@ -1,6 +1,8 @@
 """Merges an adapter into its base, and checks that the result gives the same logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,12 +26,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Merged(NamedTuple):
-    """Differences of logits from those of the adapter, relative to the largest logit.
-
-    Attributes:
-        merge: after merging in fp32.
-        rounding: after rounding the weights to half precision, computed in fp32; None without rounding.
-    """
+    """Relative differences of logits from the adapter's: after merging in fp32, and after rounding the weights."""
 
     merge: float
     rounding: float | None = None
@@ -51,8 +48,7 @@ def merge_to(
         source: title of the adapter, for the model card.
         out: new or empty directory.
         files: images to compare logits on; packaged photographs if none is readable.
-        tolerance: largest difference of logits, relative to the largest logit. For half precision at least
-            `HALF_PRECISION_TOLERANCE`.
+        tolerance: largest relative difference of logits; for half precision at least `HALF_PRECISION_TOLERANCE`.
         precision: of the written weights; merging is in fp32.
         trust_remote_code: run code that comes with the base.
 
@@ -74,13 +70,12 @@ def merge_to(
         )
     if dtype != torch.float32:
         after = logits(_round(merged, dtype), pixels)
-        rounding = relative_difference(after, before)
-        measured = measured._replace(rounding=rounding)
-        if not rounding <= max(tolerance, HALF_PRECISION_TOLERANCE):
+        rounding, largest = relative_difference(after, before), max(tolerance, HALF_PRECISION_TOLERANCE)
+        measured = Merged(measured.merge, rounding)
+        if not rounding <= largest:
             raise UserError(
-                f"in {precision} the merged model differs from the adapter by {rounding:.1e}, more than "
-                f"{max(tolerance, HALF_PRECISION_TOLERANCE):.1e}; nothing was written. Leave --dtype out, or use the "
-                f"other half-precision type"
+                f"in {precision} the merged model differs from the adapter by {rounding:.1e}, more than {largest:.1e}; "
+                f"nothing was written. Leave --dtype out, or use the other half-precision type"
             )
     with whole_directory(out) as temporary:
         card = _card(source, measured, dtype, len(images))
@@ -138,16 +133,10 @@ def require_same_after_loading(
 
 def check_images(files: Sequence[str]) -> list[Image.Image]:
     """Loads the first readable ones of the user's images, else packaged photographs."""
-    return _readable(files) or _readable(photographs())
+    return list(islice(_readable(files), MAX_IMAGES)) or list(islice(_readable(photographs()), MAX_IMAGES))
 
 
-def _readable(files: Sequence[str]) -> list[Image.Image]:
-    images: list[Image.Image] = []
+def _readable(files: Sequence[str]) -> Iterator[Image.Image]:
     for file in files:
-        if len(images) == MAX_IMAGES:
-            break
-        try:
-            images.append(load_rgb(file))
-        except UnreadableImageError:
-            continue
-    return images
+        with suppress(UnreadableImageError):
+            yield load_rgb(file)

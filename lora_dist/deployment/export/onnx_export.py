@@ -33,15 +33,7 @@ QUANTIZED = ["MatMul", "Gemm"]
 
 
 class Int8Cost(NamedTuple):
-    """Effect of int8, counted on images.
-
-    Attributes:
-        images: readable images.
-        changed: images with another class than in fp32.
-        labelled: images in a folder with the name of a class.
-        right_before: labelled images that fp32 classifies correctly.
-        right_after: labelled images that int8 classifies correctly.
-    """
+    """Counts of images: all, with another class in int8, in class folders, and of these right in fp32 and in int8."""
 
     images: int
     changed: int
@@ -58,12 +50,7 @@ class Int8Cost(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """Differences of an ONNX file from its model.
-
-    Attributes:
-        logits: largest difference in fp32, before quantisation, relative to the largest logit.
-        int8: effect of quantisation; None without it, or without images.
-    """
+    """Relative difference of logits in fp32, and the effect of int8 if it was measured."""
 
     logits: float
     int8: Int8Cost | None

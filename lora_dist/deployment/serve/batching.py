@@ -15,12 +15,6 @@ class Batcher:
     """Runs the model in a thread, without waiting for a batch to fill up."""
 
     def __init__(self, classifier: Classifier, max_batch_size: int, device: torch.device) -> None:
-        """
-        Args:
-            classifier: is moved to `device`.
-            max_batch_size: largest number of images in a forward pass.
-            device: where the model runs.
-        """
         self.transforms = ImageTransforms(classifier.processor)
         classifier.model.to(device)
         self._classifier = classifier

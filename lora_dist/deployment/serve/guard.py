@@ -24,11 +24,6 @@ class Guard:
     """Refuses a request as soon as it exceeds a limit, and adds `HEADERS` to every response."""
 
     def __init__(self, app: Any, max_bytes: int) -> None:
-        """
-        Args:
-            app: ASGI application behind the guard.
-            max_bytes: size of a request's body.
-        """
         self.app = app
         self.max_bytes = max_bytes
         self._uploads = 0

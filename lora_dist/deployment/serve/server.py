@@ -67,16 +67,7 @@ class Predictions(BaseModel):
 def make_app(
     classifier: Classifier, name: str, limits: Limits, *, top_k: int, batch_size: int, device: torch.device
 ) -> FastAPI:
-    """Returns the app with the page at `/` and the endpoint at `/predict`.
-
-    Args:
-        classifier: is moved to `device`.
-        name: title of the page.
-        limits: what a request may contain.
-        top_k: default number of classes per file.
-        batch_size: largest number of images in a forward pass.
-        device: where the model runs.
-    """
+    """Returns the app with the page at `/`, titled `name`, and the endpoint at `/predict`."""
     batcher = Batcher(classifier, batch_size, device)
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
     decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), thread_name_prefix="decoder")
@@ -123,19 +114,16 @@ def make_app(
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
         probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(image)) for image in images))
-        rows = zip(names, probabilities, strict=True)
-        return Predictions(predictions=[_prediction(file, row, classifier.labels, top_k) for file, row in rows])
+        rows = classifier.top_k(torch.stack(probabilities), top_k)
+        scores = [[Score(label=label, score=score) for label, score in row] for row in rows]
+        return Predictions(
+            predictions=[
+                Prediction(file=file, label=top[0].label, score=top[0].score, top_k=top)
+                for file, top in zip(names, scores, strict=True)
+            ]
+        )
 
     return app
-
-
-def _prediction(file: str, probabilities: Tensor, labels: list[str], top_k: int) -> Prediction:
-    best = probabilities.topk(min(top_k, len(labels)))
-    scores = [
-        Score(label=labels[index], score=value)
-        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    return Prediction(file=file, label=scores[0].label, score=scores[0].score, top_k=scores)
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
@@ -152,7 +140,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
     with listener:
         shown, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(shown).is_loopback:
-            logger.warning("listening on %s: whoever reaches this machine can use it, without a password", shown)
+            logger.warning("listening on %s: anyone who reaches this machine can use it, without a password", shown)
         logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
         # uvicorn raises the interrupt again after its shutdown.
