@@ -115,6 +115,9 @@ def parse(
         for name, value in content.items():
             if name in fields:
                 values[name], origin[name] = value, f" (in {config})"
+            elif isinstance(value, dict):
+                inner = ", ".join(map(str, value))
+                problems.append(f"{name}: settings have no sections; move {inner} to the top level (in {config})")
             else:
                 problems.append(f"{name}: unknown setting (in {config}){_help_with(str(name), fields)}")
     elif config is _NO_VALUE:
@@ -206,9 +209,22 @@ def _find_config(name: str) -> Path:
     )
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.constructor.BaseConstructor.construct_mapping`."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, getattr(key, "value", None)
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(name, line) != line:
+                raise yaml.YAMLError(f"{name} is set on line {lines[name]} and again on line {line}")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

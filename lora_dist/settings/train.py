@@ -24,6 +24,9 @@ from lora_dist.settings.fields import (
     missing_paths,
 )
 
+FULL_LEARNING_RATE = 5e-5
+"""Default of --learning_rate with --tuning full and pretrained weights."""
+
 
 class ModelSettings(Group):
     """Model"""
@@ -155,7 +158,7 @@ class OptimizationSettings(Group):
     per_device_eval_batch_size: Count = 128
     """Samples per process in one forward pass of evaluation."""
     learning_rate: Positive = 5e-3
-    """Peak learning rate."""
+    """Peak learning rate. The default with --tuning full and pretrained weights is 5e-5."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate schedule after the warmup."""
     warmup_steps: NonNegativeInt = 0
@@ -233,6 +236,17 @@ class Settings(Group):
     optimization: OptimizationSettings = OptimizationSettings()
     run: RunSettings = RunSettings()
     hub: HubSettings = HubSettings()
+
+    def with_default_learning_rate(self) -> "Settings":
+        """Returns the settings with the default learning rate of their tuning, unless a rate was given.
+
+        The rate that suits LoRA and a new head ruins pretrained weights that are trained in full.
+        """
+        is_pretrained_in_full = self.model.tuning == "full" and not self.model.init_from_config
+        if not is_pretrained_in_full or "learning_rate" in self.optimization.model_fields_set:
+            return self
+        optimization = self.optimization.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
+        return self.model_copy(update={"optimization": optimization})
 
 
 def contradictions(settings: Settings) -> Iterator[Problem]:

@@ -88,7 +88,7 @@ def assemble(
     Raises:
         UserError: something is missing, does not fit, or differs between processes.
     """
-    settings = as_resumed(settings, resumed)
+    settings = as_resumed(settings, resumed).with_default_learning_rate()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)

@@ -59,6 +59,19 @@ def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: 
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
 
 
+def warn_of_chance_level(evaluation: Evaluation) -> None:
+    """Warns if the model is no better than one that always predicts the largest class."""
+    accuracy, support = evaluation.metrics["accuracy"], [row["support"] for row in evaluation.per_class]
+    share = max(support) / max(1, sum(support))
+    if len(support) > 1 and accuracy <= share:
+        logger.warning(
+            "accuracy %.4f is not above the share of the largest class, %.4f: the model has learned little. Try "
+            "another --learning_rate, or more updates",
+            accuracy,
+            share,
+        )
+
+
 def _show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
     tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
     worst = evaluation.worst(WORST)

@@ -22,7 +22,7 @@ from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation
-from lora_dist.training.reporting.report import write_evaluation
+from lora_dist.training.reporting.report import warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
@@ -110,6 +110,7 @@ class ResultWriter:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
+            warn_of_chance_level(evaluation)
             tracker.close()
         accelerator.wait_for_everyone()
 

@@ -398,3 +398,25 @@ def test_the_device_supports_only_crops_and_flips(folder: Path) -> None:
     for augmentation in ("none", "randaugment"):
         said = problems_of("--train_dir", folder, "--augment_on_device", "--augmentation", augmentation)
         assert "--augment_on_device, --augmentation: the device supports only crops and flips" in said
+
+
+def test_pretrained_weights_trained_in_full_have_a_lower_default_rate() -> None:
+    def rate(*flags: str) -> float:
+        return parse("--train_dir", ".", *flags).with_default_learning_rate().optimization.learning_rate
+
+    assert rate() == rate("--tuning", "head") == 5e-3
+    assert rate("--tuning", "full") == 5e-5
+    assert rate("--tuning", "full", "--learning_rate", "5e-3") == 5e-3
+    assert rate("--tuning", "full", "--init_from_config", "true") == 5e-3
+
+
+def test_a_key_that_is_set_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("# run\nlearning_rate: 0.1\nseed: 3\nlearning_rate: 0.2\n")
+    with pytest.raises(UserError, match="learning_rate is set on line 2 and again on line 4"):
+        parse("--config", str(tmp_path / "twice.yaml"))
+
+
+def test_settings_in_sections_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "nested.yaml").write_text("training:\n  learning_rate: 0.1\n  seed: 3\n")
+    with pytest.raises(UserError, match="training: settings have no sections; move learning_rate, seed to the top"):
+        parse("--config", str(tmp_path / "nested.yaml"))

@@ -244,3 +244,15 @@ def test_every_way_of_tuning_trains_and_hands_over_what_it_evaluated(
         logits = written.model(pixel_values=pixels).logits
     loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(data.validation.labels)))
     assert loss == pytest.approx(results_of(tmp_path)["eval_loss"], rel=1e-4)
+
+
+def test_a_model_that_is_no_better_than_the_largest_class_is_told(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _run(vit, photos, tmp_path / "chance", "--learning_rate", 1e-30, "--max_train_steps", 2)
+    accuracy = results_of(tmp_path / "chance")["eval_accuracy"]
+    assert accuracy <= 0.34
+    assert f"accuracy {accuracy:.4f} is not above the share of the largest class, 0.3333" in capfd.readouterr().err
+    _run(vit, photos, tmp_path / "learned")
+    assert results_of(tmp_path / "learned")["eval_accuracy"] > 0.34
+    assert "share of the largest class" not in capfd.readouterr().err
