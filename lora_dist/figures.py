@@ -43,17 +43,21 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 
     return sheet
 
 
-def confusion_picture(counts: np.ndarray, labels: Sequence[str], side: int = 720) -> Image.Image:
+def confusion_picture(confusion: np.ndarray, labels: Sequence[str], side: int = 720) -> Image.Image:
     """Draws a confusion matrix: rows are true classes, columns predictions, and shades the share of the row.
 
     Args:
-        counts: [classes, classes]; of more than `MAX_CLASSES`, those with the most errors are shown.
+        confusion: rows of true class, predicted class and number of samples [K, 3]. Of more than `MAX_CLASSES`
+            classes, those with the most errors are shown.
         labels: class names in order.
         side: width of the cells together, in pixels.
     """
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    errors = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
+    true, predicted, numbers = confusion.T
+    support = np.bincount(true, weights=numbers, minlength=len(labels))
+    wrong = numbers * (true != predicted)
+    errors = np.bincount(true, wrong, len(labels)) + np.bincount(predicted, wrong, len(labels))
     shown = np.sort(np.argsort(-errors, kind="stable")[:MAX_CLASSES])
+    found = {(int(a), int(b)): int(number) for a, b, number in confusion}
     cell = side // len(shown)
     font, title = ImageFont.load_default(max(9, min(14, cell // 2))), ImageFont.load_default(14)
     names = [_fitted(labels[index], font, 152) for index in shown]
@@ -61,10 +65,11 @@ def confusion_picture(counts: np.ndarray, labels: Sequence[str], side: int = 720
     left, top = 24 + margin, margin + 24
     picture = Image.new("RGB", (left + cell * len(shown) + 8, top + cell * len(shown) + 8), PAPER)
     draw = ImageDraw.Draw(picture)
-    for row, true in enumerate(shown):
+    for row, true_class in enumerate(shown):
         y = top + row * cell
-        for column, predicted in enumerate(shown):
-            x, share, count = left + column * cell, float(shares[true, predicted]), counts[true, predicted]
+        for column, predicted_class in enumerate(shown):
+            count = found.get((int(true_class), int(predicted_class)), 0)
+            x, share = left + column * cell, count / max(1.0, support[true_class])
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=_shade(share, RIGHT if row == column else WRONG))
             if cell >= 24 and count:
                 middle = (x + cell / 2, y + cell / 2)

@@ -42,7 +42,7 @@ class Evaluation:
     Attributes:
         metrics: scalars by name (`accuracy`, `loss` …).
         per_class: precision, recall, F1 and support of each class.
-        confusion: counts [true class, predicted class].
+        confusion: rows of true class, predicted class and their number of samples, int64 [K, 3]; none of 0 samples.
         predictions: predicted class of each sample, shape [N]; -1 where its image could not be read, or its logits are
             not finite.
         confidences: probability of that class, shape [N]; NaN there.
@@ -142,7 +142,7 @@ class Evaluator:
         return Evaluation(
             metrics={name: results[name] for name in SCALARS},
             per_class=results["per_class"],
-            confusion=np.array(results["confusion_matrix"]),
+            confusion=np.array(results["confusion"], dtype=np.int64).reshape(-1, 3),
             predictions=self._by_row(rows, integers[:, 2], -1),
             confidences=self._by_row(rows, reals[:, 0], np.nan),
             losses=self._by_row(rows, reals[:, 1], np.nan),

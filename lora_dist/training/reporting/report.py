@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from lora_dist.data.batch import TrainImages
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 WORST = 24
 INPUTS = 24
+MAX_MATRIX = 100
+"""Classes of which evaluation.json has the whole confusion matrix."""
 
 
 def announce(
@@ -102,11 +105,20 @@ def show_inputs(tracker: Tracker, images: TrainImages, order: BatchPlan, step: i
     )
 
 
+def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """The whole matrix of up to `MAX_MATRIX` classes; of more, its entries that are not 0."""
+    if len(labels) > MAX_MATRIX:
+        return {"labels": list(labels), "true_predicted_count": confusion.tolist()}
+    matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
+    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
+    return {"labels": list(labels), "rows_true_columns_predicted": matrix.tolist()}
+
+
 def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
     """Writes the metrics, the report by class and the confusion matrix."""
     content: dict[str, Any] = {
         "metrics": evaluation.metrics,
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
-        "confusion_matrix": {"labels": list(labels), "rows_true_columns_predicted": evaluation.confusion.tolist()},
+        "confusion_matrix": _confusion_matrix(evaluation.confusion, labels),
     }
     write_json(path, content)

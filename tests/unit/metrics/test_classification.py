@@ -1,6 +1,8 @@
 """Metrics against scikit-learn, and the calibration error against a sum done by hand."""
 
 import json
+import resource
+import time
 from typing import Any
 
 import numpy as np
@@ -31,9 +33,10 @@ def test_all_that_scikit_learn_knows_agrees(num_classes: int, count: int) -> Non
     every = list(range(num_classes))
     assert results["accuracy"] == pytest.approx(sklearn.accuracy_score(true, predicted))
     assert results["macro_f1"] == pytest.approx(sklearn.f1_score(true, predicted, average="macro", zero_division=0))
-    np.testing.assert_array_equal(
-        results["confusion_matrix"], sklearn.confusion_matrix(true, predicted, labels=every)
-    )  # rows are true classes
+    matrix = np.zeros((num_classes, num_classes), dtype=int)
+    for true_class, predicted_class, number in results["confusion"]:
+        matrix[true_class, predicted_class] = number
+    np.testing.assert_array_equal(matrix, sklearn.confusion_matrix(true, predicted, labels=every))
     expected = sklearn.precision_recall_fscore_support(true, predicted, labels=every, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [row[name] for row in results["per_class"]] == pytest.approx(values.tolist()), name
@@ -105,3 +108,12 @@ def test_it_works_like_any_metric_of_evaluate() -> None:
 def test_results_are_plain_numbers_for_json() -> None:
     true, predicted = draw(4, 30, seed=0)
     assert json.loads(json.dumps(compute(4, true, predicted)))["accuracy"] > 0
+
+
+def test_many_classes_take_little_time_and_memory() -> None:
+    true, predicted = draw(10_000, 20_000, seed=1)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    results = compute(10_000, true, predicted)
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10
+    assert sum(number for _, _, number in results["confusion"]) == 20_000
