@@ -28,7 +28,7 @@ from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).parents[1] / "page"
+PAGE = Path(__file__).with_name("page")
 MAX_DECODERS = 4
 GRACE_SECONDS = 3
 """Time that open requests get when the server shuts down."""
