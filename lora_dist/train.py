@@ -69,13 +69,13 @@ def train(settings: Settings, lock: RunLock) -> None:
 
         assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
         run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
-        announce(assembled.data, run.order, run.schedule, assembled.parameters, accelerator)
+        announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator)
         if options.dry_run:
             with watch.watching():
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run.tracker, run.images, run.order, progress.step, assembled.data.labels)
+    show_inputs(run.tracker, run.images, run.plan, progress.step, assembled.data.labels)
     with stopped_on_request(run, progress), watch.watching():
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)

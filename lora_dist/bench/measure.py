@@ -78,13 +78,13 @@ def time_loaded(run: TrainingRun, updates: int) -> tuple[int, float, float]:
     time_updates(run, range(steps.start), stream)
     meter.reset()
     seconds = sum(time_updates(run, steps, stream))
-    return run.order.samples_before(steps.stop) - run.order.samples_before(steps.start), seconds, meter.waited
+    return run.plan.samples_before(steps.stop) - run.plan.samples_before(steps.start), seconds, meter.waited
 
 
 def _steps(run: TrainingRun, updates: int) -> range:
     """The measured updates."""
     workers = workers_of(run.settings.data, run.engine.accelerator.device)
-    warmup = warmup_updates(workers, run.order.accumulation)
+    warmup = warmup_updates(workers, run.plan.accumulation)
     return range(warmup, warmup + updates)
 
 
@@ -92,12 +92,12 @@ def _stream(run: TrainingRun, updates: int) -> Iterator[Batch]:
     """Batches of the first `updates` updates, from a new loader."""
     run.images.close()
     device = run.engine.accelerator.device
-    return batches(train_loader(run.images, run.order, 0, updates, run.settings.data, device), device)
+    return batches(train_loader(run.images, run.plan, 0, updates, run.settings.data, device), device)
 
 
 def measure(run: TrainingRun, updates: int) -> Measurements:
     """Measures a run that is ready to start. Called on every process."""
-    accelerator, order = run.engine.accelerator, run.order
+    accelerator, plan = run.engine.accelerator, run.plan
     device = accelerator.device
     held = [batch.to(device) for batch in _stream(run, 1)]
 
@@ -118,10 +118,10 @@ def measure(run: TrainingRun, updates: int) -> Measurements:
     step, seconds, waited, peak, loading = (
         max(gather_object([value])) for value in (step, seconds, waited / seconds, peak, loading)
     )
-    images = len(held[0].labels) * order.world_size
+    images = len(held[0].labels) * plan.world_size
     return Measurements(
         images_per_second=samples / seconds,
-        step_images_per_second=order.samples_in(0) / step,
+        step_images_per_second=plan.samples_in(0) / step,
         loader_images_per_second=samples / loading,
         data_wait=waited,
         gflops_per_second=achieved / 1e9,
@@ -139,7 +139,7 @@ def _time_loader(run: TrainingRun, updates: int) -> float:
     """Seconds to load the batches of as many updates, without training."""
     steps = _steps(run, updates)
     stream = _stream(run, steps.stop)
-    for _ in range(sum(map(run.order.micro_batches_in, range(steps.start)))):
+    for _ in range(sum(map(run.plan.micro_batches_in, range(steps.start)))):
         next(stream)
     start = time.perf_counter()
     for _ in stream:

@@ -27,7 +27,7 @@ from lora_dist.model.targets import resolve_targets
 from lora_dist.processes.runtime import choose_precision, engine_launched
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.train import AugmentationSettings
-from lora_dist.training.assembly import make_order
+from lora_dist.training.assembly import make_plan
 
 
 class _Images(Dataset):
@@ -113,9 +113,9 @@ def time_baseline(settings: BenchSettings, directory: Path) -> tuple[int, float,
         data_collator=_collate,
         callbacks=[clock],
     ).train()
-    order = make_order(settings, data.train, arguments.world_size, arguments.process_index)
+    plan = make_plan(settings, data.train, arguments.world_size, arguments.process_index)
     warmup = arguments.max_steps - settings.benchmark.updates
-    samples = order.samples_before(arguments.max_steps) - order.samples_before(warmup)
+    samples = plan.samples_before(arguments.max_steps) - plan.samples_before(warmup)
     return samples, clock.times[-1] - clock.times[warmup - 1], arguments.device
 
 

@@ -110,18 +110,18 @@ def assemble(
 
     optimization = settings.optimization
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
-    order = make_order(settings, data.train, accelerator.num_processes, accelerator.process_index)
-    schedule = Schedule.of(optimization, order.steps_per_epoch)
+    plan = make_plan(settings, data.train, accelerator.num_processes, accelerator.process_index)
+    schedule = Schedule.of(optimization, plan.steps_per_epoch)
     images = TrainImages(
         data.train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip"
     )
     with problems.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        ahead = bytes_ahead(images, order, 0, settings.data, accelerator.device)
+        ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
         # An evaluation's batches come on top, of as many bytes a sample or fewer.
-        ahead += ahead * optimization.per_device_eval_batch_size // order.per_device_batch
+        ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
         require_shared_memory(on_this_machine * ahead)
-    identity = identity_of(settings, base, start, data, order)
+    identity = identity_of(settings, base, start, data, plan)
     preflight.arrive("ready")
     require_agreement(
         accelerator,
@@ -147,7 +147,7 @@ def assemble(
         settings=settings,
         engine=engine,
         images=images,
-        order=order,
+        plan=plan,
         schedule=schedule,
         evaluator=Evaluator(
             accelerator,
@@ -185,7 +185,7 @@ def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> I
         raise
 
 
-def make_order(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> BatchPlan:
+def make_plan(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> BatchPlan:
     """Returns the samples that process `rank` of `world_size` trains on in each update."""
     return BatchPlan(
         sample_order=split.sample_order(settings.run.seed),

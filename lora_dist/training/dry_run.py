@@ -126,12 +126,12 @@ def describe(
     run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement, first_step: int
 ) -> str:
     """Returns the plan of the run as text, one line per topic."""
-    order, schedule, accelerator = run.order, run.schedule, run.engine.accelerator
+    plan, schedule, accelerator = run.plan, run.schedule, run.engine.accelerator
     options = run.settings.run
     trainable, total = parameters
     steps = schedule.total_steps - first_step
     evaluations = sum(
-        is_due(options.eval_steps, step, order.steps_per_epoch, schedule.total_steps)
+        is_due(options.eval_steps, step, plan.steps_per_epoch, schedule.total_steps)
         for step in range(first_step + 1, schedule.total_steps + 1)
     )
     training, evaluation = steps * measured.update_seconds, (evaluations + 1) * measured.evaluation_seconds
@@ -142,13 +142,13 @@ def describe(
         ("classes", f"{len(data.labels)}: {', '.join(data.labels[:6])}{' …' if len(data.labels) > 6 else ''}"),
         (
             "launch",
-            f"{_processes(order.world_size)} on {socket.gethostname()}, "
+            f"{_processes(plan.world_size)} on {socket.gethostname()}, "
             f"{accelerator.distributed_type.value}, {precision}, {accelerator.device.type}",
         ),
         (
             "updates",
-            f"{steps:,} of {order.effective_batch} samples: {order.per_device_batch} a process x {order.accumulation} "
-            f"accumulated x {_processes(order.world_size)}; {order.steps_per_epoch:,} an epoch"
+            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} a process x {plan.accumulation} "
+            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} an epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),

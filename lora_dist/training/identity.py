@@ -30,7 +30,7 @@ _SHOWN = 5
 
 
 def identity_of(
-    settings: Settings, base: Base, start: WarmStart | None, data: ImageData, order: BatchPlan
+    settings: Settings, base: Base, start: WarmStart | None, data: ImageData, plan: BatchPlan
 ) -> dict[str, Any]:
     """Returns what a checkpoint and a run resumed from it must have in common, as JSON values.
 
@@ -43,9 +43,9 @@ def identity_of(
         "start": start.fingerprint() if start is not None else None,
         "tuning": tuning,
         "seed": settings.run.seed,
-        "effective_batch": order.effective_batch,
+        "effective_batch": plan.effective_batch,
         "train_data": data.train.fingerprint(),
-        "order": order.sample_order.description,
+        "order": plan.sample_order.description,
         "classes": list(data.labels),
         **({name: getattr(settings.lora, name) for name in LORA} if tuning == "lora" else {}),
         **_entries("config", base.model.config.to_json_string(use_diff=False)),

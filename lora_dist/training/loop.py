@@ -127,7 +127,7 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     Raises:
         TrainingStoppedError: fp16 loss scaling skips every update, or no image can be read; the state has been saved.
     """
-    samples = run.order.samples_in(progress.step)
+    samples = run.plan.samples_in(progress.step)
     if isinstance(update, NonFiniteLossError):
         progress.note_skipped()
     else:
@@ -141,7 +141,7 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     progress.note_samples(samples, update.unreadable, meter.end_update(samples))
     run.watch.warmed_up()
     if progress.consecutive_unreadable >= min(
-        MAX_CONSECUTIVE_UNREADABLE, run.order.steps_per_epoch, run.schedule.total_steps
+        MAX_CONSECUTIVE_UNREADABLE, run.plan.steps_per_epoch, run.schedule.total_steps
     ):
         run.save(progress)
         raise TrainingStoppedError(

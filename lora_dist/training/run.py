@@ -27,7 +27,7 @@ class TrainingRun:
         settings: resolved settings.
         engine: model and optimizer.
         images: training images.
-        order: which samples train in which update.
+        plan: which samples train in which update.
         schedule: learning rate of each update.
         evaluator: computes the metrics of the current weights.
         checkpointer: saves and restores the state.
@@ -39,7 +39,7 @@ class TrainingRun:
     settings: Settings
     engine: Engine
     images: TrainImages
-    order: BatchPlan
+    plan: BatchPlan
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -50,7 +50,7 @@ class TrainingRun:
     def stream(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of this process from update `first_step` up to `last_step`, on its device."""
         device = self.engine.accelerator.device
-        return batches(train_loader(self.images, self.order, first_step, last_step, self.settings.data, device), device)
+        return batches(train_loader(self.images, self.plan, first_step, last_step, self.settings.data, device), device)
 
     def begin_update(self, step: int, before_exchange: Callable[[], object] = lambda: None) -> GradientAccumulator:
         """Clears the gradient and sets the learning rate for update `step` (from 0).
@@ -61,8 +61,8 @@ class TrainingRun:
         """
         return GradientAccumulator(
             self.engine,
-            micro_batch_count=self.order.micro_batches_in(step),
-            sample_count=self.order.samples_in(step),
+            micro_batch_count=self.plan.micro_batches_in(step),
+            sample_count=self.plan.samples_in(step),
             learning_rate=self.schedule.learning_rate(step),
             label_smoothing=self.settings.augmentation.label_smoothing_factor,
             dropout_seed=(self.settings.run.seed, step),
@@ -106,7 +106,7 @@ class TrainingRun:
 
     def is_due(self, every: int | Literal["epoch", "no"], progress: Progress) -> bool:
         """Whether something that happens `every` so many updates, or each epoch, is due after this update."""
-        return is_due(every, progress.step, self.order.steps_per_epoch, self.schedule.total_steps)
+        return is_due(every, progress.step, self.plan.steps_per_epoch, self.schedule.total_steps)
 
     def is_over(self, progress: Progress) -> bool:
         """Whether all updates are done, or early stopping has run out of patience."""
@@ -114,7 +114,7 @@ class TrainingRun:
 
     def epoch(self, step: int) -> float:
         """Epochs trained after `step` updates."""
-        return self.order.samples_before(step) / self.order.num_samples
+        return self.plan.samples_before(step) / self.plan.num_samples
 
 
 def is_over(settings: Settings, progress: Progress, total_steps: int) -> bool:

@@ -29,7 +29,7 @@ MAX_MATRIX = 100
 
 
 def announce(
-    data: ImageData, order: BatchPlan, schedule: Schedule, parameters: tuple[int, int], accelerator: Accelerator
+    data: ImageData, plan: BatchPlan, schedule: Schedule, parameters: tuple[int, int], accelerator: Accelerator
 ) -> None:
     """Says what is about to run: the data, what trains, and the size of an update."""
     trainable, total = parameters
@@ -37,15 +37,15 @@ def announce(
     logger.info(
         f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
-        f"{schedule.total_steps:,} updates of {order.effective_batch} samples: {order.per_device_batch} a process x "
-        f"{order.accumulation} accumulated x {order.world_size} processes; {precision} on {accelerator.device}"
+        f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} a process x "
+        f"{plan.accumulation} accumulated x {plan.world_size} processes; {precision} on {accelerator.device}"
     )
-    if order.effective_batch > order.num_samples:
+    if plan.effective_batch > plan.num_samples:
         logger.warning(
             "an update is an epoch: it takes all %d images, which are fewer than the %d of an update. A smaller "
             "--per_device_train_batch_size or --gradient_accumulation_steps gives more updates",
-            order.num_samples,
-            order.effective_batch,
+            plan.num_samples,
+            plan.effective_batch,
         )
 
 
@@ -86,7 +86,7 @@ def _show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split:
     tracker.picture("eval/worst", grid([split.image(index) for index in worst], captions), step)
 
 
-def show_inputs(tracker: Tracker, images: TrainImages, order: BatchPlan, step: int, labels: Sequence[str]) -> None:
+def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]) -> None:
     """Adds a grid of the next training inputs, as augmented, to TensorBoard.
 
     Raises:
@@ -94,7 +94,7 @@ def show_inputs(tracker: Tracker, images: TrainImages, order: BatchPlan, step: i
     """
     if not tracker.enabled:
         return
-    samples = next(order.micro_batches(step))[:INPUTS]
+    samples = next(plan.micro_batches(step))[:INPUTS]
     try:
         batch = images.batch(samples)
     except UnreadableImageError as error:

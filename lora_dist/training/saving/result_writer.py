@@ -134,7 +134,7 @@ class ResultWriter:
             "train_samples_per_second": progress.samples / max(progress.train_seconds, 1e-9),
             "trainable_params": trainable,
             "all_params": total,
-            "epoch": run.order.samples_before(progress.step) / run.order.num_samples,
+            "epoch": run.plan.samples_before(progress.step) / run.plan.num_samples,
             "step": progress.step,
             "best_step": progress.best_step,
             "skipped_updates": progress.skipped_updates,
@@ -142,7 +142,7 @@ class ResultWriter:
                 "train": progress.unreadable_images,
                 "validation": len(self.data.validation) - evaluation.num_samples,
             },
-            "effective_batch": run.order.effective_batch,
+            "effective_batch": run.plan.effective_batch,
             "data_fingerprint": {
                 "train": self.data.train.fingerprint(),
                 "validation": self.data.validation.fingerprint(),

@@ -59,9 +59,9 @@ class Slow(TrainImages):
 
 def test_all_of_a_run_is_measured_and_nothing_is_written_where_it_would_be(made: tuple[TrainingRun, Path]) -> None:
     """What is measured depends on the machine; that a slow loader is waited for does not."""
-    job, root = made
-    images = Slow(job.images.split, job.images.transforms, job.settings.augmentation, seed=0)
-    measured = measure(dataclasses.replace(job, images=images), updates=1)
+    run, root = made
+    images = Slow(run.images.split, run.images.transforms, run.settings.augmentation, seed=0)
+    measured = measure(dataclasses.replace(run, images=images), updates=1)
     samples = 8
     assert samples / measured.loader_images_per_second >= 1
     assert samples / measured.images_per_second * measured.data_wait >= 1
@@ -73,7 +73,7 @@ def test_all_of_a_run_is_measured_and_nothing_is_written_where_it_would_be(made:
     (saved,) = (root / "written" / "checkpoints").iterdir()
     assert measured.checkpoint_mb * 1e6 == sum(file.stat().st_size for file in saved.iterdir())
     assert not (root / "run").exists()
-    found = row(job, measured, None, load=1.5)
+    found = row(run, measured, None, load=1.5)
     assert found.keys() <= set(COLUMNS)
     assert (found["engine"], found["precision"], found["batch"], found["accumulation"]) == ("single", "no", 4, 2)
     assert found["torch"] == torch.__version__.partition("+")[0]
@@ -82,15 +82,15 @@ def test_all_of_a_run_is_measured_and_nothing_is_written_where_it_would_be(made:
 def test_the_flops_of_an_update_are_those_of_its_matrix_products(made: tuple[TrainingRun, Path]) -> None:
     """Of two micro-batches of 4 images; the backward pass has one product for each of the forward pass, and for each
     of LoRA's a second one, but ends in the first layer."""
-    job, _ = made
+    run, _ = made
     device = torch.device("cpu")
-    held = list(batches(train_loader(job.images, job.order, 0, 1, job.settings.data, device)))
+    held = list(batches(train_loader(run.images, run.plan, 0, 1, run.settings.data, device)))
     assert len(held) == 2
     tokens, width, inner, rank, layers = 17, 32, 64, 16, 2
     base = layers * (4 * width * width + 2 * width * inner + 2 * tokens * width) + 3 * 8 * 8 * width
     lora = layers * 2 * 2 * width * rank
     forward = 2 * 8 * tokens * (base + lora)
-    assert 1.6 * forward < count_flops(job, held) < 2 * forward + 2 * 8 * tokens * lora
+    assert 1.6 * forward < count_flops(run, held) < 2 * forward + 2 * 8 * tokens * lora
 
 
 def test_warmup_updates_cover_each_worker_once() -> None:
