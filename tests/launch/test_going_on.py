@@ -35,7 +35,7 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
     )  # fmt: skip
     result = train(*arguments, "--max_train_steps", 2, launch_file="ddp_cpu.yaml")
     assert "starting from the adapter" in result.stderr
-    assert "the head is new" in result.stderr
+    assert "with a new head" in result.stderr
     before = load_file(first / "adapter" / "adapter_model.safetensors")
     after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert after.keys() == before.keys()
