@@ -35,7 +35,7 @@ def measure_best_anew(job: Job, progress: Progress) -> None:
         chosen.note_evaluation(values[step], lower_is_better=metric == "loss")
     job.engine.load_trainable_state(current)
     progress.best_step, progress.best_value, progress.stale_evaluations = chosen.best_step, chosen.best_value, 0
-    job.watch.now(f"saving after update {progress.step}", saves=True)
+    job.watch.now(f"saving after update {progress.step}", first=True)
     job.checkpointer.save(progress)
     if old_value is not None and values:
         elsewhere = " on other validation data" if old_data != data else ""

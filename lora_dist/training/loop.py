@@ -351,7 +351,7 @@ def _check(job: Job, progress: Progress) -> bool:
 
 
 def _save(job: Job, progress: Progress) -> None:
-    job.watch.now(f"saving after update {progress.step}", saves=True)
+    job.watch.now(f"saving after update {progress.step}", first=True)
     job.tracker.flush()
     job.checkpointer.save(progress)
     job.watch.resume_hint = _way_on(job).strip()

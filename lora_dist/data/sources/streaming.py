@@ -104,7 +104,7 @@ class LaneReader:
                 rest = self._samples(layout, layout.pieces(lane, start))
             self._blocks.pop(lane, None)
             # From the Hub it is tried for up to half an hour (STREAMING_READ_MAX_RETRIES of `datasets`).
-            with waiting.told(lambda: f"waiting for {self._at}"):
+            with waiting.log_wait(lambda: f"waiting for {self._at}"):
                 samples = dict(next(rest) for _ in range(stop - start))
             self._blocks[lane] = _Block(epoch, number, samples, rest)
         return self._blocks[lane]

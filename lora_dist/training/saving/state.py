@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,18 +120,27 @@ class Checkpointer:
         saved_step: update of the last checkpoint that was written or restored.
     """
 
-    def __init__(self, directory: Path, engine: Engine, identity: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        identity: dict[str, Any],
+        keep: int,
+        writing: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         """
         Args:
             directory: where the checkpoints stand.
             engine: whose state it is.
             identity: what a run has to share with this one to go on from it.
             keep: checkpoints to keep, besides the best.
+            writing: context in which the main process writes; see `Watch.writing`.
         """
         self.directory = directory
         self._engine = engine
         self._identity = identity
         self._keep = keep
+        self._writing = writing
         self.saved_step: int | None = None
         self._written_step: int | None = None
         self._best_weights: tuple[int, dict[str, Tensor]] | None = None
@@ -153,8 +164,9 @@ class Checkpointer:
         replaced = False
         if self._engine.accelerator.is_main_process:
             try:
-                checkpoint.replace_state(self.directory, progress.step, self._state(progress))
-                checkpoint.prune(self.directory, self._keep, progress.best_step)
+                with self._writing():
+                    checkpoint.replace_state(self.directory, progress.step, self._state(progress))
+                    checkpoint.prune(self.directory, self._keep, progress.best_step)
                 replaced = True
             except (OSError, ValueError, KeyError) as error:
                 logger.warning("writing the checkpoint of update %d anew: %s", progress.step, error)
@@ -183,8 +195,9 @@ class Checkpointer:
             logger.warning("not saved, because %s is not finite: the checkpoint before stands", broken[0])
             return False
         try:
-            checkpoint.write(self.directory, progress.step, content)
-            checkpoint.prune(self.directory, self._keep, progress.best_step)
+            with self._writing():
+                checkpoint.write(self.directory, progress.step, content)
+                checkpoint.prune(self.directory, self._keep, progress.best_step)
         except (OSError, SafetensorError) as error:
             logger.error(
                 "cannot write the checkpoint of update %d: %s. Training goes on. Make room for the next one; until "
