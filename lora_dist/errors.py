@@ -1,37 +1,28 @@
-"""The exceptions for what a user can put right, and how a command ends on them."""
+"""Exceptions for errors that a user can fix."""
 
-import os
-import signal
-import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import ParamSpec, TypeVar
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class UserError(Exception):
-    """Something the user can fix. The message names the thing and the way out; no traceback is shown."""
+    """An error that the user can fix. The message states the problem and the fix; no traceback is shown."""
 
     exit_code = 2
     label = "error"
 
 
 class ProcessError(UserError):
-    """A `UserError` that one process alone knows of, so that it has to speak whichever it is."""
+    """A `UserError` of a single process; printed whatever its rank, because no other process reports it."""
 
 
 class TrainingStoppedError(UserError):
-    """A run that cannot sensibly go on, although its settings were fine."""
+    """Training cannot continue, although the settings are valid."""
 
     exit_code = 1
 
 
 class PreemptedError(UserError):
-    """A run that was asked to stop and has saved; it goes on from there.
+    """The run was asked to stop and has saved a checkpoint to resume from.
 
     The code is that of `EX_TEMPFAIL` in sysexits.h: nothing is wrong, try again later.
     """
@@ -41,11 +32,11 @@ class PreemptedError(UserError):
 
 
 class Problems:
-    """What speaks against a run: any run ends at the first such thing, but a dry run, which says all of them.
+    """Collects the problems of a dry run, which reports all of them. Any other run ends at the first one.
 
     Attributes:
-        dry_run: whether this is one.
-        found: messages, of a dry run.
+        dry_run: whether this is a dry run.
+        found: messages of the problems found so far in a dry run.
     """
 
     def __init__(self, dry_run: bool) -> None:
@@ -54,7 +45,7 @@ class Problems:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Whatever `UserError` comes in this block is noted, or passed on."""
+        """Collects a `UserError` of this block in a dry run; re-raises it in any other run."""
         try:
             yield
         except UserError as error:
@@ -64,7 +55,7 @@ class Problems:
 
     @contextmanager
     def raise_all(self) -> Iterator[None]:
-        """Ends with a `UserError` that lists what was noted in this block, and what ended it."""
+        """Raises one `UserError` that lists the problems collected in this block and the error that ended it."""
         try:
             yield
         except UserError as error:
@@ -77,27 +68,3 @@ class Problems:
 
 def _listed(messages: list[str]) -> str:
     return "\n  ".join(["this run would not start:", *messages])
-
-
-def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
-    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code.
-
-    Ctrl-C, where nothing else takes it, ends it as a shell expects: with 128 and the number of the signal.
-    """
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            rank = os.environ.get("RANK", "0")
-            if isinstance(error, ProcessError) or os.environ.get("LOCAL_RANK", "0") == "0":
-                who = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
-                print(f"{error.label}: {who}{error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(128 + signal.SIGINT)
-
-    return run

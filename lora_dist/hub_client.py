@@ -139,7 +139,7 @@ def reading(what: str, bring: str) -> Iterator[None]:
 
     _reading += 1
     try:
-        with waiting.told(message):
+        with waiting.log_wait(message):
             yield
     except Exception as error:
         if _silence.requests > before and _silence.has_timed_out and _is_network_error(error):

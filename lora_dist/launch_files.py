@@ -4,8 +4,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from lora_dist.errors import UserError, exit_on_user_error
-from lora_dist.processes.lifetime import run_command
+from lora_dist.errors import UserError
+from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.cli import argv_or
 from lora_dist.storage.writable import require_writable
 

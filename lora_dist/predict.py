@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.errors import exit_on_user_error
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.processes.lifetime import run_command
+from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.cli import argv_or, parse
 from lora_dist.settings.predict import PredictSettings, contradictions
 

@@ -1,10 +1,10 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
-from lora_dist.errors import Problems, TrainingStoppedError, exit_on_user_error
+from lora_dist.errors import Problems, TrainingStoppedError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.launcher import end_with_launcher
-from lora_dist.processes.lifetime import run_command
+from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.settings.cli import argv_or, flatten, parse
 from lora_dist.settings.train import Settings, contradictions
@@ -55,6 +55,7 @@ def train(settings: Settings, lock: RunLock) -> None:
         if settings.data.streaming:
             streaming.prepare(settings.data)
         accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout)
+        watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
             require_writable(output.root)
@@ -106,6 +107,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
+    watch = Watch(settings.run.stall_timeout)
+    watch.watch_peers()
     output = Output(Path(settings.run.output_dir))
     require_writable(output.root)
     lock.take(output.root, accelerator, settings.run.ddp_timeout)
@@ -117,7 +120,6 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
-    watch = Watch(settings.run.stall_timeout)
     evaluator = Evaluator(
         accelerator,
         classifier.model.to(accelerator.device),

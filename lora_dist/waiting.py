@@ -1,4 +1,4 @@
-"""Says what a process is waiting for, once that has taken a while."""
+"""Logs what a process is waiting for once the wait exceeds `AFTER_SECONDS`."""
 
 import logging
 import os
@@ -13,37 +13,37 @@ from filelock import FileLock, Timeout
 from lora_dist.errors import UserError
 
 AFTER_SECONDS = 10.0
-"""A wait that is shorter is not mentioned."""
+"""Shorter waits are not logged."""
 AGAIN_SECONDS = 60.0
-"""How often a longer one is mentioned again."""
+"""Interval between log lines during a longer wait."""
 
 LOCK_SECONDS = 6 * 3600.0
-"""How long a process waits for another one that builds what both need."""
+"""Timeout of `locked`: how long to wait for another process that builds a shared file."""
 
 logger = logging.getLogger(__name__)
 # Heard on every process, and before the logs are set up: the one that waits may be any of them.
 logger.setLevel(logging.WARNING)
 
 
-def speaks_for_its_node() -> bool:
-    """Whether this is the process that speaks for those of its node, in what they all wait for."""
+def is_local_main() -> bool:
+    """Whether this process logs for all processes of its node: it has local rank 0."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextmanager
-def told(what: str | Callable[[], str | None], speaks: bool | None = None) -> Iterator[None]:
+def log_wait(what: str | Callable[[], str | None], logs: bool | None = None) -> Iterator[None]:
     """Logs what this block is waiting for, after `AFTER_SECONDS` and then every `AGAIN_SECONDS`.
 
     Args:
-        what: such as "waiting for rank 1", or what returns that at any moment; None says nothing.
-        speaks: whether this process says it; by default one process of each node does.
+        what: message, such as "waiting for rank 1", or a function that returns it (None: log nothing).
+        logs: whether this process logs; by default one process per node does.
     """
-    if not (speaks_for_its_node() if speaks is None else speaks):
+    if not (is_local_main() if logs is None else logs):
         yield
         return
     ended, start = threading.Event(), time.monotonic()
 
-    def tell() -> None:
+    def log() -> None:
         seconds = AFTER_SECONDS
         while not ended.wait(seconds):
             message = what if isinstance(what, str) else what()
@@ -51,33 +51,33 @@ def told(what: str | Callable[[], str | None], speaks: bool | None = None) -> It
                 logger.warning("%s (%.0f s so far)", message, time.monotonic() - start)
             seconds = AGAIN_SECONDS
 
-    thread = threading.Thread(target=tell, name="waiting", daemon=True)
+    thread = threading.Thread(target=log, name="waiting", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(1)  # standard error may block
 
 
 @contextmanager
 def locked(path: str | Path, task: str) -> Iterator[None]:
-    """Holds a lock between processes, of this run and others; one that dies gives it back.
+    """Holds a file lock shared by all processes and runs; it is released if its holder dies.
 
     Args:
         path: of the lock.
-        task: what the process that has it does, such as "builds the cache".
+        task: what the holder of the lock does, such as "builds the cache".
 
     Raises:
         UserError: another process has held it for `LOCK_SECONDS`.
     """
     lock = FileLock(path)
     what = f"waiting for another process, which {task} and holds the lock {path}"
-    with told(f"{what}; giving up after {LOCK_SECONDS / 3600:.0f} h"):
+    with log_wait(f"{what}; giving up after {LOCK_SECONDS / 3600:.0f} h"):
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
-            raise UserError(f"gave up {what}: does it hang? `fuser {path}` names it") from error
+            raise UserError(f"gave up {what}. If that process hangs: `fuser {path}` shows its PID") from error
     try:
         yield
     finally:

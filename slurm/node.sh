@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the training on one node of train.sbatch: stages the data, starts the node's processes, tells how they ended.
+# Runs the training on one node of train.sbatch: stages the data, starts the node's processes, returns their exit code.
 set -euo pipefail
 
-# Launchers would die of these signals, or leave the training behind. Ignored here, they are ignored by all that this
+# These signals would end the launcher but not the training. They are ignored here, and so by all processes that this
 # shell starts; the training sets its own handlers.
 trap '' USR2 TERM INT
 
-# Any GPU can do fp16; without one there is gloo.
+# Every GPU supports fp16. Without a GPU, the processes use gloo on CPUs.
 launch_file=$PROJECT_DIR/accelerate_configs/ddp_cpu.yaml
 if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
   launch_file=$PROJECT_DIR/accelerate_configs/ddp_fp16.yaml
@@ -44,8 +44,8 @@ accelerate launch \
   --no_python bash "$PROJECT_DIR/slurm/rank.sh" "${arguments[@]}" || code=$?
 
 # accelerate makes every failure a 1, and srun gives the highest code of the nodes, which is up to 128 + 64 for signals.
-# So the codes that decide what becomes of the job go by higher numbers, to be translated back by train.sbatch: an error
-# of the user (2) before a stop that is saved (75) before a stall (124).
+# So the codes that decide whether the job is requeued are mapped to higher ones, which train.sbatch maps back: a usage
+# error (2) has priority over a saved stop (75), and that over a stall (124).
 if [ "$code" != 0 ]; then
   for pair in 203:2 202:75 201:124; do
     if grep -qsx "${pair#*:}" "$NODE_DIR"/code-*; then

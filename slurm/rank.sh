@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs one process of the training: its log in a file of its own, rank 0's in the job's log as well.
+# Runs one process of the training and logs to its own file; the output of rank 0 also goes to the job's log.
 set -uo pipefail
 
-# This shell and tee outlive the signals that stop the training. (torchrun takes back what node.sh ignores.)
+# This shell and tee must ignore the signals that stop the training. (torchrun resets the signals that node.sh ignores.)
 trap '' USR2 TERM INT
 
 rank=${RANK:-0}
@@ -16,6 +16,6 @@ fi
 code=${PIPESTATUS[0]}
 echo "== exit code $code" >>"$log"
 
-# For node.sh, which does not get to see the code.
+# For node.sh: accelerate does not pass the exit code on.
 echo "$code" >"$NODE_DIR/code-$rank"
 exit "$code"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What depends on the cluster, and nothing else does. Sourced by the batch scripts; edit the block.
+# All cluster-specific settings. Sourced by the batch scripts; edit the block below.
 
 # ---- site block: begin -------------------------------------------------------------------------------------------
 # module load python cuda

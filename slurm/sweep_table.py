@@ -1,4 +1,4 @@
-"""Gathers a sweep: `python slurm/sweep_table.py GRID_FILE OUTPUT_DIR` prints a table and writes it to table.csv."""
+"""Collects the results of a sweep: `python slurm/sweep_table.py GRID_FILE OUTPUT_DIR` prints and writes table.csv."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ METRICS = ("eval_accuracy", "eval_macro_f1", "eval_loss", "best_step", "train_ru
 
 
 def grid_of(path: Path) -> list[dict[str, str]]:
-    """The flags of each run, as sweep.sbatch counts them: blank lines and comments are none."""
+    """Returns the flags of each run. Like sweep.sbatch, skips blank lines and comments."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     return [_flags(shlex.split(line)) for line in lines if line and not line.startswith("#")]
 
@@ -29,7 +29,7 @@ def _flags(words: list[str]) -> dict[str, str]:
 
 
 def rows_of(grid: list[dict[str, str]], output_dir: Path) -> list[list[str]]:
-    """The heading, and a row a run; the results of one that has not finished are blank."""
+    """Returns the header and one row per run; the results of unfinished runs are blank."""
     names = list(dict.fromkeys(name for flags in grid for name in flags))
     rows = [["run", *names, *METRICS]]
     for number, flags in enumerate(grid, start=1):

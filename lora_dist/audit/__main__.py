@@ -13,8 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_dist.errors import exit_on_user_error
-from lora_dist.processes.lifetime import run_command
+from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.audit import AuditSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
 

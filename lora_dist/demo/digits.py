@@ -5,7 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.errors import UserError
+from lora_dist.processes.lifetime import exit_on_user_error
 
 VALIDATION_EVERY = 5
 

@@ -12,7 +12,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 
-from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.errors import UserError
+from lora_dist.processes.lifetime import exit_on_user_error
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

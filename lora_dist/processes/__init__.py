@@ -1,1 +1,1 @@
-"""The processes of a launch: start, agreement, signals, end."""
+"""Process management: rendezvous, consistency checks, signals, failures and exit."""

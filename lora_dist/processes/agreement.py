@@ -1,4 +1,4 @@
-"""Whether all processes are about to make the same run: position, data, base, packages, and one directory."""
+"""Checks that all processes start the same run: step, data, base model, package versions, output directory."""
 
 import socket
 import time
@@ -15,22 +15,22 @@ from lora_dist.errors import UserError
 from lora_dist.processes.runtime import versions
 
 VISIBLE_SECONDS = 90.0
-"""Within which a new file is seen everywhere. NFS may remember for a minute that a directory was not there."""
+"""Time limit for a new file to become visible on all nodes. NFS clients may cache a missing entry for a minute."""
 
 
 def require_agreement(
     accelerator: Accelerator, output_dir: Path | None, facts: Mapping[str, Any], seconds: float = VISIBLE_SECONDS
 ) -> None:
-    """Compares what the processes go by; called on every process, before anything is trained.
+    """Compares `facts` across all processes. Must be called on every process, before training starts.
 
     Args:
         accelerator: of the launch.
-        output_dir: made by the first process, and to be seen by all; None for a run that writes nothing.
-        facts: name to value of what has to be the same.
-        seconds: to wait for what the first process writes.
+        output_dir: created by rank 0; all processes must see it. None for a run that writes nothing.
+        facts: values that must be equal on all processes, by name.
+        seconds: how long to wait for the file that rank 0 writes.
 
     Raises:
-        UserError: on every process; it names what differs, and which ranks on which hosts have what.
+        UserError: on every process. The message lists each difference: its values, ranks and hosts.
     """
     if accelerator.num_processes == 1:
         return
@@ -38,24 +38,24 @@ def require_agreement(
     token = None
     if output_dir is not None:
         token = _write_token(accelerator, output_dir)
-        own["--output_dir"] = "the same" if _appears(token, seconds) else f"another one, {output_dir.resolve()}"
+        own["--output_dir"] = "shared" if _appears(token, seconds) else f"not shared ({output_dir.resolve()})"
     everyone = gather_object([(socket.gethostname(), own)])
     if token is not None and accelerator.is_main_process:
         token.unlink(missing_ok=True)
     found = differences([host for host, _ in everyone], [known for _, known in everyone])
     if found:
         raise UserError(
-            "\n  ".join(["the processes of this launch differ:", *found])
+            "\n  ".join(["these values differ between the processes:", *found])
             + "\nAll nodes need the same environment, the same data and model, and an --output_dir that they share."
         )
 
 
 def differences(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each fact that is not the same on all ranks.
+    """Returns one line for each value that differs between ranks.
 
     Args:
         hosts: of each rank.
-        facts: of each rank, under the same names.
+        facts: values of each rank, by name; all ranks have the same names.
     """
     lines = []
     for name in facts[0]:
@@ -63,12 +63,12 @@ def differences(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> lis
         for rank, known in enumerate(facts):
             ranks.setdefault(str(known[name]), []).append(rank)
         if len(ranks) > 1:
-            shown = (f"{value} on {_places(members, hosts)}" for value, members in ranks.items())
+            shown = (f"{value} on {_format_ranks(members, hosts)}" for value, members in ranks.items())
             lines.append(f"{name}: {'; '.join(shown)}")
     return lines
 
 
-def _places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+def _format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """Such as `rank 0, 1 (node1), 2, 3 (node2)`."""
     by_host: dict[str, list[str]] = {}
     for rank in ranks:
@@ -77,7 +77,7 @@ def _places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def _write_token(accelerator: Accelerator, output_dir: Path) -> Path:
-    """A file of the first process, under a name that was never there."""
+    """Creates a file with a unique name on rank 0 and returns its path on every process."""
     token, problem = output_dir / f".seen-{uuid.uuid4().hex}", None
     if accelerator.is_main_process:
         try:
@@ -93,7 +93,7 @@ def _write_token(accelerator: Accelerator, output_dir: Path) -> Path:
 
 def _appears(path: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    with waiting.told(f"waiting to see in {path.parent} what rank 0 wrote there; giving up after {seconds:.0f} s"):
+    with waiting.log_wait(f"waiting for a file of rank 0 to appear in {path.parent}; giving up after {seconds:.0f} s"):
         while not _is_there(path):
             if time.monotonic() > deadline:
                 return False

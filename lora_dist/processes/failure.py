@@ -1,7 +1,8 @@
-"""A process that fails tells the others of its launch, so that they need not wait for it."""
+"""Reports the failure of a process to the other processes, so that they exit instead of waiting for it."""
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -18,19 +19,21 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _FAILED = "failed"
-JOINED_SECONDS = 2.0
-"""How long a process that fails waits for the store once all have joined: it is there at once, or gone."""
-TELLING_SECONDS = 30.0
-"""How long the processes of a launch may take to start, one after the other, for a failure to reach them all."""
+CONNECT_SECONDS = 2.0
+"""How long a failing process waits for the store after `init_process_group`: a live store answers at once."""
+READ_SECONDS = 3.0
+"""How long rank 0 keeps the store after that. The other processes check it every second."""
+STARTUP_SECONDS = 30.0
+"""How long a failing process waits for the others to start and to read its failure before `init_process_group`."""
 
 
 class RankFailedError(UserError):
-    """Another process has failed, and so does this one, with the same exit code."""
+    """Raised if another process has failed. This process then exits with the same code."""
 
     def __init__(self, message: str, exit_code: int = UserError.exit_code) -> None:
         """
         Args:
-            message: which process failed, and of what.
+            message: the process that failed and the reason.
             exit_code: of that process.
         """
         super().__init__(message)
@@ -39,80 +42,104 @@ class RankFailedError(UserError):
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """Puts an error into the store of the launch before it is raised further.
+    """Writes an exception to the rendezvous store before re-raising it, so that the other processes can read it.
 
-    What ends a run in the middle is left out: all processes know of that by themselves.
+    `TrainingStoppedError`, `PreemptedError` and `JoinError` are not written: each process detects those by itself.
     """
-    # Or torch prints frames of C++ when a store that it asks is gone, beside what is said of it here.
+    # Keeps torch from printing C++ stack frames when the store is gone.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     start = time.monotonic()
     try:
         yield
     except (TrainingStoppedError, PreemptedError, JoinError):
         raise
-    except Exception as error:
-        # The store is gone where the first node is; then there is nobody to tell.
+    except BaseException as error:
+        # If the store is gone, no other process can read the failure.
         with suppress(RuntimeError, OSError, JoinError, TrainingStoppedError):
-            _tell(error, start)
+            _report(error, start)
         raise
 
 
-def _tell(error: Exception, start: float) -> None:
-    # Once the processes have joined, the store is there at once or gone.
+def _report(error: BaseException, start: float) -> None:
+    if isinstance(error, SystemExit) and not error.code and "torch" not in sys.modules:
+        return  # --help
+    all_started = start + STARTUP_SECONDS
+    connect_seconds, read_seconds = max(5.0, all_started - time.monotonic()), STARTUP_SECONDS
     joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-    seconds = JOINED_SECONDS if joined else max(5.0, start + TELLING_SECONDS - time.monotonic())
-    store, launch = launch_store(timedelta(seconds=seconds)), Launch.read()
+    if joined or isinstance(error, KeyboardInterrupt):
+        connect_seconds, read_seconds = CONNECT_SECONDS, READ_SECONDS
+    store, launch = launch_store(timedelta(seconds=connect_seconds)), Launch.read()
     if store is None or launch is None:
         return
-    exit_code, kind = (error.exit_code, "") if isinstance(error, UserError) else (1, f"{type(error).__name__}: ")
-    message = f"rank {launch.rank} on {socket.gethostname()} failed: {kind}{error}"
-    tell_failure(store, message, exit_code)
-    failure = told_failure(store)
+    exit_code, reason = _describe(error)
+    write_failure(store, f"rank {launch.rank} on {socket.gethostname()} failed: {reason}", exit_code)
+    failure = read_failure(store)
     if launch.hosts():
-        _wait_until_heard(store, launch.world_size, start, str(failure))
+        _wait_until_read(store, launch.world_size, read_seconds, all_started, str(failure))
 
 
-def tell_failure(store: "Store", message: str, exit_code: int) -> None:
-    """Puts a failure into the store, unless there is one already."""
+def _describe(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code for the other processes, which is never 0, and a description of an exception."""
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) and error.code else 1, f"exited with {error.code or 0}"
+    return 1, f"{type(error).__name__}: {error}"
+
+
+def write_failure(store: "Store", message: str, exit_code: int) -> None:
+    """Writes a failure to the store, unless it already holds one."""
     store.compare_set(_FAILED, "", json.dumps([exit_code, message]))
 
 
-def _wait_until_heard(store: "Store", world_size: int, start: float, failure: str) -> None:
-    """Keeps the store for those that have not read the failure yet, and a while for those that are still starting."""
-    end, all_started = time.monotonic() + TELLING_SECONDS, start + TELLING_SECONDS
+def _wait_until_read(store: "Store", world_size: int, seconds: float, all_started: float, failure: str) -> None:
+    """Keeps this process, which hosts the store, alive until the others have read the failure, for a limited time."""
+    end = time.monotonic() + seconds
     missing = list(range(world_size))
-    with waiting.told(lambda: f"waiting for {ranks(missing, world_size)} to hear this: {failure}"):
+    with waiting.log_wait(lambda: f"waiting for {format_ranks(missing, world_size)} to read this failure: {failure}"):
         while missing and time.monotonic() < end:
             time.sleep(0.05)
-            missing = [rank for rank in missing if not store.check([_heard(rank)])]
+            missing = [rank for rank in missing if not store.check([_read_key(rank)]) and not has_left(store, rank)]
             if time.monotonic() > all_started:
                 missing = [rank for rank in missing if is_registered(store, rank)]
 
 
-def _heard(rank: int | str) -> str:
-    return f"heard/{rank}"
+def _read_key(rank: int | str) -> str:
+    return f"read/{rank}"
 
 
-def told_failure(store: "Store", rank: int | None = None) -> RankFailedError | None:
-    """Which process has failed first, and of what, as an error to be raised; None if none has.
+def mark_left(store: "Store", rank: int) -> None:
+    """Records that a process has exited normally or that its death has been reported: nobody waits for it any more."""
+    store.set(f"left/{rank}", "")
 
-    Notes for the process that hosts the store that this one has heard of it.
+
+def has_left(store: "Store", rank: int) -> bool:
+    """Whether `mark_left` was called for a rank."""
+    return store.check([f"left/{rank}"])
+
+
+def read_failure(store: "Store", rank: int | None = None) -> RankFailedError | None:
+    """Returns the first failure in the store as an exception to raise, or None.
+
+    Also marks the failure as read by this rank, for the process that hosts the store.
 
     Args:
-        store: of the launch.
-        rank: of this process; by default as the environment says, which accelerate empties for moments.
+        store: as `launch_store` returns it.
+        rank: of this process; default: RANK. Pass it in threads, because accelerate clears RANK temporarily.
 
     Raises:
-        DistNetworkError: the store is gone; see `rendezvous.lost`.
+        DistNetworkError: the store is gone; see `rendezvous.store_lost`.
     """
     if not store.check([_FAILED]):
         return None
     exit_code, message = json.loads(store.get(_FAILED))
-    store.set(_heard(os.environ["RANK"] if rank is None else rank), "")
+    store.set(_read_key(os.environ["RANK"] if rank is None else rank), "")
     return RankFailedError(message, exit_code)
 
 
-def ranks(numbers: list[int], world_size: int) -> str:
-    """Such as `rank 1, 3 of 4`; of many the first ones."""
+def format_ranks(numbers: list[int], world_size: int) -> str:
+    """Formats ranks, such as `ranks 1, 3 of 4`; shows at most eight."""
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-    return f"rank {', '.join(map(str, numbers[:8]))}{more} of {world_size}"
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{more} of {world_size}"

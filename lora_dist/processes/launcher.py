@@ -1,24 +1,42 @@
-"""Ends this process when the one that started it dies (PDEATHSIG)."""
+"""Ends this process when its parent process dies (PR_SET_PDEATHSIG)."""
 
 import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_PARENT = os.getppid()
+_SET_BY_LAUNCHERS = {"ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"}
 
 
 def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM to this process when its launcher dies, if there is one.
+    """Makes the kernel send SIGTERM to this process when its launcher (accelerate or torchrun) dies.
 
-    The launcher of a single process passes no signals on: sent SIGTERM, it would leave the training behind, running.
-    Called first of all, since loading torch takes seconds.
+    For a single process, `accelerate launch` does not forward signals: SIGTERM would end the launcher only.
+    Must be called before torch is imported, which takes seconds.
     """
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         end_with_parent(signal.SIGTERM)
+        if os.getppid() != _PARENT or _is_orphan():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Has the kernel send a signal to this process when its parent dies. Does nothing on other systems than Linux."""
+    """Makes the kernel send a signal to this process when its parent dies. Does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _is_orphan() -> bool:
+    """Whether the launcher died before this module was imported: the parent is then process 1.
+
+    In a container the launcher itself, a Python program, may be process 1, or a shell that sets its variables by hand.
+    """
+    if os.getppid() != 1 or not _SET_BY_LAUNCHERS & os.environ.keys():
+        return False
+    try:
+        return b"python" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False

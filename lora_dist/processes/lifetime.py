@@ -1,8 +1,8 @@
-"""Owns the end of a command: whatever way it ends, everything that it started ends with it, with the right exit code.
+"""Ends a command and everything that it started within a bounded time, with the right exit code.
 
 The interpreter's own exit waits for threads and joins worker processes, however long that takes: a worker that ignores
 SIGTERM, a thread that waits for the network, or a collective that lost a peer would keep the process, and its GPU, for
-ever. So a command runs in `run_command`, which cleans up for a bounded time and then leaves.
+ever. A command therefore runs in `run_command`, which limits the time for cleanup and then exits.
 """
 
 import atexit
@@ -10,31 +10,38 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from functools import wraps
+from typing import NoReturn, ParamSpec, TypeVar
+
+from lora_dist.errors import ProcessError, UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 GRACE_SECONDS = 8.0
 """How long a command may take to clean up after its work is done or has failed."""
 
 STACKS_SIGNAL = signal.SIGQUIT
-"""Writes the stacks of all threads to standard error, at any time. (SIGUSR1 is NCCL's, SIGUSR2 asks for a stop.)"""
+"""Makes a process write all stack traces to standard error. (NCCL uses SIGUSR1; SIGUSR2 requests a stop.)"""
 
 _BROKEN_OUTPUT = 120
-"""The exit code of Python itself where standard output cannot be flushed."""
+"""Exit code that Python uses if it cannot flush standard output."""
 
 _owned = False
 _cleanups: list[Callable[[], object]] = []
 
 
 def at_end(cleanup: Callable[[], object]) -> None:
-    """Registers a function that ends something this process started; called once, when the command ends.
+    """Registers a cleanup function, which is called once when the command ends.
 
-    The last one registered is called first. Together they have `GRACE_SECONDS`.
+    Functions are called in reverse order of registration. `GRACE_SECONDS` limits their total time.
     """
     _cleanups.append(cleanup)
 
@@ -42,11 +49,11 @@ def at_end(cleanup: Callable[[], object]) -> None:
 def run_command(main: Callable[[], object]) -> NoReturn:
     """Runs a command as the whole program, and ends the process with its exit code.
 
-    Loader workers and other child processes of `multiprocessing` are killed, threads are not waited for. For
-    `if __name__ == "__main__"` alone: it never returns.
+    Kills DataLoader workers and other child processes of `multiprocessing`, and does not join threads. Never returns:
+    call it only under `if __name__ == "__main__"`.
 
     Args:
-        main: returns (code 0), or raises `SystemExit` (its code), or anything else (a traceback and code 1).
+        main: the command. Exit code: 0 if it returns, that of `SystemExit`, or 1 for any other exception.
     """
     global _owned
     _owned = True
@@ -60,14 +67,49 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     end_process(0)
 
 
+def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
+    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code.
+
+    Ctrl-C, if nothing else handles it, makes the command exit with 128 + the signal number, as shells expect.
+    """
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            rank = os.environ.get("RANK", "0")
+            if isinstance(error, ProcessError) or os.environ.get("LOCAL_RANK", "0") == "0":
+                who = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+                if owns_process():
+                    limit_exit(error.exit_code)
+                print(f"{error.label}: {who}{error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
+
+    return run
+
+
 def owns_process() -> bool:
-    """Whether this process is a command, which `end_process` may end; not so in a notebook or a test."""
+    """Whether this process was started through `run_command`; False in a notebook or a test."""
     return _owned
 
 
+def limit_exit(code: int, seconds: float | None = None) -> None:
+    """Exits with this code after some seconds (default: `GRACE_SECONDS`), whatever the process does until then.
+
+    Call it before anything that may block, such as writing to a pipe that nobody reads.
+    """
+    seconds = GRACE_SECONDS if seconds is None else seconds
+    threading.Thread(target=_exit_after, args=(seconds, code), name="exit", daemon=True).start()
+
+
 def end_process(code: int) -> NoReturn:
-    """Ends everything that this process started, and then the process, within `GRACE_SECONDS`."""
-    threading.Thread(target=_end_at_the_latest, args=(code,), daemon=True).start()
+    """Runs the cleanup functions, kills child processes and exits, within `GRACE_SECONDS`."""
+    limit_exit(code)
     while _cleanups:
         try:
             _cleanups.pop()()
@@ -87,20 +129,21 @@ def end_process(code: int) -> NoReturn:
 
 
 def show_stacks_of_children() -> None:
-    """Has every child process write its stacks to standard error."""
+    """Makes every child process write its stack traces to standard error."""
     for child in multiprocessing.active_children():
         with suppress(ProcessLookupError):
             os.kill(child.pid or 0, STACKS_SIGNAL)
 
 
 def _exit_code(error: BaseException) -> int:
-    """The exit code that Python would end with; prints what Python would print."""
-    if not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
-    if error.code is None or isinstance(error.code, int):
+    """Returns the exit code of Python for an exception; prints what Python would print."""
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         return error.code or 0
-    print(error.code, file=sys.stderr)
+    limit_exit(1)
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
     return 1
 
 
@@ -113,9 +156,14 @@ def _kill_children() -> None:
         child.join(max(0.0, end - time.monotonic()))
 
 
-def _end_at_the_latest(code: int) -> None:
-    time.sleep(GRACE_SECONDS)
-    print(f"cleaning up took longer than {GRACE_SECONDS:.0f} s: ending without it", file=sys.stderr, flush=True)
+def _exit_after(seconds: float, code: int) -> None:
+    time.sleep(seconds)
     for child in multiprocessing.active_children():
         child.kill()
+    message = f"cleaning up took longer than {seconds:.0f} s: exiting now"
+    options = {"file": sys.stderr, "flush": True}
+    # In a thread, because standard error may block.
+    printer = threading.Thread(target=print, args=(message,), kwargs=options, daemon=True)
+    printer.start()
+    printer.join(1)
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The other processes of a launch, seen through its store: whether they live, and what they are doing."""
+"""Tracks through the store whether the other processes are alive and what they are doing."""
 
 import os
 import socket
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lora_dist.errors import TrainingStoppedError, UserError
-from lora_dist.processes.failure import RankFailedError, tell_failure, told_failure
-from lora_dist.processes.rendezvous import Launch, launch_store, lost
+from lora_dist.processes.failure import RankFailedError, has_left, mark_left, read_failure, write_failure
+from lora_dist.processes.rendezvous import Launch, launch_store, store_lost
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -19,7 +19,7 @@ _ASKED = "activity/asked"
 
 
 class Peers:
-    """The processes of this launch. For one thread at a time: it has a connection to the store of its own."""
+    """The processes of this launch. Not thread-safe: all methods share one connection to the store."""
 
     def __init__(self, store: "Store") -> None:
         """
@@ -32,8 +32,10 @@ class Peers:
         self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         first = self._rank - int(os.environ.get("LOCAL_RANK", "0"))
         here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        # Launchers may number ranks otherwise; then these are elsewhere, as their identities say.
-        self._maybe_here = [rank for rank in here if rank != self._rank]
+        # accelerate sets LOCAL_WORLD_SIZE to 1 if the launcher has not set it.
+        candidates = here if len(here) > 1 else range(self._world_size)
+        # Not all of them need be on this machine; `failure` compares the identities.
+        self._maybe_here = [rank for rank in candidates if rank != self._rank]
         self._here: dict[int, int] = {}
         store.set(f"process/{self._rank}", _identity())
 
@@ -46,49 +48,50 @@ class Peers:
         return None
 
     def leave(self) -> None:
-        """Tells the others that this process ends as agreed with them."""
+        """Records that this process exits normally, so that the others do not report it as dead."""
         with suppress(RuntimeError, OSError):
-            self._store.set(f"left/{self._rank}", "")
+            mark_left(self._store, self._rank)
 
     def failure(self) -> RankFailedError | None:
-        """The first failure of another process: one that was told, or the death of one on this machine."""
+        """Returns the first reported failure. Reports processes of this machine that have died."""
         for rank in [rank for rank in self._maybe_here if self._store.check([f"process/{rank}"])]:
             self._maybe_here.remove(rank)
             machine, number = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
             if machine == _identity().rsplit(" ", 1)[0]:
                 self._here[rank] = int(number)
         for rank, pid in self._here.items():
-            if not _lives(pid) and not self._store.check([f"left/{rank}"]):
-                tell_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)
-        return told_failure(self._store, self._rank)
+            if not _lives(pid) and not has_left(self._store, rank):
+                write_failure(self._store, f"rank {rank} on {socket.gethostname()} (pid {pid}) has died", 1)
+                mark_left(self._store, rank)
+        return read_failure(self._store, self._rank)
 
-    def lost(self) -> TrainingStoppedError | None:
-        """What it means that the store is gone: the end of rank 0, where that hosts it."""
-        return lost() if self._hosted_by_rank_0 else None
+    def store_lost(self) -> TrainingStoppedError | None:
+        """Returns the error to raise when the store is gone, or None if rank 0 does not host it."""
+        return store_lost() if self._hosted_by_rank_0 else None
 
-    def tell_failure(self, message: str, exit_code: int) -> None:
-        """Has the other processes end with this failure, unless another one was first."""
-        tell_failure(self._store, message, exit_code)
+    def write_failure(self, message: str, exit_code: int) -> None:
+        """Reports a failure to the other processes, which then exit, unless one was reported earlier."""
+        write_failure(self._store, message, exit_code)
 
-    def asked_for_activity(self) -> bool:
-        """Whether a process has stalled and wants to know what the others are doing."""
+    def activity_requested(self) -> bool:
+        """Whether a stalled process has asked what the others are doing."""
         return self._store.check([_ASKED])
 
-    def tell_activity(self, line: str) -> None:
-        """Says what this process is doing."""
+    def write_activity(self, line: str) -> None:
+        """Writes the activity of this process to the store."""
         self._store.set(f"activity/{self._rank}", line)
 
-    def activities(self, own: str, seconds: float) -> list[str]:
+    def collect_activities(self, own: str, seconds: float) -> list[str]:
         """Asks all processes what they are doing.
 
         Args:
-            own: what this one does.
+            own: activity of this process.
             seconds: to wait for the answers.
 
         Returns:
-            A line for each process, those that did not answer included; none where another process has asked before.
+            One line per process, including those that did not answer; empty if another process asked first.
         """
-        self.tell_activity(own)
+        self.write_activity(own)
         speaks = self._store.compare_set(_ASKED, "", str(self._rank)).decode() == str(self._rank)
         end = time.monotonic() + seconds
         keys = {rank: f"activity/{rank}" for rank in range(self._world_size)}
@@ -103,7 +106,7 @@ class Peers:
 
 
 def _identity() -> str:
-    """The machine, as far as process numbers count there, and the number of this process."""
+    """Returns the boot id and PID namespace of this machine and the PID of this process."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         namespace = str(Path("/proc/self/ns/pid").readlink())
@@ -113,7 +116,7 @@ def _identity() -> str:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this machine runs. One that has died exists until its parent asks for its exit code."""
+    """Whether a process of this machine is running. Zombies count as dead."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Stopping and saving on request: signals to any process and the file `SAVE`, agreed upon by all processes."""
+"""Requests to stop (signals) and to save (the file `SAVE`), on which all processes act at the same step."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from lora_dist.processes.signals import STOP_SIGNALS
 logger = logging.getLogger(__name__)
 
 SAME_REQUEST_SECONDS = 3.0
-"""Signals this close together are one request: a Ctrl-C arrives from the terminal and from the launcher as well."""
+"""Signals within this time count as one request: on Ctrl-C, both the terminal and the launcher send a signal."""
 
 
 class StopRequested(Exception):  # noqa: N818  (not an error)
@@ -27,13 +27,13 @@ class StopRequested(Exception):  # noqa: N818  (not an error)
 
 
 class Preemption:
-    """Listens for requests from outside, and settles on every process alike what to do about them."""
+    """Listens for stop signals and the save file, and makes all processes act on them at the same step."""
 
     def __init__(self, accelerator: Accelerator, save_file: Path) -> None:
         """
         Args:
             accelerator: of the launch.
-            save_file: asks for a checkpoint by being there.
+            save_file: file that requests a checkpoint if it exists.
         """
         self._accelerator = accelerator
         self._save_file = save_file
@@ -41,7 +41,7 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes signals as requests; a second one ends the process at once, even one that hangs."""
+        """Treats a stop signal as a request to stop. A second one ends the process at once, even if it hangs."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
@@ -72,13 +72,13 @@ class Preemption:
             os.close(writing)
 
     def check(self) -> bool:
-        """Settles what is asked for; called on every process at the same moment.
+        """Combines the requests of all processes. Collective: must be called on every process at the same step.
 
         Returns:
-            Whether a checkpoint is asked for.
+            Whether a checkpoint was requested.
 
         Raises:
-            StopRequested: on every process, if any of them was sent a signal.
+            StopRequested: on every process, if any of them has received a stop signal.
         """
         asked = [self._stop.is_set(), self._accelerator.is_main_process and self._save_file.exists()]
         if self._accelerator.num_processes > 1:
@@ -90,7 +90,7 @@ class Preemption:
         return bool(save)
 
     def saved(self) -> None:
-        """Takes away the file that asked for a checkpoint."""
+        """Deletes the file that requested a checkpoint."""
         if self._accelerator.is_main_process:
             self._save_file.unlink(missing_ok=True)
 
@@ -102,9 +102,12 @@ class Preemption:
             if not self._stop.is_set():
                 first = time.monotonic()
                 self._stop.set()
-                logger.warning("%s: saving and stopping after this update; a second one ends at once", _name(number))
+                logger.warning(
+                    "%s: saving and stopping after this update; a second signal ends the process at once",
+                    _name(number),
+                )
             elif time.monotonic() - first > SAME_REQUEST_SECONDS:
-                print(f"a second signal, {_name(number)}: ending at once", file=sys.stderr, flush=True)
+                print(f"second signal ({_name(number)}): exiting without saving", file=sys.stderr, flush=True)
                 os._exit(128 + number)
 
 

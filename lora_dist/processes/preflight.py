@@ -1,4 +1,4 @@
-"""Whether all processes of a launch arrive and reach each other, found out before anything costly is loaded."""
+"""Checks that all processes start and can communicate, before the model and the data are loaded."""
 
 import logging
 import os
@@ -17,22 +17,22 @@ from torch.distributed import DistError, all_reduce, is_initialized
 
 from lora_dist import waiting
 from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
-from lora_dist.processes.failure import ranks, told_failure
-from lora_dist.processes.rendezvous import launch_store, lost
+from lora_dist.processes.failure import format_ranks, read_failure
+from lora_dist.processes.rendezvous import launch_store, store_lost
 
 logger = logging.getLogger(__name__)
 
 SIZE = 2**20
-"""Numbers in the all-reduce that is timed, 4 MiB: about the gradient of LoRA on a ViT-L."""
+"""Number of elements in the timed all-reduce: 4 MiB in fp32, about the size of the LoRA gradient of a ViT-L."""
 
 
 class Preflight:
-    """Lets no process go on before all have arrived, and says which have not. A single process it does not hold up."""
+    """Barriers that name the processes that have not arrived. They do nothing in a launch of a single process."""
 
     def __init__(self, timeout: timedelta) -> None:
         """
         Args:
-            timeout: to wait for the slowest process.
+            timeout: how long to wait for the slowest process.
 
         Raises:
             UserError: the other processes cannot be reached; see `launch_store`.
@@ -42,14 +42,14 @@ class Preflight:
         self._rank, self._world_size = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
 
     def arrive(self, where: str) -> None:
-        """Waits for all processes.
+        """Waits until every process has called this method with the same `where`.
 
         Args:
-            where: a place in the program, named once.
+            where: name of this barrier, for messages; must be unique within the run.
 
         Raises:
-            UserError: some have not arrived in time, and are named, with the hosts of those that have; or one has
-                failed, and said of what: then with its exit code.
+            UserError: some processes did not arrive in time (the message names them), or a process has failed (the
+                error has the exit code of that process).
             TrainingStoppedError: the process that hosts the store has ended.
         """
         if self._store is not None:
@@ -58,12 +58,12 @@ class Preflight:
 
     @contextmanager
     def first_process_first(self, where: str, accelerator: Accelerator) -> Iterator[None]:
-        """Holds the other processes back until the first one has left the context.
+        """Makes all other processes wait until rank 0 has left the context.
 
-        As `accelerator.main_process_first`, but that leaves them waiting where the first one fails.
+        Like `accelerator.main_process_first`, but if rank 0 fails, the others raise an error instead of waiting.
 
         Raises:
-            UserError: as `arrive`.
+            UserError: see `arrive`.
         """
         if self._store is None:
             yield
@@ -75,28 +75,28 @@ class Preflight:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """Where processes that have all arrived connect to each other.
+        """Context for the initialization of the process group, after all processes have arrived.
 
         Raises:
-            UserError: they could not, or one has failed meanwhile.
+            UserError: this process could not connect to the others, or another process has failed.
         """
         message = f"waiting for {self._world_size} processes to connect to each other; giving up after {self._limit}"
-        with waiting.told(message, speaks=self._store is not None and self._rank == 0):
+        with waiting.log_wait(message, logs=self._store is not None and self._rank == 0):
             try:
                 yield
             except RuntimeError as error:
                 if self._store is None or is_initialized():
                     raise
-                with _store_there():
-                    failure = told_failure(self._store)
+                with _store_errors():
+                    failure = read_failure(self._store)
                 raise failure or ProcessError(
                     f"all {self._world_size} processes have arrived, but this one could not connect to the others: "
-                    f"{str(error).splitlines()[0]}. Is the network between the nodes open, and the right interface "
-                    f"chosen (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)?"
+                    f"{str(error).splitlines()[0]}. Check that no firewall blocks traffic between the nodes and that "
+                    f"NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right network interface."
                 ) from error
 
     def time_all_reduce(self, accelerator: Accelerator) -> None:
-        """Times the interconnect; ends the process if that does not answer."""
+        """Logs the duration of an all-reduce. Ends the process if it does not finish within the timeout."""
         if self._store is None:
             return
         watchdog = threading.Timer(self._timeout.total_seconds(), self._give_up)
@@ -105,7 +105,7 @@ class Preflight:
         numbers = torch.zeros(SIZE, device=accelerator.device)
         seconds = []
         message = f"waiting for an all-reduce between {self._world_size} processes; giving up after {self._limit}"
-        with waiting.told(message, speaks=self._rank == 0):
+        with waiting.log_wait(message, logs=self._rank == 0):
             for _ in range(4):
                 start = time.perf_counter()
                 all_reduce(numbers)
@@ -122,7 +122,7 @@ class Preflight:
 
     def _set(self, where: str) -> None:
         assert self._store is not None
-        with _store_there():
+        with _store_errors():
             self._store.set(f"{where}/{self._rank}", socket.gethostname())
 
     def _wait_for(self, where: str, numbers: Iterable[int]) -> None:
@@ -131,13 +131,15 @@ class Preflight:
         missing = list(numbers)
 
         def message() -> str | None:
-            if not missing or not self._speaks(missing):
+            if not missing or not self._logs_for_all(missing):
                 return None
-            return f"waiting for {ranks(missing, self._world_size)} (stage: {where}); giving up after {self._limit}"
+            return (
+                f"waiting for {format_ranks(missing, self._world_size)} (stage: {where}); giving up after {self._limit}"
+            )
 
-        with waiting.told(message, speaks=True), _store_there():
+        with waiting.log_wait(message, logs=True), _store_errors():
             while missing := [rank for rank in missing if not self._store.check([f"{where}/{rank}"])]:
-                if failure := told_failure(self._store):
+                if failure := read_failure(self._store):
                     raise failure
                 if time.monotonic() > deadline:
                     raise self._not_here(where, missing)
@@ -148,13 +150,14 @@ class Preflight:
         there = [rank for rank in range(self._world_size) if self._store.check([f"{where}/{rank}"])]
         arrived = ", ".join(f"{rank} on {self._store.get(f'{where}/{rank}').decode()}" for rank in there)
         message = (
-            f"{ranks(missing, self._world_size)} did not arrive within {self._limit}. Arrived: {arrived or 'none'}. "
-            f"See what the missing ones logged last; if they are only slow to start, raise --ddp_timeout."
+            f"{format_ranks(missing, self._world_size)} did not arrive within {self._limit}. "
+            f"Arrived: {arrived or 'none'}. Check the last log lines of the missing processes. If they only start "
+            f"slowly, raise --ddp_timeout."
         )
-        return ProcessError(message) if self._speaks(missing) else UserError(message)
+        return ProcessError(message) if self._logs_for_all(missing) else UserError(message)
 
-    def _speaks(self, missing: list[int]) -> bool:
-        """Whether this is the process that says what all of them wait for: the first that is there."""
+    def _logs_for_all(self, missing: list[int]) -> bool:
+        """Whether this process logs for all of them: it has the lowest rank that has arrived."""
         return self._rank == next(rank for rank in range(self._world_size) if rank not in missing)
 
     @property
@@ -164,9 +167,9 @@ class Preflight:
     def _give_up(self) -> None:
         if self._rank == 0:
             print(
-                f"error: all {self._world_size} processes have arrived, but an all-reduce between them did not end "
-                f"within {self._limit}. Is the network between the nodes open, and the right "
-                f"interface chosen (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)? NCCL_DEBUG=INFO says more.",
+                f"error: all {self._world_size} processes have arrived, but an all-reduce did not finish "
+                f"within {self._limit}. Check that no firewall blocks traffic between the nodes and that "
+                f"NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right interface. NCCL_DEBUG=INFO logs details.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -174,9 +177,9 @@ class Preflight:
 
 
 @contextmanager
-def _store_there() -> Iterator[None]:
-    """Says in words that the store is gone."""
+def _store_errors() -> Iterator[None]:
+    """Converts a connection error of the store into a `TrainingStoppedError`."""
     try:
         yield
     except DistError as error:
-        raise lost() from error
+        raise store_lost() from error

@@ -1,7 +1,7 @@
-"""Where the processes of a launch meet before they have joined: a store at MASTER_ADDR:MASTER_PORT.
+"""Rendezvous of the processes before `init_process_group`: a `TCPStore` at MASTER_ADDR:MASTER_PORT.
 
-Under torchrun, and so under `accelerate launch`, the launcher of the first node hosts it. In any other launch rank 0
-does, and torch shares it when it joins the processes.
+Under torchrun, and so under `accelerate launch`, the launcher on the first node hosts the store. Otherwise rank 0
+hosts it, and `init_process_group` reuses it.
 """
 
 import os
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
 _NEEDED = (
-    "Every process needs WORLD_SIZE (how many there are), RANK (from 0 to WORLD_SIZE - 1, each once; in Slurm "
-    "$SLURM_PROCID, under Open MPI $OMPI_COMM_WORLD_RANK), LOCAL_RANK (its number on its host), MASTER_ADDR (the host "
-    "of rank 0) and MASTER_PORT (a free port there). `accelerate launch` and `torchrun` set all of them."
+    "Set on every process: WORLD_SIZE (number of processes), RANK (unique, from 0 to WORLD_SIZE - 1; in Slurm "
+    "$SLURM_PROCID, in Open MPI $OMPI_COMM_WORLD_RANK), LOCAL_RANK (rank within its node), MASTER_ADDR (the host "
+    "of rank 0) and MASTER_PORT (a free port on that host). `accelerate launch` and `torchrun` set all of them."
 )
 _CONNECT_SECONDS = 5.0
-"""For one attempt to connect, which a firewall may leave without an answer."""
+"""Timeout of one connection attempt; a firewall may drop it without a response."""
 _LEAST_SECONDS = 2.0
-"""For the answer of a store that is found in the last moment."""
+"""Minimum time for the store to answer, even if it is found just before the deadline."""
 _IDENTITY = f"{socket.gethostname()} (process {os.getpid()})"
 _MARK = uuid.uuid4().hex
 _hosted: dict[int, "TCPStore"] = {}
-"""The store that this process hosts, by port, until it ends."""
+"""Stores that this process hosts, by port; kept until the process ends."""
 _hosting = threading.Lock()
 
 
 class JoinError(ProcessError):
-    """This process cannot be part of its launch. It has nobody to tell: each process finds that out by itself."""
+    """This process cannot join the launch. It does not report this to the others; each one detects it by itself."""
 
 
 class Launch(NamedTuple):
-    """What the variables of a launch of several processes say.
+    """The rendezvous settings of a launch of several processes.
 
     Attributes:
         rank: of this process.
         world_size: number of processes.
         address: host of rank 0.
-        port: there.
+        port: port on that host.
     """
 
     rank: int
@@ -55,10 +55,10 @@ class Launch(NamedTuple):
 
     @classmethod
     def read(cls) -> "Launch | None":
-        """From the environment; None where there is a single process.
+        """Reads the environment variables; returns None for a single process.
 
         Raises:
-            JoinError: a variable is missing, or has a value that it cannot have.
+            JoinError: a variable is missing or invalid.
         """
         world_size = _number("WORLD_SIZE", 1, 2**31) if "WORLD_SIZE" in os.environ else 1
         if world_size == 1:
@@ -69,7 +69,7 @@ class Launch(NamedTuple):
         return cls(rank, world_size, address, _number("MASTER_PORT", 1, 2**16 - 1))
 
     def is_hosted_by_rank_0(self) -> bool:
-        """Whether no launcher hosts the store."""
+        """Whether rank 0, rather than a launcher, hosts the store."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def hosts(self) -> bool:
@@ -83,18 +83,18 @@ def _number(name: str, lowest: int, highest: int) -> int:
         raise JoinError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {name} is not set. {_NEEDED}")
     if not text.strip().isdecimal() or not lowest <= int(text) <= highest:
         beside = "" if name == "WORLD_SIZE" else f" with WORLD_SIZE={os.environ['WORLD_SIZE']}"
-        raise JoinError(f"{name}={text}{beside}: has to be a number from {lowest} to {highest}. {_NEEDED}")
+        raise JoinError(f"{name}={text}{beside}: must be an integer from {lowest} to {highest}. {_NEEDED}")
     return int(text)
 
 
 def launch_store(timeout: timedelta) -> "Store | None":
     """Connects to the store that the processes of this launch share, before and after they have joined.
 
-    Each call makes a connection of its own, which may be used from another thread than the others. Once the process
-    that hosts the store has ended, every use raises a `DistNetworkError`; see `lost`.
+    Each call opens its own connection, so that threads need not share one. Once the process
+    that hosts the store has ended, every use raises a `DistNetworkError`; see `store_lost`.
 
     Args:
-        timeout: to wait for the store to be there, and for each answer of it.
+        timeout: limit for connecting to the store and for each request to it.
 
     Returns:
         None where there is a single process.
@@ -117,16 +117,16 @@ def launch_store(timeout: timedelta) -> "Store | None":
     try:
         _register(store, launch)
     except DistError as error:
-        raise lost() from error
+        raise store_lost() from error
     return store
 
 
-def lost() -> TrainingStoppedError:
-    """What a process ends with when the store is gone. Nothing says that a setting was wrong."""
+def store_lost() -> TrainingStoppedError:
+    """Returns the error to raise when the store is gone; not a usage error, because no setting may be wrong."""
     launch = Launch.read()
     if launch is not None and launch.is_hosted_by_rank_0():
-        return TrainingStoppedError("rank 0 has ended, or is out of reach, and with it this launch; its log says why")
-    return TrainingStoppedError("the launcher on the first node has ended; its log says why")
+        return TrainingStoppedError("rank 0 has ended or is unreachable; see the log of rank 0 for the reason")
+    return TrainingStoppedError("the launcher on the first node has ended; see the log of that node for the reason")
 
 
 def _host(launch: Launch) -> None:
@@ -144,9 +144,9 @@ def _host(launch: Launch) -> None:
         except DistNetworkError as error:
             reason = str(error).rpartition("message: ")[2]
             raise JoinError(
-                f"rank 0 cannot listen on port {launch.port} of {socket.gethostname()}, where the processes of this "
-                f"launch meet: {reason}. If another run has it, or a second process with RANK=0, choose another "
-                f"MASTER_PORT, the same for all ranks."
+                f"rank 0 cannot listen on MASTER_PORT={launch.port} of {socket.gethostname()}: {reason}. Another "
+                f"run, or a second process with RANK=0, may be using this port. Set another "
+                f"MASTER_PORT, the same on all ranks."
             ) from error
 
 
@@ -154,37 +154,37 @@ def _connect(launch: Launch, seconds: float) -> "TCPStore":
     """Waits for the store, and connects to it."""
     where, deadline = f"{launch.address}:{launch.port}", time.monotonic() + seconds
     host = "rank 0" if launch.is_hosted_by_rank_0() else "the launcher of the first node"
-    reason = "not asked yet"
+    reason = "no connection attempt yet"
 
     def message() -> str:
         return f"waiting for {host} at {where}: {reason}; giving up after {seconds:.0f} s"
 
     # Rank 1 may be on the node of rank 0, where the process that else speaks is the one that is waited for.
-    with waiting.told(message, launch.rank == 1 or waiting.speaks_for_its_node()):
+    with waiting.log_wait(message, launch.rank == 1 or waiting.is_local_main()):
         while (problem := _unreachable(launch)) and time.monotonic() < deadline:
             reason = problem
             time.sleep(min(0.5, seconds / 10))
         client = None
         if not problem:
-            reason = "what listens there does not answer"
+            reason = "the port is open, but no store answers"
             client = _client(launch, max(_LEAST_SECONDS, deadline - time.monotonic()))
     if client is not None:
         client.set_timeout(timedelta(seconds=seconds))
         return client
     if launch.hosts():
         raise JoinError(
-            f"this is rank 0 and it listens on port {launch.port}, but does not reach itself at {where} within "
-            f"{seconds:.0f} s: {reason}. MASTER_ADDR has to be an address of {socket.gethostname()}."
+            f"rank 0 listens on port {launch.port}, but cannot connect to itself at {where} within "
+            f"{seconds:.0f} s: {reason}. Set MASTER_ADDR to an address of {socket.gethostname()}."
         )
     raise JoinError(
-        f"{host} did not answer at {where} within {seconds:.0f} s: {reason}. See what it logged last. Is that its host "
-        f"(MASTER_ADDR) and its port (MASTER_PORT), is the port open between the hosts, and does no other program "
-        f"listen there? If rank 0 is only slow to start, raise --ddp_timeout."
+        f"{host} did not answer at {where} within {seconds:.0f} s: {reason}. Check its last log lines, its host "
+        f"(MASTER_ADDR) and its port (MASTER_PORT), and that no firewall blocks the port and no other program "
+        f"uses it. If rank 0 only starts slowly, raise --ddp_timeout."
     )
 
 
 def _unreachable(launch: Launch) -> str | None:
-    """Why nobody can be reached at the address of the launch; None if somebody can."""
+    """Returns why a connection to MASTER_ADDR:MASTER_PORT fails, or None if it succeeds."""
     try:
         socket.create_connection((launch.address, launch.port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
@@ -193,7 +193,7 @@ def _unreachable(launch: Launch) -> str | None:
 
 
 def _client(launch: Launch, seconds: float) -> "TCPStore | None":
-    """A connection to the store, or None if what listens there does not answer as one in time."""
+    """Returns a connection to the store, or None if no store answers in time."""
     from torch.distributed import DistError, TCPStore
 
     found: list[TCPStore] = []
@@ -214,27 +214,27 @@ def _client(launch: Launch, seconds: float) -> "TCPStore | None":
 
 
 def _register(store: "Store", launch: Launch) -> None:
-    """Takes the rank of this process in the store."""
+    """Registers this process in the store under its rank."""
     mine = f"{_IDENTITY} {_MARK}"
     first = store.compare_set(_key(launch.rank), "", mine).decode()
     if first != mine:
         raise JoinError(
-            f"rank {launch.rank} of the launch at {launch.address}:{launch.port} is already "
-            f"{first.rpartition(' ')[0]}, and this is {_IDENTITY}. Give each process a RANK of its own, and each run "
-            f"on a host a MASTER_PORT of its own. A process that takes the place of one that has ended cannot join: "
-            f"start all ranks again."
+            f"rank {launch.rank} of the launch at {launch.address}:{launch.port} is already taken by "
+            f"{first.rpartition(' ')[0]}; this process is {_IDENTITY}. Set a different RANK for each process and a "
+            f"different MASTER_PORT for each run on a host. A process that was restarted alone cannot rejoin: "
+            f"restart all ranks."
         )
     first = store.compare_set("world size", "", str(launch.world_size)).decode()
     if first != str(launch.world_size):
         raise JoinError(
-            f"WORLD_SIZE={launch.world_size} for rank {launch.rank}, but {first} for another process of the launch at "
-            f"{launch.address}:{launch.port}. Give all of them the same, and each run on a host a MASTER_PORT of its "
-            f"own."
+            f"WORLD_SIZE is {launch.world_size} on rank {launch.rank}, but {first} on another process of the launch at "
+            f"{launch.address}:{launch.port}. Set the same WORLD_SIZE on all processes and a different MASTER_PORT for "
+            f"each run on a host."
         )
 
 
 def is_registered(store: "Store", rank: int) -> bool:
-    """Whether a rank has been in the store."""
+    """Whether a process has registered under this rank."""
     return store.check([_key(rank)])
 
 

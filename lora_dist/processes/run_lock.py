@@ -1,4 +1,4 @@
-"""One run a directory: a lock on it that ends with the process that holds it, and that says who that is."""
+"""Locks an output directory, so that only one run at a time can write to it; the lock file names its holder."""
 
 import errno
 import fcntl
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-"""Name of the lock file. Its content says who holds the lock; whether the lock is held, the system alone knows."""
+"""Name of the lock file. The file names the holder; only the operating system knows whether the lock is held."""
 SAME_HOST_SECONDS = 5.0
-"""How long to wait for a holder on this machine, which may be about to end."""
+"""How long to wait for a lock held on this machine, whose holder may be about to exit."""
 OTHER_HOST_SECONDS = 100.0
 """How long to wait for a holder on another machine: an NFS server keeps the locks of a failed client for 90 s."""
 
@@ -56,7 +56,7 @@ class RunLock:
         """Takes the lock of an output directory on the first process. Called on every process.
 
         Args:
-            root: the directory; it is made where it is not there.
+            root: the directory; created if it does not exist.
             accelerator: of the launch.
             ddp_timeout: seconds after which the other processes give up.
 
@@ -96,8 +96,8 @@ class RunLock:
             seconds = SAME_HOST_SECONDS if is_here else other_host_seconds
             if time.monotonic() - start > seconds:
                 raise UserError(
-                    f"{in_use} Wait for its end, or stop it and go on with --resume_from_checkpoint auto, or name "
-                    f"another directory."
+                    f"{in_use} Wait until that run ends, or stop it and resume with --resume_from_checkpoint auto, or "
+                    f"choose another --output_dir."
                 )
             if not said:
                 logger.warning("%s Waiting up to %.0f s for that process to end", in_use, seconds)
@@ -105,7 +105,7 @@ class RunLock:
             time.sleep(0.2)
 
     def _try(self, root: Path) -> bool:
-        """Takes the lock unless another process holds it; where there are no locks, says so and goes on."""
+        """Tries to take the lock. Warns and returns True if the file system does not support locks."""
         path = root / LOCK
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -127,14 +127,14 @@ class RunLock:
                 return False
             if error.errno in _UNSUPPORTED:
                 path.unlink(missing_ok=True)
-                _warn(root, f"its file system has no locks ({error.strerror})", "a second run")
+                _warn(root, f"its file system does not support locks ({error.strerror})", "a second run")
                 return True
             raise
         self._path, self._descriptor = path, descriptor
         _write_holder(descriptor)
         with suppress(FileNotFoundError):
             if _locks_are_local(Path("/proc/self/mountinfo").read_text(encoding="utf-8"), root.stat().st_dev):
-                _warn(root, "its file system keeps locks to this machine", "a run on another machine")
+                _warn(root, "its file system keeps locks local to this machine", "a run on another machine")
         return True
 
 
@@ -147,7 +147,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _warn(root: Path, why: str, who: str) -> None:
-    logger.warning("--output_dir %s cannot be locked, because %s: nothing keeps %s out of it", root, why, who)
+    logger.warning("--output_dir %s cannot be locked, because %s: %s could use it at the same time", root, why, who)
 
 
 def _write_holder(descriptor: int) -> None:
@@ -161,7 +161,7 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    """What the holder has written; nothing, where it has not come to that."""
+    """Reads the holder from the lock file; empty if the holder has not written it yet."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -171,7 +171,7 @@ def _read_holder(path: Path) -> dict[str, Any]:
 
 def _describe(holder: dict[str, Any]) -> str:
     if not {"host", "pid", "started"} <= holder.keys():
-        return "which has not said who it is"
+        return "its host and process are unknown"
     return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
 
 

@@ -1,4 +1,4 @@
-"""The `Accelerator` for this launch, and whether what was launched is what is running."""
+"""Creates the `Accelerator` and checks that it has the requested processes, engine and precision."""
 
 import logging
 import os
@@ -29,16 +29,16 @@ PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accele
 
 
 def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800) -> Accelerator:
-    """Joins the other processes of this launch.
+    """Initializes the process group and creates the `Accelerator`.
 
     Args:
-        mixed_precision: `auto` follows the launch file, and else takes fp16 on a CUDA device and fp32 elsewhere.
+        mixed_precision: `auto` uses the value of the launch file, or else fp16 on CUDA and fp32 elsewhere.
         ddp_timeout: seconds after which a process that waits for another gives up.
 
     Raises:
-        UserError: a precision that the device cannot train in or that contradicts the launch file, or fewer
-            processes than were launched, or than arrive in time, or than can connect to each other.
-        TrainingStoppedError: the process that the others meet at has ended.
+        UserError: the precision contradicts the launch file or is not supported by the device, or some of the
+            launched processes do not arrive in time or cannot connect.
+        TrainingStoppedError: the process that hosts the store has ended.
     """
     _require_company()
     if engine_launched() == "FSDP":
@@ -59,9 +59,9 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
             kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     if accelerator.num_processes != launched:
-        unset = "" if "LOCAL_RANK" in os.environ else "LOCAL_RANK, the number of this process on its host, is not set; "
+        unset = "" if "LOCAL_RANK" in os.environ else "LOCAL_RANK (rank within the node) is not set; "
         raise UserError(
-            f"{launched} processes were launched but this one runs in a group of {accelerator.num_processes}; {unset}"
+            f"WORLD_SIZE is {launched}, but the process group has {accelerator.num_processes} process(es); {unset}"
             f"see accelerate_configs/ for launch files that work"
         )
     if on_cpu and engine_launched() == "FSDP":
@@ -70,13 +70,13 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if engine_launched() not in ("NO", accelerator.distributed_type.value):
         raise UserError(
-            f"the launch file asks for {engine_launched()} but {accelerator.distributed_type.value} is running; "
+            f"the launch file requests {engine_launched()}, but {accelerator.distributed_type.value} is in use; "
             f"see accelerate_configs/ for launch files that work"
         )
     if accelerator.mixed_precision != precision:
         raise UserError(
-            f"mixed precision is to be {precision}, but {accelerator.mixed_precision} is running; if a DeepSpeed "
-            f"configuration file sets fp16 or bf16, leave that to --mixed_precision"
+            f"mixed precision {precision} was requested, but {accelerator.mixed_precision} is in use; if a DeepSpeed "
+            f"configuration file sets fp16 or bf16, remove it there and use --mixed_precision"
         )
     if engine_launched() == "DEEPSPEED":
         # Or from_pretrained shards the model as it loads it, and leaves nothing to read, probe or adapt before ZeRO
@@ -91,40 +91,40 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
 
 
 def _require_company() -> None:
-    """Refuses a process that would train alone, next to others that do the same into the same files."""
+    """Raises an error if several processes were started but each would train alone and write to the same files."""
     if "WORLD_SIZE" in os.environ:
         return
     # accelerate's launcher of single processes sets it if it was asked for several, and starts one all the same.
     if "MASTER_ADDR" in os.environ:
         raise UserError(
-            f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set but not WORLD_SIZE: several processes were asked for and "
-            f"this one was started alone. In the launch file, distributed_type: MULTI_GPU starts them, on CPUs as well "
-            f"(accelerate_configs/ddp_cpu.yaml); for a run of one process, num_processes: 1, or unset MASTER_ADDR."
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set, but WORLD_SIZE is not: several processes were requested, "
+            f"but only one was started. In the launch file, set distributed_type: MULTI_GPU to start them, on CPUs too "
+            f"(see accelerate_configs/ddp_cpu.yaml). For a single process, set num_processes: 1 or unset MASTER_ADDR."
         )
     if os.environ.get("RANK", "0") != "0":
         raise UserError(
-            f"RANK={os.environ['RANK']} is set but not WORLD_SIZE: this process would train by itself. Set WORLD_SIZE, "
+            f"RANK={os.environ['RANK']} is set, but WORLD_SIZE is not: this process would train alone. Set WORLD_SIZE, "
             f"MASTER_ADDR and MASTER_PORT as well, or unset RANK."
         )
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
-                f"{name}={os.environ[name]} but WORLD_SIZE is not set: each of these processes would train by itself. "
-                f"Start one task a node, and the processes in it by accelerate launch --num_machines … "
-                f"--machine_rank …; slurm/train.sbatch does so."
+                f"{name}={os.environ[name]} but WORLD_SIZE is not set: each of these processes would train alone. "
+                f"Start one task per node, and in each task run accelerate launch --num_machines … "
+                f"--machine_rank …, as slurm/train.sbatch does."
             )
 
 
 def prepare_fsdp() -> None:
-    """Looks after what launch files for other programs say of FSDP.
+    """Checks the FSDP version in the launch file and turns off CPU-RAM-efficient loading.
 
     Raises:
-        UserError: they ask for its first version, which is not supported.
+        UserError: the launch file requests FSDP version 1, which is not supported.
     """
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(
-            f"the launch file asks for FSDP of version {version}; write fsdp_version: 2, as in "
+            f"FSDP version {version} is not supported; set fsdp_version: 2 in the launch file, as in "
             f"accelerate_configs/fsdp2.yaml"
         )
     # With it, from_pretrained leaves all processes but the first without weights. Image models fit a host's memory.
@@ -132,12 +132,12 @@ def prepare_fsdp() -> None:
 
 
 def _hint_at_threads() -> None:
-    """`accelerate launch` gives each process a single thread unless told otherwise."""
+    """Logs a hint if a process uses fewer threads than cores; `accelerate launch` sets one thread by default."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.get_num_threads() < cores:
         logger.info(
-            f"computing on {torch.get_num_threads()} of {cores} cores a process; "
-            f"accelerate launch --num_cpu_threads_per_process {cores} would use them all"
+            f"each process uses {torch.get_num_threads()} of its {cores} cores; "
+            f"set accelerate launch --num_cpu_threads_per_process {cores} to use all"
         )
 
 
@@ -153,11 +153,11 @@ def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
     """The precision to train in, from the setting, the launch file and the device.
 
     Raises:
-        UserError: they contradict each other.
+        UserError: the setting contradicts the launch file, or the device does not support the precision.
     """
     if asked != "auto" and launched != "no" and asked != launched:
         raise UserError(
-            f"--mixed_precision {asked}, but the launch file says mixed_precision: {launched}; drop one of them"
+            f"--mixed_precision {asked}, but the launch file says mixed_precision: {launched}; remove one of them"
         )
     wanted = asked if asked != "auto" else launched
     if on_cpu and wanted == "fp16":
@@ -183,7 +183,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what a result depends on."""
+    """Returns the versions of Python and of the packages that affect results."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 

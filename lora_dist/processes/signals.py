@@ -3,4 +3,4 @@
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""Saves and stops. SIGUSR1 is NCCL's own."""
+"""Signals that make a run save and stop. SIGUSR1 is not among them, because NCCL uses it."""

@@ -7,6 +7,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,11 +26,11 @@ from lora_dist.processes.signals import STOP_SIGNALS
 from lora_dist.storage.disk import free_bytes, readable
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where a worker puts the batches that it hands over (Linux)."""
+"""Shared memory through which workers pass batches to the training process (Linux)."""
 POLL_SECONDS = 2.0
-"""The `timeout` of a loader that is watched for silence."""
+"""`timeout` of a `DataLoader` whose workers are checked for stalls."""
 SILENT_SECONDS = 600.0
-"""How long the workers of a loader may deliver nothing, where nothing else watches for a stall."""
+"""How long the workers may deliver no batch, where no `Watch` detects stalls."""
 
 
 _MORE_SHARED_MEMORY = (
@@ -45,13 +46,13 @@ class WorkerDiedError(ProcessError):
 
 
 def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, **options: Any) -> DataLoader:
-    """A `DataLoader` whose workers end with this process, and leave signals to it.
+    """Creates a `DataLoader` whose workers end with this process and ignore stop signals.
 
     Args:
-        dataset: whose items, or batches, are handed over as they are.
+        dataset: its items, or batches, are passed on without collation.
         workers: number of processes; 0 for none.
         pin_memory: whether to copy tensors to page-locked memory.
-        options: of `DataLoader`, about the batches; those about workers count only where there are some.
+        options: further options of `DataLoader`; options for workers are ignored if `workers` is 0.
     """
     if not workers:
         options = {name: value for name, value in options.items() if name not in ("prefetch_factor", "timeout")}
@@ -69,11 +70,11 @@ def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, *
 
 
 def from_workers(loader: DataLoader, silent_seconds: float | None = None) -> Iterator[Any]:
-    """What the workers of a loader deliver, in order.
+    """Yields the batches of a loader, in order.
 
     Args:
         loader: as `worker_loader` makes it.
-        silent_seconds: for which the workers may deliver nothing; None where something else watches for a stall.
+        silent_seconds: how long the workers may deliver nothing; None for no limit, if a `Watch` detects stalls.
 
     Raises:
         WorkerDiedError: one of them died, or they deliver nothing for too long.
@@ -102,7 +103,7 @@ def from_workers(loader: DataLoader, silent_seconds: float | None = None) -> Ite
 
 
 def _started(loader: DataLoader) -> Iterator[Any]:
-    """An iterator over a loader, whose workers are started, or waked up where they have stayed."""
+    """Returns an iterator over a loader; starts its workers, or reuses persistent ones."""
     if not loader.num_workers:
         return iter(loader)
     # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
@@ -134,13 +135,13 @@ def _next_before(deadline: float, iterator: Iterator[Any]) -> Any:
                 raise
             if time.monotonic() > deadline:
                 raise WorkerDiedError(
-                    "the loader's workers deliver nothing any more. Does the disk with the images answer? kill -QUIT "
-                    "on a worker shows where it is."
+                    "the DataLoader workers no longer deliver batches. Check that the disk with the images responds. "
+                    "To see where a worker hangs, run kill -QUIT PID."
                 ) from error
 
 
 def _kill_workers(iterator: Any) -> None:
-    """Ends the workers of an iterator that is left: torch would wait 5 s for each that does not end by itself."""
+    """Kills the workers of an abandoned iterator; torch would wait 5 s for each one that does not exit."""
     workers = getattr(iterator, "_workers", ())
     for worker in workers:
         worker.kill()
@@ -188,30 +189,40 @@ def require_shared_memory(needed: int) -> None:
     free = free_bytes(SHARED_MEMORY)
     if needed > free:
         raise UserError(
-            f"{SHARED_MEMORY} has {readable(free)} free, and the loader's workers need {readable(needed)} there for "
-            f"the batches that they prepare ahead. {_MORE_SHARED_MEMORY}"
+            f"{SHARED_MEMORY} has {readable(free)} free, but the DataLoader workers need {readable(needed)} for "
+            f"the batches that they prefetch. {_MORE_SHARED_MEMORY}"
         )
 
 
 def _explained(error: Exception, iterator: Any) -> Exception:
-    """The sentence for what a dead or silent worker leads to; other errors as they are."""
+    """Returns a `WorkerDiedError` if a dead worker caused the error, otherwise the error itself."""
     text = str(error)
     killed_by = _signals_of(iterator)
+    if signal.SIGBUS in killed_by and not _is_nearly_full(SHARED_MEMORY):
+        return WorkerDiedError(
+            f"a DataLoader worker was killed by SIGBUS: {SHARED_MEMORY} was full, or the file system of memory-mapped "
+            f"data (--cache_dir, Arrow files) failed. Check that file system. {_MORE_SHARED_MEMORY}"
+        )
     if signal.SIGBUS in killed_by or "shared memory" in text:
-        return WorkerDiedError(f"a worker of the loader found no room in {SHARED_MEMORY}. {_MORE_SHARED_MEMORY}")
+        return WorkerDiedError(f"a DataLoader worker ran out of space in {SHARED_MEMORY}. {_MORE_SHARED_MEMORY}")
     if signal.SIGKILL in killed_by:
         return WorkerDiedError(
-            "a worker of the loader was ended by SIGKILL. The system kills the process that takes most when memory "
-            "runs out: give the job more, or a lower --dataloader_num_workers."
+            "a DataLoader worker was killed by SIGKILL, usually because the machine ran out of memory. Request more "
+            "memory for the job, or lower --dataloader_num_workers."
         )
     if killed_by or "DataLoader worker" in text:
         by = f" by {', '.join(number.name for number in killed_by)}" if killed_by else ""
-        return WorkerDiedError(f"a worker of the loader was ended{by}. --dataloader_num_workers 0 works without them.")
+        return WorkerDiedError(f"a DataLoader worker was terminated{by}. --dataloader_num_workers 0 uses no workers.")
     return error
 
 
+def _is_nearly_full(root: Path) -> bool:
+    """Whether less than a fifth is free. The batch that did not fit is gone by now."""
+    return root.is_dir() and free_bytes(root) < shutil.disk_usage(root).total / 5
+
+
 def _signals_of(iterator: Any) -> set[signal.Signals]:
-    """The signals that workers died of. The news of a death may come a moment after the broken connection."""
+    """Returns the signals that killed workers; waits up to 1 s, because exit codes may arrive late."""
     workers = getattr(iterator, "_workers", ())
     end = time.monotonic() + 1
     while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < end:

@@ -131,7 +131,7 @@ def assemble(
     )
 
     engine = make_engine(accelerator, model, optimizer, optimization)
-    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit)
+    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit, watch.writing)
     progress = Progress()
     with problems.collect():
         progress = checkpointer.restore(resumed) if resumed is not None else progress

@@ -93,7 +93,7 @@ class TrainingRun:
 
     def save(self, progress: Progress) -> None:
         """Saves a checkpoint."""
-        self.watch.now(f"saving after update {progress.step}", saves=True)
+        self.watch.now(f"saving after update {progress.step}", first=True)
         self.tracker.flush()
         self.checkpointer.save(progress)
         self.watch.resume_hint = self.resume_hint

@@ -10,7 +10,8 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from lora_dist.processes.agreement import require_agreement
-from lora_dist.errors import UserError, exit_on_user_error
+from lora_dist.errors import UserError
+from lora_dist.processes.lifetime import exit_on_user_error
 from lora_dist.processes.runtime import launch
 
 rank, here = int(os.environ["RANK"]), Path(__file__).parent
@@ -45,10 +46,10 @@ def test_processes_that_differ_end_before_they_train(tmp_path: Path) -> None:
     host = socket.gethostname()
     for rank in (0, 1):
         assert f"rank {rank}: cannot write to --output_dir: " in result.stdout
-    assert result.stderr.count("error: the processes of this launch differ:") == 1
+    assert result.stderr.count("error: these values differ between the processes:") == 1
     assert f"seed: 42 on rank 0 ({host}); 43 on rank 1 ({host})" in result.stderr
     own = tmp_path.resolve() / "own-1"
-    assert f"--output_dir: the same on rank 0 ({host}); another one, {own} on rank 1 ({host})" in result.stderr
+    assert f"--output_dir: shared on rank 0 ({host}); not shared ({own}) on rank 1 ({host})" in result.stderr
     releases = f"{metadata.version('evaluate')} on rank 0 ({host}); 99.0 on rank 1 ({host})"
     assert f"version of evaluate: {releases}" in result.stderr
     assert result.stderr.count("version of ") == 1

@@ -10,7 +10,7 @@ from lora_dist_testing.launching import run, train
 SCRIPT = """
 import os, time
 from datetime import timedelta
-from lora_dist.errors import exit_on_user_error
+from lora_dist.processes.lifetime import exit_on_user_error
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.runtime import launch
 
@@ -59,7 +59,7 @@ def test_the_interconnect_is_timed_and_one_that_does_not_answer_is_said(tmp_path
     timed = re.findall(r"2 processes; an all-reduce of 4 MiB takes ([\d.]+) ms", result.stderr)
     assert len(timed) == 1
     assert 0.1 < float(timed[0]) < 60_000
-    said = "error: all 2 processes have arrived, but an all-reduce between them did not end within 3 s. Is the network"
+    said = "error: all 2 processes have arrived, but an all-reduce did not finish within 3 s. Check that"
     assert result.stderr.count(said) == 1
     assert "Traceback" not in result.stderr.partition(said)[0]
     assert "exitcode  : 1 " in result.stderr

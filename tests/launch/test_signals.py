@@ -160,9 +160,9 @@ def test_a_second_signal_ends_a_process_that_waits_for_another_for_ever(
         first.send_signal(signal.SIGTERM)
         launch.wait_for(lambda: "SIGTERM: saving and stopping after this update" in launch.text)
         time.sleep(3.5)
-        assert "ending at once" not in launch.text.splitlines()[-1]
+        assert "exiting without saving" not in launch.text.splitlines()[-1]
         first.send_signal(signal.SIGTERM)
-        launch.wait_for(lambda: "a second signal, SIGTERM: ending at once" in launch.text, seconds=5)
+        launch.wait_for(lambda: "second signal (SIGTERM): exiting without saving" in launch.text, seconds=5)
         second.kill()
         assert launch.wait() == 1
     assert f"exitcode  : {128 + signal.SIGTERM} (pid: {first.pid})" in launch.text

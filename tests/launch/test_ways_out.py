@@ -44,8 +44,8 @@ WAYS: dict[str, tuple[int, str]] = {
     "out of memory": (1, r"MemoryError"),
     "signal": (75, r"stopped: after update \d+ of 100000, which is saved"),
     "unreadable image": (2, r"error: .*cannot read an image.*All updates are saved: --resume_from_checkpoint auto"),
-    "killed worker": (1, r"error: .*a worker of the loader was ended by SIGKILL.*All updates are saved"),
-    "hanging worker": (124, r"error: nothing has moved for \d+ s(.|\n)*waiting for micro-batch(.|\n)*most recent call"),
+    "killed worker": (1, r"error: .*a DataLoader worker was killed by SIGKILL.*All updates are saved"),
+    "hanging worker": (124, r"error: no progress for \d+ s(.|\n)*waiting for micro-batch(.|\n)*most recent call"),
     "killed rank": (1, r"rank 1 on \S+ \(pid \d+\) has died"),
     "killed launcher": (-9, r"stopped: after update \d+ of 100000, which is saved"),
 }

@@ -100,8 +100,10 @@ def test_a_crash_after_a_checkpoint_is_requeued_and_one_without_a_checkpoint_is_
     job.reaches(JobState="FAILED")
     assert job.field("Restarts") == "1"
     assert job.log.count("resuming from runs/1/checkpoints/step-") == 1
-    assert "crashed with code 1; a checkpoint was saved since the start (crash 1 of at most 3): requeued" in job.log
-    assert "crashed with code 1; no checkpoint was saved since the start: not requeued" in job.log
+    assert (
+        "crashed with code 1; a checkpoint was saved since the last start (crash 1 of at most 3): requeued" in job.log
+    )
+    assert "crashed with code 1; no checkpoint was saved since the last start: not requeued" in job.log
 
 
 def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path, flags: list[object]) -> None:
@@ -137,10 +139,10 @@ def test_a_node_that_fails_counts_as_a_crash(cluster: Cluster, directory: Path, 
     job.reaches(Restarts="2")
     cluster.start_node("n1")
     job.reaches(JobState="FAILED")
-    begun = "the start before this one has no end: a node failed, or the job was killed; "
+    begun = "the previous start did not end properly: a node failed or the job was killed; "
     assert "a node of the job is down" in job.log
-    assert f"{begun}a checkpoint was saved since the start (crash 1 of at most 1): going on" in job.log
-    assert f"{begun}this is crash 2 of the job, and MAX_CRASH_RESTARTS is 1: not started again" in job.log
+    assert f"{begun}a checkpoint was saved since the last start (crash 1 of at most 1): resuming" in job.log
+    assert f"{begun}crash 2 of the job exceeds MAX_CRASH_RESTARTS=1: not restarted" in job.log
     assert ": start 2 on" not in job.log
     cluster.call("scontrol", "requeue", job.number)
     job.says(SAVED, start=3)
@@ -163,7 +165,9 @@ def test_a_stall_is_requeued_a_requeue_by_hand_does_not_count_and_a_cancelled_jo
     fail.touch()
     job.reaches(Restarts="1")
     fail.unlink()
-    assert "crashed with code 124; a checkpoint was saved since the start (crash 1 of at most 3): requeued" in job.log
+    assert (
+        "crashed with code 124; a checkpoint was saved since the last start (crash 1 of at most 3): requeued" in job.log
+    )
     job.set(max_train_steps=1_000_000, checkpointing_steps="no")
     job.says("step ", start=1)
     cluster.call("scontrol", "requeue", job.number)

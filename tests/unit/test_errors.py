@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lora_dist.errors import ProcessError, TrainingStoppedError, UserError, exit_on_user_error
+from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
+from lora_dist.processes.lifetime import exit_on_user_error
 
 
 @exit_on_user_error
@@ -71,6 +72,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback_and_success_its_result() -
 
 
 def test_no_traceback_reaches_the_terminal() -> None:
-    code = "from lora_dist.errors import *\n@exit_on_user_error\ndef f():\n    raise UserError('sorry')\nf()"
+    imports = "from lora_dist.errors import *\nfrom lora_dist.processes.lifetime import *\n"
+    code = f"{imports}@exit_on_user_error\ndef f():\n    raise UserError('sorry')\nf()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: sorry\n")

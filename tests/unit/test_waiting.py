@@ -23,7 +23,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_long_wait_is_said_again_and_again(caplog: pytest.LogCaptureFixture) -> None:
     states = iter(["waiting for rank 1, 2", None, "waiting for rank 2"])
-    with waiting.told(lambda: next(states)):
+    with waiting.log_wait(lambda: next(states)):
         while len(caplog.messages) < 2:
             time.sleep(0.01)
     assert re.sub(r"\d", "N", caplog.messages[1]) == "waiting for rank N (N s so far)"
@@ -36,18 +36,18 @@ def test_a_long_wait_is_said_again_and_again(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_short_wait_is_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
-    with waiting.told("waiting"):
+    with waiting.log_wait("waiting"):
         pass
     time.sleep(0.2)
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(("local_rank", "speaks", "count"), [("1", None, 0), ("1", True, 1), ("0", None, 1)])
+@pytest.mark.parametrize(("local_rank", "logs", "count"), [("1", None, 0), ("1", True, 1), ("0", None, 1)])
 def test_one_process_of_a_node_speaks_unless_another_has_to(
-    local_rank: str, speaks: bool | None, count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    local_rank: str, logs: bool | None, count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with waiting.told("waiting", speaks):
+    with waiting.log_wait("waiting", logs):
         time.sleep(0.2)
     assert len(caplog.messages) == count
 
@@ -60,7 +60,7 @@ def test_every_process_is_heard_even_where_the_logs_are_those_of_the_first_alone
     before = package.level
     package.setLevel(logging.ERROR)
     try:
-        with waiting.told("waiting"):
+        with waiting.log_wait("waiting"):
             time.sleep(0.2)
     finally:
         package.setLevel(before)
@@ -94,6 +94,6 @@ def test_a_file_that_is_not_seen_yet_is_waited_for_and_said(tmp_path: Path, capl
     """As where the nodes share a slow file system, or none."""
     threading.Timer(0.25, (tmp_path / "token").touch).start()
     assert _appears(tmp_path / "token", seconds=30)
-    said = f"waiting to see in {tmp_path} what rank 0 wrote there; giving up after 30 s ("
+    said = f"waiting for a file of rank 0 to appear in {tmp_path}; giving up after 30 s ("
     assert said in caplog.text
     assert not _appears(tmp_path / "none", seconds=0.1)

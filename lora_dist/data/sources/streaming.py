@@ -95,7 +95,7 @@ class LaneReader:
                 following = self._samples(layout, layout.pieces(lane, start))
             self._blocks.pop(lane, None)
             # `datasets` retries the Hub for up to half an hour (STREAMING_READ_MAX_RETRIES).
-            with waiting.told(lambda: f"waiting for {self._at}"):
+            with waiting.log_wait(lambda: f"waiting for {self._at}"):
                 samples = dict(next(following) for _ in range(stop - start))
             self._blocks[lane] = _Block(epoch, number, samples, following)
         return self._blocks[lane]

@@ -209,7 +209,7 @@ def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Outp
         publisher = Publisher(settings.hub_model_id or output.root.resolve().name, settings.hub_private_repo)
         message = f"waiting for the Hub at {hub_client.endpoint()} to open {publisher.name}"
         try:
-            with waiting.told(message):
+            with waiting.log_wait(message):
                 publisher.open()
         except HubError as error:
             problem = f"--push_to_hub: cannot push to {publisher.name} on the Hub: {error}"

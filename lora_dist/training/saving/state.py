@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,18 +133,27 @@ class Checkpointer:
         saved_step: update of the last checkpoint that was written or restored.
     """
 
-    def __init__(self, directory: Path, engine: Engine, identity: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        identity: dict[str, Any],
+        keep: int,
+        writing: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         """
         Args:
             directory: where the checkpoints stand.
             engine: engine whose state is saved.
             identity: what a run must have in common with this one to resume from its checkpoints.
             keep: checkpoints to keep, besides the best.
+            writing: context in which the main process writes; see `Watch.writing`.
         """
         self.directory = directory
         self._engine = engine
         self._identity = identity
         self._keep = keep
+        self._writing = writing
         self.saved_step: int | None = None
         self._written_step: int | None = None
         self._best_weights: tuple[int, dict[str, Tensor]] | None = None
@@ -166,8 +177,9 @@ class Checkpointer:
         replaced = False
         if self._engine.accelerator.is_main_process:
             try:
-                checkpoint.replace_state(self.directory, progress.step, self._state(progress))
-                checkpoint.prune(self.directory, self._keep, progress.best_step)
+                with self._writing():
+                    checkpoint.replace_state(self.directory, progress.step, self._state(progress))
+                    checkpoint.prune(self.directory, self._keep, progress.best_step)
                 replaced = True
             except (OSError, ValueError, KeyError) as error:
                 logger.warning("cannot reuse the checkpoint of update %d, rewriting it: %s", progress.step, error)
@@ -196,8 +208,9 @@ class Checkpointer:
             logger.warning("checkpoint not saved, because %s is not finite; the previous one is kept", broken[0])
             return False
         try:
-            checkpoint.write(self.directory, progress.step, content)
-            checkpoint.prune(self.directory, self._keep, progress.best_step)
+            with self._writing():
+                checkpoint.write(self.directory, progress.step, content)
+                checkpoint.prune(self.directory, self._keep, progress.best_step)
         except (OSError, SafetensorError) as error:
             logger.error(
                 "cannot write the checkpoint of update %d: %s. Training continues. Free space for the next one; until "

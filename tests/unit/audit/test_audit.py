@@ -381,7 +381,7 @@ def test_processes_do_not_outlive_their_parent() -> None:
 WAITING = """
 from lora_dist_testing.planted import wait_long
 from lora_dist.audit.pool import in_processes
-from lora_dist.errors import exit_on_user_error
+from lora_dist.processes.lifetime import exit_on_user_error
 exit_on_user_error(lambda: list(in_processes(wait_long, ['x'] * 99, 2, '')))()
 """
 

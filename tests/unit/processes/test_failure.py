@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 
 from lora_dist import train
 from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError, UserError
-from lora_dist.processes.failure import report_failure, told_failure
+from lora_dist.processes.failure import read_failure, report_failure
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.rendezvous import launch_store
 from lora_dist.processes.runtime import launch
@@ -97,7 +97,7 @@ def test_a_mistake_in_the_settings_of_one_node_is_said_there_and_told(
 def _told() -> str:
     store = launch_store(timedelta(seconds=30))
     assert store is not None
-    return str(told_failure(store))
+    return str(read_failure(store))
 
 
 @pytest.mark.usefixtures("store")

@@ -1,5 +1,6 @@
 """A command ends with all that it started, in bounded time, with the right exit code, whatever way it ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -127,3 +128,65 @@ def test_children_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def _full_pipe() -> tuple[int, int]:
+    """A pipe that nobody reads, as into a `tee` that hangs."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    return reading, writing
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("raise ZeroDivisionError", 1),
+        ("raise UserError('no such file')", 2),
+        ("stalled.now('hangs')\nstalled.warmed_up()\nwith stalled.watching(): time.sleep(600)", 124),
+    ],
+)
+def test_a_command_ends_although_standard_error_blocks(body: str, code: int, tmp_path: Path) -> None:
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    (tmp_path / "command.py").write_text(
+        "import time\nfrom lora_dist.errors import UserError\nfrom lora_dist.processes import lifetime, watch\n"
+        "lifetime.GRACE_SECONDS = watch.GRACE_SECONDS = watch.ANSWER_SECONDS = 1\nwatch.FIRST_SECONDS = 0\n"
+        f"stalled = watch.Watch(0.5)\n@lifetime.exit_on_user_error\ndef main():\n{lines}\nlifetime.run_command(main)\n",
+        encoding="utf-8",
+    )
+    pipe = _full_pipe()
+    try:
+        result = subprocess.run([sys.executable, tmp_path / "command.py"], stderr=pipe[1], timeout=60, check=False)
+    finally:
+        for end in pipe:
+            os.close(end)
+    assert result.returncode == code
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before the import", "after the import"])
+def test_a_launcher_that_is_already_dead_is_noticed(early: bool, tmp_path: Path) -> None:
+    """A process that starts as its launcher is killed gets no signal for that from the kernel."""
+    if early and "python" in Path("/proc/1/cmdline").read_text(encoding="utf-8"):
+        pytest.skip("process 1 might be a launcher")
+    child = "import os, sys, time\n" + ("" if early else "from lora_dist.processes import launcher\n")
+    child += (
+        "open('started', 'w').close()\n"
+        "while os.getppid() == int(sys.argv[1]):\n    time.sleep(0.01)\n"
+        "from lora_dist.processes import launcher\nlauncher.end_with_launcher()\nopen('alive', 'w').close()\n"
+    )
+    (tmp_path / "child.py").write_text(child, encoding="utf-8")
+    parent = (
+        "import os, subprocess, sys, time\nchild = subprocess.Popen([sys.executable, 'child.py', str(os.getpid())])\n"
+        "while not os.path.exists('started'):\n    time.sleep(0.01)\nprint(child.pid)"
+    )
+    launched = os.environ | {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_MODE": "default"}
+    words = [sys.executable, "-c", parent]
+    pid = int(subprocess.check_output(words, cwd=tmp_path, env=launched, text=True, timeout=60))
+    end = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert not (tmp_path / "alive").exists()

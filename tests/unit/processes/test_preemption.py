@@ -57,7 +57,8 @@ def test_a_signal_is_a_request_to_stop_and_is_named(
 ) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(StopRequested):
         _signalled(preemption, number)
-    assert caplog.messages == [f"{number.name}: saving and stopping after this update; a second one ends at once"]
+    what = "saving and stopping after this update; a second signal ends the process at once"
+    assert caplog.messages == [f"{number.name}: {what}"]
 
 
 def test_what_other_signals_do_stays_as_it_was(preemption: Preemption) -> None:
@@ -157,4 +158,4 @@ with one.listening():
 """)
     assert result.returncode == 128 + signal.SIGTERM
     assert result.stdout == "still here\n"
-    assert "a second signal, SIGTERM: ending at once" in result.stderr
+    assert "second signal (SIGTERM): exiting without saving" in result.stderr

@@ -55,10 +55,10 @@ def _refused(seconds: float = 1.0) -> str:
         ("RANK", None, "WORLD_SIZE=2, but RANK is not set. "),
         ("MASTER_ADDR", None, "WORLD_SIZE=2, but MASTER_ADDR is not set. "),
         ("MASTER_PORT", None, "WORLD_SIZE=2, but MASTER_PORT is not set. "),
-        ("RANK", "2", "RANK=2 with WORLD_SIZE=2: has to be a number from 0 to 1. "),
-        ("RANK", "-1", "RANK=-1 with WORLD_SIZE=2: has to be a number from 0 to 1. "),
-        ("MASTER_PORT", "70000", "MASTER_PORT=70000 with WORLD_SIZE=2: has to be a number from 1 to 65535. "),
-        ("WORLD_SIZE", "two", "WORLD_SIZE=two: has to be a number from 1 to "),
+        ("RANK", "2", "RANK=2 with WORLD_SIZE=2: must be an integer from 0 to 1. "),
+        ("RANK", "-1", "RANK=-1 with WORLD_SIZE=2: must be an integer from 0 to 1. "),
+        ("MASTER_PORT", "70000", "MASTER_PORT=70000 with WORLD_SIZE=2: must be an integer from 1 to 65535. "),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two: must be an integer from 1 to "),
     ],
 )
 @pytest.mark.usefixtures("port")
@@ -79,15 +79,15 @@ def test_a_port_that_is_taken_is_said_by_rank_0(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     message = _refused()
-    assert f"rank 0 cannot listen on port {port} of {HOST}" in message
+    assert f"rank 0 cannot listen on MASTER_PORT={port} of {HOST}" in message
     assert "address already in use" in message
-    assert "another MASTER_PORT, the same for all ranks" in message
+    assert "another MASTER_PORT, the same on all ranks" in message
 
 
 def test_another_program_on_the_port_does_not_hold_a_rank_up_for_ever(port: int, taken: socket.socket) -> None:
     """torch itself waits for ever for its answer."""
     message = _refused()
-    assert f"rank 0 did not answer at 127.0.0.1:{port} within 1 s: what listens there does not answer" in message
+    assert f"rank 0 did not answer at 127.0.0.1:{port} within 1 s: the port is open, but no store answers" in message
     assert "MASTER_PORT" in message
 
 
@@ -110,7 +110,7 @@ def test_an_address_that_nobody_knows_is_said(rank: str, monkeypatch: pytest.Mon
     message = _refused()
     assert "no-such-host.invalid" in message
     assert "MASTER_ADDR" in message
-    assert ("this is rank 0 and it listens" in message) == (rank == "0")
+    assert ("rank 0 listens on port" in message) == (rank == "0")
 
 
 def _other_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,9 @@ def test_a_rank_that_two_processes_have_is_said_and_its_failure_told_to_nobody(m
     assert isinstance(_ask({"RANK": "1"}, monkeypatch), type(store))
     with monkeypatch.context() as patch:
         _other_process(patch)
-        with pytest.raises(JoinError, match=rf"^rank 1 .* is already {HOST} \(process \d+\), and this is elsewhere"):
+        with pytest.raises(
+            JoinError, match=rf"^rank 1 .* is already taken by {HOST} \(process \d+\); this process is elsewhere"
+        ):
             launch_store(timedelta(seconds=30))
         with pytest.raises(ValueError, match="its own"), report_failure():
             raise ValueError("its own")
@@ -142,7 +144,7 @@ def test_a_rank_that_two_processes_have_is_said_and_its_failure_told_to_nobody(m
 @pytest.mark.usefixtures("port")
 def test_processes_that_disagree_about_their_number_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     _ask({"RANK": "0"}, monkeypatch)
-    with pytest.raises(JoinError, match="WORLD_SIZE=4 for rank 3, but 2 for another process"):
+    with pytest.raises(JoinError, match="WORLD_SIZE is 4 on rank 3, but 2 on another process"):
         _ask({"RANK": "3", "WORLD_SIZE": "4"}, monkeypatch)
 
 

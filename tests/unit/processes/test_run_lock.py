@@ -168,7 +168,10 @@ def test_a_file_system_without_locks_is_told_and_no_obstacle(
     launch("no")
     monkeypatch.setattr(fcntl, "lockf", fails)
     lock = _take(tmp_path)
-    assert f"cannot be locked, because its file system has no locks ({os.strerror(number)})" in capsys.readouterr().err
+    assert (
+        f"cannot be locked, because its file system does not support locks ({os.strerror(number)})"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
     lock.release()
 

@@ -45,7 +45,7 @@ def _run(directory: Path, *arguments: float) -> tuple[subprocess.CompletedProces
 def test_a_stall_ends_with_what_was_going_on_and_all_stacks(tmp_path: Path) -> None:
     result, seconds = _run(tmp_path, 1.0, 0, 60)
     assert result.returncode == 124
-    assert "error: nothing has moved for 1 s (--stall_timeout):\n  rank 0 on " in result.stderr
+    assert "error: no progress for 1 s (--stall_timeout):\n  rank 0 on " in result.stderr
     assert "for 1 s: update 3: waiting for micro-batch 7\ngo on from update 4" in result.stderr
     assert "in sleeping" in result.stderr
     assert "done" not in result.stdout

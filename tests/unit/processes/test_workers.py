@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lora_dist.errors import UserError
+from lora_dist.processes import workers
 from lora_dist.processes.workers import WorkerDiedError, from_workers, require_shared_memory, worker_loader
 
 
@@ -51,9 +52,9 @@ def _loaded(event: str, silent_seconds: float | None = None) -> list[int]:
 @pytest.mark.parametrize(
     ("event", "said"),
     [
-        ("killed", r"ended by SIGKILL\. The system kills .* a lower --dataloader_num_workers"),
-        ("no room", r"found no room in /dev/shm\. .*--shm-size or --ipc=host.*--dataloader_num_workers"),
-        ("crashes", "ended by SIGSEGV"),
+        ("killed", r"killed by SIGKILL, .* lower --dataloader_num_workers"),
+        ("no room", r"killed by SIGBUS: /dev/shm was full, or the file system of .*--cache_dir.*--shm-size"),
+        ("crashes", "terminated by SIGSEGV"),
     ],
 )
 def test_a_worker_that_dies_is_a_sentence_with_the_way_out(event: str, said: str) -> None:
@@ -64,9 +65,16 @@ def test_a_worker_that_dies_is_a_sentence_with_the_way_out(event: str, said: str
     assert time.monotonic() - start < 10
 
 
+def test_a_bus_error_is_blamed_on_dev_shm_alone_where_that_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "free_bytes", lambda _: 0)
+    said = r"ran out of space in /dev/shm\. .*--shm-size or --ipc=host.*--dataloader_num_workers"
+    with pytest.raises(WorkerDiedError, match=said):
+        _loaded("no room")
+
+
 def test_a_worker_that_hangs_is_a_sentence_after_a_time() -> None:
     start = time.monotonic()
-    with pytest.raises(WorkerDiedError, match="deliver nothing any more"):
+    with pytest.raises(WorkerDiedError, match="no longer deliver batches"):
         _loaded("hangs", silent_seconds=1)
     assert time.monotonic() - start < 5
 
@@ -97,7 +105,7 @@ def test_workers_that_stay_are_those_of_the_first_pass() -> None:
 
 def test_room_for_the_batches_is_asked_for_before() -> None:
     require_shared_memory(1)
-    with pytest.raises(UserError, match=r"/dev/shm has .* free, and the loader's workers need 1000\.0 TB there"):
+    with pytest.raises(UserError, match=r"/dev/shm has .* free, but the DataLoader workers need 1000\.0 TB for"):
         require_shared_memory(10**15)
 
 
@@ -120,7 +128,7 @@ def test_a_small_dev_shm_is_said_before_training_with_both_sizes(vit: Path, phot
     small = run("64k", tmp_path / "small")
     assert small.returncode == 2, small.stderr
     # 2 workers x 4 batches x (8 + 128) images of 3 x 32 x 32 bytes, and their labels, weights and indices.
-    found = re.search(r"/dev/shm has 6\d kB free, and the loader's workers need ([\d.]+) MB there", small.stderr)
+    found = re.search(r"/dev/shm has 6\d kB free, but the DataLoader workers need ([\d.]+) MB for", small.stderr)
     assert found is not None, small.stderr
     assert 0.95 < float(found.group(1)) * 1e6 / (2 * 4 * (8 + 128) * 3 * 32 * 32) < 1.1
     assert "--shm-size" in small.stderr

@@ -37,9 +37,9 @@ def test_crashes_are_counted_over_the_starts_of_a_job(tmp_path: Path) -> None:
         again, reason = _call(logs, "crashed", restart)
         if restart < 3:
             assert (again, reason) == (
-                True, f"a checkpoint was saved since the start (crash {restart + 1} of at most 3)"
+                True, f"a checkpoint was saved since the last start (crash {restart + 1} of at most 3)"
             )  # fmt: skip
-    assert (again, reason) == (False, "this is crash 4 of the job, and MAX_CRASH_RESTARTS is 3")
+    assert (again, reason) == (False, "crash 4 of the job exceeds MAX_CRASH_RESTARTS=3")
 
 
 @pytest.mark.parametrize("saved", [(), (100, 120), (120,)])
@@ -50,7 +50,7 @@ def test_a_crash_without_a_newer_checkpoint_is_not_worth_another_start(saved: tu
     assert _call(tmp_path, "crashed")[0]
     _call(tmp_path, "begin_start", 1)
     _save(tmp_path, *saved)
-    assert _call(tmp_path, "crashed", 1) == (False, "no checkpoint was saved since the start")
+    assert _call(tmp_path, "crashed", 1) == (False, "no checkpoint was saved since the last start")
 
 
 @pytest.mark.parametrize(("most", "again"), [("0", False), ("1", True), ("none", False), ("-1", False)])
@@ -62,15 +62,15 @@ def test_the_bound_is_set_by_a_variable(most: str, again: bool, tmp_path: Path) 
 
 def test_a_start_without_an_end_counts_as_a_crash(tmp_path: Path) -> None:
     """As a node that fails leaves it behind; once with progress, and once without."""
-    begun = "the start before this one has no end: a node failed, or the job was killed"
+    begun = "the previous start did not end properly: a node failed or the job was killed"
     _call(tmp_path, "begin_start")
     _save(tmp_path, 10)
     going_on, text = _call(tmp_path, "begin_start", 1)
     assert going_on
-    assert f"{begun}; a checkpoint was saved since the start (crash 1 of at most 3): going on" in text
+    assert f"{begun}; a checkpoint was saved since the last start (crash 1 of at most 3): resuming" in text
     going_on, text = _call(tmp_path, "begin_start", 2)
     assert not going_on
-    assert f"{begun}; no checkpoint was saved since the start: not started again" in text
+    assert f"{begun}; no checkpoint was saved since the last start: not restarted" in text
     # Somebody requeues it by hand.
     assert _call(tmp_path, "begin_start", 3) == (True, "")
 
@@ -81,7 +81,7 @@ def test_an_end_that_is_no_crash_does_not_count(end: str, tmp_path: Path) -> Non
         assert _call(tmp_path, "begin_start", restart) == (True, "")
         assert _call(tmp_path, f"record '{end}'", restart) == (True, "")
     _save(tmp_path, 10)
-    assert _call(tmp_path, "crashed", 4) == (True, "a checkpoint was saved since the start (crash 1 of at most 3)")
+    assert _call(tmp_path, "crashed", 4) == (True, "a checkpoint was saved since the last start (crash 1 of at most 3)")
 
 
 def test_a_job_whose_number_comes_again_begins_anew(tmp_path: Path) -> None:
