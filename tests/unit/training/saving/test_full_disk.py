@@ -107,7 +107,7 @@ def test_no_room_for_what_is_to_be_pushed_costs_that_push_alone(
         point_client_at(hub.url, tmp_path / "cache", monkeypatch)
         acts = {1: lambda: (run / "outbox").symlink_to(small)}
         _run(vit, photos, run, acts, monkeypatch, "--push_to_hub")
-    assert "cannot write what is to be pushed to the Hub: " in capfd.readouterr().err
+    assert "cannot write the files for the Hub: " in capfd.readouterr().err
     assert _same_adapter(run, undisturbed)
     assert len(hub.messages("ada/run")) == 1
     assert hub.repositories["ada/run"].files == {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
