@@ -1,6 +1,5 @@
-"""Loads the base model of a classifier, finds its head, and identifies it by a fingerprint of its weights."""
+"""Loads the base model of a classifier."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
+from lora_dist.model.head import find_heads, fingerprint
 from lora_dist.settings.train import Settings
 
 
@@ -23,7 +22,7 @@ class Base:
     Attributes:
         model: a `transformers` classifier in fp32, with a head for the labels.
         processor: image processor.
-        heads: names of the modules to train in full (see `find_heads`).
+        heads: names of the modules to train in full (see `head.find_heads`).
         missing: parameters that the checkpoint lacked or had in another shape; they are random.
         name: path or Hub name.
         revision: commit on the Hub; None for a directory.
@@ -105,40 +104,6 @@ def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,
     )
-
-
-def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
-    """Returns the names of the modules to train in full: all outside the backbone, and those that are random.
-
-    Args:
-        model: a `transformers` classifier.
-        missing: parameters that the checkpoint lacked, such as the pooler of a masked-image model.
-
-    Raises:
-        UserError: the model has no module outside its backbone.
-    """
-    heads = [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
-    # Shorter names come first, so that no head is inside another one.
-    for module in sorted({parameter.rpartition(".")[0] for parameter in missing}, key=lambda name: (len(name), name)):
-        if module and not any(module == head or module.startswith(f"{head}.") for head in heads):
-            heads.append(module)
-    if not heads:
-        raise UserError(f"{type(model).__name__} has no head beside its backbone {model.base_model_prefix!r}")
-    return heads
-
-
-def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
-    """Returns a digest of the backbone's fp32 weights that does not depend on their names."""
-    digests = sorted(
-        hashlib.sha256(str(list(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
-        for name, tensor in model.state_dict().items()
-        if tensor.dtype == torch.float32 and not any(name.startswith(f"{head}.") for head in heads)
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def cannot_load(name: str, error: Exception) -> UserError:

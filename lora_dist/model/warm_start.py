@@ -15,6 +15,7 @@ from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.bundle import read_bundle
 from lora_dist.model.classifier import check_base
+from lora_dist.model.head import is_in
 from lora_dist.model.targets import resolve_targets, shortest
 from lora_dist.settings.train import LoraSettings, Settings
 
@@ -78,8 +79,7 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)
     same_classes = bundle.labels == list(labels)
-    heads = tuple(f"{head}." for head in base.heads)
-    replaced = () if same_classes else (name for name in adapter.state if name.startswith(heads))
+    replaced = () if same_classes else (name for name in adapter.state if is_in(name, base.heads))
     logger.info(
         "starting from the adapter in %s, with %s",
         directory,
