@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
-from lora_dist.model.head import find_heads, fingerprint
+from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.settings.train import Settings
 
 
@@ -50,6 +50,7 @@ def load_base(
     seed: int = 0,
     init_from_config: bool = False,
     trust_remote_code: bool = False,
+    fit_classes: bool = False,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -60,29 +61,35 @@ def load_base(
         seed: for weights that the checkpoint lacks, such as a new head.
         init_from_config: initialise all weights at random.
         trust_remote_code: run code that comes with the model.
+        fit_classes: permute or renew the head of a base that names its classes (see `head.fit_head`).
 
     Raises:
         UserError: the model is not found or is not an image classifier.
     """
     name = demo.local_path(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    labelled: dict[str, Any] = {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
     torch.manual_seed(seed)
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
             processor = AutoImageProcessor.from_pretrained(name, **source)
-            config = AutoConfig.from_pretrained(name, **source, **labelled)
+            config = AutoConfig.from_pretrained(name, **source)
+            before = dict(config.id2label)
+            config.num_labels = len(labels)
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: index for index, label in enumerate(labels)}
+            # That of the base may be another one: `pipeline` would not compute a softmax.
+            config.problem_type = "single_label_classification"
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(name, config, source)
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         # For a missing name, an unreachable Hub, an unsupported architecture or a truncated file.
         raise cannot_load(name, error) from error
-    heads = find_heads(model, missing)
+    random = list(missing)
+    if fit_classes and not init_from_config:
+        torch.manual_seed(seed)
+        random += fit_head(model, before, labels, missing)
+    heads = find_heads(model, random)
     return Base(
         model=model,
         processor=processor,
@@ -94,7 +101,9 @@ def load_base(
     )
 
 
-def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None = None) -> Base:
+def load_base_of(
+    settings: Settings, labels: Sequence[str], revision: str | None = None, fit_classes: bool = True
+) -> Base:
     """Loads the base of a training run's settings; `revision` overrides theirs, to load the same commit again."""
     return load_base(
         settings.model.model_name_or_path,
@@ -103,6 +112,7 @@ def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None
         seed=settings.run.seed,
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,
+        fit_classes=fit_classes,
     )
 
 

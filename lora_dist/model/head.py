@@ -3,11 +3,11 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_dist.errors import UserError
 
@@ -71,6 +71,48 @@ def class_dimensions(config: Any, make: Callable[[Any], Any]) -> dict[str, int]:
         for name in few
         if (2, 3) in zip(few[name], more.get(name, ()), strict=False)
     }
+
+
+def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Fits the head of a base that classifies as many classes to `labels`, and logs what it changes.
+
+    If the names are the same in another order, the head is permuted. If they differ, it is made anew, as for another
+    number of classes. If they are LABEL_0, LABEL_1 …, they say nothing, and the head stays.
+
+    Args:
+        before: `id2label` of the base.
+        missing: parameters that the checkpoint lacked.
+
+    Returns:
+        The parameters that are random now.
+    """
+    names = [before[index] for index in sorted(before)]
+    if len(names) != len(labels) or names == list(labels):
+        return []
+    dimensions = class_dimensions(model.config, type(model))
+    if not dimensions or dimensions.keys() & {*missing}:
+        return []
+    if names == [f"LABEL_{index}" for index in range(len(names))]:
+        logger.info("keeping the head of the base, which does not name its %d classes", len(names))
+        return []
+    if (order := reordering(names, labels)) is not None:
+        logger.info("the base has the same classes in another order: permuting its head")
+        for name, dimension in dimensions.items():
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.index_select(dimension, order)
+        return []
+    logger.warning("the base has other classes (%s, …) than the data: making its head anew", ", ".join(names[:3]))
+    for module in dict.fromkeys(model.get_submodule(name.rpartition(".")[0]) for name in dimensions):
+        for parameter in module.parameters(recurse=False):
+            # `transformers` does not initialise what it has loaded.
+            parameter._is_hf_initialized = False
+        model._init_weights(module)
+    return sorted(dimensions)
+
+
+def reordering(before: Sequence[str], after: Sequence[str]) -> Tensor | None:
+    """Returns the indices in `before` of the names in `after`; None if they are not the same names."""
+    return torch.tensor([before.index(name) for name in after]) if sorted(before) == sorted(after) else None
 
 
 def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:

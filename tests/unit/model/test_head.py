@@ -12,18 +12,18 @@ from lora_dist_testing.tiny import CLASSES, WITHOUT_PREFIX, make_config, make_im
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, CLIPModel
+from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.backbone import Base, load_base
-from lora_dist.model.bundle import write_adapter
+from lora_dist.model.backbone import Base, load_base, load_base_of
+from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.head import EMPTY_FINGERPRINT, find_heads, fingerprint
+from lora_dist.model.head import EMPTY_FINGERPRINT, class_dimensions, find_heads, fingerprint
 from lora_dist.model.targets import shortest
 from lora_dist.model.trainable import make_trainable, set_training
-from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist.settings.train import LoraSettings, ModelSettings, RunSettings, Settings
 
 LABELS = list(CLASSES)
 HEADS = {"hgnet_v2": ["fc"], "poolformer": ["norm", "classifier"], "swiftformer": ["norm", "head", "dist_head"]}
@@ -167,3 +167,82 @@ def test_targets_that_peft_cannot_select_alone_are_refused(vit: Path) -> None:
     base.model.vit.register_module("query", nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"PEFT cannot adapt query without vit\.query"):
         shortest(["query"], base.model)
+
+
+def _classifier(directory: Path, name: str, labels: list[str]) -> tuple[Path, Tensor]:
+    """A base that classifies `labels`, several of them at once, and its logits."""
+    base = load_base(str(_make(name, directory)), labels)
+    perturb(base.model)
+    base.model.config.problem_type = "multi_label_classification"
+    base.model.save_pretrained(directory / "classifier")
+    base.processor.save_pretrained(directory / "classifier")
+    return directory / "classifier", _logits(base.model, base)
+
+
+def _settings(directory: Path, seed: int = 0) -> Settings:
+    return Settings(model=ModelSettings(model_name_or_path=str(directory)), run=RunSettings(seed=seed))
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "hgnet_v2", "swiftformer"])
+def test_the_head_of_a_base_with_the_same_classes_in_another_order_is_permuted(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, expected = _classifier(tmp_path, name, ["x", "y", "z"])
+    with caplog.at_level(logging.INFO):
+        base = load_base_of(_settings(directory), ["z", "x", "y"])
+    torch.testing.assert_close(_logits(base.model, base), expected[:, [2, 0, 1]])
+    assert "same classes in another order" in caplog.text
+    assert base.missing == []
+    caplog.clear()
+    base = load_base_of(_settings(directory), ["x", "y", "z"])
+    torch.testing.assert_close(_logits(base.model, base), expected)
+    assert "head" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "hgnet_v2", "swiftformer"])
+def test_the_head_of_a_base_with_other_classes_is_made_anew(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, expected = _classifier(tmp_path, name, ["x", "y", "z"])
+    base, again, other = (load_base_of(_settings(directory, seed), ["p", "q", "r"]) for seed in (3, 3, 4))
+    assert "the base has other classes (x, y, z, …) than the data" in caplog.text
+    assert torch.equal(_logits(base.model, base), _logits(again.model, base))
+    assert not torch.allclose(_logits(base.model, base), _logits(other.model, base))
+    kept = load_base(str(directory), ["p", "q", "r"])
+    assert torch.equal(_logits(kept.model, base), expected), "an adapter without a head needs it"
+    assert base.fingerprint == kept.fingerprint
+    assert base.heads == kept.heads
+    before, after = kept.model.state_dict(), base.model.state_dict()
+    assert {key for key in after if not torch.equal(before[key], after[key])} == set(
+        class_dimensions(base.model.config, type(base.model))
+    )
+    assert base.missing == []
+    fresh = load_base_of(_settings(directory), ["p", "q", "r", "s"]).model.state_dict()
+    for key in (key for key in fresh if before[key].shape != fresh[key].shape and key.endswith("weight")):
+        assert 0.3 < after[key].std() / fresh[key].std() < 3, "as for another number of classes"
+
+
+def test_the_head_of_a_base_that_does_not_name_its_classes_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, expected = _classifier(tmp_path, "vit", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    with caplog.at_level(logging.INFO):
+        base = load_base_of(_settings(directory), ["z", "x", "y"])
+    torch.testing.assert_close(_logits(base.model, base), expected)
+    assert "keeping the head of the base" in caplog.text
+
+
+def test_the_problem_type_of_the_base_does_not_stay(tmp_path: Path) -> None:
+    directory, _ = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    assert json.loads((directory / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    base = load_base_of(_settings(directory), ["x", "y", "z"])
+    write_adapter(tmp_path / "adapter", make_trainable(base, ModelSettings(), LoraSettings()), base, "card\n")
+    merged: Any = adapters.merge(load_classifier(tmp_path / "adapter").model)
+    write_model(tmp_path / "merged", merged, base.processor, "card\n")
+    full = load_base_of(_settings(directory), ["x", "y", "z"])
+    write_model(tmp_path / "full", full.model, full.processor, "card\n")
+    for name in ("adapter", "merged", "full"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["problem_type"] == "single_label_classification", name
+    found = pipeline("image-classification", str(tmp_path / "merged"))(make_image(0, 0))
+    assert sum(label["score"] for label in found) == pytest.approx(1)
