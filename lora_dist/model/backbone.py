@@ -1,5 +1,6 @@
 """Loads the base model of a classifier."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,8 @@ def load_base(
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(name, config, source)
             )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        # For a missing name, an unreachable Hub, an unsupported architecture or a truncated file.
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        # For a missing name, an unreachable Hub, an unsupported architecture, a missing package or a truncated file.
         raise cannot_load(name, error) from error
     random = list(missing)
     if fit_classes and not init_from_config:
@@ -117,19 +118,27 @@ def load_base_of(
 
 
 def cannot_load(name: str, error: Exception) -> UserError:
-    """Converts an error of `transformers` to a `UserError` with advice."""
+    """Converts an error of `transformers` to a `UserError`, with advice on the Hub if that is the reason."""
+    if isinstance(error, ImportError):
+        # The messages of `transformers` contain the command; a ModuleNotFoundError has the name.
+        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [error.name or ""]
+        line = f"pip install {' '.join(packages)}" if packages[0] else str(error).strip()
+        return UserError(f"the model {name!r} needs a package that is not installed: {line}")
     if "trust_remote_code" in str(error):
         return UserError(
             f"the model {name!r} contains its own code. If you trust its source, --trust_remote_code runs it"
         )
     message = f"cannot load the base model {name!r} as an image classifier: "
-    if Path(name).is_dir():
-        return UserError(f"{message}{error}")
+    # `transformers` goes on with the names of all models that it has.
+    reason = str(error).partition("\nModel type should be one of")[0]
+    from_hub = isinstance(error, OSError) and "does not appear to have" not in reason
+    if Path(name).is_dir() or not from_hub:
+        return UserError(f"{message}{reason}")
     elsewhere = "\nIf it has moved, pass its location: predict as --base_model, train as --model_name_or_path"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"{message}there is no such directory.{elsewhere}")
     return UserError(
-        f"{message}{error}{elsewhere}\nWithout a network, run `hf download {name}` beforehand; "
+        f"{message}{reason}{elsewhere}\nWithout a network, run `hf download {name}` beforehand; "
         "the small demo:vit needs no network"
     )
 

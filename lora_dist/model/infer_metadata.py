@@ -41,7 +41,7 @@ def labels_of(
     try:
         with hub_client.reading(f"the configuration of the base model {base}", f"`hf download {base}`"):
             config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise cannot_load(base, error) from error
     count = class_count(files, config, trust_remote_code)
     # An adapter without a head was trained with the head of a fine-tuned base.
