@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, lora_layer
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
+from lora_dist.model.head import is_in
 from lora_dist.model.legacy_names import LegacyNames, current_names
 from lora_dist.model.targets import resolve_targets
 from lora_dist.settings.train import LoraSettings
@@ -51,13 +52,16 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
             f"{type(model).__name__} cannot be adapted with these LoRA settings: {error} "
             f"(for example, --init_lora_weights pissa supports linear layers only)"
         ) from error
+    _freeze_others(adapted, heads)
     lora_layer.speed_up(adapted)
     return adapted
 
 
 def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
     """Freezes all but the heads; a linear probe is saved and loaded like a LoRA adapter."""
-    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
+    adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
+    _freeze_others(adapted, heads)
+    return adapted
 
 
 @contextmanager
@@ -226,6 +230,31 @@ def is_counted(name: str) -> bool:
 def is_lora_b(name: str) -> bool:
     """Whether a parameter is a B matrix, which LoRA+ trains at a higher learning rate."""
     return ".lora_B." in name
+
+
+def lora_layer_of(name: str) -> str | None:
+    """Returns the layer that a parameter of LoRA adapts, or None for another parameter."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0] if ".lora_" in name else None
+
+
+def _freeze_others(model: PeftModel, heads: Sequence[str]) -> None:
+    """Freezes what PEFT made trainable besides the heads: it compares the endings of names.
+
+    PoolFormer's head `norm` selects the norms of all its blocks. Their unchanged copies stay in the adapter's file.
+
+    Raises:
+        UserError: such a module has LoRA, or PEFT did not find a head.
+    """
+    wrapped = {
+        name: module for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper)
+    }
+    if lacking := sorted(set(heads) - wrapped.keys()):
+        raise UserError(f"PEFT cannot train {', '.join(lacking)} of {type(base_of(model)).__name__}")
+    for name, module in wrapped.items():
+        if not is_in(name, heads):
+            if any(isinstance(layer, LoraLayer) for layer in module.modules()):
+                raise UserError(f"PEFT cannot adapt {name}, whose name ends like that of a head ({', '.join(heads)})")
+            module.requires_grad_(False)
 
 
 def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

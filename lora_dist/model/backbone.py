@@ -1,6 +1,6 @@
-"""Loads the base model of a classifier, finds its head, and identifies it by a fingerprint of its weights."""
+"""Loads the base model of a classifier."""
 
-import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
+from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.settings.train import Settings
 
 
@@ -23,7 +23,7 @@ class Base:
     Attributes:
         model: a `transformers` classifier in fp32, with a head for the labels.
         processor: image processor.
-        heads: names of the modules to train in full (see `find_heads`).
+        heads: names of the modules to train in full (see `head.find_heads`).
         missing: parameters that the checkpoint lacked or had in another shape; they are random.
         name: path or Hub name.
         revision: commit on the Hub; None for a directory.
@@ -51,6 +51,7 @@ def load_base(
     seed: int = 0,
     init_from_config: bool = False,
     trust_remote_code: bool = False,
+    fit_classes: bool = False,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -61,29 +62,35 @@ def load_base(
         seed: for weights that the checkpoint lacks, such as a new head.
         init_from_config: initialise all weights at random.
         trust_remote_code: run code that comes with the model.
+        fit_classes: permute or renew the head of a base that names its classes (see `head.fit_head`).
 
     Raises:
         UserError: the model is not found or is not an image classifier.
     """
     name = demo.local_path(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    labelled: dict[str, Any] = {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
     torch.manual_seed(seed)
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
             processor = AutoImageProcessor.from_pretrained(name, **source)
-            config = AutoConfig.from_pretrained(name, **source, **labelled)
+            config = AutoConfig.from_pretrained(name, **source)
+            before = dict(config.id2label)
+            config.num_labels = len(labels)
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: index for index, label in enumerate(labels)}
+            # That of the base may be another one: `pipeline` would not compute a softmax.
+            config.problem_type = "single_label_classification"
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(name, config, source)
             )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        # For a missing name, an unreachable Hub, an unsupported architecture or a truncated file.
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        # For a missing name, an unreachable Hub, an unsupported architecture, a missing package or a truncated file.
         raise cannot_load(name, error) from error
-    heads = find_heads(model, missing)
+    random = list(missing)
+    if fit_classes and not init_from_config:
+        torch.manual_seed(seed)
+        random += fit_head(model, before, labels, missing)
+    heads = find_heads(model, random)
     return Base(
         model=model,
         processor=processor,
@@ -95,7 +102,9 @@ def load_base(
     )
 
 
-def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None = None) -> Base:
+def load_base_of(
+    settings: Settings, labels: Sequence[str], revision: str | None = None, fit_classes: bool = True
+) -> Base:
     """Loads the base of a training run's settings; `revision` overrides theirs, to load the same commit again."""
     return load_base(
         settings.model.model_name_or_path,
@@ -104,57 +113,32 @@ def load_base_of(settings: Settings, labels: Sequence[str], revision: str | None
         seed=settings.run.seed,
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,
+        fit_classes=fit_classes,
     )
-
-
-def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
-    """Returns the names of the modules to train in full: all outside the backbone, and those that are random.
-
-    Args:
-        model: a `transformers` classifier.
-        missing: parameters that the checkpoint lacked, such as the pooler of a masked-image model.
-
-    Raises:
-        UserError: the model has no module outside its backbone.
-    """
-    heads = [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
-    # Shorter names come first, so that no head is inside another one.
-    for module in sorted({parameter.rpartition(".")[0] for parameter in missing}, key=lambda name: (len(name), name)):
-        if module and not any(module == head or module.startswith(f"{head}.") for head in heads):
-            heads.append(module)
-    if not heads:
-        raise UserError(f"{type(model).__name__} has no head beside its backbone {model.base_model_prefix!r}")
-    return heads
-
-
-def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
-    """Returns a digest of the backbone's fp32 weights that does not depend on their names."""
-    digests = sorted(
-        hashlib.sha256(str(list(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
-        for name, tensor in model.state_dict().items()
-        if tensor.dtype == torch.float32 and not any(name.startswith(f"{head}.") for head in heads)
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def cannot_load(name: str, error: Exception) -> UserError:
-    """Converts an error of `transformers` to a `UserError` with advice."""
+    """Converts an error of `transformers` to a `UserError`, with advice on the Hub if that is the reason."""
+    if isinstance(error, ImportError):
+        # The messages of `transformers` contain the command; a ModuleNotFoundError has the name.
+        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [error.name or ""]
+        line = f"pip install {' '.join(packages)}" if packages[0] else str(error).strip()
+        return UserError(f"the model {name!r} needs a package that is not installed: {line}")
     if "trust_remote_code" in str(error):
         return UserError(
             f"the model {name!r} contains its own code. If you trust its source, --trust_remote_code runs it"
         )
     message = f"cannot load the base model {name!r} as an image classifier: "
-    if Path(name).is_dir():
-        return UserError(f"{message}{error}")
+    # `transformers` goes on with the names of all models that it has.
+    reason = str(error).partition("\nModel type should be one of")[0]
+    from_hub = isinstance(error, OSError) and "does not appear to have" not in reason
+    if Path(name).is_dir() or not from_hub:
+        return UserError(f"{message}{reason}")
     elsewhere = "\nIf it has moved, pass its location: predict as --base_model, train as --model_name_or_path"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"{message}there is no such directory.{elsewhere}")
     return UserError(
-        f"{message}{error}{elsewhere}\nWithout a network, run `hf download {name}` beforehand; "
+        f"{message}{reason}{elsewhere}\nWithout a network, run `hf download {name}` beforehand; "
         "the small demo:vit needs no network"
     )
 

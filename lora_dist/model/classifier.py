@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
-from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.backbone import Base, cannot_load, load_base
 from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_labels
 
 
@@ -115,5 +115,7 @@ def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any
         return adapter, base.processor
     try:
         return adapter, AutoImageProcessor.from_pretrained(directory, trust_remote_code=bundle.trust_remote_code)
+    except ImportError as error:
+        raise cannot_load(base.name, error) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error

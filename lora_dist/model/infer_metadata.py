@@ -1,18 +1,18 @@
 """Infers the base and the classes of an adapter that another program wrote."""
 
-import copy
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import cannot_load
+from lora_dist.model.head import class_dimensions
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def labels_of(
     try:
         with hub_client.reading(f"the configuration of the base model {base}", f"`hf download {base}`"):
             config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise cannot_load(base, error) from error
     count = class_count(files, config, trust_remote_code)
     # An adapter without a head was trained with the head of a fine-tuned base.
@@ -59,21 +59,13 @@ def labels_of(
 def class_count(files: AdapterFiles, config: Any, trust_remote_code: bool) -> int | None:
     """Returns the number of classes of an adapter's head, or None if it has no head.
 
-    Compares two models of `config` on the meta device with 2 and 3 classes: tensors of different shapes are the head.
-
     Raises:
         UserError: the adapter has heads of different sizes.
     """
-    config = copy.deepcopy(config)
-    shapes: list[dict[str, torch.Size]] = []
-    for count in (2, 3):
-        config.num_labels = count
-        with torch.device("meta"):
-            model: Any = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
-        shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
-    counts = {
-        len(files.state[name]) for name, shape in shapes[0].items() if shape != shapes[1][name] and name in files.state
-    }
+    dimensions = class_dimensions(
+        config, partial(AutoModelForImageClassification.from_config, trust_remote_code=trust_remote_code)
+    )
+    counts = {files.state[name].shape[index] for name, index in dimensions.items() if name in files.state}
     if len(counts) > 1:
         raise UserError(f"the adapter in {files.directory} has heads of different sizes: {sorted(counts)}")
     return counts.pop() if counts else None

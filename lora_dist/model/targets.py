@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lora_dist.errors import UserError
+from lora_dist.model.head import is_in
 
 SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("query", "q_proj"),
@@ -35,7 +36,7 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
         name: module
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and not any(name == head or name.startswith(f"{head}.") for head in heads)
+        and not is_in(name, heads)
     }
     if list(names) == ["all-linear"]:
         linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
@@ -65,12 +66,21 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
 
 
 def shortest(wanted: list[str], model: nn.Module) -> list[str]:
-    """Returns the last components of `wanted` if they select no other module; else the full names."""
+    """Returns the last components of `wanted` if they select no other module; else the full names.
+
+    Raises:
+        UserError: `wanted` is empty, or PEFT, which compares endings, would adapt other modules as well.
+    """
     if not wanted:
         raise UserError(f"{type(model).__name__} has no linear or convolutional layer outside its head to adapt")
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in wanted})
     hit = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in suffixes}
-    return suffixes if hit == set(wanted) else sorted(set(wanted))
+    if hit == set(wanted):
+        return suffixes
+    others = [name for name, _ in model.named_modules() if name not in wanted and any(_ends(name, of) for of in wanted)]
+    if others:
+        raise UserError(f"PEFT cannot adapt {', '.join(wanted[:3])} without {', '.join(others[:3])}; add these")
+    return sorted(set(wanted))
 
 
 def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:

@@ -1,5 +1,6 @@
 """Chooses the trainable tensors of a model, and reads, counts and restores them."""
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -10,6 +11,8 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.backbone import Base
 from lora_dist.settings.train import LoraSettings, ModelSettings
+
+logger = logging.getLogger(__name__)
 
 
 def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> nn.Module:
@@ -77,14 +80,34 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _freeze_unused(model: nn.Module, base: Base) -> None:
-    """Freezes parameters that get no gradient, such as a mask token: DDP would fail on them."""
+    """Freezes parameters that get no gradient, such as a mask token: DDP would fail on them.
+
+    Raises:
+        UserError: the model returns no logits, or no layer with LoRA contributes to them.
+    """
     blank = Image.new("RGB", (64, 64), (127, 127, 127))
     model.eval()
-    model(pixel_values=base.processor(blank, return_tensors="pt")["pixel_values"]).logits.float().sum().backward()
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.requires_grad_(False)
+    logits = getattr(model(pixel_values=base.processor(blank, return_tensors="pt")["pixel_values"]), "logits", None)
+    if logits is None:
+        raise UserError(f"{type(base.model).__name__} returns no logits and cannot be trained as a classifier")
+    logits.float().sum().backward()
+    used: set[str | None] = set()
+    unused: set[str | None] = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (unused if parameter.grad is None else used).add(adapters.lora_layer_of(name))
+            parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+    layers = ", ".join(sorted(layer for layer in unused if layer)[:3])
+    if layers and not used - {None}:
+        raise UserError(
+            f"LoRA on {layers} has no effect: {type(base.model).__name__} computes its logits without calling these "
+            f"layers. Name others with --lora_target_modules, or train with --tuning head"
+        )
+    if layers:
+        logger.warning(
+            "%d layers with LoRA have no effect on the logits and do not train: %s", len(unused - {None}), layers
+        )
 
 
 def _trains(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.bundle import read_bundle
 from lora_dist.model.classifier import check_base
+from lora_dist.model.head import class_dimensions, is_in, reordering
 from lora_dist.model.targets import resolve_targets, shortest
 from lora_dist.settings.train import LoraSettings, Settings
 
@@ -28,16 +29,18 @@ class WarmStart:
     Attributes:
         adapter: initial weights.
         replaced: parameters that the run initialises instead: the head, if the classes differ.
+        permuted: parameters of the head, if the classes have another order.
     """
 
     adapter: Adapter
     replaced: frozenset[str]
+    permuted: frozenset[str] = frozenset()
 
     def fingerprint(self) -> str:
-        """Returns a digest of the tensors that the run uses."""
+        """Returns a digest of the tensors that the run uses as they are."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.adapter.state.items()):
-            if name not in self.replaced:
+            if name not in self.replaced | self.permuted:
                 digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -77,15 +80,21 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     adapter, processor = check_base(base, bundle)
     base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)
-    same_classes = bundle.labels == list(labels)
-    heads = tuple(f"{head}." for head in base.heads)
-    replaced = () if same_classes else (name for name in adapter.state if name.startswith(heads))
-    logger.info(
-        "starting from the adapter in %s, with %s",
-        directory,
-        "its head" if same_classes else "a new head, because its classes differ",
-    )
-    return settings.model_copy(update={"lora": lora}), base, WarmStart(adapter, frozenset(replaced))
+    settings = settings.model_copy(update={"lora": lora})
+    if bundle.labels == list(labels):
+        logger.info("starting from the adapter in %s, with its head", directory)
+        return settings, base, WarmStart(adapter, frozenset())
+    head = frozenset(name for name in adapter.state if is_in(name, base.heads))
+    if (order := reordering(bundle.labels, labels)) is None:
+        logger.info("starting from the adapter in %s, with a new head, because its classes differ", directory)
+        return settings, base, WarmStart(adapter, head)
+    logger.info("starting from the adapter in %s, with its head permuted to the order of the classes", directory)
+    dimensions = class_dimensions(base.model.config, type(base.model))
+    state = {
+        name: tensor.index_select(dimensions[name], order) if name in dimensions else tensor
+        for name, tensor in adapter.state.items()
+    }
+    return settings, base, WarmStart(replace(adapter, state=state), frozenset(), head)
 
 
 def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:

@@ -186,7 +186,7 @@ class ResultWriter:
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
-            base = load_base_of(settings, self.data.labels, self.base.revision)
+            base = load_base_of(settings, self.data.labels, self.base.revision, fit_classes=False)
             base = replace(base, processor=self.base.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]

@@ -18,13 +18,20 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,
+    CLIPConfig,
     ConvNextConfig,
     DeiTConfig,
     Dinov2Config,
+    HGNetV2Config,
+    MetaClip2Config,
     MobileViTConfig,
     MobileViTImageProcessor,
+    PoolFormerConfig,
+    PPLCNetConfig,
     PreTrainedConfig,
     ResNetConfig,
+    SiglipConfig,
+    SwiftFormerConfig,
     SwinConfig,
     Swinv2Config,
     ViTConfig,
@@ -36,6 +43,8 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import stack
 
 ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
+WITHOUT_PREFIX = ("clip", "siglip", "metaclip_2", "hgnet_v2")
+"""Classifiers without a module of the name `base_model_prefix`."""
 
 
 def make_config(architecture: str, image_size: int = 32) -> PreTrainedConfig:
@@ -56,7 +65,26 @@ def make_config(architecture: str, image_size: int = 32) -> PreTrainedConfig:
         "num_heads": [2, 2],
         "window_size": 4,
     }
+    text = plain | {"vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+    two_towers: dict[str, Any] = {"text_config": text | {"pad_token_id": 0}, "vision_config": plain}
     configs = {
+        "clip": lambda: CLIPConfig(**two_towers, projection_dim=16),
+        "siglip": lambda: SiglipConfig(**two_towers),
+        "metaclip_2": lambda: MetaClip2Config(**two_towers, projection_dim=16),
+        "hgnet_v2": lambda: HGNetV2Config(
+            embedding_size=8,
+            hidden_sizes=[16, 16, 32, 32],
+            depths=[1, 1, 1, 1],
+            stem_channels=[3, 8, 8],
+            stage_in_channels=[8, 16, 16, 32],
+            stage_mid_channels=[8] * 4,
+            stage_out_channels=[16, 16, 32, 32],
+            stage_num_blocks=[1] * 4,
+            stage_numb_of_layers=[2] * 4,
+        ),
+        "pp_lcnet": lambda: PPLCNetConfig(scale=0.25, class_expand=32),
+        "poolformer": lambda: PoolFormerConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], mlp_ratio=2.0),
+        "swiftformer": lambda: SwiftFormerConfig(embed_dims=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
         "vit": lambda: ViTConfig(**plain),
         "deit": lambda: DeiTConfig(**plain),
         "beit": lambda: BeitConfig(**plain),

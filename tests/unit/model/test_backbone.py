@@ -1,5 +1,6 @@
 """The classifier: what of it trains, in which precision, what the base is recognised by, and memory savers."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from transformers import (
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.backbone import Base, cannot_load, find_heads, fingerprint, load_base
+from lora_dist.model.backbone import Base, cannot_load, load_base
+from lora_dist.model.head import find_heads, fingerprint
 from lora_dist.model.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
@@ -65,10 +67,8 @@ def test_the_head_is_found(architecture: Path) -> None:
 
 def test_a_model_without_a_head_is_refused() -> None:
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
-    headless = nn.ModuleDict({"vit": ViTModel(config, add_pooling_layer=False)})
-    headless.base_model_prefix = "vit"  # type: ignore[assignment]
     with pytest.raises(UserError, match="no head"):
-        find_heads(headless)
+        find_heads(ViTModel(config, add_pooling_layer=False))
 
 
 def test_full_tuning_trains_everything_and_a_probe_only_the_head(architecture: Path) -> None:
@@ -165,7 +165,7 @@ def _rewrite(directory: Path, change: Any) -> None:
 
 
 def _is_of_first_layer(name: str) -> bool:
-    return ".layer.0." in name or ".layers.0." in name or ".stages.0." in name
+    return ".stages.1." not in name and any(part in name for part in (".layer.0.", ".layers.0.", ".stages.0."))
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext"])
@@ -350,6 +350,43 @@ def test_a_name_that_can_only_be_a_path_is_told_from_one_of_the_hub(name: str, p
     message = str(cannot_load(name, OSError("what the client says")))
     assert part in message
     assert ("what the client says" in message) == (name == "someone/nothing")
+
+
+def test_advice_about_the_hub_is_for_errors_of_the_hub(vit: Path, tmp_path: Path) -> None:
+    """Not for a model that is no classifier, and without the names of all that are."""
+    shutil.copy(vit / "preprocessor_config.json", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="Unrecognized configuration class") as caught:
+        _base(tmp_path)
+    assert "ViTConfig" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+    for error in (caught.value.__cause__, OSError("a/b does not appear to have a file named config.json")):
+        assert isinstance(error, Exception)
+        message = str(cannot_load("a/b", error))
+        assert "hf download" not in message
+        assert "If it has moved" not in message
+
+
+@pytest.mark.parametrize(("model", "package"), [("timm_wrapper", "timm"), ("dinat", "natten")])
+def test_a_missing_package_is_named_with_the_command(model: str, package: str, vit: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    shutil.copy(vit / "preprocessor_config.json", tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model}", "architecture": "vit_tiny_patch16_224"}}')
+    with pytest.raises(UserError, match=rf"^the model '{tmp_path}' needs a package .*: pip install {package}$"):
+        _base(tmp_path, init_from_config=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ModuleNotFoundError("No module named 'einops'", name="einops"), "pip install einops"),
+        (ImportError("This needs packages that were not found: a, b. Run `pip install a b`"), "pip install a b"),
+        (ImportError("libcuda.so.1: cannot open"), "libcuda.so.1: cannot open"),
+    ],
+)
+def test_an_import_that_fails_is_one_sentence(error: ImportError, line: str) -> None:
+    assert str(cannot_load("org/name", error)) == f"the model 'org/name' needs a package that is not installed: {line}"
 
 
 def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""Finds the head of a classifier, fits it to the classes, and identifies the backbone by a fingerprint."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+EMPTY_FINGERPRINT = hashlib.sha256().hexdigest()[:32]
+"""Earlier versions recorded this for models whose backbone they did not find: it identifies nothing."""
+
+
+def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
+    """Returns the names of the modules to train in full: the head, and modules with random weights.
+
+    The head is everything beside the backbone (`base_model_prefix`). Without a module of that name, or without
+    anything beside it, the head is the modules whose shape follows the number of classes.
+
+    Args:
+        model: a `transformers` classifier.
+        missing: parameters that the checkpoint lacked, such as the pooler of a masked-image model.
+
+    Raises:
+        UserError: the model has no head, or the head would be most of its weights.
+    """
+    children = dict(model.named_children())
+    heads = [
+        name
+        for name, child in children.items()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    random = {*missing}
+    if model.base_model_prefix not in children or not heads:
+        heads = []
+        random |= class_dimensions(model.config, type(model)).keys()
+    # Shorter names come first, so that no head is inside another one.
+    for module in sorted({parameter.rpartition(".")[0] for parameter in random}, key=lambda name: (len(name), name)):
+        if module and not is_in(module, heads):
+            heads.append(module)
+    if not heads:
+        raise UserError(f"{type(model).__name__} has no head: none of its layers follows the number of classes")
+    _require_backbone(model, heads, missing)
+    return heads
+
+
+def is_in(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module or parameter is one of these modules, or inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def class_dimensions(config: Any, make: Callable[[Any], Any]) -> dict[str, int]:
+    """Returns the parameters whose shape follows the number of classes, with the dimension that does.
+
+    Compares two models on the meta device, which `make` builds from configurations with 2 and 3 classes.
+    """
+    config = copy.deepcopy(config)
+    shapes: list[dict[str, torch.Size]] = []
+    for count in (2, 3):
+        config.num_labels = count
+        with torch.device("meta"):
+            shapes.append({name: parameter.shape for name, parameter in make(config).named_parameters()})
+    few, more = shapes
+    return {
+        name: next(index for index, sizes in enumerate(zip(few[name], more[name], strict=True)) if sizes == (2, 3))
+        for name in few
+        if (2, 3) in zip(few[name], more.get(name, ()), strict=False)
+    }
+
+
+def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Fits the head of a base that classifies as many classes to `labels`, and logs what it changes.
+
+    If the names are the same in another order, the head is permuted. If they differ, it is made anew, as for another
+    number of classes. If they are LABEL_0, LABEL_1 …, they say nothing, and the head stays.
+
+    Args:
+        before: `id2label` of the base.
+        missing: parameters that the checkpoint lacked.
+
+    Returns:
+        The parameters that are random now.
+    """
+    names = [before[index] for index in sorted(before)]
+    if len(names) != len(labels) or names == list(labels):
+        return []
+    dimensions = class_dimensions(model.config, type(model))
+    if not dimensions or dimensions.keys() & {*missing}:
+        return []
+    if names == [f"LABEL_{index}" for index in range(len(names))]:
+        logger.info("keeping the head of the base, which does not name its %d classes", len(names))
+        return []
+    if (order := reordering(names, labels)) is not None:
+        logger.info("the base has the same classes in another order: permuting its head")
+        for name, dimension in dimensions.items():
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.index_select(dimension, order)
+        return []
+    logger.warning("the base has other classes (%s, …) than the data: making its head anew", ", ".join(names[:3]))
+    for module in dict.fromkeys(model.get_submodule(name.rpartition(".")[0]) for name in dimensions):
+        for parameter in module.parameters(recurse=False):
+            # `transformers` does not initialise what it has loaded.
+            parameter._is_hf_initialized = False
+        model._init_weights(module)
+    return sorted(dimensions)
+
+
+def reordering(before: Sequence[str], after: Sequence[str]) -> Tensor | None:
+    """Returns the indices in `before` of the names in `after`; None if they are not the same names."""
+    return torch.tensor([before.index(name) for name in after]) if sorted(before) == sorted(after) else None
+
+
+def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
+    """Returns a digest of the backbone's fp32 weights that does not depend on their names.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    digests = sorted(
+        hashlib.sha256(str(list(tensor.shape)).encode() + tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
+        for name, tensor in model.state_dict().items()
+        if tensor.dtype == torch.float32 and not is_in(name, heads)
+    )
+    if not digests:
+        raise UserError(f"{type(model).__name__} has no weights in fp32 outside its head ({', '.join(heads)})")
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _require_backbone(model: Any, heads: Sequence[str], missing: Sequence[str]) -> None:
+    """Raises a `UserError` if the heads are most of the weights, not counting those that follow the classes."""
+
+    def sizes(skipped: Sequence[str]) -> tuple[int, int]:
+        counted = {name: tensor.numel() for name, tensor in model.named_parameters() if name not in skipped}
+        return sum(size for name, size in counted.items() if is_in(name, heads)), sum(counted.values())
+
+    head, total = sizes(())
+    if 2 * head <= total:
+        return
+    # Thousands of classes on a small backbone.
+    head, total = sizes(list(class_dimensions(model.config, type(model))))
+    if 2 * head <= total:
+        return
+    kind = type(model).__name__
+    if missing:
+        raise UserError(
+            f"the checkpoint has no weights for most of {kind}: {len(missing)} parameters are missing or have another "
+            f"shape, such as {', '.join(missing[:3])}"
+        )
+    raise UserError(f"cannot tell the head of {kind} from its backbone: {', '.join(heads)} hold most of its weights")
