@@ -1,10 +1,15 @@
 """A folder of images with one sub-folder for each class."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_dist.data.pixels.images import is_image_name, leads_back, visible_files
+from lora_dist.data.pixels.images import image_files, is_image_name, leads_back, visible_files
 from lora_dist.errors import UserError
+
+TRAINING_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
+SPLIT_NAMES = {*TRAINING_NAMES, *VALIDATION_NAMES, "test", "testing"}
 
 
 class ClassFolders(NamedTuple):
@@ -23,24 +28,27 @@ class ClassFolders(NamedTuple):
     ignored: list[str]
 
 
-def read_class_folders(directory: str) -> ClassFolders:
-    """Lists the images of a folder; raises `UserError` if there are none, or a folder cannot be read."""
+def read_class_folders(directory: str, flag: str = "train_dir", known: Collection[str] = ()) -> ClassFolders:
+    """Lists the images of a folder; raises `UserError` if there are none, or a folder cannot be read.
+
+    Raises `UserError` as well if the class folders are one level deeper or more, and names the flags to use. Folders
+    that are all named after `known` classes are not checked for this.
+    """
     root = Path(directory)
-    try:
-        visible = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-        classes = [entry.name for entry in visible if entry.is_dir()]
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
+    folders, others = _entries(root)
+    classes = [folder.name for folder in folders]
     if not classes:
         raise UserError(
             f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
             f"such as {directory}/rose/1.jpg"
         )
-    found = ClassFolders(classes, [], [], [str(entry) for entry in visible if not entry.is_dir()])
-    for label, name in enumerate(classes):
-        if leads_back(root / name):
-            raise UserError(f"{root / name} is a link to one of its parent folders: remove it")
-        for file in visible_files(root / name):
+    if not set(classes) <= set(known):
+        _require_classes(root, folders, flag)
+    found = ClassFolders(classes, [], [], list(map(str, others)))
+    for label, folder in enumerate(folders):
+        if leads_back(folder):
+            raise UserError(f"{folder} is a link to one of its parent folders: remove it")
+        for file in visible_files(folder):
             if is_image_name(file):
                 found.paths.append(file)
                 found.labels.append(label)
@@ -49,3 +57,47 @@ def read_class_folders(directory: str) -> ClassFolders:
     if not found.paths:
         raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
     return found
+
+
+def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Visible folders and other visible files in a directory, sorted."""
+    try:
+        visible = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+        folders = [entry for entry in visible if entry.is_dir()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
+    return folders, [entry for entry in visible if entry not in set(folders)]
+
+
+def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
+    """Raises `UserError` if the folders are splits, or a single folder around the class folders."""
+    directory, inner = root, folders
+    while len(inner) == 1 and _holds_classes(inner[0]):
+        directory = inner[0]
+        inner, _ = _entries(directory)
+    names = {folder.name.lower(): folder for folder in inner}
+    training, validation = (
+        next((names[name] for name in usual if name in names), None) for usual in (TRAINING_NAMES, VALIDATION_NAMES)
+    )
+    right = {"train_dir": training, "validation_dir": validation}
+    if flag == "validation_dir":
+        del right["train_dir"]
+    wanted = right[flag]
+    if len(inner) > 1 and names.keys() <= SPLIT_NAMES and wanted and _holds_classes(wanted):
+        cause = f"its folders {', '.join(folder.name for folder in inner)} are splits, not classes"
+    elif directory != root:
+        cause, right = f"its only folder {folders[0].name} contains the class folders", {flag: directory}
+    else:
+        return
+    flags = " ".join(f"--{name} {folder}" for name, folder in right.items() if folder)
+    raise UserError(f"--{flag} {root}: {cause}; use {flags}")
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder has images in its sub-folders, and none beside them."""
+    if leads_back(folder):
+        return False
+    folders, others = _entries(folder)
+    return not any(is_image_name(str(other)) for other in others) and any(
+        next(image_files(inner), None) for inner in folders if not leads_back(inner)
+    )

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
@@ -40,16 +40,14 @@ class ImageData:
 def load_data(settings: DataSettings, seed: int) -> ImageData:
     """Loads both splits and checks that they have the same classes; raises `UserError` for anything that is missing."""
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    train_table = _load_table(settings, settings.train_dir, settings.train_split, excluded)
-    validation_table = None
+    tables = [_load_table(settings, "train", excluded)]
+    column = settings.image_column_name or find_image_column(tables[0].features)
+    labels, train = _labelled(tables[0], column, settings.label_column_name, None, excluded)
     if settings.validation_dir or settings.validation_split:
-        validation_table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
-    column = settings.image_column_name or find_image_column(train_table.features)
-    tables = [train_table] if validation_table is None else [train_table, validation_table]
+        tables.append(_load_table(settings, "validation", excluded, labels))
     _warn_of_unused(excluded, settings.exclude, tables)
-    labels, train = _labelled(train_table, column, settings.label_column_name, None, excluded)
-    if validation_table is not None:
-        _, validation = _labelled(validation_table, column, settings.label_column_name, labels, excluded)
+    if len(tables) > 1:
+        _, validation = _labelled(tables[1], column, settings.label_column_name, labels, excluded)
     else:
         kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
         train, validation = train.select(kept), train.select(held_out)
@@ -72,7 +70,7 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         return data.validation
     # The list may name training files too, so unused names are no reason to warn.
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
+    table = _load_table(settings, "validation", excluded, labels)
     column = settings.image_column_name or find_image_column(table.features)
     _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
@@ -80,11 +78,13 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
     return _limited(split, settings.max_eval_samples, seed)
 
 
-def _load_table(settings: DataSettings, directory: str | None, split: str | None, excluded: frozenset[str]) -> Dataset:
+def _load_table(
+    settings: DataSettings, name: Literal["train", "validation"], excluded: frozenset[str], known: Sequence[str] = ()
+) -> Dataset:
+    directory: str | None = getattr(settings, f"{name}_dir")
     if directory is None:
-        assert split is not None
-        return _load_split(settings, split)
-    classes, paths, labels, _ = read_class_folders(demo.local_path(directory))
+        return _load_split(settings, getattr(settings, f"{name}_split"))
+    classes, paths, labels, _ = read_class_folders(demo.local_path(directory), f"{name}_dir", known)
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
