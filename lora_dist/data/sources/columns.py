@@ -1,6 +1,7 @@
 """Finds the image and label columns of a data set, and names its classes."""
 
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -8,6 +9,9 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, Value
 
 from lora_dist.errors import UserError
+
+NAMED_ROWS = 10
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 
 def find_image_column(features: Mapping[str, Any]) -> str:
@@ -55,6 +59,32 @@ def require_columns(features: Mapping[str, Any], image_column: str, label_column
             f"column {label_column} holds {type(feature).__name__}, and not one label a sample; "
             f"name another with --label_column_name: {', '.join(features)}"
         )
+
+
+def has_label(value: Any, feature: Any) -> bool:
+    """Whether a value is a label of its column: not None, NaN, NaT, blank text, -1, or an index of no class."""
+    if isinstance(value, str):
+        return bool(visible_name(value))
+    # NaN and NaT differ from themselves.
+    if value is None or value != value or value == -1:
+        return False
+    return not isinstance(feature, ClassLabel) or 0 <= value < len(feature.names)
+
+
+def require_labels(values: Sequence[Any], feature: Any, column: str, source: str) -> None:
+    """Raises `UserError` with the numbers of the rows without a label; `source` is the file or split they are from."""
+    rows = [row for row, value in enumerate(values) if not has_label(value, feature)]
+    if rows:
+        some = ", ".join(f"row {row} ({values[row]!r})" for row in rows[:NAMED_ROWS])
+        raise UserError(
+            f"{source}: {len(rows)} of {len(values)} rows have no label in column {column}, counted from 0: {some}"
+            f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set."
+        )
+
+
+def visible_name(name: str) -> str:
+    """A class name without differences that cannot be seen: spaces, zero-width characters, composition of accents."""
+    return " ".join(unicodedata.normalize("NFC", name.translate(ZERO_WIDTH)).split())
 
 
 def class_names(feature: Any, values: set[Any]) -> dict[Any, str]:

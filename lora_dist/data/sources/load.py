@@ -12,7 +12,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load
 
 from lora_dist import demo
 from lora_dist.data.sampling.protocol import TrainingSplit
-from lora_dist.data.sources.columns import class_names, find_image_column, find_label_column, require_columns
+from lora_dist.data.sources.columns import (
+    class_names,
+    find_image_column,
+    find_label_column,
+    require_columns,
+    require_labels,
+)
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.shards import load_alone, reading_data
@@ -159,9 +165,7 @@ def _labelled(
     label_column = label_column or find_label_column(table.features)
     require_columns(table.features, image_column, label_column)
     values = list(table[label_column])
-    missing = [row for row, value in enumerate(values) if value is None or value == -1]
-    if missing:
-        raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
+    require_labels(values, table.features[label_column], label_column, f"split {table.split or 'train'}")
     names = class_names(table.features[label_column], set(values))
     table_rows = np.arange(len(values))
     if excluded:

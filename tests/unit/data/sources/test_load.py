@@ -4,10 +4,12 @@ import os
 import subprocess
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from lora_dist_testing import unprivileged
@@ -634,12 +636,30 @@ def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind"), [([0, -1, 1], ClassLabel(names=["x", "y"])), ([0, None, 1], Value("int64"))]
+    ("labels", "kind"),
+    [
+        ([0, -1, 1, None], ClassLabel(names=["x", "y"])),
+        ([0, None, 1, -1], Value("int64")),
+        ([0.0, float("nan"), 1.0, float("nan")], Value("float32")),
+        (["x", "", "y", " \t"], Value("string")),
+        (["x", "\u200b", "y", None], Value("string")),
+        ([datetime(2026, 1, 1), None, datetime(2026, 1, 2), None], Value("timestamp[s]")),
+    ],
 )
 def test_samples_without_a_label_are_refused(labels: list[Any], kind: Any, tmp_path: Path) -> None:
     """-1 is what the test splits of many data sets have instead of a label."""
-    _saved(tmp_path, {"image": _cells([0] * 3), "label": labels}, _features(kind))
-    assert "1 samples have no label, the first is row 1" in refusal(dataset_name=tmp_path)
+    _saved(tmp_path, {"image": _cells([0] * 4), "label": labels}, _features(kind))
+    message = refusal(dataset_name=tmp_path, on_bad_image="skip")
+    assert message.startswith("split train: 2 of 4 rows have no label in column label, counted from 0: row 1 (")
+    assert ", row 3 (" in message
+
+
+def test_an_index_of_no_class_is_no_label(tmp_path: Path) -> None:
+    table = _table(LABELS).cast_column("label", Value("int64"))
+    schema = _table(LABELS).features.arrow_schema
+    rows = table.data.table.set_column(1, "label", [[*LABELS[:-1], 3]]).replace_schema_metadata(schema.metadata)
+    pq.write_table(rows, tmp_path / "train.parquet")
+    assert "row 11 (3)" in refusal(dataset_name=tmp_path)
 
 
 def test_a_column_that_holds_more_than_a_label_is_refused(tmp_path: Path) -> None:
