@@ -1,6 +1,5 @@
 """Finds the image and label columns of a data set, and names its classes."""
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, Value
 
+from lora_dist.data.sources.labels import visible_name
 from lora_dist.errors import UserError
 
+LABEL_NAMES = ("label", "labels", "cls")
 NAMED_ROWS = 10
-ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 
 def find_image_column(features: Mapping[str, Any]) -> str:
@@ -39,12 +39,16 @@ def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | No
 
 
 def find_label_column(features: Mapping[str, Any]) -> str:
-    """The column of type ClassLabel, or the one called `label`, `labels` or `cls` (WebDataset), else `UserError`."""
-    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    """The only column that is a ClassLabel or called `label`, `labels` or `cls` (WebDataset).
+
+    Of several, `label` if it is a ClassLabel. Raises `UserError` otherwise.
+    """
+    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name in LABEL_NAMES]
+    if isinstance(features.get("label"), ClassLabel):
+        columns = ["label"]
     if len(columns) != 1:
-        columns = [name for name in ("label", "labels", "cls") if name in features]
-    if not columns:
-        raise UserError(f"no column of labels; name one with --label_column_name: {', '.join(features)}")
+        found = "no column" if not columns else f"columns {', '.join(columns)}"
+        raise UserError(f"{found} of labels in the data set; name one with --label_column_name: {', '.join(features)}")
     return columns[0]
 
 
@@ -80,11 +84,6 @@ def require_labels(values: Sequence[Any], feature: Any, column: str, source: str
             f"{source}: {len(rows)} of {len(values)} rows have no label in column {column}, counted from 0: {some}"
             f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set."
         )
-
-
-def visible_name(name: str) -> str:
-    """A class name without differences that cannot be seen: spaces, zero-width characters, composition of accents."""
-    return " ".join(unicodedata.normalize("NFC", name.translate(ZERO_WIDTH)).split())
 
 
 def class_names(feature: Any, values: set[Any]) -> dict[Any, str]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from lora_dist.data.sources.columns import (
 )
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.folders import read_class_folders
+from lora_dist.data.sources.labels import require_distinct
 from lora_dist.data.sources.shards import load_alone, reading_data
-from lora_dist.data.sources.split import Split, stratified_split
+from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 
@@ -60,8 +61,8 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
     check_classes(settings, labels, set(train.labels.tolist()), validation)
-    train = _limited(train, settings.max_train_samples, seed)
-    return ImageData(labels, train, _limited(validation, settings.max_eval_samples, seed))
+    train = _limited(train, labels, settings.max_train_samples, "max_train_samples", seed)
+    return ImageData(labels, train, _limited(validation, labels, settings.max_eval_samples, "max_eval_samples", seed))
 
 
 def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
@@ -81,7 +82,7 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
     _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
-    return _limited(split, settings.max_eval_samples, seed)
+    return _limited(split, labels, settings.max_eval_samples, "max_eval_samples", seed)
 
 
 def _load_table(
@@ -174,6 +175,7 @@ def _labelled(
     labels = list(known) if known is not None else list(names.values())
     index_of = {name: index for index, name in enumerate(labels)}
     unknown = sorted(set(named) - index_of.keys())
+    require_distinct([*labels, *unknown])
     if unknown:
         raise UserError(
             f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
@@ -196,13 +198,23 @@ def check_classes(settings: DataSettings, labels: Sequence[str], in_train: set[i
                 f"Add some, or continue without them with --allow_missing_classes."
             )
     if empty := [label for index, label in enumerate(labels) if index not in in_train]:
-        named = ", ".join(empty[:MAX_NAMED_CLASSES]) + (" …" if len(empty) > MAX_NAMED_CLASSES else "")
-        logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), named)
+        logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), _some(empty))
     if len(in_train) == 1:
         logger.warning("all training images are of one class, so there is nothing to classify")
 
 
-def _limited(split: Split, limit: int | None, seed: int) -> Split:
+def _limited(split: Split, labels: Sequence[str], limit: int | None, flag: str, seed: int) -> Split:
+    """Selects at most `limit` samples, stratified by class; warns of classes that it leaves out."""
     if limit is None or limit >= len(split):
         return split
-    return split.select(np.sort(np.random.default_rng([seed, len(split)]).permutation(len(split))[:limit]))
+    limited = split.select(stratified_sample(split.labels, limit, seed))
+    if absent := set(split.labels.tolist()) - set(limited.labels.tolist()):
+        named = _some(labels[index] for index in sorted(absent))
+        present = len(set(split.labels.tolist()))
+        logger.warning("--%s %d leaves out %d of %d classes: %s", flag, limit, len(absent), present, named)
+    return limited
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:MAX_NAMED_CLASSES]) + (" …" if len(names) > MAX_NAMED_CLASSES else "")

@@ -15,11 +15,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from lora_dist_testing import unprivileged
 from lora_dist_testing.tiny import make_folder, make_image
 
+from lora_dist.audit.__main__ import audit
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.sources.exclusions import Section, write_exclusions
 from lora_dist.data.sources.load import ImageData, load_data, load_validation
 from lora_dist.data.sources.split import Split, stratified_split
 from lora_dist.errors import UserError
+from lora_dist.settings.audit import AuditData, AuditSettings
 from lora_dist.settings.train import DataSettings
 
 
@@ -291,6 +293,22 @@ def test_limits_select_at_random_by_the_seed(photos: Path) -> None:
     again, other = (load(**folders, max_train_samples=9, seed=seed) for seed in (42, 43))
     assert names(again.train) == names(data.train) != names(other.train)
     assert names(load(**folders, max_train_samples=99).train) == names(whole.train)
+
+
+@pytest.mark.parametrize("setting", ["max_train_samples", "max_eval_samples"])
+def test_limits_are_stratified_and_say_which_classes_they_leave_out(
+    setting: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path, classes=("a", "b", "c"), per_class=(20, 1, 9))
+
+    def selected(limit: int, **more: Any) -> list[int]:
+        data = load(train_dir=tmp_path, validation_dir=tmp_path, **{setting: limit}, **more)
+        return counts(data.train if setting == "max_train_samples" else data.validation, 3)
+
+    assert [selected(limit) for limit in (3, 15, 29)] == [[1, 1, 1], [10, 1, 4], [19, 1, 9]]
+    assert "leaves out" not in caplog.text
+    assert selected(2) == [1, 0, 1]
+    assert f"--{setting} 2 leaves out 1 of 3 classes: b" in caplog.text
 
 
 def test_the_fingerprint_tells_selections_labels_and_files_apart(tmp_path: Path) -> None:
@@ -610,6 +628,38 @@ def test_the_usual_name_wins_among_several_label_columns(tmp_path: Path) -> None
     features = Features({"image": Image(), "label": ClassLabel(names=["x", "y"]), "coarse": ClassLabel(names=["z"])})
     _saved(tmp_path, {"image": _cells([0] * 4), "label": [0, 1] * 2, "coarse": [0] * 4}, features)
     assert load(dataset_name=tmp_path).labels == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("label", "other"),
+    [(Value("string"), ("split", ClassLabel(names=["x", "y"]))), (Value("string"), ("labels", Value("string")))],
+)
+def test_no_label_column_is_chosen_by_chance(label: Any, other: tuple[str, Any], tmp_path: Path) -> None:
+    features = Features({"image": Image(), "label": label, other[0]: other[1]})
+    _saved(tmp_path, {"image": _cells([0] * 4), "label": ["x", "y"] * 2, other[0]: ["x", "y"] * 2}, features)
+    message = refusal(dataset_name=tmp_path)
+    assert message.startswith(f"columns label, {other[0]} of labels in the data set; name one with --label_column_name")
+    assert load(dataset_name=tmp_path, label_column_name="label").labels == ["x", "y"]
+
+
+@pytest.mark.parametrize("other", ["cat ", " cat", "cat\u200b", "c\u0061\u0301t"])
+def test_class_names_that_look_the_same_are_refused(other: str, tmp_path: Path) -> None:
+    name = "cát" if "\u0301" in other else "cat"
+    _saved(tmp_path / "table", {"image": _cells([0] * 4), "label": [name, other] * 2}, _features(Value("string")))
+    make_folder(tmp_path / "train", classes=(name, "dog"), per_class=2)
+    make_folder(tmp_path / "both", classes=(name, other), per_class=2)
+    make_folder(tmp_path / "validation", classes=(other, "dog"), per_class=2)
+    for settings in (
+        {"dataset_name": tmp_path / "table"},
+        {"train_dir": tmp_path / "both"},
+        {"train_dir": tmp_path / "train", "validation_dir": tmp_path / "validation"},
+    ):
+        message = refusal(**settings)
+        assert message.startswith("class names that look the same")
+        assert ascii(name) in message
+        assert ascii(other) in message
+    with pytest.raises(UserError, match="class names that look the same"):
+        audit(AuditSettings(data=AuditData(train_dir=str(tmp_path / "both"))))
 
 
 def test_several_image_columns_have_to_be_told_apart(tmp_path: Path) -> None:
