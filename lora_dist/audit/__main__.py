@@ -71,7 +71,7 @@ def audit(settings: AuditSettings) -> Report:
     classes: dict[str, None] = {}
     ignored: list[tuple[str, str]] = []
     for split, folder in folders.items():
-        found = read_class_folders(folder, f"{split}_dir", list(classes))
+        found = read_class_folders(folder, f"{split}_dir", list(classes), excluded)
         classes |= dict.fromkeys(found.classes)
         ignored += ((split, os.path.relpath(path, folder)) for path in found.ignored)
         files += (

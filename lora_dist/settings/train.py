@@ -94,7 +94,7 @@ class DataSettings(Group):
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the training images to hold out, seeded and stratified by class, without validation data."""
     exclude: str | None = None
-    """Text file with the paths of images to leave out, one per line. lora_dist.audit writes one."""
+    """Text file with the paths of images and folders to leave out, one per line. lora_dist.audit writes one."""
     image_column_name: str | None = None
     """Image column. Default: the column of type Image."""
     label_column_name: str | None = None

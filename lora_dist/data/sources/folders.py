@@ -4,7 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_dist.data.pixels.images import image_files, is_image_name, leads_back, visible_files
+from lora_dist.data.pixels.images import leads_back
+from lora_dist.data.sources.exclusions import absolute
+from lora_dist.data.sources.files import find_files, is_image_name, is_system_folder
 from lora_dist.errors import UserError
 
 TRAINING_NAMES = ("train", "training")
@@ -19,7 +21,7 @@ class ClassFolders(NamedTuple):
         classes: names of the class folders, sorted.
         paths: image files, sorted by class and path.
         labels: class of each file as an index of `classes`.
-        ignored: visible files outside the class folders, or without an image suffix.
+        ignored: visible files outside the class folders or without an image suffix, and folders of the system.
     """
 
     classes: list[str]
@@ -28,14 +30,19 @@ class ClassFolders(NamedTuple):
     ignored: list[str]
 
 
-def read_class_folders(directory: str, flag: str = "train_dir", known: Collection[str] = ()) -> ClassFolders:
-    """Lists the images of a folder; raises `UserError` if there are none, or a folder cannot be read.
+def read_class_folders(
+    directory: str, flag: str = "train_dir", known: Collection[str] = (), excluded: Collection[str] = ()
+) -> ClassFolders:
+    """Lists the images of a folder without `excluded` folders; excluded files are listed.
+
+    Raises `UserError` if there are no images, or a folder cannot be read.
 
     Raises `UserError` as well if the class folders are one level deeper or more, and names the flags to use. Folders
     that are all named after `known` classes are not checked for this.
     """
     root = Path(directory)
     folders, others = _entries(root)
+    folders = [folder for folder in folders if absolute(str(folder)) not in excluded]
     classes = [folder.name for folder in folders]
     if not classes:
         raise UserError(
@@ -48,25 +55,26 @@ def read_class_folders(directory: str, flag: str = "train_dir", known: Collectio
     for label, folder in enumerate(folders):
         if leads_back(folder):
             raise UserError(f"{folder} is a link to one of its parent folders: remove it")
-        for file in visible_files(folder):
-            if is_image_name(file):
-                found.paths.append(file)
-                found.labels.append(label)
-            else:
-                found.ignored.append(file)
+        images, ignored = find_files(folder, excluded)
+        found.paths.extend(images)
+        found.labels.extend([label] * len(images))
+        found.ignored.extend(ignored)
     if not found.paths:
         raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
     return found
 
 
 def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Visible folders and other visible files in a directory, sorted."""
+    """Folders that may be classes, and what else is in a directory, sorted and without hidden files."""
     try:
-        visible = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
-        folders = [entry for entry in visible if entry.is_dir()]
+        entries = sorted(directory.iterdir())
+        folders = [entry for entry in entries if entry.is_dir()]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
-    return folders, [entry for entry in visible if entry not in set(folders)]
+    system = [folder for folder in folders if is_system_folder(folder.name)]
+    files = [entry for entry in entries if not entry.name.startswith(".") and entry not in set(folders)]
+    classes = [folder for folder in folders if not folder.name.startswith(".") and folder not in system]
+    return classes, files + system
 
 
 def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
@@ -99,5 +107,5 @@ def _holds_classes(folder: Path) -> bool:
         return False
     folders, others = _entries(folder)
     return not any(is_image_name(str(other)) for other in others) and any(
-        next(image_files(inner), None) for inner in folders if not leads_back(inner)
+        find_files(inner).images for inner in folders if not leads_back(inner)
     )

@@ -20,6 +20,7 @@ from lora_dist.data.sources.columns import (
     require_labels,
 )
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
+from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.labels import require_distinct
 from lora_dist.data.sources.shards import load_alone, reading_data
@@ -52,7 +53,7 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     labels, train = _labelled(tables[0], column, settings.label_column_name, None, excluded)
     if settings.validation_dir or settings.validation_split:
         tables.append(_load_table(settings, "validation", excluded, labels))
-    _warn_of_unused(excluded, settings.exclude, tables)
+    _warn_of_unused(excluded, settings, tables)
     if len(tables) > 1:
         _, validation = _labelled(tables[1], column, settings.label_column_name, labels, excluded)
     else:
@@ -91,7 +92,8 @@ def _load_table(
     directory: str | None = getattr(settings, f"{name}_dir")
     if directory is None:
         return _load_split(settings, getattr(settings, f"{name}_split"))
-    classes, paths, labels, _ = read_class_folders(demo.local_path(directory), f"{name}_dir", known)
+    classes, paths, labels, ignored = read_class_folders(demo.local_path(directory), f"{name}_dir", known, excluded)
+    warn_of_ignored(directory, ignored)
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
@@ -137,14 +139,19 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
     return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
 
 
-def _warn_of_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence[Dataset]) -> None:
-    """Warns of files on a list that are not in the data. A table does not have the names that are not UTF-8."""
+def _warn_of_unused(excluded: frozenset[str], settings: DataSettings, folders: Sequence[Dataset]) -> None:
+    """Warns of paths on a list that are not in the data. A table does not have the names that are not UTF-8."""
     if not excluded:
         return
-    unused = [path for path in excluded.difference(*map(_files, folders)) if _is_utf8(path)]
+    roots = [absolute(directory) for directory in (settings.train_dir, settings.validation_dir) if directory]
+    unused = [
+        path
+        for path in excluded.difference(*map(_files, folders))
+        if _is_utf8(path) and not (Path(path).is_dir() and any(Path(path).is_relative_to(root) for root in roots))
+    ]
     if unused:
         text = "--exclude %s: %d of %d files are not in the data, the first is %s"
-        logger.warning(text, exclude, len(unused), len(excluded), min(unused))
+        logger.warning(text, settings.exclude, len(unused), len(excluded), min(unused))
 
 
 def _files(folder: Dataset) -> list[str]:
