@@ -52,7 +52,7 @@ def audit(settings: AuditSettings) -> Report:
     """Scans and checks the data.
 
     Raises:
-        UserError: There are no images to audit.
+        UserError: There are no images to audit, or they are not in class folders.
     """
     from lora_dist import demo
     from lora_dist.audit.checks import check
@@ -60,6 +60,7 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist.audit.report import Report
     from lora_dist.data.sources.exclusions import absolute, read_exclusions
     from lora_dist.data.sources.folders import read_class_folders
+    from lora_dist.data.sources.labels import require_distinct
 
     data = settings.data
     named = {"train": data.train_dir, "validation": data.validation_dir}
@@ -69,7 +70,7 @@ def audit(settings: AuditSettings) -> Report:
     classes: dict[str, None] = {}
     ignored: list[tuple[str, str]] = []
     for split, folder in folders.items():
-        found = read_class_folders(folder)
+        found = read_class_folders(folder, f"{split}_dir", list(classes), excluded)
         classes |= dict.fromkeys(found.classes)
         ignored += ((split, os.path.relpath(path, folder)) for path in found.ignored)
         files += (
@@ -77,6 +78,7 @@ def audit(settings: AuditSettings) -> Report:
             for path, label in zip(found.paths, found.labels, strict=True)
             if absolute(path) not in excluded
         )
+    require_distinct(classes)
     scanned = _scan(files, _workers(settings))
     findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored)
     return Report(folders, list(classes), scanned, findings, excluded)

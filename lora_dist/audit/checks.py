@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
 from lora_dist.audit.similar import connected, near_pairs
-from lora_dist.data.pixels.images import is_image_name
+from lora_dist.data.sources.files import by_kind
 from lora_dist.settings.audit import Checks
 
 SAME_FORMAT = {"MPO": "JPEG"}
@@ -51,7 +51,8 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
             yield Finding(KINDS[facts.fault], facts.message, [index], left_out=[index])
             continue
         suffix = os.path.splitext(file.path)[1].lower()
-        if formats.get(suffix, facts.format) != SAME_FORMAT.get(facts.format, facts.format):
+        named = formats.get(suffix, facts.format)
+        if SAME_FORMAT.get(named, named) != SAME_FORMAT.get(facts.format, facts.format):
             yield Finding(KINDS["wrong_extension"], f"{suffix} file with {facts.format} content", [index])
         if facts.width * facts.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
             yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [index])
@@ -61,14 +62,13 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
 
 def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
     """Yields ignored files by split and suffix, and names some of them."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    splits: dict[str, list[str]] = defaultdict(list)
     for split, path in ignored:
-        suffix = os.path.splitext(path)[1].lower()
-        what = f"{suffix} files" if suffix else "files without a suffix"
-        groups[split, "images outside of class folders" if is_image_name(path) else what].append(path)
-    for (split, what), paths in sorted(groups.items()):
-        some = ", ".join(sorted(paths)[:SHOWN_NAMES])
-        yield Finding(KINDS["ignored"], f"{split}: {what}: {len(paths):,}, e.g. {some}")
+        splits[split].append(path)
+    for split, paths in sorted(splits.items()):
+        for kind, some in by_kind(paths).items():
+            named = ", ".join(sorted(some)[:SHOWN_NAMES])
+            yield Finding(KINDS["ignored"], f"{split}: {kind}: {len(some):,}, e.g. {named}")
 
 
 def _exact(scanned: Scanned) -> Iterator[Finding]:

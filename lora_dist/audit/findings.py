@@ -57,7 +57,8 @@ _WARNINGS = {
     "huge": ("Huge images", "Pillow warns of a decompression bomb. The image can be read, but needs a lot of time and "
              "memory; consider a smaller copy."),
     "aspect_ratio": ("Extreme aspect ratios", "A square input crops or distorts most of such an image."),
-    "ignored": ("Ignored files", "The file is in no class folder, or has no image suffix. Training ignores it."),
+    "ignored": ("Ignored files", "Files in no class folder or without an image suffix, and folders of the system. "
+                "Training ignores them."),
     "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),
     "few_images": ("Classes with few images", "Too few images to learn the class."),
 }  # fmt: skip

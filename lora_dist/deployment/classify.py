@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_dist.data.pixels.images import UnreadableImageError, image_files, load_rgb
+from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.sources.files import find_files, warn_of_ignored
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.model.classifier import Classifier
@@ -57,7 +58,8 @@ def find_images(names: Sequence[str]) -> list[str]:
     for name in names:
         # `Path.is_dir` fails on a name that is too long.
         if os.path.isdir(name):  # noqa: PTH112
-            files = list(image_files(name))
+            files, ignored = find_files(name)
+            warn_of_ignored(name, ignored)
         else:
             files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         if not files:

@@ -19,7 +19,7 @@ class AuditData(Group):
     validation_dir: str | None = None
     """Folder of validation images with one sub-folder per class, to find images that are also in training."""
     exclude: str | None = None
-    """Text file with the paths of images to leave out, one per line, e.g. the quarantine.txt of an earlier audit."""
+    """Text file with the paths of images and folders to leave out, one per line, e.g. an earlier quarantine.txt."""
 
 
 class Checks(Group):

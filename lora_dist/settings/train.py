@@ -97,15 +97,16 @@ class DataSettings(Group):
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the training images to hold out, seeded and stratified by class, without validation data."""
     exclude: str | None = None
-    """Text file with the paths of images to leave out, one per line. lora_dist.audit writes one."""
+    """Text file with the paths of images and folders to leave out, one per line. lora_dist.audit writes one."""
     image_column_name: str | None = None
     """Image column. Default: the column of type Image."""
     label_column_name: str | None = None
-    """Label column. Default: the column of type ClassLabel, or 'label'."""
+    """Label column. Default: a ClassLabel called label, or else the only ClassLabel or column called label, labels or
+    cls."""
     max_train_samples: Count | None = None
-    """Train on a seeded random selection of this many samples."""
+    """Train on a seeded random selection of this many samples, stratified by class."""
     max_eval_samples: Count | None = None
-    """Validate on a seeded random selection of this many samples."""
+    """Validate on a seeded random selection of this many samples, stratified by class."""
     allow_missing_classes: bool = False
     """Allow classes with images in only one of training and validation."""
     on_bad_image: Literal["fail", "skip"] = "fail"

@@ -1,13 +1,17 @@
 """Finds the image and label columns of a data set, and names its classes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, Value
 
+from lora_dist.data.sources.labels import visible_name
 from lora_dist.errors import UserError
+
+LABEL_NAMES = ("label", "labels", "cls")
+NAMED_ROWS = 10
 
 
 def find_image_column(features: Mapping[str, Any]) -> str:
@@ -35,12 +39,16 @@ def files_of(table: Dataset, column: str) -> Iterator[tuple[str | None, int | No
 
 
 def find_label_column(features: Mapping[str, Any]) -> str:
-    """The column of type ClassLabel, or the one called `label`, `labels` or `cls` (WebDataset), else `UserError`."""
-    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    """The only column that is a ClassLabel or called `label`, `labels` or `cls` (WebDataset).
+
+    Of several, `label` if it is a ClassLabel. Raises `UserError` otherwise.
+    """
+    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name in LABEL_NAMES]
+    if isinstance(features.get("label"), ClassLabel):
+        columns = ["label"]
     if len(columns) != 1:
-        columns = [name for name in ("label", "labels", "cls") if name in features]
-    if not columns:
-        raise UserError(f"no column of labels; name one with --label_column_name: {', '.join(features)}")
+        found = "no column" if not columns else f"columns {', '.join(columns)}"
+        raise UserError(f"{found} of labels in the data set; name one with --label_column_name: {', '.join(features)}")
     return columns[0]
 
 
@@ -54,6 +62,27 @@ def require_columns(features: Mapping[str, Any], image_column: str, label_column
         raise UserError(
             f"column {label_column} holds {type(feature).__name__}, and not one label a sample; "
             f"name another with --label_column_name: {', '.join(features)}"
+        )
+
+
+def has_label(value: Any, feature: Any) -> bool:
+    """Whether a value is a label of its column: not None, NaN, NaT, blank text, -1, or an index of no class."""
+    if isinstance(value, str):
+        return bool(visible_name(value))
+    # NaN and NaT differ from themselves.
+    if value is None or value != value or value == -1:
+        return False
+    return not isinstance(feature, ClassLabel) or 0 <= value < len(feature.names)
+
+
+def require_labels(values: Sequence[Any], feature: Any, column: str, source: str) -> None:
+    """Raises `UserError` with the numbers of the rows without a label; `source` is the file or split they are from."""
+    rows = [row for row, value in enumerate(values) if not has_label(value, feature)]
+    if rows:
+        some = ", ".join(f"row {row} ({values[row]!r})" for row in rows[:NAMED_ROWS])
+        raise UserError(
+            f"{source}: {len(rows)} of {len(values)} rows have no label in column {column}, counted from 0: {some}"
+            f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set."
         )
 
 

@@ -1,10 +1,17 @@
 """A folder of images with one sub-folder for each class."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_dist.data.pixels.images import is_image_name, leads_back, visible_files
+from lora_dist.data.pixels.images import leads_back
+from lora_dist.data.sources.exclusions import absolute
+from lora_dist.data.sources.files import find_files, is_image_name, is_system_folder
 from lora_dist.errors import UserError
+
+TRAINING_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
+SPLIT_NAMES = {*TRAINING_NAMES, *VALIDATION_NAMES, "test", "testing"}
 
 
 class ClassFolders(NamedTuple):
@@ -14,7 +21,7 @@ class ClassFolders(NamedTuple):
         classes: names of the class folders, sorted.
         paths: image files, sorted by class and path.
         labels: class of each file as an index of `classes`.
-        ignored: visible files outside the class folders, or without an image suffix.
+        ignored: visible files outside the class folders or without an image suffix, and folders of the system.
     """
 
     classes: list[str]
@@ -23,29 +30,82 @@ class ClassFolders(NamedTuple):
     ignored: list[str]
 
 
-def read_class_folders(directory: str) -> ClassFolders:
-    """Lists the images of a folder; raises `UserError` if there are none, or a folder cannot be read."""
+def read_class_folders(
+    directory: str, flag: str = "train_dir", known: Collection[str] = (), excluded: Collection[str] = ()
+) -> ClassFolders:
+    """Lists the images of a folder without `excluded` folders; excluded files are listed.
+
+    Raises `UserError` if there are no images, or a folder cannot be read.
+
+    Raises `UserError` as well if the class folders are one level deeper or more, and names the flags to use. Folders
+    that are all named after `known` classes are not checked for this.
+    """
     root = Path(directory)
-    try:
-        visible = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-        classes = [entry.name for entry in visible if entry.is_dir()]
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
+    folders, others = _entries(root)
+    folders = [folder for folder in folders if absolute(str(folder)) not in excluded]
+    classes = [folder.name for folder in folders]
     if not classes:
         raise UserError(
             f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
             f"such as {directory}/rose/1.jpg"
         )
-    found = ClassFolders(classes, [], [], [str(entry) for entry in visible if not entry.is_dir()])
-    for label, name in enumerate(classes):
-        if leads_back(root / name):
-            raise UserError(f"{root / name} is a link to one of its parent folders: remove it")
-        for file in visible_files(root / name):
-            if is_image_name(file):
-                found.paths.append(file)
-                found.labels.append(label)
-            else:
-                found.ignored.append(file)
+    if not set(classes) <= set(known):
+        _require_classes(root, folders, flag)
+    found = ClassFolders(classes, [], [], list(map(str, others)))
+    for label, folder in enumerate(folders):
+        if leads_back(folder):
+            raise UserError(f"{folder} is a link to one of its parent folders: remove it")
+        images, ignored = find_files(folder, excluded)
+        found.paths.extend(images)
+        found.labels.extend([label] * len(images))
+        found.ignored.extend(ignored)
     if not found.paths:
         raise UserError(f"{directory}: no images in its class folders ({', '.join(classes[:5])} …)")
     return found
+
+
+def _entries(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Folders that may be classes, and what else is in a directory, sorted and without hidden files."""
+    try:
+        entries = sorted(directory.iterdir())
+        folders = [entry for entry in entries if entry.is_dir()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
+    system = [folder for folder in folders if is_system_folder(folder.name)]
+    files = [entry for entry in entries if not entry.name.startswith(".") and entry not in set(folders)]
+    classes = [folder for folder in folders if not folder.name.startswith(".") and folder not in system]
+    return classes, files + system
+
+
+def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
+    """Raises `UserError` if the folders are splits, or a single folder around the class folders."""
+    directory, inner = root, folders
+    while len(inner) == 1 and _holds_classes(inner[0]):
+        directory = inner[0]
+        inner, _ = _entries(directory)
+    names = {folder.name.lower(): folder for folder in inner}
+    training, validation = (
+        next((names[name] for name in usual if name in names), None) for usual in (TRAINING_NAMES, VALIDATION_NAMES)
+    )
+    right = {"train_dir": training, "validation_dir": validation}
+    if flag == "validation_dir":
+        del right["train_dir"]
+    wanted = right[flag]
+    if len(inner) > 1 and names.keys() <= SPLIT_NAMES and wanted and _holds_classes(wanted):
+        cause = f"its folders {', '.join(folder.name for folder in inner)} are splits, not classes"
+    elif directory != root:
+        cause, right = f"its only folder {folders[0].name} contains the class folders", {flag: directory}
+    else:
+        return
+    flags = " ".join(f"--{name} {folder}" for name, folder in right.items() if folder)
+    raise UserError(f"--{flag} {root}: {cause}; use {flags}")
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder has images in its sub-folders, and none beside them."""
+    if leads_back(folder):
+        return False
+    folders, others = _entries(folder)
+    return not any(is_image_name(str(other)) for other in others) and any(
+        find_files(inner).images for inner in folders if not leads_back(inner)
+    )

@@ -2,21 +2,29 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from lora_dist import demo
 from lora_dist.data.sampling.protocol import TrainingSplit
-from lora_dist.data.sources.columns import class_names, find_image_column, find_label_column, require_columns
+from lora_dist.data.sources.columns import (
+    class_names,
+    find_image_column,
+    find_label_column,
+    require_columns,
+    require_labels,
+)
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
+from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
+from lora_dist.data.sources.labels import require_distinct
 from lora_dist.data.sources.shards import load_alone, reading_data
-from lora_dist.data.sources.split import Split, stratified_split
+from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 
@@ -40,24 +48,22 @@ class ImageData:
 def load_data(settings: DataSettings, seed: int) -> ImageData:
     """Loads both splits and checks that they have the same classes; raises `UserError` for anything that is missing."""
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    train_table = _load_table(settings, settings.train_dir, settings.train_split, excluded)
-    validation_table = None
+    tables = [_load_table(settings, "train", excluded)]
+    column = settings.image_column_name or find_image_column(tables[0].features)
+    labels, train = _labelled(tables[0], column, settings.label_column_name, None, excluded)
     if settings.validation_dir or settings.validation_split:
-        validation_table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
-    column = settings.image_column_name or find_image_column(train_table.features)
-    tables = [train_table] if validation_table is None else [train_table, validation_table]
-    _warn_of_unused(excluded, settings.exclude, tables)
-    labels, train = _labelled(train_table, column, settings.label_column_name, None, excluded)
-    if validation_table is not None:
-        _, validation = _labelled(validation_table, column, settings.label_column_name, labels, excluded)
+        tables.append(_load_table(settings, "validation", excluded, labels))
+    _warn_of_unused(excluded, settings, tables)
+    if len(tables) > 1:
+        _, validation = _labelled(tables[1], column, settings.label_column_name, labels, excluded)
     else:
         kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
         train, validation = train.select(kept), train.select(held_out)
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
     check_classes(settings, labels, set(train.labels.tolist()), validation)
-    train = _limited(train, settings.max_train_samples, seed)
-    return ImageData(labels, train, _limited(validation, settings.max_eval_samples, seed))
+    train = _limited(train, labels, settings.max_train_samples, "max_train_samples", seed)
+    return ImageData(labels, train, _limited(validation, labels, settings.max_eval_samples, "max_eval_samples", seed))
 
 
 def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
@@ -72,19 +78,22 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         return data.validation
     # The list may name training files too, so unused names are no reason to warn.
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    table = _load_table(settings, settings.validation_dir, settings.validation_split, excluded)
+    table = _load_table(settings, "validation", excluded, labels)
     column = settings.image_column_name or find_image_column(table.features)
     _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
-    return _limited(split, settings.max_eval_samples, seed)
+    return _limited(split, labels, settings.max_eval_samples, "max_eval_samples", seed)
 
 
-def _load_table(settings: DataSettings, directory: str | None, split: str | None, excluded: frozenset[str]) -> Dataset:
+def _load_table(
+    settings: DataSettings, name: Literal["train", "validation"], excluded: frozenset[str], known: Sequence[str] = ()
+) -> Dataset:
+    directory: str | None = getattr(settings, f"{name}_dir")
     if directory is None:
-        assert split is not None
-        return _load_split(settings, split)
-    classes, paths, labels, _ = read_class_folders(demo.local_path(directory))
+        return _load_split(settings, getattr(settings, f"{name}_split"))
+    classes, paths, labels, ignored = read_class_folders(demo.local_path(directory), f"{name}_dir", known, excluded)
+    warn_of_ignored(directory, ignored)
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
@@ -130,14 +139,19 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
     return table.select(range(len(table))[slice(int(start) if start else None, int(stop) if stop else None)])
 
 
-def _warn_of_unused(excluded: frozenset[str], exclude: str | None, folders: Sequence[Dataset]) -> None:
-    """Warns of files on a list that are not in the data. A table does not have the names that are not UTF-8."""
+def _warn_of_unused(excluded: frozenset[str], settings: DataSettings, folders: Sequence[Dataset]) -> None:
+    """Warns of paths on a list that are not in the data. A table does not have the names that are not UTF-8."""
     if not excluded:
         return
-    unused = [path for path in excluded.difference(*map(_files, folders)) if _is_utf8(path)]
+    roots = [absolute(directory) for directory in (settings.train_dir, settings.validation_dir) if directory]
+    unused = [
+        path
+        for path in excluded.difference(*map(_files, folders))
+        if _is_utf8(path) and not (Path(path).is_dir() and any(Path(path).is_relative_to(root) for root in roots))
+    ]
     if unused:
         text = "--exclude %s: %d of %d files are not in the data, the first is %s"
-        logger.warning(text, exclude, len(unused), len(excluded), min(unused))
+        logger.warning(text, settings.exclude, len(unused), len(excluded), min(unused))
 
 
 def _files(folder: Dataset) -> list[str]:
@@ -159,9 +173,7 @@ def _labelled(
     label_column = label_column or find_label_column(table.features)
     require_columns(table.features, image_column, label_column)
     values = list(table[label_column])
-    missing = [row for row, value in enumerate(values) if value is None or value == -1]
-    if missing:
-        raise UserError(f"{len(missing)} samples have no label, the first is row {missing[0]}")
+    require_labels(values, table.features[label_column], label_column, f"split {table.split or 'train'}")
     names = class_names(table.features[label_column], set(values))
     table_rows = np.arange(len(values))
     if excluded:
@@ -170,6 +182,7 @@ def _labelled(
     labels = list(known) if known is not None else list(names.values())
     index_of = {name: index for index, name in enumerate(labels)}
     unknown = sorted(set(named) - index_of.keys())
+    require_distinct([*labels, *unknown])
     if unknown:
         raise UserError(
             f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
@@ -192,13 +205,23 @@ def check_classes(settings: DataSettings, labels: Sequence[str], in_train: set[i
                 f"Add some, or continue without them with --allow_missing_classes."
             )
     if empty := [label for index, label in enumerate(labels) if index not in in_train]:
-        named = ", ".join(empty[:MAX_NAMED_CLASSES]) + (" …" if len(empty) > MAX_NAMED_CLASSES else "")
-        logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), named)
+        logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), _some(empty))
     if len(in_train) == 1:
         logger.warning("all training images are of one class, so there is nothing to classify")
 
 
-def _limited(split: Split, limit: int | None, seed: int) -> Split:
+def _limited(split: Split, labels: Sequence[str], limit: int | None, flag: str, seed: int) -> Split:
+    """Selects at most `limit` samples, stratified by class; warns of classes that it leaves out."""
     if limit is None or limit >= len(split):
         return split
-    return split.select(np.sort(np.random.default_rng([seed, len(split)]).permutation(len(split))[:limit]))
+    limited = split.select(stratified_sample(split.labels, limit, seed))
+    if absent := set(split.labels.tolist()) - set(limited.labels.tolist()):
+        named = _some(labels[index] for index in sorted(absent))
+        present = len(set(split.labels.tolist()))
+        logger.warning("--%s %d leaves out %d of %d classes: %s", flag, limit, len(absent), present, named)
+    return limited
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:MAX_NAMED_CLASSES]) + (" …" if len(names) > MAX_NAMED_CLASSES else "")

@@ -21,7 +21,13 @@ from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
 from lora_dist import hub_client, waiting
-from lora_dist.data.sources.columns import find_image_column, find_label_column, require_columns
+from lora_dist.data.sources.columns import (
+    find_image_column,
+    find_label_column,
+    has_label,
+    require_columns,
+    require_labels,
+)
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 from lora_dist.storage.files import replace_file
@@ -53,6 +59,11 @@ class ShardSource:
     stream: IterableDataset
     image_column: str
     label_column: str
+
+    @property
+    def label_feature(self) -> Any:
+        """The feature of the label column."""
+        return self.stream.features[self.label_column]
 
     def survey(self, file: int) -> tuple[list[int], list[Any]]:
         """Rows in each shard of a file, and the labels of all its rows. Parquet files are read in this column only."""
@@ -181,7 +192,11 @@ def load_index(source: ShardSource) -> ShardIndex:
     path = Path(config.HF_DATASETS_CACHE) / "lora_dist_shards" / f"{_identity(source)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with waiting.locked(f"{path}.lock", "indexes the shards"):
-        if not path.is_file():
+        # Older releases also indexed rows without a label.
+        usable = path.is_file() and all(
+            has_label(label, source.label_feature) for label in json.loads(path.read_text(encoding="utf-8"))["labels"]
+        )
+        if not usable:
             with hub_client.reading("the shards, to be indexed", "leaving out --streaming once"):
                 replace_file(path, json.dumps(_survey_all(source)).encode())
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -227,9 +242,8 @@ def _survey(source: ShardSource, file: int) -> tuple[list[int], set[Any], str]:
     except Exception as error:
         # Decoders and networks raise errors of many classes.
         raise UserError(f"cannot read {source.files[file]}: {type(error).__name__}: {error}") from error
+    require_labels(labels, source.label_feature, source.label_column, name)
     for row, label in enumerate(labels):
-        if label is None or label == -1:
-            raise UserError(f"{name} row {row} has no label in column {source.label_column}")
         if not isinstance(label, int | float | str):
             raise UserError(f"{name} row {row}: a label of type {type(label).__name__} in {source.label_column}")
     return sizes, set(labels), hashlib.sha256("\0".join(map(str, labels)).encode()).hexdigest()

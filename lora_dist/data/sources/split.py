@@ -123,3 +123,17 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
         held_out.append(np.random.default_rng([seed, int(label)]).permutation(indices)[:count])
     chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def stratified_sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Selects `count` indices, ascending, with a share of each class, and at least one of each while they suffice."""
+    indices, shares, sizes = [], [], []
+    for label in np.unique(labels):
+        found = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        share = (np.arange(len(found)) + 0.5) / len(found)
+        share[0] = -1  # the first of each class comes before all others, that of the largest class first
+        indices.append(found)
+        shares.append(share)
+        sizes.append(np.full(len(found), len(found)))
+    order = np.lexsort((-np.concatenate(sizes), np.concatenate(shares)))
+    return np.sort(np.concatenate(indices)[order[:count]])

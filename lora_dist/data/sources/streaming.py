@@ -14,6 +14,7 @@ from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
 from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import class_names
+from lora_dist.data.sources.labels import require_distinct
 from lora_dist.data.sources.load import ImageData, check_classes, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError
@@ -143,8 +144,9 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     """
     source = find_source(settings)
     index = load_index(source)
-    names = class_names(source.stream.features[source.label_column], set(index.labels))
+    names = class_names(source.label_feature, set(index.labels))
     labels = list(names.values())
+    require_distinct(labels)
     validation = load_validation(settings, seed, labels)
     class_of = {value: label for label, value in enumerate(names)}
     check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)

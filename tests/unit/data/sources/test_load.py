@@ -4,20 +4,24 @@ import os
 import subprocess
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from lora_dist_testing import unprivileged
 from lora_dist_testing.tiny import make_folder, make_image
 
+from lora_dist.audit.__main__ import audit
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.sources.exclusions import Section, write_exclusions
 from lora_dist.data.sources.load import ImageData, load_data, load_validation
 from lora_dist.data.sources.split import Split, stratified_split
 from lora_dist.errors import UserError
+from lora_dist.settings.audit import AuditData, AuditSettings
 from lora_dist.settings.train import DataSettings
 
 
@@ -289,6 +293,22 @@ def test_limits_select_at_random_by_the_seed(photos: Path) -> None:
     again, other = (load(**folders, max_train_samples=9, seed=seed) for seed in (42, 43))
     assert names(again.train) == names(data.train) != names(other.train)
     assert names(load(**folders, max_train_samples=99).train) == names(whole.train)
+
+
+@pytest.mark.parametrize("setting", ["max_train_samples", "max_eval_samples"])
+def test_limits_are_stratified_and_say_which_classes_they_leave_out(
+    setting: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path, classes=("a", "b", "c"), per_class=(20, 1, 9))
+
+    def selected(limit: int, **more: Any) -> list[int]:
+        data = load(train_dir=tmp_path, validation_dir=tmp_path, **{setting: limit}, **more)
+        return counts(data.train if setting == "max_train_samples" else data.validation, 3)
+
+    assert [selected(limit) for limit in (3, 15, 29)] == [[1, 1, 1], [10, 1, 4], [19, 1, 9]]
+    assert "leaves out" not in caplog.text
+    assert selected(2) == [1, 0, 1]
+    assert f"--{setting} 2 leaves out 1 of 3 classes: b" in caplog.text
 
 
 def test_the_fingerprint_tells_selections_labels_and_files_apart(tmp_path: Path) -> None:
@@ -610,6 +630,38 @@ def test_the_usual_name_wins_among_several_label_columns(tmp_path: Path) -> None
     assert load(dataset_name=tmp_path).labels == ["x", "y"]
 
 
+@pytest.mark.parametrize(
+    ("label", "other"),
+    [(Value("string"), ("split", ClassLabel(names=["x", "y"]))), (Value("string"), ("labels", Value("string")))],
+)
+def test_no_label_column_is_chosen_by_chance(label: Any, other: tuple[str, Any], tmp_path: Path) -> None:
+    features = Features({"image": Image(), "label": label, other[0]: other[1]})
+    _saved(tmp_path, {"image": _cells([0] * 4), "label": ["x", "y"] * 2, other[0]: ["x", "y"] * 2}, features)
+    message = refusal(dataset_name=tmp_path)
+    assert message.startswith(f"columns label, {other[0]} of labels in the data set; name one with --label_column_name")
+    assert load(dataset_name=tmp_path, label_column_name="label").labels == ["x", "y"]
+
+
+@pytest.mark.parametrize("other", ["cat ", " cat", "cat\u200b", "c\u0061\u0301t"])
+def test_class_names_that_look_the_same_are_refused(other: str, tmp_path: Path) -> None:
+    name = "cát" if "\u0301" in other else "cat"
+    _saved(tmp_path / "table", {"image": _cells([0] * 4), "label": [name, other] * 2}, _features(Value("string")))
+    make_folder(tmp_path / "train", classes=(name, "dog"), per_class=2)
+    make_folder(tmp_path / "both", classes=(name, other), per_class=2)
+    make_folder(tmp_path / "validation", classes=(other, "dog"), per_class=2)
+    for settings in (
+        {"dataset_name": tmp_path / "table"},
+        {"train_dir": tmp_path / "both"},
+        {"train_dir": tmp_path / "train", "validation_dir": tmp_path / "validation"},
+    ):
+        message = refusal(**settings)
+        assert message.startswith("class names that look the same")
+        assert ascii(name) in message
+        assert ascii(other) in message
+    with pytest.raises(UserError, match="class names that look the same"):
+        audit(AuditSettings(data=AuditData(train_dir=str(tmp_path / "both"))))
+
+
 def test_several_image_columns_have_to_be_told_apart(tmp_path: Path) -> None:
     features = Features({"left": Image(), "right": Image(), "label": ClassLabel(names=["x", "y"])})
     _saved(tmp_path, {"left": _cells([0] * 4), "right": _cells([1] * 4), "label": [0, 1] * 2}, features)
@@ -634,12 +686,30 @@ def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind"), [([0, -1, 1], ClassLabel(names=["x", "y"])), ([0, None, 1], Value("int64"))]
+    ("labels", "kind"),
+    [
+        ([0, -1, 1, None], ClassLabel(names=["x", "y"])),
+        ([0, None, 1, -1], Value("int64")),
+        ([0.0, float("nan"), 1.0, float("nan")], Value("float32")),
+        (["x", "", "y", " \t"], Value("string")),
+        (["x", "\u200b", "y", None], Value("string")),
+        ([datetime(2026, 1, 1), None, datetime(2026, 1, 2), None], Value("timestamp[s]")),
+    ],
 )
 def test_samples_without_a_label_are_refused(labels: list[Any], kind: Any, tmp_path: Path) -> None:
     """-1 is what the test splits of many data sets have instead of a label."""
-    _saved(tmp_path, {"image": _cells([0] * 3), "label": labels}, _features(kind))
-    assert "1 samples have no label, the first is row 1" in refusal(dataset_name=tmp_path)
+    _saved(tmp_path, {"image": _cells([0] * 4), "label": labels}, _features(kind))
+    message = refusal(dataset_name=tmp_path, on_bad_image="skip")
+    assert message.startswith("split train: 2 of 4 rows have no label in column label, counted from 0: row 1 (")
+    assert ", row 3 (" in message
+
+
+def test_an_index_of_no_class_is_no_label(tmp_path: Path) -> None:
+    table = _table(LABELS).cast_column("label", Value("int64"))
+    schema = _table(LABELS).features.arrow_schema
+    rows = table.data.table.set_column(1, "label", [[*LABELS[:-1], 3]]).replace_schema_metadata(schema.metadata)
+    pq.write_table(rows, tmp_path / "train.parquet")
+    assert "row 11 (3)" in refusal(dataset_name=tmp_path)
 
 
 def test_a_column_that_holds_more_than_a_label_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Finding shards, the index of what they hold, and reading one from any row on."""
 
+import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -163,8 +164,25 @@ def test_a_row_without_a_label_is_named(is_tar: bool, tmp_path: Path) -> None:
     data = make_shards(tmp_path / "data", COUNTS, tar=is_tar)
     write = write_tar if is_tar else write_parquet
     write(next(data.glob("train-00001*")), [(make_png(0, 0), 0), (make_png(0, 0), -1)])
-    with pytest.raises(UserError, match=r"train-00001-of-00003\.\w+ row 1 has no label in column"):
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.\w+: 1 of 2 rows have no label .*row 1 \(-1\)"):
         load_index(find_source(streaming(data)))
+
+
+@pytest.mark.parametrize("labels", [pa.array([0.5, float("nan"), None]), pa.array(["x", " ", None])])
+def test_rows_with_blank_labels_are_found_before_training(labels: pa.Array, tmp_path: Path, own_cache: Path) -> None:
+    """An index that an older release wrote with them is not used."""
+    cells = pa.array([{"bytes": make_png(0, 0), "path": "x.png"}] * 3)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / "data" / f"{split}.parquet")
+    settings = streaming(tmp_path / "data", on_bad_image="skip")
+    old = {"sizes": [[3]], "labels": [labels[0].as_py(), labels[1].as_py()], "digest": "x"}
+    source = find_source(settings)
+    file = own_cache / "lora_dist_shards" / f"{shards._identity(source)}.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"train\.parquet: 2 of 3 rows have no label .*row 1 \(.*row 2 \(None\)"):
+        load_index(source)
 
 
 def test_what_cannot_be_streamed_is_refused(photos: Path, tmp_path: Path) -> None:
