@@ -76,8 +76,9 @@ def test_linked_folders_are_followed_and_dangling_links_kept_to_be_reported(tmp_
     (tmp_path / "shown" / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "shown" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert find_images([str(tmp_path / "shown")]) == [
-        str(tmp_path / "shown" / "gone.png"), str(tmp_path / "shown" / "linked" / "1.png"),
-    ]  # fmt: skip
+        str(tmp_path / "shown" / "gone.png"),
+        str(tmp_path / "shown" / "linked" / "1.png"),
+    ]
 
 
 def test_a_name_of_nothing_is_refused_by_name(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_dist_testing import unprivileged
+from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import make_folder, make_image, perturb
 
 from lora_dist import predict
@@ -121,8 +122,10 @@ def test_a_path_that_cannot_be_is_named_by_its_flag(name: str, tmp_path: Path) -
         (tmp_path / "closed").chmod(0o700)
     assert "Traceback" not in result.stderr, result.stderr
     assert [line for line in result.stderr.splitlines() if line.startswith("lora_dist.")] == [
-        *["lora_dist.train 2"] * 3, "lora_dist.audit.__main__ 2", *["lora_dist.predict 2"] * 2
-    ]  # fmt: skip
+        *["lora_dist.train 2"] * 3,
+        "lora_dist.audit.__main__ 2",
+        *["lora_dist.predict 2"] * 2,
+    ]
     for flag in ("train_dir", "exclude", "output_dir", "config", "images"):
         assert f"--{flag}" in result.stderr
 
@@ -212,7 +215,7 @@ def test_every_spoiled_file_gets_one_clean_row(form: str, adapter: Path, tmp_pat
         content = KINDS[kind] if number % 4 == 0 else _spoiled(KINDS[kind], chance)
         (photos / f"{odd[number % len(odd)]}{number}.{kind.lower()}").write_bytes(content)
     with pytest.raises(SystemExit) as end:
-        predict.main(["--adapter", str(adapter), "--images", str(photos), "--output", str(out), "--num_workers", "0"])
+        predict.main(flags(adapter=str(adapter), images=str(photos), output=str(out), num_workers="0"))
     assert end.value.code == 1
     with out.open(encoding="utf-8", newline="") as file:
         rows = [json.loads(line) for line in file] if form == "jsonl" else list(csv.DictReader(file))

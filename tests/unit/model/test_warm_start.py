@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.launching import results_of
+from lora_dist_testing.launching import flags, results_of
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_model, perturb
 from torch import Tensor
@@ -134,11 +134,15 @@ def test_a_run_goes_on_with_the_pixels_that_the_adapter_was_trained_on(vit: Path
     processor = tmp_path / "adapter" / "preprocessor_config.json"
     processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.2, 0.3, 0.4]}))
     train.main(
-        [str(word) for word in (
-            "--adapter_name_or_path", tmp_path / "adapter", "--train_dir", photos / "train", "--validation_dir",
-            photos / "validation", "--output_dir", tmp_path / "run", "--max_train_steps", 1, "--learning_rate", 1e-30,
-        )]
-    )  # fmt: skip
+        flags(
+            adapter_name_or_path=tmp_path / "adapter",
+            train_dir=photos / "train",
+            validation_dir=photos / "validation",
+            output_dir=tmp_path / "run",
+            max_train_steps=1,
+            learning_rate=1e-30,
+        )
+    )
     handed_over = json.loads((tmp_path / "run" / "adapter" / "preprocessor_config.json").read_text())
     assert handed_over["image_mean"] == [0.2, 0.3, 0.4]
     evaluated = results_of(tmp_path / "run")["eval_loss"]

@@ -84,8 +84,12 @@ def test_small_images_are_kept_as_they_are(folder: Path, tmp_path: Path) -> None
 def test_the_largest_side_that_counts_decides(folder: Path, tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, split_of(folder), (70, 140))
     assert [cache.kept(size) for size in ((1600, 100), (800, 160), (500, 500), (160, 80), (90, 2000))] == [
-        (80, 1280), (80, 400), (160, 160), (80, 160), (2000, 90),
-    ]  # fmt: skip
+        (80, 1280),
+        (80, 400),
+        (160, 160),
+        (80, 160),
+        (2000, 90),
+    ]
 
 
 def test_a_cache_is_found_again_by_any_split_of_the_same_data(folder: Path, tmp_path: Path) -> None:

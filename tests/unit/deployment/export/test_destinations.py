@@ -31,10 +31,13 @@ def test_what_is_free_is_taken_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "old.csv").touch()
     require_destinations(
         _settings(
-            merge_to=tmp_path / "empty", export_legacy_names=tmp_path / "new" / "old", onnx=tmp_path / "new" / "m.onnx",
-            output=tmp_path / "old.csv", grid=tmp_path / "new" / "grid.png",
+            merge_to=tmp_path / "empty",
+            export_legacy_names=tmp_path / "new" / "old",
+            onnx=tmp_path / "new" / "m.onnx",
+            output=tmp_path / "old.csv",
+            grid=tmp_path / "new" / "grid.png",
         )
-    )  # fmt: skip
+    )
     require_destinations(_settings(merge_to=tmp_path / "new", output=tmp_path / "new" / "rows.csv"))
     require_destinations(_settings(output="/dev/null"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old.csv"]

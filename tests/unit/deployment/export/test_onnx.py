@@ -266,8 +266,12 @@ def test_metadata_that_name_code_neither_run_it_nor_ask(exported: Path, tmp_path
     program = "import sys, pathlib, lora_dist.deployment.export.onnx_model as m; m.load_onnx(pathlib.Path(sys.argv[1]))"
     result = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "evil.onnx"],
-        input="y\n" * 9, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert not (tmp_path / "was_run").exists()
     assert "[y/N]" not in result.stdout
     assert "invalid preprocessing in its metadata" in result.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lora_dist_testing.disks import fill, small_disk
+from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import make_model
 
 from lora_dist import train
@@ -77,9 +78,14 @@ def evaluation(vit: Path, photos: Path, tmp_path: Path) -> list[str]:
     base = load_base(str(vit), ["a", "b", "c"])
     write_model(tmp_path / "model", base.model, base.processor, "")
     return [
-        "--do_eval_only", "--adapter_name_or_path", str(tmp_path / "model"), "--validation_dir",
-        str(photos / "validation"), "--mixed_precision", "no", "--output_dir",
-    ]  # fmt: skip
+        *flags(
+            do_eval_only=True,
+            adapter_name_or_path=str(tmp_path / "model"),
+            validation_dir=str(photos / "validation"),
+            mixed_precision="no",
+        ),
+        "--output_dir",
+    ]
 
 
 def test_an_evaluation_that_could_not_be_written_is_not_made(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lora_dist_testing.disks import fill, small_disk
 from lora_dist_testing.hub_server import point_client_at, serving
-from lora_dist_testing.launching import adapter_of, lines_of, results_of, saved_in, scalars_of
+from lora_dist_testing.launching import adapter_of, lines_of, results_of, run_flags, saved_in, scalars_of
 
 from lora_dist import train
 from lora_dist.training.reporting.tracking import Tracker
@@ -44,11 +44,18 @@ def _run(
             acts[step]()
 
     arguments = (
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 8,
-        "--gradient_accumulation_steps", 1, "--eval_steps", 1, "--checkpointing_steps", 1, "--max_train_steps", 9,
-        "--metric_for_best_model", "loss", *more,
-    )  # fmt: skip
+        *run_flags(
+            vit,
+            photos,
+            out,
+            logging_steps=1,
+            eval_steps=1,
+            checkpointing_steps=1,
+            max_train_steps=9,
+            metric_for_best_model="loss",
+        ),
+        *more,
+    )
     with monkeypatch.context() as patched:
         patched.setattr(Tracker, "advance", watched)
         train.main([str(word) for word in arguments])
