@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from lora_dist_testing.launching import flags, results_of, run, train
 from lora_dist_testing.planted import ODD_CLASS, Planted, plant_files, plant_sound
+from lora_dist_testing.web import CHROMIUM
 from PIL import Image
 
 
@@ -106,16 +106,14 @@ PROBE = """<script>addEventListener("load", () => {
 })</script>"""
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_the_page_as_it_is_meant(width: int, planted: Planted, audited: Path, tmp_path: Path) -> None:
     """All pictures are there, nothing sticks out, and no name became markup."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     page.write_text((audited / "report.html").read_text(encoding="utf-8") + PROBE, encoding="utf-8")
     command = [
-        browser,
+        CHROMIUM,
         "--headless",
         "--no-sandbox",
         "--disable-gpu",

@@ -9,23 +9,16 @@ import pytest
 import torch
 from lora_dist_testing.launching import flags, predict
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_folder, perturb
+from lora_dist_testing.tiny import make_folder, write_bundle
 from safetensors.torch import load_file
 
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 GUIDE = ("--adapter", OLD / "peft_0_2", "--base_model", OLD / "base")
 
 
 def _bundle(directory: Path, base_model: Path, labels: list[str], seed: int) -> Path:
-    base = load_base(str(base_model), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, seed, scale=0.5)
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, base_model, labels, seed=seed, scale=0.5, lora_r=4)
     return directory
 
 

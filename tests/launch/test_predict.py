@@ -14,26 +14,19 @@ import numpy as np
 import pytest
 import torch
 from lora_dist_testing.launching import command, environment, flags, predict
-from lora_dist_testing.tiny import make_image, make_model, perturb
+from lora_dist_testing.tiny import make_image, make_model, write_bundle
 from PIL import Image
 from transformers import pipeline
 
 from lora_dist.deployment.classify import classify
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
 MODES = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "F")
 
 
 def _bundle(directory: Path, base_model: Path, seed: int = 0, labels: Sequence[str] = LABELS) -> Path:
-    base = load_base(str(base_model), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, seed, scale=0.5)
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, base_model, labels, seed=seed, scale=0.5, lora_r=4)
     return directory
 
 

@@ -6,6 +6,8 @@ import pytest
 from lora_dist_testing.cluster import SCRIPTS, START_UP, Cluster, log_of, user_environment
 from lora_dist_testing.launching import ROOT, flags
 
+pytestmark = pytest.mark.root
+
 SLURMD_TIMEOUT = 10
 
 FAILING = """

@@ -13,6 +13,8 @@ from lora_dist_testing.launching import ROOT, flags, lines_of, results_of, train
 from lora_dist_testing.tiny import make_folder
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.root
+
 
 @pytest.mark.timeout(900)
 def test_a_job_on_two_nodes_goes_on_after_a_time_limit_and_preemption(

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from lora_dist_testing.hub_server import SIGNATURE, TOKEN, Hub, point_client_at, serving
 from lora_dist_testing.launching import assert_same_run, free_port, lines_of, results_of, run_flags
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_image, perturb
+from lora_dist_testing.tiny import make_image, write_bundle
 from safetensors.torch import load, load_file
 
 from lora_dist import hub, hub_client, train
@@ -22,10 +22,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.hub import HubError, local_directory, open_repository, upload
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.training.saving.publisher import Publisher, Push
 
 NOW = (0.0, 0.0, 0.0)
@@ -58,10 +55,7 @@ def _contents(directory: Path) -> dict[str, bytes]:
 
 
 def _bundle(directory: Path, base_model: Path) -> torch.Tensor:
-    base = load_base(str(base_model), ["a", "b"])
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model)
-    write_adapter(directory, model, base, "# card\n")
+    model, base = write_bundle(directory, base_model, ["a", "b"], card="# card\n", lora_r=4)
     with torch.inference_mode():
         return model.eval()(pixel_values=ImageTransforms(base.processor).batch([make_image(0, 0)])).logits
 

@@ -148,6 +148,7 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
         settings_of()
 
 
+@pytest.mark.root
 def test_an_audit_that_fails_leaves_no_list_and_one_that_cannot_write_keeps_the_old(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,7 @@ def test_an_output_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_a_disk_that_fills_up_is_said_by_name(name: str, tmp_path: Path) -> None:
     with (

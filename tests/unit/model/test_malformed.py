@@ -19,19 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_dist_testing import unprivileged
 from lora_dist_testing.launching import flags
-from lora_dist_testing.tiny import make_folder, make_image, perturb
+from lora_dist_testing.tiny import make_folder, make_image, write_bundle
 
 from lora_dist import predict
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.errors import UserError
-from lora_dist.model import bundle
-from lora_dist.model.backbone import load_base
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.audit import contradictions as audit_contradictions
 from lora_dist.settings.cli import flat_fields, parse
-from lora_dist.settings.train import LoraSettings, ModelSettings, Settings, contradictions
+from lora_dist.settings.train import Settings, contradictions
 from lora_dist.storage.writable import require_writable
 
 EXAMPLES = 200
@@ -186,11 +183,8 @@ def test_a_picture_of_a_billion_pixels_is_refused_at_its_header() -> None:
 @pytest.fixture(scope="module")
 def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = ["=1+1", 'a "b", c', "<script>alert(1)</script>\n🌷"]
-    base = load_base(str(vit), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model)
     directory = tmp_path_factory.mktemp("adapters") / "adapter"
-    bundle.write_adapter(directory, model, base, "card", None)
+    write_bundle(directory, vit, labels, card="card", lora_r=4)
     return directory
 
 

@@ -102,7 +102,7 @@ def test_room_for_the_batches_is_asked_for_before() -> None:
         require_shared_memory(10**15)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.root
 def test_a_small_dev_shm_is_said_before_training_with_both_sizes(vit: Path, photos: Path, tmp_path: Path) -> None:
     """A real one of 64 kB, and a real run; the control has room."""
     words = [

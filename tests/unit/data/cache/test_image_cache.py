@@ -333,6 +333,7 @@ def test_large_jpegs_are_cached_from_fewer_pixels(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - np.asarray(whole)).mean() < 4
 
 
+@pytest.mark.root
 def test_a_dry_run_writes_nothing_and_says_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     split = split_of(folder)
     assert cached(split, str(tmp_path / "cache"), SIZE, build=False) is split
@@ -351,6 +352,7 @@ def test_a_directory_that_cannot_be_written_to_is_named(folder: Path, tmp_path: 
         build(folder, tmp_path / "cache")
 
 
+@pytest.mark.root
 def test_a_disk_that_fills_up_on_the_way_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_two_things_in_one_place_are_refused(
     assert problem.startswith(words)
 
 
+@pytest.mark.root
 def test_a_directory_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -97,6 +98,7 @@ def test_a_directory_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypa
         require_free_directory(disk, "merge_to")
 
 
+@pytest.mark.root
 def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
     with (
         small_disk(tmp_path / "disk", "16k") as disk,

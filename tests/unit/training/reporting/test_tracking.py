@@ -76,6 +76,7 @@ def test_bytes_that_are_no_text_among_the_lines_are_dropped(tmp_path: Path) -> N
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
+@pytest.mark.root
 def test_lines_stay_where_there_is_no_room_to_drop_some(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(tmp_path / "disk", "100k") as disk:
         log(tracker(disk), 1, 2)

@@ -28,6 +28,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield directory
 
 
+@pytest.mark.root
 def test_too_little_room_is_said_before_training(
     vit: Path, photos: Path, disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +41,7 @@ def test_too_little_room_is_said_before_training(
     assert not list(disk.iterdir())
 
 
+@pytest.mark.root
 def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
     sizes = Sizes(checkpoint=20_000, result=10_000, checkpoints=4)
     with pytest.raises(UserError, match=r"4 checkpoints of 30 kB and a result of 10 kB"):
@@ -49,6 +51,7 @@ def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
     require_disk_space(disk / "run", sizes)
 
 
+@pytest.mark.root
 def test_a_disk_that_cannot_be_written_to_is_named(disk: Path) -> None:
     require_writable(disk / "not" / "there" / "yet")
     assert not list(disk.iterdir())
@@ -88,6 +91,7 @@ def evaluation(vit: Path, photos: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.root
 def test_an_evaluation_that_could_not_be_written_is_not_made(
     evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +104,7 @@ def test_an_evaluation_that_could_not_be_written_is_not_made(
     assert "eval_accuracy" not in said.out
 
 
+@pytest.mark.root
 def test_an_evaluation_that_cannot_be_written_is_printed(
     evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

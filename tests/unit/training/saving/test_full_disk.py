@@ -72,6 +72,7 @@ def _same_adapter(one: Path, other: Path) -> bool:
     return all(tensor.equal(expected[name]) for name, tensor in adapter_of(one).items())
 
 
+@pytest.mark.root
 def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
     vit: Path,
     photos: Path,
@@ -99,6 +100,7 @@ def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
     assert results_of(disk / "run")["eval_loss"] == results_of(undisturbed)["eval_loss"]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("room", ["4k", "16k"], ids=["nothing", "the card"])
 def test_no_room_for_what_is_to_be_pushed_costs_that_push_alone(
     room: str,
@@ -120,6 +122,7 @@ def test_no_room_for_what_is_to_be_pushed_costs_that_push_alone(
     assert hub.repositories["ada/run"].files == {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
 
 
+@pytest.mark.root
 def test_a_result_that_cannot_be_written_is_an_error_with_the_way_on(
     vit: Path,
     photos: Path,
@@ -139,6 +142,7 @@ def test_a_result_that_cannot_be_written_is_an_error_with_the_way_on(
     assert _same_adapter(disk / "run", undisturbed)
 
 
+@pytest.mark.root
 @pytest.mark.usefixtures("handlers")
 def test_a_stop_that_cannot_be_saved_does_not_say_that_it_was(
     vit: Path, photos: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

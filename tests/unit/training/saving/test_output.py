@@ -180,6 +180,7 @@ def test_results_of_a_run_that_was_killed_while_it_wrote_them_go_by_its_checkpoi
     assert (output.adapter / "weights").exists() != put_aside
 
 
+@pytest.mark.root
 def test_a_run_does_not_begin_where_results_cannot_be_put_aside(vit: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "100k") as disk:
         output = Output(disk)
@@ -266,6 +267,7 @@ def test_settings_of_before_that_cannot_be_read_are_written_anew(
     assert yaml.safe_load(output.config.read_text(encoding="utf-8"))["seed"] == settings["seed"]
 
 
+@pytest.mark.root
 def test_settings_stay_where_there_is_no_room_for_new_ones(
     vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
