@@ -1,11 +1,14 @@
-"""Models and folders that many tests share."""
+"""Models and folders that many tests share, and what machines the markers need."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from lora_dist_testing.tiny import ARCHITECTURES, make_folder, make_model
+from lora_dist_testing.web import CHROMIUM
 
 from lora_dist.processes.signals import STOP_SIGNALS
 
@@ -14,6 +17,22 @@ pytest.register_assert_rewrite("lora_dist_testing.launching")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell starts commands in the background so, and the commands under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+MISSING = {
+    "root": os.geteuid() != 0 and "needs root",
+    "browser": CHROMIUM is None and "needs Chromium: apt-get install chromium",
+    "gpu": not torch.cuda.is_available() and "needs a GPU",
+}
+"""For each marker, why its tests cannot run on this machine; False if they can."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests whose markers name something that this machine lacks."""
+    for item in items:
+        for name, reason in MISSING.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

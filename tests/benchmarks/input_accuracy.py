@@ -36,11 +36,19 @@ def write_digits(directory: Path) -> None:
 def accuracy(root: Path, seed: int, epochs: int, *more: str) -> float:
     """Held-out accuracy of a run."""
     output = root / f"run-{seed}-{len(more)}"
-    arguments = [
-        "--config", "demo", "--train_dir", root / "train", "--validation_dir", root / "validation",
-        "--output_dir", output, "--seed", seed, "--num_train_epochs", epochs, "--augmentation", "basic",
-        "--crop_scale_min", 0.5, "--horizontal_flip", 0, "--eval_steps", "no", *more,
-    ]  # fmt: skip
+    settings = {
+        "config": "demo",
+        "train_dir": root / "train",
+        "validation_dir": root / "validation",
+        "output_dir": output,
+        "seed": seed,
+        "num_train_epochs": epochs,
+        "augmentation": "basic",
+        "crop_scale_min": 0.5,
+        "horizontal_flip": 0,
+        "eval_steps": "no",
+    }
+    arguments = [*(f"--{name}={value}" for name, value in settings.items()), *more]
     subprocess.run([sys.executable, "-m", "lora_dist.train", *map(str, arguments)], check=True, capture_output=True)
     return float(json.loads((output / "all_results.json").read_text(encoding="utf-8"))["eval_accuracy"])
 

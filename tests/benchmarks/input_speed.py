@@ -160,10 +160,16 @@ def main() -> None:
                 # The first round fills the caches of files.
                 seconds[name] += [time.process_time() - before] if number else []
     conditions: dict[str, object] = {
-        "jpeg": f"{JPEG_SIZE[0]}x{JPEG_SIZE[1]}", "image_size": 224, "images": arguments.images, "batch_size": BATCH,
-        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
-        "rounds": arguments.rounds, "torch": torch.__version__,
-    }  # fmt: skip
+        "jpeg": f"{JPEG_SIZE[0]}x{JPEG_SIZE[1]}",
+        "image_size": 224,
+        "images": arguments.images,
+        "batch_size": BATCH,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "rounds": arguments.rounds,
+        "torch": torch.__version__,
+    }
     print(conditions)
     print(f"{'':28}{'CPU ms/image':>13}{'images/s a core':>17}{'faster than the guide by':>26}{'from':>7}{'to':>7}")
     rows = []

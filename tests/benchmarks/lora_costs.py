@@ -71,10 +71,15 @@ def main() -> None:
             if turn:  # the first one warms up
                 times[name].append(took)
     conditions: dict[str, object] = {
-        "batch": args.batch_size, "pixels": args.image_size, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1), "rounds": args.rounds, "torch": torch.__version__,
+        "batch": args.batch_size,
+        "pixels": args.image_size,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "rounds": args.rounds,
+        "torch": torch.__version__,
         "peft": peft.__version__,
-    }  # fmt: skip
+    }
     rows = []
     for name, found in times.items():
         ratios = [own / base for own, base in zip(found, times["base"], strict=True)]

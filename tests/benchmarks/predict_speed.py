@@ -185,11 +185,17 @@ def main() -> None:
             for name in [*runs, *reversed(runs)][number % 2 * len(runs) :][: len(runs)]:
                 results[name].append(measure(runs[name]))
     conditions: dict[str, object] = {
-        "model": arguments.model, "image_size": ImageTransforms(classifier.processor).height,
-        "jpeg": f"{size[0]}x{size[1]}", "images": len(files), "batch_size": arguments.batch_size,
-        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
-        "rounds": arguments.rounds, "torch": torch.__version__,
-    }  # fmt: skip
+        "model": arguments.model,
+        "image_size": ImageTransforms(classifier.processor).height,
+        "jpeg": f"{size[0]}x{size[1]}",
+        "images": len(files),
+        "batch_size": arguments.batch_size,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "rounds": arguments.rounds,
+        "torch": torch.__version__,
+    }
     print(conditions)
     print(f"{'':36}{'images/s':>9}{'CPU ms/image':>14}{'predict is faster by':>22}{'from':>7}{'to':>6}")
     rows = []

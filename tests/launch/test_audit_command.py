@@ -2,14 +2,14 @@
 
 import html.parser
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_dist_testing.launching import results_of, run, train
+from lora_dist_testing.launching import flags, results_of, run, train
 from lora_dist_testing.planted import ODD_CLASS, Planted, plant_files, plant_sound
+from lora_dist_testing.web import CHROMIUM
 from PIL import Image
 
 
@@ -55,10 +55,14 @@ def test_the_exit_code_is_that_of_the_worst_finding(planted: Planted, audited: P
 def test_a_run_that_fails_on_a_bad_file_trains_without_the_listed_ones(
     planted: Planted, audited: Path, vit: Path, tmp_path: Path
 ) -> None:
-    arguments = (
-        "--model_name_or_path", vit, "--train_dir", planted.train, "--validation_dir", planted.validation,
-        "--num_train_epochs", 1, "--per_device_train_batch_size", 16, "--gradient_accumulation_steps", 1,
-    )  # fmt: skip
+    arguments = flags(
+        model_name_or_path=vit,
+        train_dir=planted.train,
+        validation_dir=planted.validation,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=1,
+    )
     failed = train(*arguments, "--output_dir", tmp_path / "1", launch_file="single.yaml", code=None)
     assert "cannot read an image of the data set" in failed.stderr
     assert any(path in failed.stderr for path in planted.left_out)
@@ -102,18 +106,21 @@ PROBE = """<script>addEventListener("load", () => {
 })</script>"""
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_the_page_as_it_is_meant(width: int, planted: Planted, audited: Path, tmp_path: Path) -> None:
     """All pictures are there, nothing sticks out, and no name became markup."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     page.write_text((audited / "report.html").read_text(encoding="utf-8") + PROBE, encoding="utf-8")
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1200",
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},1200",
+    ]
     shown = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, timeout=120, check=True)
     tags = _Tags()
     tags.feed(shown.stdout.decode())

@@ -3,17 +3,13 @@
 import csv
 from pathlib import Path
 
-from lora_dist_testing.launching import run
+from lora_dist_testing.launching import run, run_flags
 
 from lora_dist.bench.results import COLUMNS
 
 
 def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
-    return [
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out / "run", "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1,
-        "--updates", 2, "--csv", out / "bench.csv",
-    ]  # fmt: skip
+    return run_flags(vit, photos, out / "run", updates=2, csv=out / "bench.csv")
 
 
 def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from lora_dist_testing.launching import results_of, train
+from lora_dist_testing.launching import results_of, run_flags, train
 from safetensors.torch import load_file
 
 from lora_dist.train import main
@@ -12,23 +12,24 @@ from lora_dist.train import main
 
 def test_a_sharded_model_is_put_back_to_the_bit(vit: Path, photos: Path, tmp_path: Path) -> None:
     """From a checkpoint of a single process, which goes on to the same weights to float error."""
-    common: list[object] = [
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--gradient_accumulation_steps", 1, "--eval_steps", 1, "--checkpointing_steps", 1, "--save_total_limit", 99,
-        "--logging_steps", 1, "--lr_scheduler_type", "constant", "--learning_rate", 1e-3, "--lora_dropout", 0,
-        "--mixed_precision", "no",
-    ]  # fmt: skip
     whole, out = tmp_path / "whole", tmp_path / "run"
-    main([str(word) for word in (
-        *common, "--per_device_train_batch_size", 8, "--output_dir", whole, "--max_train_steps", 5,
-        "--metric_for_best_model", "loss",
-    )])  # fmt: skip
+    common = {
+        "eval_steps": 1,
+        "checkpointing_steps": 1,
+        "save_total_limit": 99,
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-3,
+        "lora_dropout": 0,
+        "max_train_steps": 5,
+    }
+    main(run_flags(vit, photos, whole, **common, metric_for_best_model="loss"))
     for step in (1, 2, 3):
         shutil.copytree(whole / "checkpoints" / f"step-{step:08d}", out / "checkpoints" / f"step-{step:08d}")
     result = train(
-        *common, "--per_device_train_batch_size", 4, "--output_dir", out, "--max_train_steps", 5,
-        "--resume_from_checkpoint", "auto", launch_file="fsdp2_cpu.yaml",
-    )  # fmt: skip
+        *run_flags(vit, photos, out, **common, per_device_train_batch_size=4, resume_from_checkpoint="auto"),
+        launch_file="fsdp2_cpu.yaml",
+    )
     assert "was selected by loss" in result.stderr
     assert results_of(out)["step"] == 5
     for step, tolerance in ((3, 0), (5, 1e-5)):

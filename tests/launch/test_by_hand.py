@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_dist_testing.launching import TIMEOUT, environment, free_port, results_of
+from lora_dist_testing.launching import TIMEOUT, environment, flags, free_port, results_of
 
 SCRIPT = """
 import os, signal, sys, time
@@ -94,9 +94,16 @@ def _script(path: Path, main: str, **values: float) -> Path:
 
 def test_two_processes_started_by_hand_train_together(vit: Path, photos: Path, tmp_path: Path) -> None:
     ended = _by_hand(
-        "-m", "lora_dist.train", "--model_name_or_path", vit, "--train_dir", photos / "train", "--output_dir",
-        tmp_path / "run", "--max_train_steps", 2, "--ddp_timeout", 60,
-    )  # fmt: skip
+        "-m",
+        "lora_dist.train",
+        *flags(
+            model_name_or_path=vit,
+            train_dir=photos / "train",
+            output_dir=tmp_path / "run",
+            max_train_steps=2,
+            ddp_timeout=60,
+        ),
+    )
     assert [code for code, _ in ended] == [0, 0], ended
     assert "2 processes; an all-reduce of 4 MiB takes" in ended[0][1]
     assert results_of(tmp_path / "run")["num_processes"] == 2

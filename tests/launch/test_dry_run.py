@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lora_dist_testing.launching import lines_of, train
+from lora_dist_testing.launching import flags, lines_of, run_flags, train
 
 
 def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
-    return [
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
-        "--num_train_epochs", 3, "--logging_steps", 1, "--checkpointing_steps", 1,
-    ]  # fmt: skip
+    return run_flags(
+        vit,
+        photos,
+        out,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=3,
+        logging_steps=1,
+        checkpointing_steps=1,
+    )
 
 
 def test_a_dry_run_foretells_the_run_and_writes_nothing(vit: Path, photos: Path, tmp_path: Path) -> None:
@@ -58,8 +63,11 @@ def test_a_dry_run_that_cannot_go_on_says_all_that_it_found(photos: Path, tmp_pa
     (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "model").mkdir()
-    result = train(*_arguments(tmp_path / "model", photos, tmp_path / "run"), "--train_dir", tmp_path / "data",
-                   "--dry_run", code=2)  # fmt: skip
+    result = train(
+        *_arguments(tmp_path / "model", photos, tmp_path / "run"),
+        *flags(train_dir=tmp_path / "data", dry_run=True),
+        code=2,
+    )
     for part in ("this run would not start:", "is not empty", f"{tmp_path / 'data'}", "cannot load the base model"):
         assert result.stderr.count(part) == 1, f"{part}\n{result.stderr}"
 

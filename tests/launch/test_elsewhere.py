@@ -7,25 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.launching import predict
+from lora_dist_testing.launching import flags, predict
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_folder, perturb
+from lora_dist_testing.tiny import make_folder, write_bundle
 from safetensors.torch import load_file
 
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 GUIDE = ("--adapter", OLD / "peft_0_2", "--base_model", OLD / "base")
 
 
 def _bundle(directory: Path, base_model: Path, labels: list[str], seed: int) -> Path:
-    base = load_base(str(base_model), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, seed, scale=0.5)
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, base_model, labels, seed=seed, scale=0.5, lora_r=4)
     return directory
 
 
@@ -43,9 +36,15 @@ def test_the_guides_adapter_predicts_merges_and_goes_back(images: Path, tmp_path
     """Made by transformers 4.27 and PEFT 0.2: one command classifies with it, merges it and exports it."""
     (tmp_path / "labels.txt").write_text("rose\ntulip\ndaisy\n")
     result = predict(
-        *GUIDE, "--labels", tmp_path / "labels.txt", "--images", images, "--top_k", 3,
-        "--merge_to", tmp_path / "merged", "--export_legacy_names", tmp_path / "old",
-    )  # fmt: skip
+        *GUIDE,
+        *flags(
+            labels=tmp_path / "labels.txt",
+            images=images,
+            top_k=3,
+            merge_to=tmp_path / "merged",
+            export_legacy_names=tmp_path / "old",
+        ),
+    )
     assert "cannot check that" in result.stderr
     assert "exported to" in result.stderr
     rows = _rows(result.stdout)
@@ -78,9 +77,16 @@ def test_several_adapters_answer_each_for_itself(vit: Path, images: Path, tmp_pa
             assert row["score"] == pytest.approx(other["score"], abs=1e-6)
     (tmp_path / "bad.png").write_text("no image")
     bad = predict(
-        "--adapter", f"a={one}", f"b={two}", "--images", tmp_path / "bad.png", images,
-        "--output", tmp_path / "rows.csv", code=1,
-    )  # fmt: skip
+        "--adapter",
+        f"a={one}",
+        f"b={two}",
+        "--images",
+        tmp_path / "bad.png",
+        images,
+        "--output",
+        tmp_path / "rows.csv",
+        code=1,
+    )
     assert "1 of 4 images could not be read" in bad.stderr
     with (tmp_path / "rows.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -92,9 +98,14 @@ def test_a_weighted_merge_in_half_precision(vit: Path, images: Path, tmp_path: P
     labels = ["cat", "dog"]
     one, two = (_bundle(tmp_path / str(seed), vit, labels, seed) for seed in (1, 2))
     result = predict(
-        "--adapter", f"day={one}", f"night={two}", "--weights", 0.7, 0.3, "--merge_to", tmp_path / "merged",
-        "--dtype", "bf16", "--images", images, "--export_legacy_names", tmp_path / "old",
-    )  # fmt: skip
+        "--adapter",
+        f"day={one}",
+        f"night={two}",
+        "--weights",
+        0.7,
+        0.3,
+        *flags(merge_to=tmp_path / "merged", dtype="bf16", images=images, export_legacy_names=tmp_path / "old"),
+    )
     assert (tmp_path / "old" / "README.md").read_text().startswith("# 0.7 x day + 0.3 x night\n")
     assert "rounded to bf16" in result.stderr
     assert "adapter" not in _rows(result.stdout)[0]

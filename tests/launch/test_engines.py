@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from lora_dist_testing.launching import ROOT, TIMEOUT, command, environment, free_port, lines_of, results_of, train
+from lora_dist_testing.launching import (
+    ROOT,
+    TIMEOUT,
+    command,
+    environment,
+    flags,
+    free_port,
+    lines_of,
+    results_of,
+    run_flags,
+    train,
+)
 from lora_dist_testing.tiny import make_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -42,11 +53,22 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
         pytest.importorskip("deepspeed")
     batch = 8 // accumulation // (1 if engine == "single" else 2)
     train(
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation,
-        "--num_train_epochs", 2, "--logging_steps", 1, "--checkpointing_steps", 1, "--save_total_limit", 99,
-        "--lora_dropout", 0, "--learning_rate", 1e-3, *more, launch_file=LAUNCH_FILES[engine],
-    )  # fmt: skip
+        *run_flags(
+            vit,
+            photos,
+            out,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=2,
+            logging_steps=1,
+            checkpointing_steps=1,
+            save_total_limit=99,
+            lora_dropout=0,
+            learning_rate=1e-3,
+        ),
+        *more,
+        launch_file=LAUNCH_FILES[engine],
+    )
     return out
 
 
@@ -138,11 +160,18 @@ def test_all_processes_evaluate_with_the_statistics_that_are_handed_over(photos:
     """Batch norms that train have gathered them on each process from its own samples."""
     base = make_model(tmp_path / "resnet", "resnet")
     train(
-        "--model_name_or_path", base, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", tmp_path / "run", "--per_device_train_batch_size", 2, "--max_train_steps", 4,
-        "--gradient_accumulation_steps", 1, "--tuning", "full", "--eval_steps", "no", "--learning_rate", 1e-2,
+        *run_flags(
+            base,
+            photos,
+            tmp_path / "run",
+            per_device_train_batch_size=2,
+            max_train_steps=4,
+            tuning="full",
+            eval_steps="no",
+            learning_rate=1e-2,
+        ),
         launch_file="fsdp2_cpu.yaml",
-    )  # fmt: skip
+    )
     written = load_classifier(tmp_path / "run" / "model")
     data = load_data(DataSettings(train_dir=str(photos / "train"), validation_dir=str(photos / "validation")), 0)
     pixels = ImageTransforms(written.processor).batch([data.validation.image(row) for row in range(9)])
@@ -160,9 +189,10 @@ def test_a_deepspeed_file_that_contradicts_the_settings_is_an_error_naming_both(
     file = tmp_path / "other.yaml"
     file.write_text(text.replace("gradient_clipping: auto", "gradient_clipping: 0.5"), encoding="utf-8")
     result = train(
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--output_dir", tmp_path / "run",
-        launch_file=str(file), code=None,
-    )  # fmt: skip
+        *flags(model_name_or_path=vit, train_dir=photos / "train", output_dir=tmp_path / "run"),
+        launch_file=str(file),
+        code=None,
+    )
     assert "gradient_clipping: 0.5, but --max_grad_norm makes it 1.0" in result.stderr
 
 
@@ -185,10 +215,14 @@ def test_two_nodes_join_one_run(vit: Path, photos: Path, tmp_path: Path) -> None
 def _launch(name: str, port: int, vit: Path, photos: Path, root: Path, *more: str) -> subprocess.Popen[bytes]:
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
-    arguments = [
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", root / "run", "--per_device_train_batch_size", 2, "--max_train_steps", 2,
-    ]  # fmt: skip
+    arguments = flags(
+        model_name_or_path=vit,
+        train_dir=photos / "train",
+        validation_dir=photos / "validation",
+        output_dir=root / "run",
+        per_device_train_batch_size=2,
+        max_train_steps=2,
+    )
     words = command("lora_dist.train", arguments, f"{name}.yaml")
     here = words.index("-m", words.index("--config_file"))
     address = ("--main_process_ip", "127.0.0.1", "--main_process_port", str(port))

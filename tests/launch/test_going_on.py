@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_dist_testing.launching import predict, results_of, train
+from lora_dist_testing.launching import flags, predict, results_of, run_flags, train
 from lora_dist_testing.tiny import make_folder
 from safetensors.torch import load_file
-
-BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0)
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +15,19 @@ def first(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run on three classes, with a shape of LoRA that is not the default."""
     out = tmp_path_factory.mktemp("first") / "run"
     train(
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--lora_r", 4, "--lora_alpha", 12, "--lora_target_modules", "all-linear", *BATCH,
-        "--max_train_steps", 4,
-    )  # fmt: skip
+        *run_flags(
+            vit,
+            photos,
+            out,
+            lora_r=4,
+            lora_alpha=12,
+            lora_target_modules="all-linear",
+            lora_dropout=0,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_train_steps=4,
+        )
+    )
     return out
 
 
@@ -28,11 +35,16 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
     """With steps too small to move anything, what is handed over is the adapter that it began with, and a new head."""
     make_folder(tmp_path / "train", classes=("d", "e"), per_class=5, first=20)
     make_folder(tmp_path / "validation", classes=("d", "e"), per_class=2, first=50)
-    arguments = (
-        "--adapter_name_or_path", first / "adapter", "--train_dir", tmp_path / "train",
-        "--validation_dir", tmp_path / "validation", "--output_dir", tmp_path / "run", "--learning_rate", 1e-12,
-        "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 4, "--checkpointing_steps", 1,
-    )  # fmt: skip
+    arguments = flags(
+        adapter_name_or_path=first / "adapter",
+        train_dir=tmp_path / "train",
+        validation_dir=tmp_path / "validation",
+        output_dir=tmp_path / "run",
+        learning_rate=1e-12,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=4,
+        checkpointing_steps=1,
+    )
     result = train(*arguments, "--max_train_steps", 2, launch_file="ddp_cpu.yaml")
     assert "starting from the adapter" in result.stderr
     assert "with a new head" in result.stderr
@@ -56,16 +68,24 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
     assert "resuming from" in resumed.stderr
     assert results_of(tmp_path / "run")["step"] == 3
     other = train(
-        *arguments[2:], "--adapter_name_or_path", tmp_path / "run" / "adapter", "--max_train_steps", 4,
-        "--resume_from_checkpoint", "auto", launch_file="ddp_cpu.yaml", code=None,
-    )  # fmt: skip
+        *arguments[2:],
+        *flags(adapter_name_or_path=tmp_path / "run" / "adapter", max_train_steps=4, resume_from_checkpoint="auto"),
+        launch_file="ddp_cpu.yaml",
+        code=None,
+    )
     assert "start was" in other.stderr
 
 
 def test_flags_that_differ_from_the_adapter_are_refused(first: Path, photos: Path, tmp_path: Path) -> None:
     result = train(
-        "--adapter_name_or_path", first / "adapter", "--train_dir", photos / "train",
-        "--validation_dir", photos / "validation", "--output_dir", tmp_path / "run", "--lora_r", 8, code=2,
-    )  # fmt: skip
+        *flags(
+            adapter_name_or_path=first / "adapter",
+            train_dir=photos / "train",
+            validation_dir=photos / "validation",
+            output_dir=tmp_path / "run",
+            lora_r=8,
+        ),
+        code=2,
+    )
     assert "--lora_r is 8, and that of the adapter is 4" in result.stderr
     assert "Traceback" not in result.stderr

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from lora_dist_testing.launching import lines_of, train
+from lora_dist_testing.launching import flags, lines_of, run_flags, train
 from lora_dist_testing.tiny import make_folder
 
 
@@ -18,11 +18,20 @@ def test_two_processes_share_a_cache_and_train_as_one(vit: Path, tmp_path: Path)
     )
     for name, launch_file, batch, more in runs:
         result = train(
-            "--model_name_or_path", vit, "--train_dir", tmp_path / "train", "--validation_dir",
-            tmp_path / "validation", "--output_dir", tmp_path / name, "--per_device_train_batch_size", batch,
-            "--gradient_accumulation_steps", 1, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
-            "--cache_dir", tmp_path / "cache", "--dataloader_num_workers", 1, *more, launch_file=launch_file,
-        )  # fmt: skip
+            *run_flags(
+                vit,
+                tmp_path,
+                tmp_path / name,
+                per_device_train_batch_size=batch,
+                num_train_epochs=2,
+                logging_steps=1,
+                lora_dropout=0,
+                cache_dir=tmp_path / "cache",
+                dataloader_num_workers=1,
+            ),
+            *more,
+            launch_file=launch_file,
+        )
         assert result.stderr.count("cached 72 images in") == int(name == "two")
         losses[name] = [line["train/loss"] for line in lines_of(tmp_path / name) if "train/loss" in line]
     assert len(losses["one"]) == 18
@@ -33,8 +42,15 @@ def test_two_processes_share_a_cache_and_train_as_one(vit: Path, tmp_path: Path)
 
 def test_a_dry_run_leaves_no_cache(vit: Path, photos: Path, tmp_path: Path) -> None:
     result = train(
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--augment_on_device", "--dry_run",
-    )  # fmt: skip
+        *flags(
+            model_name_or_path=vit,
+            train_dir=photos / "train",
+            validation_dir=photos / "validation",
+            output_dir=tmp_path / "run",
+            cache_dir=tmp_path / "cache",
+            augment_on_device=True,
+            dry_run=True,
+        ),
+    )
     assert "nothing was written" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from lora_dist_testing.launching import Launch, assert_same_run, saved_in, started, train
+from lora_dist_testing.launching import Launch, assert_same_run, flags, saved_in, started, train
 from lora_dist_testing.tiny import make_folder, make_model
 
 KILLS = 50 if os.environ.get("STRESS") else 2
@@ -76,12 +76,20 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_p
     chance = random.Random(SEED)
     vit = make_model(tmp_path / "vit", num_labels=3)
     make_folder(tmp_path / "photos", per_class=6)
-    arguments = [
-        "--model_name_or_path", vit, "--train_dir", tmp_path / "photos", "--validation_dir", tmp_path / "photos",
-        "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 1, "--num_train_epochs", 1,
-        "--logging_steps", 1, "--checkpointing_steps", 1, "--eval_steps", 20, "--metric_for_best_model", "loss",
-        "--learning_rate", 1e-4, "--max_train_steps", (KILLS + 1) * UPDATES_A_KILL,
-    ]  # fmt: skip
+    arguments = flags(
+        model_name_or_path=vit,
+        train_dir=tmp_path / "photos",
+        validation_dir=tmp_path / "photos",
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=1,
+        num_train_epochs=1,
+        logging_steps=1,
+        checkpointing_steps=1,
+        eval_steps=20,
+        metric_for_best_model="loss",
+        learning_rate=1e-4,
+        max_train_steps=(KILLS + 1) * UPDATES_A_KILL,
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*arguments, "--output_dir", whole, launch_file="ddp_cpu.yaml")
     struck: Counter[str] = Counter()

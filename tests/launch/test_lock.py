@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lora_dist_testing.launching import Launch, results_of, saved_in, started, train
+from lora_dist_testing.launching import Launch, results_of, run_flags, saved_in, started, train
 
 from lora_dist import predict
 from lora_dist.processes import run_lock
@@ -19,11 +19,12 @@ ENDLESS = ("--max_train_steps", 100_000, "--lr_scheduler_type", "constant")
 
 
 def _arguments(vit: Path, photos: Path, out: Path, *more: object) -> list[str]:
-    return [str(word) for word in (
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1,
-        "--logging_steps", 1, "--checkpointing_steps", 2, "--eval_steps", "no", *more,
-    )]  # fmt: skip
+    return [
+        *run_flags(
+            vit, photos, out, per_device_train_batch_size=4, logging_steps=1, checkpointing_steps=2, eval_steps="no"
+        ),
+        *map(str, more),
+    ]
 
 
 def _until(launch: Launch, out: Path, step: int) -> None:

@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.launching import predict
-from lora_dist_testing.tiny import make_folder, make_model, perturb
+from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 
 from lora_dist.deployment.classify import classify, find_images
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 CLASSES = ("red", "green", "blue")
 
@@ -24,10 +20,7 @@ CLASSES = ("red", "green", "blue")
 def test_a_file_is_all_that_is_needed(tmp_path: Path) -> None:
     """Adapter and base are gone when it runs."""
     there, image_folder = tmp_path / "there", make_folder(tmp_path / "photos", classes=CLASSES, per_class=3)
-    base = load_base(str(make_model(there / "base")), list(CLASSES))
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, scale=0.5)
-    write_adapter(there / "adapter", model, base, "card\n")
+    write_bundle(there / "adapter", make_model(there / "base"), CLASSES, scale=0.5, lora_r=4)
     exact, small = tmp_path / "exact.onnx", tmp_path / "small.onnx"
     images = ("--images", image_folder, "--top_k", 3)
     options: dict[str, Any] = {"top_k": 3, "batch_size": 4, "num_workers": 0, "device": torch.device("cpu")}

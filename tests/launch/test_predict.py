@@ -13,27 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_dist_testing.launching import command, environment, predict
-from lora_dist_testing.tiny import make_image, make_model, perturb
+from lora_dist_testing.launching import command, environment, flags, predict
+from lora_dist_testing.tiny import make_image, make_model, write_bundle
 from PIL import Image
 from transformers import pipeline
 
 from lora_dist.deployment.classify import classify
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
 MODES = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "F")
 
 
 def _bundle(directory: Path, base_model: Path, seed: int = 0, labels: Sequence[str] = LABELS) -> Path:
-    base = load_base(str(base_model), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, seed, scale=0.5)
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, base_model, labels, seed=seed, scale=0.5, lora_r=4)
     return directory
 
 
@@ -75,9 +68,14 @@ def _rows(text: str) -> list[dict[str, Any]]:
 def test_folders_files_and_patterns_in_every_image_mode(adapter: Path, folder: Path, tmp_path: Path) -> None:
     """One process for all of it: rows come in order, each file once, and the grid is drawn beside them."""
     result = predict(
-        "--adapter", adapter, "--images", folder / "turned.png", folder, folder / "deep" / "*" / "*",
-        "--top_k", 5, "--grid", tmp_path / "new" / "grid.png", "--batch_size", 4,
-    )  # fmt: skip
+        "--adapter",
+        adapter,
+        "--images",
+        folder / "turned.png",
+        folder,
+        folder / "deep" / "*" / "*",
+        *flags(top_k=5, grid=tmp_path / "new" / "grid.png", batch_size=4),
+    )
     rows = _rows(result.stdout)
     paths = [str(Path(row["path"]).relative_to(folder)) for row in rows]
     assert paths[0] == "turned.png"
@@ -118,9 +116,17 @@ def test_bad_files_get_a_row_and_the_others_go_on(adapter: Path, tmp_path: Path)
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     result = predict(
-        "--adapter", adapter, "--images", tmp_path, "--output", tmp_path / "out" / "rows.csv", "--top_k", 2,
-        "--grid", tmp_path / "grid.png", "--batch_size", 2, "--num_workers", 1, code=1,
-    )  # fmt: skip
+        *flags(
+            adapter=adapter,
+            images=tmp_path,
+            output=tmp_path / "out" / "rows.csv",
+            top_k=2,
+            grid=tmp_path / "grid.png",
+            batch_size=2,
+            num_workers=1,
+        ),
+        code=1,
+    )
     assert "4 of 6 images could not be read" in result.stderr
     assert f"wrote {tmp_path / 'out' / 'rows.csv'}" in result.stderr
     assert "rows [" not in result.stderr, "a progress bar is for a terminal"
@@ -170,9 +176,13 @@ def test_a_merged_model_is_a_plain_one_and_predicts_the_same(adapter: Path, fold
     assert _rows(predict("--model", merged, "--images", *images, "--top_k", 3).stdout) == expected
     serve = pipeline("image-classification", model=str(merged), device="cpu")
     unmerged = classify(
-        load_classifier(adapter), [row["path"] for row in expected], top_k=3, batch_size=8, num_workers=0,
+        load_classifier(adapter),
+        [row["path"] for row in expected],
+        top_k=3,
+        batch_size=8,
+        num_workers=0,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     for row, own in zip(expected, unmerged, strict=True):
         served = serve(Image.open(row["path"]).convert("RGB"), top_k=3)
         for entry, theirs, (label, score) in zip(row["top_k"], served, own.top_k, strict=True):

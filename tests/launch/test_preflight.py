@@ -5,7 +5,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from lora_dist_testing.launching import run, train
+from lora_dist_testing.launching import flags, run, train
 
 SCRIPT = """
 import os, time
@@ -34,9 +34,11 @@ def test_a_rank_that_never_starts_is_named(vit: Path, photos: Path, tmp_path: Pa
     absent = "import os, time\nif os.environ.get('RANK') == '1':\n    time.sleep(600)\n"
     (tmp_path / "sitecustomize.py").write_text(absent, encoding="utf-8")
     result = train(
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--output_dir", tmp_path / "run",
-        "--ddp_timeout", 5, launch_file="ddp_cpu.yaml", code=1, PYTHONPATH=str(tmp_path),
-    )  # fmt: skip
+        *flags(model_name_or_path=vit, train_dir=photos / "train", output_dir=tmp_path / "run", ddp_timeout=5),
+        launch_file="ddp_cpu.yaml",
+        code=1,
+        PYTHONPATH=str(tmp_path),
+    )
     said = f"error: rank 1 of 2 did not arrive within 5 s. Arrived: 0 on {socket.gethostname()}. "
     assert result.stderr.count(said) == 1
     assert "Traceback" not in result.stderr.partition(said)[0]

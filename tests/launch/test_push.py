@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 from lora_dist_testing.hub_server import SIGNATURE, TOKEN, Hub, environment_of, serving
-from lora_dist_testing.launching import predict, results_of, started, train
+from lora_dist_testing.launching import flags, predict, results_of, run_flags, started, train
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-
-BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--num_train_epochs", 2)
 
 
 def _arguments(vit: Path, photos: Path, out: Path, *more: object) -> list[object]:
     return [
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--learning_rate", 5e-3, *BATCH, *more,
-    ]  # fmt: skip
+        *run_flags(vit, photos, out, per_device_train_batch_size=4, num_train_epochs=2, learning_rate=5e-3),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +66,12 @@ def test_prediction_and_evaluation_pull_it_back(hub: Hub, pushed: Path, photos: 
     assert there.stdout == here.stdout
     assert len(there.stdout.splitlines()) == 9
     result = train(
-        "--do_eval_only", "--adapter_name_or_path", "lab/flowers", "--validation_dir", images,
-        "--output_dir", tmp_path / "eval", launch_file="ddp_cpu.yaml", **environment,
-    )  # fmt: skip
+        *flags(
+            do_eval_only=True, adapter_name_or_path="lab/flowers", validation_dir=images, output_dir=tmp_path / "eval"
+        ),
+        launch_file="ddp_cpu.yaml",
+        **environment,
+    )
     metrics = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
     assert metrics["eval_accuracy"] == pytest.approx(results_of(pushed)["eval_accuracy"])
     missing = predict("--adapter", "lab/roses", "--images", images, code=2, **environment)

@@ -16,14 +16,9 @@ from typing import Any
 import pytest
 from lora_dist_testing.hub_server import Commit, Repository, environment_of, serving
 from lora_dist_testing.launching import command, environment, predict
-from lora_dist_testing.tiny import make_image, perturb
+from lora_dist_testing.tiny import make_image, write_bundle
 from lora_dist_testing.uploads import HEAD, encoded, png_of
-from lora_dist_testing.web import CHROMIUM, Browser, post
-
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist_testing.web import Browser, post
 
 LABELS = ["<b>bold</b>", "a & b", "an émoji 🦊"]
 NAMES = ["<img src=x onerror=alert(1)>.png", "two words.png", "ü.png"]
@@ -51,11 +46,8 @@ def _serving(*arguments: object, **extra: str) -> Iterator[tuple[subprocess.Pope
 
 @pytest.fixture(scope="module")
 def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = load_base(str(vit), LABELS)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, scale=0.5)
     directory = tmp_path_factory.mktemp("bundles") / "adapter"
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, vit, LABELS, scale=0.5, lora_r=4)
     return directory
 
 
@@ -157,7 +149,7 @@ def test_it_ends_though_an_upload_is_open(signals: int, adapter: Path) -> None:
         assert "Traceback" not in said
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.browser
 def test_dropped_and_chosen_images_come_back_with_bars(adapter: Path, images: list[Path], tmp_path: Path) -> None:
     """In a real browser. Names of files and classes are text, whatever markup they hold."""
     bad = tmp_path / "bad.png"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lora_dist_testing.launching import Launch, assert_same_run, saved_in, started, train
+from lora_dist_testing.launching import Launch, assert_same_run, run_flags, saved_in, started, train
 from lora_dist_testing.tiny import make_folder
 
 RESUME = ("--resume_from_checkpoint", "auto")
@@ -26,12 +26,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _arguments(vit: Path, pictures: Path, out: Path, *more: object) -> list[object]:
     """Twenty updates of which four are an epoch, with two evaluations of a second or more."""
     return [
-        "--model_name_or_path", vit, "--train_dir", pictures / "train", "--validation_dir", pictures / "validation",
-        "--output_dir", out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 8,
-        "--max_train_steps", 20, "--learning_rate", 5e-3, "--augmentation", "randaugment",
-        "--per_device_eval_batch_size", 1, "--eval_steps", 10, "--logging_steps", 5, "--checkpointing_steps", "no",
+        *run_flags(
+            vit,
+            pictures,
+            out,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=8,
+            max_train_steps=20,
+            learning_rate=5e-3,
+            augmentation="randaugment",
+            per_device_eval_batch_size=1,
+            eval_steps=10,
+            logging_steps=5,
+            checkpointing_steps="no",
+        ),
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def _until(launch: Launch, update: int) -> None:

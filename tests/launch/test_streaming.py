@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_dist_testing.launching import lines_of, results_of, started, train
+from lora_dist_testing.launching import flags, lines_of, results_of, started, train
 from lora_dist_testing.tiny import make_png, make_shards, write_tar
 from safetensors.torch import load_file
 
@@ -33,9 +33,18 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _arguments(vit: Path, data: Path, out: Path, *more: object) -> list[object]:
     return [
-        "--model_name_or_path", vit, "--dataset_name", data, "--streaming", "--validation_split", "validation",
-        "--shuffle_buffer_size", 16, "--output_dir", out, "--logging_steps", 1, "--lora_dropout", 0, *more,
-    ]  # fmt: skip
+        *flags(
+            model_name_or_path=vit,
+            dataset_name=data,
+            streaming=True,
+            validation_split="validation",
+            shuffle_buffer_size=16,
+            output_dir=out,
+            logging_steps=1,
+            lora_dropout=0,
+        ),
+        *more,
+    ]
 
 
 def _losses(out: Path) -> list[tuple[int, float]]:
@@ -55,9 +64,15 @@ def single(vit: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_streamed_run_leaves_what_any_run_does(single: Path) -> None:
     assert {path.name for path in single.iterdir()} == {
-        "adapter", "checkpoints", "tensorboard", "all_results.json", "config.yaml", "evaluation.json",
-        "metrics.jsonl", "split.json",
-    }  # fmt: skip
+        "adapter",
+        "checkpoints",
+        "tensorboard",
+        "all_results.json",
+        "config.yaml",
+        "evaluation.json",
+        "metrics.jsonl",
+        "split.json",
+    }
     results = results_of(single)
     assert (results["step"], results["epoch"], results["train_samples"]) == (12, 3, 32)
     assert results["eval_samples"] == 9

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lora_dist_testing.launching import adapter_of, assert_same_run, lines_of, results_of, scalars_of, started, train
+from lora_dist_testing.launching import (
+    adapter_of,
+    assert_same_run,
+    flags,
+    lines_of,
+    results_of,
+    scalars_of,
+    started,
+    train,
+)
 from lora_dist_testing.tiny import make_folder
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -15,14 +24,13 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist.data.pixels.images import load_rgb
 
-FAST = ("--logging_steps", 1, "--learning_rate", 5e-3, "--lora_dropout", 0)
-
 
 def _arguments(vit: Path, photos: Path, out: Path, *more: object) -> list[object]:
     return [
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, *FAST, *more,
-    ]  # fmt: skip
+        *flags(model_name_or_path=vit, train_dir=photos / "train", validation_dir=photos / "validation"),
+        *flags(output_dir=out, logging_steps=1, learning_rate=5e-3, lora_dropout=0),
+        *more,
+    ]
 
 
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3)
@@ -38,13 +46,23 @@ def single(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_run_leaves_what_the_readme_says(single: Path) -> None:
     assert {path.name for path in single.iterdir()} == {
-        "adapter", "checkpoints", "tensorboard", "all_results.json", "config.yaml", "evaluation.json",
-        "metrics.jsonl", "split.json",
-    }  # fmt: skip
+        "adapter",
+        "checkpoints",
+        "tensorboard",
+        "all_results.json",
+        "config.yaml",
+        "evaluation.json",
+        "metrics.jsonl",
+        "split.json",
+    }
     assert {path.name for path in (single / "adapter").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "config.json",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_model.json",
+        "config.json",
         "preprocessor_config.json",
-    }  # fmt: skip
+    }
     results = results_of(single)
     assert results["step"] == 12
     assert results["epoch"] == 3
@@ -167,9 +185,14 @@ def test_an_output_dir_in_use_and_a_resume_of_another_run_are_refused(single: Pa
 
 def test_evaluation_of_a_given_adapter(single: Path, photos: Path, tmp_path: Path) -> None:
     result = train(
-        "--do_eval_only", "--adapter_name_or_path", single / "adapter", "--validation_dir", photos / "validation",
-        "--output_dir", tmp_path / "eval", launch_file="ddp_cpu.yaml",
-    )  # fmt: skip
+        *flags(
+            do_eval_only=True,
+            adapter_name_or_path=single / "adapter",
+            validation_dir=photos / "validation",
+            output_dir=tmp_path / "eval",
+        ),
+        launch_file="ddp_cpu.yaml",
+    )
     metrics = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
     assert metrics["eval_accuracy"] == pytest.approx(results_of(single)["eval_accuracy"])
     assert metrics["eval_loss"] == pytest.approx(results_of(single)["eval_loss"], abs=1e-5)

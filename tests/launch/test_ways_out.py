@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from lora_dist_testing.faults import Faults
-from lora_dist_testing.launching import Launch, saved_in, started
+from lora_dist_testing.launching import Launch, flags, saved_in, started
 from lora_dist_testing.tiny import make_folder
 
 SECONDS = 10
@@ -68,10 +68,17 @@ def _strike(way: str, launch: Launch, faults: Faults, start: str, processes: int
 
 
 IN_CI = {
-    ("exception", "spawn", 1), ("exception", "fork", 2), ("SystemExit", "forkserver", 1), ("signal", "spawn", 2),
-    ("unreadable image", "forkserver", 2), ("killed worker", "fork", 1), ("hanging worker", "fork", 2),
-    ("killed rank", "forkserver", 2), ("killed launcher", "spawn", 2), ("unreadable image", "fork", 1),
-}  # fmt: skip
+    ("exception", "spawn", 1),
+    ("exception", "fork", 2),
+    ("SystemExit", "forkserver", 1),
+    ("signal", "spawn", 2),
+    ("unreadable image", "forkserver", 2),
+    ("killed worker", "fork", 1),
+    ("hanging worker", "fork", 2),
+    ("killed rank", "forkserver", 2),
+    ("killed launcher", "spawn", 2),
+    ("unreadable image", "fork", 1),
+}
 ALONE = ("killed rank", "killed launcher")
 
 
@@ -90,12 +97,20 @@ def test_a_run_ends_with_all_that_it_started(
     photos = tmp_path / "photos"
     make_folder(photos / "train", per_class=40)
     out, faults = tmp_path / "run", Faults(tmp_path / "faults")
-    arguments = (
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", pictures / "validation",
-        "--output_dir", out, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
-        "--max_train_steps", 100_000, "--eval_steps", "no", "--checkpointing_steps", "no", "--logging_steps", 1,
-        "--dataloader_num_workers", 2, "--stall_timeout", 4 if way == "hanging worker" else 60,
-    )  # fmt: skip
+    arguments = flags(
+        model_name_or_path=vit,
+        train_dir=photos / "train",
+        validation_dir=pictures / "validation",
+        output_dir=out,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_train_steps=100_000,
+        eval_steps="no",
+        checkpointing_steps="no",
+        logging_steps=1,
+        dataloader_num_workers=2,
+        stall_timeout=4 if way == "hanging worker" else 60,
+    )
     launch_file = "ddp_cpu.yaml" if processes > 1 else None
     with started(tmp_path / "log", *arguments, launch_file=launch_file, **faults.environment(start)) as launch:
         launch.wait_for(lambda: "step 3/" in launch.text)

@@ -28,9 +28,12 @@ class Command:
         self._mark = f"{os.getpid()}-{time.monotonic_ns()}"
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *map(str, words)], env=environment(**{MARK: self._mark}), stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-m", *map(str, words)],
+                env=environment(**{MARK: self._mark}),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def text(self) -> str:

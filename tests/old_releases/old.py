@@ -54,10 +54,15 @@ def make_adapter(args):
     targets = args.targets[0] if options.pop("regex", False) else args.targets
     config = LoraConfig(
         **{
-            "r": 2, "lora_alpha": 4, "target_modules": targets, "lora_dropout": 0.1, "bias": "none",
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": targets,
+            "lora_dropout": 0.1,
+            "bias": "none",
             "modules_to_save": ["classifier"],
-        } | options
-    )  # fmt: skip
+        }
+        | options
+    )
     model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

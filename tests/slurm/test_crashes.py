@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from lora_dist_testing.cluster import SCRIPTS, START_UP, Cluster, log_of, user_environment
-from lora_dist_testing.launching import ROOT
+from lora_dist_testing.launching import ROOT, flags
+
+pytestmark = pytest.mark.root
 
 SLURMD_TIMEOUT = 10
 
@@ -32,23 +34,27 @@ class Job:
     """A training of two nodes without end, and what becomes of it."""
 
     def __init__(
-        self, cluster: Cluster, directory: Path, script: list[object], flags: list[object], **extra: str
+        self, cluster: Cluster, directory: Path, script: list[object], data_flags: list[object], **extra: str
     ) -> None:
         """
         Args:
             cluster: where it runs.
             directory: where it is submitted; its `settings.yaml` is read at each start.
             script: options of sbatch, a script and its arguments.
-            flags: of the training.
+            data_flags: flags that name the model and the data.
             extra: variables.
         """
         self._cluster, self._place = cluster, directory
         self.set(max_train_steps=1_000_000, checkpointing_steps=10)
         self.number = cluster.submit(
-            "--nodes=2", "--time=10", *script, *flags, "--config", directory / "settings.yaml", "--logging_steps", 1,
-            "--eval_steps", "no", "--dataloader_num_workers", 0, cwd=directory,
+            "--nodes=2",
+            "--time=10",
+            *script,
+            *data_flags,
+            *flags(config=directory / "settings.yaml", logging_steps=1, eval_steps="no", dataloader_num_workers=0),
+            cwd=directory,
             **user_environment(PROJECT_DIR=str(ROOT), **extra),
-        )  # fmt: skip
+        )
 
     def set(self, **settings: object) -> None:
         """Changes settings from the next start on."""
@@ -78,7 +84,7 @@ class Job:
 
 
 @pytest.fixture
-def flags(vit: Path, photos: Path) -> list[object]:
+def data_flags(vit: Path, photos: Path) -> list[object]:
     return ["--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation"]
 
 
@@ -86,11 +92,11 @@ SAVED = "saved a checkpoint after update "
 
 
 def test_a_crash_after_a_checkpoint_is_requeued_and_one_without_a_checkpoint_is_not(
-    cluster: Cluster, directory: Path, flags: list[object]
+    cluster: Cluster, directory: Path, data_flags: list[object]
 ) -> None:
     """The task of an array, whose job number is that of the array: it loses a process, goes on, and loses it again."""
     (directory / "grid.txt").write_text("--learning_rate 1e-3\n", encoding="utf-8")
-    job = Job(cluster, directory, ["--array=1", SCRIPTS / "sweep.sbatch", "grid.txt", "runs"], flags)
+    job = Job(cluster, directory, ["--array=1", SCRIPTS / "sweep.sbatch", "grid.txt", "runs"], data_flags)
     job.number += "_1"
     job.says(SAVED)
     job.set(max_train_steps=1_000_000, checkpointing_steps="no")
@@ -106,14 +112,19 @@ def test_a_crash_after_a_checkpoint_is_requeued_and_one_without_a_checkpoint_is_
     assert "crashed with code 1; no checkpoint was saved since the last start: not requeued" in job.log
 
 
-def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path, flags: list[object]) -> None:
+def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path, data_flags: list[object]) -> None:
     """Although there is a checkpoint, and the other node ends with another code because of it."""
     (directory / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
     fail = directory / "fail"
     job = Job(
-        cluster, directory, [SCRIPTS / "train.sbatch", "--output_dir", "run"], flags,
-        PYTHONPATH=f"{directory}:{ROOT}", FAIL=str(fail), FAIL_WITH="error",
-    )  # fmt: skip
+        cluster,
+        directory,
+        [SCRIPTS / "train.sbatch", "--output_dir", "run"],
+        data_flags,
+        PYTHONPATH=f"{directory}:{ROOT}",
+        FAIL=str(fail),
+        FAIL_WITH="error",
+    )
     job.says(SAVED)
     fail.touch()
     job.reaches(JobState="FAILED")
@@ -123,12 +134,12 @@ def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_node_that_fails_counts_as_a_crash(cluster: Cluster, directory: Path, flags: list[object]) -> None:
+def test_a_node_that_fails_counts_as_a_crash(cluster: Cluster, directory: Path, data_flags: list[object]) -> None:
     """First the other node, after which the run goes on; then the one of the batch script, where the bound is reached.
 
     Slurm requeues the job by itself both times. When the job has failed, somebody requeues it by hand.
     """
-    job = Job(cluster, directory, [SCRIPTS / "train.sbatch", "--output_dir", "run"], flags, MAX_CRASH_RESTARTS="1")
+    job = Job(cluster, directory, [SCRIPTS / "train.sbatch", "--output_dir", "run"], data_flags, MAX_CRASH_RESTARTS="1")
     job.says(SAVED)
     cluster.fail_node("n2")
     job.reaches(Restarts="1")
@@ -152,15 +163,20 @@ def test_a_node_that_fails_counts_as_a_crash(cluster: Cluster, directory: Path, 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_stall_is_requeued_a_requeue_by_hand_does_not_count_and_a_cancelled_job_stays_so(
-    cluster: Cluster, directory: Path, flags: list[object]
+    cluster: Cluster, directory: Path, data_flags: list[object]
 ) -> None:
     """The job is cancelled just after it has lost a process, before its script knows."""
     (directory / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
     fail = directory / "fail"
     job = Job(
-        cluster, directory, [SCRIPTS / "train.sbatch", "--output_dir", "run"], flags,
-        PYTHONPATH=f"{directory}:{ROOT}", FAIL=str(fail), FAIL_WITH="stall",
-    )  # fmt: skip
+        cluster,
+        directory,
+        [SCRIPTS / "train.sbatch", "--output_dir", "run"],
+        data_flags,
+        PYTHONPATH=f"{directory}:{ROOT}",
+        FAIL=str(fail),
+        FAIL_WITH="stall",
+    )
     job.says(SAVED)
     fail.touch()
     job.reaches(Restarts="1")

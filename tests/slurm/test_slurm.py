@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from lora_dist_testing.cluster import SCRIPTS, START_UP, Cluster, log_of, user_environment
-from lora_dist_testing.launching import ROOT, lines_of, results_of, train
+from lora_dist_testing.launching import ROOT, flags, lines_of, results_of, train
 from lora_dist_testing.tiny import make_folder
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.root
 
 
 @pytest.mark.timeout(900)
@@ -26,18 +28,32 @@ def test_a_job_on_two_nodes_goes_on_after_a_time_limit_and_preemption(
     make_folder(photos / "train", per_class=40, size=(400, 320))
     make_folder(photos / "validation", per_class=3, first=100)
     arguments: list[object] = [
-        "--config", directory / "settings.yaml", "--model_name_or_path", vit, "--train_dir", photos / "train",
-        f"--validation_dir={photos / 'validation'}", "--lr_scheduler_type", "constant", "--logging_steps", 5,
-        "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--dataloader_num_workers", 1,
-        "--eval_steps", "no", "--checkpointing_steps", "no",
-    ]  # fmt: skip
+        *flags(config=directory / "settings.yaml", model_name_or_path=vit, train_dir=photos / "train"),
+        f"--validation_dir={photos / 'validation'}",
+        *flags(
+            lr_scheduler_type="constant",
+            logging_steps=5,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
+            dataloader_num_workers=1,
+            eval_steps="no",
+            checkpointing_steps="no",
+        ),
+    ]
     whole, broken = directory / "whole", directory / "broken"
     # Without end until it has been interrupted, however fast this machine is.
     (directory / "settings.yaml").write_text("max_train_steps: 1000000\n")
     job = cluster.submit(
-        "--nodes=2", "--time=10", "--signal=B:USR2@120", SCRIPTS / "train.sbatch", *arguments, "--output_dir",
-        "broken", cwd=directory, **user_environment(PROJECT_DIR=str(ROOT), TMPDIR=str(scratch), STAGE_DIR=str(photos)),
-    )  # fmt: skip
+        "--nodes=2",
+        "--time=10",
+        "--signal=B:USR2@120",
+        SCRIPTS / "train.sbatch",
+        *arguments,
+        "--output_dir",
+        "broken",
+        cwd=directory,
+        **user_environment(PROJECT_DIR=str(ROOT), TMPDIR=str(scratch), STAGE_DIR=str(photos)),
+    )
     after = cluster.submit(f"--dependency=afterok:{job}", "--wrap", "touch after", cwd=directory)
 
     def says(text: str, seconds: float) -> None:
@@ -100,11 +116,17 @@ def test_a_sweep_ends_in_one_table(cluster: Cluster, vit: Path, photos: Path, di
         "# rate and rank\n--learning_rate 1e-3 --lora_r 4\n\n--learning_rate=5e-3 --lora_r '8'\n--learning_rate fast\n"
     )
     sweep = cluster.submit(
-        "--array=1-3", "--time=10", SCRIPTS / "sweep.sbatch", "my grid.txt", "runs/my sweep",
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--max_train_steps", 2, cwd=directory,
+        "--array=1-3",
+        "--time=10",
+        SCRIPTS / "sweep.sbatch",
+        "my grid.txt",
+        "runs/my sweep",
+        *flags(
+            model_name_or_path=vit, train_dir=photos / "train", validation_dir=photos / "validation", max_train_steps=2
+        ),
+        cwd=directory,
         **user_environment(PROJECT_DIR=str(ROOT), LAUNCH_FILE=str(ROOT / "accelerate_configs" / "single.yaml")),
-    )  # fmt: skip
+    )
     never = cluster.submit(f"--dependency=afterok:{sweep}", "--wrap", "touch never", cwd=directory)
     tasks = [f"{sweep}_{number}" for number in (1, 2, 3)]
     ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
@@ -121,13 +143,19 @@ def test_a_sweep_ends_in_one_table(cluster: Cluster, vit: Path, photos: Path, di
 
     printed = subprocess.run(
         [sys.executable, SCRIPTS / "sweep_table.py", "my grid.txt", "runs/my sweep"],
-        cwd=directory, capture_output=True, text=True, check=True, timeout=60,
-    ).stdout  # fmt: skip
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
     with (directory / "runs" / "my sweep" / "table.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [(row["run"], row["learning_rate"], row["lora_r"]) for row in table] == [
-        ("1", "1e-3", "4"), ("2", "5e-3", "8"), ("3", "fast", ""),
-    ]  # fmt: skip
+        ("1", "1e-3", "4"),
+        ("2", "5e-3", "8"),
+        ("3", "fast", ""),
+    ]
     results = [results_of(directory / "runs" / "my sweep" / number) for number in ("1", "2")]
     assert [row["eval_accuracy"] for row in table] == [*(f"{each['eval_accuracy']:.4f}" for each in results), ""]
     assert results[0]["trainable_params"] < results[1]["trainable_params"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 from lora_dist_testing.hub_server import SIGNATURE, TOKEN, Hub, point_client_at, serving
-from lora_dist_testing.launching import assert_same_run, free_port, lines_of, results_of
+from lora_dist_testing.launching import assert_same_run, free_port, lines_of, results_of, run_flags
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_image, perturb
+from lora_dist_testing.tiny import make_image, write_bundle
 from safetensors.torch import load, load_file
 
 from lora_dist import hub, hub_client, train
@@ -22,10 +22,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.hub import HubError, local_directory, open_repository, upload
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.training.saving.publisher import Publisher, Push
 
 NOW = (0.0, 0.0, 0.0)
@@ -58,10 +55,7 @@ def _contents(directory: Path) -> dict[str, bytes]:
 
 
 def _bundle(directory: Path, base_model: Path) -> torch.Tensor:
-    base = load_base(str(base_model), ["a", "b"])
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model)
-    write_adapter(directory, model, base, "# card\n")
+    model, base = write_bundle(directory, base_model, ["a", "b"], card="# card\n", lora_r=4)
     with torch.inference_mode():
         return model.eval()(pixel_values=ImageTransforms(base.processor).batch([make_image(0, 0)])).logits
 
@@ -133,13 +127,28 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(server: Hub, monkeypatch: 
 @pytest.mark.parametrize(
     ("route", "failure", "temporary"),
     [
-        ("create", 503, True), ("create", 429, True), ("create", "drop", True), ("create", 401, False),
-        ("create", 403, False), ("validate", "html", True), ("validate", 500, True), ("validate", "drop", True),
-        ("preupload", 403, False), ("preupload", 404, False), ("batch", 403, False), ("store", 403, False),
-        ("commit", 502, True), ("commit", 429, True), ("commit", 409, True), ("commit", 412, True),
-        ("commit", "drop", True), ("commit", 401, False), ("commit", 403, False), ("commit", 413, False),
+        ("create", 503, True),
+        ("create", 429, True),
+        ("create", "drop", True),
+        ("create", 401, False),
+        ("create", 403, False),
+        ("validate", "html", True),
+        ("validate", 500, True),
+        ("validate", "drop", True),
+        ("preupload", 403, False),
+        ("preupload", 404, False),
+        ("batch", 403, False),
+        ("store", 403, False),
+        ("commit", 502, True),
+        ("commit", 429, True),
+        ("commit", 409, True),
+        ("commit", 412, True),
+        ("commit", "drop", True),
+        ("commit", 401, False),
+        ("commit", 403, False),
+        ("commit", 413, False),
     ],
-)  # fmt: skip
+)
 def test_which_failures_may_go_away(
     route: str, failure: int | str, temporary: bool, server: Hub, tmp_path: Path
 ) -> None:
@@ -203,10 +212,16 @@ def _publisher(name: str = "flowers", waits: tuple[float, ...] = NOW) -> Publish
 @pytest.mark.parametrize(
     ("route", "failures"),
     [
-        ("create", (503, 503)), ("create", ("drop",)), ("validate", ("html", "drop", 500)), ("preupload", (503,)),
-        ("store", (500,)), ("commit", (503, 429, 502)), ("commit", ("drop",)), ("*", (503,)),
+        ("create", (503, 503)),
+        ("create", ("drop",)),
+        ("validate", ("html", "drop", 500)),
+        ("preupload", (503,)),
+        ("store", (500,)),
+        ("commit", (503, 429, 502)),
+        ("commit", ("drop",)),
+        ("*", (503,)),
     ],
-)  # fmt: skip
+)
 def test_a_push_is_tried_until_it_works(
     route: str, failures: tuple[int | str, ...], server: Hub, tmp_path: Path
 ) -> None:
@@ -443,9 +458,12 @@ def test_the_cache_is_used_if_the_hub_fails(server: Hub, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("ada/none", "no repository ada/none, or it is private"), ("ada/flowers@v9", "no branch, tag or commit v9"),
-     ("ada/gated", "ada/gated is gated")],
-)  # fmt: skip
+    [
+        ("ada/none", "no repository ada/none, or it is private"),
+        ("ada/flowers@v9", "no branch, tag or commit v9"),
+        ("ada/gated", "ada/gated is gated"),
+    ],
+)
 def test_a_failed_download_says_what_to_do(name: str, said: str, server: Hub, tmp_path: Path) -> None:
     for repository in ("flowers", "gated"):
         upload(open_repository(repository, private=False), _files(tmp_path / "bundle"), "message")
@@ -480,13 +498,22 @@ def test_a_private_repository_is_not_found_without_a_token(
 
 def _run(vit: Path, photos: Path, out: Path, *more: object) -> Path:
     train.main(
-        [str(word) for word in (
-            "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-            "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 8,
-            "--gradient_accumulation_steps", 1, "--eval_steps", 1, "--checkpointing_steps", 1, "--save_total_limit", 9,
-            "--max_train_steps", 5, "--metric_for_best_model", "loss", "--learning_rate", 5e-3, *more,
-        )]
-    )  # fmt: skip
+        [
+            *run_flags(
+                vit,
+                photos,
+                out,
+                logging_steps=1,
+                eval_steps=1,
+                checkpointing_steps=1,
+                save_total_limit=9,
+                max_train_steps=5,
+                metric_for_best_model="loss",
+                learning_rate=5e-3,
+            ),
+            *map(str, more),
+        ]
+    )
     return out
 
 
@@ -551,9 +578,15 @@ def test_a_hub_that_refuses_every_commit_costs_a_run_nothing(
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(
-    token: str | None, more: tuple[str, ...], said: str, server: Hub, photos: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    token: str | None,
+    more: tuple[str, ...],
+    said: str,
+    server: Hub,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     else:

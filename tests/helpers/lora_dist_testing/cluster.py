@@ -113,10 +113,15 @@ class Cluster:
             )
         )
         self._daemon(
-            "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.directory}/munge.socket",
-            f"--pid-file={self.directory}/munged.pid", f"--log-file={self.directory}/munged.log",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={self.directory}/munge.socket",
+            f"--pid-file={self.directory}/munged.pid",
+            f"--log-file={self.directory}/munged.log",
             f"--seed-file={self.directory}/munged.seed",
-        )  # fmt: skip
+        )
         self.wait_for(lambda: (self.directory / "munge.socket").exists(), "munged", 30)
         self._daemon("slurmctld", "-D", "-L", self.directory / "slurmctld.log")
         for node in ("n1", "n2"):
@@ -167,8 +172,13 @@ class Cluster:
         """Runs a command of Slurm and returns what it printed."""
         result = subprocess.run(
             [str(word) for word in words],
-            capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env=self.environment(**extra),
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=cwd,
+            env=self.environment(**extra),
+        )
         assert not check or result.returncode == 0, f"{words}: {result.stderr}"
         return result.stdout
 

@@ -388,6 +388,10 @@ def point_client_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def environment_of(hub: Hub, home: Path) -> dict[str, str]:
     """For a process whose client is to talk to a Hub, as one who is logged in."""
     return {
-        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"),
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+    }

@@ -32,6 +32,34 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | extra
 
 
+def flags(**settings: object) -> list[str]:
+    """Settings as command-line flags: `flags(train_dir=photos, lora_r=4)`.
+
+    None leaves a flag out, booleans become `true` and `false`, and lists are joined by commas.
+    """
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", _word(value))]
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def run_flags(model: Path, data: Path, output_dir: Path, **settings: object) -> list[str]:
+    """Flags of a run on `data/train` and `data/validation`, with batches of 8 in float32; `settings` override."""
+    common = {
+        "model_name_or_path": model,
+        "train_dir": data / "train",
+        "validation_dir": data / "validation",
+        "output_dir": output_dir,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "mixed_precision": "no",
+    }
+    return flags(**common | settings)
+
+
 def command(module: str, arguments: Sequence[object], launch_file: str | None = None) -> list[str]:
     """The command line of a module, plain or through `accelerate launch` with a file of `accelerate_configs/`."""
     words = [str(argument) for argument in arguments]
@@ -168,9 +196,12 @@ def adapter_of(output_dir: Path) -> dict[str, Tensor]:
 
 
 TIMINGS = {
-    "train/samples_per_second", "train/data_wait", "train/peak_memory_mb", "train/step_time",
+    "train/samples_per_second",
+    "train/data_wait",
+    "train/peak_memory_mb",
+    "train/step_time",
     "train/step_time_slowest_rank",
-}  # fmt: skip
+}
 
 
 def assert_same_run(output_dir: Path, expected: Path) -> None:

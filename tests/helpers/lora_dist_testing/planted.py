@@ -99,8 +99,13 @@ def plant_files(root: Path) -> Planted:
     copies = (a / "020 copy.png", a / ODD_NAME)
     copies[0].write_bytes(first.read_bytes())
     Image.open(first).save(copies[1].with_suffix(".bmp"))
-    planted.expect("duplicate", first, copies[0], copies[1].with_suffix(".bmp"),
-                   left_out=(copies[0], copies[1].with_suffix(".bmp")))  # fmt: skip
+    planted.expect(
+        "duplicate",
+        first,
+        copies[0],
+        copies[1].with_suffix(".bmp"),
+        left_out=(copies[0], copies[1].with_suffix(".bmp")),
+    )
     first = planted.new(odd / ODD_NAME)
     Image.open(first).resize((60, 45)).save(odd / "zz small.jpg")
     planted.expect("near_duplicate", first, odd / "zz small.jpg")

@@ -171,6 +171,30 @@ def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
+def write_bundle(
+    directory: Path,
+    base_model: Path,
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    scale: float = 0.2,
+    card: str = "card\n",
+    tuning: Any = "lora",
+    **lora: Any,
+) -> tuple[Any, Any]:
+    """Writes the bundle of an adapter with perturbed weights; returns its model and the base it was made on."""
+    from lora_dist.model.backbone import load_base
+    from lora_dist.model.bundle import write_adapter
+    from lora_dist.model.trainable import make_trainable
+    from lora_dist.settings.train import LoraSettings, ModelSettings
+
+    base = load_base(str(base_model), list(labels))
+    model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(**lora))
+    perturb(model, seed, scale)
+    write_adapter(directory, model, base, card)
+    return model, base
+
+
 def make_image(label: int, number: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     """A noisy picture whose stripes tell its class."""
     noise = np.random.default_rng([label, number])

@@ -60,8 +60,10 @@ class Browser:
         size = [f"--window-size={width},{height}", "--hide-scrollbars", f"--user-data-dir={self._profile.name}"]
         self._process = subprocess.Popen(
             ["bash", "-c", command, "bash", CHROMIUM, *flags, *size, "about:blank"],
-            pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=(to_read, to_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_read)
         os.close(to_write)
         self._read, self._count, self._session = b"", 0, ""

@@ -58,9 +58,7 @@ def audit_of(planted: Planted, *more: object) -> Report:
 
 def found_in(report: Report) -> list[tuple[str, frozenset[str]]]:
     files = report.scanned.files
-    return [
-        (finding.kind.name, frozenset(files[index].path for index in finding.files)) for finding in report.findings
-    ]  # fmt: skip
+    return [(finding.kind.name, frozenset(files[index].path for index in finding.files)) for finding in report.findings]
 
 
 # Everything together
@@ -99,11 +97,18 @@ def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_le
     write_quarantine(report, file)
     assert read_exclusions(file) == planted.left_out
     again = audit_of(planted, "--exclude", file)
-    stay = {"one_split", "near_conflict", "near_duplicate", "wrong_extension", "huge", "aspect_ratio", "imbalance",
-            "few_images", "ignored"}  # fmt: skip
-    assert sorted(found_in(again), key=repr) == sorted(
-        (one for one in planted.expected if one[0] in stay), key=repr
-    )  # fmt: skip
+    stay = {
+        "one_split",
+        "near_conflict",
+        "near_duplicate",
+        "wrong_extension",
+        "huge",
+        "aspect_ratio",
+        "imbalance",
+        "few_images",
+        "ignored",
+    }
+    assert sorted(found_in(again), key=repr) == sorted((one for one in planted.expected if one[0] in stay), key=repr)
     write_quarantine(again, file)
     assert read_exclusions(file) == planted.left_out, "a list that replaces the one that was used has its files as well"
 
@@ -127,8 +132,10 @@ def test_without_a_validation_folder_each_class_needs_an_image_to_hold_out(tmp_p
     planted.new(planted.train / "empty" / "1.png").unlink()
     report = audit(settings_of("--train_dir", planted.train, "--max_imbalance", 20))
     assert [(finding.kind.name, finding.message.partition(":")[0]) for finding in report.findings] == [
-        ("one_split", "single"), ("few_images", "empty"), ("few_images", "single"),
-    ]  # fmt: skip
+        ("one_split", "single"),
+        ("few_images", "empty"),
+        ("few_images", "single"),
+    ]
 
 
 def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_path: Path) -> None:
@@ -141,6 +148,7 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
         settings_of()
 
 
+@pytest.mark.root
 def test_an_audit_that_fails_leaves_no_list_and_one_that_cannot_write_keeps_the_old(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,9 +215,11 @@ def test_the_same_pixels_have_the_same_digest_and_others_do_not(tmp_path: Path) 
     turned = Image.Exif()
     turned[0x0112] = 6
     same = {
-        digest(image, "1.png"), digest(image, "2.bmp"), digest(image, "3.webp", lossless=True),
+        digest(image, "1.png"),
+        digest(image, "2.bmp"),
+        digest(image, "3.webp", lossless=True),
         digest(image.rotate(90, expand=True), "4.png", exif=turned),
-    }  # fmt: skip
+    }
     assert len(same) == 1
     changed = image.copy()
     changed.putpixel((119, 89), (0, 0, 0))
@@ -254,8 +264,11 @@ def test_a_leak_leaves_training_and_one_copy_stays_in_validation() -> None:
 
 def test_an_image_of_two_classes_goes_altogether_and_is_a_leak_as_well_where_it_is_one() -> None:
     found = copies(("train", "a", 1), ("train", "b", 1), ("validation", "a", 1), ("train", "a", 2), ("train", "b", 2))
-    assert indices_of(found) == [("leak", [0, 1, 2], [0, 1]), ("conflict", [0, 1, 2], [0, 1, 2]),
-                                ("conflict", [3, 4], [3, 4])]  # fmt: skip
+    assert indices_of(found) == [
+        ("leak", [0, 1, 2], [0, 1]),
+        ("conflict", [0, 1, 2], [0, 1, 2]),
+        ("conflict", [3, 4], [3, 4]),
+    ]
     assert left_out(found) == {0, 1, 2, 3, 4}
 
 
@@ -345,9 +358,7 @@ def test_groups_are_what_is_connected() -> None:
 def test_a_crashed_worker_loses_only_the_file_that_it_was_reading() -> None:
     paths = [f"{'deadly' if index in (3, 40, 41) else 'fine'} {index}" for index in range(70)]
     results = dict(in_processes(die_of_it, paths, workers=2, failed="failed"))
-    assert results == {
-        index: "failed" if index in (3, 40, 41) else path.upper() for index, path in enumerate(paths)
-    }  # fmt: skip
+    assert results == {index: "failed" if index in (3, 40, 41) else path.upper() for index, path in enumerate(paths)}
 
 
 def test_a_hung_worker_loses_only_the_file_that_it_was_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,11 +410,14 @@ def test_ctrl_c_ends_everything_at_once_and_without_a_traceback(work: str, secon
         arguments = ["-m", "lora_dist.audit", "--train_dir", str(tmp_path / "data"), "--num_workers", "2"]
         arguments += ["--output_dir", str(tmp_path / "out")]
     parent = subprocess.Popen(
-        [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         # Whoever runs the tests in the background has it ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     try:
         workers = workers_of(parent)
         time.sleep(seconds)
@@ -435,9 +449,13 @@ except KeyboardInterrupt:
 def test_ctrl_c_waits_for_a_start_though_another_thread_receives_it() -> None:
     """Such as a thread of numpy's; it would leave a worker behind that was told nothing, and says so."""
     result = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, "-c", INTERRUPTED],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert result.stdout == "whole\ninterrupted\n"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import make_folder
 
 from lora_dist.bench.compare import Comparison, Throughput
@@ -43,9 +44,15 @@ def made(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingR
     root = tmp_path_factory.mktemp("bench")
     make_folder(root / "photos", per_class=12)
     settings = parse(
-        "--model_name_or_path", vit, "--train_dir", root / "photos", "--output_dir", root / "run",
-        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0,
-    )  # fmt: skip
+        *flags(
+            model_name_or_path=vit,
+            train_dir=root / "photos",
+            output_dir=root / "run",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            lora_dropout=0,
+        ),
+    )
     return assemble_unwritten(settings, launch("no"), root / "written"), root
 
 
@@ -98,7 +105,7 @@ def test_warmup_updates_cover_each_worker_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags", "found", "expected"),
+    ("changes", "more", "found", "expected"),
     [
         (SLOW_LOADER, (), CPU, "data loader .30% .*; --cache_dir or --dataloader_num_workers 3 "),
         (SLOW_LOADER, (), GPU, "data loader .*; --cache_dir or --augment_on_device may help"),
@@ -118,9 +125,9 @@ def test_warmup_updates_cover_each_worker_once() -> None:
     ],
 )
 def test_the_diagnosis_names_the_bottleneck_and_settings_that_may_help(
-    changes: dict[str, float], flags: tuple[str, ...], found: Hardware, expected: str, tmp_path: Path
+    changes: dict[str, float], more: tuple[str, ...], found: Hardware, expected: str, tmp_path: Path
 ) -> None:
-    settings = parse("--train_dir", tmp_path, *flags)
+    settings = parse("--train_dir", tmp_path, *more)
     said = diagnose(Measurements(**{**vars(MEASURED), **changes}), settings, found)
     assert re.search(expected, said), said
     assert said.count(".") == 1 + said.count("%.")
@@ -153,7 +160,7 @@ def test_ratios_of_a_comparison_are_within_a_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "name"),
+    ("more", "name"),
     [
         (("--dry_run",), "dry_run"),
         (("--compare", "trainer", "--tuning", "full"), "tuning"),
@@ -164,17 +171,23 @@ def test_ratios_of_a_comparison_are_within_a_round() -> None:
         (("--compare", "mine"), "compare"),
     ],
 )
-def test_what_cannot_be_measured_or_compared_is_said_first(flags: tuple[str, ...], name: str, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_or_compared_is_said_first(more: tuple[str, ...], name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--{name}"):
-        parse("--train_dir", tmp_path, *flags)
+        parse("--train_dir", tmp_path, *more)
 
 
 def test_the_baseline_trains_any_architecture_for_as_many_updates(architecture: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "photos", per_class=12)
     settings = parse(
-        "--model_name_or_path", architecture, "--train_dir", tmp_path / "photos", "--augmentation", "none",
-        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--updates", 2,
-    )  # fmt: skip
+        *flags(
+            model_name_or_path=architecture,
+            train_dir=tmp_path / "photos",
+            augmentation="none",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            updates=2,
+        ),
+    )
     samples, seconds, device = time_baseline(settings, tmp_path / "written")
     assert (samples, device.type) == (16, "cpu")
     assert seconds > 0

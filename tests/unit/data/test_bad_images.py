@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_dist_testing.launching import lines_of, results_of, train
+from lora_dist_testing.launching import flags, lines_of, results_of, run_flags, train
 from lora_dist_testing.tiny import make_folder, perturb
 from transformers import ViTImageProcessor
 
@@ -116,11 +116,18 @@ def test_two_processes_train_as_one_around_bad_images(vit: Path, tmp_path: Path)
     runs = {}
     for name, launch_file, batch in (("one", "single.yaml", 4), ("two", "ddp_cpu.yaml", 2)):
         result = train(
-            "--model_name_or_path", vit, "--train_dir", tmp_path / "train", "--validation_dir",
-            tmp_path / "validation", "--output_dir", tmp_path / name, "--per_device_train_batch_size", batch,
-            "--gradient_accumulation_steps", 1, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
-            "--on_bad_image", "skip", launch_file=launch_file,
-        )  # fmt: skip
+            *run_flags(
+                vit,
+                tmp_path,
+                tmp_path / name,
+                per_device_train_batch_size=batch,
+                num_train_epochs=2,
+                logging_steps=1,
+                lora_dropout=0,
+                on_bad_image="skip",
+            ),
+            launch_file=launch_file,
+        )
         assert all(f"skipped an image that cannot be read: {path}" in result.stderr for path in bad)
         runs[name] = tmp_path / name
     losses = {
@@ -136,13 +143,19 @@ def test_two_processes_train_as_one_around_bad_images(vit: Path, tmp_path: Path)
 
 def _run(vit: Path, root: Path, *more: object) -> None:
     main(
-        [str(word) for word in (
-            "--model_name_or_path", vit, "--train_dir", root / "train", "--validation_dir", root / "validation",
-            "--output_dir", root / "run", "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1,
-            "--num_train_epochs", 2, "--mixed_precision", "no", "--dataloader_num_workers", 0,
-            "--on_bad_image", "skip", *more,
-        )]
-    )  # fmt: skip
+        [
+            *run_flags(
+                vit,
+                root,
+                root / "run",
+                per_device_train_batch_size=4,
+                num_train_epochs=2,
+                dataloader_num_workers=0,
+                on_bad_image="skip",
+            ),
+            *map(str, more),
+        ]
+    )
 
 
 @pytest.mark.parametrize("more", [(), ("--max_train_steps", 2)], ids=["an epoch", "fewer updates"])
@@ -191,9 +204,15 @@ def test_a_bad_image_among_the_first_inputs_ends_the_run_too(vit: Path, photos: 
     for path in (tmp_path / "train").rglob("*.png"):
         _spoil(path)
     result = train(
-        "--model_name_or_path", vit, "--train_dir", tmp_path / "train", "--validation_dir", photos / "validation",
-        "--output_dir", tmp_path / "run", "--num_train_epochs", 1, code=2,
-    )  # fmt: skip
+        *flags(
+            model_name_or_path=vit,
+            train_dir=tmp_path / "train",
+            validation_dir=photos / "validation",
+            output_dir=tmp_path / "run",
+            num_train_epochs=1,
+        ),
+        code=2,
+    )
     assert "cannot read an image" in result.stderr
     assert "--on_bad_image skip" in result.stderr
     assert "Traceback" not in result.stderr

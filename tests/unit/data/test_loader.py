@@ -158,8 +158,10 @@ def test_types_and_shapes_are_as_described(data: ImageData) -> None:
     for batch in (plain, mixed):
         assert (batch.pixel_values.shape, batch.pixel_values.dtype) == ((4, 3, 16, 16), torch.float32)
         assert (batch.labels.dtype, batch.indices.dtype, batch.weights.dtype) == (
-            torch.int64, torch.int64, torch.float32,
-        )  # fmt: skip
+            torch.int64,
+            torch.int64,
+            torch.float32,
+        )
         assert torch.equal(batch.labels, torch.from_numpy(data.train.labels[batch.indices]))
     assert plain.partner_labels is None
     assert plain.shares is None

@@ -76,8 +76,9 @@ def test_linked_folders_are_followed_and_dangling_links_kept_to_be_reported(tmp_
     (tmp_path / "shown" / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "shown" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert find_images([str(tmp_path / "shown")]) == [
-        str(tmp_path / "shown" / "gone.png"), str(tmp_path / "shown" / "linked" / "1.png"),
-    ]  # fmt: skip
+        str(tmp_path / "shown" / "gone.png"),
+        str(tmp_path / "shown" / "linked" / "1.png"),
+    ]
 
 
 def test_a_name_of_nothing_is_refused_by_name(tmp_path: Path) -> None:
@@ -163,6 +164,7 @@ def test_an_output_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_a_disk_that_fills_up_is_said_by_name(name: str, tmp_path: Path) -> None:
     with (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_model, perturb
+from lora_dist_testing.tiny import make_model, write_bundle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,21 +15,14 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["x", "y", "z"]
 
 
 def _write(directory: Path, base_model: Path, seed: int, labels: list[str] = LABELS, **lora: Any) -> Tensor:
     """Writes a bundle, and returns its logits."""
-    base = load_base(str(base_model), labels)
-    tuning = lora.pop("tuning", "lora")
-    model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(**lora))
-    perturb(model, seed)
-    write_adapter(directory, model, base, "card\n")
+    model, _ = write_bundle(directory, base_model, labels, seed=seed, **lora)
     return logits(model, 32)
 
 
@@ -54,10 +47,7 @@ def test_a_chosen_adapter_classifies_as_it_does_alone(vit: Path, tmp_path: Path)
 
 
 def test_an_old_adapter_stands_beside_a_new_one(tmp_path: Path) -> None:
-    base = load_base(str(OLD / "base"), LABELS)
-    model = make_trainable(base, ModelSettings(), LoraSettings())
-    perturb(model)
-    write_adapter(tmp_path / "new", model, base, "card\n")
+    model, _ = write_bundle(tmp_path / "new", OLD / "base", LABELS)
     adapter_set = load_adapter_set({"old": OLD / "peft_0_2", "new": tmp_path / "new"}, str(OLD / "base"))
     torch.testing.assert_close(logits(adapter_set.set_adapter("new").model), logits(model))
     torch.testing.assert_close(

@@ -203,9 +203,16 @@ def test_a_layer_missing_from_the_checkpoint_trains_and_travels(name: str, tunin
 
 def test_the_pooler_that_a_masked_image_model_lacks_trains(tmp_path: Path) -> None:
     config = BeitConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
-        vocab_size=16, use_mask_token=True, use_mean_pooling=True,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        vocab_size=16,
+        use_mask_token=True,
+        use_mean_pooling=True,
+    )
     BeitForMaskedImageModeling(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     base = _base(tmp_path)

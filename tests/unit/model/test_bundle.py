@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.tiny import make_image, make_model, make_remote_model, perturb
+from lora_dist_testing.tiny import make_image, make_model, make_remote_model, perturb, write_bundle
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,10 +30,7 @@ IMAGES = [make_image(label, number) for label in range(2) for number in range(2)
 
 def _write(directory: Path, base_model: Path, labels: list[str] = LABELS, seed: int = 0) -> Tensor:
     """Writes the bundle of an adapter, and returns the logits of the model in memory."""
-    base = load_base(str(base_model), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, seed)
-    write_adapter(directory, model, base, f"card {seed}\n")
+    model, base = write_bundle(directory, base_model, labels, seed=seed, card=f"card {seed}\n", lora_r=4)
     return _logits(model, base.processor)
 
 
@@ -74,9 +71,13 @@ def test_a_bundle_holds_all_that_is_needed_and_classifies_as_the_model_in_memory
 ) -> None:
     expected = _write(tmp_path / "adapter", base_model)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "config.json",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_model.json",
+        "config.json",
         "preprocessor_config.json",
-    }  # fmt: skip
+    }
     assert (tmp_path / "adapter" / "README.md").read_text() == "card 0\n"
     classifier = load_classifier(tmp_path / "adapter")
     assert classifier.labels == LABELS
@@ -303,11 +304,8 @@ def test_a_fine_tuned_checkpoint_is_a_base_for_other_classes(tmp_path: Path) -> 
     """Of another number, or of as many with other names."""
     fine_tuned = make_model(tmp_path / "base", num_labels=5)
     for labels in (["x", "y"], [f"other {number}" for number in range(5)]):
-        base = load_base(str(fine_tuned), labels)
-        model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=2))
-        perturb(model)
         directory = tmp_path / str(len(labels))
-        write_adapter(directory, model, base, "card\n")
+        model, base = write_bundle(directory, fine_tuned, labels, lora_r=2)
         loaded = load_classifier(directory)
         assert loaded.labels == labels
         torch.testing.assert_close(_logits(loaded.model, loaded.processor), _logits(model, base.processor))

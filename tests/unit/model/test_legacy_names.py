@@ -51,8 +51,9 @@ def test_the_fixtures_are_what_they_are_said_to_be() -> None:
     assert "base_model.model.classifier.weight" in keys
     versions = {name: json.loads((OLD / name / "expected.json").read_text())["versions"] for name in FIXTURES}
     assert {(versions[name]["transformers"], versions[name]["peft"]) for name in FIXTURES} == {
-        ("4.27.4", "0.2.0"), ("4.49.0", "0.14.0"),
-    }  # fmt: skip
+        ("4.27.4", "0.2.0"),
+        ("4.49.0", "0.14.0"),
+    }
 
 
 def test_nothing_is_said_of_settings_that_early_peft_wrote_and_nobody_uses(recwarn: pytest.WarningsRecorder) -> None:

@@ -18,19 +18,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_dist_testing import unprivileged
-from lora_dist_testing.tiny import make_folder, make_image, perturb
+from lora_dist_testing.launching import flags
+from lora_dist_testing.tiny import make_folder, make_image, write_bundle
 
 from lora_dist import predict
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.errors import UserError
-from lora_dist.model import bundle
-from lora_dist.model.backbone import load_base
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.audit import contradictions as audit_contradictions
 from lora_dist.settings.cli import flat_fields, parse
-from lora_dist.settings.train import LoraSettings, ModelSettings, Settings, contradictions
+from lora_dist.settings.train import Settings, contradictions
 from lora_dist.storage.writable import require_writable
 
 EXAMPLES = 200
@@ -121,8 +119,10 @@ def test_a_path_that_cannot_be_is_named_by_its_flag(name: str, tmp_path: Path) -
         (tmp_path / "closed").chmod(0o700)
     assert "Traceback" not in result.stderr, result.stderr
     assert [line for line in result.stderr.splitlines() if line.startswith("lora_dist.")] == [
-        *["lora_dist.train 2"] * 3, "lora_dist.audit.__main__ 2", *["lora_dist.predict 2"] * 2
-    ]  # fmt: skip
+        *["lora_dist.train 2"] * 3,
+        "lora_dist.audit.__main__ 2",
+        *["lora_dist.predict 2"] * 2,
+    ]
     for flag in ("train_dir", "exclude", "output_dir", "config", "images"):
         assert f"--{flag}" in result.stderr
 
@@ -183,11 +183,8 @@ def test_a_picture_of_a_billion_pixels_is_refused_at_its_header() -> None:
 @pytest.fixture(scope="module")
 def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = ["=1+1", 'a "b", c', "<script>alert(1)</script>\n🌷"]
-    base = load_base(str(vit), labels)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model)
     directory = tmp_path_factory.mktemp("adapters") / "adapter"
-    bundle.write_adapter(directory, model, base, "card", None)
+    write_bundle(directory, vit, labels, card="card", lora_r=4)
     return directory
 
 
@@ -212,7 +209,7 @@ def test_every_spoiled_file_gets_one_clean_row(form: str, adapter: Path, tmp_pat
         content = KINDS[kind] if number % 4 == 0 else _spoiled(KINDS[kind], chance)
         (photos / f"{odd[number % len(odd)]}{number}.{kind.lower()}").write_bytes(content)
     with pytest.raises(SystemExit) as end:
-        predict.main(["--adapter", str(adapter), "--images", str(photos), "--output", str(out), "--num_workers", "0"])
+        predict.main(flags(adapter=str(adapter), images=str(photos), output=str(out), num_workers="0"))
     assert end.value.code == 1
     with out.open(encoding="utf-8", newline="") as file:
         rows = [json.loads(line) for line in file] if form == "jsonl" else list(csv.DictReader(file))

@@ -14,15 +14,11 @@ import pytest
 import torch
 from lora_dist_testing.launching import environment
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_image, perturb
+from lora_dist_testing.tiny import make_image, write_bundle
 
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.older_peft import export_legacy_names
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 INTERPRETERS = [path for path in os.environ.get("LORA_DIST_OLD_PYTHON", "").split(":") if path]
 LABELS = ["x", "y", "z"]
@@ -71,10 +67,7 @@ def _size(architecture: Path) -> int:
 
 
 def _adapter(directory: Path, base_model: Path, **lora: Any) -> Path:
-    base = load_base(str(base_model), LABELS)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4, **lora))
-    perturb(model)
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, base_model, LABELS, lora_r=4, **lora)
     return directory
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.launching import results_of
+from lora_dist_testing.launching import flags, results_of
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import make_model, perturb
+from lora_dist_testing.tiny import make_model, write_bundle
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -17,8 +17,6 @@ from lora_dist import train
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable, trained_tensors
 from lora_dist.model.warm_start import load_warm_start
@@ -31,10 +29,7 @@ def _write(
     directory: Path, base_model: Path, labels: list[str] = LABELS, tuning: Any = "lora", **lora: Any
 ) -> dict[str, Tensor]:
     """Writes a bundle, and returns what trained in it."""
-    base = load_base(str(base_model), labels)
-    model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(**lora))
-    perturb(model)
-    write_adapter(directory, model, base, "card\n")
+    model, _ = write_bundle(directory, base_model, labels, tuning=tuning, **lora)
     return {name: tensor.detach().clone() for name, tensor in trained_tensors(model)}
 
 
@@ -151,11 +146,15 @@ def test_a_run_goes_on_with_the_pixels_that_the_adapter_was_trained_on(vit: Path
     processor = tmp_path / "adapter" / "preprocessor_config.json"
     processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.2, 0.3, 0.4]}))
     train.main(
-        [str(word) for word in (
-            "--adapter_name_or_path", tmp_path / "adapter", "--train_dir", photos / "train", "--validation_dir",
-            photos / "validation", "--output_dir", tmp_path / "run", "--max_train_steps", 1, "--learning_rate", 1e-30,
-        )]
-    )  # fmt: skip
+        flags(
+            adapter_name_or_path=tmp_path / "adapter",
+            train_dir=photos / "train",
+            validation_dir=photos / "validation",
+            output_dir=tmp_path / "run",
+            max_train_steps=1,
+            learning_rate=1e-30,
+        )
+    )
     handed_over = json.loads((tmp_path / "run" / "adapter" / "preprocessor_config.json").read_text())
     assert handed_over["image_mean"] == [0.2, 0.3, 0.4]
     evaluated = results_of(tmp_path / "run")["eval_loss"]

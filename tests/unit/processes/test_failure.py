@@ -19,9 +19,13 @@ from lora_dist.processes.runtime import launch
 
 def _launch_of_three(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "0",
-    }  # fmt: skip
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "3",
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+    }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 

@@ -99,9 +99,12 @@ def test_a_debugger_is_not_left() -> None:
 def test_which_commands_compute_on_huge_pages(module: str, arguments: list[str], moves: bool, tmp_path: Path) -> None:
     """torch is loaded after a command has started over, or has not."""
     process = psutil.Popen(
-        command(module, arguments), env=_without_tunables(ACCELERATE_USE_CPU="true"), cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command(module, arguments),
+        env=_without_tunables(ACCELERATE_USE_CPU="true"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         end = time.monotonic() + 60
         while not any("libtorch_cpu" in part.path for part in process.memory_maps()):

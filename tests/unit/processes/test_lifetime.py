@@ -92,9 +92,14 @@ def test_output_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     code = "from lora_dist.processes.lifetime import run_command\nrun_command(lambda: print('x' * 9))"
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         result = subprocess.run(
-            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        )  # fmt: skip
+        )
     assert result.returncode == 120
     assert "cannot write to standard output" in result.stderr
 

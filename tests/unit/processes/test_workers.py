@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.launching import flags
 from torch.utils.data import Dataset
 
 from lora_dist.errors import UserError
@@ -109,14 +110,23 @@ def test_room_for_the_batches_is_asked_for_before() -> None:
         require_shared_memory(10**15)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.root
 def test_a_small_dev_shm_is_said_before_training_with_both_sizes(vit: Path, photos: Path, tmp_path: Path) -> None:
     """A real one of 64 kB, and a real run; the control has room."""
     words = [
-        sys.executable, "-m", "lora_dist.train", "--model_name_or_path", vit, "--train_dir", photos / "train",
-        "--validation_dir", photos / "validation", "--per_device_train_batch_size", 8, "--max_train_steps", 1,
-        "--dataloader_num_workers", 2, "--output_dir",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lora_dist.train",
+        *flags(
+            model_name_or_path=vit,
+            train_dir=photos / "train",
+            validation_dir=photos / "validation",
+            per_device_train_batch_size=8,
+            max_train_steps=1,
+            dataloader_num_workers=2,
+        ),
+        "--output_dir",
+    ]
 
     def run(size: str, out: Path) -> subprocess.CompletedProcess[str]:
         inner = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'

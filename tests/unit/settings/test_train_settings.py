@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lora_dist_testing.launching import flags
 from pydantic import BaseModel
 
 from lora_dist.errors import UserError
@@ -63,9 +64,11 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(folder: Path, tmp_path:
 
 def test_dashes_equals_signs_bare_booleans_and_comma_lists(folder: Path) -> None:
     settings = parse(
-        f"--train-dir={folder}", "--learning-rate=1e-4", "--use_dora", "--lora_target_modules", "query, value",
-        "--checkpointing_steps", "50",
-    )  # fmt: skip
+        f"--train-dir={folder}",
+        "--learning-rate=1e-4",
+        "--use_dora",
+        *flags(lora_target_modules="query, value", checkpointing_steps=50),
+    )
     assert settings.optimization.learning_rate == 1e-4
     assert settings.lora.use_dora is True
     assert settings.lora.lora_target_modules == ["query", "value"]
@@ -74,9 +77,12 @@ def test_dashes_equals_signs_bare_booleans_and_comma_lists(folder: Path) -> None
 
 def test_flags_of_trainer_are_answered_with_the_flags_of_this_command(folder: Path) -> None:
     message = problems_of(
-        "--train_dir", folder, "--bf16", "--save_steps", 500, "--eval-strategy=steps", "--report_to", "tensorboard",
-        "--learning_rat", 1,
-    )  # fmt: skip
+        *flags(train_dir=folder),
+        "--bf16",
+        *flags(save_steps=500),
+        "--eval-strategy=steps",
+        *flags(report_to="tensorboard", learning_rat=1),
+    )
     assert message.splitlines()[1:] == [
         "  --bf16: unknown flag; use --mixed_precision bf16",
         "  --save_steps: unknown flag; use --checkpointing_steps",
@@ -116,15 +122,22 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
     file = tmp_path / "bad.yaml"
     file.write_text("learning_rat: 1\nlora_dropout: 2\n")
     message = problems_of(
-        "--config", file, "--lora_rank", 3, "--seed", "--train_dir", folder, "--dataset_name", "x",
-        "--mixed_precision", "fp8", "--warmup_steps", 5, "--warmup_ratio", 0.1,
-    )  # fmt: skip
+        "--seed",
+        *flags(config=file, lora_rank=3, train_dir=folder, dataset_name="x"),
+        *flags(mixed_precision="fp8", warmup_steps=5, warmup_ratio=0.1),
+    )
     for part in (
-        "7 problems", "learning_rat: unknown setting", f"(in {file})", "did you mean --learning_rate?",
-        "--lora_dropout: 2 is not valid", "--lora_rank: unknown flag; did you mean --lora_r?",
-        "--seed: needs a value", "--train_dir, --dataset_name: two data sources",
-        "--mixed_precision: 'fp8' is not valid", "--warmup_steps, --warmup_ratio",
-    ):  # fmt: skip
+        "7 problems",
+        "learning_rat: unknown setting",
+        f"(in {file})",
+        "did you mean --learning_rate?",
+        "--lora_dropout: 2 is not valid",
+        "--lora_rank: unknown flag; did you mean --lora_r?",
+        "--seed: needs a value",
+        "--train_dir, --dataset_name: two data sources",
+        "--mixed_precision: 'fp8' is not valid",
+        "--warmup_steps, --warmup_ratio",
+    ):
         assert part in message, part
 
 

@@ -17,8 +17,10 @@ def _call(log_dir: Path, function: str, restart: int = 0, **variables: str) -> t
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{script}\nexit $code"],
         env={"PATH": "/usr/bin:/bin", "LOG_DIR": str(log_dir), "SLURM_RESTART_COUNT": str(restart)} | variables,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return result.returncode == 0, result.stdout.strip()
 
 
@@ -37,8 +39,9 @@ def test_crashes_are_counted_over_the_starts_of_a_job(tmp_path: Path) -> None:
         again, reason = _call(logs, "crashed", restart)
         if restart < 3:
             assert (again, reason) == (
-                True, f"a checkpoint was saved since the last start (crash {restart + 1} of at most 3)"
-            )  # fmt: skip
+                True,
+                f"a checkpoint was saved since the last start (crash {restart + 1} of at most 3)",
+            )
     assert (again, reason) == (False, "crash 4 of the job exceeds MAX_CRASH_RESTARTS=3")
 
 

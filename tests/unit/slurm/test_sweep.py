@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lora_dist_testing.launching import flags
 
 SWEEP = Path(__file__).parents[3] / "slurm" / "sweep.sbatch"
 
@@ -16,13 +17,15 @@ def _task(directory: Path, line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", SWEEP, directory / "grid.txt", "runs", "--config", "demo"],
         env={"PATH": "/usr/bin:/bin", "PROJECT_DIR": str(directory), "SLURM_ARRAY_TASK_ID": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_line_is_split_as_a_shell_does(tmp_path: Path) -> None:
     result = _task(tmp_path, """--train_dir 'my photos' --lora_r 8 --hub_model_id "" """)
-    words = ["--config", "demo", "--train_dir", "my photos", "--lora_r", "8", "--hub_model_id", ""]
+    words = flags(config="demo", train_dir="my photos", lora_r="8", hub_model_id="")
     assert result.stdout.splitlines() == [f"<{word}>" for word in [*words, "--output_dir", "runs/1"]]
     assert result.returncode == 0
 

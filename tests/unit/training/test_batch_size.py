@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lora_dist_testing.launching import ROOT, TIMEOUT, environment, lines_of, train
+from lora_dist_testing.launching import ROOT, TIMEOUT, environment, flags, lines_of, train
 from lora_dist_testing.tiny import make_folder, make_model
 
 from lora_dist.training.batch_size import _sizes
@@ -51,26 +51,40 @@ def _limited(
     script.write_text(LIMITED, encoding="utf-8")
     return subprocess.run(
         [sys.executable, *map(str, [*launcher, script, place, rooms, *arguments])],
-        capture_output=True, text=True, timeout=TIMEOUT, env=environment(PYTHONPATH=str(ROOT)), check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        check=False,
+    )
 
 
 def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_been(vit: Path, tmp_path: Path) -> None:
     """A batch of 2,048 takes some 150 MiB; one process has room for half of it or less, the other for all."""
     make_folder(tmp_path / "photos", per_class=20)
-    arguments = (
-        "--model_name_or_path", vit, "--train_dir", tmp_path / "photos", "--gradient_accumulation_steps", 1,
-        "--max_train_steps", 2, "--num_train_epochs", 2, "--logging_steps", 1, "--lora_dropout", 0,
-    )  # fmt: skip
+    arguments = flags(
+        model_name_or_path=vit,
+        train_dir=tmp_path / "photos",
+        gradient_accumulation_steps=1,
+        max_train_steps=2,
+        num_train_epochs=2,
+        logging_steps=1,
+        lora_dropout=0,
+    )
     large = ("--per_device_train_batch_size", 2048, "--auto_batch_size")
     result = _limited(
-        tmp_path / "limited.py", "lora_dist.training.batch_size._fits", "8000,60",
-        *arguments, *large, "--output_dir", tmp_path / "two",
+        tmp_path / "limited.py",
+        "lora_dist.training.batch_size._fits",
+        "8000,60",
+        *arguments,
+        *large,
+        *flags(output_dir=tmp_path / "two"),
         launcher=(
-            "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp_cpu.yaml",
-            "--main_process_port", 0,
+            "-m",
+            "accelerate.commands.launch",
+            *flags(config_file=ROOT / "accelerate_configs" / "ddp_cpu.yaml", main_process_port=0),
         ),
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     settings = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text(encoding="utf-8"))
     size = settings["per_device_train_batch_size"]
@@ -91,12 +105,16 @@ def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> N
     """Of 120 images at a time, what one layer says of them takes 24 MB."""
     make_model(tmp_path / "vit", image_size=224)
     make_folder(tmp_path / "photos", per_class=40)
-    arguments = (
-        "--model_name_or_path", tmp_path / "vit", "--train_dir", tmp_path / "photos",
-        "--validation_dir", tmp_path / "photos",
-        "--per_device_train_batch_size", 4, "--max_train_steps", 1, "--output_dir", tmp_path / "run",
-        "--mixed_precision", "no", "--gradient_accumulation_steps", 1,
-    )  # fmt: skip
+    arguments = flags(
+        model_name_or_path=tmp_path / "vit",
+        train_dir=tmp_path / "photos",
+        validation_dir=tmp_path / "photos",
+        per_device_train_batch_size=4,
+        max_train_steps=1,
+        output_dir=tmp_path / "run",
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+    )
     result = _limited(tmp_path / "limited.py", "lora_dist.training.evaluation._rows", "20", *arguments)
     assert result.returncode == 2, result.stderr
     assert "error: out of memory in an evaluation: " in result.stderr

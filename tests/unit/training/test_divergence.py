@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_dist_testing.launching import lines_of, results_of
+from lora_dist_testing.launching import lines_of, results_of, run_flags
 from safetensors.torch import load_file
 
 from lora_dist import train
@@ -27,10 +27,11 @@ def _run(
         return View(pixels * torch.inf if row == 5 and epoch in bad_epochs else pixels, found.erased)
 
     arguments = (
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 14,
-        "--gradient_accumulation_steps", 1, "--num_train_epochs", 4, "--checkpointing_steps", 1, *more,
-    )  # fmt: skip
+        *run_flags(
+            vit, photos, out, logging_steps=1, per_device_train_batch_size=14, num_train_epochs=4, checkpointing_steps=1
+        ),
+        *more,
+    )
     with monkeypatch.context() as patched:
         patched.setattr(ImageTransforms, "view", view)
         train.main([str(word) for word in arguments])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.launching import assert_same_run, lines_of, results_of, run, saved_in
+from lora_dist_testing.launching import assert_same_run, flags, lines_of, results_of, run, run_flags, saved_in
 from lora_dist_testing.tiny import make_folder, make_model
 
 from lora_dist import train
@@ -30,13 +30,11 @@ def images(tmp_path: Path) -> Path:
 def _run(model: Path, images: Path, out: Path, *more: object) -> Path:
     """Nine updates, with an evaluation after every third one, and no other checkpoint."""
     train.main(
-        [str(word) for word in (
-            "--model_name_or_path", model, "--train_dir", images / "train", "--validation_dir", images / "validation",
-            "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 8,
-            "--gradient_accumulation_steps", 1, "--eval_steps", 3, "--checkpointing_steps", "no",
-            "--max_train_steps", 9, *more,
-        )]
-    )  # fmt: skip
+        [
+            *run_flags(model, images, out, logging_steps=1, eval_steps=3, checkpointing_steps="no", max_train_steps=9),
+            *map(str, more),
+        ]
+    )
     return out
 
 
@@ -61,9 +59,16 @@ def _fails(
 @pytest.mark.parametrize(("part", "after", "saved"), [("validation", 5, 6), ("train", 5, 5)])
 @pytest.mark.parametrize(("architecture", "tuning"), [("vit", "lora"), ("resnet", "full")])
 def test_images_that_go_away_cost_no_update(
-    part: str, after: int, saved: int, architecture: str, tuning: str, images: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    part: str,
+    after: int,
+    saved: int,
+    architecture: str,
+    tuning: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """The run goes on to the bits of one that was left alone, running statistics of batch norms included."""
     model = make_model(tmp_path / architecture, architecture)
     away = images / "away"
@@ -175,13 +180,13 @@ def test_nothing_needs_a_home_that_can_be_written(vit: Path, images: Path, tmp_p
     """Usual on clusters. Not even root makes a folder in /proc."""
     nowhere = {"HOME": "/proc/nowhere", "HF_HOME": "/proc/nowhere/huggingface", "XDG_CACHE_HOME": "/proc/nowhere"}
     data = ("--train_dir", images / "train", "--validation_dir", images / "validation")
-    run(
-        "lora_dist.train", "--model_name_or_path", vit, *data, "--output_dir", tmp_path / "run", "--max_train_steps", 2,
-        **nowhere,
-    )  # fmt: skip
+    trained = flags(model_name_or_path=vit, output_dir=tmp_path / "run", max_train_steps=2)
+    run("lora_dist.train", *trained, *data, **nowhere)
     adapter = tmp_path / "run" / "adapter"
     result = run(
-        "lora_dist.train", "--do_eval_only", "--adapter_name_or_path", adapter, *data, "--output_dir",
-        tmp_path / "evaluated", **nowhere,
-    )  # fmt: skip
+        "lora_dist.train",
+        *flags(do_eval_only=True, adapter_name_or_path=adapter, output_dir=tmp_path / "evaluated"),
+        *data,
+        **nowhere,
+    )
     assert json.loads(result.stdout)["eval_accuracy"] == results_of(tmp_path / "run")["eval_accuracy"]

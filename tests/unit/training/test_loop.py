@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.launching import adapter_of, assert_same_run, lines_of, results_of, saved_in
+from lora_dist_testing.launching import adapter_of, assert_same_run, flags, lines_of, results_of, run_flags, saved_in
 from torch import nn
 
 from lora_dist import train
@@ -23,13 +23,7 @@ from lora_dist.training.saving.result_writer import ResultWriter
 
 
 def _run(vit: Path, photos: Path, out: Path, *more: object) -> Path:
-    train.main(
-        [str(word) for word in (
-            "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-            "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 8,
-            "--gradient_accumulation_steps", 1, "--eval_steps", 1, "--max_train_steps", 9, *more,
-        )]
-    )  # fmt: skip
+    train.main([*run_flags(vit, photos, out, logging_steps=1, eval_steps=1, max_train_steps=9), *map(str, more)])
     return out
 
 
@@ -128,10 +122,7 @@ def test_an_evaluation_that_was_left_is_made_first(
     vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it ends the run: the third one, in whose fifth image the signal comes, is as good as the first."""
-    more = (
-        "--logging_steps", 4, "--early_stopping_patience", 2, "--learning_rate", 1e-30,
-        "--per_device_eval_batch_size", 1,
-    )  # fmt: skip
+    more = flags(logging_steps=4, early_stopping_patience=2, learning_rate=1e-30, per_device_eval_batch_size=1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _run(vit, photos, whole, *more)
     _after(monkeypatch, EvaluationImages, "__getitems__", {2 * 9 + 5: _sigterm}, (vit, photos, broken, *more))
@@ -148,9 +139,7 @@ def test_no_evaluation_is_logged_twice(
     asked: bool, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a run that dies in update 5, after the checkpoint of update 4 and the evaluation that was due there."""
-    more = (
-        "--eval_steps", 2, "--checkpointing_steps", "no", "--learning_rate", 1e-30, "--per_device_eval_batch_size", 1,
-    )  # fmt: skip
+    more = flags(eval_steps=2, checkpointing_steps="no", learning_rate=1e-30, per_device_eval_batch_size=1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _run(vit, photos, whole, *more)
     run = (vit, photos, broken, *more)
@@ -185,10 +174,9 @@ def test_the_final_evaluation_is_left_as_well_and_made_when_the_run_goes_on(
     eval_steps: object, evaluated: int, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last state is saved before it, whatever is saved beside."""
-    more = (
-        "--eval_steps", eval_steps, "--checkpointing_steps", "no", "--per_device_eval_batch_size", 1,
-        "--metric_for_best_model", "loss",
-    )  # fmt: skip
+    more = flags(
+        eval_steps=eval_steps, checkpointing_steps="no", per_device_eval_batch_size=1, metric_for_best_model="loss"
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _run(vit, photos, whole, *more)
     acts = {evaluated + 5: _sigterm}
@@ -229,7 +217,7 @@ def test_a_signal_while_the_result_is_written_does_not_keep_it_from_being_whole(
         ("--gradient_checkpointing", "true", "--lora_target_modules", "query,value,fc2"),
         ("--tuning", "head"),
         ("--tuning", "full", "--learning_rate", 1e-3),
-        ("--tuning", "full", "--init_from_config", "true", "--mixup_alpha", 0.4, "--cutmix_alpha", 1.0),
+        flags(tuning="full", init_from_config="true", mixup_alpha=0.4, cutmix_alpha=1.0),
     ],
     ids=lambda more: " ".join(map(str, more)),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lora_dist_testing.launching import adapter_of, lines_of, results_of, saved_in
+from lora_dist_testing.launching import adapter_of, flags, lines_of, results_of, run_flags, saved_in
 from lora_dist_testing.tiny import make_model
 from safetensors.torch import load_file
 
@@ -24,13 +24,21 @@ RESUME = ("--resume_from_checkpoint", "auto")
 
 def _run(vit: Path, photos: Path, out: Path, *more: object) -> Path:
     train.main(
-        [str(word) for word in (
-            "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-            "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 8,
-            "--gradient_accumulation_steps", 1, "--eval_steps", 1, "--checkpointing_steps", 1, "--save_total_limit", 99,
-            "--lr_scheduler_type", "constant", "--max_train_steps", 4, *more,
-        )]
-    )  # fmt: skip
+        [
+            *run_flags(
+                vit,
+                photos,
+                out,
+                logging_steps=1,
+                eval_steps=1,
+                checkpointing_steps=1,
+                save_total_limit=99,
+                lr_scheduler_type="constant",
+                max_train_steps=4,
+            ),
+            *map(str, more),
+        ]
+    )
     return out
 
 
@@ -70,7 +78,7 @@ LORA: list[tuple[object, ...]] = [
     ("--lora_alpha", 64),
     ("--use_rslora", "true"),
     ("--init_lora_weights", "pissa"),
-    ("--init_lora_weights", "pissa", "--use_rslora", "true", "--lora_alpha", 8, "--lora_bias", "all"),
+    flags(init_lora_weights="pissa", use_rslora="true", lora_alpha=8, lora_bias="all"),
     ("--lora_r", 4, "--lora_target_modules", "all-linear", "--use_dora", "true"),
     ("--tuning", "head"),
 ]
@@ -399,8 +407,13 @@ def test_no_results_are_overwritten(vit: Path, photos: Path, tmp_path: Path, cap
     aside = _contents(one / "abandoned-results")
     assert aside == {name: before[name] for name in aside}
     assert {name.partition("/")[0] for name in aside} == {
-        "adapter", "all_results.json", "config.yaml", "evaluation.json", "metrics.jsonl", "split.json",
-    }  # fmt: skip
+        "adapter",
+        "all_results.json",
+        "config.yaml",
+        "evaluation.json",
+        "metrics.jsonl",
+        "split.json",
+    }
     assert results_of(one)["step"] == 3
     _run(vit, photos, one, *RESUME, "--max_train_steps", 4)
     assert results_of(one)["step"] == 4

@@ -270,9 +270,13 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
     data = load_data(DataSettings(train_dir=str(photos / "train"), validation_dir=str(photos / "validation")), 0)
     augmentation = AugmentationSettings(augmentation="none")
     settings = OptimizationSettings(
-        max_train_steps=UPDATES, learning_rate=5e-3, max_grad_norm=1.0, mixed_precision="no",
-        per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION,
-    )  # fmt: skip
+        max_train_steps=UPDATES,
+        learning_rate=5e-3,
+        max_grad_norm=1.0,
+        mixed_precision="no",
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+    )
 
     ours = Trained(vit)
     images = TrainImages(data.train, ImageTransforms(ours.base.processor, augmentation), augmentation, seed=0)
@@ -295,11 +299,23 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
 
     theirs = Trained(vit).engine.unwrapped
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=UPDATES, learning_rate=5e-3, lr_scheduler_type="linear",
-        per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION, max_grad_norm=1.0,
-        optim="adamw_torch", weight_decay=0.0, report_to="none", use_cpu=True, save_strategy="no", logging_steps=1,
-        remove_unused_columns=False, label_names=["labels"], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=UPDATES,
+        learning_rate=5e-3,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+    )
     trainer = InOrder(model=theirs, args=arguments, train_dataset=samples)
     trainer.train()
 

@@ -84,8 +84,12 @@ def test_small_images_are_kept_as_they_are(folder: Path, tmp_path: Path) -> None
 def test_the_largest_side_that_counts_decides(folder: Path, tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, split_of(folder), (70, 140))
     assert [cache.kept(size) for size in ((1600, 100), (800, 160), (500, 500), (160, 80), (90, 2000))] == [
-        (80, 1280), (80, 400), (160, 160), (80, 160), (2000, 90),
-    ]  # fmt: skip
+        (80, 1280),
+        (80, 400),
+        (160, 160),
+        (80, 160),
+        (2000, 90),
+    ]
 
 
 def test_a_cache_is_found_again_by_any_split_of_the_same_data(folder: Path, tmp_path: Path) -> None:
@@ -329,6 +333,7 @@ def test_large_jpegs_are_cached_from_fewer_pixels(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - np.asarray(whole)).mean() < 4
 
 
+@pytest.mark.root
 def test_a_dry_run_writes_nothing_and_says_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     split = split_of(folder)
     assert cached(split, str(tmp_path / "cache"), SIZE, build=False) is split
@@ -347,6 +352,7 @@ def test_a_directory_that_cannot_be_written_to_is_named(folder: Path, tmp_path: 
         build(folder, tmp_path / "cache")
 
 
+@pytest.mark.root
 def test_a_disk_that_fills_up_on_the_way_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

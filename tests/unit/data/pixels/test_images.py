@@ -28,9 +28,18 @@ def sample(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [("1", "png"), ("L", "jpg"), ("LA", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("RGB", "webp"),
-     ("L", "tiff"), ("RGB", "bmp")],
-)  # fmt: skip
+    [
+        ("1", "png"),
+        ("L", "jpg"),
+        ("LA", "png"),
+        ("RGBA", "png"),
+        ("P", "gif"),
+        ("CMYK", "jpg"),
+        ("RGB", "webp"),
+        ("L", "tiff"),
+        ("RGB", "bmp"),
+    ],
+)
 def test_modes_agree_with_transformers(mode: str, suffix: str, tmp_path: Path) -> None:
     file = str(tmp_path / f"image.{suffix}")
     sample(mode).save(file)

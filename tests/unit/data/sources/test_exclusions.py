@@ -63,12 +63,12 @@ def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b'/fine\n"unfinished\n', "line 2: \"unfinished is not a JSON string"),
+        (b'/fine\n"unfinished\n', 'line 2: "unfinished is not a JSON string'),
         (b'"a" and more\n', "line 1"),
         (b'"null \\u0000"\n', "line 1: not a path"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "line 3: not a path; the list is a text file"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_list_is_refused_by_its_line(content: bytes, part: str, tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(content)

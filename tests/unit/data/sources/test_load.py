@@ -135,8 +135,10 @@ def test_only_images_count_and_hidden_files_do_not(tmp_path: Path) -> None:
     data = load(train_dir=tmp_path, train_val_split=0.4)
     assert data.labels == ["a", "b"]
     assert {Path(name).name for name in names(data.train) + names(data.validation)} == {
-        "000.png", "001.png", "UPPER.JPG",
-    }  # fmt: skip
+        "000.png",
+        "001.png",
+        "UPPER.JPG",
+    }
 
 
 def test_what_stands_in_hidden_folders_is_left_out(tmp_path: Path) -> None:
@@ -530,9 +532,7 @@ def test_a_data_set_saved_to_disk_takes_slices(split: str, rows: range, tmp_path
     DatasetDict({"train": _table(LABELS), "test": _table([0, 1, 2])}).save_to_disk(tmp_path)
     data = load(dataset_name=tmp_path, train_split=split, validation_split="test", allow_missing_classes=True)
     assert data.train.labels.tolist() == [LABELS[row] for row in rows]
-    np.testing.assert_array_equal(
-        np.asarray(data.train.image(0)), np.asarray(make_image(LABELS[rows[0]], rows[0]))
-    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(data.train.image(0)), np.asarray(make_image(LABELS[rows[0]], rows[0])))
     assert data.train.name(1) == f"row {1}"
 
 
@@ -671,7 +671,7 @@ def test_several_image_columns_have_to_be_told_apart(tmp_path: Path) -> None:
     data = load(dataset_name=tmp_path, image_column_name="right")
     np.testing.assert_array_equal(
         np.asarray(data.train.image(0)), np.asarray(make_image(1, int(data.train.table_rows[0])))
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("setting", ["image_column_name", "label_column_name"])

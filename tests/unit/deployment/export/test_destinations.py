@@ -31,10 +31,13 @@ def test_what_is_free_is_taken_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "old.csv").touch()
     require_destinations(
         _settings(
-            merge_to=tmp_path / "empty", export_legacy_names=tmp_path / "new" / "old", onnx=tmp_path / "new" / "m.onnx",
-            output=tmp_path / "old.csv", grid=tmp_path / "new" / "grid.png",
+            merge_to=tmp_path / "empty",
+            export_legacy_names=tmp_path / "new" / "old",
+            onnx=tmp_path / "new" / "m.onnx",
+            output=tmp_path / "old.csv",
+            grid=tmp_path / "new" / "grid.png",
         )
-    )  # fmt: skip
+    )
     require_destinations(_settings(merge_to=tmp_path / "new", output=tmp_path / "new" / "rows.csv"))
     require_destinations(_settings(output="/dev/null"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old.csv"]
@@ -82,6 +85,7 @@ def test_two_things_in_one_place_are_refused(
     assert problem.startswith(words)
 
 
+@pytest.mark.root
 def test_a_directory_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -94,6 +98,7 @@ def test_a_directory_that_cannot_be_replaced_is_refused(tmp_path: Path, monkeypa
         require_free_directory(disk, "merge_to")
 
 
+@pytest.mark.root
 def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
     with (
         small_disk(tmp_path / "disk", "16k") as disk,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.old_adapters import logits
-from lora_dist_testing.tiny import make_image, perturb
+from lora_dist_testing.tiny import make_image, perturb, write_bundle
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -24,10 +24,7 @@ LABELS = ["x", "y", "z"]
 
 
 def _adapter(directory: Path, base_model: Path, scale: float = 0.2) -> Path:
-    base = load_base(str(base_model), LABELS)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, scale=scale)
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, base_model, LABELS, scale=scale, lora_r=4)
     return directory
 
 

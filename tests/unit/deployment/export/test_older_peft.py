@@ -9,7 +9,7 @@ import pytest
 import torch
 from lora_dist_testing.disks import small_disk
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import perturb
+from lora_dist_testing.tiny import write_bundle
 from safetensors.torch import load_file
 
 from lora_dist.deployment.export.older_peft import card_of, export_legacy_names
@@ -31,10 +31,7 @@ KINDS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("lora", KINDS, ids=str)
 def test_an_export_comes_back_with_its_logits_labels_and_base(lora: dict[str, Any], vit: Path, tmp_path: Path) -> None:
-    base = load_base(str(vit), ["x", "y", "z"])
-    model = make_trainable(base, ModelSettings(), LoraSettings(**lora))
-    perturb(model)
-    write_adapter(tmp_path / "adapter", model, base, "a card\n")
+    model, base = write_bundle(tmp_path / "adapter", vit, ["x", "y", "z"], card="a card\n", **lora)
     export_legacy_names(load_classifier(tmp_path / "adapter"), "a card\n", tmp_path / "old", [])
     found = load_classifier(tmp_path / "old")
     assert found.labels == ["x", "y", "z"]
@@ -80,10 +77,7 @@ def test_one_of_several_is_exported_with_its_own_labels(vit: Path, tmp_path: Pat
     """The base that they share has the labels of the first."""
     labels = {"one": ["x", "y"], "two": ["p", "q", "r"]}
     for name in labels:
-        base = load_base(str(vit), labels[name])
-        model = make_trainable(base, ModelSettings(), LoraSettings())
-        perturb(model, len(labels[name]))
-        write_adapter(tmp_path / name, model, base, "card\n")
+        write_bundle(tmp_path / name, vit, labels[name], seed=len(labels[name]))
     adapter_set = load_adapter_set({name: tmp_path / name for name in labels})
     export_legacy_names(adapter_set.set_adapter("two"), "card\n", tmp_path / "old", [])
     found = load_classifier(tmp_path / "old")
@@ -113,6 +107,7 @@ def test_the_card_is_that_of_the_adapter_but_not_of_one_in_a_blend(tmp_path: Pat
     assert "99%" not in blend
 
 
+@pytest.mark.root
 def test_a_disk_that_fills_up_while_the_pickle_is_written_is_an_error_of_the_disk(tmp_path: Path) -> None:
     """torch itself makes a RuntimeError of it."""
     classifier = load_classifier(OLD / "peft_0_2", str(OLD / "base"))

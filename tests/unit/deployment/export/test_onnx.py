@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from lora_dist_testing.processors import PROCESSORS
-from lora_dist_testing.tiny import make_folder, make_model, perturb
+from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,10 +26,7 @@ from lora_dist.deployment.export.onnx_export import Int8Cost, describe, export
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import Classifier, load_classifier
-from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["a", "b, c", "émoji 🦊"]
 PHOTOGRAPHS = photographs()
@@ -37,11 +34,8 @@ PHOTOGRAPHS = photographs()
 
 @pytest.fixture(scope="module")
 def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = load_base(str(vit), LABELS)
-    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    perturb(model, scale=0.5)
     directory = tmp_path_factory.mktemp("bundles") / "adapter"
-    write_adapter(directory, model, base, "card\n")
+    write_bundle(directory, vit, LABELS, scale=0.5, lora_r=4)
     return directory
 
 
@@ -266,8 +260,12 @@ def test_metadata_that_name_code_neither_run_it_nor_ask(exported: Path, tmp_path
     program = "import sys, pathlib, lora_dist.deployment.export.onnx_model as m; m.load_onnx(pathlib.Path(sys.argv[1]))"
     result = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "evil.onnx"],
-        input="y\n" * 9, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert not (tmp_path / "was_run").exists()
     assert "[y/N]" not in result.stdout
     assert "invalid preprocessing in its metadata" in result.stderr

@@ -53,9 +53,7 @@ class Mean(nn.Module):
 
 @contextmanager
 def _serving(classifier: Classifier) -> Iterator[str]:
-    app = make_app(
-        classifier, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu")
-    )  # fmt: skip
+    app = make_app(classifier, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu"))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

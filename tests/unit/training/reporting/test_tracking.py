@@ -46,8 +46,10 @@ def test_numbers_go_to_the_curves_and_to_the_lines(tmp_path: Path) -> None:
     log(one, 1, 2, 3)
     one.close()
     assert [(event.step, event.value) for event in board(tmp_path).Scalars("train/loss")] == [
-        (1, 0.5), (2, 1.0), (3, 1.5),
-    ]  # fmt: skip
+        (1, 0.5),
+        (2, 1.0),
+        (3, 1.5),
+    ]
     assert lines(tmp_path)[1] == {"step": 2, "epoch": 0.5, "train/loss": 1.0, "train/learning_rate": 1e-3}
 
 
@@ -74,6 +76,7 @@ def test_bytes_that_are_no_text_among_the_lines_are_dropped(tmp_path: Path) -> N
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
+@pytest.mark.root
 def test_lines_stay_where_there_is_no_room_to_drop_some(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(tmp_path / "disk", "100k") as disk:
         log(tracker(disk), 1, 2)

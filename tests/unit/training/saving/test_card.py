@@ -8,18 +8,32 @@ import yaml
 from lora_dist.training.saving.card import MOST_CLASSES, model_card
 
 RESULTS: dict[str, Any] = {
-    "eval_accuracy": 0.87654, "eval_loss": 0.4321, "eval_samples": 1234, "train_samples": 75750,
-    "trainable_params": 667493, "all_params": 86466149, "versions": {"torch": "9.9.9", "peft": "1.2.3"},
-}  # fmt: skip
+    "eval_accuracy": 0.87654,
+    "eval_loss": 0.4321,
+    "eval_samples": 1234,
+    "train_samples": 75750,
+    "trainable_params": 667493,
+    "all_params": 86466149,
+    "versions": {"torch": "9.9.9", "peft": "1.2.3"},
+}
 
 
 def card(labels: list[str], tuning: str = "lora", **more: Any) -> str:
     rows = [{"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "support": 40 + index} for index in range(len(labels))]
     given: dict[str, Any] = {
-        "title": "food", "tuning": tuning, "base_model": "google/vit", "base_is_on_hub": True, "start": None,
-        "data": "ethz/food101", "data_is_on_hub": True, "name_on_hub": None, "labels": labels,
-        "per_class": rows, "results": RESULTS, "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
-    }  # fmt: skip
+        "title": "food",
+        "tuning": tuning,
+        "base_model": "google/vit",
+        "base_is_on_hub": True,
+        "start": None,
+        "data": "ethz/food101",
+        "data_is_on_hub": True,
+        "name_on_hub": None,
+        "labels": labels,
+        "per_class": rows,
+        "results": RESULTS,
+        "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
+    }
     return model_card(**(given | more))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lora_dist_testing.disks import fill, small_disk
+from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import make_model
 
 from lora_dist import train
@@ -27,6 +28,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield directory
 
 
+@pytest.mark.root
 def test_too_little_room_is_said_before_training(
     vit: Path, photos: Path, disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,6 +41,7 @@ def test_too_little_room_is_said_before_training(
     assert not list(disk.iterdir())
 
 
+@pytest.mark.root
 def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
     sizes = Sizes(checkpoint=20_000, result=10_000, checkpoints=4)
     with pytest.raises(UserError, match=r"4 checkpoints of 30 kB and a result of 10 kB"):
@@ -48,6 +51,7 @@ def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
     require_disk_space(disk / "run", sizes)
 
 
+@pytest.mark.root
 def test_a_disk_that_cannot_be_written_to_is_named(disk: Path) -> None:
     require_writable(disk / "not" / "there" / "yet")
     assert not list(disk.iterdir())
@@ -77,11 +81,17 @@ def evaluation(vit: Path, photos: Path, tmp_path: Path) -> list[str]:
     base = load_base(str(vit), ["a", "b", "c"])
     write_model(tmp_path / "model", base.model, base.processor, "")
     return [
-        "--do_eval_only", "--adapter_name_or_path", str(tmp_path / "model"), "--validation_dir",
-        str(photos / "validation"), "--mixed_precision", "no", "--output_dir",
-    ]  # fmt: skip
+        *flags(
+            do_eval_only=True,
+            adapter_name_or_path=str(tmp_path / "model"),
+            validation_dir=str(photos / "validation"),
+            mixed_precision="no",
+        ),
+        "--output_dir",
+    ]
 
 
+@pytest.mark.root
 def test_an_evaluation_that_could_not_be_written_is_not_made(
     evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +104,7 @@ def test_an_evaluation_that_could_not_be_written_is_not_made(
     assert "eval_accuracy" not in said.out
 
 
+@pytest.mark.root
 def test_an_evaluation_that_cannot_be_written_is_printed(
     evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lora_dist_testing.disks import fill, small_disk
 from lora_dist_testing.hub_server import point_client_at, serving
-from lora_dist_testing.launching import adapter_of, lines_of, results_of, saved_in, scalars_of
+from lora_dist_testing.launching import adapter_of, lines_of, results_of, run_flags, saved_in, scalars_of
 
 from lora_dist import train
 from lora_dist.training.reporting.tracking import Tracker
@@ -44,11 +44,18 @@ def _run(
             acts[step]()
 
     arguments = (
-        "--model_name_or_path", vit, "--train_dir", photos / "train", "--validation_dir", photos / "validation",
-        "--output_dir", out, "--logging_steps", 1, "--mixed_precision", "no", "--per_device_train_batch_size", 8,
-        "--gradient_accumulation_steps", 1, "--eval_steps", 1, "--checkpointing_steps", 1, "--max_train_steps", 9,
-        "--metric_for_best_model", "loss", *more,
-    )  # fmt: skip
+        *run_flags(
+            vit,
+            photos,
+            out,
+            logging_steps=1,
+            eval_steps=1,
+            checkpointing_steps=1,
+            max_train_steps=9,
+            metric_for_best_model="loss",
+        ),
+        *more,
+    )
     with monkeypatch.context() as patched:
         patched.setattr(Tracker, "advance", watched)
         train.main([str(word) for word in arguments])
@@ -65,6 +72,7 @@ def _same_adapter(one: Path, other: Path) -> bool:
     return all(tensor.equal(expected[name]) for name, tensor in adapter_of(one).items())
 
 
+@pytest.mark.root
 def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
     vit: Path,
     photos: Path,
@@ -92,6 +100,7 @@ def test_a_run_gets_over_a_disk_that_is_full_for_a_while(
     assert results_of(disk / "run")["eval_loss"] == results_of(undisturbed)["eval_loss"]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("room", ["4k", "16k"], ids=["nothing", "the card"])
 def test_no_room_for_what_is_to_be_pushed_costs_that_push_alone(
     room: str,
@@ -113,6 +122,7 @@ def test_no_room_for_what_is_to_be_pushed_costs_that_push_alone(
     assert hub.repositories["ada/run"].files == {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
 
 
+@pytest.mark.root
 def test_a_result_that_cannot_be_written_is_an_error_with_the_way_on(
     vit: Path,
     photos: Path,
@@ -132,6 +142,7 @@ def test_a_result_that_cannot_be_written_is_an_error_with_the_way_on(
     assert _same_adapter(disk / "run", undisturbed)
 
 
+@pytest.mark.root
 @pytest.mark.usefixtures("handlers")
 def test_a_stop_that_cannot_be_saved_does_not_say_that_it_was(
     vit: Path, photos: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -136,13 +136,22 @@ def test_results_of_a_course_that_is_left_are_put_aside_and_never_overwritten(vi
         _finish(output, 20, f"course {number}")
     output.begin(flatten(Settings()), SPLITS, one, 4, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "abandoned-results", "abandoned-results-2", "config.yaml", "metrics.jsonl", "split.json",
-    ]  # fmt: skip
+        "abandoned-results",
+        "abandoned-results-2",
+        "config.yaml",
+        "metrics.jsonl",
+        "split.json",
+    ]
     for number, rate in enumerate((0.1, 0.2), 1):
         aside = tmp_path / ("abandoned-results" if number == 1 else "abandoned-results-2")
         assert {path.name for path in aside.iterdir()} == {
-            "adapter", "all_results.json", "config.yaml", "evaluation.json", "metrics.jsonl", "split.json",
-        }  # fmt: skip
+            "adapter",
+            "all_results.json",
+            "config.yaml",
+            "evaluation.json",
+            "metrics.jsonl",
+            "split.json",
+        }
         for name in ("adapter/weights", "evaluation.json", "metrics.jsonl"):
             assert (aside / name).read_text() == f"course {number}"
         assert yaml.safe_load((aside / "config.yaml").read_text())["learning_rate"] == rate
@@ -171,6 +180,7 @@ def test_results_of_a_run_that_was_killed_while_it_wrote_them_go_by_its_checkpoi
     assert (output.adapter / "weights").exists() != put_aside
 
 
+@pytest.mark.root
 def test_a_run_does_not_begin_where_results_cannot_be_put_aside(vit: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "100k") as disk:
         output = Output(disk)
@@ -257,6 +267,7 @@ def test_settings_of_before_that_cannot_be_read_are_written_anew(
     assert yaml.safe_load(output.config.read_text(encoding="utf-8"))["seed"] == settings["seed"]
 
 
+@pytest.mark.root
 def test_settings_stay_where_there_is_no_room_for_new_ones(
     vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
