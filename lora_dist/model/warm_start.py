@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
 from lora_dist.hub import local_directory
 from lora_dist.model import adapters
@@ -28,10 +29,12 @@ class WarmStart:
     Attributes:
         adapter: initial weights.
         replaced: parameters that the run initialises instead: the head, if the classes differ.
+        conversion: how images became 8-bit RGB when the adapter was trained.
     """
 
     adapter: Adapter
     replaced: frozenset[str]
+    conversion: Conversion = AS_TRANSFORMERS
 
     def fingerprint(self) -> str:
         """Returns a digest of the tensors that the run uses."""
@@ -85,7 +88,7 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
         directory,
         "its head" if same_classes else "a new head, because its classes differ",
     )
-    return settings.model_copy(update={"lora": lora}), base, WarmStart(adapter, frozenset(replaced))
+    return settings.model_copy(update={"lora": lora}), base, WarmStart(adapter, frozenset(replaced), bundle.conversion)
 
 
 def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:

@@ -28,7 +28,7 @@ from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).parents[1] / "page"
+PAGE = Path(__file__).with_name("page")
 MAX_DECODERS = 4
 GRACE_SECONDS = 3
 """Time that open requests get when the server shuts down."""
@@ -97,7 +97,7 @@ def make_app(
         return FileResponse(PAGE / f"page.{kind}")
 
     def prepare(data: bytes, file: str) -> Tensor:
-        return batcher.transforms.resized([decode(data, file, limits.pixels)])
+        return batcher.transforms.resized([decode(data, file, limits.pixels, classifier.conversion)])
 
     @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
     async def predict(
