@@ -43,7 +43,7 @@ def test_a_run_leaves_what_the_readme_says(single: Path) -> None:
     }  # fmt: skip
     assert {path.name for path in (single / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "config.json",
-        "preprocessor_config.json",
+        "conversion.json", "preprocessor_config.json",
     }  # fmt: skip
     results = results_of(single)
     assert results["step"] == 12

@@ -75,7 +75,7 @@ def test_a_bundle_holds_all_that_is_needed_and_classifies_as_the_model_in_memory
     expected = _write(tmp_path / "adapter", base_model)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "config.json",
-        "preprocessor_config.json",
+        "conversion.json", "preprocessor_config.json",
     }  # fmt: skip
     assert (tmp_path / "adapter" / "README.md").read_text() == "card 0\n"
     classifier = load_classifier(tmp_path / "adapter")
