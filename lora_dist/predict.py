@@ -20,6 +20,7 @@ from lora_dist.settings.predict import PredictSettings, contradictions
 if TYPE_CHECKING:
     import torch
 
+    from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Row
     from lora_dist.model.classifier import Classifier
 
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         move_to_huge_pages()
     # Settings errors are reported before torch is imported.
     from lora_dist import demo, extras, hub, logs
+    from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.model import adapter_io
@@ -59,13 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     for directory in chosen.values():
         adapter_io.require_adapter(directory)
     if settings.source.side_by_side:
-        rows = _rows_of_each(chosen, files, settings, device)
+        rows, conversion = _rows_of_each(chosen, files, settings, device), AS_TRANSFORMERS
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
             _serve(classifier, settings, device)
-        rows = _rows(classifier, files, settings, device)
-    if files and not _output(rows, files, settings):
+        rows, conversion = _rows(classifier, files, settings, device), classifier.conversion
+    if files and not _output(rows, files, settings, conversion):
         sys.exit(EXIT_BAD_IMAGES)
 
 
@@ -177,8 +179,8 @@ def _rows_of_each(
     )
 
 
-def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) -> bool:
-    """Writes the rows; returns False if an image is unreadable."""
+def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion) -> bool:
+    """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
     from tqdm import tqdm
 
     from lora_dist.deployment import classify
@@ -199,7 +201,7 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings) ->
             if index in drawn:
                 shown.append(row)
     if images.grid:
-        classify.draw_grid(shown, Path(images.grid))
+        classify.draw_grid(shown, Path(images.grid), conversion)
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:

@@ -124,7 +124,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         accelerator,
         classifier.model.to(accelerator.device),
         split,
-        ImageTransforms(classifier.processor),
+        ImageTransforms(classifier.processor, conversion=classifier.conversion),
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ from lora_dist.settings.cli import argv_or, parse
 if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
     from lora_dist.audit.report import Report
+    from lora_dist.data.pixels.conversion import Conversion
+    from lora_dist.settings.audit import AuditData
 
 DESCRIPTION = """Check folders of images for problems before training: unreadable files, duplicates, leaks between
 training and validation, classes with too few images. Writes a report, and a list of files to leave out for
@@ -79,16 +83,34 @@ def audit(settings: AuditSettings) -> Report:
             if absolute(path) not in excluded
         )
     require_distinct(classes)
-    scanned = _scan(files, _workers(settings))
-    findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored)
-    return Report(folders, list(classes), scanned, findings, excluded)
+    conversion = _conversion(settings.data, [file.path for file in files if file.split == "train"])
+    scanned = _scan(files, _workers(settings), conversion)
+    findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored, conversion)
+    return Report(folders, list(classes), scanned, findings, excluded, conversion)
+
+
+def _conversion(data: AuditData, paths: Sequence[str]) -> Conversion:
+    """How training converts these images to 8-bit RGB."""
+    from lora_dist.data.pixels.conversion import Conversion
+    from lora_dist.data.pixels.images import RANGE_IMAGES, find_pixel_range
+    from lora_dist.settings.fields import color_of
+
+    limits: tuple[float, float] | None
+    if data.pixel_range is not None:
+        limits = (data.pixel_range[0], data.pixel_range[1])
+    else:
+        with warnings.catch_warnings():
+            # The report covers what Pillow warns about.
+            warnings.simplefilter("ignore")
+            limits = find_pixel_range((path, path) for path in paths[:: -(-len(paths) // RANGE_IMAGES) or 1])
+    return Conversion(color_of(data.transparent_background), limits)
 
 
 def _workers(settings: AuditSettings) -> int:
     return settings.run.num_workers or len(os.sched_getaffinity(0))
 
 
-def _scan(files: Sequence[File], workers: int) -> Scanned:
+def _scan(files: Sequence[File], workers: int, conversion: Conversion) -> Scanned:
     from tqdm import tqdm
 
     from lora_dist.audit.findings import Scanned
@@ -97,7 +119,8 @@ def _scan(files: Sequence[File], workers: int) -> Scanned:
 
     failed = Facts("unreadable", "the process that read it crashed or hung")
     facts = [failed] * len(files)
-    with closing(in_processes(scan, [file.path for file in files], workers, failed)) as results:
+    work = partial(scan, conversion=conversion)
+    with closing(in_processes(work, [file.path for file in files], workers, failed)) as results:
         bar = tqdm(results, total=len(files), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
         for index, found in bar:
             facts[index] = found
@@ -116,7 +139,8 @@ def _write(report: Report, output: Path, workers: int) -> None:
     def thumbnails(indices: Sequence[int]) -> dict[int, str]:
         readable = [index for index in indices if not report.scanned.facts[index].fault]
         paths = [report.scanned.files[index].path for index in readable]
-        return {readable[index]: found for index, found in in_processes(thumbnail, paths, workers, "")}
+        work = partial(thumbnail, conversion=report.conversion)
+        return {readable[index]: found for index, found in in_processes(work, paths, workers, "")}
 
     with writing(output, "output_dir"), replace_files(output) as directory:
         write_page(report, directory / "report.html", thumbnails)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
 from lora_dist.audit.similar import connected, near_pairs
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.sources.files import by_kind
 from lora_dist.settings.audit import Checks
 
@@ -23,6 +24,7 @@ def check(
     has_validation: bool,
     checks: Checks,
     ignored: Iterable[tuple[str, str]] = (),
+    conversion: Conversion = AS_TRANSFORMERS,
 ) -> list[Finding]:
     """Returns all findings, ordered by kind.
 
@@ -31,8 +33,15 @@ def check(
         has_validation: Whether there is a validation folder; otherwise, training images are held out.
         checks: Limits.
         ignored: Split and relative path of each file that training ignores.
+        conversion: How the scan converted the images to 8-bit RGB.
     """
-    findings = [*_ignored(ignored), *_single(scanned, checks), *_exact(scanned), *_near(scanned, checks.near_distance)]
+    findings = [
+        *_ignored(ignored),
+        *_single(scanned, checks),
+        *_converted(scanned, conversion),
+        *_exact(scanned),
+        *_near(scanned, checks.near_distance),
+    ]
     out = left_out(findings)
     counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
     for index, file in enumerate(scanned.files):
@@ -60,6 +69,28 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
             yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [index])
 
 
+def _converted(scanned: Scanned, conversion: Conversion) -> Iterator[Finding]:
+    """Yields images that the conversion to 8-bit RGB scales or hides, and images that show nothing."""
+    deep = [index for index, facts in enumerate(scanned.facts) if facts.mode]
+    if deep:
+        modes = ", ".join(sorted({scanned.facts[index].mode for index in deep}))
+        if conversion.pixel_range is None:
+            scale = "too few to find their range; set --pixel_range"
+        else:
+            scale = "{:g} to {:g} become 0 to 255".format(*conversion.pixel_range)
+        yield Finding(KINDS["deep"], f"{_count(deep)} of mode {modes}; {scale}", deep)
+    hidden = [index for index, facts in enumerate(scanned.facts) if facts.hidden]
+    if hidden:
+        yield Finding(KINDS["hidden"], _count(hidden), hidden)
+    for index, facts in enumerate(scanned.facts):
+        if facts.flat and not facts.hidden:
+            yield Finding(KINDS["constant"], "", [index])
+
+
+def _count(indices: Sequence[int]) -> str:
+    return f"{len(indices):,} image" + "s" * (len(indices) != 1)
+
+
 def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
     """Yields ignored files by split and suffix, and names some of them."""
     splits: dict[str, list[str]] = defaultdict(list)
@@ -75,7 +106,7 @@ def _exact(scanned: Scanned) -> Iterator[Finding]:
     """Yields groups of images with the same pixels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, facts in enumerate(scanned.facts):
-        if facts.digest:
+        if facts.digest and not facts.flat:
             groups[facts.digest].append(index)
     for group in groups.values():
         if len(group) < 2:
@@ -97,7 +128,7 @@ def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
     # Of exact duplicates, compares only one per class and split.
     firsts: dict[tuple[bytes, str, str], int] = {}
     for index, (file, facts) in enumerate(zip(*scanned, strict=True)):
-        if facts.digest:
+        if facts.digest and not facts.flat:
             firsts.setdefault((facts.digest, file.split, file.label), index)
     indices = list(firsts.values())
     facts_of = [scanned.facts[index] for index in indices]

@@ -57,6 +57,12 @@ _WARNINGS = {
     "huge": ("Huge images", "Pillow warns of a decompression bomb. The image can be read, but needs a lot of time and "
              "memory; consider a smaller copy."),
     "aspect_ratio": ("Extreme aspect ratios", "A square input crops or distorts most of such an image."),
+    "deep": ("More than 8 bits", "Training scales these pixels to 8 bits with one range for all images; see "
+             "--pixel_range."),
+    "hidden": ("Hidden by the background", "The background of these transparent images has the color of their content. "
+               "Train with another --transparent_background."),
+    "constant": ("Constant images", "All pixels have nearly the same color, so the image shows nothing. Not compared "
+                 "with other images."),
     "ignored": ("Ignored files", "Files in no class folder or without an image suffix, and folders of the system. "
                 "Training ignores them."),
     "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lora_dist.audit.findings import KINDS, Finding, Kind, Scanned, Severity, exit_code, left_out
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.sources.exclusions import Section, write_exclusions
 
 SHOWN_FINDINGS = 40
@@ -31,6 +32,7 @@ class Report:
         classes: Names of all classes.
         findings: Ordered by kind, the worst first.
         excluded: Absolute paths from `--exclude`.
+        conversion: How the images became 8-bit RGB.
     """
 
     folders: Mapping[str, str]
@@ -38,6 +40,7 @@ class Report:
     scanned: Scanned
     findings: Sequence[Finding]
     excluded: Collection[str] = ()
+    conversion: Conversion = AS_TRANSFORMERS
 
     def by_kind(self) -> dict[Kind, list[Finding]]:
         """Findings of each kind that occurs."""

@@ -10,10 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 
 COLORS_SIDE = 16
 THUMBNAIL_SIDE = 192
+FLAT = 8
+"""Largest difference of 255 between the pixels of a nearly constant image, in each channel."""
 _SIDE = 32
 _BAND = 2**20
 _FREQUENCIES = 8
@@ -29,6 +32,9 @@ class Facts(NamedTuple):
         digest: Hash of the pixels that training reads; equal for the same image in another format.
         phash: Perceptual hash of 64 bits; resized and compressed copies differ in few of them.
         colors: The image at 16 x 16 pixels, RGB.
+        mode: Pillow's name of the mode of an image of more than 8 bits; empty for other images.
+        flat: Whether all pixels have nearly the same color in training.
+        hidden: Whether the image is transparent and flat, and is not flat on black or white.
     """
 
     fault: str = ""
@@ -39,9 +45,12 @@ class Facts(NamedTuple):
     digest: bytes = b""
     phash: int = 0
     colors: bytes = b""
+    mode: str = ""
+    flat: bool = False
+    hidden: bool = False
 
 
-def scan(path: str) -> Facts:
+def scan(path: str, conversion: Conversion = AS_TRANSFORMERS) -> Facts:
     """Reads a file like training does."""
     try:
         status = Path(path).stat()
@@ -49,9 +58,12 @@ def scan(path: str) -> Facts:
             return Facts("unreadable", "not a file")
         if status.st_size == 0:
             return Facts("empty", "0 bytes")
-        image = load_rgb(path)
+        image = load_rgb(path, conversion=conversion)
+        flat = _is_flat(image)
         with Image.open(path) as opened:
-            content = opened.format or ""
+            content, mode = opened.format or "", opened.mode if is_deep(opened) else ""
+            transparent = opened.has_transparency_data
+        others = (conversion._replace(transparent_background=color) for color in ((0, 0, 0), (255, 255, 255)))
         small = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2)
         return Facts(
             format=content,
@@ -60,11 +72,18 @@ def scan(path: str) -> Facts:
             digest=_digest(image),
             phash=_phash(small),
             colors=small.resize((COLORS_SIDE, COLORS_SIDE), Image.Resampling.BOX).tobytes(),
+            mode=mode,
+            flat=flat,
+            hidden=flat and transparent and not all(_is_flat(load_rgb(path, conversion=other)) for other in others),
         )
     except UnreadableImageError as error:
         return _fault(error.__cause__ or error)
     except Exception as error:
         return _fault(error)
+
+
+def _is_flat(image: Image.Image) -> bool:
+    return all(high - low <= FLAT for low, high in image.getextrema())  # type: ignore[misc]  # RGB has three
 
 
 def _fault(error: BaseException) -> Facts:
@@ -96,11 +115,11 @@ def _phash(small: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
-def thumbnail(path: str) -> str:
+def thumbnail(path: str, conversion: Conversion = AS_TRANSFORMERS) -> str:
     """A `data:` URL of the image at no more than 192 x 192 pixels; an empty string if it cannot be read."""
     content = io.BytesIO()
     try:
-        image = load_rgb(path)
+        image = load_rgb(path, conversion=conversion)
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC, reducing_gap=2)
         image.save(content, "JPEG", quality=80)
     except Exception:

@@ -199,14 +199,15 @@ class TrainImages(_Images):
 
     def _views(self, encoded: Mapping[int, EncodedSample], epoch: int) -> dict[int, View]:
         """Augmented views by index, without images that are skipped."""
+        conversion = self.transforms.conversion
         if not self.transforms.crops:
-            wholes = self._resized(encoded, lambda one: load_rgb(one.source, one.name))
+            wholes = self._resized(encoded, lambda one: load_rgb(one.source, one.name, conversion))
             return {
                 index: self.transforms.whole_view(pixels, (self.seed, epoch, index)) for index, pixels in wholes.items()
             }
         views = {}
         for index, one in encoded.items():
-            with self._skipping(), opened(one.source, one.name) as picture:
+            with self._skipping(), opened(one.source, one.name, conversion) as picture:
                 views[index] = self.transforms.view(picture, (self.seed, epoch, index))
         return views
 
@@ -224,7 +225,7 @@ class EvaluationImages(_Images):
     def __getitems__(self, indices: list[int]) -> Batch | UnreadableImageError:
         shown = [max(index, 0) for index in indices]
         try:
-            pixels_of = self._resized({index: index for index in shown}, self.split.image)
+            pixels_of = self._resized({index: index for index in shown}, self._decoded)
         except UnreadableImageError as error:
             return error
         views = {index: View(pixels) for index, pixels in pixels_of.items()}
@@ -238,3 +239,6 @@ class EvaluationImages(_Images):
             indices=torch.tensor(indices).where(valid, PADDING_INDEX),
             deferred=deferred,
         )
+
+    def _decoded(self, index: int) -> Image.Image:
+        return self.split.image(index, self.transforms.conversion)

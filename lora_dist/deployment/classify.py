@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.files import find_files, warn_of_ignored
@@ -110,7 +111,7 @@ def classify(
     size = max(batch_size, MIN_DECODED)
     workers = num_workers if num_workers is not None else int(len(files) > size and _are_slow_to_decode(files[:size]))
     starts = range(0, len(files), size)
-    transforms = ImageTransforms(classifier.processor)
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
     loader = worker_loader(
         _Files(files, transforms),
         batch_sampler=[list(range(start, min(start + size, len(files)))) for start in starts],
@@ -154,7 +155,7 @@ class _Files(Dataset):
         images = []
         for path in paths:
             try:
-                images.append(load_rgb(path))
+                images.append(load_rgb(path, conversion=self.transforms.conversion))
                 errors.append(None)
             except UnreadableImageError as error:
                 errors.append(str(error))
@@ -167,7 +168,7 @@ def spread(total: int, count: int) -> list[int]:
     return [index * total // chosen for index in range(chosen)]
 
 
-def draw_grid(rows: Sequence[Row], path: Path) -> None:
+def draw_grid(rows: Sequence[Row], path: Path, conversion: Conversion = AS_TRANSFORMERS) -> None:
     """Draws a PNG file with images and their predictions.
 
     Raises:
@@ -179,7 +180,7 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
     captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid([load_rgb(row.path) for row in shown], captions).save(path, "PNG")
+        grid([load_rgb(row.path, conversion=conversion) for row in shown], captions).save(path, "PNG")
 
 
 @contextmanager

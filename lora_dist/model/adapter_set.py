@@ -73,7 +73,8 @@ def load_weighted_sum(
         classifier = adapter_set.set_adapter(name)
         if classifier.labels != first.labels:
             raise UserError(f"{next(iter(directories))} and {name} have different label maps, and cannot be blended")
-        if classifier.processor.to_dict() != first.processor.to_dict():
+        prepared = (classifier.processor.to_dict(), classifier.conversion)
+        if prepared != (first.processor.to_dict(), first.conversion):
             raise UserError(f"{next(iter(directories))} and {name} prepare images differently, and cannot be blended")
         loaded.append(replace(adapters.active_adapter(classifier.model), directory=directory))
     return replace(first, model=adapters.attach_adapter(first.model, weighted_sum(loaded, weights), "blend"))

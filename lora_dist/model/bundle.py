@@ -1,8 +1,8 @@
 """Reads and writes the result of a run: an adapter with the identity of its base, labels, processor and model card.
 
 The directory is a PEFT adapter that `PeftModel.from_pretrained` loads, with `config.json` (architecture and label map),
-`preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of the base) and `README.md`. A run with
-`--tuning full` writes a whole `transformers` model instead.
+`preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of the base), `conversion.json` (how
+images become 8-bit RGB) and `README.md`. A run with `--tuning full` writes a whole `transformers` model instead.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
@@ -23,33 +24,50 @@ from lora_dist.storage.files import whole_directory
 
 logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"
+CONVERSION = "conversion.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")
 
 
-def write_adapter(directory: Path, model: nn.Module, base: Base, card: str, initial: Path | None = None) -> None:
+def write_adapter(
+    directory: Path,
+    model: nn.Module,
+    base: Base,
+    card: str,
+    initial: Path | None = None,
+    conversion: Conversion = AS_TRANSFORMERS,
+) -> None:
     """Writes an adapter bundle; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         adapters.save_adapter(model, temporary, initial)
-        write_metadata(temporary, base.model.config, base.processor, card, base.identity())
+        write_metadata(temporary, base.model.config, base.processor, card, base.identity(), conversion)
 
 
-def write_model(directory: Path, model: Any, processor: Any, card: str) -> None:
+def write_model(
+    directory: Path, model: Any, processor: Any, card: str, conversion: Conversion = AS_TRANSFORMERS
+) -> None:
     """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         model.save_pretrained(temporary)
-        write_metadata(temporary, model.config, processor, card)
+        write_metadata(temporary, model.config, processor, card, conversion=conversion)
 
 
 def write_metadata(
-    directory: Path, config: Any, processor: Any, card: str, base: dict[str, str | None] | None = None
+    directory: Path,
+    config: Any,
+    processor: Any,
+    card: str,
+    base: dict[str, str | None] | None = None,
+    conversion: Conversion = AS_TRANSFORMERS,
 ) -> None:
-    """Writes config, label map, processor and model card into an existing directory; for an adapter, also its base."""
+    """Writes config, label map, processor, conversion and model card into an existing directory; for an adapter, also
+    its base."""
     config.save_pretrained(directory)
     path = directory / "config.json"
     # `transformers` leaves the label map out if it is LABEL_0, LABEL_1.
     labels = {"id2label": config.id2label, "label2id": config.label2id}
     _write_json(path, json.loads(path.read_text(encoding="utf-8")) | labels)
     processor.save_pretrained(directory)
+    _write_json(directory / CONVERSION, conversion.record())
     if base is not None:
         _write_json(directory / BASE_MODEL, base)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -67,6 +85,7 @@ class AdapterBundle:
         fingerprint: of the base's weights, if recorded.
         labels: class names in order.
         trust_remote_code: run code that comes with the processor.
+        conversion: how images became 8-bit RGB in training.
     """
 
     files: AdapterFiles
@@ -76,6 +95,7 @@ class AdapterBundle:
     fingerprint: str | None
     labels: list[str]
     trust_remote_code: bool
+    conversion: Conversion
 
 
 def read_bundle(
@@ -104,7 +124,23 @@ def read_bundle(
         raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
     else:
         names = infer_metadata.labels_of(files, base, revision, labels, trust_remote_code)
-    return AdapterBundle(files, base, trained_base, revision, fingerprint, names, trust_remote_code)
+    conversion = read_conversion(directory)
+    return AdapterBundle(files, base, trained_base, revision, fingerprint, names, trust_remote_code, conversion)
+
+
+def read_conversion(directory: Path) -> Conversion:
+    """Reads how images became 8-bit RGB in training; without a record, as `transformers` does it.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path = directory / CONVERSION
+    if not path.is_file():
+        return AS_TRANSFORMERS
+    try:
+        return Conversion.of(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_labels(directory: Path) -> list[str]:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, cannot_load, load_base
-from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_labels
+from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_labels
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Classifier:
         processor: image processor.
         labels: class names in order.
         base: name, revision and fingerprint of an adapter's base.
+        conversion: how images become 8-bit RGB.
     """
 
     model: nn.Module
     processor: Any
     labels: list[str]
     base: dict[str, str | None] | None = None
+    conversion: Conversion = AS_TRANSFORMERS
 
     def probabilities(self, pixel_values: Tensor) -> Tensor:
         """Computes probabilities [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
@@ -81,7 +84,7 @@ def load_classifier(
             f"{directory} is not a complete {type(whole.model).__name__}: its weights lack "
             f"{', '.join(whole.missing[:5])}"
         )
-    return Classifier(whole.model.eval(), whole.processor, names)
+    return Classifier(whole.model.eval(), whole.processor, names, conversion=read_conversion(directory))
 
 
 def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAULT) -> Classifier:
@@ -92,7 +95,7 @@ def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAU
     """
     adapter, processor = check_base(base, bundle)
     model = adapters.attach_adapter(base.model, adapter, name, len(bundle.labels))
-    return Classifier(model, processor, bundle.labels, base.identity())
+    return Classifier(model, processor, bundle.labels, base.identity(), bundle.conversion)
 
 
 def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
 from lora_dist.hub import local_directory
 from lora_dist.model import adapters
@@ -30,11 +31,13 @@ class WarmStart:
         adapter: initial weights.
         replaced: parameters that the run initialises instead: the head, if the classes differ.
         permuted: parameters of the head, if the classes have another order.
+        conversion: how images became 8-bit RGB when the adapter was trained.
     """
 
     adapter: Adapter
     replaced: frozenset[str]
     permuted: frozenset[str] = frozenset()
+    conversion: Conversion = AS_TRANSFORMERS
 
     def fingerprint(self) -> str:
         """Returns a digest of the tensors that the run uses as they are."""
@@ -83,18 +86,18 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     settings = settings.model_copy(update={"lora": lora})
     if bundle.labels == list(labels):
         logger.info("starting from the adapter in %s, with its head", directory)
-        return settings, base, WarmStart(adapter, frozenset())
+        return settings, base, WarmStart(adapter, frozenset(), conversion=bundle.conversion)
     head = frozenset(name for name in adapter.state if is_in(name, base.heads))
     if (order := reordering(bundle.labels, labels)) is None:
         logger.info("starting from the adapter in %s, with a new head, because its classes differ", directory)
-        return settings, base, WarmStart(adapter, head)
+        return settings, base, WarmStart(adapter, head, conversion=bundle.conversion)
     logger.info("starting from the adapter in %s, with its head permuted to the order of the classes", directory)
     dimensions = class_dimensions(base.model.config, type(base.model))
     state = {
         name: tensor.index_select(dimensions[name], order) if name in dimensions else tensor
         for name, tensor in adapter.state.items()
     }
-    return settings, base, WarmStart(replace(adapter, state=state), frozenset(), head)
+    return settings, base, WarmStart(replace(adapter, state=state), frozenset(), head, bundle.conversion)
 
 
 def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:

@@ -6,7 +6,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lora_dist.settings.fields import Count, Group, NonNegative, Problem, impossible_output, missing_paths
+from lora_dist.settings.fields import (
+    SEVERAL,
+    Color,
+    Count,
+    Group,
+    NonNegative,
+    PixelRange,
+    Problem,
+    impossible_output,
+    missing_paths,
+)
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
@@ -20,6 +30,11 @@ class AuditData(Group):
     """Folder of validation images with one sub-folder per class, to find images that are also in training."""
     exclude: str | None = None
     """Text file with the paths of images and folders to leave out, one per line, e.g. an earlier quarantine.txt."""
+    transparent_background: Color = "white"
+    """Color behind transparent images, as for lora_dist.train: white, black, R,G,B or ignore."""
+    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
+    """LOW HIGH: values that become 0 and 255 in images of more than 8 bits, as for lora_dist.train. Default: the range
+    of 64 training images."""
 
 
 class Checks(Group):

@@ -1,11 +1,12 @@
 """What the settings of all commands share: groups, value types, and checks of paths."""
 
+import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from lora_dist.demo import is_packaged
 
@@ -46,6 +47,39 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+_COLORS: dict[str, tuple[int, int, int] | None] = {"black": (0, 0, 0), "white": (255, 255, 255), "ignore": None}
+
+
+def color_of(text: str) -> tuple[int, int, int] | None:
+    """Red, green and blue of `white`, `black` or `R,G,B`, None for `ignore`; raises `ValueError` for anything else."""
+    if text in _COLORS:
+        return _COLORS[text]
+    parts = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if len(parts) != 3 or not all(0 <= part <= 255 for part in parts):
+        raise ValueError("expected white, black, ignore or three numbers from 0 to 255 such as 128,128,128")
+    return parts[0], parts[1], parts[2]
+
+
+def color_name(color: tuple[int, int, int] | None) -> str:
+    """The text of which `color_of` makes this color."""
+    return next((name for name, known in _COLORS.items() if known == color), ",".join(map(str, color or ())))
+
+
+def _color(text: str) -> str:
+    color_of(text)
+    return text
+
+
+def _ascending(limits: list[float]) -> list[float]:
+    if len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
+        raise ValueError("expected two ascending numbers, LOW HIGH")
+    return limits
+
+
+Color = Annotated[str, AfterValidator(_color)]
+PixelRange = Annotated[list[float], AfterValidator(_ascending)]
 
 
 class Problem(NamedTuple):

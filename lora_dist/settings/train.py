@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lora_dist.settings.fields import (
+    SEVERAL,
+    Color,
     Count,
     Fraction,
     Group,
@@ -17,6 +19,7 @@ from lora_dist.settings.fields import (
     Names,
     NonNegative,
     NonNegativeInt,
+    PixelRange,
     Positive,
     Probability,
     Problem,
@@ -112,6 +115,11 @@ class DataSettings(Group):
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an unreadable image. fail: stop the run. skip: leave the image out and count it; the loss is
     averaged over the readable samples."""
+    transparent_background: Color = "white"
+    """Color behind transparent images: white, black or R,G,B. ignore: drop the alpha channel. The model records it."""
+    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
+    """LOW HIGH: values that become 0 and 255 in images of more than 8 bits. Default: the range of 64 training images.
+    The model records it."""
     cache_dir: str | None = None
     """Directory for a cache of all training images, decoded and resized to 8/7 of the input size. An existing cache of
     the same data is reused."""

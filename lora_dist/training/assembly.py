@@ -31,7 +31,7 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.best import must_reselect
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.identity import as_resumed, identity_of
+from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.run import TrainingRun, is_over
@@ -93,7 +93,9 @@ def assemble(
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
         settings, base, start = load_warm_start(settings, data.labels)
-    transforms = ImageTransforms(base.processor, settings.augmentation)
+    conversion = conversion_of(settings.data, data, start, resumed)
+    settings = with_conversion(settings, conversion)
+    transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
     with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
     model = make_trainable(base, settings.model, settings.lora)
@@ -121,7 +123,7 @@ def assemble(
         # An evaluation's batches come on top, of as many bytes a sample or fewer.
         ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
         require_shared_memory(on_this_machine * ahead)
-    identity = identity_of(settings, base, start, data, plan)
+    identity = identity_of(settings, base, start, data, plan, conversion)
     preflight.arrive("ready")
     require_agreement(
         accelerator,
@@ -201,7 +203,7 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
     if settings.data.cache_dir is None or not isinstance(data.train, Split):
         return data
     size = transforms.height, transforms.width
-    return replace(data, train=cached(data.train, settings.data.cache_dir, size, build))
+    return replace(data, train=cached(data.train, settings.data.cache_dir, size, build, transforms.conversion))
 
 
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:

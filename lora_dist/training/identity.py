@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
+from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import Base
 from lora_dist.model.warm_start import WarmStart
-from lora_dist.settings.train import Settings
+from lora_dist.settings.fields import color_name, color_of
+from lora_dist.settings.train import DataSettings, Settings
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.output import Output, read_settings
 
@@ -30,12 +33,17 @@ _SHOWN = 5
 
 
 def identity_of(
-    settings: Settings, base: Base, start: WarmStart | None, data: ImageData, plan: BatchPlan
+    settings: Settings,
+    base: Base,
+    start: WarmStart | None,
+    data: ImageData,
+    plan: BatchPlan,
+    conversion: Conversion,
 ) -> dict[str, Any]:
     """Returns what a checkpoint and a run resumed from it must have in common, as JSON values.
 
     Besides the data and the sample order, this is everything that gives the trained tensors their meaning: the base's
-    weights, configuration and processor, the classes in order, and LoRA's settings.
+    weights, configuration and processor, the conversion of images, the classes in order, and LoRA's settings.
     """
     tuning = settings.model.tuning
     return {
@@ -47,6 +55,7 @@ def identity_of(
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,
         "classes": list(data.labels),
+        "conversion": conversion.record(),
         **({name: getattr(settings.lora, name) for name in LORA} if tuning == "lora" else {}),
         **_entries("config", base.model.config.to_json_string(use_diff=False)),
         **_entries("processor", base.processor.to_json_string()),
@@ -109,6 +118,59 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
         logger.info("settings taken from the checkpoint: %s", ", ".join(flags))
     model = settings.model.model_copy(update={"tuning": taken.pop("tuning", settings.model.tuning)})
     return settings.model_copy(update={"model": model, "lora": settings.lora.model_copy(update=taken)})
+
+
+def conversion_of(
+    settings: DataSettings, data: ImageData, start: WarmStart | None, resumed: Checkpoint | None
+) -> Conversion:
+    """Returns how a run converts images: as its checkpoint, the adapter that it starts from, or its settings say.
+
+    Checkpoints and adapters of older releases ignore transparency and have no range.
+
+    Raises:
+        UserError: a setting was given and differs from that of the checkpoint.
+    """
+    given: dict[str, Any] = {}
+    if "transparent_background" in settings.model_fields_set:
+        given["transparent_background"] = color_of(settings.transparent_background)
+    if settings.pixel_range is not None:
+        given["pixel_range"] = (settings.pixel_range[0], settings.pixel_range[1])
+    if resumed is not None:
+        saved = resumed.state["identity"].get("conversion")
+        before = Conversion.of(saved or {})
+        problems = [
+            f"--{name} is {value}, but the checkpoint has {getattr(before, name)}"
+            for name, value in given.items()
+            if getattr(before, name) != value
+        ]
+        if problems:
+            lines = ["these settings differ from those of the run to resume; remove them:", *problems]
+            raise UserError("\n  ".join(lines))
+        if saved is None:
+            logger.info("the checkpoint is from an older release: transparency is ignored, as in that release")
+        return before
+    if start is not None and start.conversion == Conversion():
+        logger.info("the adapter ignores transparency; --transparent_background changes that")
+        return start.conversion._replace(**given)
+    found = Conversion(color_of(settings.transparent_background)) if start is None else start.conversion
+    found = found._replace(**given)
+    if found.pixel_range is None:
+        # A stream has no random access.
+        limits = (data.train if isinstance(data.train, Split) else data.validation).pixel_range()
+        if limits is not None:
+            logger.info("images of more than 8 bits: %g to %g become 0 to 255; see --pixel_range", *limits)
+        found = found._replace(pixel_range=limits)
+    return found
+
+
+def with_conversion(settings: Settings, conversion: Conversion) -> Settings:
+    """Returns the settings with a conversion, for the record of the run."""
+    limits = conversion.pixel_range
+    values = {
+        "transparent_background": color_name(conversion.transparent_background),
+        "pixel_range": None if limits is None else list(limits),
+    }
+    return settings.model_copy(update={"data": settings.data.model_copy(update=values)})
 
 
 def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:

@@ -200,7 +200,9 @@ def _evaluate(run: TrainingRun, progress: Progress) -> Evaluation | None:
     run.tracker.scalars(progress.step, run.epoch(progress.step), metrics)
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())
     run.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
-    show_evaluation(run.tracker, evaluation, progress.step, run.evaluator.split, run.evaluator.labels)
+    evaluator = run.evaluator
+    conversion = evaluator.transforms.conversion
+    show_evaluation(run.tracker, evaluation, progress.step, evaluator.split, evaluator.labels, conversion)
     return evaluation if best else None
 
 

@@ -61,6 +61,7 @@ def test_a_run_leaves_what_the_readme_says(single: Path) -> None:
         "adapter_model.safetensors",
         "base_model.json",
         "config.json",
+        "conversion.json",
         "preprocessor_config.json",
     }
     results = results_of(single)

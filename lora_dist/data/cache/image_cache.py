@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lora_dist import waiting
 from lora_dist.data.cache.pixel_files import DamagedFileError, PixelFile, remove_unfinished, write_pixels
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.images import Picture, UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import interpolated
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
@@ -43,16 +44,18 @@ class ImageCache(Dataset):
         root: directory of all caches.
         images: all rows of the table.
         size: height and width of the model input.
+        conversion: how the images become 8-bit RGB.
     """
 
     root: Path
     images: Split
     size: tuple[int, int]
+    conversion: Conversion = AS_TRANSFORMERS
 
     @cached_property
     def directory(self) -> Path:
-        """Directory of this cache; it changes with the files of the data and with `size`."""
-        return self.root / _fingerprint(self.images, self.size)
+        """Directory of this cache; it changes with the files of the data, `size` and `conversion`."""
+        return self.root / _fingerprint(self.images, self.size, self.conversion)
 
     @cached_property
     def images_per_file(self) -> int:
@@ -99,7 +102,7 @@ class ImageCache(Dataset):
     @contextmanager
     def _opened(self, table_row: int) -> Iterator[Picture]:
         sample = self.images.read(0, [table_row])[table_row]
-        with opened(sample.source, sample.name) as picture:
+        with opened(sample.source, sample.name, self.conversion) as picture:
             yield picture
 
     def pixels(self, table_row: int) -> np.ndarray:
@@ -129,7 +132,9 @@ class ImageCache(Dataset):
         return int(count * np.mean(sizes))
 
 
-def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> Split:
+def cached(
+    split: Split, root: str, size: tuple[int, int], build: bool, conversion: Conversion = AS_TRANSFORMERS
+) -> Split:
     """A training split that is read from a cache of all rows of its table, in `root`. Called on every process.
 
     Args:
@@ -137,13 +142,14 @@ def cached(split: Split, root: str, size: tuple[int, int], build: bool) -> Split
         root: directory of all caches.
         size: height and width of the model input.
         build: build what is missing; if False, only check the disk space, and return `split` for an incomplete cache.
+        conversion: how the images become 8-bit RGB.
 
     Raises:
         UserError: the directory is not writable, or the disk has too little space.
     """
     count = len(split.table)
     everything = replace(split, table_rows=np.arange(count), labels=np.zeros(count, dtype=np.int64))
-    cache = ImageCache(Path(root), everything, size)
+    cache = ImageCache(Path(root), everything, size, conversion)
     if cache.missing():
         try:
             if not build:
@@ -235,10 +241,13 @@ class CacheReader:
         return EncodedSample(pixels, "", int(self._split.labels[index]))
 
 
-def _fingerprint(images: Split, size: tuple[int, int]) -> str:
-    """Digest of what decides the content of a cache: the files with their sizes and times, and the cached size."""
+def _fingerprint(images: Split, size: tuple[int, int], conversion: Conversion) -> str:
+    """Digest of what decides the content of a cache: the files with their sizes and times, the size and conversion."""
     table, column = images.table, images.column
     digest = xxhash.xxh3_128(repr((FORMAT, MARGIN, size, len(table))).encode())
+    if conversion != AS_TRANSFORMERS:
+        # Caches of older releases have no conversion in their digest.
+        digest.update(repr(tuple(conversion)).encode())
     for file in table.cache_files:
         digest.update(repr((file["filename"], _stamp(file["filename"]))).encode())
     if not holds_files(table, column):

@@ -1,18 +1,22 @@
 """Finding image files, and decoding them to upright RGB, as a whole or in part."""
 
 import io
+import logging
 import math
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
 from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -57,6 +61,11 @@ class UnreadableImageError(Exception):
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
+RANGE_IMAGES, RANGE_PIXELS = 64, 10_000
+"""Most images, and pixels of each, from which the range of deep pixels is found."""
+
+_warned: set[str] = set()
+
 ImageSource = str | bytes | Image.Image | np.ndarray
 
 _TRANSPOSE = {
@@ -74,9 +83,12 @@ _TRANSPOSE = {
 class Picture:
     """An image of upright `size` (width, height) that decodes only what is needed, or raises `UnreadableImageError`."""
 
-    def __init__(self, image: Image.Image, name: str) -> None:
+    def __init__(self, image: Image.Image, name: str, conversion: Conversion = AS_TRANSFORMERS) -> None:
         self._image = image
         self._name = name
+        self._conversion = conversion
+        if conversion.pixel_range is None and is_deep(image):
+            _warn_of_depth(image.mode, name)
         if image.format not in ("JPEG", "MPO"):
             # Of other formats, the header alone need not tell the size.
             image.load()
@@ -88,7 +100,7 @@ class Picture:
         """The whole image in upright 8-bit RGB."""
         with _named(self._name):
             self._image.load()
-            return _to_rgb(_upright(self._image, self._orientation))
+            return _upright(self._conversion.to_rgb(self._image), self._orientation)
 
     def part(self, box: Box, least: tuple[int, int]) -> np.ndarray:
         """The pixels in `box` in upright 8-bit RGB [h, w, 3]. Can be called once.
@@ -100,7 +112,8 @@ class Picture:
             scale = self._reduce(stored, least if self._orientation < 5 else least[::-1])
             self._image.load()
             left, top, right, bottom = (round(side / scale) for side in stored)
-            return np.array(_upright(_to_rgb(self._image.crop((left, top, right, bottom))), self._orientation))
+            part = self._conversion.to_rgb(self._image.crop((left, top, right, bottom)))
+            return np.array(_upright(part, self._orientation))
 
     def _reduce(self, box: Box, least: tuple[int, int]) -> float:
         """Sets the decoder to the smallest size that suffices; returns by what factor it reduces each side."""
@@ -146,37 +159,66 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 @contextmanager
-def opened(source: ImageSource, name: str = "") -> Iterator[Picture]:
-    """Opens a path, the bytes of an image file, a Pillow image, or 8-bit pixels [H, W, 3].
+def opened(source: ImageSource, name: str = "", conversion: Conversion = AS_TRANSFORMERS) -> Iterator[Picture]:
+    """Opens a path, the bytes of an image file, a Pillow image, or 8-bit RGB pixels [H, W, 3], which are not converted.
 
     Raises `UnreadableImageError`, with `name` or the path, for anything that is not a readable image.
     """
     name = name or (source if isinstance(source, str) else "image")
     with ExitStack() as stack:
         with _named(name):
-            picture = _picture(source, name, stack)
+            if isinstance(source, np.ndarray):
+                picture: Picture = _Pixels(source)
+            else:
+                picture = Picture(_image(source, name, stack), name, conversion)
         yield picture
 
 
-def _picture(source: ImageSource, name: str, stack: ExitStack) -> Picture:
-    if isinstance(source, np.ndarray):
-        return _Pixels(source)
+def _image(source: str | bytes | Image.Image, name: str, stack: ExitStack) -> Image.Image:
     if isinstance(source, Image.Image):
-        return Picture(source, name)
+        return source
     # Opening a pipe would wait for a writer.
     if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
         raise UnreadableImageError(f"{name}: not a file")
-    return Picture(stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)), name)
+    return stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
 
 
-def load_rgb(source: ImageSource, name: str = "") -> Image.Image:
+def load_rgb(source: ImageSource, name: str = "", conversion: Conversion = AS_TRANSFORMERS) -> Image.Image:
     """Decodes an image of any mode (L, LA, RGBA, P, CMYK, I;16, 1, F …) to upright 8-bit RGB.
 
-    Agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits, not clipped at
-    255. Takes the arguments of `opened` and raises its errors.
+    By default, agrees with `transformers.image_utils.load_image`, except that 16-bit pixels are scaled to 8 bits, not
+    clipped at 255. Takes the arguments of `opened` and raises its errors.
     """
-    with opened(source, name) as picture:
+    with opened(source, name, conversion) as picture:
         return picture.whole()
+
+
+def find_pixel_range(images: Iterable[tuple[str | bytes | Image.Image, str]]) -> tuple[float, float] | None:
+    """The range of the pixels of those images that have more than 8 bits, without the outermost 0.1% on both sides.
+
+    `images` are sources and names, as `opened` takes them. Returns None if no readable image has more than 8 bits.
+    """
+    found = []
+    for source, name in images:
+        with suppress(UnreadableImageError), _named(name), ExitStack() as stack:
+            image = _image(source, name, stack)
+            if is_deep(image):
+                pixels = np.asarray(image, dtype=np.float64).ravel()
+                found.append(pixels[:: -(-pixels.size // RANGE_PIXELS)])
+    pixels = np.concatenate(found) if found else np.zeros(0)
+    pixels = pixels[np.isfinite(pixels)]
+    if not pixels.size:
+        return None
+    low, high = (float(value) for value in np.percentile(pixels, (0.1, 99.9)))
+    return (low, high) if low < high else (low, low + 1)
+
+
+def _warn_of_depth(mode: str, name: str) -> None:
+    """Warns once per process and mode."""
+    if mode not in _warned:
+        _warned.add(mode)
+        how = "values outside 0 to 255 are clipped" if mode == "F" else "values from 0 to 65535 become 0 to 255"
+        logger.warning("%s: pixels of mode %s, and no pixel range is known: %s", name, mode, how)
 
 
 @contextmanager
@@ -188,14 +230,6 @@ def _named(name: str) -> Iterator[None]:
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file leads them to, struct.error and RuntimeError among them.
         raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def from_cell(cell: Any) -> tuple[str | bytes | Image.Image, str]:

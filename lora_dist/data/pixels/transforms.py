@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.crops import draw_crop
 from lora_dist.data.pixels.images import Picture
 from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combine, resize
@@ -32,9 +33,18 @@ class ImageTransforms:
     a random crop of its image.
     """
 
-    def __init__(self, processor: Any, augmentation: AugmentationSettings | None = None) -> None:
-        """`augmentation` is for training alone. Raises `UserError` if the processor gives images of different sizes."""
+    def __init__(
+        self,
+        processor: Any,
+        augmentation: AugmentationSettings | None = None,
+        conversion: Conversion = AS_TRANSFORMERS,
+    ) -> None:
+        """`augmentation` is for training alone; `conversion` is kept for the decoding of images.
+
+        Raises `UserError` if the processor gives images of different sizes.
+        """
         self.processor = processor
+        self.conversion = conversion
         self.height, self.width = _output_size(processor)
         settings = augmentation or AugmentationSettings(augmentation="none")
         self.crops = settings.augmentation != "none"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lora_dist.data.pixels.images import from_cell, load_rgb
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
+from lora_dist.data.pixels.images import RANGE_IMAGES, find_pixel_range, from_cell, load_rgb
 from lora_dist.data.sampling.order import SampleOrder, ShuffledOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
@@ -41,10 +42,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.table_rows)
 
-    def image(self, index: int) -> Any:
+    def image(self, index: int, conversion: Conversion = AS_TRANSFORMERS) -> Any:
         """Sample `index` as an upright RGB image; raises `UnreadableImageError` with its name."""
         sample = self.read(0, [index])[index]
-        return load_rgb(sample.source, sample.name)
+        return load_rgb(sample.source, sample.name, conversion)
+
+    def pixel_range(self) -> tuple[float, float] | None:
+        """`find_pixel_range` of evenly spaced samples; the same on every process."""
+        samples = self.read(0, range(len(self))[:: -(-len(self) // RANGE_IMAGES)])
+        return find_pixel_range((sample.source, sample.name) for sample in samples.values())
 
     def name(self, index: int) -> str:
         return self.read(0, [index])[index].name

@@ -80,7 +80,7 @@ def merge_to(
     with whole_directory(out) as temporary:
         card = _card(source, measured, dtype, len(images))
         merged.to(dtype).save_pretrained(temporary)
-        bundle.write_metadata(temporary, merged.config, classifier.processor, card)
+        bundle.write_metadata(temporary, merged.config, classifier.processor, card, conversion=classifier.conversion)
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured
 

@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_dist import extras
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.export.destinations import require_free_file
 from lora_dist.deployment.export.merge import check_images, logits
-from lora_dist.deployment.export.onnx_model import INPUT, LABELS, OUTPUT, PREPROCESSOR, OnnxModel, load_onnx
+from lora_dist.deployment.export.onnx_model import CONVERSION, INPUT, LABELS, OUTPUT, PREPROCESSOR, OnnxModel, load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
@@ -80,7 +81,8 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
     metadata = {
         LABELS: json.dumps(classifier.labels, ensure_ascii=False),
         PREPROCESSOR: classifier.processor.to_json_string(),
-        "preprocessing": describe(classifier.processor, transforms.height, transforms.width),
+        CONVERSION: json.dumps(classifier.conversion.record()),
+        "preprocessing": describe(classifier.processor, transforms.height, transforms.width, classifier.conversion),
         "weights": "fp32",
     }
     onnx.helper.set_model_props(proto, metadata)
@@ -195,10 +197,10 @@ def _int8_cost(exact: Classifier, quantized: Classifier, files: Sequence[str]) -
     return Int8Cost(images, changed, labelled, right_before, right_after)
 
 
-def describe(processor: Any, height: int, width: int) -> str:
+def describe(processor: Any, height: int, width: int, conversion: Conversion = AS_TRANSFORMERS) -> str:
     """Describes the preprocessing for users without this package; `height` and `width` are those of the input."""
     settings = processor.to_dict()
-    steps = ["decode to 8-bit RGB, turned upright as EXIF says"]
+    steps = [", ".join(["decode to 8-bit RGB", *_described(conversion), "turned upright as EXIF says"])]
     size = dict(settings.get("size") or {})
     crop = dict(settings.get("crop_size") or {}) if settings.get("do_center_crop") else {}
     if settings.get("crop_pct") and size.get("shortest_edge", 384) < 384:
@@ -219,3 +221,10 @@ def describe(processor: Any, height: int, width: int) -> str:
     order = "blue, green, red" if settings.get("do_flip_channel_order") else "red, green, blue"
     steps.append(f"float32 of shape [batch, 3, {height}, {width}]: image, channel ({order}), row, column")
     return "; ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+
+
+def _described(conversion: Conversion) -> Iterator[str]:
+    if conversion.transparent_background is not None:
+        yield "transparent pixels on RGB {} {} {}".format(*conversion.transparent_background)
+    if conversion.pixel_range is not None:
+        yield "pixels of more than 8 bits scaled so that {:g} to {:g} become 0 to 255".format(*conversion.pixel_range)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from lora_dist import extras
+from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
 
@@ -19,6 +20,8 @@ LABELS = "labels"
 """Metadata key of the class names in order, as JSON."""
 PREPROCESSOR = "preprocessor_config"
 """Metadata key of the content of `preprocessor_config.json`."""
+CONVERSION = "conversion"
+"""Metadata key of the content of `conversion.json`."""
 
 
 class OnnxModel(nn.Module):
@@ -57,7 +60,8 @@ def load_onnx(path: Path) -> Classifier:
     metadata = session.get_modelmeta().custom_metadata_map
     try:
         labels, config = json.loads(metadata[LABELS]), json.loads(metadata[PREPROCESSOR])
-    except (KeyError, ValueError) as error:
+        conversion = Conversion.of(json.loads(metadata.get(CONVERSION, "{}")))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"--onnx {path}: its metadata lack labels or preprocessing, so it was not written by lora_dist ({error})"
         ) from error
@@ -67,4 +71,4 @@ def load_onnx(path: Path) -> Classifier:
             processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"--onnx {path}: invalid preprocessing in its metadata: {error}") from error
-    return Classifier(OnnxModel(session).eval(), processor, labels)
+    return Classifier(OnnxModel(session).eval(), processor, labels, conversion=conversion)

@@ -15,7 +15,7 @@ class Batcher:
     """Runs the model in a thread, without waiting for a batch to fill up."""
 
     def __init__(self, classifier: Classifier, max_batch_size: int, device: torch.device) -> None:
-        self.transforms = ImageTransforms(classifier.processor)
+        self.transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
         classifier.model.to(device)
         self._classifier = classifier
         self._device = device

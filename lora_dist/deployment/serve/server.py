@@ -97,7 +97,7 @@ def make_app(
         return FileResponse(PAGE / f"page.{kind}")
 
     def prepare(data: bytes, file: str) -> Tensor:
-        return batcher.transforms.resized([decode(data, file, limits.pixels)])
+        return batcher.transforms.resized([decode(data, file, limits.pixels, classifier.conversion)])
 
     @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
     async def predict(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 
 Image.init()
@@ -42,7 +43,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def decode(data: bytes, name: str, max_pixels: int, conversion: Conversion = AS_TRANSFORMERS) -> Image.Image:
     """Decodes an image to upright RGB; checks the size in the header before allocating pixels.
 
     Raises:
@@ -67,6 +68,6 @@ def decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
                 413, f"{name}: {image.width} x {image.height} pixels, more than {max_pixels / 1e6:g} megapixels"
             )
         try:
-            return load_rgb(image, name)
+            return load_rgb(image, name, conversion)
         except UnreadableImageError as error:
             raise RefusedUploadError(422, str(error)) from error

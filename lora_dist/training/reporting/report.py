@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.loader import unreadable
+from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
@@ -49,7 +50,9 @@ def announce(
         )
 
 
-def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
+def show_evaluation(
+    tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str], conversion: Conversion
+) -> None:
     """Adds the confusion matrix and the worst-classified images to TensorBoard.
 
     A picture that cannot be made is a missing picture and a warning: no reason to stop a run.
@@ -57,7 +60,7 @@ def show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: 
     if not tracker.enabled:
         return
     try:
-        _show_evaluation(tracker, evaluation, step, split, labels)
+        _show_evaluation(tracker, evaluation, step, split, labels, conversion)
     except Exception as error:
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
 
@@ -75,7 +78,9 @@ def warn_of_chance_level(evaluation: Evaluation) -> None:
         )
 
 
-def _show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str]) -> None:
+def _show_evaluation(
+    tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str], conversion: Conversion
+) -> None:
     tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
     worst = evaluation.worst(WORST)
     captions = [
@@ -83,7 +88,7 @@ def _show_evaluation(tracker: Tracker, evaluation: Evaluation, step: int, split:
         f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
         for index in worst
     ]
-    tracker.picture("eval/worst", grid([split.image(index) for index in worst], captions), step)
+    tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
 
 
 def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]) -> None:

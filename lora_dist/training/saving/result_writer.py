@@ -90,7 +90,9 @@ class ResultWriter:
         run.watch.now("writing the result", first=True)
         accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
         trained = run.engine.trainable_state()
-        images = [validation.image(index) for index in np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]]
+        conversion = run.evaluator.transforms.conversion
+        indices = np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]
+        images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
             results = self._results(run, progress, evaluation)
@@ -177,11 +179,12 @@ class ResultWriter:
             results=results,
             settings=self.made_with,
         )
+        conversion = run.evaluator.transforms.conversion
         if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None
-            bundle.write_adapter(directory, model, base, card, initial)
+            bundle.write_adapter(directory, model, base, card, initial, conversion)
         else:
-            bundle.write_model(directory, model, base.processor, card)
+            bundle.write_model(directory, model, base.processor, card, conversion)
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""

@@ -1,5 +1,6 @@
 """Real launches in subprocesses, with a free port, one thread a process and a time-out."""
 
+import hashlib
 import json
 import os
 import socket
@@ -15,6 +16,8 @@ import psutil
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+
+from lora_dist.training.saving.checkpoint import COMPLETE, STATE
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 240
@@ -218,3 +221,15 @@ def assert_same_run(output_dir: Path, expected: Path) -> None:
     assert {"train/loss", "eval/loss"} <= tags
     for tag in tags:
         assert scalars_of(output_dir, tag) == scalars_of(expected, tag), tag
+
+
+def rewrite_states(out: Path, change: Any) -> None:
+    """Changes the state in every checkpoint of a run, as another release would have written it."""
+    for path in (out / "checkpoints").iterdir():
+        state = json.loads((path / STATE).read_text())
+        change(state)
+        (path / STATE).write_text(json.dumps(state))
+        manifest = json.loads((path / COMPLETE).read_text())
+        content = (path / STATE).read_bytes()
+        manifest[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (path / COMPLETE).write_text(json.dumps(manifest))

@@ -85,6 +85,14 @@ def plant_files(root: Path) -> Planted:
     alone("unreadable", b / "damaged.png", bytes(damaged))
     alone("bomb", b / "bomb.png", _plain((14_000, 14_000)))
     alone("huge", b / "huge.png", _plain((9_500, 9_500)))
+    planted.expect("constant", b / "huge.png")
+    noise = np.random.default_rng(0).integers(0, 4096, (90, 120)).astype(np.uint16)
+    Image.fromarray(noise).save(a / "deep.png")
+    planted.expect("deep", a / "deep.png")
+    Image.fromarray(np.dstack([np.full((90, 120, 3), 255, np.uint8), (noise >> 4).astype(np.uint8)])).save(
+        a / "white.png"
+    )
+    planted.expect("hidden", a / "white.png")
     (a / "gone.png").symlink_to(a / "nowhere")
     planted.expect("unreadable", a / "gone.png", left_out=(a / "gone.png",))
 

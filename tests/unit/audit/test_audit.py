@@ -38,7 +38,7 @@ from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.demo import local_path
 from lora_dist.errors import UserError
 from lora_dist.settings import cli
-from lora_dist.settings.audit import AuditSettings, Checks, contradictions
+from lora_dist.settings.audit import AuditData, AuditRun, AuditSettings, Checks, contradictions
 
 
 def settings_of(*argv: object) -> AuditSettings:
@@ -107,6 +107,9 @@ def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_le
         "imbalance",
         "few_images",
         "ignored",
+        "deep",
+        "hidden",
+        "constant",
     }
     assert sorted(found_in(again), key=repr) == sorted((one for one in planted.expected if one[0] in stay), key=repr)
     write_quarantine(again, file)
@@ -526,3 +529,55 @@ def test_a_thumbnail_is_small_and_missing_for_what_cannot_be_read(tmp_path: Path
     assert len(address) < 20_000
     (tmp_path / "bad.png").write_bytes(b"bad")
     assert thumbnail(str(tmp_path / "bad.png")) == ""
+
+
+def _save_shapes(folder: Path, split_count: int = 4, white: bool = False) -> None:
+    """Shapes that are all of one color, on a transparent background."""
+    for number in range(split_count):
+        file = folder / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        alpha = np.zeros((32, 32), dtype=np.uint8)
+        alpha[4 + number :, : 8 + 8 * number] = 255
+        Image.fromarray(np.dstack([np.full((32, 32, 3), 255 * white, np.uint8), alpha])).save(file)
+
+
+def _kinds(folder: Path, **data: Any) -> dict[str, list[Finding]]:
+    report = audit(AuditSettings(data=AuditData(train_dir=str(folder), **data), run=AuditRun(num_workers=1)))
+    return {kind.name: findings for kind, findings in report.by_kind().items()}
+
+
+def test_black_icons_are_neither_duplicates_nor_conflicts(tmp_path: Path) -> None:
+    _save_shapes(tmp_path)
+    assert _kinds(tmp_path).keys() == {"few_images"}
+
+
+def test_icons_that_the_background_hides_are_named_and_kept(tmp_path: Path) -> None:
+    _save_shapes(tmp_path, white=True)
+    found = _kinds(tmp_path)
+    assert found.keys() == {"hidden", "few_images"}
+    assert len(found["hidden"][0].files) == 4
+    assert not found["hidden"][0].left_out
+    assert _kinds(tmp_path, transparent_background="black").keys() == {"few_images"}
+
+
+def test_deep_images_are_audited_with_the_range_of_training(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(4):
+        file = tmp_path / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 4096, (32, 32)).astype(np.uint16)).save(file)
+    found = _kinds(tmp_path)
+    assert found.keys() == {"deep", "few_images"}
+    assert found["deep"][0].message.startswith("4 images of mode I;16; ")
+    assert _kinds(tmp_path, pixel_range=[0, 4e6]).keys() == {"deep", "constant", "few_images"}
+    found = _kinds(tmp_path, pixel_range=[0.0, 4095.0])
+    assert found["deep"][0].message == "4 images of mode I;16; 0 to 4095 become 0 to 255"
+
+
+def test_constant_images_are_no_conflict(tmp_path: Path) -> None:
+    for number, name in enumerate("aabb"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / name / f"{number}.png")
+    found = _kinds(tmp_path)
+    assert found.keys() == {"constant", "few_images"}
+    assert len(found["constant"]) == 4

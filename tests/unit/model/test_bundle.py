@@ -76,6 +76,7 @@ def test_a_bundle_holds_all_that_is_needed_and_classifies_as_the_model_in_memory
         "adapter_model.safetensors",
         "base_model.json",
         "config.json",
+        "conversion.json",
         "preprocessor_config.json",
     }
     assert (tmp_path / "adapter" / "README.md").read_text() == "card 0\n"

@@ -1,6 +1,5 @@
 """A run goes on as what it was: with its own LoRA, classes and pixels, its best measured by what it goes by now."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,13 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from lora_dist_testing.launching import adapter_of, flags, lines_of, results_of, run_flags, saved_in
+from lora_dist_testing.launching import adapter_of, flags, lines_of, results_of, rewrite_states, run_flags, saved_in
 from lora_dist_testing.tiny import make_model
 from safetensors.torch import load_file
 
 from lora_dist import train
 from lora_dist.data.batch import EvaluationImages
-from lora_dist.training.saving.checkpoint import COMPLETE, STATE
 
 RESUME = ("--resume_from_checkpoint", "auto")
 
@@ -60,18 +58,6 @@ def _assert_same_adapter(out: Path, expected: Path) -> None:
     assert all(tensor.equal(adapter[name]) for name, tensor in adapter_of(out).items())
     one, other = (json.loads((root / "adapter" / "adapter_config.json").read_text()) for root in (out, expected))
     assert one == other
-
-
-def _rewrite_states(out: Path, change: Any) -> None:
-    """Changes the state in every checkpoint of a run, as another release would have written it."""
-    for path in (out / "checkpoints").iterdir():
-        state = json.loads((path / STATE).read_text())
-        change(state)
-        (path / STATE).write_text(json.dumps(state))
-        manifest = json.loads((path / COMPLETE).read_text())
-        content = (path / STATE).read_bytes()
-        manifest[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (path / COMPLETE).write_text(json.dumps(manifest))
 
 
 LORA: list[tuple[object, ...]] = [
@@ -141,7 +127,7 @@ def test_an_old_checkpoint_goes_on_with_what_the_settings_beside_it_say(
 ) -> None:
     whole = _run(vit, photos, tmp_path / "whole", "--lora_alpha", 64, "--max_train_steps", 6)
     out = _run(vit, photos, tmp_path / "run", "--lora_alpha", 64)
-    _rewrite_states(out, _forget)
+    rewrite_states(out, _forget)
     said = _refused(capfd, vit, photos, out, *RESUME, "--lora_alpha", 8)
     assert "--lora_alpha is 8, but the checkpoint has 64" in said
     # From its directory into another one as well.
@@ -157,7 +143,7 @@ def test_an_old_checkpoint_without_settings_beside_it_goes_on_as_it_is_told(
 ) -> None:
     whole = _run(vit, photos, tmp_path / "whole", "--lora_alpha", 64, "--max_train_steps", 6)
     out = _run(vit, photos, tmp_path / "run", "--lora_alpha", 64)
-    _rewrite_states(out, _forget)
+    rewrite_states(out, _forget)
     (out / "config.yaml").unlink()
     _run(vit, photos, out, *RESUME, "--lora_alpha", 64, "--max_train_steps", 6)
     _assert_same_adapter(out, whole)
@@ -341,7 +327,7 @@ def test_an_old_checkpoint_has_its_best_measured_by_what_the_run_goes_by(
     out = _run(vit, photos, tmp_path)
     before = saved_in(out)
     assert before["best_metric"] == "accuracy"
-    _rewrite_states(out, _forget)
+    rewrite_states(out, _forget)
     capfd.readouterr()
     _run(vit, photos, out, *RESUME, "--max_train_steps", 5, "--learning_rate", 1e-30)
     assert "Re-evaluated" not in capfd.readouterr().err

@@ -1,0 +1,67 @@
+"""How an image of any mode becomes 8-bit RGB: the background of transparent images, and the range of deep pixels."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+class Conversion(NamedTuple):
+    """How an image of any mode becomes 8-bit RGB; opaque 8-bit images are the same with every conversion.
+
+    Attributes:
+        transparent_background: red, green and blue behind transparent pixels; None ignores transparency, as
+            `transformers.image_utils.load_image` does.
+        pixel_range: values that become 0 and 255 in images of more than 8 bits; None keeps the upper 8 of 16 bits, and
+            clips floating-point values at 0 and 255.
+    """
+
+    transparent_background: tuple[int, int, int] | None = None
+    pixel_range: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Conversion":
+        """From the JSON object that `record` gave; raises `ValueError` or `TypeError` for anything else."""
+        background, limits = record.get("transparent_background"), record.get("pixel_range")
+        if background is not None and (
+            len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background)
+        ):
+            raise ValueError(f"transparent_background {background} is not three numbers from 0 to 255")
+        if limits is not None and (len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf):
+            raise ValueError(f"pixel_range {limits} is not two ascending numbers")
+        return cls(None if background is None else tuple(background), None if limits is None else tuple(limits))
+
+    def record(self) -> dict[str, Any]:
+        """The conversion as JSON values."""
+        return {name: None if value is None else list(value) for name, value in self._asdict().items()}
+
+    def to_rgb(self, image: Image.Image) -> Image.Image:
+        """Converts a loaded image."""
+        if is_deep(image):
+            return Image.fromarray(self._eight_bits(np.asarray(image), image.mode)).convert("RGB")
+        if self.transparent_background is not None and image.has_transparency_data:
+            shown = image.convert("RGBA")
+            if np.asarray(shown.getchannel("A")).min() < 255:
+                background = Image.new("RGBA", image.size, (*self.transparent_background, 255))
+                return Image.alpha_composite(background, shown).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+    def _eight_bits(self, pixels: np.ndarray, mode: str) -> np.ndarray:
+        if self.pixel_range is not None:
+            low, high = self.pixel_range
+            scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
+            return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
+        if mode == "F":
+            return np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
+        return (pixels.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+
+
+AS_TRANSFORMERS = Conversion()
+"""That of bundles and checkpoints without a record, and of models of other programs."""
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether the pixels have more than 8 bits: integers of 16 or 32 bits, or floating-point numbers."""
+    return image.mode.startswith("I") or image.mode == "F"
