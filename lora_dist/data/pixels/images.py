@@ -3,50 +3,18 @@
 import io
 import logging
 import math
-import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
-from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-)
-
-
-def is_image_name(file: str) -> bool:
-    """Whether a file name ends in one of `IMAGE_SUFFIXES`, in any case."""
-    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-
-
-def image_files(directory: str | Path) -> Iterator[str]:
-    """The image files among `visible_files`."""
-    return filter(is_image_name, visible_files(directory))
-
-
-def visible_files(directory: str | Path) -> Iterator[str]:
-    """Files below a directory without hidden files and folders, in an order that is the same on every machine.
-
-    Raises `UserError` if a folder cannot be read.
-    """
-    for folder, folders, files in os.walk(directory, onerror=_refuse, followlinks=True):
-        folders[:] = sorted(
-            inner for inner in folders if not inner.startswith(".") and not leads_back(Path(folder, inner))
-        )
-        yield from (os.path.join(folder, file) for file in sorted(files) if not file.startswith("."))
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename}: {error.strerror}; all of the data has to be readable") from error
 
 
 def leads_back(folder: Path) -> bool:
