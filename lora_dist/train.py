@@ -3,8 +3,8 @@
 from lora_dist.errors import Problems, TrainingStoppedError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.settings.cli import argv_or, flatten, parse
 from lora_dist.settings.train import Settings, contradictions
@@ -41,11 +41,11 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.storage.files import finish_replacing
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
-    from lora_dist.training.best import reselect_best
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
     from lora_dist.training.loop import fit
     from lora_dist.training.reporting.report import announce, show_inputs
+    from lora_dist.training.reselect_best import reselect_best
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 

@@ -15,7 +15,7 @@ class Severity(StrEnum):
 
 
 EXIT_CODES = {Severity.WARNING: 3, Severity.ERROR: 4}
-"""1 is a crash, and 2 invalid settings."""
+"""Exit code by severity. Python uses 1 for a crash; 2 means invalid settings."""
 
 
 class Kind(NamedTuple):

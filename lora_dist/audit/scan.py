@@ -107,10 +107,10 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _phash(small: Image.Image) -> int:
-    """Whether each of the lowest frequencies exceeds their median ("pHash", Zauner 2010)."""
+    """Perceptual hash: one bit per low frequency, set if it exceeds their median ("pHash", Zauner 2010)."""
     gray = np.asarray(small.convert("L"), dtype=np.float64)
     lowest = (_COSINES @ gray @ _COSINES.T).ravel()[1:]
-    # The margin keeps rounding errors from deciding bits of plain images.
+    # Without the margin, rounding errors would set the bits of plain images.
     bits = lowest > np.median(lowest) + 1e-6
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 

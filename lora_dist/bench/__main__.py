@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.processes.launcher import end_with_launcher
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
 

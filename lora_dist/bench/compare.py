@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from lora_dist.errors import UserError
 from lora_dist.processes.huge_pages import environment_before, move_to_huge_pages
-from lora_dist.processes.launcher import end_with_parent
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.parent_death import end_with_parent
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_dist.engines.statistics import RunningStatistics
+from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
 

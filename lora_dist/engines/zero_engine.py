@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_dist.engines.statistics import RunningStatistics
+from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.errors import UserError
 from lora_dist.model.trainable import host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings

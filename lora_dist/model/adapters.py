@@ -283,7 +283,7 @@ def _make_plain(directory: Path, initial: Path) -> None:
 
 @contextmanager
 def _as_user_error(prefix: str) -> Iterator[None]:
-    """Converts any exception to a `UserError`: PEFT does not check the settings of an adapter."""
+    """Converts unexpected exceptions, except `MemoryError`, to a `UserError`: PEFT does not check adapter settings."""
     try:
         yield
     except (UserError, MemoryError):

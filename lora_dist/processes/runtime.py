@@ -127,7 +127,7 @@ def prepare_fsdp() -> None:
             f"FSDP version {version} is not supported; set fsdp_version: 2 in the launch file, as in "
             f"accelerate_configs/fsdp2.yaml"
         )
-    # With it, from_pretrained leaves all processes but the first without weights. Image models fit a host's memory.
+    # If true, from_pretrained loads the weights only in the first process. Image models fit in a host's memory.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 

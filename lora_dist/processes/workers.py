@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lora_dist.errors import ProcessError, UserError
-from lora_dist.processes.launcher import end_with_parent
 from lora_dist.processes.lifetime import STACKS_SIGNAL
+from lora_dist.processes.parent_death import end_with_parent
 from lora_dist.processes.signals import STOP_SIGNALS
 from lora_dist.storage.disk import free_bytes, readable
 

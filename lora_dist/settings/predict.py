@@ -73,7 +73,7 @@ class Merging(Group):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Data type of the merged weights. Weights are merged in fp32 and then converted."""
     export_legacy_names: str | None = None
-    """Directory for the adapter with the module names of transformers 4 and its PEFT."""
+    """Directory for the adapter with the module names of transformers 4, for older releases of PEFT."""
 
 
 class Exporting(Group):

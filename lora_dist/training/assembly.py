@@ -29,11 +29,11 @@ from lora_dist.processes.workers import require_shared_memory
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
-from lora_dist.training.best import must_reselect
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.reselect_best import must_reselect
 from lora_dist.training.run import TrainingRun, is_over
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.disk_budget import Sizes, require_disk_space

@@ -1,4 +1,4 @@
-"""Durations to updates, the learning rate as a pure function of the update, and when a periodic action is due."""
+"""Converts durations to updates, computes the learning rate, and says when a periodic action is due."""
 
 import math
 from dataclasses import dataclass

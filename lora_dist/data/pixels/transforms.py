@@ -26,7 +26,7 @@ fit the CPU's cache."""
 
 
 class ImageTransforms:
-    """The transforms of a run.
+    """Image transforms of training, evaluation and prediction.
 
     Training views are cropped and augmented as 8-bit RGB images. The last steps (rescaling, normalisation, channel
     order) are the processor's own, so that training and serving cannot drift apart. With `crops`, a training view shows

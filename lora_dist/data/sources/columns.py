@@ -66,7 +66,7 @@ def require_columns(features: Mapping[str, Any], image_column: str, label_column
 
 
 def has_label(value: Any, feature: Any) -> bool:
-    """Whether a value is a label of its column: not None, NaN, NaT, blank text, -1, or an index of no class."""
+    """Whether a value is a usable label: False for None, NaN, NaT, blank text, -1, and an index outside the classes."""
     if isinstance(value, str):
         return bool(visible_name(value))
     # NaN and NaT differ from themselves.

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from lora_dist.deployment.serve.batching import Batcher
-from lora_dist.deployment.serve.guard import Guard
+from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier

@@ -71,7 +71,7 @@ class Lines:
         """
         Args:
             path: of the file.
-            first_step: lines of later steps are removed.
+            first_step: update from which the run starts or resumes; lines of later updates are removed.
             evaluated: whether the evaluation after `first_step` counts; if not, its line is removed too.
         """
         self._path = path

@@ -80,7 +80,7 @@ class Tracker:
             self._board.write(SummaryWriter.add_scalar, name, math.inf if value is None else value, step)
 
     def say(self, message: str) -> None:
-        """A line for the reader, above the progress bar or in the log file."""
+        """Shows a message above the progress bar, or logs it if there is no bar."""
         if self.enabled:
             if self._bar.disable:
                 logger.info(message)

@@ -32,7 +32,8 @@ _FORMER_NAMES = {"blind_updates": "consecutive_unreadable", "settled_step": "las
 class Progress:
     """Progress counters of a run.
 
-    There is no random state here: order, augmentation and dropout are functions of the seed and the position.
+    There is no random state here: order, augmentation and dropout follow from the seed and from
+    `step`.
 
     Attributes:
         step: number of completed updates.
@@ -250,7 +251,7 @@ class Checkpointer:
         self._engine.load_optimizer_state(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
         progress = Progress.of(content.state["progress"])
-        # One from another directory is saved here by the run that goes on from it.
+        # A checkpoint from another directory is saved into this one when the run continues.
         mine = checkpoint.path_of(self.directory, progress.step).is_dir()
         (mine,) = broadcast_object_list([mine])
         self.saved_step = progress.step if mine else None

@@ -176,11 +176,11 @@ def test_a_launcher_that_is_already_dead_is_noticed(early: bool, tmp_path: Path)
     """A process that starts as its launcher is killed gets no signal for that from the kernel."""
     if early and "python" in Path("/proc/1/cmdline").read_text(encoding="utf-8"):
         pytest.skip("process 1 might be a launcher")
-    child = "import os, sys, time\n" + ("" if early else "from lora_dist.processes import launcher\n")
+    child = "import os, sys, time\n" + ("" if early else "from lora_dist.processes import parent_death\n")
     child += (
         "open('started', 'w').close()\n"
         "while os.getppid() == int(sys.argv[1]):\n    time.sleep(0.01)\n"
-        "from lora_dist.processes import launcher\nlauncher.end_with_launcher()\nopen('alive', 'w').close()\n"
+        "from lora_dist.processes import parent_death\nparent_death.end_with_launcher()\nopen('alive', 'w').close()\n"
     )
     (tmp_path / "child.py").write_text(child, encoding="utf-8")
     parent = (

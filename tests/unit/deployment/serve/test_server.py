@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
 from lora_dist.deployment.classify import classify
-from lora_dist.deployment.serve import guard
+from lora_dist.deployment.serve import request_limits
 from lora_dist.deployment.serve.server import make_app, run
 from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.errors import UserError
@@ -207,7 +207,7 @@ def _send_for(connection: socket.socket, seconds: float) -> None:
 
 
 def test_a_client_that_never_stops_sending_is_disconnected(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "DRAIN_SECONDS", 0.5)
+    monkeypatch.setattr(request_limits, "DRAIN_SECONDS", 0.5)
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(f"{HEAD}Content-Length: {10**12}\r\n\r\n".encode())
@@ -254,7 +254,7 @@ def test_more_concurrent_uploads_than_allowed_are_all_answered(url: str, model: 
 
 
 def test_uploads_beyond_the_limit_are_refused(url: str, model: Mean, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_UPLOADS", 4)
+    monkeypatch.setattr(request_limits, "MAX_UPLOADS", 4)
     model.may_go.clear()
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(post, url, [("a.png", GOOD)]) for _ in range(20)]
@@ -270,7 +270,7 @@ def test_uploads_beyond_the_limit_are_refused(url: str, model: Mean, monkeypatch
 
 def test_an_upload_that_takes_too_long_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if it never stops sending."""
-    monkeypatch.setattr(guard, "UPLOAD_SECONDS", 1.0)
+    monkeypatch.setattr(request_limits, "UPLOAD_SECONDS", 1.0)
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(f"{HEAD}Content-Length: 10000\r\n\r\n".encode() + FIELD)

@@ -1,4 +1,4 @@
-"""Saves and restores the running statistics of trained batch norms, which every forward pass changes."""
+"""Copies the running statistics of trained batch norms before an update, to restore them if it is skipped."""
 
 import torch
 from torch import nn
