@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -83,26 +82,27 @@ def audit(settings: AuditSettings) -> Report:
             if absolute(path) not in excluded
         )
     require_distinct(classes)
-    conversion = _conversion(settings.data, [file.path for file in files if file.split == "train"])
+    training = [file.path for file in files if file.split == "train"]
+    conversion = _conversion(settings.data, training, _workers(settings))
     scanned = _scan(files, _workers(settings), conversion)
     findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored, conversion)
     return Report(folders, list(classes), scanned, findings, excluded, conversion)
 
 
-def _conversion(data: AuditData, paths: Sequence[str]) -> Conversion:
-    """How training converts these images to 8-bit RGB."""
+def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversion:
+    """How training converts these images to 8-bit RGB; the range is about that of training, which may hold some out."""
+    from lora_dist.audit.pool import in_processes
+    from lora_dist.audit.scan import range_pixels
     from lora_dist.data.pixels.conversion import Conversion
-    from lora_dist.data.pixels.images import RANGE_IMAGES, find_pixel_range
+    from lora_dist.data.pixels.images import RANGE_IMAGES, range_of
     from lora_dist.settings.fields import color_of
 
     limits: tuple[float, float] | None
     if data.pixel_range is not None:
         limits = (data.pixel_range[0], data.pixel_range[1])
     else:
-        with warnings.catch_warnings():
-            # The report covers what Pillow warns about.
-            warnings.simplefilter("ignore")
-            limits = find_pixel_range((path, path) for path in paths[:: -(-len(paths) // RANGE_IMAGES) or 1])
+        sample = paths[:: -(-len(paths) // RANGE_IMAGES) or 1]
+        limits = range_of(found for _, found in in_processes(range_pixels, sample, workers, None))
     return Conversion(color_of(data.transparent_background), limits)
 
 

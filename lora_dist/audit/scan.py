@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import stat
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
-from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
+from lora_dist.data.pixels.images import UnreadableImageError, deep_pixels, load_rgb
 
 COLORS_SIDE = 16
 THUMBNAIL_SIDE = 192
@@ -113,6 +114,14 @@ def _phash(small: Image.Image) -> int:
     # Without the margin, rounding errors would set the bits of plain images.
     bits = lowest > np.median(lowest) + 1e-6
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+
+
+def range_pixels(path: str) -> np.ndarray | None:
+    """Pixels of an image of more than 8 bits, for the range of the data set; None for any other image."""
+    with warnings.catch_warnings():
+        # The report covers what Pillow warns about.
+        warnings.simplefilter("ignore")
+        return deep_pixels(path, path)
 
 
 def thumbnail(path: str, conversion: Conversion = AS_TRANSFORMERS) -> str:

@@ -61,7 +61,7 @@ class Measurements:
 def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, directory: Path) -> TrainingRun:
     """Assembles the run as training does, but writes only to `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
-    watch = Watch(settings.run.stall_timeout)
+    watch = Watch(settings.run.stall_timeout, patient=settings.data.streaming)
     return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).run
 
 

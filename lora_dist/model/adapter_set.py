@@ -75,7 +75,11 @@ def load_weighted_sum(
             raise UserError(f"{next(iter(directories))} and {name} have different label maps, and cannot be blended")
         prepared = (classifier.processor.to_dict(), classifier.conversion)
         if prepared != (first.processor.to_dict(), first.conversion):
-            raise UserError(f"{next(iter(directories))} and {name} prepare images differently, and cannot be blended")
+            raise UserError(
+                f"{next(iter(directories))} and {name} prepare images differently, and cannot be blended: their "
+                f"preprocessor_config.json or conversion.json differs (adapters of older releases have no "
+                f"conversion.json, and ignore transparency)"
+            )
         loaded.append(replace(adapters.active_adapter(classifier.model), directory=directory))
     return replace(first, model=adapters.attach_adapter(first.model, weighted_sum(loaded, weights), "blend"))
 

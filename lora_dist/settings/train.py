@@ -118,8 +118,8 @@ class DataSettings(Group):
     transparent_background: Color = "white"
     """Color behind transparent images: white, black or R,G,B. ignore: drop the alpha channel. The model records it."""
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
-    """LOW HIGH: values that become 0 and 255 in images of more than 8 bits. Default: the range of 64 training images.
-    The model records it."""
+    """LOW HIGH: values that become 0 and 255 in images of more than 8 bits. Default: the range of 64 training images,
+    or validation images with --streaming. The model records it."""
     cache_dir: str | None = None
     """Directory for a cache of all training images, decoded and resized to 8/7 of the input size. An existing cache of
     the same data is reused."""
@@ -302,6 +302,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         if settings.lora.init_lora_weights != "default":
             text = "the adapter sets the initial weights: remove one of them"
             yield Problem(("adapter_name_or_path", "init_lora_weights"), text)
+    for name in ("transparent_background", "pixel_range"):
+        if run.do_eval_only and name in data.model_fields_set:
+            yield Problem(("do_eval_only", name), f"the model records how it was trained: remove --{name}")
     if run.do_eval_only and run.dry_run:
         yield Problem(("dry_run", "do_eval_only"), "dry runs are for training: remove one of them")
     if run.do_eval_only and run.resume_from_checkpoint:

@@ -151,7 +151,6 @@ def conversion_of(
         return before
     if start is not None and start.conversion == Conversion():
         logger.info("the adapter ignores transparency; --transparent_background changes that")
-        return start.conversion._replace(**given)
     found = Conversion(color_of(settings.transparent_background)) if start is None else start.conversion
     found = found._replace(**given)
     if found.pixel_range is None:

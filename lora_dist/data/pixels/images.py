@@ -166,14 +166,23 @@ def find_pixel_range(images: Iterable[tuple[str | bytes | Image.Image, str]]) ->
 
     `images` are sources and names, as `opened` takes them. Returns None if no readable image has more than 8 bits.
     """
-    found = []
-    for source, name in images:
-        with suppress(UnreadableImageError), _named(name), ExitStack() as stack:
-            image = _image(source, name, stack)
-            if is_deep(image):
-                pixels = np.asarray(image, dtype=np.float64).ravel()
-                found.append(pixels[:: -(-pixels.size // RANGE_PIXELS)])
-    pixels = np.concatenate(found) if found else np.zeros(0)
+    return range_of(deep_pixels(source, name) for source, name in images)
+
+
+def deep_pixels(source: str | bytes | Image.Image, name: str) -> np.ndarray | None:
+    """Up to `RANGE_PIXELS` evenly spaced pixels of an image of more than 8 bits; None for any other image."""
+    with suppress(UnreadableImageError), _named(name), ExitStack() as stack:
+        image = _image(source, name, stack)
+        if is_deep(image):
+            pixels = np.asarray(image, dtype=np.float64).ravel()
+            return pixels[:: -(-pixels.size // RANGE_PIXELS)]
+    return None
+
+
+def range_of(found: Iterable[np.ndarray | None]) -> tuple[float, float] | None:
+    """The range of the pixels that `deep_pixels` found, without the outermost 0.1% on both sides; None without any."""
+    some = [pixels for pixels in found if pixels is not None]
+    pixels = np.concatenate(some) if some else np.zeros(0)
     pixels = pixels[np.isfinite(pixels)]
     if not pixels.size:
         return None

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
@@ -57,7 +58,7 @@ def merge_to(
     """
     require_free_directory(out, "merge_to")
     dtype = DTYPES[precision]
-    images = check_images(files)
+    images = check_images(files, classifier.conversion)
     pixels = ImageTransforms(classifier.processor).batch(images)
     before = logits(classifier.model, pixels)
     merged: Any = adapters.merge(classifier.model).eval()
@@ -131,12 +132,14 @@ def require_same_after_loading(
         )
 
 
-def check_images(files: Sequence[str]) -> list[Image.Image]:
+def check_images(files: Sequence[str], conversion: Conversion) -> list[Image.Image]:
     """Loads the first readable ones of the user's images, else packaged photographs."""
-    return list(islice(_readable(files), MAX_IMAGES)) or list(islice(_readable(photographs()), MAX_IMAGES))
+    return list(islice(_readable(files, conversion), MAX_IMAGES)) or list(
+        islice(_readable(photographs(), conversion), MAX_IMAGES)
+    )
 
 
-def _readable(files: Sequence[str]) -> Iterator[Image.Image]:
+def _readable(files: Sequence[str], conversion: Conversion) -> Iterator[Image.Image]:
     for file in files:
         with suppress(UnreadableImageError):
-            yield load_rgb(file)
+            yield load_rgb(file, conversion=conversion)

@@ -75,7 +75,7 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
 
     require_free_file(out, "onnx")
     transforms = ImageTransforms(classifier.processor)
-    pixels = transforms.batch(check_images(files))
+    pixels = transforms.batch(check_images(files, classifier.conversion))
     expected = logits(classifier.model, pixels)
     proto = _to_onnx(classifier.model, pixels[:1], out)
     metadata = {

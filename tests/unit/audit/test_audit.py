@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from lora_dist_testing.disks import small_disk
+from lora_dist_testing.launching import ROOT, TIMEOUT, environment, flags
 from lora_dist_testing.planted import (
     ODD_CLASS,
     ODD_NAME,
@@ -24,6 +25,7 @@ from lora_dist_testing.planted import (
     plant_all,
     plant_sound,
 )
+from lora_dist_testing.tiny import make_folder
 from PIL import Image, ImageEnhance, ImageFilter
 
 from lora_dist.audit import pool
@@ -581,3 +583,30 @@ def test_constant_images_are_no_conflict(tmp_path: Path) -> None:
     found = _kinds(tmp_path)
     assert found.keys() == {"constant", "few_images"}
     assert len(found["constant"]) == 4
+
+
+CRASHES = """
+import os
+from PIL import Image
+whole = Image.open
+Image.open = lambda source, *rest: os.abort() if "deadly" in str(source) else whole(source, *rest)
+"""
+
+
+def test_a_decoder_that_crashes_costs_only_its_image(tmp_path: Path) -> None:
+    """Also where the audit looks for the range of deep images, before it scans all of them."""
+    photos = make_folder(tmp_path / "photos", per_class=4)
+    first = min(photos.rglob("*.png"))
+    first.rename(first.with_name("0_deadly.png"))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(CRASHES)
+    result = subprocess.run(
+        [sys.executable, "-m", "lora_dist.audit", *flags(train_dir=photos, output_dir=tmp_path / "out")],
+        env=environment(PYTHONPATH=os.pathsep.join([str(tmp_path / "site"), str(ROOT)])),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 4, result.stderr
+    assert "0_deadly.png" in (tmp_path / "out" / "quarantine.txt").read_text()

@@ -433,3 +433,9 @@ def test_settings_in_sections_are_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "nested.yaml").write_text("training:\n  learning_rate: 0.1\n  seed: 3\n")
     with pytest.raises(UserError, match="training: settings have no sections; move learning_rate, seed to the top"):
         parse("--config", str(tmp_path / "nested.yaml"))
+
+
+@pytest.mark.parametrize("flags", [("--transparent_background", "black"), ("--pixel_range", "0", "4095")])
+def test_an_evaluation_converts_images_as_the_model_records(flags: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"--do_eval_only, {flags[0]}: the model records how it was trained"):
+        parse("--validation_dir", ".", "--do_eval_only", "true", "--adapter_name_or_path", "x", *flags)
