@@ -285,4 +285,4 @@ def test_prediction_builds_no_accelerator_even_under_the_variables_of_a_launch(a
 def test_contradictions_are_told_in_words_and_at_once(adapter: Path, folder: Path) -> None:
     _refused(words=["--adapter", "--model", "--images"])
     _refused("--adapter", adapter, "--model", adapter, "--images", folder, words=["use only one of them"])
-    _refused("--model", adapter, "--merge_to", folder, words=["nothing to merge"])
+    _refused("--model", adapter, "--merge_to", folder, words=["only adapters can be merged"])

@@ -185,5 +185,5 @@ def test_dropped_and_chosen_images_come_back_with_bars(adapter: Path, images: li
 
 def test_what_a_server_cannot_use_is_told_in_words(vit: Path) -> None:
     result = predict("--serve", "--images", "x.png", code=2)
-    assert "--serve, --images: a server takes its images from requests" in result.stderr
+    assert "--serve, --images: the server does not use --images" in result.stderr
     assert "--adapter, --model, --onnx: no model: set one of them" in result.stderr

@@ -150,5 +150,5 @@ def test_a_worker_that_is_killed_ends_a_command_with_a_sentence(
         run.workers()[0].kill()
         run.wait_for(lambda: "error: " in run.text)
         assert run.wait() == 1
-    assert "error: a DataLoader worker was killed by SIGKILL." in run.text
+    assert "error: a DataLoader worker was killed by SIGKILL" in run.text
     assert "Traceback" not in run.text
