@@ -14,7 +14,7 @@ from lora_dist.processes.huge_pages import environment_before
 SCRIPT = """
 import os, resource, sys
 from pathlib import Path
-from lora_dist import huge_pages
+from lora_dist.processes import huge_pages
 
 {before}
 huge_pages.move_to_huge_pages()
