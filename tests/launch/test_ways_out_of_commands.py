@@ -3,79 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
-from lora_dist_testing.launching import environment
+from lora_dist_testing.launching import started
 from lora_dist_testing.tiny import make_model
 from PIL import Image
 
 SECONDS = 10
-MARK = "WAYS_OUT_MARK"
-
-
-class Command:
-    """A command that runs, and all that it has started."""
-
-    def __init__(self, words: Sequence[object], log: Path) -> None:
-        self.log = log
-        self._mark = f"{os.getpid()}-{time.monotonic_ns()}"
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *map(str, words)],
-                env=environment(**{MARK: self._mark}),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def all(self) -> list[psutil.Process]:
-        running = psutil.process_iter(["environ"])
-        return [one for one in running if (one.info["environ"] or {}).get(MARK) == self._mark]
-
-    def workers(self) -> list[psutil.Process]:
-        found = []
-        for one in self.all():
-            with suppress(psutil.NoSuchProcess):
-                if one.pid != self.process.pid and "resource_tracker" not in " ".join(one.cmdline()):
-                    found.append(one)
-        return found
-
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + 120
-        while not condition():
-            assert self.process.poll() is None, self.text
-            assert time.monotonic() < end, self.text
-            time.sleep(0.02)
-
-    def wait(self) -> int:
-        """Its exit code, once nothing of it is left; soon."""
-        end = time.monotonic() + SECONDS
-        while self.process.poll() is None or self.all():
-            assert time.monotonic() < end, f"{self.all()} still there\n{self.text}"
-            time.sleep(0.05)
-        return self.process.returncode
-
-
-@contextmanager
-def _started(log: Path, *words: object) -> Iterator[Command]:
-    command = Command(words, log)
-    try:
-        yield command
-    finally:
-        for one in command.all():
-            one.kill()
-        command.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +62,8 @@ def test_a_signal_ends_a_command_with_all_that_it_started(
     command: str, number: signal.Signals, named: Path, large: Path, tmp_path: Path
 ) -> None:
     """To the whole group, as a terminal does it, and SIGKILL to the command alone."""
-    with _started(tmp_path / "log", *_words(command, named, large, tmp_path)) as run:
+    module, *words = _words(command, named, large, tmp_path)
+    with started(tmp_path / "log", *words, module=str(module)) as run:
         if command == "serve":
             run.wait_for(lambda: "serving on" in run.text)
         else:
@@ -136,7 +73,7 @@ def test_a_signal_ends_a_command_with_all_that_it_started(
             run.process.kill()
         else:
             os.killpg(run.process.pid, number)
-        assert run.wait() in SIGNALLED[number]
+        assert run.wait(SECONDS) in SIGNALLED[number]
     assert "Traceback" not in run.text
 
 
@@ -144,11 +81,12 @@ def test_a_signal_ends_a_command_with_all_that_it_started(
 def test_a_worker_that_is_killed_ends_a_command_with_a_sentence(
     command: str, named: Path, large: Path, tmp_path: Path
 ) -> None:
-    with _started(tmp_path / "log", *_words(command, named, large, tmp_path)) as run:
+    module, *words = _words(command, named, large, tmp_path)
+    with started(tmp_path / "log", *words, module=str(module)) as run:
         run.wait_for(lambda: len(run.workers()) >= 2)
         time.sleep(2)
         run.workers()[0].kill()
         run.wait_for(lambda: "error: " in run.text)
-        assert run.wait() == 1
+        assert run.wait(SECONDS) == 1
     assert "error: a DataLoader worker was killed by SIGKILL" in run.text
     assert "Traceback" not in run.text

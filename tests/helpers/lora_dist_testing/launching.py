@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +106,19 @@ def predict(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 
 
 class Launch:
-    """A training that runs, in a session of its own, as a terminal or a scheduler has it.
+    """A command that runs in a session of its own, as a terminal or a scheduler starts it.
 
     Attributes:
         process: of the command itself; where that is a launcher, the ranks are others.
     """
 
-    def __init__(self, log: Path, arguments: Sequence[object], launch_file: str | None, extra: dict[str, str]) -> None:
+    def __init__(self, log: Path, words: Sequence[str], extra: dict[str, str]) -> None:
         self._log = log
         # Inherited by all that it starts, however that detaches itself.
         self._mark = f"{os.getpid()}-{time.monotonic_ns()}"
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                command("lora_dist.train", arguments, launch_file),
+                words,
                 env=environment(LAUNCH_MARK=self._mark, **extra),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -151,6 +151,15 @@ class Launch:
         running = psutil.process_iter(["environ"])
         return [one for one in running if (one.info["environ"] or {}).get("LAUNCH_MARK") == self._mark]
 
+    def workers(self) -> list[psutil.Process]:
+        """The processes that the command has started, but for the one that keeps track of shared memory."""
+        found = []
+        for one in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if one.pid != self.process.pid and "resource_tracker" not in " ".join(one.cmdline()):
+                    found.append(one)
+        return found
+
     def rank(self, number: int) -> psutil.Process:
         """The training process of a rank; the workers of its loader have another parent."""
         ranks = (one for one in self.processes() if one.ppid() == self.process.pid)
@@ -158,9 +167,11 @@ class Launch:
 
 
 @contextmanager
-def started(log: Path, *arguments: object, launch_file: str | None = None, **extra: str) -> Iterator[Launch]:
-    """Starts `lora_dist.train`, with its output in a file; whatever of it still runs at the end is killed."""
-    launch = Launch(log, arguments, launch_file, extra)
+def started(
+    log: Path, *arguments: object, module: str = "lora_dist.train", launch_file: str | None = None, **extra: str
+) -> Iterator[Launch]:
+    """Starts a module, with its output in a file; whatever of it still runs at the end is killed."""
+    launch = Launch(log, command(module, arguments, launch_file), extra)
     try:
         yield launch
     finally:
