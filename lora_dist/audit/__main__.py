@@ -90,7 +90,7 @@ def audit(settings: AuditSettings) -> Report:
 
 
 def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversion:
-    """How training converts these images to 8-bit RGB; the range is about that of training, which may hold some out."""
+    """Returns the conversion of training. The pixel range is approximate: training may hold out some of the images."""
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.scan import range_pixels
     from lora_dist.data.pixels.conversion import Conversion

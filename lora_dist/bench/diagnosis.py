@@ -18,7 +18,7 @@ FAST_LOADER = 2.0
 
 
 class Hardware(NamedTuple):
-    """What a launch runs on. `device` is a type; `workers` and `idle_cores` are per process."""
+    """Hardware of a launch. `device` is a device type; `workers` and `idle_cores` count per process."""
 
     device: str
     precision: str

@@ -78,8 +78,10 @@ class WorkerShard(NamedTuple):
 
 
 class _Images(Dataset):
-    """What training and evaluation share. Unreadable images raise; with `skip_bad_images`, they get weight 0 and each
-    process logs them once."""
+    """Base class of the training and the evaluation images.
+
+    An unreadable image raises an error. With `skip_bad_images` it gets weight 0, and each process logs it once.
+    """
 
     def __init__(self, split: Any, transforms: ImageTransforms, skip_bad_images: bool = False) -> None:
         self.split = split

@@ -1,6 +1,5 @@
 """Data loaders for training and evaluation; `batch.py` says what the workers do and what the device does."""
 
-import os
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
+from lora_dist.processes.runtime import cores_per_process
 from lora_dist.processes.workers import from_workers, worker_loader
 from lora_dist.settings.train import DataSettings
 
@@ -123,8 +123,7 @@ def workers_of(settings: DataSettings, device: torch.device) -> int:
         return settings.dataloader_num_workers
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_WORKERS, cores - 1))
+    return max(1, min(MAX_WORKERS, cores_per_process() - 1))
 
 
 def bytes_ahead(images: TrainImages, plan: BatchPlan, step: int, settings: DataSettings, device: torch.device) -> int:

@@ -133,7 +133,7 @@ def prepare_fsdp() -> None:
 
 def _hint_at_threads() -> None:
     """Logs a hint if a process uses fewer threads than cores; `accelerate launch` sets one thread by default."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = cores_per_process()
     if torch.get_num_threads() < cores:
         logger.info(
             f"each process uses {torch.get_num_threads()} of its {cores} cores; "

@@ -125,7 +125,7 @@ def conversion_of(
 ) -> Conversion:
     """Returns how a run converts images: as its checkpoint, the adapter that it starts from, or its settings say.
 
-    Checkpoints and adapters of older releases ignore transparency and have no range.
+    Checkpoints of older releases ignore transparency and have no range; adapters of older releases ignore transparency.
 
     Raises:
         UserError: a setting was given and differs from that of the checkpoint.

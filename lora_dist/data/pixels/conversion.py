@@ -1,4 +1,4 @@
-"""How an image of any mode becomes 8-bit RGB: the background of transparent images, and the range of deep pixels."""
+"""Converts images of any mode to 8-bit RGB: background of transparent images, range of deep pixels."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Conversion(NamedTuple):
-    """How an image of any mode becomes 8-bit RGB; opaque 8-bit images are the same with every conversion.
+    """Settings of the conversion to 8-bit RGB. Opaque 8-bit images do not depend on them.
 
     Attributes:
         transparent_background: red, green and blue behind transparent pixels; None ignores transparency, as
