@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
+from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
+from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.settings.train import Settings
 
@@ -28,6 +30,7 @@ class Base:
         name: path or Hub name.
         revision: commit on the Hub; None for a directory.
         fingerprint: digest of the backbone's weights.
+        pooling: features of a linear head on a backbone (see `classifier_config`); None for a model with its own head.
     """
 
     model: Any
@@ -37,10 +40,12 @@ class Base:
     name: str
     revision: str | None
     fingerprint: str
+    pooling: str | None = None
 
-    def identity(self) -> dict[str, str | None]:
+    def identity(self) -> dict[str, Any]:
         """Returns what an adapter bundle records of its base."""
-        return {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+        recorded = {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+        return recorded | ({} if self.pooling is None else {"pooling": self.pooling})
 
 
 def load_base(
@@ -52,6 +57,7 @@ def load_base(
     init_from_config: bool = False,
     trust_remote_code: bool = False,
     fit_classes: bool = False,
+    pooling: str | None = None,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -63,6 +69,7 @@ def load_base(
         init_from_config: initialise all weights at random.
         trust_remote_code: run code that comes with the model.
         fit_classes: permute or renew the head of a base that names its classes (see `head.fit_head`).
+        pooling: features for a linear head (see `classifier_config`).
 
     Raises:
         UserError: the model is not found or is not an image classifier.
@@ -75,6 +82,7 @@ def load_base(
             processor = AutoImageProcessor.from_pretrained(name, **source)
             config = AutoConfig.from_pretrained(name, **source)
             before = dict(config.id2label)
+            config = classifier_config(config, pooling, output_size(processor))
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
@@ -99,6 +107,7 @@ def load_base(
         name=name,
         revision=getattr(config, "_commit_hash", None),
         fingerprint=fingerprint(model, heads),
+        pooling=getattr(model.config, "pooling", None),
     )
 
 
@@ -114,6 +123,7 @@ def load_base_of(
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,
         fit_classes=fit_classes,
+        pooling=settings.model.pooling,
     )
 
 
@@ -157,6 +167,7 @@ def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, li
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
+        key_mapping=prefixes_to_remove(config),
         **source,
     )
     return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})

@@ -43,6 +43,10 @@ class ModelSettings(Group):
     directory or a Hub name (org/name or org/name@revision)."""
     tuning: Literal["lora", "head", "full"] = "lora"
     """What to train: LoRA and the head, only the head (linear probe), or all weights."""
+    pooling: Literal["pooler", "class_token", "mean"] | None = None
+    """Train a linear head on these features of the backbone: the output of its own pooler, its class token, or the mean
+    of its patches. Default: the classifier that transformers has for the model; without one, the pooler, or else the
+    mean. The model records it."""
     init_from_config: bool = False
     """Start from random weights: reads only the configuration and processor of the base model. Needs --tuning full."""
     gradient_checkpointing: bool = False
