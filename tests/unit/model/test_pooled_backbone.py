@@ -1,12 +1,15 @@
 """Backbones without a head: pooled features and a linear layer, trained, saved, loaded and merged."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lora_dist_testing.backbones import BACKBONES, make_backbone
+from lora_dist_testing.launching import environment
 from lora_dist_testing.tiny import make_image, make_model, perturb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -192,3 +195,54 @@ def test_a_merged_adapter_is_adapters_free(tmp_path: Path) -> None:
     base = load_base(str(make_backbone(tmp_path / "base", "dinov3_vit")), LABELS)
     model = make_trainable(base, ModelSettings(), LORA)
     assert not adapters.is_adapted(adapters.merge(model))
+
+
+_WITHOUT_LORA_DIST = """
+import sys
+
+import torch
+from peft import PeftModel
+from transformers import AutoImageProcessor, pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from PIL import Image
+
+base, adapter, merged, image = sys.argv[1:]
+module = "pooled_backbone.PooledBackbone"
+config = get_class_from_dynamic_module(f"{module}Config", adapter).from_pretrained(adapter)
+model_class = get_class_from_dynamic_module(f"{module}ForImageClassification", adapter)
+model = PeftModel.from_pretrained(model_class.from_pretrained(base, config=config), adapter).eval()
+inputs = AutoImageProcessor.from_pretrained(adapter)(Image.open(image), return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits.softmax(-1)[0].tolist())
+scores = {row["label"]: row["score"] for row in pipeline("image-classification", merged, trust_remote_code=True)(image)}
+assert "lora_dist" not in sys.modules
+print([scores[name] for name in "xyz"])
+import lora_dist.model.classifier_config
+scores = {row["label"]: row["score"] for row in pipeline("image-classification", merged)(image)}
+print([scores[name] for name in "xyz"])
+"""
+
+
+@pytest.mark.parametrize("name", ["dinov3_vit"])
+def test_others_load_the_adapter_and_the_merged_model(name: str, tmp_path: Path) -> None:
+    """PEFT and `pipeline`, by the lines of docs/backbones.md."""
+    directory = make_backbone(tmp_path / "base", name)
+    base = load_base(str(directory), LABELS)
+    model = make_trainable(base, ModelSettings(), LORA)
+    perturb(model)
+    write_adapter(tmp_path / "adapter", model, base, "card\n")
+    make_image(1, 0).save(tmp_path / "image.png")
+    classifier = load_classifier(tmp_path / "adapter")
+    expected = _logits(model, ImageTransforms(base.processor).batch([make_image(1, 0)])).softmax(-1)[0].tolist()
+    merge_to(classifier, "test", tmp_path / "merged", [], 1e-3)
+    words = [sys.executable, "-c", _WITHOUT_LORA_DIST, *(str(tmp_path / part) for part in
+             ("base", "adapter", "merged", "image.png"))]  # fmt: skip
+    run = subprocess.run(
+        words, env=environment(HF_MODULES_CACHE=str(tmp_path / "modules")), capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[0")]
+    assert len(found) == 3
+    for scores in found:
+        assert scores == pytest.approx(expected, abs=1e-5)
