@@ -94,6 +94,7 @@ def load_base_of_bundle(bundle: AdapterBundle) -> Base:
         revision=bundle.revision,
         trust_remote_code=bundle.trust_remote_code,
         pooling=bundle.pooling,
+        image_size=bundle.image_size,
     )
 
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
+MODEL = ("pooling", "image_size")
+"""Settings that decide how the base is loaded."""
 _BOOKKEEPING = {
     "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
     "output_hidden_states", "problem_type", "processor_class", "return_dict", "transformers_version",
@@ -50,6 +52,8 @@ def identity_of(
         "base": base.fingerprint,
         "start": start.fingerprint() if start is not None else None,
         "tuning": tuning,
+        "pooling": base.pooling,
+        "image_size": base.image_size and list(base.image_size),
         "seed": settings.run.seed,
         "effective_batch": plan.effective_batch,
         "train_data": data.train.fingerprint(),
@@ -91,7 +95,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
-    """Returns the settings of a resumed run. LoRA settings that were not given are taken from the checkpoint.
+    """Returns the settings of a resumed run. Settings of the model that were not given are taken from the checkpoint.
 
     With --adapter_name_or_path they come from the adapter instead.
 
@@ -101,7 +105,7 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
     if resumed is None or settings.model.adapter_name_or_path:
         return settings
     given = settings.model.model_fields_set | settings.lora.model_fields_set
-    values = {"tuning": settings.model.tuning, **settings.lora.model_dump()}
+    values = {**settings.model.model_dump(include={"tuning", *MODEL}), **settings.lora.model_dump()}
     taken, problems = {}, []
     for name, before in _saved_settings(resumed).items():
         if before == values[name]:
@@ -109,14 +113,15 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
         if name not in given:
             taken[name] = before
         elif name != TARGETS:
-            problems.append(f"--{name} is {values[name]}, but the checkpoint has {before}")
+            problems.append(f"--{name} is {_words(values[name])}, but the checkpoint has {_words(before)}")
     if problems:
         lines = ["these settings differ from those of the run to resume; remove them:", *problems]
         raise UserError("\n  ".join(lines) + "\nTo use other settings, start a new run in another --output_dir.")
     if taken:
-        flags = (f"--{name} {','.join(value) if isinstance(value, list) else value}" for name, value in taken.items())
+        flags = (f"--{name} {_words(value)}" for name, value in taken.items())
         logger.info("settings taken from the checkpoint: %s", ", ".join(flags))
-    model = settings.model.model_copy(update={"tuning": taken.pop("tuning", settings.model.tuning)})
+    of_model = {name: taken.pop(name) for name in ("tuning", *MODEL) if name in taken}
+    model = settings.model.model_copy(update=of_model)
     return settings.model_copy(update={"model": model, "lora": settings.lora.model_copy(update=taken)})
 
 
@@ -173,11 +178,18 @@ def with_conversion(settings: Settings, conversion: Conversion) -> Settings:
 
 
 def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
-    """Returns the tuning and LoRA settings of a checkpoint; of an older release, from the config.yaml of its run."""
+    """Returns the settings of the model in a checkpoint; LoRA's of an older release from the config.yaml of its run."""
     saved: Mapping[str, Any] = resumed.state["identity"]
-    found = {"tuning": saved["tuning"]}
+    found = {name: saved[name] for name in ("tuning", *MODEL) if name in saved}
     if saved["tuning"] == "lora":
         if resumed.directory is not None and not saved.keys() >= set(LORA):
             saved = read_settings(Output(resumed.directory.absolute().parents[1]).config)
         found.update({name: saved[name] for name in LORA if name in saved})
     return found
+
+
+def _words(value: Any) -> str:
+    """A value of a setting as on the command line."""
+    if not isinstance(value, list):
+        return str(value)
+    return (" " if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
