@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from lora_dist.model.pooled_backbone import PooledBackboneConfig, PooledBackboneForImageClassification, pooled
+from lora_dist.model.without_data import outputs_without_data
 
 AUTO_MAP = {
     auto_class: f"{PooledBackboneConfig.__module__.rpartition('.')[2]}.{own.__name__}"
@@ -99,10 +100,7 @@ def _output_shapes(config: Any, size: tuple[int, int]) -> Any:
     """The outputs of a backbone for one image, without data."""
     why = f"transformers has no image classifier of type {config.model_type}, "
     try:
-        with torch.device("meta"):
-            backbone = AutoModel.from_config(config).eval()
-            with torch.no_grad():
-                outputs = backbone(pixel_values=torch.empty(1, 3, *size))
+        outputs = outputs_without_data(AutoModel.from_config, config, size)
     except ImportError:
         raise
     except Exception as error:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
+from lora_dist.model.without_data import outputs_without_data
 
 Size = tuple[int, int]
 _MOST_PREFIX_TOKENS = 16
@@ -40,7 +41,10 @@ def resize_model(model: Any, size: Size) -> Any:
 
 
 def _require_images(resized: Any, model: Any, size: Size) -> Any:
-    """Returns a model that computes logits of images of this size."""
+    """Returns `resized` if it computes logits of images of this size; tried without data where the model allows it."""
+    with suppress(Exception):
+        outputs_without_data(type(resized), resized.config, size)
+        return resized
     with _as_user_error(model, size), torch.no_grad():
         resized.eval()(pixel_values=torch.zeros(1, 3, *size))
     return resized

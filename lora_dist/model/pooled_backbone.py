@@ -51,7 +51,7 @@ class PooledBackboneForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        self.classifier = nn.Linear(config.feature_size, config.num_labels)
+        self.classifier = nn.Linear(config.feature_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:

@@ -105,6 +105,8 @@ class ResultWriter:
                 raise ResultNotWrittenError(
                     f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
+            # The check loads the base once more.
+            self._loaded.clear()
             tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
             if expected is not None:
                 require_same_logits(written, images, expected, tolerance, run.settings.model.trust_remote_code)

@@ -58,7 +58,9 @@ def test_a_resized_model_is_what_transformers_computes_in_each_pass(name: str, s
     fresh = type(resized)(copy.deepcopy(resized.config))
     tables = {name: tensor for name, tensor in fresh.named_buffers() if not tensor.is_floating_point()}
     assert all(torch.equal(tensor, resized.get_buffer(name)) for name, tensor in tables.items())
-    shared = {tensor.data_ptr() for tensor in model.parameters()} & {tensor.data_ptr() for tensor in resized.parameters()}
+    shared = {tensor.data_ptr() for tensor in model.parameters()} & {
+        tensor.data_ptr() for tensor in resized.parameters()
+    }
     assert len(shared) >= len(list(model.parameters())) - 4, "weights were copied"
 
 
@@ -80,10 +82,10 @@ def test_tables_and_embeddings_of_stages_are_resized(config: Any, tmp_path: Path
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     resized = resize_model(base.model, (64, 64))
     if config.model_type == "beit":
-        torch.testing.assert_close(
-            _logits(resized, pixels), _logits(base.model, pixels, interpolate_pos_encoding=True)
-        )
-    changed = [name for name, tensor in base.model.named_parameters() if tensor.shape != resized.get_parameter(name).shape]
+        torch.testing.assert_close(_logits(resized, pixels), _logits(base.model, pixels, interpolate_pos_encoding=True))
+    changed = [
+        name for name, tensor in base.model.named_parameters() if tensor.shape != resized.get_parameter(name).shape
+    ]
     assert len(changed) == {"beit": 2, "pvt": 4}[config.model_type], changed
     again = resize_model(resized, (32, 32))
     assert all(again.get_parameter(name).shape == base.model.get_parameter(name).shape for name in changed)
