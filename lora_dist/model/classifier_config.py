@@ -85,6 +85,8 @@ def _pooled_config(config: Any, pooling: str | None, size: tuple[int, int]) -> P
         raise ValueError(f"a {backbone.model_type} model returns no last_hidden_state; use --pooling pooler")
     if pooling == "class_token" and (not prefix_tokens or backbone.model_type in _PREFIX_TOKENS):
         raise ValueError(f"a {backbone.model_type} model has no class token; use another --pooling")
+    # A directory of this machine says nothing elsewhere.
+    backbone.name_or_path = ""
     made = PooledBackboneConfig(
         backbone_config=backbone,
         pooling=pooling,

@@ -67,11 +67,15 @@ def identity_of(
 
 
 def _entries(kind: str, content: str) -> dict[str, Any]:
-    return {
-        f"{kind}.{name}": value
-        for name, value in json.loads(content).items()
-        if name not in _BOOKKEEPING and not name.startswith("_")
-    }
+    return {f"{kind}.{name}": value for name, value in _without_bookkeeping(json.loads(content)).items()}
+
+
+def _without_bookkeeping(content: Any) -> Any:
+    """The entries of a configuration, and of those inside it, that change what the model computes."""
+    if not isinstance(content, dict):
+        return content
+    kept = {name: value for name, value in content.items() if name not in _BOOKKEEPING and not name.startswith("_")}
+    return {name: _without_bookkeeping(value) for name, value in kept.items()}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -83,7 +87,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     # A processor leaves entries out that are not set.
     unset = {name: None for name in saved if name.startswith("processor.") and saved[name] and name not in now}
     for name, value in {**now, **unset}.items():
-        before = saved.get(name, value)
+        # Checkpoints of older releases have all entries of inner configurations.
+        before = _without_bookkeeping(saved.get(name, value))
         if before == value or name == TARGETS:
             continue
         if name == "classes" and len(before) == len(value):
@@ -175,6 +180,11 @@ def with_conversion(settings: Settings, conversion: Conversion) -> Settings:
         "pixel_range": None if limits is None else list(limits),
     }
     return settings.model_copy(update={"data": settings.data.model_copy(update=values)})
+
+
+def with_pooling(settings: Settings, base: Base) -> Settings:
+    """Returns the settings with the pooling that was chosen for the base, for the record of the run."""
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"pooling": base.pooling})})
 
 
 def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
