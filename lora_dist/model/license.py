@@ -66,13 +66,14 @@ def license_of(base: str, revision: str | None, is_on_hub: bool) -> License | No
         revision: commit on the Hub.
         is_on_hub: `base` is a name on the Hub.
     """
-    quietly = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
     try:
         card = cached_file(
             base,
             "README.md",
             revision=revision,
-            **{f"_raise_exceptions_for_{what}": no for what, no in quietly.items()},
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
         )
         metadata = (metadata_load(Path(card)) or {}) if card else {}
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -23,9 +23,14 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 RESULTS = Path(__file__).parent / "results" / "base_memory.csv"
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
 IMPORTED = {
-    "lora_dist.predict": "lora_dist.deployment.classify, lora_dist.deployment.export.merge, lora_dist.model.adapter_set",
+    "lora_dist.predict": "lora_dist.deployment.classify, lora_dist.deployment.export.merge, lora_dist.hub",
     "lora_dist.train": "lora_dist.training.assembly, lora_dist.training.loop, lora_dist.training.reporting.report",
 }
 

@@ -143,7 +143,7 @@ def test_the_license_of_the_base_is_carried() -> None:
     ("content", "expected"),
     [
         ("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\n# x\n", {"license": "cc-by-nc-4.0"}),
-        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\n---\n", {"license": "other", "license_name": "own"}),
+        ("---\nlicense: other\nlicense_name: x\nlicense_link: a.md\n---\n", {"license": "other", "license_name": "x"}),
         ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}),
         ("---\ntags: [x]\n---\n", None),
         ("# no metadata\n", None),
