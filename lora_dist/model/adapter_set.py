@@ -105,4 +105,11 @@ def _read(
         # An adapter without a fingerprint can only be compared by name.
         if bundle.fingerprint is None and (bundle.base, bundle.revision) != (first.base, first.revision):
             raise UserError(f"the adapters have different bases: {first.base} and {bundle.base}")
+        for what in ("pooling", "image_size"):
+            one, other = getattr(first, what), getattr(bundle, what)
+            if one != other:
+                raise UserError(
+                    f"{first.files.directory} and {bundle.files.directory} were trained with a different --{what} "
+                    f"({one} and {other}), and cannot share a base; use one at a time"
+                )
     return bundles, base

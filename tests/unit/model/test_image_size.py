@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification, BeitConfig, CLIPImageP
 from lora_dist.data.pixels.transforms import ImageTransforms, output_size
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_set import load_adapter_set
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
@@ -164,3 +165,14 @@ def test_training_goes_on_at_another_size(tmp_path: Path) -> None:
 def test_random_weights_of_another_size(tmp_path: Path) -> None:
     base = load_base(str(make_model(tmp_path)), LABELS, init_from_config=True, image_size=(64, 64))
     assert base.model.config.image_size == 64
+
+
+def test_adapters_of_several_sizes_do_not_share_a_base(tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "base")
+    adapters = {}
+    for name, size in {"first": None, "second": (48, 48)}.items():
+        base = load_base(str(directory), LABELS, image_size=size)
+        write_adapter(tmp_path / name, make_trainable(base, ModelSettings(), LORA), base, "card\n")
+        adapters[name] = tmp_path / name
+    with pytest.raises(UserError, match=r"a different --image_size \(None and \(48, 48\)\)"):
+        load_adapter_set(adapters)
