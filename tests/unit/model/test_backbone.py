@@ -363,7 +363,7 @@ def test_advice_about_the_hub_is_for_errors_of_the_hub(vit: Path, tmp_path: Path
     """Not for a model that is no classifier, and without the names of all that are."""
     shutil.copy(vit / "preprocessor_config.json", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="Unrecognized configuration class") as caught:
+    with pytest.raises(UserError, match="no image classifier of type bert") as caught:
         _base(tmp_path)
     assert "ViTConfig" not in str(caught.value)
     assert caught.value.__cause__ is not None
