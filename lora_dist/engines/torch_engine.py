@@ -28,7 +28,9 @@ class TorchEngine:
             self.model, self._optimizer = model, accelerator.prepare_optimizer(optimizer)
         else:
             leave_frozen_out(model)
-            self.model, self._optimizer = accelerator.prepare(model, optimizer)
+            # On CPUs the device is cpu:0, to which torch copies what is on the device cpu.
+            moves = accelerator.device.type != "cpu"
+            self.model, self._optimizer = accelerator.prepare(model, optimizer, device_placement=[moves, None])
         self.unwrapped = accelerator.unwrap_model(self.model)
         self._statistics = RunningStatistics(self.unwrapped)
 
