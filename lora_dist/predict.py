@@ -45,11 +45,13 @@ def main(argv: list[str] | None = None) -> None:
     # Settings errors are reported before torch is imported.
     from lora_dist import demo, extras, hub, logs
     from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.model import adapter_io
 
     logs.set_up_logs(is_main=True)
+    allow_pixels(settings.images.max_image_pixels)
     if settings.serving.serve:
         extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
     if settings.onnx_to_write:

@@ -35,6 +35,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from pathlib import Path
 
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.data.sources import streaming
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
@@ -49,6 +50,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
+    allow_pixels(settings.data.max_image_pixels)
     options, problems = settings.run, Problems(settings.run.dry_run)
     watch = Watch(options.stall_timeout, patient=settings.data.streaming)
     with problems.raise_all():
@@ -94,6 +96,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from datetime import timedelta
     from pathlib import Path
 
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.data.pixels.transforms import ImageTransforms
     from lora_dist.data.sources.load import load_validation
     from lora_dist.hub import local_directory
@@ -106,6 +109,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
+    allow_pixels(settings.data.max_image_pixels)
     accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()

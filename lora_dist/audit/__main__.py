@@ -42,10 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     # Imported here, because settings errors are reported before numpy and Pillow are loaded.
     from lora_dist.audit.findings import exit_code
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.storage.writable import require_writable
 
     output = Path(settings.run.output_dir)
     require_writable(output)
+    allow_pixels(settings.data.max_image_pixels)
     report = audit(settings)
     _write(report, output, _workers(settings))
     sys.exit(exit_code(report.findings))

@@ -9,6 +9,7 @@ from PIL import Image
 from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
 from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
+from lora_dist.data.pixels.limits import is_too_thin
 from lora_dist.data.sources.files import by_kind
 from lora_dist.settings.audit import Checks
 
@@ -65,7 +66,9 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
             yield Finding(KINDS["wrong_extension"], f"{suffix} file with {facts.format} content", [index])
         if facts.width * facts.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
             yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [index])
-        if max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
+        if is_too_thin((facts.width, facts.height)):
+            yield Finding(KINDS["thin"], f"{facts.width} x {facts.height}", [index])
+        elif max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
             yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [index])
 
 

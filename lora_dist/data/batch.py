@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_dist.data.pixels.images import UnreadableImageError, load_rgb, opened
+from lora_dist.data.pixels.images import UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import NOWHERE, DeferredOps, Mixture, View, black, draw_mixture, stack
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample
@@ -201,15 +201,14 @@ class TrainImages(_Images):
 
     def _views(self, encoded: Mapping[int, EncodedSample], epoch: int) -> dict[int, View]:
         """Augmented views by index, without images that are skipped."""
-        conversion = self.transforms.conversion
         if not self.transforms.crops:
-            wholes = self._resized(encoded, lambda one: load_rgb(one.source, one.name, conversion))
+            wholes = self._resized(encoded, lambda one: self.transforms.load(one.source, one.name))
             return {
                 index: self.transforms.whole_view(pixels, (self.seed, epoch, index)) for index, pixels in wholes.items()
             }
         views = {}
         for index, one in encoded.items():
-            with self._skipping(), opened(one.source, one.name, conversion) as picture:
+            with self._skipping(), opened(one.source, one.name, self.transforms.conversion) as picture:
                 views[index] = self.transforms.view(picture, (self.seed, epoch, index))
         return views
 
@@ -243,4 +242,5 @@ class EvaluationImages(_Images):
         )
 
     def _decoded(self, index: int) -> Image.Image:
-        return self.split.image(index, self.transforms.conversion)
+        sample = self.split.read(0, [index])[index]
+        return self.transforms.load(sample.source, sample.name)

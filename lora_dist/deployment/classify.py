@@ -155,7 +155,7 @@ class _Files(Dataset):
         images = []
         for path in paths:
             try:
-                images.append(load_rgb(path, conversion=self.transforms.conversion))
+                images.append(self.transforms.load(path))
                 errors.append(None)
             except UnreadableImageError as error:
                 errors.append(str(error))

@@ -11,6 +11,7 @@ from lora_dist.settings.fields import (
     Color,
     Count,
     Group,
+    MaxPixels,
     NonNegative,
     PixelRange,
     Problem,
@@ -35,6 +36,8 @@ class AuditData(Group):
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
     """LOW HIGH: values that become 0 and 255 in images of more than 8 bits, as for lora_dist.train. Default: the range
     of 64 training images."""
+    max_image_pixels: MaxPixels | None = None
+    """Largest image to decode, in pixels, as for lora_dist.train. Default: Pillow's limit, 178,956,970."""
 
 
 class Checks(Group):

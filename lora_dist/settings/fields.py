@@ -44,6 +44,7 @@ Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
 Count = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+MaxPixels = Annotated[int, Field(ge=1_000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -80,6 +81,10 @@ def _ascending(limits: list[float]) -> list[float]:
 
 Color = Annotated[str, AfterValidator(_color)]
 PixelRange = Annotated[list[float], AfterValidator(_ascending)]
+
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pillow's limit."""
 
 
 class Problem(NamedTuple):

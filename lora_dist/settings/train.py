@@ -16,6 +16,7 @@ from lora_dist.settings.fields import (
     Fraction,
     Group,
     Interval,
+    MaxPixels,
     Names,
     NonNegative,
     NonNegativeInt,
@@ -120,6 +121,8 @@ class DataSettings(Group):
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
     """LOW HIGH: values that become 0 and 255 in images of more than 8 bits. Default: the range of 64 training images,
     or validation images with --streaming. The model records it."""
+    max_image_pixels: MaxPixels | None = None
+    """Largest image to decode, in pixels. Default: Pillow's limit, 178,956,970."""
     cache_dir: str | None = None
     """Directory for a cache of all training images, decoded and resized to 8/7 of the input size. An existing cache of
     the same data is reused."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from lora_dist.data.pixels import limits as limits  # sets the most pixels in every process
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
 
 logger = logging.getLogger(__name__)

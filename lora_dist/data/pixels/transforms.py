@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.crops import draw_crop
-from lora_dist.data.pixels.images import Picture
+from lora_dist.data.pixels.images import ImageSource, Picture, UnreadableImageError, load_rgb
+from lora_dist.data.pixels.limits import CentreCrop, TooLongError
 from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combine, resize
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
@@ -54,9 +55,27 @@ class ImageTransforms:
         self._on_device = settings.augment_on_device
         self._erase = v2.RandomErasing(p=settings.random_erasing) if settings.random_erasing else None
 
+    def load(self, source: ImageSource, name: str = "") -> Image.Image:
+        """The image as `load_rgb` gives it, or the part that the processor keeps of a long and thin one.
+
+        Raises `UnreadableImageError`, also for an image that is too long and thin to be resized.
+        """
+        return self.centred(load_rgb(source, name, self.conversion), name or str(source)[:200])
+
+    def centred(self, image: Image.Image, name: str) -> Image.Image:
+        """The part of a long and thin image that the processor keeps; otherwise the whole image. As `load`."""
+        try:
+            return self._centre_crop(image)
+        except TooLongError as error:
+            raise UnreadableImageError(f"{name}: {error}") from error
+
+    @cached_property
+    def _centre_crop(self) -> CentreCrop:
+        return CentreCrop(self.processor)
+
     def evaluation(self, image: Image.Image) -> Tensor:
         """Float32 [3, H, W], as the processor alone makes it."""
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return self.processor(self.centred(image, "image"), return_tensors="pt")["pixel_values"][0]
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
         """Images as for evaluation, float32 [B, 3, H, W]."""
@@ -68,8 +87,24 @@ class ImageTransforms:
         8-bit pixels are a quarter of the bytes to transfer, and the other steps are cheaper for many images at once.
         """
         options = {"do_rescale": False, "do_normalize": False} if self._in_two_parts else {}
-        parts = [self.processor(group, **options, return_tensors="pt")["pixel_values"] for group in _groups(images)]
+        parts = [
+            self.processor(group, **options, return_tensors="pt")["pixel_values"] for group in self._groups(images)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, 3, self.height, self.width)
+
+    def _groups(self, images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
+        """Images in groups of `_GROUP_PIXELS`, each taken from the iterator only when its group needs it."""
+        group: list[Image.Image] = []
+        pixels = 0
+        for image in images:
+            more = self._centre_crop.resized_pixels(image.size)
+            if group and pixels + more > _GROUP_PIXELS:
+                yield group
+                group, pixels = [], 0
+            group.append(image)
+            pixels += more
+        if group:
+            yield group
 
     def finished(self, pixels: Tensor) -> Tensor:
         """The second part: what `resized` gave as float32 [B, 3, H, W], to the bit as `batch` makes it."""
@@ -124,7 +159,7 @@ class ImageTransforms:
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
         """A random view for `model_input`, from the picture and the seed alone; raises `UnreadableImageError`."""
         if not self.crops:
-            return self.whole_view(self.resized([picture.whole()])[0], seed)
+            return self.whole_view(self.resized([self.centred(picture.whole(), "image")])[0], seed)
         with seeded(seed):
             return self._crop(picture)._replace(erased=self._erased())
 
@@ -154,20 +189,6 @@ class ImageTransforms:
             return NOWHERE
         area = self._erase.make_params([torch.empty(3, self.height, self.width, device="meta")])
         return NOWHERE if area["v"] is None else (area["i"], area["j"], area["h"], area["w"])
-
-
-def _groups(images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
-    """Images in groups of `_GROUP_PIXELS`, each taken from the iterator only when its group needs it."""
-    group: list[Image.Image] = []
-    pixels = 0
-    for image in images:
-        if group and pixels + image.width * image.height > _GROUP_PIXELS:
-            yield group
-            group, pixels = [], 0
-        group.append(image)
-        pixels += image.width * image.height
-    if group:
-        yield group
 
 
 def seed_of(numbers: tuple[int, ...]) -> int:

@@ -74,8 +74,8 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
     import onnx
 
     require_free_file(out, "onnx")
-    transforms = ImageTransforms(classifier.processor)
-    pixels = transforms.batch(check_images(files, classifier.conversion))
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    pixels = transforms.batch(check_images(files, transforms))
     expected = logits(classifier.model, pixels)
     proto = _to_onnx(classifier.model, pixels[:1], out)
     metadata = {

@@ -20,6 +20,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from pydantic import BaseModel
 from torch import Tensor
 
+from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
@@ -97,7 +98,11 @@ def make_app(
         return FileResponse(PAGE / f"page.{kind}")
 
     def prepare(data: bytes, file: str) -> Tensor:
-        return batcher.transforms.resized([decode(data, file, limits.pixels, classifier.conversion)])
+        image = decode(data, file, limits.pixels, classifier.conversion)
+        try:
+            return batcher.transforms.resized([batcher.transforms.centred(image, file)])
+        except UnreadableImageError as error:
+            raise RefusedUploadError(413, str(error)) from error
 
     @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
     async def predict(

@@ -101,6 +101,7 @@ def plant_files(root: Path) -> Planted:
     planted.expect("wrong_extension", a / "really_a.jpg")
     planted.expect("aspect_ratio", planted.new(validation / "a" / "long.png", (300, 50)))
     planted.expect("aspect_ratio", planted.new(odd / "high.png", (20, 160)))
+    planted.expect("thin", planted.new(odd / "thin.png", (4000, 3)))
 
     # The same bytes twice, and the same pixels in another format; the names of the first come first.
     first = planted.new(a / "010 original.png")
