@@ -155,6 +155,8 @@ def _write(report: Report, output: Path, workers: int) -> None:
     count = len(report.excluded) + len(left_out(report.findings))
     if count:
         print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
+    if proposed := report.counts()["proposed"]:
+        print(f"{proposed:,} more are proposed behind a # on that list: look at them first")
     print(f"report: {output / 'report.html'}")
 
 

@@ -45,6 +45,8 @@ _ERRORS = {
     "one_split": ("Classes in one split only", "Training needs images of each class in both splits, unless "
                   "--allow_missing_classes is set."),
 }  # fmt: skip
+FAULTS = ("empty", "truncated", "unreadable", "bomb")
+"""Kinds of files that training cannot read."""
 _WARNINGS = {
     "near_leak": ("Near leaks", "Almost the same image is in training and validation, e.g. resized or compressed. Left "
                   "out of training."),
@@ -69,6 +71,8 @@ _WARNINGS = {
                  "with other images."),
     "ignored": ("Ignored files", "Files in no class folder or without an image suffix, and folders of the system. "
                 "Training ignores them."),
+    "large_share": ("Large part of a class", "Leaving out all copies would take much of a class away. They are not "
+                    "left out, because the cause may be another: look at them first. The list has them behind a #."),
     "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),
     "few_images": ("Classes with few images", "Too few images to learn the class."),
 }  # fmt: skip

@@ -143,8 +143,13 @@ def plant_all(root: Path) -> Planted:
     for number in range(12):
         planted.new(train / "only trained" / f"{number}.png")
     planted.new(validation / "only validated" / "1.png")
-    for number in range(3):
+    for number in range(2):
         planted.new(train / "few" / f"{number}.png")
+    first, copy = train / "few" / "0.png", train / "few" / "0 copy.png"
+    copy.write_bytes(first.read_bytes())
+    # One image of three is a large part of a class.
+    planted.expect("duplicate", copy, first)
+    planted.expect("large_share")
     planted.new(validation / "few" / "0.png")
     for number in range(40):
         planted.new(train / "many" / f"{number}.png", (60, 60))
