@@ -19,6 +19,7 @@ from lora_dist.data.sources.columns import (
     require_columns,
     require_labels,
 )
+from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
@@ -119,7 +120,9 @@ def _load_split(settings: DataSettings, split: str) -> Dataset:
         return load_alone(settings, split)
     with reading_data(name, split):
         if not saved_to_disk:
-            return load_dataset(name, settings.dataset_config_name, split=split)
+            return with_writable_cache(
+                lambda cache: load_dataset(name, settings.dataset_config_name, split=split, cache_dir=cache)
+            )
         saved = load_from_disk(name)
         if not isinstance(saved, DatasetDict):
             saved = DatasetDict({"train": saved})

@@ -547,7 +547,8 @@ def test_a_page_of_very_many_findings_stays_small(tmp_path: Path) -> None:
     assert "and 19,960 more in report.json" in page
     assert "and 9,992 more" in page
     write_quarantine(report, tmp_path / "list.txt")
-    assert len(read_exclusions(tmp_path / "list.txt")) == 29_999
+    # The 10,000 copies are a large part of the class.
+    assert len(read_exclusions(tmp_path / "list.txt")) == 20_000
     assert absolute("/data/a/20000.png") not in read_exclusions(tmp_path / "list.txt")
 
 
