@@ -9,6 +9,7 @@ from PIL import Image
 from lora_dist.audit.findings import FAULTS, KINDS, Finding, Scanned, left_out
 from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
+from lora_dist.data.pixels.formats import HEIC_ADVICE, HEIC_SUFFIXES
 from lora_dist.data.pixels.limits import is_too_thin
 from lora_dist.data.sources.files import by_kind
 from lora_dist.settings.audit import Checks
@@ -105,7 +106,8 @@ def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
     for split, paths in sorted(splits.items()):
         for kind, some in by_kind(paths).items():
             named = ", ".join(sorted(some)[:SHOWN_NAMES])
-            yield Finding(KINDS["ignored"], f"{split}: {kind}: {len(some):,}, e.g. {named}")
+            advice = f"; {HEIC_ADVICE}" if kind.split(" ", maxsplit=1)[0] in HEIC_SUFFIXES else ""
+            yield Finding(KINDS["ignored"], f"{split}: {kind}: {len(some):,}, e.g. {named}{advice}")
 
 
 def _exact(scanned: Scanned) -> Iterator[Finding]:

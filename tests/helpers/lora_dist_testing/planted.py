@@ -155,10 +155,10 @@ def plant_all(root: Path) -> Planted:
         planted.new(train / "many" / f"{number}.png", (60, 60))
     planted.new(validation / "many" / "0.png")
     for name in (
-        "few/1.heic",
-        "many/1.HEIC",
-        "many/2.heic",
-        "many/x/3.heic",
+        "few/1.cr2",
+        "many/1.CR2",
+        "many/2.cr2",
+        "many/x/3.cr2",
         "many/notes.txt",
         "readme.txt",
         "loose.png",
@@ -169,7 +169,7 @@ def plant_all(root: Path) -> Planted:
     for hidden in (train / ".DS_Store", train / "few" / ".cache", validation / ".git" / "x"):
         hidden.parent.mkdir(exist_ok=True)
         hidden.touch()
-    # By split: .heic, .txt, loose; no suffix.
+    # By split: .cr2, .txt, loose; no suffix.
     for kind in ("ignored", "ignored", "ignored", "ignored", "one_split", "one_split", "few_images", "imbalance"):
         planted.expect(kind)
     return planted

@@ -85,7 +85,7 @@ def test_every_fault_is_found_and_nothing_else(planted: Planted, report: Report)
 def test_ignored_files_are_counted_and_some_named(report: Report) -> None:
     messages = [finding.message for finding in report.findings if finding.kind.name == "ignored"]
     assert messages == [
-        "train: .heic files: 4, e.g. few/1.heic, many/1.HEIC, many/2.heic",
+        "train: .cr2 files: 4, e.g. few/1.cr2, many/1.CR2, many/2.cr2",
         "train: .txt files: 2, e.g. many/notes.txt, readme.txt",
         "train: images outside of class folders: 1, e.g. loose.png",
         "validation: files without a suffix: 1, e.g. many/no suffix",
