@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and writes the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
+    from dataclasses import replace
     from pathlib import Path
 
     from lora_dist.data.pixels.limits import allow_pixels
@@ -83,7 +84,11 @@ def train(settings: Settings, lock: RunLock) -> None:
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
-        result_writer.finalize(run, progress, run.evaluate("the final evaluation"))
+        evaluation, test = run.evaluate("the final evaluation"), None
+        if assembled.data.test is not None:
+            evaluator = replace(run.evaluator, split=assembled.data.test, name="test")
+            test = run.evaluate("the evaluation on the test data", evaluator)
+        result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
     # No process waits for another one any more, and all files of the run are written.

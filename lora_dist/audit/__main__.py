@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
     from lora_dist.audit.report import Report
     from lora_dist.data.pixels.conversion import Conversion
+    from lora_dist.data.sources.labels_file import Listed
     from lora_dist.settings.audit import AuditData
 
 DESCRIPTION = """Check folders of images for problems before training: unreadable files, duplicates, leaks between
@@ -74,7 +75,21 @@ def audit(settings: AuditSettings) -> Report:
     files: list[File] = []
     classes: dict[str, None] = {}
     ignored: list[tuple[str, str]] = []
+    if data.labels_file:
+        listed = _listed(data, folders["train"], excluded)
+        classes |= dict.fromkeys(listed.classes)
+        files += (
+            File(path, "train" if split == "train" else "validation", listed.classes[label])
+            for path, label, split in sorted(
+                zip(listed.paths, listed.labels, listed.splits, strict=True), key=lambda one: one[2] != "train"
+            )
+            if absolute(path) not in excluded
+        )
+        ignored += (("train", os.path.relpath(path, folders["train"])) for path in listed.ignored)
+    has_validation = "validation" in folders or any(file.split == "validation" for file in files)
     for split, folder in folders.items():
+        if split == "train" and data.labels_file:
+            continue
         found = read_class_folders(folder, f"{split}_dir", list(classes), excluded)
         classes |= dict.fromkeys(found.classes)
         ignored += ((split, os.path.relpath(path, folder)) for path in found.ignored)
@@ -87,8 +102,17 @@ def audit(settings: AuditSettings) -> Report:
     training = [file.path for file in files if file.split == "train"]
     conversion = _conversion(settings.data, training, _workers(settings))
     scanned = _scan(files, _workers(settings), conversion)
-    findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored, conversion)
+    findings = check(scanned, list(classes), has_validation, settings.checks, ignored, conversion)
+    if has_validation:
+        folders.setdefault("validation", folders["train"])
     return Report(folders, list(classes), scanned, findings, excluded, conversion)
+
+
+def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
+    from lora_dist.data.sources.labels_file import read_labels_file
+
+    columns = {"path": data.image_column_name, "label": data.label_column_name, "split": data.split_column_name}
+    return read_labels_file(folder, data.labels_file or "", columns, excluded)
 
 
 def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversion:

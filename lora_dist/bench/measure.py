@@ -24,7 +24,7 @@ from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
-from lora_dist.training.step import batch_loss, make_update
+from lora_dist.training.step import make_update
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_PRODUCTS = 10
@@ -175,10 +175,9 @@ def _time_passes(run: TrainingRun, batch: Batch, rounds: int) -> tuple[float, fl
     The model must not be sharded. Nothing is communicated and no weight changes.
     """
     model, device = run.engine.unwrapped, run.engine.accelerator.device
-    smoothing = run.settings.augmentation.label_smoothing_factor
 
     def forward() -> torch.Tensor:
-        return batch_loss(model(pixel_values=batch.pixel_values).logits.float(), batch, smoothing).sum()
+        return run.loss.of_samples(model(pixel_values=batch.pixel_values).logits.float(), batch).sum()
 
     def both() -> None:
         forward().backward()

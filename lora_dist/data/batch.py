@@ -181,7 +181,7 @@ class TrainImages(_Images):
         indices = [sample.index for sample in samples]
         viewed = indices + [index for index in wanted if index not in set(indices)]
         number_of = {index: number for number, index in enumerate(viewed)}
-        mixtures = [self._mixture(epoch, sample) for sample in samples] if pairs else []
+        mixtures = [self.mixture(epoch, sample) for sample in samples] if pairs else []
         pixels, deferred = stack(
             [views.get(index, blank) for index in viewed],
             [number_of[partner] for partner in partners] if pairs else [],
@@ -212,7 +212,8 @@ class TrainImages(_Images):
                 views[index] = self.transforms.view(picture, (self.seed, epoch, index))
         return views
 
-    def _mixture(self, epoch: int, sample: Sample) -> Mixture:
+    def mixture(self, epoch: int, sample: Sample) -> Mixture:
+        """How a sample is mixed with its partner, where `mixing` is not 0."""
         if sample.index == PADDING_INDEX:
             return Mixture(1.0, NOWHERE, 1.0)
         return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.index, sample.position))

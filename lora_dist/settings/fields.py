@@ -94,17 +94,24 @@ class Problem(NamedTuple):
     message: str
 
 
-def missing_paths(train_dir: str | None, validation_dir: str | None, exclude: str | None) -> Iterator[Problem]:
+def missing_paths(
+    train_dir: str | None,
+    validation_dir: str | None,
+    exclude: str | None,
+    test_dir: str | None = None,
+    labels_file: str | None = None,
+) -> Iterator[Problem]:
     """Yields a problem for each input path that does not exist."""
-    for name, path in {"train_dir": train_dir, "validation_dir": validation_dir}.items():
+    for name, path in {"train_dir": train_dir, "validation_dir": validation_dir, "test_dir": test_dir}.items():
         if path and not is_packaged(path):
             mode, why = _mode(path)
             if not stat.S_ISDIR(mode):
                 yield Problem((name,), f"{why or 'no such directory'}: {path}")
-    if exclude:
-        mode, why = _mode(exclude)
-        if not stat.S_ISREG(mode):
-            yield Problem(("exclude",), f"{why or 'no such file'}: {exclude}")
+    for name, path in {"exclude": exclude, "labels_file": labels_file}.items():
+        if path:
+            mode, why = _mode(path)
+            if not stat.S_ISREG(mode):
+                yield Problem((name,), f"{why or 'no such file'}: {path}")
 
 
 def impossible_output(output_dir: str) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sampling.protocol import TrainingSplit
 from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
@@ -29,6 +30,7 @@ from lora_dist.processes.workers import require_shared_memory
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
+from lora_dist.training.class_weights import make_loss
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion
 from lora_dist.training.optimizer import make_optimizer
@@ -112,11 +114,13 @@ def assemble(
 
     optimization = settings.optimization
     optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
-    plan = make_plan(settings, data.train, accelerator.num_processes, accelerator.process_index)
+    train = data.train
+    if settings.data.balanced_sampling and isinstance(train, Split):
+        train = OversampledSplit(train)
+    plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
-    images = TrainImages(
-        data.train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip"
-    )
+    loss = make_loss(settings, data)
+    images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
     with problems.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
@@ -150,6 +154,7 @@ def assemble(
         engine=engine,
         images=images,
         plan=plan,
+        loss=loss,
         schedule=schedule,
         evaluator=Evaluator(
             accelerator,

@@ -15,6 +15,7 @@ from lora_dist.model.backbone import Base
 from lora_dist.model.warm_start import WarmStart
 from lora_dist.settings.fields import color_name, color_of
 from lora_dist.settings.train import DataSettings, Settings
+from lora_dist.training.class_weights import describe_weights
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.output import Output, read_settings
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
+"""What checkpoints of releases without these entries were trained with."""
 _BOOKKEEPING = {
     "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
     "output_hidden_states", "problem_type", "processor_class", "return_dict", "transformers_version",
@@ -56,6 +59,8 @@ def identity_of(
         "order": plan.sample_order.description,
         "classes": list(data.labels),
         "conversion": conversion.record(),
+        "class_weights": describe_weights(settings.optimization.class_weights),
+        "focal_gamma": settings.optimization.focal_gamma,
         **({name: getattr(settings.lora, name) for name in LORA} if tuning == "lora" else {}),
         **_entries("config", base.model.config.to_json_string(use_diff=False)),
         **_entries("processor", base.processor.to_json_string()),
@@ -79,7 +84,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     # A processor leaves entries out that are not set.
     unset = {name: None for name in saved if name.startswith("processor.") and saved[name] and name not in now}
     for name, value in {**now, **unset}.items():
-        before = saved.get(name, value)
+        before = saved.get(name, _BEFORE.get(name, value))
         if before == value or name == TARGETS:
             continue
         if name == "classes" and len(before) == len(value):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
+import torch
+
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.sampling.order import BatchPlan
@@ -12,7 +14,9 @@ from lora_dist.engines.engine import Engine
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
+from lora_dist.training.class_weights import planned_weight
 from lora_dist.training.evaluation import Evaluation, Evaluator
+from lora_dist.training.loss import Loss
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
@@ -28,6 +32,7 @@ class TrainingRun:
         engine: model and optimizer.
         images: training images.
         plan: which samples train in which update.
+        loss: of each sample.
         schedule: learning rate of each update.
         evaluator: computes the metrics of the current weights.
         checkpointer: saves and restores the state.
@@ -40,6 +45,7 @@ class TrainingRun:
     engine: Engine
     images: TrainImages
     plan: BatchPlan
+    loss: Loss
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -62,22 +68,31 @@ class TrainingRun:
         return GradientAccumulator(
             self.engine,
             micro_batch_count=self.plan.micro_batches_in(step),
-            sample_count=self.plan.samples_in(step),
+            total_weight=self._total_weight(step),
             learning_rate=self.schedule.learning_rate(step),
-            label_smoothing=self.settings.augmentation.label_smoothing_factor,
+            loss=self.loss,
             dropout_seed=(self.settings.run.seed, step),
             padding_batch=lambda: self.images.padding_batch(self.engine.accelerator.device),
             before_exchange=before_exchange,
         )
 
-    def evaluate(self, name: str) -> Evaluation:
+    def _total_weight(self, step: int) -> float:
+        """The sum of the weights of all samples of an update, over all processes."""
+        if self.loss.class_weights is None:
+            return self.plan.samples_in(step)
+        accelerator = self.engine.accelerator
+        own = planned_weight(self.loss, self.images, self.plan, step)
+        return float(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
+
+    def evaluate(self, name: str, evaluator: Evaluator | None = None) -> Evaluation:
         """Evaluates the current weights; a request to stop ends the evaluation.
 
         Args:
             name: of this evaluation, for the watch.
+            evaluator: that of other data than the validation split.
 
         Raises:
-            NothingToEvaluateError: no validation image can be read.
+            NothingToEvaluateError: no image can be read.
             StopRequested: a stop was requested.
         """
         numbers = count(2)
@@ -89,7 +104,7 @@ class TrainingRun:
             self.preemption.check()
 
         self.watch.now(f"{name}: batch 1", first=True)
-        return self.evaluator(after_batch)
+        return (evaluator or self.evaluator)(after_batch)
 
     def save(self, progress: Progress) -> None:
         """Saves a checkpoint."""

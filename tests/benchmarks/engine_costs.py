@@ -27,6 +27,7 @@ from lora_dist.model.adapters import inject
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
+from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.step import GradientAccumulator, make_update
@@ -100,9 +101,9 @@ def _update(engine: Engine, step: int) -> None:
     gradient = GradientAccumulator(
         engine,
         micro_batch_count=1,
-        sample_count=2 * engine.accelerator.num_processes,
+        total_weight=2 * engine.accelerator.num_processes,
         learning_rate=1e-3,
-        label_smoothing=0.0,
+        loss=Loss(),
         dropout_seed=(0, step),
     )
     make_update(gradient, iter([batch]), max_grad_norm=1.0)

@@ -48,10 +48,16 @@ pytestmark = pytest.mark.timeout(1500)
 
 
 def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *more: object) -> Path:
-    """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine."""
+    """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine.
+
+    With class weights, mixed images and balanced sampling, which are exact for every split of an update as well.
+    """
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     batch = 8 // accumulation // (1 if engine == "single" else 2)
+    weights = out.with_name(f"{out.name}_weights.yaml")
+    names = sorted(path.name for path in photos.glob("train/*"))
+    weights.write_text("".join(f"{name}: {2**number}\n" for number, name in enumerate(names)))
     train(
         *run_flags(
             vit,
@@ -65,7 +71,11 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             save_total_limit=99,
             lora_dropout=0,
             learning_rate=1e-3,
+            class_weights=weights,
+            focal_gamma=1,
+            mixup_alpha=1,
         ),
+        "--balanced_sampling",
         *more,
         launch_file=LAUNCH_FILES[engine],
     )

@@ -76,13 +76,16 @@ class ResultWriter:
             return
         self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
-    def finalize(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
+    def finalize(
+        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+    ) -> None:
         """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
         Args:
             run: the run, whose model holds the best weights.
             progress: counters at the end.
             evaluation: metrics of the best weights.
+            test: the same on the test data.
 
         Raises:
             ResultNotWrittenError: the directory cannot be written to.
@@ -95,7 +98,7 @@ class ResultWriter:
         images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
-            results = self._results(run, progress, evaluation)
+            results = self._results(run, progress, evaluation, test)
             written = self._result(run)
             try:
                 self._write(written, run, trained, evaluation, results)
@@ -111,7 +114,8 @@ class ResultWriter:
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
+            on_test = f", on the test data {test.metrics['accuracy']:.4f}" if test is not None else ""
+            tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}{on_test}; wrote {written}")
             warn_of_chance_level(evaluation)
             tracker.close()
         accelerator.wait_for_everyone()
@@ -125,11 +129,19 @@ class ResultWriter:
     def _result(self, run: TrainingRun) -> Path:
         return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
-    def _results(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
+    def _results(
+        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+    ) -> dict[str, Any]:
         trainable, total = self.parameters
+        tested: dict[str, Any] = {}
+        if test is not None and self.data.test is not None:
+            tested = {f"test_{name}": value for name, value in test.metrics.items()}
+            tested |= {"test_samples": test.num_samples, "test_fingerprint": self.data.test.fingerprint()}
+            tested["test_per_class"] = dict(zip(self.data.labels, test.per_class, strict=True))
         return {
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             "eval_samples": evaluation.num_samples,
+            **tested,
             "train_loss": progress.loss_sum / max(1, progress.loss_count),
             "train_runtime": progress.train_seconds,
             "train_samples": len(self.data.train),

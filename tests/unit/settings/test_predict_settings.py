@@ -102,7 +102,7 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--adapter a --serve --output o", "--serve, --output: the server does not use --output"),
         (
             "--adapter a --serve --max_megapixels 179",
-            "--max_megapixels: '179' is not valid: Input should be less than",
+            "--max_megapixels, --max_image_pixels: no image can be that large: raise --max_image_pixels",
         ),
         ("--adapter a --serve --grid g", "--serve, --grid: the server does not use --grid"),
         ("--adapter a --serve --format csv", "--serve, --format: the server does not use --format"),
