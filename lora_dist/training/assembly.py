@@ -95,7 +95,8 @@ def assemble(
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
         settings, base, start = load_warm_start(settings, data.labels)
-    conversion = conversion_of(settings.data, data, start, resumed)
+    with watch.watching_step("reading images to find the pixel range"):
+        conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
     with problems.collect():

@@ -93,6 +93,11 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
                 yield f"class {number} was {old} and is now {new}"
         else:
             yield f"{name} was {before} and is now {value}"
+            if name == "train_data" and "conversion" not in saved:
+                yield (
+                    "the checkpoint is from an older release, which read fewer kinds of files and selected other "
+                    "samples for --max_train_samples: with such data it cannot be resumed, start a new run"
+                )
 
 
 def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:

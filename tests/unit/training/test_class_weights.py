@@ -153,6 +153,15 @@ def test_a_checkpoint_without_the_record_was_trained_without_weights() -> None:
     assert list(differences(now, now)) == []
 
 
+def test_other_samples_of_an_older_release_are_explained() -> None:
+    saved = {"train_data": "1"}
+    found = list(differences(saved, {"train_data": "2"}))
+    assert found[0] == "train_data was 1 and is now 2"
+    assert "older release" in found[1]
+    assert "--max_train_samples" in found[1]
+    assert len(list(differences({**saved, "conversion": {}}, {"train_data": "2", "conversion": {}}))) == 1
+
+
 def test_a_balanced_epoch_has_each_class_equally_often_and_repetitions_are_samples_of_their_own() -> None:
     labels = np.repeat([0, 1, 2], [50, 6, 1])
     order = BalancedOrder(labels, seed=3)
