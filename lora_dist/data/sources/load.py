@@ -93,9 +93,7 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     train = whole.select(np.flatnonzero(splits == "train"))
     test = whole.select(np.flatnonzero(splits == "test")) if "test" in listed.splits else None
     if settings.validation_dir:
-        _, validation = _labelled(
-            _load_table(settings, "validation", excluded, labels), "image", "label", labels, excluded
-        )
+        validation = _load_known(settings, "validation", excluded, labels)
     elif (splits == "validation").any():
         validation = whole.select(np.flatnonzero(splits == "validation"))
     else:
@@ -132,9 +130,7 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         return data.validation
     # The list may name training files too, so unused names are no reason to warn.
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    table = _load_table(settings, "validation", excluded, labels)
-    column = settings.image_column_name or find_image_column(table.features)
-    _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
+    split = _load_known(settings, "validation", excluded, labels)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
     return _limited(split, labels, settings.max_eval_samples, "max_eval_samples", seed)
@@ -145,12 +141,23 @@ def load_test(settings: DataSettings, labels: Sequence[str]) -> Split | None:
     if not settings.test_dir and not settings.test_split:
         return None
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    table = _load_table(settings, "test", excluded, labels)
-    column = settings.image_column_name or find_image_column(table.features)
-    _, split = _labelled(table, column, settings.label_column_name, labels, excluded, "test")
+    split = _load_known(settings, "test", excluded, labels)
     if not len(split):
         raise UserError("0 test images: nothing to test on")
     return split
+
+
+def _load_known(
+    settings: DataSettings, name: Literal["validation", "test"], excluded: frozenset[str], labels: Sequence[str]
+) -> Split:
+    """Loads a split with the class indices of `labels`."""
+    table = _load_table(settings, name, excluded, labels)
+    # The names of columns that are set with a folder are those of --labels_file.
+    is_folder = settings.dataset_name is None
+    image_column = None if is_folder else settings.image_column_name
+    label_column = None if is_folder else settings.label_column_name
+    column = image_column or find_image_column(table.features)
+    return _labelled(table, column, label_column, labels, excluded, name)[1]
 
 
 def _load_table(

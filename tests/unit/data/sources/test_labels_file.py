@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from lora_dist_testing.tiny import make_image
+from lora_dist_testing.tiny import make_folder, make_image
 
 from lora_dist.audit.__main__ import audit
 from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
@@ -64,8 +64,14 @@ def test_columns_are_named_paths_may_lack_a_suffix_and_backslashes_are_folders(p
         _load(photos, image_column_name="x,subject")
     with pytest.raises(UserError, match="no column other; the first line has x,subject, species"):
         _load(photos, image_column_name="other", label_column_name="species")
-    data = _load(photos, image_column_name="x,subject", label_column_name="species")
+    named = {"image_column_name": "x,subject", "label_column_name": "species"}
+    data = _load(photos, **named)
     assert len(data.train) + len(data.validation) == 6
+    for split in ("validation", "test"):
+        make_folder(photos.parent / split, classes=("rose", "tulip"), per_class=2)
+    data = _load(photos, **named, **{f"{split}_dir": str(photos.parent / split) for split in ("validation", "test")})
+    assert data.test is not None
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 4, 4)
 
 
 def test_everything_that_is_wrong_is_told_at_once(photos: Path) -> None:
