@@ -36,7 +36,6 @@ def train(settings: Settings, lock: RunLock) -> None:
     from dataclasses import replace
     from pathlib import Path
 
-    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.data.sources import streaming
     from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
@@ -51,7 +50,6 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
-    allow_pixels(settings.data.max_image_pixels)
     options, problems = settings.run, Problems(settings.run.dry_run)
     watch = Watch(options.stall_timeout, patient=settings.data.streaming)
     with problems.raise_all():

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
 from lora_dist.data.loader import bytes_ahead
+from lora_dist.data.pixels.limits import allow_pixels
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sampling.protocol import TrainingSplit
@@ -90,6 +91,7 @@ def assemble(
     Raises:
         UserError: something is missing, does not fit, or differs between processes.
     """
+    allow_pixels(settings.data.max_image_pixels)
     settings = as_resumed(settings, resumed).with_default_learning_rate()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
