@@ -187,7 +187,7 @@ class OptimizationSettings(Group):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: the precision of the launch file if it is fp16 or bf16; otherwise fp16 on a GPU and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
-    """Validation metric that selects the best checkpoint."""
+    """Validation metric that selects the best checkpoint; the loss decides between equal ones."""
     max_nonfinite_updates: Count = 3
     """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer are skipped."""
     early_stopping_patience: Count | None = None

@@ -195,7 +195,8 @@ def _evaluate(run: TrainingRun, progress: Progress) -> Evaluation | None:
     except NothingToEvaluateError as error:
         raise TrainingStoppedError(f"{error}. {run.resume_hint}") from error
     name = run.settings.optimization.metric_for_best_model
-    best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
+    loss = evaluation.metrics["loss"]
+    best = progress.note_evaluation(evaluation.metrics[name], loss, lower_is_better=name == "loss")
     metrics = {f"eval/{metric}": value for metric, value in evaluation.metrics.items()}
     run.tracker.scalars(progress.step, run.epoch(progress.step), metrics)
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())

@@ -37,11 +37,12 @@ class Progress:
 
     Attributes:
         step: number of completed updates.
-        best_step: update with the best validation metric so far.
+        best_step: update with the best validation metric so far; of equal ones, that with the lowest loss.
         best_value: that metric.
+        best_loss: validation loss of that update.
         best_metric: its name.
         best_data: fingerprint of the validation data that it was measured on.
-        stale_evaluations: evaluations since `best_step`, for early stopping.
+        stale_evaluations: evaluations since the metric last improved, for early stopping.
         skipped_updates: updates skipped by fp16 loss scaling or because they were not finite.
         skipped_in_a_row: updates skipped since the last applied one.
         unreadable_images: samples skipped because their image could not be read; counted again in each epoch.
@@ -61,6 +62,7 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_value: float | None = None
+    best_loss: float | None = None
     best_metric: str | None = None
     best_data: str | None = None
     stale_evaluations: int = 0
@@ -114,16 +116,26 @@ class Progress:
         """Resets `mean_loss`: the next mean starts here."""
         self.logged_step, self.logged_loss_sum, self.logged_loss_count = self.step, self.loss_sum, self.loss_count
 
-    def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
-        """Adds a validation metric; returns whether it is the best so far."""
+    def note_evaluation(self, value: float, loss: float, lower_is_better: bool) -> bool:
+        """Adds an evaluation; returns whether it is the best so far.
+
+        Args:
+            value: metric that selects the best update.
+            loss: validation loss, which decides between equal metrics.
+            lower_is_better: whether a lower metric is the better one.
+        """
         before = self.best_value
         # A metric that is not a number is better than none, and worse than any.
-        better = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
-        if better:
-            self.best_step, self.best_value, self.stale_evaluations = self.step, value, 0
-        else:
-            self.stale_evaluations += 1
-        return better
+        improved = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
+        wins_tie = value == before and self.best_loss is not None and loss < self.best_loss
+        self.stale_evaluations = 0 if improved else self.stale_evaluations + 1
+        if improved or wins_tie:
+            self.best_step, self.best_value, self.best_loss = self.step, value, loss
+        return improved or wins_tie
+
+    def forget_best(self) -> None:
+        """Makes the next evaluation the best so far."""
+        self.best_step = self.best_value = self.best_loss = None
 
 
 class Checkpointer:
@@ -261,7 +273,7 @@ class Checkpointer:
         )
         if gone:
             logger.warning("the best checkpoint (update %d) is missing; selecting a new best", progress.best_step)
-            progress.best_step = progress.best_value = None
+            progress.forget_best()
         elif progress.best_step is not None and _small(content.trained):
             self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).trained
         return progress
@@ -285,7 +297,7 @@ class Checkpointer:
         if not damage:
             return checkpoint.read(best).trained
         logger.warning("the best weights (update %d) cannot be read any more (%s)", progress.best_step, damage)
-        progress.best_step = progress.best_value = None
+        progress.forget_best()
         return None
 
     def _best(self, progress: Progress) -> Path:
