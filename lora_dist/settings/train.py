@@ -168,8 +168,13 @@ class OptimizationSettings(Group):
     """Samples per process in one forward pass of evaluation."""
     learning_rate: Positive = 5e-3
     """Peak learning rate. The default with --tuning full and pretrained weights is 5e-5."""
+    head_learning_rate: Positive | None = None
+    """Peak learning rate of the head. Default: --learning_rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate schedule after the warmup."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of a linear or cosine schedule. --head_learning_rate and --loraplus_lr_ratio fall by the
+    same factor."""
     warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises from 0."""
     warmup_ratio: Fraction = 0.0
@@ -292,6 +297,11 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("augment_on_device", "augmentation"), text)
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two warmup lengths: use only one of them")
+    if optimization.min_lr and optimization.lr_scheduler_type == "constant":
+        yield Problem(("min_lr", "lr_scheduler_type"), "a constant learning rate has no minimum: remove --min_lr")
+    learning_rate = settings.with_default_learning_rate().optimization.learning_rate
+    if optimization.min_lr > learning_rate:
+        yield Problem(("min_lr", "learning_rate"), f"the minimum exceeds the learning rate of {learning_rate:g}")
     if model.init_from_config and model.tuning != "full":
         yield Problem(("init_from_config", "tuning"), "random weights need full training: add --tuning full")
     if run.do_eval_only and not model.adapter_name_or_path:

@@ -111,7 +111,7 @@ def assemble(
             require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
+    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads)
     plan = make_plan(settings, data.train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
     images = TrainImages(

@@ -28,7 +28,7 @@ def engine(vit: Path, moved: bool = False, **lora: Any) -> Engine:
     model = make_trainable(base, ModelSettings(), LoraSettings(**({"lora_r": 4, "lora_dropout": 0.0} | lora)))
     if moved:
         perturb(model, scale=0.1)
-    return make_engine(launch("no"), model, make_optimizer(model, settings, 16.0), settings)
+    return make_engine(launch("no"), model, make_optimizer(model, settings, 16.0, []), settings)
 
 
 def train(one: Engine, updates: int, seed: int = 0) -> list[float]:
@@ -140,7 +140,9 @@ def test_a_checkpoint_of_another_rank_is_refused(rank: int, vit: Path, tmp_path:
 @pytest.mark.parametrize(
     ("lower_is_better", "values"), [(False, (0.5, 0.4, 0.7, 0.7, 0.6)), (True, (0.5, 0.6, 0.3, 0.3, 0.4))]
 )
-def test_the_best_evaluation_is_the_first_of_those_with_the_best_metric_and_loss(lower_is_better: bool, values: tuple[float, ...]) -> None:
+def test_the_best_evaluation_is_the_first_of_those_with_the_best_metric_and_loss(
+    lower_is_better: bool, values: tuple[float, ...]
+) -> None:
     progress = Progress()
     better = []
     for step, value in enumerate(values, 1):
