@@ -23,6 +23,7 @@ from lora_dist.settings.fields import (
     Positive,
     Probability,
     Problem,
+    Trackers,
     impossible_output,
     missing_paths,
 )
@@ -187,6 +188,9 @@ class OptimizationSettings(Group):
     """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: Positive = 1e-8
     """AdamW's term for numerical stability."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the trained weights, which is then evaluated and saved instead of them.
+    It is lower in the first updates."""
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
@@ -222,6 +226,9 @@ class RunSettings(Group):
     exits with code 124, for a scheduler to restart it. 0 disables this check."""
     logging_steps: Count = 10
     """Log every N updates."""
+    report_to: Trackers = Field(default=[])
+    """Trackers beside TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
+    swanlab, each of which must be installed."""
     dry_run: bool = False
     """Report what would run, its time and memory, measured on two updates, and all problems. Writes no files."""
     do_eval_only: bool = False

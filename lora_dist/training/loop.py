@@ -61,6 +61,8 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
                     for batch in gradient.loaded(_reported(run, step, stream)):
                         gradient.backward(batch)
                     update: Update | NonFiniteLossError = gradient.step(max_grad_norm)
+                    if run.average is not None:
+                        run.average.update(step)
             except NonFiniteLossError as error:
                 _skip(run, progress, error)
                 update = error
@@ -172,7 +174,8 @@ def _evaluate_and_save(
         share_statistics(run.engine)
         # An evaluation that fails must not cost what was trained. A resumed run repeats it.
         run.save(progress)
-        best = _evaluate(run, progress)
+        with run.with_result_weights():
+            best = _evaluate(run, progress)
         set_training(run.engine.model)
     if run.is_over(progress) and progress.logged_step < progress.step:
         _log(run, progress, meter)

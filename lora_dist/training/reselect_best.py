@@ -35,7 +35,7 @@ def reselect_best(run: TrainingRun, progress: Progress) -> None:
     if old_step is not None and (weights := run.checkpointer.best_weights(progress)) is not None:
         candidates[old_step] = weights
     if progress.last_evaluated_step == progress.step and run.settings.run.eval_steps != "no":
-        candidates[progress.step] = current
+        candidates[progress.step] = run.result_weights()
     values, chosen = {}, Progress()
     for step, weights in candidates.items():
         run.engine.load_trainable_state(weights)

@@ -1,9 +1,12 @@
 """A training run that is ready to start: what the loop, the dry run and the benchmark work on."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
+
+from torch import Tensor
 
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
@@ -17,6 +20,7 @@ from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
 from lora_dist.training.step import GradientAccumulator
+from lora_dist.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class TrainingRun:
     Attributes:
         settings: resolved settings.
         engine: model and optimizer.
+        average: moving average of the weights, which is evaluated and saved instead of them; None without --ema_decay.
         images: training images.
         plan: which samples train in which update.
         schedule: learning rate of each update.
@@ -38,6 +43,7 @@ class TrainingRun:
 
     settings: Settings
     engine: Engine
+    average: WeightAverage | None
     images: TrainImages
     plan: BatchPlan
     schedule: Schedule
@@ -69,6 +75,14 @@ class TrainingRun:
             padding_batch=lambda: self.images.padding_batch(self.engine.accelerator.device),
             before_exchange=before_exchange,
         )
+
+    def result_weights(self) -> dict[str, Tensor]:
+        """Returns the weights to evaluate and to write as the result: the average, if there is one."""
+        return self.engine.trainable_state() if self.average is None else self.average.state()
+
+    def with_result_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights of `result_weights`."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def evaluate(self, name: str) -> Evaluation:
         """Evaluates the current weights; a request to stop ends the evaluation.

@@ -19,6 +19,7 @@ from lora_dist.processes.runtime import versions
 from lora_dist.training.identity import differences
 from lora_dist.training.saving import checkpoint
 from lora_dist.training.saving.checkpoint import Checkpoint
+from lora_dist.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ class Checkpointer:
         identity: dict[str, Any],
         keep: int,
         writing: Callable[[], AbstractContextManager[object]] = nullcontext,
+        average: WeightAverage | None = None,
     ) -> None:
         """
         Args:
@@ -161,12 +163,14 @@ class Checkpointer:
             identity: what a run must have in common with this one to resume from its checkpoints.
             keep: checkpoints to keep, besides the best.
             writing: context in which the main process writes; see `Watch.writing`.
+            average: averaged weights, which are saved as well and become the result.
         """
         self.directory = directory
         self._engine = engine
         self._identity = identity
         self._keep = keep
         self._writing = writing
+        self._average = average
         self.saved_step: int | None = None
         self._written_step: int | None = None
         self._best_weights: tuple[int, dict[str, Tensor]] | None = None
@@ -200,12 +204,17 @@ class Checkpointer:
         return replaced
 
     def _save_all(self, progress: Progress) -> None:
-        content = Checkpoint(self._engine.trainable_state(), self._engine.optimizer_state(), self._state(progress))
+        content = Checkpoint(
+            trained=self._engine.trainable_state(),
+            optimizer=self._engine.optimizer_state(),
+            state=self._state(progress),
+            average={} if self._average is None else self._average.state(),
+        )
         # The first process decides for all: the statistics of batch norms differ by process.
         (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
         if saved:
             self.saved_step = self._written_step = progress.step
-        self._last_weights = content.trained if not saved or _small(content.trained) else None
+        self._last_weights = content.weights if not saved or _small(content.weights) else None
 
     def _state(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -259,6 +268,10 @@ class Checkpointer:
             raise UserError(
                 f"the trained tensors of the checkpoint have other names or shapes: {', '.join(unmatched[:5])} …"
             )
+        if self._average is not None:
+            if not content.average:
+                raise UserError("the checkpoint has no averaged weights: remove --ema_decay, or start a new run")
+            self._average.load_state(content.average)
         self._engine.load_trainable_state(content.trained)
         self._engine.load_optimizer_state(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
@@ -275,17 +288,19 @@ class Checkpointer:
             logger.warning("the best checkpoint (update %d) is missing; selecting a new best", progress.best_step)
             progress.forget_best()
         elif progress.best_step is not None and _small(content.trained):
-            self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).trained
+            self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).weights
         return progress
 
     def restore_best(self, progress: Progress) -> None:
-        """Loads the best weights into the model. If they are lost, keeps the last ones and sets `best_step` to None."""
-        if progress.best_step in (None, progress.step):
-            return
-        weights = self.best_weights(progress)
-        if weights is None:
-            logger.warning("the result has the last weights instead of the best ones")
-        else:
+        """Loads the best weights into the model. If they are lost, loads the last ones and sets `best_step` to None."""
+        weights = None
+        if progress.best_step not in (None, progress.step):
+            weights = self.best_weights(progress)
+            if weights is None:
+                logger.warning("the result has the last weights instead of the best ones")
+        if weights is None and self._average is not None:
+            weights = self._average.state()
+        if weights is not None:
             self._engine.load_trainable_state(weights)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
@@ -295,7 +310,7 @@ class Checkpointer:
         best = self._best(progress)
         (damage,) = broadcast_object_list([self._engine.accelerator.is_main_process and checkpoint.find_damage(best)])
         if not damage:
-            return checkpoint.read(best).trained
+            return checkpoint.read(best).weights
         logger.warning("the best weights (update %d) cannot be read any more (%s)", progress.best_step, damage)
         progress.forget_best()
         return None
