@@ -45,6 +45,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
     from lora_dist.training.loop import fit
+    from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
     from lora_dist.training.reselect_best import reselect_best
     from lora_dist.training.saving.output import Output, find_resume
@@ -66,6 +67,7 @@ def train(settings: Settings, lock: RunLock) -> None:
             resumed = find_resume(output, options.resume_from_checkpoint)
         with problems.collect():
             require_token(settings.hub)
+            require_trackers(options.report_to)
         if not options.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 

@@ -92,6 +92,7 @@ class ZeroEngine:
         if not steps:
             return {}
         assert len(steps) == 1
+        self._link_states()
         count = torch.tensor(steps.pop())
         found: dict[str, Tensor] = {}
         for name, tensor in trained_tensors(self.unwrapped):
@@ -165,8 +166,16 @@ class ZeroEngine:
                 zero.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {
                     moment: torch.zeros_like(flat) for moment in MOMENTS
                 }
-        if not sharded:
-            # ZeRO-1 and 2 link parameters to these states after their first step otherwise.
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Links the parameters of ZeRO-1 and 2 to their moments.
+
+        DeepSpeed does so once, when the first group has made its first step and the other groups have no moments yet.
+        """
+        zero = self._engine.optimizer
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
 

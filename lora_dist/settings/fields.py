@@ -40,6 +40,10 @@ def _split_commas(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
+    BeforeValidator(_split_commas),
+]
 Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
 Count = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

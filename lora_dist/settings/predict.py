@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_dist.errors import UserError
 from lora_dist.settings.fields import (
     MAX_IMAGE_PIXELS,
     SEVERAL,
@@ -142,6 +143,21 @@ class PredictSettings(Group):
         if len(names) > 1:
             return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
         return names[0] if names else self.source.model or self.exporting.onnx or ""
+
+
+def require_shareable(settings: PredictSettings) -> None:
+    """Raises a `UserError` unless several processes can share the work: images that are classified into a file."""
+    merging = settings.merging
+    alone = {
+        "serve": settings.serving.serve,
+        "merge_to": merging.merge_to,
+        "export_legacy_names": merging.export_legacy_names,
+        "onnx": settings.onnx_to_write,
+    }
+    for name in (name for name, value in alone.items() if value):
+        raise UserError(f"--{name} needs one process: use `python -m lora_dist.predict` without a launcher")
+    if not settings.images.output:
+        raise UserError("several processes write their rows into one file: set --output")
 
 
 def contradictions(settings: PredictSettings) -> Iterator[Problem]:

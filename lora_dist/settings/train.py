@@ -24,6 +24,7 @@ from lora_dist.settings.fields import (
     Positive,
     Probability,
     Problem,
+    Trackers,
     impossible_output,
     missing_paths,
 )
@@ -186,8 +187,13 @@ class OptimizationSettings(Group):
     """Samples per process in one forward pass of evaluation."""
     learning_rate: Positive = 5e-3
     """Peak learning rate. The default with --tuning full and pretrained weights is 5e-5."""
+    head_learning_rate: Positive | None = None
+    """Peak learning rate of the head. Default: --learning_rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate schedule after the warmup."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of a linear or cosine schedule. --head_learning_rate and --loraplus_lr_ratio fall by the
+    same factor."""
     warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises from 0."""
     warmup_ratio: Fraction = 0.0
@@ -200,6 +206,9 @@ class OptimizationSettings(Group):
     """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: Positive = 1e-8
     """AdamW's term for numerical stability."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the trained weights, which is then evaluated and saved instead of them.
+    It is lower in the first updates."""
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
@@ -210,7 +219,7 @@ class OptimizationSettings(Group):
     focal_gamma: NonNegative = 0.0
     """Gamma of focal loss, which lowers the weight of samples that are classified well. 0: cross-entropy."""
     metric_for_best_model: Literal["accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
-    """Validation metric that selects the best checkpoint."""
+    """Validation metric that selects the best checkpoint; the loss decides between equal ones."""
     max_nonfinite_updates: Count = 3
     """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer are skipped."""
     early_stopping_patience: Count | None = None
@@ -240,6 +249,9 @@ class RunSettings(Group):
     exits with code 124, for a scheduler to restart it. 0 disables this check."""
     logging_steps: Count = 10
     """Log every N updates."""
+    report_to: Trackers = Field(default=[])
+    """Trackers beside TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
+    swanlab, each of which must be installed."""
     dry_run: bool = False
     """Report what would run, its time and memory, measured on two updates, and all problems. Writes no files."""
     do_eval_only: bool = False
@@ -336,6 +348,11 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("augment_on_device", "augmentation"), text)
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two warmup lengths: use only one of them")
+    if optimization.min_lr and optimization.lr_scheduler_type == "constant":
+        yield Problem(("min_lr", "lr_scheduler_type"), "a constant learning rate has no minimum: remove --min_lr")
+    learning_rate = settings.with_default_learning_rate().optimization.learning_rate
+    if optimization.min_lr > learning_rate:
+        yield Problem(("min_lr", "learning_rate"), f"the minimum exceeds the learning rate of {learning_rate:g}")
     if model.init_from_config and model.tuning != "full":
         yield Problem(("init_from_config", "tuning"), "random weights need full training: add --tuning full")
     if run.do_eval_only and not model.adapter_name_or_path:

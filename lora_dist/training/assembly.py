@@ -45,6 +45,7 @@ from lora_dist.training.saving.publisher import Publisher
 from lora_dist.training.saving.result_writer import ResultWriter
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule
+from lora_dist.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,15 @@ def assemble(
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})
     parameters = count_parameters(model)
-    sizes = Sizes.of(model, settings.model.tuning == "full", options.save_total_limit)
+    sizes = Sizes.of(
+        model, settings.model.tuning == "full", options.save_total_limit, settings.optimization.ema_decay is not None
+    )
     with problems.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
+    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads)
     train = data.train
     if settings.data.balanced_sampling and isinstance(train, Split):
         train = OversampledSplit(train)
@@ -140,7 +143,8 @@ def assemble(
     )
 
     engine = make_engine(accelerator, model, optimizer, optimization)
-    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit, watch.writing)
+    average = None if optimization.ema_decay is None else WeightAverage(engine, optimization.ema_decay)
+    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit, watch.writing, average)
     progress = Progress()
     with problems.collect():
         progress = checkpointer.restore(resumed) if resumed is not None else progress
@@ -155,6 +159,7 @@ def assemble(
     run = TrainingRun(
         settings=settings,
         engine=engine,
+        average=average,
         images=images,
         plan=plan,
         loss=loss,
@@ -176,6 +181,8 @@ def assemble(
             first_step=progress.step,
             total_steps=schedule.total_steps,
             evaluated=progress.last_evaluated_step == progress.step,
+            report_to=options.report_to,
+            settings=made_with,
         ),
         watch=watch,
     )

@@ -54,6 +54,7 @@ def identity_of(
         "start": start.fingerprint() if start is not None else None,
         "tuning": tuning,
         "seed": settings.run.seed,
+        "ema_decay": settings.optimization.ema_decay,
         "effective_batch": plan.effective_batch,
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,

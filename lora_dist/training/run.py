@@ -1,11 +1,13 @@
 """A training run that is ready to start: what the loop, the dry run and the benchmark work on."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
@@ -21,6 +23,7 @@ from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
 from lora_dist.training.step import GradientAccumulator
+from lora_dist.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class TrainingRun:
     Attributes:
         settings: resolved settings.
         engine: model and optimizer.
+        average: moving average of the weights, which is evaluated and saved instead of them; None without --ema_decay.
         images: training images.
         plan: which samples train in which update.
         loss: of each sample.
@@ -43,6 +47,7 @@ class TrainingRun:
 
     settings: Settings
     engine: Engine
+    average: WeightAverage | None
     images: TrainImages
     plan: BatchPlan
     loss: Loss
@@ -83,6 +88,14 @@ class TrainingRun:
         accelerator = self.engine.accelerator
         own = planned_weight(self.loss, self.images, self.plan, step)
         return float(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
+
+    def result_weights(self) -> dict[str, Tensor]:
+        """Returns the weights to evaluate and to write as the result: the average, if there is one."""
+        return self.engine.trainable_state() if self.average is None else self.average.state()
+
+    def with_result_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights of `result_weights`."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def evaluate(self, name: str, evaluator: Evaluator | None = None) -> Evaluation:
         """Evaluates the current weights; a request to stop ends the evaluation.

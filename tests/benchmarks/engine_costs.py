@@ -50,7 +50,7 @@ def main(shape: str) -> None:
     config = ViTConfig(**SHAPES[shape] | {"image_size": IMAGE_SIZE, "num_labels": CLASSES})
     model = inject(ViTForImageClassification(config), LoraSettings(), ["classifier"])
     settings = OptimizationSettings(per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    engine = make_engine(accelerator, model, make_optimizer(model, settings, 1.0), settings)
+    engine = make_engine(accelerator, model, make_optimizer(model, settings, 1.0, []), settings)
     set_training(engine.model)
     del model
     _update(engine, 0)

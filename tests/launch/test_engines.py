@@ -28,6 +28,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.model.classifier import load_classifier
 from lora_dist.settings.train import DataSettings
+from lora_dist.training.saving import checkpoint
 
 LAUNCH_FILES = {
     "single": None,
@@ -74,6 +75,9 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             class_weights=weights,
             focal_gamma=1,
             mixup_alpha=1,
+            head_learning_rate=3e-3,
+            weight_decay=0.01,
+            ema_decay=0.5,
         ),
         "--balanced_sampling",
         *more,
@@ -101,6 +105,10 @@ def _last_weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "trained.safetensors")
 
 
+def _averages(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read(checkpoint.path_of(out / "checkpoints", STEPS)).average
+
+
 @pytest.mark.parametrize("accumulation", [4, 1])
 @pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engine: str, accumulation: int) -> None:
@@ -111,6 +119,7 @@ def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engin
     assert results_of(out)["distributed_type"] == RUNNING[engine]
     for name, tensor in _last_weights(reference).items():
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(_averages(out)[name], _averages(reference)[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", DISTRIBUTED)

@@ -65,7 +65,7 @@ class ResultWriter:
         """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
-        trained = run.engine.trainable_state()
+        trained = run.result_weights()
         if self.publisher is None or not all(tensor.isfinite().all() for tensor in trained.values()):
             return
         directory = self.output.outbox / f"step-{progress.step:08d}"

@@ -42,7 +42,7 @@ class Trained:
         model = make_trainable(self.base, ModelSettings(), LoraSettings(lora_r=4, lora_dropout=dropout))
         perturb(model, seed, scale=0.1)
         settings = OptimizationSettings(mixed_precision="no")
-        self.optimizer = make_optimizer(model, settings, ratio)
+        self.optimizer = make_optimizer(model, settings, ratio, [])
         self.engine: Engine = make_engine(launch("no"), model, self.optimizer, settings)
         set_training(self.engine.model)
 
