@@ -98,4 +98,6 @@ def _shortest_edge(processor: Any) -> int | None:
         )
     except (AttributeError, TypeError, ValueError):
         return None
-    return edge if bool((whole == centre).all()) else None
+    # The part that `_cut` keeps has to contain the crop.
+    is_kept = bool((whole == centre).all()) and _KEPT_RATIO * edge >= max(whole.shape[-2:])
+    return edge if is_kept else None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lora_dist_testing.processors import PROCESSORS
 from PIL import Image
+from transformers import BitImageProcessor
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.limits import CentreCrop, TooLongError, allow_pixels, is_too_thin
@@ -36,6 +37,15 @@ def test_the_crop_of_a_long_image_gives_the_same_pixels(processor: str) -> None:
     # 3 x 512 gives no whole number of pixels with a shorter side of 40.
     cropped = sum(size != shape for size, shape in zip(sizes, SHAPES, strict=True))
     assert cropped == {None: 0, 36: 10, 40: 9}[crop.edge]
+
+
+def test_a_processor_that_crops_without_a_resize_gives_the_same_pixels() -> None:
+    made = BitImageProcessor(do_resize=False, crop_size={"height": 224, "width": 224})
+    crop = CentreCrop(made)
+    for shape in ((1000, 10), (10, 1000), (3000, 20)):
+        image = noise(*shape)
+        whole, cut = (made(one, return_tensors="pt")["pixel_values"] for one in (image, crop(image)))
+        assert torch.equal(whole, cut), shape
 
 
 def test_what_cannot_be_cropped_is_bounded() -> None:
