@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
+from lora_dist.model import adapters
 from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
 
@@ -26,6 +27,7 @@ class TorchEngine:
             shard(accelerator, model, optimizer)
             self.model, self._optimizer = model, accelerator.prepare_optimizer(optimizer)
         else:
+            leave_frozen_out(model)
             self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped = accelerator.unwrap_model(self.model)
         self._statistics = RunningStatistics(self.unwrapped)
@@ -167,3 +169,15 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
     """Moves a tensor to the device of another one, and shards it in the same way."""
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+
+
+def leave_frozen_out(model: nn.Module) -> None:
+    """Keeps DDP from sending frozen parameters to all processes at the start: each has read the same ones.
+
+    Written to, they would no longer be pages of the checkpoint that the processes of a node share. PiSSA computes its
+    frozen weights, which may differ in the last bits.
+    """
+    if adapters.mutates_base(model):
+        return
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -7,9 +7,9 @@ from pathlib import Path
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, infer_metadata
 from lora_dist.model.adapters import Adapter
-from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.backbone import Base
 from lora_dist.model.bundle import AdapterBundle, label_map, read_bundle
-from lora_dist.model.classifier import Classifier, attach_adapter
+from lora_dist.model.classifier import Classifier, attach_adapter, load_base_of_bundle
 from lora_dist.model.weighted_sum import weighted_sum
 
 
@@ -100,9 +100,16 @@ def _read(
         for name, directory in directories.items()
     }
     first = next(iter(bundles.values()))
-    base = load_base(first.base, first.labels, revision=first.revision, trust_remote_code=trust_remote_code)
+    base = load_base_of_bundle(first)
     for bundle in bundles.values():
         # An adapter without a fingerprint can only be compared by name.
         if bundle.fingerprint is None and (bundle.base, bundle.revision) != (first.base, first.revision):
             raise UserError(f"the adapters have different bases: {first.base} and {bundle.base}")
+        for what in ("pooling", "image_size"):
+            one, other = getattr(first, what), getattr(bundle, what)
+            if one != other:
+                raise UserError(
+                    f"{first.files.directory} and {bundle.files.directory} were trained with a different --{what} "
+                    f"({one} and {other}), and cannot share a base; use one at a time"
+                )
     return bundles, base

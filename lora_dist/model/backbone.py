@@ -11,8 +11,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
+from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
+from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.head import find_heads, fingerprint, fit_head
+from lora_dist.model.image_size import resize_model, resize_processor
 from lora_dist.settings.train import Settings
 
 
@@ -28,6 +31,8 @@ class Base:
         name: path or Hub name.
         revision: commit on the Hub; None for a directory.
         fingerprint: digest of the backbone's weights.
+        pooling: features of a linear head on a backbone (see `classifier_config`); None for a model with its own head.
+        image_size: height and width of the images, if they are not those of the checkpoint.
     """
 
     model: Any
@@ -37,10 +42,14 @@ class Base:
     name: str
     revision: str | None
     fingerprint: str
+    pooling: str | None = None
+    image_size: tuple[int, int] | None = None
 
-    def identity(self) -> dict[str, str | None]:
+    def identity(self) -> dict[str, Any]:
         """Returns what an adapter bundle records of its base."""
-        return {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+        recorded = {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+        changes = {"pooling": self.pooling, "image_size": self.image_size and list(self.image_size)}
+        return recorded | {name: value for name, value in changes.items() if value is not None}
 
 
 def load_base(
@@ -52,6 +61,8 @@ def load_base(
     init_from_config: bool = False,
     trust_remote_code: bool = False,
     fit_classes: bool = False,
+    pooling: str | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -63,9 +74,11 @@ def load_base(
         init_from_config: initialise all weights at random.
         trust_remote_code: run code that comes with the model.
         fit_classes: permute or renew the head of a base that names its classes (see `head.fit_head`).
+        pooling: features for a linear head (see `classifier_config`).
+        image_size: height and width of the images; None for those of the checkpoint.
 
     Raises:
-        UserError: the model is not found or is not an image classifier.
+        UserError: the model is not found, is not an image classifier, or cannot take images of this size.
     """
     name = demo.local_path(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -74,7 +87,8 @@ def load_base(
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
             processor = AutoImageProcessor.from_pretrained(name, **source)
             config = AutoConfig.from_pretrained(name, **source)
-            before = dict(config.id2label)
+            before = dict(config.id2label or {})
+            config = classifier_config(config, pooling, output_size(processor))
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
@@ -91,6 +105,10 @@ def load_base(
         torch.manual_seed(seed)
         random += fit_head(model, before, labels, missing)
     heads = find_heads(model, random)
+    # That of the checkpoint: the weights are still those of its image size.
+    identity = fingerprint(model, heads)
+    if image_size is not None:
+        model, processor = resize_model(model, image_size), resize_processor(processor, image_size)
     return Base(
         model=model,
         processor=processor,
@@ -98,7 +116,9 @@ def load_base(
         missing=missing,
         name=name,
         revision=getattr(config, "_commit_hash", None),
-        fingerprint=fingerprint(model, heads),
+        fingerprint=identity,
+        pooling=getattr(model.config, "pooling", None),
+        image_size=image_size,
     )
 
 
@@ -114,6 +134,8 @@ def load_base_of(
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,
         fit_classes=fit_classes,
+        pooling=settings.model.pooling,
+        image_size=settings.model.input_size,
     )
 
 
@@ -157,6 +179,7 @@ def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, li
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
+        key_mapping=prefixes_to_remove(config),
         **source,
     )
     return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})

@@ -83,6 +83,8 @@ class AdapterBundle:
         trained_base: name or path of the base at training time.
         revision: commit of the base on the Hub.
         fingerprint: of the base's weights, if recorded.
+        pooling: features of a linear head on the backbone, if recorded (see `classifier_config`).
+        image_size: height and width of the images, if they are not those of the base.
         labels: class names in order.
         trust_remote_code: run code that comes with the processor.
         conversion: how images became 8-bit RGB in training.
@@ -93,6 +95,8 @@ class AdapterBundle:
     trained_base: str
     revision: str | None
     fingerprint: str | None
+    pooling: str | None
+    image_size: tuple[int, int] | None
     labels: list[str]
     trust_remote_code: bool
     conversion: Conversion
@@ -106,9 +110,10 @@ def read_bundle(
     Raises:
         UserError: a file is missing or damaged, or `labels` differs from the label map.
     """
-    files, fingerprint = adapter_io.read(directory), None
+    files = adapter_io.read(directory)
+    fingerprint = pooling = image_size = None
     if is_ours := (directory / BASE_MODEL).is_file():
-        trained_base, revision, fingerprint = _read_identity(directory / BASE_MODEL)
+        trained_base, revision, fingerprint, pooling, image_size = _read_identity(directory / BASE_MODEL)
         if fingerprint == EMPTY_FINGERPRINT:
             fingerprint = None
             logger.warning("%s has no fingerprint of the backbone: cannot check its base", directory / BASE_MODEL)
@@ -125,7 +130,18 @@ def read_bundle(
     else:
         names = infer_metadata.labels_of(files, base, revision, labels, trust_remote_code)
     conversion = read_conversion(directory)
-    return AdapterBundle(files, base, trained_base, revision, fingerprint, names, trust_remote_code, conversion)
+    return AdapterBundle(
+        files,
+        base,
+        trained_base,
+        revision,
+        fingerprint,
+        pooling,
+        image_size,
+        names,
+        trust_remote_code,
+        conversion,
+    )
 
 
 def read_conversion(directory: Path) -> Conversion:
@@ -180,11 +196,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_identity(path: Path) -> tuple[Any, ...]:
-    """Name, revision and fingerprint that `Base.identity` gave."""
+    """Name, revision, fingerprint, pooling and image size that `Base.identity` gave."""
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(identity[key] for key in IDENTITY)
+        size = identity.get("image_size")
+        image_size = None if size is None else (int(size[0]), int(size[1]))
+        return *(identity[key] for key in IDENTITY), identity.get("pooling"), image_size
     except KeyError as error:
         raise UserError(f"{path} is damaged: it has no {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is damaged: {error}") from error

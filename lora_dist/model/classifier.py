@@ -73,8 +73,7 @@ def load_classifier(
         raise UserError(f"no such directory: {directory}")
     if (directory / ADAPTER_CONFIG).is_file():
         bundle = read_bundle(directory, base_model, trust_remote_code, labels)
-        base = load_base(bundle.base, bundle.labels, revision=bundle.revision, trust_remote_code=trust_remote_code)
-        return attach_adapter(base, bundle)
+        return attach_adapter(load_base_of_bundle(bundle), bundle)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} is not a model: it has no config.json{result_of_run(directory)}")
     names = read_labels(directory)
@@ -85,6 +84,18 @@ def load_classifier(
             f"{', '.join(whole.missing[:5])}"
         )
     return Classifier(whole.model.eval(), whole.processor, names, conversion=read_conversion(directory))
+
+
+def load_base_of_bundle(bundle: AdapterBundle) -> Base:
+    """Loads the base of an adapter, with a head for its classes, as it was in training."""
+    return load_base(
+        bundle.base,
+        bundle.labels,
+        revision=bundle.revision,
+        trust_remote_code=bundle.trust_remote_code,
+        pooling=bundle.pooling,
+        image_size=bundle.image_size,
+    )
 
 
 def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAULT) -> Classifier:

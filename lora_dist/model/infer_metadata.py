@@ -41,9 +41,9 @@ def labels_of(
     try:
         with hub_client.reading(f"the configuration of the base model {base}", f"`hf download {base}`"):
             config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+        count = class_count(files, config, trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load(base, error) from error
-    count = class_count(files, config, trust_remote_code)
     # An adapter without a head was trained with the head of a fine-tuned base.
     expected = config.num_labels if count is None else count
     if given is not None:

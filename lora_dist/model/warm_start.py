@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -14,11 +15,12 @@ from lora_dist.model import adapters
 from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
-from lora_dist.model.bundle import read_bundle
+from lora_dist.model.bundle import AdapterBundle, read_bundle
 from lora_dist.model.classifier import check_base
 from lora_dist.model.head import class_dimensions, is_in, reordering
+from lora_dist.model.image_size import resize_processor
 from lora_dist.model.targets import resolve_targets, shortest
-from lora_dist.settings.train import LoraSettings, Settings
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +78,11 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
         raise UserError(f"--adapter_name_or_path: no such directory: {directory}")
     given = settings.model.model_name_or_path if "model_name_or_path" in settings.model.model_fields_set else None
     bundle = read_bundle(directory, given, settings.model.trust_remote_code, None)
-    if given is None:
-        found = {"model_name_or_path": bundle.base, "model_revision": bundle.revision}
-        settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
+    settings = settings.model_copy(update={"model": _model_of(bundle, settings.model, given)})
     base = load_base_of(settings, labels)
     adapter, processor = check_base(base, bundle)
+    # Training may go on at another image size.
+    processor = processor if base.image_size is None else resize_processor(processor, base.image_size)
     base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)
     settings = settings.model_copy(update={"lora": lora})
@@ -98,6 +100,21 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
         for name, tensor in adapter.state.items()
     }
     return settings, base, WarmStart(replace(adapter, state=state), frozenset(), head, bundle.conversion)
+
+
+def _model_of(bundle: AdapterBundle, model: ModelSettings, given: str | None) -> ModelSettings:
+    """Returns settings with the adapter's base, pooling and, unless another one is given, image size."""
+    if "pooling" in model.model_fields_set and model.pooling != bundle.pooling:
+        raise UserError(
+            f"--pooling is {model.pooling}, and the adapter in {bundle.files.directory} has {bundle.pooling}; leave "
+            f"--pooling out"
+        )
+    found: dict[str, Any] = {"pooling": bundle.pooling}
+    if given is None:
+        found |= {"model_name_or_path": bundle.base, "model_revision": bundle.revision}
+    if "image_size" not in model.model_fields_set:
+        found["image_size"] = bundle.image_size and list(bundle.image_size)
+    return model.model_copy(update=found)
 
 
 def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:

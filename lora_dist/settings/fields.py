@@ -83,8 +83,15 @@ def _ascending(limits: list[float]) -> list[float]:
     return limits
 
 
+def _height_and_width(value: Any) -> Any:
+    """Makes two numbers of one."""
+    numbers = [value] if isinstance(value, int) else _split_commas(value)
+    return numbers * 2 if isinstance(numbers, list) and len(numbers) == 1 else numbers
+
+
 Color = Annotated[str, AfterValidator(_color)]
 PixelRange = Annotated[list[float], AfterValidator(_ascending)]
+ImageSize = Annotated[list[Count], BeforeValidator(_height_and_width), Field(min_length=2, max_length=2)]
 
 
 MAX_IMAGE_PIXELS = 178_956_970

@@ -15,6 +15,7 @@ from lora_dist.settings.fields import (
     Count,
     Fraction,
     Group,
+    ImageSize,
     Interval,
     MaxPixels,
     Names,
@@ -45,6 +46,13 @@ class ModelSettings(Group):
     directory or a Hub name (org/name or org/name@revision)."""
     tuning: Literal["lora", "head", "full"] = "lora"
     """What to train: LoRA and the head, only the head (linear probe), or all weights."""
+    pooling: Literal["pooler", "class_token", "mean"] | None = None
+    """Train a linear head on these features of the backbone: the output of its own pooler, its class token, or the mean
+    of its patches. Default: the classifier that transformers has for the model; without one, the pooler, or else the
+    mean. The model records it."""
+    image_size: ImageSize | None = Field(default=None, json_schema_extra=SEVERAL)
+    """Height and width of the images, or one number for both. Position embeddings of the base model are interpolated.
+    Default: the size of its image processor. The model records it."""
     init_from_config: bool = False
     """Start from random weights: reads only the configuration and processor of the base model. Needs --tuning full."""
     gradient_checkpointing: bool = False
@@ -53,6 +61,11 @@ class ModelSettings(Group):
     """Compile the model with torch.compile. The first step is slow; later steps are faster on a GPU only."""
     trust_remote_code: bool = False
     """Run model code that comes with the base model. Use only with sources that you trust."""
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """`image_size` as height and width."""
+        return None if self.image_size is None else (self.image_size[0], self.image_size[1])
 
 
 class LoraSettings(Group):
@@ -363,8 +376,8 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         if settings.lora.init_lora_weights != "default":
             text = "the adapter sets the initial weights: remove one of them"
             yield Problem(("adapter_name_or_path", "init_lora_weights"), text)
-    for name in ("transparent_background", "pixel_range"):
-        if run.do_eval_only and name in data.model_fields_set:
+    for name in ("transparent_background", "pixel_range", "pooling", "image_size"):
+        if run.do_eval_only and name in data.model_fields_set | model.model_fields_set:
             yield Problem(("do_eval_only", name), f"the model records how it was trained: remove --{name}")
     if run.do_eval_only and run.dry_run:
         yield Problem(("dry_run", "do_eval_only"), "dry runs are for training: remove one of them")

@@ -33,7 +33,7 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.class_weights import make_loss
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion
+from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
@@ -98,6 +98,7 @@ def assemble(
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
         settings, base, start = load_warm_start(settings, data.labels)
+    settings = with_pooling(settings, base)
     with watch.watching_step("reading images to find the pixel range"):
         conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)

@@ -26,6 +26,8 @@ LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", 
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
 _BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
 """What checkpoints of releases without these entries were trained with."""
+MODEL = ("pooling", "image_size")
+"""Settings that decide how the base is loaded."""
 _BOOKKEEPING = {
     "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
     "output_hidden_states", "problem_type", "processor_class", "return_dict", "transformers_version",
@@ -53,6 +55,8 @@ def identity_of(
         "base": base.fingerprint,
         "start": start.fingerprint() if start is not None else None,
         "tuning": tuning,
+        "pooling": base.pooling,
+        "image_size": base.image_size and list(base.image_size),
         "seed": settings.run.seed,
         "ema_decay": settings.optimization.ema_decay,
         "effective_batch": plan.effective_batch,
@@ -69,11 +73,15 @@ def identity_of(
 
 
 def _entries(kind: str, content: str) -> dict[str, Any]:
-    return {
-        f"{kind}.{name}": value
-        for name, value in json.loads(content).items()
-        if name not in _BOOKKEEPING and not name.startswith("_")
-    }
+    return {f"{kind}.{name}": value for name, value in _without_bookkeeping(json.loads(content)).items()}
+
+
+def _without_bookkeeping(content: Any) -> Any:
+    """The entries of a configuration, and of those inside it, that change what the model computes."""
+    if not isinstance(content, dict):
+        return content
+    kept = {name: value for name, value in content.items() if name not in _BOOKKEEPING and not name.startswith("_")}
+    return {name: _without_bookkeeping(value) for name, value in kept.items()}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -85,7 +93,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     # A processor leaves entries out that are not set.
     unset = {name: None for name in saved if name.startswith("processor.") and saved[name] and name not in now}
     for name, value in {**now, **unset}.items():
-        before = saved.get(name, _BEFORE.get(name, value))
+        # Checkpoints of older releases have all entries of inner configurations.
+        before = _without_bookkeeping(saved.get(name, _BEFORE.get(name, value)))
         if before == value or name == TARGETS:
             continue
         if name == "classes" and len(before) == len(value):
@@ -102,7 +111,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
-    """Returns the settings of a resumed run. LoRA settings that were not given are taken from the checkpoint.
+    """Returns the settings of a resumed run. Settings of the model that were not given are taken from the checkpoint.
 
     With --adapter_name_or_path they come from the adapter instead.
 
@@ -112,7 +121,7 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
     if resumed is None or settings.model.adapter_name_or_path:
         return settings
     given = settings.model.model_fields_set | settings.lora.model_fields_set
-    values = {"tuning": settings.model.tuning, **settings.lora.model_dump()}
+    values = {**settings.model.model_dump(include={"tuning", *MODEL}), **settings.lora.model_dump()}
     taken, problems = {}, []
     for name, before in _saved_settings(resumed).items():
         if before == values[name]:
@@ -120,14 +129,15 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
         if name not in given:
             taken[name] = before
         elif name != TARGETS:
-            problems.append(f"--{name} is {values[name]}, but the checkpoint has {before}")
+            problems.append(f"--{name} is {_words(values[name])}, but the checkpoint has {_words(before)}")
     if problems:
         lines = ["these settings differ from those of the run to resume; remove them:", *problems]
         raise UserError("\n  ".join(lines) + "\nTo use other settings, start a new run in another --output_dir.")
     if taken:
-        flags = (f"--{name} {','.join(value) if isinstance(value, list) else value}" for name, value in taken.items())
+        flags = (f"--{name} {_words(value)}" for name, value in taken.items())
         logger.info("settings taken from the checkpoint: %s", ", ".join(flags))
-    model = settings.model.model_copy(update={"tuning": taken.pop("tuning", settings.model.tuning)})
+    of_model = {name: taken.pop(name) for name in ("tuning", *MODEL) if name in taken}
+    model = settings.model.model_copy(update=of_model)
     return settings.model_copy(update={"model": model, "lora": settings.lora.model_copy(update=taken)})
 
 
@@ -183,12 +193,24 @@ def with_conversion(settings: Settings, conversion: Conversion) -> Settings:
     return settings.model_copy(update={"data": settings.data.model_copy(update=values)})
 
 
+def with_pooling(settings: Settings, base: Base) -> Settings:
+    """Returns the settings with the pooling that was chosen for the base, for the record of the run."""
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"pooling": base.pooling})})
+
+
 def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
-    """Returns the tuning and LoRA settings of a checkpoint; of an older release, from the config.yaml of its run."""
+    """Returns the settings of the model in a checkpoint; LoRA's of an older release from the config.yaml of its run."""
     saved: Mapping[str, Any] = resumed.state["identity"]
-    found = {"tuning": saved["tuning"]}
+    found = {name: saved[name] for name in ("tuning", *MODEL) if name in saved}
     if saved["tuning"] == "lora":
         if resumed.directory is not None and not saved.keys() >= set(LORA):
             saved = read_settings(Output(resumed.directory.absolute().parents[1]).config)
         found.update({name: saved[name] for name in LORA if name in saved})
     return found
+
+
+def _words(value: Any) -> str:
+    """A value of a setting as on the command line."""
+    if not isinstance(value, list):
+        return str(value)
+    return (" " if all(isinstance(part, int) for part in value) else ",").join(map(str, value))

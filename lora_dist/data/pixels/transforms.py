@@ -46,7 +46,7 @@ class ImageTransforms:
         """
         self.processor = processor
         self.conversion = conversion
-        self.height, self.width = _output_size(processor)
+        self.height, self.width = output_size(processor)
         settings = augmentation or AugmentationSettings(augmentation="none")
         self.crops = settings.augmentation != "none"
         self._crop_scale_min = settings.crop_scale_min
@@ -208,7 +208,12 @@ def seeded(numbers: tuple[int, ...]) -> Iterator[None]:
         generator.set_state(before)
 
 
-def _output_size(processor: Any) -> tuple[int, int]:
+def output_size(processor: Any) -> tuple[int, int]:
+    """Returns height and width of what a processor makes of any image.
+
+    Raises:
+        UserError: the processor gives images of different sizes.
+    """
     sizes = set()
     for shape in ((48, 64, 3), (64, 48, 3)):
         blank = Image.fromarray(np.zeros(shape, dtype=np.uint8))

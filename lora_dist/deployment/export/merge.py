@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.classifier import Classifier
+from lora_dist.model.license import License, license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
 from lora_dist.storage.files import whole_directory
 
@@ -79,7 +81,7 @@ def merge_to(
                 f"nothing was written. Leave --dtype out, or use the other half-precision type"
             )
     with whole_directory(out) as temporary:
-        card = _card(source, measured, dtype, len(images))
+        card = _card(source, measured, dtype, len(images), _license(classifier))
         merged.to(dtype).save_pretrained(temporary)
         bundle.write_metadata(temporary, merged.config, classifier.processor, card, conversion=classifier.conversion)
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
@@ -101,8 +103,16 @@ def _round(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _card(source: str, measured: Merged, dtype: torch.dtype, images: int) -> str:
+def _license(classifier: Classifier) -> License | None:
+    base = classifier.base or {}
+    name, revision = base.get("model_name_or_path"), base.get("revision")
+    return license_of(name, revision, revision is not None) if name else None
+
+
+def _card(source: str, measured: Merged, dtype: torch.dtype, images: int, license_: License | None) -> str:
+    metadata = yaml.safe_dump(license_.metadata, sort_keys=False, allow_unicode=True) if license_ else ""
     lines = [
+        *(["---", metadata.rstrip(), "---", ""] if license_ else []),
         f"# {source}, merged",
         "",
         f"Merged into the base in fp32 by lora_dist. On {images} images the logits of the merged model differ from the "
@@ -113,7 +123,8 @@ def _card(source: str, measured: Merged, dtype: torch.dtype, images: int) -> str
             f"The weights were rounded to {str(dtype).removeprefix('torch.')} last; computed in fp32 from these, the "
             f"logits differ by {measured.rounding:.1e}."
         )
-    return "\n".join([*lines, "", '    pipeline("image-classification", model="THIS_DIRECTORY")', ""])
+    lines += ["", '    pipeline("image-classification", model="THIS_DIRECTORY")', ""]
+    return "\n".join([*lines, *(license_.section() if license_ else [])])
 
 
 def require_same_after_loading(

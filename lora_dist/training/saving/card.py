@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from lora_dist.model.license import License
+
 MOST_CLASSES = 100
 _KINDS = {"lora": "A LoRA adapter", "head": "A classification head", "full": "A model"}
 
@@ -24,6 +26,7 @@ def model_card(
     per_class: Sequence[Mapping[str, float]],
     results: Mapping[str, Any],
     settings: Mapping[str, Any],
+    license_: License | None = None,
 ) -> str:
     """Markdown with the Hub's metadata on top.
 
@@ -40,10 +43,12 @@ def model_card(
         per_class: precision, recall, F1 and support of each.
         results: as in `all_results.json`.
         settings: flat, as used.
+        license_: of the base.
     """
     is_adapter = tuning != "full"
     relation = {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
     metadata = {
+        **(license_.metadata if license_ else {}),
         **(relation if base_is_on_hub else {}),
         **({"datasets": [data]} if data_is_on_hub else {}),
         "library_name": "peft" if is_adapter else "transformers",
@@ -88,6 +93,7 @@ def model_card(
         "",
         f"    {use}",
         "",
+        *(license_.section() if license_ else []),
         "## Classes",
         "",
         "| class | precision | recall | F1 | images |",

@@ -1,5 +1,6 @@
 """Writes the result of a run: the best model so far for the Hub, and at the end the checked adapter or model."""
 
+import gc
 import logging
 import shutil
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.license import license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits
 from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
@@ -108,6 +110,9 @@ class ResultWriter:
                 raise ResultNotWrittenError(
                     f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
+            # The check loads the base once more. Wrapped modules hold each other.
+            self._loaded.clear()
+            gc.collect()
             tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
             if expected is not None:
                 require_same_logits(written, images, expected, tolerance, run.settings.model.trust_remote_code)
@@ -190,6 +195,7 @@ class ResultWriter:
             per_class=evaluation.per_class,
             results=results,
             settings=self.made_with,
+            license_=license_of(base.name, base.revision, base.revision is not None),
         )
         conversion = run.evaluator.transforms.conversion
         if settings.model.tuning != "full":

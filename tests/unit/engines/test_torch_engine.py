@@ -1,15 +1,19 @@
 """What FSDP2 and fp16 loss scaling need, as far as a machine without a GPU shows it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
+from torch import distributed, nn
 
-from lora_dist.engines.torch_engine import TorchEngine, precision
+from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, precision
 from lora_dist.engines.zero_engine import scaling_of, set_scaling
+from lora_dist.model.backbone import load_base
+from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
+from lora_dist.settings.train import LoraSettings, ModelSettings
 
 
 @pytest.mark.parametrize(("asked", "computing"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, None)])
@@ -74,3 +78,18 @@ def test_a_state_in_another_form_is_left_alone(state: dict[str, Any] | None, eng
     zero = _zero_scaler()
     set_scaling(zero, state or {})
     assert scaling_of(zero) == {"scale": 2.0**16, "growth_tracker": 0}
+
+
+def test_ddp_does_not_write_frozen_weights(vit: Path) -> None:
+    """Processes of a node share these as pages of the checkpoint."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for start, ignores in (("default", True), ("pissa", False)):
+            lora = LoraSettings(lora_r=2, init_lora_weights=start, lora_target_modules=["all-linear"])
+            model = make_trainable(load_base(str(vit), ["x", "y"]), ModelSettings(), lora)
+            leave_frozen_out(model)
+            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            ignored = nn.parallel.DistributedDataParallel(model).parameters_to_ignore
+            assert ignored == (frozen if ignores else set())
+    finally:
+        distributed.destroy_process_group()

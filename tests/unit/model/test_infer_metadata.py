@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import perturb
+from lora_dist_testing.tiny import perturb, write_bundle
 
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters
@@ -181,3 +182,12 @@ def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
         read_labels_file(str(path))
     with pytest.raises(UserError, match="nowhere"):
         read_labels_file(str(tmp_path / "nowhere"))
+
+
+def test_an_adapter_without_labels_on_a_base_without_a_classifier_is_an_error_of_the_user(tmp_path: Path) -> None:
+    base = make_backbone(tmp_path / "base", "clip_vision")
+    write_bundle(tmp_path / "adapter", base, ["x", "y", "z"])
+    for file in ("config.json", "base_model.json"):
+        (tmp_path / "adapter" / file).unlink()
+    with pytest.raises(UserError, match="as an image classifier"):
+        load_classifier(tmp_path / "adapter")

@@ -435,7 +435,31 @@ def test_settings_in_sections_are_named_as_such(tmp_path: Path) -> None:
         parse("--config", str(tmp_path / "nested.yaml"))
 
 
-@pytest.mark.parametrize("flags", [("--transparent_background", "black"), ("--pixel_range", "0", "4095")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--transparent_background", "black"),
+        ("--pixel_range", "0", "4095"),
+        ("--image_size", "384"),
+        ("--pooling", "mean"),
+    ],
+)
 def test_an_evaluation_converts_images_as_the_model_records(flags: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=f"--do_eval_only, {flags[0]}: the model records how it was trained"):
         parse("--validation_dir", ".", "--do_eval_only", "true", "--adapter_name_or_path", "x", *flags)
+
+
+def test_one_number_is_height_and_width(folder: Path, tmp_path: Path) -> None:
+    assert parse("--train_dir", folder).model.input_size is None
+    assert parse("--train_dir", folder, "--image_size", 384).model.input_size == (384, 384)
+    assert parse("--train_dir", folder, "--image_size", 384, 512).model.input_size == (384, 512)
+    for content in ("384", "[384, 384]"):
+        file = tmp_path / "run.yaml"
+        file.write_text(f"train_dir: {folder}\nimage_size: {content}\n")
+        assert parse("--config", file).model.input_size == (384, 384)
+    for wrong in (("0",), ("x",), (), ("1", "2", "3")):
+        assert "--image_size" in problems_of("--train_dir", folder, "--image_size", *wrong)
+
+
+def test_other_channels_than_rgb_are_refused_in_a_sentence(folder: Path) -> None:
+    assert "models see RGB images" in problems_of("--train_dir", folder, "--num_channels", 1)

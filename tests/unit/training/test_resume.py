@@ -67,6 +67,7 @@ LORA: list[tuple[object, ...]] = [
     flags(init_lora_weights="pissa", use_rslora="true", lora_alpha=8, lora_bias="all"),
     ("--lora_r", 4, "--lora_target_modules", "all-linear", "--use_dora", "true"),
     ("--tuning", "head"),
+    ("--image_size", 48, "--pooling", "mean"),
 ]
 
 

@@ -1,10 +1,12 @@
 """The model card: valid metadata for the Hub, the numbers of the run, and any class name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lora_dist.model.license import License, license_of
 from lora_dist.training.saving.card import MOST_CLASSES, model_card
 
 RESULTS: dict[str, Any] = {
@@ -120,3 +122,42 @@ def test_the_adapter_that_a_run_went_on_from_is_named() -> None:
         ["a"], start="runs/first/adapter"
     )
     assert "going on" not in card(["a"])
+
+
+def test_the_license_of_the_base_is_carried() -> None:
+    restricting = License(
+        "org/dino", {"license": "other", "license_name": "dinov3-license", "license_link": "https://x/y"}
+    )
+    text = card(["a", "b"], license_=restricting)
+    assert metadata(text).items() >= restricting.metadata.items()
+    assert "The base model `org/dino` has the license [dinov3-license](https://x/y)." in text
+    assert "may restrict how this model is used" in text
+    free = card(["a", "b"], license_=License("org/vit", {"license": "apache-2.0"}))
+    assert metadata(free)["license"] == "apache-2.0"
+    assert "has the license apache-2.0." in free
+    assert "restrict" not in free
+    assert "license" not in metadata(card(["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\n# x\n", {"license": "cc-by-nc-4.0"}),
+        ("---\nlicense: other\nlicense_name: x\nlicense_link: a.md\n---\n", {"license": "other", "license_name": "x"}),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}),
+        ("---\ntags: [x]\n---\n", None),
+        ("# no metadata\n", None),
+        ("---\nlicense: [\n---\n", None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_the_license_is_read_from_the_card_of_the_base(
+    content: str | None, expected: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "README.md").write_text(content)
+    found = license_of(str(tmp_path), None, False)
+    assert (found and found.metadata) == expected
+    if expected is not None:
+        assert found is not None
+        assert ("may restrict" in "\n".join(found.section())) == (expected["license"] != ["mit", "apache-2.0"])
