@@ -68,6 +68,8 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
         # accelerate shards on GPUs alone, but torch anywhere; what follows is the same.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if precision != "no":
+            accelerator.state.fsdp_plugin.set_mixed_precision(precision)
     if engine_launched() not in ("NO", accelerator.distributed_type.value):
         raise UserError(
             f"the launch file requests {engine_launched()}, but {accelerator.distributed_type.value} is in use; "

@@ -20,7 +20,7 @@ from lora_dist_testing.launching import (
     run_flags,
     train,
 )
-from lora_dist_testing.tiny import make_model
+from lora_dist_testing.tiny import ARCHITECTURES, make_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -238,3 +238,32 @@ def test_launch_files_open_with_what_they_are_for(file: Path) -> None:
     assert "Choose it" in comment
     assert "Costs" in comment
     assert load_config_from_file(str(file)).num_processes >= 1
+
+
+HALF_PRECISION = [
+    pytest.param(*pair, marks=() if pair == ("zero1", "resnet") else pytest.mark.slow)
+    for pair in itertools.product(("zero1", "zero3", "fsdp2"), ARCHITECTURES)
+]
+
+
+@pytest.mark.parametrize(("engine", "architecture"), HALF_PRECISION)
+def test_every_architecture_trains_in_bf16_without_autocast(
+    engine: str, architecture: str, photos: Path, tmp_path: Path
+) -> None:
+    """ZeRO and FSDP2 cast the parameters to bf16, but neither pixel values nor buffers."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    train(
+        *run_flags(
+            make_model(tmp_path / "base", architecture),
+            photos,
+            tmp_path / "run",
+            per_device_train_batch_size=2,
+            max_train_steps=2,
+            mixed_precision="bf16",
+            tuning="full" if architecture == "resnet" else "lora",
+        ),
+        launch_file=LAUNCH_FILES[engine],
+    )
+    results = results_of(tmp_path / "run")
+    assert (results["mixed_precision"], results["step"], results["skipped_updates"]) == ("bf16", 2, 0)
