@@ -1,8 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest
-# accelerate gives a process one thread unless told otherwise.
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml
 
 .PHONY: demo test test-lowest stress quality engine-costs clean
 

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.model import adapter_io
+    from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=True)
     if settings.serving.serve:
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         onnx_export.require_packages()
     destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
+    if device.type == "cpu":
+        share_cores()
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
     for directory in chosen.values():

@@ -12,7 +12,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
-from lora_dist.processes.runtime import cores_per_process
+from lora_dist.processes.cores import cores_per_process
 from lora_dist.processes.workers import from_workers, worker_loader
 from lora_dist.settings.train import DataSettings
 

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
 from lora_dist.processes.preflight import Preflight
+from lora_dist.processes.threads import share_cores
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     preflight.arrive("connected")
     preflight.time_all_reduce(accelerator)
     if on_cpu:
-        _hint_at_threads()
+        share_cores()
     return accelerator
 
 
@@ -131,16 +132,6 @@ def prepare_fsdp() -> None:
         )
     # If true, from_pretrained loads the weights only in the first process. Image models fit in a host's memory.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-
-
-def _hint_at_threads() -> None:
-    """Logs a hint if a process uses fewer threads than cores; `accelerate launch` sets one thread by default."""
-    cores = cores_per_process()
-    if torch.get_num_threads() < cores:
-        logger.info(
-            f"each process uses {torch.get_num_threads()} of its {cores} cores; "
-            f"set accelerate launch --num_cpu_threads_per_process {cores} to use all"
-        )
 
 
 def engine_launched() -> str:
@@ -212,8 +203,3 @@ def git_commit(directory: Path) -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def cores_per_process() -> int:
-    """Number of cores of this machine for each of its processes."""
-    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
