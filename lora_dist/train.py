@@ -96,6 +96,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
 
     from lora_dist.data.pixels.transforms import ImageTransforms
     from lora_dist.data.sources.load import load_validation
+    from lora_dist.engines.engine import unsharded
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
     from lora_dist.processes.preflight import Preflight
@@ -122,7 +123,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     preflight.arrive("ready")
     evaluator = Evaluator(
         accelerator,
-        classifier.model.to(accelerator.device),
+        unsharded(accelerator, classifier.model),
         split,
         ImageTransforms(classifier.processor, conversion=classifier.conversion),
         classifier.labels,

@@ -1,6 +1,6 @@
 """Data loaders for training and evaluation; `batch.py` says what the workers do and what the device does."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,15 +77,22 @@ def evaluation_loader(
     )
 
 
-def batches(loader: DataLoader, device: torch.device = CPU) -> Generator[Batch]:
+def batches(
+    loader: DataLoader, device: torch.device = CPU, timed: Callable[[Iterator[Any]], Iterator[Any]] = iter
+) -> Generator[Batch]:
     """The batches of a loader on `device`, with their deferred operations applied.
+
+    Args:
+        loader: of training or evaluation images.
+        device: to copy the batches to.
+        timed: wraps the iterator of what the worker processes deliver, to measure the wait for them.
 
     Raises:
         ProcessError: names an image that cannot be read.
     """
     images: Any = loader.dataset
     shards: list[WorkerShard] = []
-    for found in from_workers(loader):
+    for found in timed(from_workers(loader)):
         if isinstance(found, UnreadableImageError):
             raise unreadable(found)
         if isinstance(found, Batch):

@@ -10,10 +10,8 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 def available_cores() -> int:
     """Returns the number of cores that this process may use together with all others under the same limits."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1  # macOS and Windows
+    # macOS and Windows have no affinity.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(int, cpu_quotas())]))
 
 

@@ -33,19 +33,24 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     """Initializes the process group and creates the `Accelerator`.
 
     Args:
-        mixed_precision: `auto` uses the value of the launch file, or else fp16 on CUDA and fp32 elsewhere.
+        mixed_precision: `auto` uses the value of the launch file, or else bf16 on CUDA devices that have it, fp16 on
+            others, and fp32 elsewhere.
         ddp_timeout: seconds after which a process that waits for another gives up.
 
     Raises:
-        UserError: the precision contradicts the launch file or is not supported by the device, or some of the
-            launched processes do not arrive in time or cannot connect.
+        UserError: the precision contradicts the launch file or is not supported by the device, there are more processes
+            than GPUs, or some of the launched processes do not arrive in time or cannot connect.
         TrainingStoppedError: the process that hosts the store has ended.
     """
     _require_company()
     if engine_launched() == "FSDP":
         prepare_fsdp()
+    refuse_dynamo()
     on_cpu = not torch.accelerator.is_available()
-    precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
+    launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = choose_precision(mixed_precision, launched_precision, on_cpu, half_precision())
+    if not on_cpu:
+        require_devices(torch.accelerator.device_count())
     timeout = timedelta(seconds=ddp_timeout)
     preflight = Preflight(timeout)
     preflight.arrive("started")
@@ -142,12 +147,51 @@ def engine_launched() -> str:
     return "NO"
 
 
-def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
+def refuse_dynamo() -> None:
+    """Raises an error if the launch file or the environment requests torch dynamo, which renames all weights."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise UserError(
+            f"the launch file (dynamo_config) or ACCELERATE_DYNAMO_BACKEND requests torch dynamo ({backend}): remove "
+            f"that and use --torch_compile"
+        )
+
+
+def require_devices(count: int) -> None:
+    """Raises an error if torchrun or accelerate started more processes on this machine than it has devices.
+
+    Processes that were started otherwise may each see a device of their own.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes > count:
+        raise UserError(
+            f"{processes} processes were started on this machine, which has {count} GPU{'s' * (count > 1)}: set "
+            f"num_processes in the launch file, or accelerate launch --num_processes, to the number of GPUs"
+        )
+
+
+def half_precision() -> str:
+    """The half precision of the CUDA device of this process: bf16 where it has that, or else fp16; no without one."""
+    if not torch.cuda.is_available():
+        return "no"
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def choose_precision(asked: str, launched: str, on_cpu: bool, half: str) -> str:
     """The precision to train in, from the setting, the launch file and the device.
+
+    Args:
+        asked: the setting.
+        launched: the value of the launch file.
+        on_cpu: whether the machine has no accelerator.
+        half: as `half_precision` returns.
 
     Raises:
         UserError: the setting contradicts the launch file, or the device does not support the precision.
     """
+    if launched == "fp8":
+        raise UserError("the launch file says mixed_precision: fp8, which is not supported: set bf16 there")
     if asked != "auto" and launched != "no" and asked != launched:
         raise UserError(
             f"--mixed_precision {asked}, but the launch file says mixed_precision: {launched}; remove one of them"
@@ -157,9 +201,7 @@ def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
         raise UserError("fp16 needs a GPU and this machine has none; use --mixed_precision no (fp32)")
     if on_cpu and wanted == "bf16":
         logger.warning("bf16 is very slow on most CPUs; --mixed_precision no (fp32) is the faster choice there")
-    if asked == "auto" and launched == "no" and torch.cuda.is_available():
-        return "fp16"
-    return wanted
+    return half if asked == "auto" and launched == "no" else wanted
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

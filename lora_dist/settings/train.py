@@ -185,7 +185,8 @@ class OptimizationSettings(Group):
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: the precision of the launch file if it is fp16 or bf16; otherwise fp16 on a GPU and no on a CPU."""
+    """auto: the precision of the launch file if it is fp16 or bf16; otherwise bf16 on a GPU that has it, fp16 on other
+    GPUs, and no on a CPU."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that selects the best checkpoint."""
     max_nonfinite_updates: Count = 3

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from lora_dist_testing.launching import (
     ROOT,
     TIMEOUT,
@@ -261,9 +263,22 @@ def test_every_architecture_trains_in_bf16_without_autocast(
             per_device_train_batch_size=2,
             max_train_steps=2,
             mixed_precision="bf16",
-            tuning="full" if architecture == "resnet" else "lora",
+            tuning="full" if architecture in ("resnet", "mobilevit") else "lora",
         ),
         launch_file=LAUNCH_FILES[engine],
     )
     results = results_of(tmp_path / "run")
     assert (results["mixed_precision"], results["step"], results["skipped_updates"]) == ("bf16", 2, 0)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*_cpu.yaml")), ids=lambda file: file.stem)
+def test_launch_files_for_cpus_hide_all_gpus(file: Path) -> None:
+    """What accelerate hands to the processes; `use_cpu` reaches none of them."""
+    words = ["--config_file", str(file), "--main_process_port", "0", "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, exported = prepare_deepspeed_cmd_env(arguments)
+    else:
+        exported = prepare_multi_gpu_env(arguments)
+    assert exported["CUDA_VISIBLE_DEVICES"] == "-1,-1"

@@ -1,10 +1,16 @@
 """Models whose parameters are cast to bf16 without autocast, as DeepSpeed and FSDP2 do."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from lora_dist_testing.tiny import ARCHITECTURES, make_config
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from lora_dist.engines.engine import unsharded
 from lora_dist.engines.half_precision import compute_in
 
 
@@ -58,3 +64,13 @@ def test_in_fp32_nothing_changes() -> None:
     expected = model(pixel_values=pixels).logits
     compute_in(model, "no")
     assert torch.equal(model(pixel_values=pixels).logits, expected)
+
+
+@pytest.mark.parametrize("engine", [DistributedType.NO, DistributedType.DEEPSPEED])
+def test_one_process_computes_in_the_precision_of_the_engine(engine: DistributedType) -> None:
+    """For the check of the written result, and for --do_eval_only, which ignored the precision."""
+    launched = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", distributed_type=engine)
+    accelerator, pixels = cast(Accelerator, launched), _pixels("resnet")
+    with torch.no_grad():
+        logits = unsharded(accelerator, _model("resnet").eval())(pixel_values=pixels).logits
+    assert logits.dtype == torch.bfloat16
