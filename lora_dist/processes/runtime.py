@@ -16,6 +16,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    parse_flag_from_env,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -46,7 +47,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     if engine_launched() == "FSDP":
         prepare_fsdp()
     refuse_dynamo()
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = computes_on_cpu()
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = choose_precision(mixed_precision, launched_precision, on_cpu, half_precision())
     if not on_cpu:
@@ -157,6 +158,11 @@ def refuse_dynamo() -> None:
         )
 
 
+def computes_on_cpu() -> bool:
+    """Whether this process trains on the CPU, for want of an accelerator or because ACCELERATE_USE_CPU says so."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def require_devices(count: int) -> None:
     """Raises an error if torchrun or accelerate started more processes on this machine than it has devices.
 
@@ -171,8 +177,8 @@ def require_devices(count: int) -> None:
 
 
 def half_precision() -> str:
-    """The half precision of the CUDA device of this process: bf16 where it has that, or else fp16; no without one."""
-    if not torch.cuda.is_available():
+    """The half precision of the CUDA device of this process: bf16 where it has that, or else fp16; no on a CPU."""
+    if computes_on_cpu() or not torch.cuda.is_available():
         return "no"
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

@@ -13,8 +13,10 @@ from lora_dist.errors import UserError
 from lora_dist.processes.runtime import (
     PACKAGES,
     choose_precision,
+    computes_on_cpu,
     environment,
     git_commit,
+    half_precision,
     launch,
     prepare_fsdp,
     require_devices,
@@ -41,6 +43,16 @@ def test_the_precision_follows_the_setting_then_the_launch_file_then_the_device(
     asked: str, launched: str, half: str, expected: str
 ) -> None:
     assert choose_precision(asked, launched, half == "no", half) == expected
+
+
+def test_a_host_with_gpus_computes_on_the_cpu_if_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` took the half precision of the GPU."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
+    assert not computes_on_cpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert computes_on_cpu()
+    assert half_precision() == "no"
 
 
 def test_fp8_is_refused() -> None:
