@@ -54,7 +54,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
-        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout)
+        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout, settings.optimization.tf32)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
@@ -107,7 +107,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
+    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))

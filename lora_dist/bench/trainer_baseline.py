@@ -136,6 +136,7 @@ def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
         label_smoothing_factor=settings.augmentation.label_smoothing_factor,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
+        tf32=None if on_cpu else optimization.tf32,
         max_steps=warmup_updates(workers, optimization.gradient_accumulation_steps) + settings.benchmark.updates,
         logging_steps=settings.run.logging_steps,
         dataloader_num_workers=workers,

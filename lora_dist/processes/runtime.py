@@ -30,13 +30,16 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate")
 
 
-def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800) -> Accelerator:
+def launch(
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800, tf32: bool = False
+) -> Accelerator:
     """Initializes the process group and creates the `Accelerator`.
 
     Args:
         mixed_precision: `auto` uses the value of the launch file, or else bf16 on CUDA devices that have it, fp16 on
             others, and fp32 elsewhere.
         ddp_timeout: seconds after which a process that waits for another gives up.
+        tf32: compute fp32 matrix products on CUDA in TF32.
 
     Raises:
         UserError: the precision contradicts the launch file or is not supported by the device, there are more processes
@@ -47,6 +50,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     if engine_launched() == "FSDP":
         prepare_fsdp()
     refuse_dynamo()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     on_cpu = computes_on_cpu()
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = choose_precision(mixed_precision, launched_precision, on_cpu, half_precision())

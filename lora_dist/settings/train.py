@@ -187,6 +187,9 @@ class OptimizationSettings(Group):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto: the precision of the launch file if it is fp16 or bf16; otherwise bf16 on a GPU that has it, fp16 on other
     GPUs, and no on a CPU."""
+    tf32: bool = False
+    """Compute fp32 matrix products of a CUDA device in TF32: faster, with the precision of fp16. For --mixed_precision
+    no."""
     metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
     """Validation metric that selects the best checkpoint."""
     max_nonfinite_updates: Count = 3

@@ -55,6 +55,13 @@ def test_a_host_with_gpus_computes_on_the_cpu_if_told_so(monkeypatch: pytest.Mon
     assert half_precision() == "no"
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_matrix_products_take_tf32_where_that_is_asked_for(tf32: bool) -> None:
+    launch("no", tf32=tf32)
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_fp8_is_refused() -> None:
     with pytest.raises(UserError, match="fp8, which is not supported: set bf16"):
         choose_precision("auto", "fp8", False, "bf16")
