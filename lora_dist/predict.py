@@ -66,6 +66,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model import adapter_io
+    from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
     allow_pixels(settings.images.max_image_pixels)
@@ -75,6 +76,8 @@ def predict(argv: list[str] | None) -> None:
         onnx_export.require_packages()
     destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
+    if device.type == "cpu":
+        share_cores()
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
     for directory in chosen.values():

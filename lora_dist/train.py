@@ -56,7 +56,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
-        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout)
+        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout, settings.optimization.tf32)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
@@ -104,6 +104,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.data.pixels.transforms import ImageTransforms
     from lora_dist.data.sources.load import load_validation
+    from lora_dist.engines.engine import unsharded
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
     from lora_dist.processes.preflight import Preflight
@@ -115,7 +116,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     allow_pixels(settings.data.max_image_pixels)
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
+    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))
@@ -131,7 +132,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     preflight.arrive("ready")
     evaluator = Evaluator(
         accelerator,
-        classifier.model.to(accelerator.device),
+        unsharded(accelerator, classifier.model),
         split,
         ImageTransforms(classifier.processor, conversion=classifier.conversion),
         classifier.labels,

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_dist.processes.cores import available_cores
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.audit import AuditSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
@@ -133,7 +134,7 @@ def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversi
 
 
 def _workers(settings: AuditSettings) -> int:
-    return settings.run.num_workers or len(os.sched_getaffinity(0))
+    return settings.run.num_workers or available_cores()
 
 
 def _scan(files: Sequence[File], workers: int, conversion: Conversion) -> Scanned:

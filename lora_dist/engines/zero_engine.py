@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
+from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
 from lora_dist.model.trainable import host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings
@@ -42,6 +43,7 @@ class ZeroEngine:
         self.accelerator = accelerator
         self._ratios = [group.get("lr_ratio", 1.0) for group in optimizer.param_groups]
         configure_deepspeed(accelerator, settings)
+        compute_in(model, accelerator.mixed_precision)
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped = accelerator.unwrap_model(self.model)
         self._engine: Any = self.model

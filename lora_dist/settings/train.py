@@ -225,7 +225,11 @@ class OptimizationSettings(Group):
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: the precision of the launch file if it is fp16 or bf16; otherwise fp16 on a GPU and no on a CPU."""
+    """auto: the precision of the launch file if it is fp16 or bf16; otherwise bf16 on a GPU that has it, fp16 on other
+    GPUs, and no on a CPU."""
+    tf32: bool = False
+    """Compute fp32 matrix products of a CUDA device in TF32: faster, with the precision of fp16. For --mixed_precision
+    no."""
     class_weights: str = "none"
     """Weights of the classes in the loss. balanced: inverse to the number of training images. Or a YAML or JSON file
     with a weight for each class name. Each update is the weighted mean over all of its samples."""

@@ -139,7 +139,7 @@ def assemble(
     require_agreement(
         accelerator,
         None if options.dry_run else output.root,
-        _facts(settings, identity, data, resumed),
+        _facts(settings, identity, data, resumed) | {"mixed_precision": accelerator.mixed_precision},
         min(VISIBLE_SECONDS, options.ddp_timeout / 2),
     )
 

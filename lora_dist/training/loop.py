@@ -47,7 +47,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
     """
     meter, max_grad_norm = ThroughputMeter(), run.settings.optimization.max_grad_norm
     with (
-        closing(meter.timed(run.stream(progress.step, run.schedule.total_steps))) as stream,
+        closing(run.stream(progress.step, run.schedule.total_steps, meter.timed)) as stream,
         saved_on_failure(run, progress),
     ):
         _finish_last_update(run, progress, meter, push_best)
@@ -117,8 +117,10 @@ def _skip(run: TrainingRun, progress: Progress, error: NonFiniteLossError) -> No
         run.tracker.say(f"{what}: update skipped. Samples:\n  {shown}")
         return
     run.save(progress)
+    fp16 = run.engine.accelerator.mixed_precision == "fp16"
     raise TrainingStoppedError(
         f"{what}. The update was not applied; --resume_from_checkpoint auto resumes from the state before it. "
+        f"{'Activations may exceed the range of fp16: use --mixed_precision bf16 or no. ' if fp16 else ''}"
         f"Try a lower --learning_rate or --max_grad_norm, or add --warmup_steps. Samples:\n  {shown}"
     ) from error
 

@@ -1,10 +1,10 @@
 """A training run that is ready to start: what the loop, the dry run and the benchmark work on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,10 +58,19 @@ class TrainingRun:
     tracker: Tracker
     watch: Watch
 
-    def stream(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """The micro-batches of this process from update `first_step` up to `last_step`, on its device."""
+    def stream(
+        self, first_step: int, last_step: int, timed: Callable[[Iterator[Any]], Iterator[Any]] = iter
+    ) -> Generator[Batch]:
+        """The micro-batches of this process from update `first_step` up to `last_step`, on its device.
+
+        Args:
+            first_step: first update.
+            last_step: update after the last one.
+            timed: as for `batches`.
+        """
         device = self.engine.accelerator.device
-        return batches(train_loader(self.images, self.plan, first_step, last_step, self.settings.data, device), device)
+        loader = train_loader(self.images, self.plan, first_step, last_step, self.settings.data, device)
+        return batches(loader, device, timed)
 
     def begin_update(self, step: int, before_exchange: Callable[[], object] = lambda: None) -> GradientAccumulator:
         """Clears the gradient and sets the learning rate for update `step` (from 0).

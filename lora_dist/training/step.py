@@ -155,7 +155,8 @@ class GradientAccumulator:
             BrokenUpdateError: the optimizer failed while updating the weights.
         """
         engine = self._engine
-        lost = torch.tensor(float(self._failure is not None), device=self._loss.device)
+        # Not `tensor`, whose copy would wait for the device.
+        lost = torch.full((), float(self._failure is not None), device=self._loss.device)
         sums = torch.stack([self._loss, self._unreadable, self._lost_weight, lost])
         loss_sum, left_out, lost_weight, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
         if lost_batches:

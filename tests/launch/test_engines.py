@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from lora_dist_testing.launching import (
     ROOT,
     TIMEOUT,
@@ -20,7 +22,7 @@ from lora_dist_testing.launching import (
     run_flags,
     train,
 )
-from lora_dist_testing.tiny import make_model
+from lora_dist_testing.tiny import ARCHITECTURES, make_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -257,3 +259,45 @@ def test_launch_files_open_with_what_they_are_for(file: Path) -> None:
     assert "Choose it" in comment
     assert "Costs" in comment
     assert load_config_from_file(str(file)).num_processes >= 1
+
+
+HALF_PRECISION = [
+    pytest.param(*pair, marks=() if pair == ("zero1", "resnet") else pytest.mark.slow)
+    for pair in itertools.product(("zero1", "zero3", "fsdp2"), ARCHITECTURES)
+]
+
+
+@pytest.mark.parametrize(("engine", "architecture"), HALF_PRECISION)
+def test_every_architecture_trains_in_bf16_without_autocast(
+    engine: str, architecture: str, photos: Path, tmp_path: Path
+) -> None:
+    """ZeRO and FSDP2 cast the parameters to bf16, but neither pixel values nor buffers."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    train(
+        *run_flags(
+            make_model(tmp_path / "base", architecture),
+            photos,
+            tmp_path / "run",
+            per_device_train_batch_size=2,
+            max_train_steps=2,
+            mixed_precision="bf16",
+            tuning="full" if architecture in ("resnet", "mobilevit") else "lora",
+        ),
+        launch_file=LAUNCH_FILES[engine],
+    )
+    results = results_of(tmp_path / "run")
+    assert (results["mixed_precision"], results["step"], results["skipped_updates"]) == ("bf16", 2, 0)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*_cpu.yaml")), ids=lambda file: file.stem)
+def test_launch_files_for_cpus_hide_all_gpus(file: Path) -> None:
+    """What accelerate hands to the processes; `use_cpu` reaches none of them."""
+    words = ["--config_file", str(file), "--main_process_port", "0", "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, exported = prepare_deepspeed_cmd_env(arguments)
+    else:
+        exported = prepare_multi_gpu_env(arguments)
+    assert exported["CUDA_VISIBLE_DEVICES"] == "-1,-1"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ class ImageTransforms:
         """The processor's last steps for values from 0 to 255, [B, 3, H, W]."""
         if self._normalisation is None:
             return self._last_steps(values)
-        mean, deviation = (numbers.to(values.device) for numbers in self._normalisation)
+        mean, deviation = (_constant(numbers, values.device) for numbers in self._normalisation)
         return torch.empty(values.shape, device=values.device).copy_(values).sub_(mean).div_(deviation)
 
     def _last_steps(self, pixels: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ class ImageTransforms:
         return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
     @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation [3, 1, 1] that give each 8-bit value the same bits as the processor, several times faster;
-        None for a processor that does something else."""
+    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation of the channels that give each 8-bit value the same bits as the processor, several times
+        faster; None for a processor that does something else."""
         values = torch.stack([(torch.arange(256) + 85 * channel) % 256 for channel in range(3)])
         pixels = values.to(torch.uint8).reshape(1, 3, 16, 16)
         try:
@@ -142,7 +142,7 @@ class ImageTransforms:
             same = torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None
-        return (mean, deviation) if same else None
+        return (tuple(mean.flatten().tolist()), tuple(deviation.flatten().tolist())) if same else None
 
     @cached_property
     def _in_two_parts(self) -> bool:
@@ -189,6 +189,15 @@ class ImageTransforms:
             return NOWHERE
         area = self._erase.make_params([torch.empty(3, self.height, self.width, device="meta")])
         return NOWHERE if area["v"] is None else (area["i"], area["j"], area["h"], area["w"])
+
+
+@lru_cache
+def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers of the channels as float32 [3, 1, 1], copied to the device once: a copy would wait for it each time.
+
+    Not in `ImageTransforms`, which worker processes receive.
+    """
+    return torch.tensor(numbers).reshape(3, 1, 1).to(device)
 
 
 def seed_of(numbers: tuple[int, ...]) -> int:

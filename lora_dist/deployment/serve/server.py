@@ -4,7 +4,6 @@ import asyncio
 import html
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
+from lora_dist.processes.cores import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def make_app(
     """Returns the app with the page at `/`, titled `name`, and the endpoint at `/predict`."""
     batcher = Batcher(classifier, batch_size, device)
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
-    decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), thread_name_prefix="decoder")
+    decoders = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="decoder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

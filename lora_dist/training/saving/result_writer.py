@@ -4,6 +4,7 @@ import gc
 import logging
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_dist.data.sources.load import ImageData
+from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.license import license_of
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
 from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
@@ -115,7 +117,9 @@ class ResultWriter:
             gc.collect()
             tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
             if expected is not None:
-                require_same_logits(written, images, expected, tolerance, run.settings.model.trust_remote_code)
+                prepare = partial(unsharded, accelerator)
+                remote = run.settings.model.trust_remote_code
+                require_same_logits(written, images, expected, tolerance, remote, prepare)
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
@@ -217,7 +221,8 @@ class ResultWriter:
 def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
     """The logits of the trained model. Must be called on every process with the same images."""
     pixels = run.evaluator.transforms.batch(images).to(run.engine.accelerator.device)
-    return run.engine.model(pixel_values=pixels).logits.float().cpu()
+    with without_tf32():
+        return run.engine.model(pixel_values=pixels).logits.float().cpu()
 
 
 def _message(run: TrainingRun, progress: Progress) -> str:
