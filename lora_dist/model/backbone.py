@@ -74,7 +74,7 @@ def load_base(
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
             processor = AutoImageProcessor.from_pretrained(name, **source)
             config = AutoConfig.from_pretrained(name, **source)
-            before = dict(config.id2label)
+            before = dict(config.id2label or {})
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
