@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
 from lora_dist.model.head import find_heads, fingerprint, fit_head
+from lora_dist.model.input_check import require_fit
 from lora_dist.settings.train import Settings
 
 
@@ -73,7 +74,7 @@ def load_base(
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
             processor = AutoImageProcessor.from_pretrained(name, **source)
-            config = AutoConfig.from_pretrained(name, **source)
+            config = read_config(name, **source)
             before = dict(config.id2label or {})
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
@@ -91,6 +92,7 @@ def load_base(
         torch.manual_seed(seed)
         random += fit_head(model, before, labels, missing)
     heads = find_heads(model, random)
+    require_fit(model, processor)
     return Base(
         model=model,
         processor=processor,
@@ -100,6 +102,14 @@ def load_base(
         revision=getattr(config, "_commit_hash", None),
         fingerprint=fingerprint(model, heads),
     )
+
+
+def read_config(name: str, **source: Any) -> Any:
+    """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`."""
+    config = AutoConfig.from_pretrained(name, **source)
+    # timm saves it with the other arguments, and `transformers` would pass it a second time.
+    (getattr(config, "model_args", None) or {}).pop("num_classes", None)
+    return config
 
 
 def load_base_of(

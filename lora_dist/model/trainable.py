@@ -112,10 +112,10 @@ def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
     """Freezes parameters that get no gradient, such as a mask token: DDP would fail on them.
 
     Raises:
-        UserError: the model does not run with LoRA, returns no logits, or no layer with LoRA contributes to them.
+        UserError: the model does not run with LoRA, or no layer with LoRA contributes to its logits.
     """
     try:
-        logits = getattr(model(pixel_values=blank), "logits", None)
+        logits = model(pixel_values=blank).logits
     except AttributeError as error:
         # MobileNet reads `stride` off its convolutions.
         if not adapters.is_adapted(model):
@@ -124,8 +124,6 @@ def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
             f"{type(base.model).__name__} does not run with LoRA: its code reads from a layer what PEFT's layers do "
             f"not have ({error}). Train with --tuning head or --tuning full"
         ) from error
-    if logits is None:
-        raise UserError(f"{type(base.model).__name__} returns no logits and cannot be trained as a classifier")
     logits.float().sum().backward()
     used: set[str | None] = set()
     unused: set[str | None] = set()
