@@ -92,7 +92,7 @@ class ImageTransforms:
         """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
         if self._takes_options:
             return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        matrix, offset = (numbers.to(pixels.device) for numbers in self._affine_map)
+        matrix, offset = (numbers.to(pixels.device) for numbers in self.affine_map)
         return torch.einsum("oi,bihw->bohw", matrix, pixels.float()) + offset[:, None, None]
 
     @cached_property
@@ -106,7 +106,7 @@ class ImageTransforms:
         return made.shape == pixels.shape
 
     @cached_property
-    def _affine_map(self) -> tuple[Tensor, Tensor]:
+    def affine_map(self) -> tuple[Tensor, Tensor]:
         """Matrix [3, 3] and offset [3] of the last steps, measured on images of one colour, which resizing keeps.
 
         Raises `UserError` if the processor makes something else of such images.

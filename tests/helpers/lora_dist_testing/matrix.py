@@ -4,7 +4,7 @@ import argparse
 import logging
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from lora_dist.errors import UserError
 from lora_dist.model.backbone import Base, load_base
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
+from lora_dist.model.head import is_in
 from lora_dist.model.parity import relative_difference
 from lora_dist.model.trainable import load_trained, make_trainable, set_training, trained_tensors
 from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings
@@ -33,6 +34,8 @@ from lora_dist_testing.tiny import CLASSES, make_image, perturb, view_of
 LABELS = list(CLASSES)
 IMAGES = [make_image(label, number, (60, 50)) for label in range(3) for number in (0, 1)]
 ALL = (*(name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name != "timm_wrapper"), *TIMM)
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest."""
 
@@ -60,7 +63,6 @@ class Case:
 def _train(case: Case, directory: Path, tuning: Literal["lora", "head", "full"], **lora: Any) -> tuple[Path, Tensor]:
     """Trains, requires that what should change does and nothing else, and writes the result and its logits."""
     base = case.base()
-    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(lora_r=4, lora_dropout=0.1, **lora))
     perturb(model, scale=0.02)
     trained = {name for name, _ in trained_tensors(model)}
@@ -81,7 +83,6 @@ def _train(case: Case, directory: Path, tuning: Literal["lora", "head", "full"],
         write_adapter(directory, model, base, "card\n")
     loaded = load_classifier(directory)
     _require_close(_logits(loaded.model, loaded), expected, "after loading")
-    del before
     return directory, expected
 
 
@@ -181,6 +182,9 @@ def checkpointing(case: Case) -> None:
 
 def all_linear(case: Case) -> None:
     """`--lora_target_modules all-linear`: trains, predicts after loading."""
+    base = case.base()
+    if not any(isinstance(one, nn.Linear) and not is_in(name, base.heads) for name, one in base.model.named_modules()):
+        raise NotImplementedError
     _train(case, case.directory / "linear", "lora", lora_target_modules=["all-linear"])
 
 
@@ -225,23 +229,44 @@ def _outcome(step: Callable[[Case], None], case: Case) -> Outcome:
     return Outcome("done")
 
 
+MARKS = {"done": "✓", "absent": "-", "refused": "no", "failed": "FAILS"}
+
+
+def row(name: str, found: Mapping[str, Outcome]) -> str:
+    """The line of an architecture in the table of docs/models.md."""
+    return f"| {name} | {' | '.join(MARKS[found[step].kind] for step in STEPS)} |"
+
+
+def reasons(name: str, found: Mapping[str, Outcome]) -> list[str]:
+    """One line for each sentence with which steps were refused or failed."""
+    steps_of: dict[str, list[str]] = {}
+    for step, outcome in found.items():
+        if outcome.text:
+            steps_of.setdefault(outcome.text, []).append(step)
+    return [
+        f"- {name}{'' if len(steps) == len(found) else ' (' + ', '.join(steps) + ')'}: {text}"
+        for text, steps in steps_of.items()
+    ]
+
+
 def main() -> None:
+    """Prints the outcomes of the named architectures; without names, writes those of all to docs/models.md."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", default=ALL)
-    parser.add_argument("--steps", default=",".join(STEPS))
-    options = parser.parse_args()
+    parser.add_argument("names", nargs="*")
+    names = parser.parse_args().names
     logging.disable(logging.WARNING)
-    for name in options.names:
+    lines, texts = [], []
+    for name in names or ALL:
         with tempfile.TemporaryDirectory() as directory:
-            found = outcomes(name, Path(directory), options.steps.split(","))
-        marks = {"done": "+", "absent": ".", "refused": "r", "failed": "X"}
-        print(f"{name:<22}", "".join(marks[outcome.kind] for outcome in found.values()), flush=True)
-        texts: dict[str, list[str]] = {}
-        for step, outcome in found.items():
-            if outcome.text:
-                texts.setdefault(f"{outcome.kind} {outcome.text}", []).append(step)
-        for text, which in texts.items():
-            print("    ", ", ".join(which), ":", text[:420].replace("\n", " "), flush=True)
+            found = outcomes(name, Path(directory))
+        lines.append(row(name, found))
+        texts += reasons(name, found)
+        print(lines[-1], *reasons(name, found), sep="\n", flush=True)
+    if not names:
+        header = ["| model type | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 1) + "|"]
+        before, _, after = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        table = "\n".join([*header, *lines, "", "What is refused:", "", *texts])
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
