@@ -9,7 +9,7 @@ from lora_dist.model import adapters, infer_metadata
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base
 from lora_dist.model.bundle import AdapterBundle, label_map, read_bundle
-from lora_dist.model.classifier import Classifier, attach_adapter
+from lora_dist.model.classifier import Classifier, attach_adapter, own_processor
 from lora_dist.model.weighted_sum import weighted_sum
 
 
@@ -100,7 +100,13 @@ def _read(
         for name, directory in directories.items()
     }
     first = next(iter(bundles.values()))
-    base = load_base(first.base, first.labels, revision=first.revision, trust_remote_code=trust_remote_code)
+    base = load_base(
+        first.base,
+        first.labels,
+        revision=first.revision,
+        trust_remote_code=trust_remote_code,
+        processor=own_processor(first),
+    )
     for bundle in bundles.values():
         # An adapter without a fingerprint can only be compared by name.
         if bundle.fingerprint is None and (bundle.base, bundle.revision) != (first.base, first.revision):

@@ -53,6 +53,7 @@ def load_base(
     init_from_config: bool = False,
     trust_remote_code: bool = False,
     fit_classes: bool = False,
+    processor: Any = None,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -64,6 +65,7 @@ def load_base(
         init_from_config: initialise all weights at random.
         trust_remote_code: run code that comes with the model.
         fit_classes: permute or renew the head of a base that names its classes (see `head.fit_head`).
+        processor: image processor; None for that of the base.
 
     Raises:
         UserError: the model is not found or is not an image classifier.
@@ -73,7 +75,7 @@ def load_base(
     torch.manual_seed(seed)
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
-            processor = AutoImageProcessor.from_pretrained(name, **source)
+            processor = processor or AutoImageProcessor.from_pretrained(name, **source)
             config = read_config(name, **source)
             before = dict(config.id2label or {})
             config.num_labels = len(labels)
@@ -104,6 +106,22 @@ def load_base(
     )
 
 
+def read_processor(name: str | Path, trust_remote_code: bool) -> Any:
+    """Reads an image processor from a directory or the Hub.
+
+    Raises:
+        UserError: it is missing or damaged, or needs a package.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise cannot_load(str(name), error) from error
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise cannot_load(str(name), error) from error
+        raise UserError(f"{name}/preprocessor_config.json is missing or damaged: {error}") from error
+
+
 def read_config(name: str, **source: Any) -> Any:
     """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`."""
     config = AutoConfig.from_pretrained(name, **source)
@@ -113,9 +131,19 @@ def read_config(name: str, **source: Any) -> Any:
 
 
 def load_base_of(
-    settings: Settings, labels: Sequence[str], revision: str | None = None, fit_classes: bool = True
+    settings: Settings,
+    labels: Sequence[str],
+    revision: str | None = None,
+    fit_classes: bool = True,
+    processor: Any = None,
 ) -> Base:
-    """Loads the base of a training run's settings; `revision` overrides theirs, to load the same commit again."""
+    """Loads the base of a training run's settings.
+
+    `revision` and `processor` override theirs, to load the same commit again, or for an adapter that has a processor.
+    """
+    given = settings.model.image_processor_name
+    if processor is None and given is not None:
+        processor = read_processor(demo.local_path(given), settings.model.trust_remote_code)
     return load_base(
         settings.model.model_name_or_path,
         labels,
@@ -124,6 +152,7 @@ def load_base_of(
         init_from_config=settings.model.init_from_config,
         trust_remote_code=settings.model.trust_remote_code,
         fit_classes=fit_classes,
+        processor=processor,
     )
 
 
@@ -141,10 +170,18 @@ def cannot_load(name: str, error: Exception) -> UserError:
     message = f"cannot load the base model {name!r} as an image classifier: "
     # `transformers` goes on with the names of all models that it has.
     reason = str(error).partition("\nModel type should be one of")[0]
+    lacks_processor = "load image processor" in reason
+    if lacks_processor and Path(name).is_dir():
+        return UserError(
+            f"the model {name!r} has no image processor (preprocessor_config.json): name one with "
+            f"--image_processor_name"
+        )
     from_hub = isinstance(error, OSError) and "does not appear to have" not in reason
     if Path(name).is_dir() or not from_hub:
         return UserError(f"{message}{reason}")
     elsewhere = "\nIf it has moved, pass its location: predict as --base_model, train as --model_name_or_path"
+    if lacks_processor:
+        elsewhere += "\nIf it has no image processor, name one with --image_processor_name"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"{message}there is no such directory.{elsewhere}")
     return UserError(

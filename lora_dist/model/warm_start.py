@@ -15,7 +15,7 @@ from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.bundle import read_bundle
-from lora_dist.model.classifier import check_base
+from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
 from lora_dist.model.targets import resolve_targets, shortest
 from lora_dist.settings.train import LoraSettings, Settings
@@ -79,7 +79,7 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     if given is None:
         found = {"model_name_or_path": bundle.base, "model_revision": bundle.revision}
         settings = settings.model_copy(update={"model": settings.model.model_copy(update=found)})
-    base = load_base_of(settings, labels)
+    base = load_base_of(settings, labels, processor=own_processor(bundle))
     adapter, processor = check_base(base, bundle)
     base = replace(base, processor=processor)
     lora = _lora_of(adapter, base, settings.lora)

@@ -13,9 +13,12 @@ from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImage
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import load_base, load_base_of
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable
-from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings
+from lora_dist.model.warm_start import load_warm_start
+from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings, Settings
 
 LABELS = list(CLASSES)
 
@@ -87,3 +90,19 @@ def test_lora_goes_to_layers_that_are_called(tmp_path: Path, caplog: pytest.LogC
     assert any("lora_B" in name for name in trained)
     assert not any("qkv" in name for name in trained)
     assert "LoRA adapts 6 layers: timm_model.blocks.*.attn.proj, timm_model.blocks.*.mlp.fc1" in caplog.text
+
+
+def test_a_base_without_an_image_processor_takes_another(tmp_path: Path) -> None:
+    directory, other = make_model(tmp_path / "base"), tmp_path / "other"
+    (directory / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"has no image processor.*--image_processor_name"):
+        load_base(str(directory), LABELS)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(other)
+    named = ModelSettings(model_name_or_path=str(directory), image_processor_name=str(other))
+    base = load_base_of(Settings(model=named), LABELS)
+    write_adapter(tmp_path / "adapter", make_trainable(base, named, LoraSettings()), base, "card\n")
+    classifier = load_classifier(tmp_path / "adapter")
+    assert list(classifier.processor.image_mean) == [0.1, 0.2, 0.3]
+    _, warm, _ = load_warm_start(Settings(model=ModelSettings(adapter_name_or_path=str(tmp_path / "adapter"))), LABELS)
+    assert list(warm.processor.image_mean) == [0.1, 0.2, 0.3]

@@ -133,8 +133,9 @@ def test_the_server_shows_an_upload_on_the_recorded_background(trained: Path, ic
 def test_an_onnx_file_has_the_record(trained: Path, icons: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
+    from lora_dist.deployment.export.onnx_export import export
     from lora_dist.deployment.export.onnx_model import load_onnx
-    from lora_dist.deployment.export.preprocessing import describe, export
+    from lora_dist.deployment.export.preprocessing import describe
 
     files = sorted(map(str, (icons / "validation").rglob("*.png")))
     classifier = load_classifier(trained / "adapter")
