@@ -1,7 +1,8 @@
 """LoRA on an image classifier: inject, save, load strictly, merge. Only this module and `lora_layer` import peft."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,15 +22,21 @@ from lora_dist.model import adapter_io, lora_layer
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.head import is_in
 from lora_dist.model.legacy_names import LegacyNames, current_names
-from lora_dist.model.targets import resolve_targets
+from lora_dist.model.targets import patterns, resolve_targets
 from lora_dist.settings.train import LoraSettings
 
+logger = logging.getLogger(__name__)
 DEFAULT = "default"
 """PEFT's name of a single adapter."""
 
 
-def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> PeftModel:
+def inject(
+    model: nn.Module, settings: LoraSettings, heads: Sequence[str], called: Container[str] | None = None
+) -> PeftModel:
     """Freezes the model, adds LoRA to its target modules and makes the `heads` trainable in full.
+
+    Args:
+        called: layers that the model calls, as in `resolve_targets`.
 
     Raises:
         UserError: PEFT does not support these settings for the target modules.
@@ -38,7 +45,7 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=resolve_targets(model, settings.lora_target_modules, heads),
+        target_modules=resolve_targets(model, settings.lora_target_modules, heads, called),
         bias=settings.lora_bias,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -53,6 +60,9 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
             f"(for example, --init_lora_weights pissa supports linear layers only)"
         ) from error
     _freeze_others(adapted, heads)
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    kinds = patterns(layers)
+    logger.info("LoRA adapts %d layers: %s%s", len(layers), ", ".join(kinds[:4]), ", …" if len(kinds) > 4 else "")
     lora_layer.speed_up(adapted)
     return adapted
 

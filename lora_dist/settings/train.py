@@ -41,6 +41,8 @@ class ModelSettings(Group):
     """Base model: a Hub name or a local directory."""
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
+    image_processor_name: str | None = None
+    """Image processor: a Hub name or a local directory. Default: that of the base model."""
     adapter_name_or_path: str | None = None
     """Adapter to continue training, with its base model and LoRA settings, or to evaluate with --do_eval_only: a
     directory or a Hub name (org/name or org/name@revision)."""
@@ -374,6 +376,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("init_from_config", "tuning"), "random weights need full training: add --tuning full")
     if run.do_eval_only and not model.adapter_name_or_path:
         yield Problem(("do_eval_only", "adapter_name_or_path"), "nothing to evaluate: set --adapter_name_or_path")
+    if model.adapter_name_or_path and model.image_processor_name:
+        text = "the adapter has its own image processor: remove --image_processor_name"
+        yield Problem(("adapter_name_or_path", "image_processor_name"), text)
     if model.adapter_name_or_path and not run.do_eval_only:
         if model.tuning != "lora":
             yield Problem(("adapter_name_or_path", "tuning"), "adapters continue as LoRA: remove one of them")

@@ -42,7 +42,7 @@ class ImageTransforms:
     ) -> None:
         """`augmentation` is for training alone; `conversion` is kept for the decoding of images.
 
-        Raises `UserError` if the processor gives images of different sizes.
+        Raises `UserError` if the processor does not make images of one size.
         """
         self.processor = processor
         self.conversion = conversion
@@ -125,7 +125,43 @@ class ImageTransforms:
 
     def _last_steps(self, pixels: Tensor) -> Tensor:
         """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
-        return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        if self._takes_options:
+            return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        matrix, offset = (numbers.to(pixels.device) for numbers in self.affine_map)
+        return torch.einsum("oi,bihw->bohw", matrix, pixels.float()) + offset[:, None, None]
+
+    @cached_property
+    def _takes_options(self) -> bool:
+        """Whether the processor can leave out resizing and cropping; timm's transforms cannot."""
+        pixels = torch.zeros(1, 3, self.height + 1, self.width, dtype=torch.uint8)
+        try:
+            made = self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        except (TypeError, ValueError):
+            return False
+        return made.shape == pixels.shape
+
+    @cached_property
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """Matrix [3, 3] and offset [3] of the last steps, measured on images of one colour, which resizing keeps.
+
+        Raises `UserError` if the processor makes something else of such images.
+        """
+
+        def measured(*color: int) -> Tensor:
+            made = self.evaluation(Image.new("RGB", (self.width, self.height), color)).double().flatten(1)
+            same = bool((made - made[:, :1]).abs().max() <= 1e-5)
+            return made[:, 0] if same else made[:, 0] * torch.nan
+
+        offset = measured(0, 0, 0)
+        matrix = torch.stack([measured(*(255 * (row == color) for row in range(3))) for color in range(3)], dim=1)
+        matrix = (matrix - offset[:, None]) / 255
+        grey = matrix @ torch.tensor([20.0, 130.0, 240.0], dtype=torch.float64) + offset
+        if not (grey - measured(20, 130, 240)).abs().max() <= 1e-5:
+            raise UserError(
+                f"the image processor {type(self.processor).__name__} does more than resizing, cropping and "
+                f"normalising, so random crops cannot go through it: train with --augmentation none"
+            )
+        return matrix.float(), offset.float()
 
     @cached_property
     def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -139,7 +175,7 @@ class ImageTransforms:
                 (torch.tensor(numbers) * scale).expand(3).reshape(3, 1, 1)
                 for numbers in (self.processor.image_mean, self.processor.image_std)
             )
-            same = torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
+            same = self._takes_options and torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None
         return (tuple(mean.flatten().tolist()), tuple(deviation.flatten().tolist())) if same else None
@@ -147,6 +183,8 @@ class ImageTransforms:
     @cached_property
     def _in_two_parts(self) -> bool:
         """Whether the processor gives the same bits in two parts. Some reverse channels twice, or resize to floats."""
+        if not self._takes_options:
+            return False
         pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 2 * self.width + 7, 3)).astype(np.uint8)
         images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
         try:
@@ -218,21 +256,32 @@ def seeded(numbers: tuple[int, ...]) -> Iterator[None]:
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """Returns height and width of what a processor makes of any image.
+    """Height and width of the images that a processor makes of RGB images of any shape.
 
-    Raises:
-        UserError: the processor gives images of different sizes.
+    Raises `UserError` if it makes something else.
     """
-    sizes = set()
+    name, sizes = type(processor).__name__, []
     for shape in ((48, 64, 3), (64, 48, 3)):
-        blank = Image.fromarray(np.zeros(shape, dtype=np.uint8))
-        sizes.add(tuple(processor(blank, return_tensors="pt")["pixel_values"].shape[-2:]))
-    if len(sizes) != 1:
+        made = processor(Image.fromarray(np.zeros(shape, dtype=np.uint8)), return_tensors="pt")
+        if "pixel_values" not in made:
+            raise UserError(
+                f"the image processor {name} makes {', '.join(made)} of an image, not pixel_values: such models are "
+                f"not supported"
+            )
+        found = list(made["pixel_values"].shape[1:])
+        if len(found) != 3 or found[0] != 3:
+            raise UserError(
+                f"the image processor {name} makes {found} of an image, not [3, height, width]; take a checkpoint of "
+                f"a fixed resolution, such as google/siglip2-base-patch16-224 instead of one of SigLIP 2 NaFlex"
+            )
+        sizes.append((found[1], found[2]))
+    if sizes[0] != sizes[1]:
+        (first, second), (third, fourth) = sizes
         raise UserError(
-            f"the image processor {type(processor).__name__} keeps each image's own shape, so images cannot be "
-            f"batched; set a height and width, or a crop size, in its preprocessor_config.json"
+            f"the image processor {name} keeps each image's own shape ({first} x {second} or {third} x {fourth}), so "
+            f"images cannot be batched; set a height and width, or a crop size, in its preprocessor_config.json"
         )
-    return sizes.pop()
+    return sizes[0]
 
 
 def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 import gc
 import logging
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,8 @@ class ResultWriter:
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
-            base = load_base_of(settings, self.data.labels, self.base.revision, fit_classes=False)
-            base = replace(base, processor=self.base.processor)
+            kept = self.base
+            base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
 
