@@ -83,7 +83,7 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     for split in ("validation", "test"):
         if split in listed.splits and getattr(settings, f"{split}_dir"):
             raise UserError(f"--{split}_dir and --labels_file {settings.labels_file} both name {split} images: use one")
-    table = _table_of(settings.train_dir, listed.classes, listed.paths, listed.labels, excluded)
+    table = _table_of(listed.classes, listed.paths, listed.labels, excluded)
     # `_table_of` leaves out files whose names cannot be in a table.
     place = {path: index for index, path in enumerate(listed.paths)}
     kept = np.array([place[path] for path in table["image"]], dtype=np.int64)
@@ -171,13 +171,11 @@ def _load_table(
         return _load_split(settings, getattr(settings, f"{name}_split"))
     classes, paths, labels, ignored = read_class_folders(demo.local_path(directory), f"{name}_dir", known, excluded)
     warn_of_ignored(directory, ignored)
-    return _table_of(directory, classes, paths, labels, excluded)
+    return _table_of(classes, paths, labels, excluded)
 
 
-def _table_of(
-    directory: str, classes: list[str], paths: list[str], labels: list[int], excluded: frozenset[str]
-) -> Dataset:
-    """A table of the paths and labels of a folder."""
+def _table_of(classes: list[str], paths: list[str], labels: list[int], excluded: frozenset[str]) -> Dataset:
+    """A table of files and their labels."""
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
