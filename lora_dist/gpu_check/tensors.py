@@ -15,7 +15,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped
 from lora_dist.gpu_check.photos import run_flags
-from lora_dist.model.lora_layer import _draw, _LoraLinear
+from lora_dist.model.lora_layer import LoraLinear, draw_mask
 from lora_dist.model.parity import relative_difference, without_tf32
 from lora_dist.processes.runtime import versions
 from lora_dist.settings.bench import BenchSettings, contradictions
@@ -73,7 +73,7 @@ def _layer_error(device: torch.device, dtype: torch.dtype, rate: float) -> float
         return [output.detach(), *(leaves[name].grad for name in trained if leaves[name].grad is not None)]
 
     torch.manual_seed(1)
-    kept, keep = _draw(given["x"].reshape(-1, 64), rate)
+    kept, keep = draw_mask(given["x"].reshape(-1, 64), rate)
     mask = torch.ones_like(given["x"]) if kept is None else kept.to(dtype).view_as(given["x"])
 
     def reference(one: dict[str, Tensor]) -> Tensor:
@@ -82,7 +82,7 @@ def _layer_error(device: torch.device, dtype: torch.dtype, rate: float) -> float
 
     def layer(one: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(1)
-        return _LoraLinear.apply(one["x"], one["weight"], one["bias"], one["down"], one["up"], 2.0, rate)
+        return LoraLinear.apply(one["x"], one["weight"], one["bias"], one["down"], one["up"], 2.0, rate)
 
     expected = outputs(reference, {name: tensor.double() for name, tensor in given.items()})
     with without_tf32():

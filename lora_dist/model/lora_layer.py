@@ -32,7 +32,7 @@ def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     dropout = layer.lora_dropout[name]
     rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return _LoraLinear.apply(*tensors, layer.scaling[name], rate)
+    return LoraLinear.apply(*tensors, layer.scaling[name], rate)
 
 
 def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
@@ -76,7 +76,7 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-class _LoraLinear(torch.autograd.Function):
+class LoraLinear(torch.autograd.Function):
     """Saves the input (shared by layers), `hidden` [rows, r] and the dropout mask for the backward pass.
 
     A backward pass that is itself differentiated (`create_graph`) recomputes `hidden` from the inputs.
@@ -88,7 +88,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, rate: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        kept, keep = _draw(rows, rate)
+        kept, keep = draw_mask(rows, rate)
         # Dropout's factor 1/keep is part of the scaling, which applies to `r` columns only.
         ctx.scaling = scaling / keep if keep else 0.0
         # In half precision, the sum would round away the small update.
@@ -124,7 +124,7 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, None, None, of_down, of_up, None, None
 
 
-def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
+def draw_mask(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
     """Draws the elements that dropout keeps, one byte each, and returns their probability."""
     keep = 1 - rate
     if rate == 0:

@@ -55,7 +55,7 @@ def require_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
     """What dropout keeps of `rows`, and the share that it says it keeps."""
-    drawn, keep = lora_layer._draw(rows, rate)
+    drawn, keep = lora_layer.draw_mask(rows, rate)
     mask = lora_layer._as_factor(drawn, rows.dtype)
     assert mask is not None
     return mask, keep
@@ -63,7 +63,7 @@ def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
 
 def is_one_function(layer: nn.Module, x: Tensor) -> bool:
     output = layer(x.requires_grad_())  # which keeps its graph
-    return "_LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(output.grad_fn)}
+    return "LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(output.grad_fn)}
 
 
 def _nodes(function: object) -> list[object]:
@@ -258,7 +258,7 @@ def test_second_derivatives(rows: int, rate: float) -> None:
             self.fast = fast
 
         def forward(self, x: Tensor) -> Tensor:
-            drawn, keep = lora_layer._draw(x, rate)
+            drawn, keep = lora_layer.draw_mask(x, rate)
             kept = x if drawn is None else x * drawn / keep
             down, up = self.fast.lora_A["default"], self.fast.lora_B["default"]
             return self.fast.base_layer(x) + up(down(kept)) * self.fast.scaling["default"]
