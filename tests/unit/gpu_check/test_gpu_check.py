@@ -53,8 +53,8 @@ def test_the_checks_of_tensors_pass_or_say_what_is_missing(machine: Machine) -> 
 
 
 def test_a_wrong_layer_and_a_wrong_gradient_are_noticed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = tensors._LoraLinear.apply
-    monkeypatch.setattr(tensors._LoraLinear, "apply", lambda *tensors: layer(*tensors) * 1.001)
+    layer = tensors.LoraLinear.apply
+    monkeypatch.setattr(tensors.LoraLinear, "apply", lambda *tensors: layer(*tensors) * 1.001)
     with pytest.raises(Failed, match=r"float32, dropout 0\.0: error 1\.0e-03"):
         tensors.lora_layer(machine)
     monkeypatch.undo()
