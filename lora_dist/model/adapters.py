@@ -1,7 +1,6 @@
 """LoRA on an image classifier: inject, save, load strictly, merge. Only this module and `lora_layer` import peft."""
 
 import json
-import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,7 +24,6 @@ from lora_dist.model.legacy_names import LegacyNames, current_names
 from lora_dist.model.targets import patterns, resolve_targets
 from lora_dist.settings.train import LoraSettings
 
-logger = logging.getLogger(__name__)
 DEFAULT = "default"
 """PEFT's name of a single adapter."""
 
@@ -60,9 +58,6 @@ def inject(
             f"(for example, --init_lora_weights pissa supports linear layers only)"
         ) from error
     _freeze_others(adapted, heads)
-    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    kinds = patterns(layers)
-    logger.info("LoRA adapts %d layers: %s%s", len(layers), ", ".join(kinds[:4]), ", …" if len(kinds) > 4 else "")
     lora_layer.speed_up(adapted)
     return adapted
 
@@ -72,6 +67,13 @@ def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
     adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
     _freeze_others(adapted, heads)
     return adapted
+
+
+def adapted_layers(model: nn.Module) -> str:
+    """Describes the layers with LoRA, such as `24 layers: vit.layers.*.attention.q_proj, …`."""
+    layers = [name for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)]
+    kinds = patterns(layers)
+    return f"{len(layers)} layers: {', '.join(kinds[:4])}{', …' if len(kinds) > 4 else ''}"
 
 
 @contextmanager

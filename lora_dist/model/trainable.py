@@ -114,6 +114,9 @@ def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
     Raises:
         UserError: the model does not run with LoRA, or no layer with LoRA contributes to its logits.
     """
+    # Training mode drops what LeViT kept of its weights in an evaluation without gradients.
+    model.train()
+    model.eval()
     try:
         logits = model(pixel_values=blank).logits
     except AttributeError as error:

@@ -1,6 +1,7 @@
 """Builds a run from its settings: data, model, engine, and what saves and reports."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,6 +22,7 @@ from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
+from lora_dist.model.adapters import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
@@ -46,6 +48,8 @@ from lora_dist.training.saving.result_writer import ResultWriter
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule
 from lora_dist.training.weight_average import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ def assemble(
     with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
     model = make_trainable(base, settings.model, settings.lora)
+    if settings.model.tuning == "lora":
+        logger.info("LoRA adapts %s", adapted_layers(model))
     if start is not None:
         start.load_into(model)
     if settings.optimization.auto_batch_size:

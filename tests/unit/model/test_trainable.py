@@ -55,6 +55,7 @@ def test_loading_renews_what_a_model_keeps_of_its_weights(tmp_path: Path) -> Non
     for name, parameter in model.named_parameters():
         if "attention_biases" in name:
             nn.init.normal_(parameter)
+            assert parameter.requires_grad
     set_training(model)
     pixels = _pixels(_base("levit", tmp_path), 2)
     other.eval()(pixel_values=pixels)
