@@ -1,10 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest
-# accelerate gives a process one thread unless told otherwise.
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml --num_cpu_threads_per_process $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/single.yaml
 
-.PHONY: demo test test-lowest stress quality engine-costs clean
+.PHONY: demo test test-gpu test-lowest stress quality engine-costs clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -18,6 +17,10 @@ demo: .venv/installed
 # A file of tests stays on one worker; a launch takes a core or two.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests with the marker gpu, which see the GPUs.
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 stress: .venv/installed-dev
 	(date -I; uname -sr; nproc --all) > tests/records/stress.txt
@@ -58,5 +61,5 @@ clean:
 
 # deepspeed builds against the torch that is there, so it comes after it.
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,deepspeed,heif,onnx,serve,timm]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,deepspeed,heif,onnx,serve,timm,wandb]'
 	touch $@

@@ -1,27 +1,33 @@
 """Classifies images with a model, and merges, exports or serves it: `python -m lora_dist.predict --adapter DIR …`.
 
-Runs in one process, without a launcher, accelerate or deepspeed.
+One process needs no launcher. Several processes, as of `accelerate launch`, share the images.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
-from lora_dist.settings.predict import PredictSettings, contradictions
+from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
 
 if TYPE_CHECKING:
     import torch
 
     from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Row
+    from lora_dist.deployment.parts import RowsOf
     from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger("lora_dist.predict")
@@ -32,6 +38,13 @@ EXIT_BAD_IMAGES = 1
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Merges, exports, classifies or serves; exits with code 1 if an image cannot be read."""
+    end_with_launcher()
+    with report_failure():
+        predict(argv)
+
+
+def predict(argv: list[str] | None) -> None:
+    """Reads the settings and does what they say."""
     settings = parse(
         PredictSettings,
         argv_or(argv),
@@ -40,34 +53,56 @@ def main(argv: list[str] | None = None) -> None:
         contradictions=contradictions,
         takes_config=False,
     )
+    shares = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if shares:
+        require_shareable(settings)
     if __name__ == "__main__":
         move_to_huge_pages()
     # Settings errors are reported before torch is imported.
     from lora_dist import demo, extras, hub, logs
     from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
+    from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model import adapter_io
+    from lora_dist.processes.threads import share_cores
 
-    logs.set_up_logs(is_main=True)
+    logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
+    allow_pixels(settings.images.max_image_pixels)
     if settings.serving.serve:
         extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
     if settings.onnx_to_write:
         onnx_export.require_packages()
     destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
+    if device.type == "cpu":
+        share_cores()
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
     for directory in chosen.values():
         adapter_io.require_adapter(directory)
+    rows_of: RowsOf
     if settings.source.side_by_side:
-        rows, conversion = _rows_of_each(chosen, files, settings, device), AS_TRANSFORMERS
+        rows_of, conversion = _rows_of_each(chosen, settings, device), AS_TRANSFORMERS
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
             _serve(classifier, settings, device)
-        rows, conversion = _rows(classifier, files, settings, device), classifier.conversion
-    if files and not _output(rows, files, settings, conversion):
+        rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
+    if not files:
+        return
+    if shares or (len(files) > MAX_IMAGES and _is_plain_file(settings.images.output)):
+        parts = Parts(Path(settings.images.output or ""), list(rows_of), files, _plan(chosen, settings))
+        parts.write_mine(rows_of)
+        if not parts.wait_for_others():
+            return
+        is_whole = _output(parts.rows(), files, settings, conversion)
+        parts.remove()
+    else:
+        rows = chain.from_iterable(rows_of[name](files) for name in rows_of)
+        is_whole = _output(_with_progress(rows, len(files) * len(rows_of), settings), files, settings, conversion)
+    if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
 
 
@@ -151,7 +186,9 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
     server.run(app, serving.host, serving.port)
 
 
-def _rows(classifier: Classifier, files: list[str], settings: PredictSettings, device: torch.device) -> Iterator[Row]:
+def _rows(
+    classifier: Classifier, settings: PredictSettings, device: torch.device, files: Sequence[str]
+) -> Iterator[Row]:
     from lora_dist.deployment import classify
 
     return classify.classify(
@@ -164,25 +201,45 @@ def _rows(classifier: Classifier, files: list[str], settings: PredictSettings, d
     )
 
 
-def _rows_of_each(
-    chosen: Mapping[str, Path], files: list[str], settings: PredictSettings, device: torch.device
-) -> Iterator[Row]:
-    """Yields all rows of one adapter after those of another, on a shared base."""
+def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
+    """Returns what classifies files with each adapter, on a shared base."""
     from lora_dist.model import adapter_set
 
     source = settings.source
     loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
-    return (
-        row._replace(adapter=name)
-        for name in loaded.classifiers
-        for row in _rows(loaded.set_adapter(name), files, settings, device)
-    )
+
+    def rows(name: str, files: Sequence[str]) -> Iterator[Row]:
+        for row in _rows(loaded.set_adapter(name), settings, device, files):
+            yield row._replace(adapter=name)
+
+    return {name: partial(rows, name) for name in loaded.classifiers}
+
+
+def _plan(chosen: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
+    """Returns what identifies the model and the rows of a prediction that is continued."""
+    roots = [*chosen.values(), *(Path(name) for name in (settings.source.model, settings.exporting.onnx) if name)]
+    files = sorted(file for root in roots for file in (root.rglob("*") if root.is_dir() else [root]) if file.is_file())
+    return {
+        "source": settings.source.model_dump(),
+        "model": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "top_k": settings.images.top_k or 1,
+    }
+
+
+def _with_progress(rows: Iterable[Row], total: int, settings: PredictSettings) -> Iterator[Row]:
+    """Yields the rows, behind a progress bar if they do not go to the terminal themselves."""
+    from tqdm import tqdm
+
+    yield from tqdm(rows, total=total, unit=" rows", disable=settings.images.output is None or not sys.stderr.isatty())
+
+
+def _is_plain_file(output: str | None) -> bool:
+    """Whether rows go to a file, rather than to the terminal, a pipe or a device."""
+    return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
 def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion) -> bool:
     """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
-    from tqdm import tqdm
-
     from lora_dist.deployment import classify
 
     images = settings.images
@@ -193,8 +250,7 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, co
     shown = []
     bad = set()
     with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
-        silent = images.output is None or not sys.stderr.isatty()
-        for index, row in enumerate(tqdm(rows, unit=" rows", disable=silent)):
+        for index, row in enumerate(rows):
             write(row)
             if row.error is not None:
                 bad.add(row.path)

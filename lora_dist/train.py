@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and writes the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
+    from dataclasses import replace
     from pathlib import Path
 
     from lora_dist.data.sources import streaming
@@ -44,6 +45,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
     from lora_dist.training.loop import fit
+    from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
     from lora_dist.training.reselect_best import reselect_best
     from lora_dist.training.saving.output import Output, find_resume
@@ -54,7 +56,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
-        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout)
+        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout, settings.optimization.tf32)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
@@ -65,6 +67,7 @@ def train(settings: Settings, lock: RunLock) -> None:
             resumed = find_resume(output, options.resume_from_checkpoint)
         with problems.collect():
             require_token(settings.hub)
+            require_trackers(options.report_to)
         if not options.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
@@ -81,7 +84,11 @@ def train(settings: Settings, lock: RunLock) -> None:
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
-        result_writer.finalize(run, progress, run.evaluate("the final evaluation"))
+        evaluation, test = run.evaluate("the final evaluation"), None
+        if assembled.data.test is not None:
+            evaluator = replace(run.evaluator, split=assembled.data.test, name="test")
+            test = run.evaluate("the evaluation on the test data", evaluator)
+        result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
     # No process waits for another one any more, and all files of the run are written.
@@ -94,8 +101,10 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from datetime import timedelta
     from pathlib import Path
 
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.data.pixels.transforms import ImageTransforms
     from lora_dist.data.sources.load import load_validation
+    from lora_dist.engines.engine import unsharded
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
     from lora_dist.processes.preflight import Preflight
@@ -106,7 +115,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
+    allow_pixels(settings.data.max_image_pixels)
+    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))
@@ -122,7 +132,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     preflight.arrive("ready")
     evaluator = Evaluator(
         accelerator,
-        classifier.model.to(accelerator.device),
+        unsharded(accelerator, classifier.model),
         split,
         ImageTransforms(classifier.processor, conversion=classifier.conversion),
         classifier.labels,

@@ -6,10 +6,13 @@ set -euo pipefail
 # shell starts; the training sets its own handlers.
 trap '' USR2 TERM INT
 
-# Every GPU supports fp16. Without a GPU, the processes use gloo on CPUs.
-launch_file=$PROJECT_DIR/accelerate_configs/ddp_cpu.yaml
-if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-  launch_file=$PROJECT_DIR/accelerate_configs/ddp_fp16.yaml
+# On GPUs, `no` lets the training choose: bf16 where the GPU has it, or else fp16. On CPUs, the processes use gloo.
+if [ -n "${LAUNCH_FILE:-}" ]; then
+  launch=(--config_file "$LAUNCH_FILE")
+elif [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+  launch=(--config_file "$PROJECT_DIR/accelerate_configs/ddp_bf16.yaml" --mixed_precision no)
+else
+  launch=(--config_file "$PROJECT_DIR/accelerate_configs/ddp_cpu.yaml")
 fi
 processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 threads=$((${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} / processes))
@@ -37,7 +40,7 @@ fi
 # deepspeed_multinode_launcher: DeepSpeed's own launcher would start the other nodes by ssh. Others ignore it.
 code=0
 accelerate launch \
-  --config_file "${LAUNCH_FILE:-$launch_file}" \
+  "${launch[@]}" \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes $((SLURM_NNODES * processes)) \
   --main_process_ip "$MAIN_ADDRESS" --main_process_port "$MAIN_PORT" --deepspeed_multinode_launcher standard \
   --num_cpu_threads_per_process $((threads > 0 ? threads : 1)) \

@@ -24,7 +24,7 @@ begin_start() {
     : >"$starts"
   fi
   # Slurm requeues a job whose node fails, and the batch script dies with the node or soon after.
-  if tail -n 1 "$starts" | grep '^started' >/dev/null; then
+  if tail -n 1 "$starts" | grep -E '^(started|lost a node)' >/dev/null; then
     local what="the previous start did not end properly: a node failed or the job was killed"
     if ! crashed; then
       say "$what; $reason: not restarted"

@@ -22,9 +22,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 MISSING = {
     "root": os.geteuid() != 0 and "needs root",
     "browser": CHROMIUM is None and "needs Chromium: apt-get install chromium",
-    "gpu": not torch.cuda.is_available() and "needs a GPU",
 }
 """For each marker, why its tests cannot run on this machine; False if they can."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides all GPUs, also from what tests start, unless `-m gpu` selects the tests that need one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    MISSING["gpu"] = not torch.cuda.is_available() and "needs a GPU, and -m gpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_dist.processes.cores import available_cores
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.audit import AuditSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
     from lora_dist.audit.report import Report
     from lora_dist.data.pixels.conversion import Conversion
+    from lora_dist.data.sources.labels_file import Listed
     from lora_dist.settings.audit import AuditData
 
 DESCRIPTION = """Check folders of images for problems before training: unreadable files, duplicates, leaks between
@@ -42,10 +44,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     # Imported here, because settings errors are reported before numpy and Pillow are loaded.
     from lora_dist.audit.findings import exit_code
+    from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.storage.writable import require_writable
 
     output = Path(settings.run.output_dir)
     require_writable(output)
+    allow_pixels(settings.data.max_image_pixels)
     report = audit(settings)
     _write(report, output, _workers(settings))
     sys.exit(exit_code(report.findings))
@@ -72,7 +76,21 @@ def audit(settings: AuditSettings) -> Report:
     files: list[File] = []
     classes: dict[str, None] = {}
     ignored: list[tuple[str, str]] = []
+    if data.labels_file:
+        listed = _listed(data, folders["train"], excluded)
+        classes |= dict.fromkeys(listed.classes)
+        files += (
+            File(path, "train" if split == "train" else "validation", listed.classes[label])
+            for path, label, split in sorted(
+                zip(listed.paths, listed.labels, listed.splits, strict=True), key=lambda one: one[2] != "train"
+            )
+            if absolute(path) not in excluded
+        )
+        ignored += (("train", os.path.relpath(path, folders["train"])) for path in listed.ignored)
+    has_validation = "validation" in folders or any(file.split == "validation" for file in files)
     for split, folder in folders.items():
+        if split == "train" and data.labels_file:
+            continue
         found = read_class_folders(folder, f"{split}_dir", list(classes), excluded)
         classes |= dict.fromkeys(found.classes)
         ignored += ((split, os.path.relpath(path, folder)) for path in found.ignored)
@@ -85,8 +103,17 @@ def audit(settings: AuditSettings) -> Report:
     training = [file.path for file in files if file.split == "train"]
     conversion = _conversion(settings.data, training, _workers(settings))
     scanned = _scan(files, _workers(settings), conversion)
-    findings = check(scanned, list(classes), "validation" in folders, settings.checks, ignored, conversion)
+    findings = check(scanned, list(classes), has_validation, settings.checks, ignored, conversion)
+    if has_validation:
+        folders.setdefault("validation", folders["train"])
     return Report(folders, list(classes), scanned, findings, excluded, conversion)
+
+
+def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
+    from lora_dist.data.sources.labels_file import read_labels_file
+
+    columns = {"path": data.image_column_name, "label": data.label_column_name, "split": data.split_column_name}
+    return read_labels_file(folder, data.labels_file or "", columns, excluded)
 
 
 def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversion:
@@ -107,7 +134,7 @@ def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversi
 
 
 def _workers(settings: AuditSettings) -> int:
-    return settings.run.num_workers or len(os.sched_getaffinity(0))
+    return settings.run.num_workers or available_cores()
 
 
 def _scan(files: Sequence[File], workers: int, conversion: Conversion) -> Scanned:
@@ -153,6 +180,8 @@ def _write(report: Report, output: Path, workers: int) -> None:
     count = len(report.excluded) + len(left_out(report.findings))
     if count:
         print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
+    if proposed := report.counts()["proposed"]:
+        print(f"{proposed:,} more are proposed behind a # on that list: look at them first")
     print(f"report: {output / 'report.html'}")
 
 

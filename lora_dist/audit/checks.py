@@ -6,14 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from PIL import Image
 
-from lora_dist.audit.findings import KINDS, Finding, Scanned, left_out
+from lora_dist.audit.findings import FAULTS, KINDS, Finding, Scanned, left_out
 from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
+from lora_dist.data.pixels.formats import HEIC_ADVICE, HEIC_SUFFIXES
+from lora_dist.data.pixels.limits import is_too_thin
 from lora_dist.data.sources.files import by_kind
 from lora_dist.settings.audit import Checks
 
 SAME_FORMAT = {"MPO": "JPEG"}
 """Phones write MPO files (several JPEG images in one file) with the suffix .jpg."""
+SMALL_SHARE = 0.2
+"""Largest share of the readable images of a class and split that is left out without a question."""
 SHOWN_NAMES = 3
 """Number of ignored files to name in a message."""
 
@@ -42,12 +46,13 @@ def check(
         *_exact(scanned),
         *_near(scanned, checks.near_distance),
     ]
+    findings = _with_questions(scanned, findings)
     out = left_out(findings)
-    counts: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
-    for index, file in enumerate(scanned.files):
-        if index not in out:
-            counts[file.split][file.label] += 1
-    findings += _classes(classes, counts["train"], counts["validation"] if has_validation else None, checks)
+    before, after = (
+        Counter((file.split, file.label) for index, file in enumerate(scanned.files) if index not in gone)
+        for gone in (set(), out)
+    )
+    findings += _classes(classes, before, after, has_validation, checks)
     order = list(KINDS)
     return sorted(findings, key=lambda finding: (order.index(finding.kind.name), finding.files))
 
@@ -65,7 +70,9 @@ def _single(scanned: Scanned, checks: Checks) -> Iterator[Finding]:
             yield Finding(KINDS["wrong_extension"], f"{suffix} file with {facts.format} content", [index])
         if facts.width * facts.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
             yield Finding(KINDS["huge"], f"{facts.width * facts.height / 1e6:,.0f} million pixels", [index])
-        if max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
+        if is_too_thin((facts.width, facts.height)):
+            yield Finding(KINDS["thin"], f"{facts.width} x {facts.height}", [index])
+        elif max(facts.width, facts.height) > checks.max_aspect_ratio * min(facts.width, facts.height):
             yield Finding(KINDS["aspect_ratio"], f"{facts.width} x {facts.height}", [index])
 
 
@@ -99,7 +106,8 @@ def _ignored(ignored: Iterable[tuple[str, str]]) -> Iterator[Finding]:
     for split, paths in sorted(splits.items()):
         for kind, some in by_kind(paths).items():
             named = ", ".join(sorted(some)[:SHOWN_NAMES])
-            yield Finding(KINDS["ignored"], f"{split}: {kind}: {len(some):,}, e.g. {named}")
+            advice = f"; {HEIC_ADVICE}" if kind.split(" ", maxsplit=1)[0] in HEIC_SUFFIXES else ""
+            yield Finding(KINDS["ignored"], f"{split}: {kind}: {len(some):,}, e.g. {named}{advice}")
 
 
 def _exact(scanned: Scanned) -> Iterator[Finding]:
@@ -160,22 +168,58 @@ def _labels(scanned: Scanned, group: Iterable[int]) -> str:
     return " and ".join(dict.fromkeys(scanned.files[index].label for index in group))
 
 
+def _with_questions(scanned: Scanned, findings: Sequence[Finding]) -> list[Finding]:
+    """Findings that would leave out more than `SMALL_SHARE` of the readable images of a class only propose it."""
+    readable = Counter((file.split, file.label) for file, facts in zip(*scanned, strict=True) if not facts.fault)
+    judged = [finding for finding in findings if finding.left_out and finding.kind.name not in FAULTS]
+    out = Counter((scanned.files[index].split, scanned.files[index].label) for index in left_out(judged))
+    large = {part for part, count in out.items() if count > SMALL_SHARE * readable[part]}
+
+    def is_question(finding: Finding) -> bool:
+        return finding in judged and any(scanned.files[index][1:] in large for index in finding.left_out)
+
+    asked = [
+        finding._replace(left_out=(), proposed=finding.left_out) if is_question(finding) else finding
+        for finding in findings
+    ]
+    for split, label in sorted(large):
+        kinds = Counter(
+            finding.kind.title.lower()
+            for finding in judged
+            if any(scanned.files[index][1:] == (split, label) for index in finding.left_out)
+        )
+        named = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.items())
+        message = f"{label}: {out[split, label]:,} of {readable[split, label]:,} {split} images; {named}"
+        asked.append(Finding(KINDS["large_share"], message))
+    return asked
+
+
 def _classes(
-    classes: Sequence[str], train: Counter[str], validation: Counter[str] | None, checks: Checks
+    classes: Sequence[str],
+    before: Counter[tuple[str, str]],
+    after: Counter[tuple[str, str]],
+    has_validation: bool,
+    checks: Checks,
 ) -> Iterator[Finding]:
-    """Yields findings about the number of images per class that remain."""
+    """Yields findings about the number of images per class `before` and `after` files are left out."""
+
+    def counted(split: str, name: str) -> str:
+        count, total = after[split, name], before[split, name]
+        named = f"{split if split == 'validation' else 'training'} image" + "s" * (total != 1)
+        return f"{count:,} {named}" if count == total else f"{count:,} of {total:,} {named} left"
+
     for name in classes:
-        if validation is not None and bool(train[name]) != bool(validation[name]):
-            yield Finding(KINDS["one_split"], f"{name}: {train[name]} training, {validation[name]} validation images")
-        elif validation is None and train[name] == 1:
-            yield Finding(KINDS["one_split"], f"{name}: 1 image, none can be held out for validation")
-        if train[name] < checks.min_class_images and (train[name] or not (validation and validation[name])):
-            yield Finding(KINDS["few_images"], f"{name}: {_images(train[name])}")
-    if train:
-        (largest, most), (smallest, least) = train.most_common(1)[0], train.most_common()[-1]
+        train, validation = after["train", name], after["validation", name]
+        if has_validation and bool(train) != bool(validation):
+            yield Finding(KINDS["one_split"], f"{name}: {counted('train', name)}, {counted('validation', name)}")
+        elif not has_validation and train == 1:
+            yield Finding(KINDS["one_split"], f"{name}: {counted('train', name)}, none can be held out for validation")
+        if train < checks.min_class_images and (train or not (has_validation and validation)):
+            yield Finding(KINDS["few_images"], f"{name}: {counted('train', name)}")
+    sizes = Counter({name: count for (split, name), count in after.items() if split == "train"})
+    if sizes:
+        (largest, most), (smallest, least) = sizes.most_common(1)[0], sizes.most_common()[-1]
         if most > checks.max_imbalance * least:
-            yield Finding(KINDS["imbalance"], f"{largest}: {_images(most)}, {smallest}: {_images(least)}")
-
-
-def _images(count: int) -> str:
-    return f"{count:,} training image" + "s" * (count != 1)
+            yield Finding(
+                KINDS["imbalance"], f"{largest}: {counted('train', largest)}, {smallest}: {counted('train', smallest)}"
+            )

@@ -36,7 +36,8 @@ _ERRORS = {
     "empty": ("Empty files", "Files of 0 bytes. Left out."),
     "truncated": ("Truncated images", "The end of the file is missing. Left out."),
     "unreadable": ("Unreadable images", "The file cannot be decoded. Left out."),
-    "bomb": ("Decompression bombs", "Pillow refuses to decode this many pixels. Left out."),
+    "bomb": ("Decompression bombs", "Too many pixels to decode; if the images are meant, raise --max_image_pixels. "
+             "Left out."),
     "leak": ("Leaks", "The same pixels are in training and validation, which makes validation metrics too good. Left "
              "out of training; the first copy in validation is kept."),
     "conflict": ("Same image in several classes", "The same pixels have different labels; at most one label is right. "
@@ -44,6 +45,8 @@ _ERRORS = {
     "one_split": ("Classes in one split only", "Training needs images of each class in both splits, unless "
                   "--allow_missing_classes is set."),
 }  # fmt: skip
+FAULTS = ("empty", "truncated", "unreadable", "bomb")
+"""Kinds of files that training cannot read."""
 _WARNINGS = {
     "near_leak": ("Near leaks", "Almost the same image is in training and validation, e.g. resized or compressed. Left "
                   "out of training."),
@@ -57,6 +60,9 @@ _WARNINGS = {
     "huge": ("Huge images", "Pillow warns of a decompression bomb. The image can be read, but needs a lot of time and "
              "memory; consider a smaller copy."),
     "aspect_ratio": ("Extreme aspect ratios", "A square input crops or distorts most of such an image."),
+    "thin": ("Too long and thin", "Resizing the shorter side, as the image processors of DINOv2, CLIP and ConvNeXt do, "
+             "would take too much memory: training and predict treat such an image as unreadable. Processors that "
+             "resize to a fixed size, such as ViT's, read it."),
     "deep": ("More than 8 bits", "Training scales these pixels to 8 bits with one range for all images; see "
              "--pixel_range."),
     "hidden": ("Hidden by the background", "The background of these transparent images has the color of their content. "
@@ -65,6 +71,8 @@ _WARNINGS = {
                  "with other images."),
     "ignored": ("Ignored files", "Files in no class folder or without an image suffix, and folders of the system. "
                 "Training ignores them."),
+    "large_share": ("Large part of a class", "Leaving out all copies would take much of a class away. They are not "
+                    "left out, because the cause may be another: look at them first. The list has them behind a #."),
     "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),
     "few_images": ("Classes with few images", "Too few images to learn the class."),
 }  # fmt: skip

@@ -61,6 +61,7 @@ class Report:
             "errors": severities[Severity.ERROR],
             "warnings": severities[Severity.WARNING],
             "left_out": len(left_out(self.findings)),
+            "proposed": len({index for finding in self.findings for index in finding.proposed}),
         }
 
     def class_counts(self) -> list[dict[str, Any]]:

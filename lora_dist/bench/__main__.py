@@ -57,7 +57,7 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
 
     if settings.data.streaming:
         streaming.prepare(settings.data)
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
+    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
     run = assemble_unwritten(settings, accelerator, directory)
     with run.watch.watching():
         measured = measure(run, settings.benchmark.updates)

@@ -101,7 +101,9 @@ def measure_trainer(trainer: str, settings: BenchSettings, directory: Path) -> T
         from lora_dist.bench.measure import assemble_unwritten, time_loaded
         from lora_dist.processes.runtime import launch
 
-        accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout)
+        accelerator = launch(
+            settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32
+        )
         run, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
         with run.watch.watching():
             samples, seconds, _ = time_loaded(run, settings.benchmark.updates)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_dist.data.batch import Batch
-from lora_dist.data.loader import batches, train_loader, workers_of
+from lora_dist.data.loader import workers_of
 from lora_dist.errors import Problems
 from lora_dist.model.adapters import without_lora
 from lora_dist.processes.watch import Watch
@@ -24,7 +25,7 @@ from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
-from lora_dist.training.step import batch_loss, make_update
+from lora_dist.training.step import make_update
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_PRODUCTS = 10
@@ -74,7 +75,7 @@ def time_loaded(run: TrainingRun, updates: int) -> tuple[int, float, float]:
     """Runs updates after the warmup; returns their samples, seconds, and seconds of waiting for data."""
     steps = _steps(run, updates)
     meter = ThroughputMeter()
-    stream = meter.timed(_stream(run, steps.stop))
+    stream = _stream(run, steps.stop, meter)
     time_updates(run, range(steps.start), stream)
     meter.reset()
     seconds = sum(time_updates(run, steps, stream))
@@ -88,11 +89,10 @@ def _steps(run: TrainingRun, updates: int) -> range:
     return range(warmup, warmup + updates)
 
 
-def _stream(run: TrainingRun, updates: int) -> Iterator[Batch]:
-    """Batches of the first `updates` updates, from a new loader."""
+def _stream(run: TrainingRun, updates: int, meter: ThroughputMeter | None = None) -> Iterator[Batch]:
+    """Batches of the first `updates` updates, from a new loader; `meter` counts the wait for it."""
     run.images.close()
-    device = run.engine.accelerator.device
-    return batches(train_loader(run.images, run.plan, 0, updates, run.settings.data, device), device)
+    return run.stream(0, updates, meter.timed if meter else iter)
 
 
 def measure(run: TrainingRun, updates: int) -> Measurements:
@@ -150,10 +150,13 @@ def _time_loader(run: TrainingRun, updates: int) -> float:
 def count_flops(run: TrainingRun, micro_batches: Sequence[Batch]) -> int:
     """Floating-point operations of an update on this process; a multiply-add counts as two.
 
-    The counter sees dispatched operators, which needs eager mode and unfused attention.
+    The counter sees dispatched operators, which needs eager mode. It knows fused attention on CUDA alone; unfused, its
+    scores take gigabytes.
     """
     plain = torch.compiler.set_stance("force_eager")
-    with plain, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    cuda = run.engine.accelerator.device.type == "cuda"
+    attention = nullcontext() if cuda else sdpa_kernel(SDPBackend.MATH)
+    with plain, attention, FlopCounterMode(display=False) as counter:
         make_update(run.begin_update(0), iter(micro_batches), run.settings.optimization.max_grad_norm)
     return counter.get_total_flops()
 
@@ -175,10 +178,9 @@ def _time_passes(run: TrainingRun, batch: Batch, rounds: int) -> tuple[float, fl
     The model must not be sharded. Nothing is communicated and no weight changes.
     """
     model, device = run.engine.unwrapped, run.engine.accelerator.device
-    smoothing = run.settings.augmentation.label_smoothing_factor
 
     def forward() -> torch.Tensor:
-        return batch_loss(model(pixel_values=batch.pixel_values).logits.float(), batch, smoothing).sum()
+        return run.loss.of_samples(model(pixel_values=batch.pixel_values).logits.float(), batch).sum()
 
     def both() -> None:
         forward().backward()

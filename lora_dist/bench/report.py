@@ -12,7 +12,8 @@ from lora_dist.bench.diagnosis import Hardware, diagnose
 from lora_dist.bench.measure import Measurements
 from lora_dist.data.loader import workers_of
 from lora_dist.engines.engine import engine_name
-from lora_dist.processes.runtime import cores_per_process, environment
+from lora_dist.processes.cores import cores_per_process
+from lora_dist.processes.runtime import environment
 from lora_dist.training.run import TrainingRun
 
 

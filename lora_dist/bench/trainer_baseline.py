@@ -24,7 +24,7 @@ from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base_of
 from lora_dist.model.targets import resolve_targets
-from lora_dist.processes.runtime import choose_precision, engine_launched
+from lora_dist.processes.runtime import choose_precision, computes_on_cpu, engine_launched, half_precision
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.train import AugmentationSettings
 from lora_dist.training.assembly import make_plan
@@ -120,9 +120,9 @@ def time_baseline(settings: BenchSettings, directory: Path) -> tuple[int, float,
 
 
 def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
-    optimization, on_cpu = settings.optimization, not torch.accelerator.is_available()
+    optimization, on_cpu = settings.optimization, computes_on_cpu()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = choose_precision(optimization.mixed_precision, launched, on_cpu)
+    precision = choose_precision(optimization.mixed_precision, launched, on_cpu, half_precision())
     workers = workers_of(settings.data, torch.device("cpu" if on_cpu else "cuda"))
     return TrainingArguments(
         str(directory),
@@ -136,6 +136,7 @@ def _arguments(settings: BenchSettings, directory: Path) -> TrainingArguments:
         label_smoothing_factor=settings.augmentation.label_smoothing_factor,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
+        tf32=None if on_cpu else optimization.tf32,
         max_steps=warmup_updates(workers, optimization.gradient_accumulation_steps) + settings.benchmark.updates,
         logging_steps=settings.run.logging_steps,
         dataloader_num_workers=workers,

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_dist.data.pixels.images import UnreadableImageError, load_rgb, opened
+from lora_dist.data.pixels.images import UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import NOWHERE, DeferredOps, Mixture, View, black, draw_mixture, stack
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample
@@ -181,7 +181,7 @@ class TrainImages(_Images):
         indices = [sample.index for sample in samples]
         viewed = indices + [index for index in wanted if index not in set(indices)]
         number_of = {index: number for number, index in enumerate(viewed)}
-        mixtures = [self._mixture(epoch, sample) for sample in samples] if pairs else []
+        mixtures = [self.mixture(epoch, sample) for sample in samples] if pairs else []
         pixels, deferred = stack(
             [views.get(index, blank) for index in viewed],
             [number_of[partner] for partner in partners] if pairs else [],
@@ -201,19 +201,19 @@ class TrainImages(_Images):
 
     def _views(self, encoded: Mapping[int, EncodedSample], epoch: int) -> dict[int, View]:
         """Augmented views by index, without images that are skipped."""
-        conversion = self.transforms.conversion
         if not self.transforms.crops:
-            wholes = self._resized(encoded, lambda one: load_rgb(one.source, one.name, conversion))
+            wholes = self._resized(encoded, lambda one: self.transforms.load(one.source, one.name))
             return {
                 index: self.transforms.whole_view(pixels, (self.seed, epoch, index)) for index, pixels in wholes.items()
             }
         views = {}
         for index, one in encoded.items():
-            with self._skipping(), opened(one.source, one.name, conversion) as picture:
+            with self._skipping(), opened(one.source, one.name, self.transforms.conversion) as picture:
                 views[index] = self.transforms.view(picture, (self.seed, epoch, index))
         return views
 
-    def _mixture(self, epoch: int, sample: Sample) -> Mixture:
+    def mixture(self, epoch: int, sample: Sample) -> Mixture:
+        """How a sample is mixed with its partner, where `mixing` is not 0."""
         if sample.index == PADDING_INDEX:
             return Mixture(1.0, NOWHERE, 1.0)
         return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.index, sample.position))
@@ -243,4 +243,5 @@ class EvaluationImages(_Images):
         )
 
     def _decoded(self, index: int) -> Image.Image:
-        return self.split.image(index, self.transforms.conversion)
+        sample = self.split.read(0, [index])[index]
+        return self.transforms.load(sample.source, sample.name)

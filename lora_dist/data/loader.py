@@ -1,6 +1,6 @@
 """Data loaders for training and evaluation; `batch.py` says what the workers do and what the device does."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
-from lora_dist.processes.runtime import cores_per_process
+from lora_dist.processes.cores import cores_per_process
 from lora_dist.processes.workers import from_workers, worker_loader
 from lora_dist.settings.train import DataSettings
 
@@ -77,15 +77,22 @@ def evaluation_loader(
     )
 
 
-def batches(loader: DataLoader, device: torch.device = CPU) -> Generator[Batch]:
+def batches(
+    loader: DataLoader, device: torch.device = CPU, timed: Callable[[Iterator[Any]], Iterator[Any]] = iter
+) -> Generator[Batch]:
     """The batches of a loader on `device`, with their deferred operations applied.
+
+    Args:
+        loader: of training or evaluation images.
+        device: to copy the batches to.
+        timed: wraps the iterator of what the worker processes deliver, to measure the wait for them.
 
     Raises:
         ProcessError: names an image that cannot be read.
     """
     images: Any = loader.dataset
     shards: list[WorkerShard] = []
-    for found in from_workers(loader):
+    for found in timed(from_workers(loader)):
         if isinstance(found, UnreadableImageError):
             raise unreadable(found)
         if isinstance(found, Batch):

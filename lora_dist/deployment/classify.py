@@ -70,14 +70,17 @@ def find_images(names: Sequence[str]) -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device; `auto` selects an accelerator if there is one.
+    """Returns the device; `auto` selects an accelerator if there is one, each process of a launch its own.
 
     Raises:
         UserError: the machine has no such device.
     """
     try:
         if name == "auto":
-            return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+            found = torch.accelerator.current_accelerator(check_available=True)
+            if found is None or "LOCAL_RANK" not in os.environ:
+                return found or torch.device("cpu")
+            return torch.device(found.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -155,7 +158,7 @@ class _Files(Dataset):
         images = []
         for path in paths:
             try:
-                images.append(load_rgb(path, conversion=self.transforms.conversion))
+                images.append(self.transforms.load(path))
                 errors.append(None)
             except UnreadableImageError as error:
                 errors.append(str(error))

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed import broadcast
 
+from lora_dist.engines.half_precision import DTYPES, compute_in
 from lora_dist.engines.torch_engine import TorchEngine
 from lora_dist.engines.zero_engine import ZeroEngine
 from lora_dist.model.trainable import trained_tensors
@@ -97,6 +98,20 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def unsharded(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Makes a model compute on one process as in the engine of this launch: on its device and in its precision."""
+    model, precision = model.to(accelerator.device), accelerator.mixed_precision
+    if precision == "no":
+        return model
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        compute_in(model, precision)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DTYPES[precision])
+        return model
+    model.forward = torch.autocast(accelerator.device.type, DTYPES[precision])(model.forward)
+    return model
 
 
 def make_engine(

@@ -12,8 +12,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grad_norm_
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
+from lora_dist.engines.half_precision import compute_in
 from lora_dist.model import adapters
 from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
@@ -24,6 +26,7 @@ class TorchEngine:
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator = accelerator
         if accelerator.distributed_type == DistributedType.FSDP:
+            compute_in(model, accelerator.mixed_precision)
             shard(accelerator, model, optimizer)
             self.model, self._optimizer = model, accelerator.prepare_optimizer(optimizer)
         else:
@@ -54,7 +57,9 @@ class TorchEngine:
 
     def step(self, max_grad_norm: float) -> float:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        norm = float(_whole(self.accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)))
+        # Not accelerate's own clipping, which under FSDP2 unscales the gradients of every optimizer twice (1.15).
+        self.accelerator.unscale_gradients(self._optimizer)
+        norm = float(_whole(clip_grad_norm_(parameters, max_grad_norm or math.inf)))
         if self.accelerator.scaler is None and not math.isfinite(norm):
             raise ArithmeticError
         self._optimizer.step()
@@ -157,9 +162,9 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
-    """The launch file's precision, but gradients are summed over processes in fp32, as they are under DDP."""
+    """The launch file's precision, but as under DDP, gradients are summed in fp32 and the output is not rounded."""
     policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
-    return dataclasses.replace(policy, reduce_dtype=torch.float32)
+    return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
+from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
 from lora_dist.model.trainable import host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings
@@ -42,6 +43,7 @@ class ZeroEngine:
         self.accelerator = accelerator
         self._ratios = [group.get("lr_ratio", 1.0) for group in optimizer.param_groups]
         configure_deepspeed(accelerator, settings)
+        compute_in(model, accelerator.mixed_precision)
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped = accelerator.unwrap_model(self.model)
         self._engine: Any = self.model
@@ -92,6 +94,7 @@ class ZeroEngine:
         if not steps:
             return {}
         assert len(steps) == 1
+        self._link_states()
         count = torch.tensor(steps.pop())
         found: dict[str, Tensor] = {}
         for name, tensor in trained_tensors(self.unwrapped):
@@ -165,8 +168,16 @@ class ZeroEngine:
                 zero.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {
                     moment: torch.zeros_like(flat) for moment in MOMENTS
                 }
-        if not sharded:
-            # ZeRO-1 and 2 link parameters to these states after their first step otherwise.
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Links the parameters of ZeRO-1 and 2 to their moments.
+
+        DeepSpeed does so once, when the first group has made its first step and the other groups have no moments yet.
+        """
+        zero = self._engine.optimizer
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
 

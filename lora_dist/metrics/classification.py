@@ -11,7 +11,8 @@ CALIBRATION_BINS = 15
 
 
 class ClassificationMetric(evaluate.Metric):
-    """Accuracy, top-5 accuracy, macro F1, mean loss, calibration, a report by class and the confusion counts.
+    """Accuracy, balanced accuracy, top-5 accuracy, macro F1, mean loss, calibration, a report by class and the
+    confusion counts. Balanced accuracy is the mean recall of the classes with samples.
 
     Inputs of `compute`, one value a sample: `predictions` (-1 for none) and `references` (classes), `confidences`
     (probability of the prediction), `ranks` (rank of the reference among the classes by probability, from 0) and
@@ -50,6 +51,7 @@ class ClassificationMetric(evaluate.Metric):
         seen = (support + claimed) > 0
         return {
             "accuracy": float((predicted == true).mean()),
+            "balanced_accuracy": float(recall[support > 0].mean()),
             "top5_accuracy": float((np.asarray(ranks) < 5).mean()),
             "macro_f1": float(f1[seen].mean()),
             "loss": float(np.asarray(losses, dtype=np.float64).mean()),

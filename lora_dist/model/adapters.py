@@ -1,7 +1,7 @@
 """LoRA on an image classifier: inject, save, load strictly, merge. Only this module and `lora_layer` import peft."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,15 +21,20 @@ from lora_dist.model import adapter_io, lora_layer
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.head import is_in
 from lora_dist.model.legacy_names import LegacyNames, current_names
-from lora_dist.model.targets import resolve_targets
+from lora_dist.model.targets import patterns, resolve_targets
 from lora_dist.settings.train import LoraSettings
 
 DEFAULT = "default"
 """PEFT's name of a single adapter."""
 
 
-def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> PeftModel:
+def inject(
+    model: nn.Module, settings: LoraSettings, heads: Sequence[str], called: Container[str] | None = None
+) -> PeftModel:
     """Freezes the model, adds LoRA to its target modules and makes the `heads` trainable in full.
+
+    Args:
+        called: layers that the model calls, as in `resolve_targets`.
 
     Raises:
         UserError: PEFT does not support these settings for the target modules.
@@ -38,7 +43,7 @@ def inject(model: nn.Module, settings: LoraSettings, heads: Sequence[str]) -> Pe
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=resolve_targets(model, settings.lora_target_modules, heads),
+        target_modules=resolve_targets(model, settings.lora_target_modules, heads, called),
         bias=settings.lora_bias,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -62,6 +67,13 @@ def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
     adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
     _freeze_others(adapted, heads)
     return adapted
+
+
+def adapted_layers(model: nn.Module) -> str:
+    """Describes the layers with LoRA, such as `24 layers: vit.layers.*.attention.q_proj, …`."""
+    layers = [name for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)]
+    kinds = patterns(layers)
+    return f"{len(layers)} layers: {', '.join(kinds[:4])}{', …' if len(kinds) > 4 else ''}"
 
 
 @contextmanager
@@ -230,6 +242,11 @@ def is_counted(name: str) -> bool:
 def is_lora_b(name: str) -> bool:
     """Whether a parameter is a B matrix, which LoRA+ trains at a higher learning rate."""
     return ".lora_B." in name
+
+
+def is_head(name: str, heads: Sequence[str]) -> bool:
+    """Whether a parameter, of an adapted model or not, belongs to one of the head's modules."""
+    return is_in(name.removeprefix("base_model.model."), heads)
 
 
 def lora_layer_of(name: str) -> str | None:

@@ -15,7 +15,8 @@ from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.head import find_heads, fingerprint, fit_head
-from lora_dist.model.image_size import resize_model, resize_processor
+from lora_dist.model.image_size import configured_size, resize_model, resize_processor
+from lora_dist.model.input_check import require_fit
 from lora_dist.settings.train import Settings
 
 
@@ -63,6 +64,7 @@ def load_base(
     fit_classes: bool = False,
     pooling: str | None = None,
     image_size: tuple[int, int] | None = None,
+    processor: Any = None,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -76,6 +78,7 @@ def load_base(
         fit_classes: permute or renew the head of a base that names its classes (see `head.fit_head`).
         pooling: features for a linear head (see `classifier_config`).
         image_size: height and width of the images; None for those of the checkpoint.
+        processor: image processor; None for that of the base.
 
     Raises:
         UserError: the model is not found, is not an image classifier, or cannot take images of this size.
@@ -85,10 +88,12 @@ def load_base(
     torch.manual_seed(seed)
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
-            processor = AutoImageProcessor.from_pretrained(name, **source)
-            config = AutoConfig.from_pretrained(name, **source)
+            processor = processor or AutoImageProcessor.from_pretrained(name, **source)
+            config = read_config(name, **source)
             before = dict(config.id2label or {})
-            config = classifier_config(config, pooling, output_size(processor))
+            # An adapter's processor makes images of another size, if it was trained with --image_size.
+            size = (image_size and configured_size(config)) or output_size(processor)
+            config = classifier_config(config, pooling, size)
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
@@ -109,6 +114,7 @@ def load_base(
     identity = fingerprint(model, heads)
     if image_size is not None:
         model, processor = resize_model(model, image_size), resize_processor(processor, image_size)
+    require_fit(model, processor)
     return Base(
         model=model,
         processor=processor,
@@ -122,10 +128,44 @@ def load_base(
     )
 
 
+def read_processor(name: str | Path, trust_remote_code: bool) -> Any:
+    """Reads an image processor from a directory or the Hub.
+
+    Raises:
+        UserError: it is missing or damaged, or needs a package.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise cannot_load(str(name), error) from error
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise cannot_load(str(name), error) from error
+        raise UserError(f"{name}/preprocessor_config.json is missing or damaged: {error}") from error
+
+
+def read_config(name: str, **source: Any) -> Any:
+    """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`."""
+    config = AutoConfig.from_pretrained(name, **source)
+    # timm saves it with the other arguments, and `transformers` would pass it a second time.
+    (getattr(config, "model_args", None) or {}).pop("num_classes", None)
+    return config
+
+
 def load_base_of(
-    settings: Settings, labels: Sequence[str], revision: str | None = None, fit_classes: bool = True
+    settings: Settings,
+    labels: Sequence[str],
+    revision: str | None = None,
+    fit_classes: bool = True,
+    processor: Any = None,
 ) -> Base:
-    """Loads the base of a training run's settings; `revision` overrides theirs, to load the same commit again."""
+    """Loads the base of a training run's settings.
+
+    `revision` and `processor` override theirs, to load the same commit again, or for an adapter that has a processor.
+    """
+    given = settings.model.image_processor_name
+    if processor is None and given is not None:
+        processor = read_processor(demo.local_path(given), settings.model.trust_remote_code)
     return load_base(
         settings.model.model_name_or_path,
         labels,
@@ -136,6 +176,7 @@ def load_base_of(
         fit_classes=fit_classes,
         pooling=settings.model.pooling,
         image_size=settings.model.input_size,
+        processor=processor,
     )
 
 
@@ -153,10 +194,18 @@ def cannot_load(name: str, error: Exception) -> UserError:
     message = f"cannot load the base model {name!r} as an image classifier: "
     # `transformers` goes on with the names of all models that it has.
     reason = str(error).partition("\nModel type should be one of")[0]
+    lacks_processor = "load image processor" in reason
+    if lacks_processor and Path(name).is_dir():
+        return UserError(
+            f"the model {name!r} has no image processor (preprocessor_config.json): name one with "
+            f"--image_processor_name"
+        )
     from_hub = isinstance(error, OSError) and "does not appear to have" not in reason
     if Path(name).is_dir() or not from_hub:
         return UserError(f"{message}{reason}")
     elsewhere = "\nIf it has moved, pass its location: predict as --base_model, train as --model_name_or_path"
+    if lacks_processor:
+        elsewhere += "\nIf it has no image processor, name one with --image_processor_name"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"{message}there is no such directory.{elsewhere}")
     return UserError(

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
-from lora_dist.model.backbone import Base, cannot_load, load_base
+from lora_dist.model.backbone import Base, load_base, read_processor
 from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_labels
 
 
@@ -95,6 +94,7 @@ def load_base_of_bundle(bundle: AdapterBundle) -> Base:
         trust_remote_code=bundle.trust_remote_code,
         pooling=bundle.pooling,
         image_size=bundle.image_size,
+        processor=own_processor(bundle),
     )
 
 
@@ -125,11 +125,16 @@ def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any
     random = [parameter for parameter in base.missing if parameter not in adapter.state]
     if random:
         raise UserError(f"neither {base.name} nor the adapter in {directory} has weights for {', '.join(random[:5])}")
+    return adapter, own_processor(bundle) or base.processor
+
+
+def own_processor(bundle: AdapterBundle) -> Any:
+    """Reads the image processor in an adapter's directory; None if another program wrote the adapter without one.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    directory = bundle.files.directory
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", BASE_MODEL)):
-        return adapter, base.processor
-    try:
-        return adapter, AutoImageProcessor.from_pretrained(directory, trust_remote_code=bundle.trust_remote_code)
-    except ImportError as error:
-        raise cannot_load(base.name, error) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}/preprocessor_config.json is missing or damaged: {error}") from error
+        return None
+    return read_processor(directory, bundle.trust_remote_code)

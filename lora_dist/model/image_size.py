@@ -28,7 +28,7 @@ def resize_model(model: Any, size: Size) -> Any:
     Raises:
         UserError: the model cannot take such images.
     """
-    before = _image_size(model.config)
+    before = configured_size(model.config)
     if before in (None, size):
         return _require_images(model, model, size)
     try:
@@ -114,7 +114,8 @@ def _configs(config: Any) -> Iterator[Any]:
             yield from _configs(getattr(config, name))
 
 
-def _image_size(config: Any) -> Size | None:
+def configured_size(config: Any) -> Size | None:
+    """Returns the height and width in a model's configuration, or None."""
     for part in _configs(config):
         found = getattr(part, "image_size", None)
         if found is not None:
@@ -122,7 +123,7 @@ def _image_size(config: Any) -> Size | None:
     return None
 
 
-def _set_image_size(config: Any, size: Size) -> Any:
+def _with_image_size(config: Any, size: Size) -> Any:
     for part in _configs(config):
         found = getattr(part, "image_size", None)
         if found is not None:
@@ -133,7 +134,7 @@ def _set_image_size(config: Any, size: Size) -> Any:
 def _rebuilt(model: Any, before: Size, size: Size) -> Any:
     """The model with a configuration of another image size; it shares the weights that stay as they are."""
     with _as_user_error(model, size):
-        config = _set_image_size(copy.deepcopy(model.config), size)
+        config = _with_image_size(copy.deepcopy(model.config), size)
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
         state: dict[str, Tensor] = {}
@@ -176,7 +177,7 @@ def _strides(config: Any) -> set[int]:
 
 def _interpolated(name: str, tensor: Tensor, shape: torch.Size, config: Any, size: Size) -> Tensor:
     """Resizes a tensor along the dimension that counts positions."""
-    before, strides = _image_size(config), _strides(config)
+    before, strides = configured_size(config), _strides(config)
     assert before is not None
     changed = [index for index, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)) if old != new]
     if len(changed) != 1 or "pos" not in name:

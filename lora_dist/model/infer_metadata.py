@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_io import AdapterFiles
-from lora_dist.model.backbone import cannot_load
+from lora_dist.model.backbone import cannot_load, read_config
 from lora_dist.model.head import class_dimensions
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def labels_of(
     base = demo.local_path(base)
     try:
         with hub_client.reading(f"the configuration of the base model {base}", f"`hf download {base}`"):
-            config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+            config = read_config(base, revision=revision, trust_remote_code=trust_remote_code)
         count = class_count(files, config, trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load(base, error) from error

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
@@ -33,20 +32,25 @@ def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     dropout = layer.lora_dropout[name]
     rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return _LoraLinear.apply(*tensors, layer.scaling[name], rate)
+    return LoraLinear.apply(*tensors, layer.scaling[name], rate)
 
 
 def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
-    """Whether a layer is plain LoRA on a frozen, unquantised linear layer whose weights are not sharded."""
+    """Whether a layer is plain LoRA on a frozen, unquantised linear layer whose weights are not sharded.
+
+    The function calls none of the layers inside, so their hooks, parametrisations or own `forward` rule it out.
+    """
     if (
         name not in layer.lora_A
         or name in layer.lora_variant
         or layer.disable_adapters
         or layer.merged
-        or type(layer.base_layer) is not nn.Linear
+        or not all(_is_plain(inside) for inside in (layer.base_layer, layer.lora_A[name], layer.lora_B[name]))
+        or _is_hooked(layer.lora_dropout[name])
         or any(parameter.requires_grad for parameter in layer.base_layer.parameters())
         or layer.lora_B[name].bias is not None
         or torch.compiler.is_compiling()  # fuses PEFT's own layer
+        or torch._C._are_functorch_transforms_active()
     ):
         return False
     weights = [layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight]
@@ -58,9 +62,24 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
     return all(weight.dtype == x.dtype for weight in weights)
 
 
-class _LoraLinear(torch.autograd.Function):
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and not _is_hooked(layer)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+class LoraLinear(torch.autograd.Function):
     """Saves the input (shared by layers), `hidden` [rows, r] and the dropout mask for the backward pass.
 
+    A backward pass that is itself differentiated (`create_graph`) recomputes `hidden` from the inputs.
     Without dropout, `s B A` is added to the weights instead of the output (`folds`) if the weights are fewer.
     """
 
@@ -69,9 +88,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, rate: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        kept, keep = _draw(rows, rate)
+        kept, keep = draw_mask(rows, rate)
         # Dropout's factor 1/keep is part of the scaling, which applies to `r` columns only.
-        ctx.scaling, ctx.shape = scaling / keep if keep else 0.0, x.shape
+        ctx.scaling = scaling / keep if keep else 0.0
         # In half precision, the sum would round away the small update.
         ctx.folds = kept is None and rows.dtype == torch.float32 and rows.shape[0] > rows.shape[1]
         hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
@@ -79,14 +98,16 @@ class _LoraLinear(torch.autograd.Function):
         output = linear(rows, factor, bias)
         if not ctx.folds:
             output.addmm_(hidden, up.t(), alpha=ctx.scaling)
-        ctx.save_for_backward(rows, kept, weight, hidden, down, up)
-        return output.view(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x, kept, weight, hidden, down, up)
+        # A view made in a function cannot be modified in place afterwards.
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, kept, weight, hidden, down, up = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
+        x, kept, weight, hidden, down, up = ctx.saved_tensors
+        rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if torch.is_grad_enabled():
+            hidden = _masked(rows, _as_factor(kept, rows.dtype)) @ down.t()
         of_hidden = (gradient @ up).mul_(ctx.scaling)
         of_up = (hidden.t() @ gradient).mul_(ctx.scaling).t()
         mask = _as_factor(kept, rows.dtype)
@@ -98,12 +119,12 @@ class _LoraLinear(torch.autograd.Function):
                 of_x.addcmul_(of_hidden @ down, mask)
             elif not ctx.folds:
                 of_x.addmm_(of_hidden, down)
-            of_x = of_x.view(ctx.shape)
+            of_x = of_x.view(x.shape)
         of_down = of_hidden.t() @ _masked(rows, mask)
         return of_x, None, None, of_down, of_up, None, None
 
 
-def _draw(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
+def draw_mask(rows: Tensor, rate: float) -> tuple[Tensor | None, float]:
     """Draws the elements that dropout keeps, one byte each, and returns their probability."""
     keep = 1 - rate
     if rate == 0:
@@ -126,7 +147,7 @@ def _as_factor(kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows times mask; overwrites a floating-point mask, to save memory."""
+    """Rows times mask; overwrites a floating-point mask, to save memory, unless it is needed for a derivative."""
     if mask is None:
         return rows
-    return rows * mask if mask.dtype == torch.bool else mask.mul_(rows)
+    return rows * mask if mask.dtype == torch.bool or torch.is_grad_enabled() else mask.mul_(rows)

@@ -1,11 +1,13 @@
 """Compares logits: a written model must give those of the model in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.model.classifier import load_classifier
@@ -22,25 +24,53 @@ def require_same_logits(
     expected: Tensor,
     tolerance: float = TOLERANCE,
     trust_remote_code: bool = False,
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> None:
     """Checks that a written bundle or model gives the expected logits [B, classes] on real images (see peft#577).
 
+    Args:
+        directory: of the bundle or model.
+        images: RGB images.
+        expected: logits, on the CPU.
+        tolerance: largest difference, relative to the largest logit.
+        trust_remote_code: run code that comes with the model.
+        prepare: gives the loaded model, in fp32 on the CPU, the device and precision of the expected logits.
+
     Raises:
-        RuntimeError: they differ by more than `tolerance`, relative to the largest logit.
+        RuntimeError: they differ by more than `tolerance`.
     """
-    difference = loaded_difference(directory, images, expected, trust_remote_code)
+    difference = loaded_difference(directory, images, expected, trust_remote_code, prepare)
     if not difference <= tolerance:
         raise RuntimeError(f"{directory} gives other logits after loading: relative error {difference:.1e}")
 
 
 def loaded_difference(
-    directory: Path, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool = False
+    directory: Path,
+    images: Sequence[Image.Image],
+    expected: Tensor,
+    trust_remote_code: bool = False,
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> float:
     """Loads a bundle or model, and returns the difference of its logits from the expected ones [B, classes]."""
     loaded = load_classifier(directory, trust_remote_code=trust_remote_code)
-    with torch.inference_mode():
-        actual = loaded.model(pixel_values=ImageTransforms(loaded.processor).batch(images)).logits.float()
+    model, pixels = prepare(loaded.model), ImageTransforms(loaded.processor).batch(images)
+    with torch.inference_mode(), without_tf32():
+        actual = model(pixel_values=pixels.to(next(model.parameters()).device)).logits.float().cpu()
     return relative_difference(actual, expected)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Computes fp32 products in full on CUDA. cuDNN's convolutions use TF32 by default, with errors of up to 2e-2."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -1,8 +1,11 @@
 """Resolves `--lora_target_modules`: auto, all-linear, or module names of transformers 4 or 5."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_dist.errors import UserError
 from lora_dist.model.head import is_in
@@ -17,29 +20,42 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 )
 """Names of the same projection in transformers 4 and 5, where most models were renamed (transformers#41693)."""
 
-AUTO: tuple[tuple[str, ...], ...] = (("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
-"""Targets of `auto`: the first group that the model has, else all its convolutions."""
+AUTO: tuple[tuple[str, ...], ...] = (
+    ("query", "value"),
+    ("qkv",),
+    ("pwconv1", "pwconv2"),
+    ("projection_query", "projection_value"),
+)
+"""Targets of `auto`: the first group that the model has, if it is not too small, else all its linear layers or all its
+convolutions, whichever hold more weights."""
+
+SMALLEST_SHARE = 0.08
+"""Least share of the backbone's weights that a group of `AUTO` must hold: an eighth in SegFormer, a sixth in ViT."""
 
 
-def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]) -> list[str]:
+def resolve_targets(
+    model: nn.Module, names: Sequence[str], heads: Sequence[str], called: Container[str] | None = None
+) -> list[str]:
     """Returns names for `LoraConfig.target_modules` that exist in this model.
 
     Args:
         model: the classifier, without adapters.
         names: suffixes of module names, `["auto"]` or `["all-linear"]`.
         heads: modules that are trained in full and get no LoRA.
+        called: layers that the model calls (see `called_layers`); None for all. LoRA has no effect on others.
 
     Raises:
-        UserError: the model lacks one of the names.
+        UserError: the model lacks one of the names, or LoRA on it could not be merged.
     """
-    adaptable: dict[str, nn.Module] = {
+    layers = {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and not is_in(name, heads)
+        if isinstance(module, nn.Linear | nn.Conv2d) and not is_in(name, heads)
     }
+    adaptable = {name: module for name, module in layers.items() if is_mergeable(module)}
+    useful = {name: module for name, module in adaptable.items() if called is None or name in called}
     if list(names) == ["all-linear"]:
-        linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
+        linear = [name for name, module in useful.items() if isinstance(module, nn.Linear)]
         if not linear:
             raise UserError(
                 f"--lora_target_modules all-linear: {type(model).__name__} has no linear layer outside its head; "
@@ -47,14 +63,20 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
             )
         return shortest(linear, model)
     if list(names) == ["auto"]:
-        for group in AUTO:
-            found = [match for name in group for match in _matches(name, adaptable)]
-            if found:
-                return shortest(found, model)
-        return shortest([name for name, module in adaptable.items() if isinstance(module, nn.Conv2d)], model)
+        if layers and not useful:
+            raise UserError(
+                f"{type(model).__name__} has no layer that LoRA can adapt and merge: {_why_not(layers)}. "
+                f"Train with --tuning head or --tuning full"
+            )
+        return shortest(_automatic(useful, model, heads), model)
     resolved: list[str] = []
     for name in names:
         found = _matches(name, adaptable)
+        if not found and (others := _matches(name, layers)):
+            raise UserError(
+                f"--lora_target_modules {name}: LoRA cannot be merged there: "
+                f"{_why_not({other: layers[other] for other in others})}. Use auto"
+            )
         if not found:
             exist = sorted({".".join(_last(module)) for module in adaptable})
             raise UserError(
@@ -63,6 +85,65 @@ def resolve_targets(model: nn.Module, names: Sequence[str], heads: Sequence[str]
             )
         resolved += found
     return shortest(resolved, model)
+
+
+def is_mergeable(layer: nn.Module) -> bool:
+    """Whether PEFT's LoRA on a layer equals a change of its weight.
+
+    It does not where the layer computes with something else than its weight and input (a `forward` of its own, a
+    parametrisation), or is a convolution with groups, dilation or padding that PEFT's own convolutions do not have.
+    """
+    if is_parametrized(layer) or layer._forward_pre_hooks:
+        return False
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        return plain and type(layer).forward is nn.Conv2d.forward
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
+@torch.no_grad()
+def called_layers(model: nn.Module, pixel_values: Tensor) -> set[str]:
+    """Returns the names of the modules that a forward pass calls; others may be used by reading their weights."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
+    ]
+    try:
+        model(pixel_values=pixel_values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Names of modules with `*` for numbers, without duplicates."""
+    return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+
+
+def _automatic(useful: Mapping[str, nn.Module], model: nn.Module, heads: Sequence[str]) -> list[str]:
+    backbone = sum(weight.numel() for name, weight in model.named_parameters() if not is_in(name, heads))
+    for group in AUTO:
+        found = [match for name in group for match in _matches(name, useful)]
+        if found and _weights(useful[name] for name in found) >= SMALLEST_SHARE * backbone:
+            return found
+    kinds = [[name for name, layer in useful.items() if isinstance(layer, kind)] for kind in (nn.Linear, nn.Conv2d)]
+    return max(kinds, key=lambda names: _weights(useful[name] for name in names))
+
+
+def _weights(layers: Iterable[nn.Module]) -> int:
+    return sum(
+        parameter.numel() for layer in layers for name, parameter in layer.named_parameters() if name == "weight"
+    )
+
+
+def _why_not(layers: Mapping[str, nn.Module]) -> str:
+    """Why these layers are not useful, by type."""
+    uncalled = [name for name, layer in layers.items() if is_mergeable(layer)]
+    if uncalled:
+        return f"it reads the weights of {', '.join(patterns(uncalled)[:3])} without calling these layers"
+    kinds = sorted({type(layer).__name__ for layer in layers.values()})
+    return f"{', '.join(kinds)} computes with other weights, padding, groups or dilation than plain layers"
 
 
 def shortest(wanted: list[str], model: nn.Module) -> list[str]:
@@ -83,7 +164,7 @@ def shortest(wanted: list[str], model: nn.Module) -> list[str]:
     return sorted(set(wanted))
 
 
-def _matches(name: str, modules: dict[str, nn.Module]) -> list[str]:
+def _matches(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
     """Full names of the modules that `name`, or else a synonym of it, selects."""
     synonyms = next((group for group in SYNONYMS if name in group), (name,))
     for candidate in (name, *synonyms):

@@ -2,14 +2,18 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.backbone import Base
+from lora_dist.model.targets import called_layers
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -21,9 +25,10 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     Raises:
         UserError: the model does not support these settings.
     """
-    model = base.model
+    model, blank = base.model, _blank(base.processor)
+    model.eval()
     if settings.tuning == "lora":
-        model = adapters.inject(model, lora, base.heads)
+        model = adapters.inject(model, lora, base.heads, called_layers(model, blank))
     elif settings.tuning == "head":
         model = adapters.inject_head_only(model, base.heads)
     else:
@@ -34,7 +39,10 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error} Train without it, with smaller batches.") from error
-    _freeze_unused(model, base)
+    _freeze_unused(model, base, blank)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and _trains(module):
+            module.forward = MethodType(_normalise, module)  # type: ignore[method-assign]
     if settings.torch_compile:
         model.compile()
     return model
@@ -44,7 +52,7 @@ def set_training(model: nn.Module) -> None:
     """Sets training mode, except for frozen batch norms, whose statistics must not change."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _trains(module):
+        if isinstance(module, _BatchNorm) and not _trains(module):
             module.eval()
 
 
@@ -65,6 +73,11 @@ def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in trained_tensors(model):
             target.copy_(trained[name])
+    # LeViT keeps what it computed from its weights in evaluation until it trains again.
+    was_training = model.training
+    set_training(model)
+    if not was_training:
+        model.eval()
 
 
 def host_copy(tensor: Tensor) -> Tensor:
@@ -79,17 +92,41 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _freeze_unused(model: nn.Module, base: Base) -> None:
+def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Normalises one value per channel, as of a last batch of one image, by the running statistics."""
+    if not norm.training or x.numel() != x.shape[1]:
+        return type(norm).forward(norm, x)
+    norm.eval()
+    try:
+        return type(norm).forward(norm, x)
+    finally:
+        norm.train()
+
+
+def _blank(processor: Any) -> Tensor:
+    """One grey image as the model takes it, float32 [1, 3, H, W]."""
+    return processor(Image.new("RGB", (64, 64), (127, 127, 127)), return_tensors="pt")["pixel_values"]
+
+
+def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
     """Freezes parameters that get no gradient, such as a mask token: DDP would fail on them.
 
     Raises:
-        UserError: the model returns no logits, or no layer with LoRA contributes to them.
+        UserError: the model does not run with LoRA, or no layer with LoRA contributes to its logits.
     """
-    blank = Image.new("RGB", (64, 64), (127, 127, 127))
+    # Training mode drops what LeViT kept of its weights in an evaluation without gradients.
+    model.train()
     model.eval()
-    logits = getattr(model(pixel_values=base.processor(blank, return_tensors="pt")["pixel_values"]), "logits", None)
-    if logits is None:
-        raise UserError(f"{type(base.model).__name__} returns no logits and cannot be trained as a classifier")
+    try:
+        logits = model(pixel_values=blank).logits
+    except AttributeError as error:
+        # MobileNet reads `stride` off its convolutions.
+        if not adapters.is_adapted(model):
+            raise
+        raise UserError(
+            f"{type(base.model).__name__} does not run with LoRA: its code reads from a layer what PEFT's layers do "
+            f"not have ({error}). Train with --tuning head or --tuning full"
+        ) from error
     logits.float().sum().backward()
     used: set[str | None] = set()
     unused: set[str | None] = set()
@@ -112,6 +149,6 @@ def _freeze_unused(model: nn.Module, base: Base) -> None:
 
 def _trains(module: nn.Module) -> bool:
     """Whether a module's own parameters train; a batch norm with a trainable bias alone counts as frozen."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _BatchNorm):
         return module.weight is not None and module.weight.requires_grad
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))

@@ -16,7 +16,7 @@ from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.bundle import AdapterBundle, read_bundle
-from lora_dist.model.classifier import check_base
+from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
 from lora_dist.model.image_size import resize_processor
 from lora_dist.model.targets import resolve_targets, shortest
@@ -79,7 +79,7 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     given = settings.model.model_name_or_path if "model_name_or_path" in settings.model.model_fields_set else None
     bundle = read_bundle(directory, given, settings.model.trust_remote_code, None)
     settings = settings.model_copy(update={"model": _model_of(bundle, settings.model, given)})
-    base = load_base_of(settings, labels)
+    base = load_base_of(settings, labels, processor=own_processor(bundle))
     adapter, processor = check_base(base, bundle)
     # Training may go on at another image size.
     processor = processor if base.image_size is None else resize_processor(processor, base.image_size)

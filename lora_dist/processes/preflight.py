@@ -18,12 +18,15 @@ from torch.distributed import DistError, all_reduce, is_initialized
 from lora_dist import waiting
 from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
 from lora_dist.processes.failure import format_ranks, read_failure
+from lora_dist.processes.lifetime import end_process, limit_exit
 from lora_dist.processes.rendezvous import launch_store, store_lost
 
 logger = logging.getLogger(__name__)
 
 SIZE = 2**20
 """Number of elements in the timed all-reduce: 4 MiB in fp32, about the size of the LoRA gradient of a ViT-L."""
+STORE_SECONDS = 10.0
+"""How long to wait, beyond the timeout, for a request to the store."""
 
 
 class Preflight:
@@ -99,19 +102,23 @@ class Preflight:
         """Logs the duration of an all-reduce. Ends the process if it does not finish within the timeout."""
         if self._store is None:
             return
-        watchdog = threading.Timer(self._timeout.total_seconds(), self._give_up)
-        watchdog.daemon = True
-        watchdog.start()
+        unfinished = (
+            f"all {self._world_size} processes have arrived, but an all-reduce did not finish within {self._limit}. "
+            f"Check that no firewall blocks traffic between the nodes and that NCCL_SOCKET_IFNAME and "
+            f"GLOO_SOCKET_IFNAME name the right interface. NCCL_DEBUG=INFO logs details."
+        )
         numbers = torch.zeros(SIZE, device=accelerator.device)
         seconds = []
         message = f"waiting for an all-reduce between {self._world_size} processes; giving up after {self._limit}"
-        with waiting.log_wait(message, logs=self._rank == 0):
+        with (
+            waiting.log_wait(message, logs=self._rank == 0),
+            _time_limit(self._timeout.total_seconds(), unfinished if self._rank == 0 else ""),
+        ):
             for _ in range(4):
                 start = time.perf_counter()
                 all_reduce(numbers)
                 float(numbers[0])
                 seconds.append(time.perf_counter() - start)
-        watchdog.cancel()
         # The first one makes the connections.
         logger.info(
             "%d processes; an all-reduce of %d MiB takes %.1f ms",
@@ -137,7 +144,13 @@ class Preflight:
                 f"waiting for {format_ranks(missing, self._world_size)} (stage: {where}); giving up after {self._limit}"
             )
 
-        with waiting.log_wait(message, logs=True), _store_errors():
+        silent = (
+            f"rank {self._rank}: the store of the launch has not answered within {self._limit} (stage: {where}). "
+            f"Check that the process that hosts it, rank 0 or the launcher, is not suspended."
+        )
+        # The deadline below is checked between requests to the store, which may never be answered.
+        limit = _time_limit(self._timeout.total_seconds() + STORE_SECONDS, silent)
+        with waiting.log_wait(message, logs=True), _store_errors(), limit:
             while missing := [rank for rank in missing if not self._store.check([f"{where}/{rank}"])]:
                 if failure := read_failure(self._store):
                     raise failure
@@ -164,17 +177,6 @@ class Preflight:
     def _limit(self) -> str:
         return f"{self._timeout.total_seconds():.0f} s"
 
-    def _give_up(self) -> None:
-        if self._rank == 0:
-            print(
-                f"error: all {self._world_size} processes have arrived, but an all-reduce did not finish "
-                f"within {self._limit}. Check that no firewall blocks traffic between the nodes and that "
-                f"NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right interface. NCCL_DEBUG=INFO logs details.",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(TrainingStoppedError.exit_code)
-
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
@@ -183,3 +185,26 @@ def _store_errors() -> Iterator[None]:
         yield
     except DistError as error:
         raise store_lost() from error
+
+
+@contextmanager
+def _time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Ends this process, with `message` as its error, if the block takes longer; nothing can interrupt what it calls.
+
+    Args:
+        message: empty for none.
+    """
+
+    def give_up() -> None:
+        limit_exit(TrainingStoppedError.exit_code)
+        if message:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        end_process(TrainingStoppedError.exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

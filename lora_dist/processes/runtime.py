@@ -16,35 +16,46 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    parse_flag_from_env,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
 from lora_dist.processes.preflight import Preflight
+from lora_dist.processes.threads import share_cores
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate")
 
 
-def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800) -> Accelerator:
+def launch(
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800, tf32: bool = False
+) -> Accelerator:
     """Initializes the process group and creates the `Accelerator`.
 
     Args:
-        mixed_precision: `auto` uses the value of the launch file, or else fp16 on CUDA and fp32 elsewhere.
+        mixed_precision: `auto` uses the value of the launch file, or else bf16 on CUDA devices that have it, fp16 on
+            others, and fp32 elsewhere.
         ddp_timeout: seconds after which a process that waits for another gives up.
+        tf32: compute fp32 matrix products on CUDA in TF32.
 
     Raises:
-        UserError: the precision contradicts the launch file or is not supported by the device, or some of the
-            launched processes do not arrive in time or cannot connect.
+        UserError: the precision contradicts the launch file or is not supported by the device, there are more processes
+            than GPUs, or some of the launched processes do not arrive in time or cannot connect.
         TrainingStoppedError: the process that hosts the store has ended.
     """
     _require_company()
     if engine_launched() == "FSDP":
         prepare_fsdp()
-    on_cpu = not torch.accelerator.is_available()
-    precision = choose_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), on_cpu)
+    refuse_dynamo()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    on_cpu = computes_on_cpu()
+    launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = choose_precision(mixed_precision, launched_precision, on_cpu, half_precision())
+    if not on_cpu:
+        require_devices(torch.accelerator.device_count())
     timeout = timedelta(seconds=ddp_timeout)
     preflight = Preflight(timeout)
     preflight.arrive("started")
@@ -68,6 +79,8 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
         # accelerate shards on GPUs alone, but torch anywhere; what follows is the same.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if precision != "no":
+            accelerator.state.fsdp_plugin.set_mixed_precision(precision)
     if engine_launched() not in ("NO", accelerator.distributed_type.value):
         raise UserError(
             f"the launch file requests {engine_launched()}, but {accelerator.distributed_type.value} is in use; "
@@ -86,7 +99,7 @@ def launch(mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: 
     preflight.arrive("connected")
     preflight.time_all_reduce(accelerator)
     if on_cpu:
-        _hint_at_threads()
+        share_cores()
     return accelerator
 
 
@@ -131,16 +144,6 @@ def prepare_fsdp() -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
-def _hint_at_threads() -> None:
-    """Logs a hint if a process uses fewer threads than cores; `accelerate launch` sets one thread by default."""
-    cores = cores_per_process()
-    if torch.get_num_threads() < cores:
-        logger.info(
-            f"each process uses {torch.get_num_threads()} of its {cores} cores; "
-            f"set accelerate launch --num_cpu_threads_per_process {cores} to use all"
-        )
-
-
 def engine_launched() -> str:
     """The engine that `accelerate launch` asks for beyond plain data parallel: DEEPSPEED, FSDP or NO."""
     for engine in ("DEEPSPEED", "FSDP"):
@@ -149,12 +152,56 @@ def engine_launched() -> str:
     return "NO"
 
 
-def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
+def refuse_dynamo() -> None:
+    """Raises an error if the launch file or the environment requests torch dynamo, which renames all weights."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise UserError(
+            f"the launch file (dynamo_config) or ACCELERATE_DYNAMO_BACKEND requests torch dynamo ({backend}): remove "
+            f"that and use --torch_compile"
+        )
+
+
+def computes_on_cpu() -> bool:
+    """Whether this process trains on the CPU, for want of an accelerator or because ACCELERATE_USE_CPU says so."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def require_devices(count: int) -> None:
+    """Raises an error if torchrun or accelerate started more processes on this machine than it has devices.
+
+    Processes that were started otherwise may each see a device of their own.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes > count:
+        raise UserError(
+            f"{processes} processes were started on this machine, which has {count} GPU{'s' * (count > 1)}: set "
+            f"num_processes in the launch file, or accelerate launch --num_processes, to the number of GPUs"
+        )
+
+
+def half_precision() -> str:
+    """The half precision of the CUDA device of this process: bf16 where it has that, or else fp16; no on a CPU."""
+    if computes_on_cpu() or not torch.cuda.is_available():
+        return "no"
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def choose_precision(asked: str, launched: str, on_cpu: bool, half: str) -> str:
     """The precision to train in, from the setting, the launch file and the device.
+
+    Args:
+        asked: the setting.
+        launched: the value of the launch file.
+        on_cpu: whether the machine has no accelerator.
+        half: as `half_precision` returns.
 
     Raises:
         UserError: the setting contradicts the launch file, or the device does not support the precision.
     """
+    if launched == "fp8":
+        raise UserError("the launch file says mixed_precision: fp8, which is not supported: set bf16 there")
     if asked != "auto" and launched != "no" and asked != launched:
         raise UserError(
             f"--mixed_precision {asked}, but the launch file says mixed_precision: {launched}; remove one of them"
@@ -164,9 +211,7 @@ def choose_precision(asked: str, launched: str, on_cpu: bool) -> str:
         raise UserError("fp16 needs a GPU and this machine has none; use --mixed_precision no (fp32)")
     if on_cpu and wanted == "bf16":
         logger.warning("bf16 is very slow on most CPUs; --mixed_precision no (fp32) is the faster choice there")
-    if asked == "auto" and launched == "no" and torch.cuda.is_available():
-        return "fp16"
-    return wanted
+    return half if asked == "auto" and launched == "no" else wanted
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -210,8 +255,3 @@ def git_commit(directory: Path) -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def cores_per_process() -> int:
-    """Number of cores of this machine for each of its processes."""
-    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

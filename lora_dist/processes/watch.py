@@ -106,6 +106,22 @@ class Watch:
         self._is_warm = True
 
     @contextmanager
+    def watching_step(self, name: str) -> Iterator[None]:
+        """Ends this process if the block, which comes before `watching`, takes too long. Does as `now` with `name`."""
+        self.now(name, first=True)
+        if not (owns_process() and self._timeout):
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(target=self._watch_progress, args=(ended,), name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()  # does not return if it has found a stall
+
+    @contextmanager
     def writing(self) -> Iterator[None]:
         """While the block runs, the failure of another process does not end this one, for up to `SAVING_SECONDS`."""
         self._is_writing = True
@@ -139,7 +155,7 @@ class Watch:
             return
         self.now("starting")
         self.watch_peers()
-        progress_thread = threading.Thread(target=self._watch_progress, name="watch", daemon=True)
+        progress_thread = threading.Thread(target=self._watch_progress, args=(self._ended,), name="watch", daemon=True)
         if self._timeout:
             progress_thread.start()
         try:
@@ -179,11 +195,11 @@ class Watch:
             time.sleep(EXPLAIN_PERIOD)
         return self._failure
 
-    def _watch_progress(self) -> None:
+    def _watch_progress(self, ended: threading.Event) -> None:
         """Ends this process if the main thread stalls. Does not use the store, whose host may be what hangs."""
         period = min(POLL_SECONDS, self._timeout / 10)
         activity, idle, before = self._activity, 0.0, time.monotonic()
-        while not self._ended.wait(period):
+        while not ended.wait(period):
             now = time.monotonic()
             # A process that was suspended has not stalled: only the time that this thread was awake counts.
             idle, before = idle + min(now - before, 2 * period), now

@@ -11,6 +11,7 @@ from lora_dist.settings.fields import (
     Color,
     Count,
     Group,
+    MaxPixels,
     NonNegative,
     PixelRange,
     Problem,
@@ -26,6 +27,15 @@ class AuditData(Group):
 
     train_dir: str | None = None
     """Folder of training images with one sub-folder per class."""
+    labels_file: str | None = None
+    """Text file with the labels of the images in --train_dir, as for lora_dist.train. Its test images are audited as
+    validation images."""
+    image_column_name: str | None = None
+    """Column of paths in --labels_file."""
+    label_column_name: str | None = None
+    """Column of labels in --labels_file."""
+    split_column_name: str | None = None
+    """Column of --labels_file with train, validation or test."""
     validation_dir: str | None = None
     """Folder of validation images with one sub-folder per class, to find images that are also in training."""
     exclude: str | None = None
@@ -35,6 +45,8 @@ class AuditData(Group):
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
     """LOW HIGH: values that become 0 and 255 in images of more than 8 bits, as for lora_dist.train. Default: the range
     of 64 training images."""
+    max_image_pixels: MaxPixels | None = None
+    """Largest image to decode, in pixels, as for lora_dist.train. Default: Pillow's limit, 178,956,970."""
 
 
 class Checks(Group):
@@ -72,11 +84,14 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     data = settings.data
     if not data.train_dir:
         yield Problem(("train_dir",), "no data: set a folder of images")
-    paths = (data.train_dir, data.validation_dir, data.exclude)
+    paths = (data.train_dir, data.validation_dir, data.exclude, None, data.labels_file)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
     yield from wrong
     if wrong:
         return
+    for name in ("image_column_name", "label_column_name", "split_column_name"):
+        if getattr(data, name) and not data.labels_file:
+            yield Problem((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
     output = Path(settings.run.output_dir).resolve()
     for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
         if directory and output.is_relative_to(Path(directory).resolve()):

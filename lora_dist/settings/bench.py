@@ -45,7 +45,9 @@ def contradictions(settings: BenchSettings) -> Iterator[Problem]:
         yield Problem(("compare", "augmentation"), "the PEFT guide supports only none and basic")
     for group, name in (
         (augmentation, "random_erasing"), (augmentation, "mixup_alpha"), (augmentation, "cutmix_alpha"),
-        (settings.lora, "use_dora"),
+        (settings.lora, "use_dora"), (settings.optimization, "focal_gamma"), (settings.data, "balanced_sampling"),
     ):  # fmt: skip
         if getattr(group, name):
             yield Problem(("compare", name), "the PEFT guide does not support it: remove one of them")
+    if settings.optimization.class_weights != "none":
+        yield Problem(("compare", "class_weights"), "the PEFT guide does not support it: remove one of them")

@@ -40,10 +40,15 @@ def _split_commas(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
+    BeforeValidator(_split_commas),
+]
 Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
 Count = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+MaxPixels = Annotated[int, Field(ge=1_000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -89,6 +94,10 @@ PixelRange = Annotated[list[float], AfterValidator(_ascending)]
 ImageSize = Annotated[list[Count], BeforeValidator(_height_and_width), Field(min_length=2, max_length=2)]
 
 
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pillow's limit."""
+
+
 class Problem(NamedTuple):
     """A contradiction between settings: their flat names, and a message that says how to resolve it."""
 
@@ -96,17 +105,24 @@ class Problem(NamedTuple):
     message: str
 
 
-def missing_paths(train_dir: str | None, validation_dir: str | None, exclude: str | None) -> Iterator[Problem]:
+def missing_paths(
+    train_dir: str | None,
+    validation_dir: str | None,
+    exclude: str | None,
+    test_dir: str | None = None,
+    labels_file: str | None = None,
+) -> Iterator[Problem]:
     """Yields a problem for each input path that does not exist."""
-    for name, path in {"train_dir": train_dir, "validation_dir": validation_dir}.items():
+    for name, path in {"train_dir": train_dir, "validation_dir": validation_dir, "test_dir": test_dir}.items():
         if path and not is_packaged(path):
             mode, why = _mode(path)
             if not stat.S_ISDIR(mode):
                 yield Problem((name,), f"{why or 'no such directory'}: {path}")
-    if exclude:
-        mode, why = _mode(exclude)
-        if not stat.S_ISREG(mode):
-            yield Problem(("exclude",), f"{why or 'no such file'}: {exclude}")
+    for name, path in {"exclude": exclude, "labels_file": labels_file}.items():
+        if path:
+            mode, why = _mode(path)
+            if not stat.S_ISREG(mode):
+                yield Problem((name,), f"{why or 'no such file'}: {path}")
 
 
 def impossible_output(output_dir: str) -> Iterator[Problem]:

@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_dist.settings.fields import SEVERAL, Count, Group, Names, NonNegativeInt, Positive, Problem
+from lora_dist.errors import UserError
+from lora_dist.settings.fields import (
+    MAX_IMAGE_PIXELS,
+    SEVERAL,
+    Count,
+    Group,
+    MaxPixels,
+    Names,
+    NonNegativeInt,
+    Positive,
+    Problem,
+)
 
 
 class ModelSource(Group):
@@ -59,6 +70,8 @@ class Images(Group):
     """Images per forward pass. Default: 32, or 8 on a CPU."""
     num_workers: NonNegativeInt | None = None
     """Processes that decode images while the model runs. Default: 1, or 0 for few or tiny images."""
+    max_image_pixels: MaxPixels | None = None
+    """Largest image to decode, in pixels. Default: Pillow's limit, 178,956,970."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
 
@@ -99,8 +112,8 @@ class Serving(Group):
     """Port to listen on. 0 selects a free one."""
     max_upload_mb: Positive = 20
     """Largest request, in megabytes."""
-    max_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
-    """Largest image, in millions of pixels. Pillow's limit is 178."""
+    max_megapixels: Positive = 50
+    """Largest image of a request, in millions of pixels, within --max_image_pixels."""
     max_files: Count = 32
     """Largest number of images per request."""
 
@@ -130,6 +143,21 @@ class PredictSettings(Group):
         if len(names) > 1:
             return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
         return names[0] if names else self.source.model or self.exporting.onnx or ""
+
+
+def require_shareable(settings: PredictSettings) -> None:
+    """Raises a `UserError` unless several processes can share the work: images that are classified into a file."""
+    merging = settings.merging
+    alone = {
+        "serve": settings.serving.serve,
+        "merge_to": merging.merge_to,
+        "export_legacy_names": merging.export_legacy_names,
+        "onnx": settings.onnx_to_write,
+    }
+    for name in (name for name, value in alone.items() if value):
+        raise UserError(f"--{name} needs one process: use `python -m lora_dist.predict` without a launcher")
+    if not settings.images.output:
+        raise UserError("several processes write their rows into one file: set --output")
 
 
 def contradictions(settings: PredictSettings) -> Iterator[Problem]:
@@ -176,6 +204,8 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("int8", "onnx"), "--int8 applies to an export: set --onnx, and --adapter or --model")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
+    if settings.serving.max_megapixels * 1e6 > (images.max_image_pixels or MAX_IMAGE_PIXELS):
+        yield Problem(("max_megapixels", "max_image_pixels"), "no image can be that large: raise --max_image_pixels")
     if settings.serving.serve:
         for name in _set(images, "images", *FOR_FILES):
             yield Problem(("serve", name), f"the server does not use --{name}: remove one of them")

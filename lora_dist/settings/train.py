@@ -17,6 +17,7 @@ from lora_dist.settings.fields import (
     Group,
     ImageSize,
     Interval,
+    MaxPixels,
     Names,
     NonNegative,
     NonNegativeInt,
@@ -24,6 +25,7 @@ from lora_dist.settings.fields import (
     Positive,
     Probability,
     Problem,
+    Trackers,
     impossible_output,
     missing_paths,
 )
@@ -39,6 +41,8 @@ class ModelSettings(Group):
     """Base model: a Hub name or a local directory."""
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
+    image_processor_name: str | None = None
+    """Image processor: a Hub name or a local directory. Default: that of the base model."""
     adapter_name_or_path: str | None = None
     """Adapter to continue training, with its base model and LoRA settings, or to evaluate with --do_eval_only: a
     directory or a Hub name (org/name or org/name@revision)."""
@@ -94,8 +98,18 @@ class DataSettings(Group):
 
     train_dir: str | None = None
     """Folder of training images with one sub-folder per class."""
+    labels_file: str | None = None
+    """Text file with the labels of the images in --train_dir: path,label[,split[,group]], with commas, semicolons or
+    tabs. Columns of a header are found by their names, or set with --image_column_name and so on."""
+    split_column_name: str | None = None
+    """Column of --labels_file with train, validation or test. Default: the one called split."""
+    group_column_name: str | None = None
+    """Column of --labels_file whose equal values stay on one side of the split, such as a patient. Default: the one
+    called group."""
     validation_dir: str | None = None
     """Folder of validation images with one sub-folder per class. Default: hold out training images."""
+    test_dir: str | None = None
+    """Folder of test images with one sub-folder per class. The best model is evaluated on them once, at the end."""
     dataset_name: str | None = None
     """Data set: a Hub name, a local directory of parquet, Arrow or tar files, or a save_to_disk directory."""
     dataset_config_name: str | None = None
@@ -110,12 +124,14 @@ class DataSettings(Group):
     """Training split. Slices such as train[:5000] work."""
     validation_split: str | None = None
     """Validation split. Default: hold out training images."""
+    test_split: str | None = None
+    """Test split. The best model is evaluated on it once, at the end."""
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the training images to hold out, seeded and stratified by class, without validation data."""
     exclude: str | None = None
     """Text file with the paths of images and folders to leave out, one per line. lora_dist.audit writes one."""
     image_column_name: str | None = None
-    """Image column. Default: the column of type Image."""
+    """Image column. Default: the column of type Image, or of paths in --labels_file."""
     label_column_name: str | None = None
     """Label column. Default: a ClassLabel called label, or else the only ClassLabel or column called label, labels or
     cls."""
@@ -123,6 +139,9 @@ class DataSettings(Group):
     """Train on a seeded random selection of this many samples, stratified by class."""
     max_eval_samples: Count | None = None
     """Validate on a seeded random selection of this many samples, stratified by class."""
+    balanced_sampling: bool = False
+    """Show images of every class equally often: repeats those of small classes, and takes turns in large ones. An epoch
+    has as many images as before."""
     allow_missing_classes: bool = False
     """Allow classes with images in only one of training and validation."""
     on_bad_image: Literal["fail", "skip"] = "fail"
@@ -133,6 +152,8 @@ class DataSettings(Group):
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
     """LOW HIGH: values that become 0 and 255 in images of more than 8 bits. Default: the range of 64 training images,
     or validation images with --streaming. The model records it."""
+    max_image_pixels: MaxPixels | None = None
+    """Largest image to decode, in pixels. Default: Pillow's limit, 178,956,970."""
     cache_dir: str | None = None
     """Directory for a cache of all training images, decoded and resized to 8/7 of the input size. An existing cache of
     the same data is reused."""
@@ -181,8 +202,13 @@ class OptimizationSettings(Group):
     """Samples per process in one forward pass of evaluation."""
     learning_rate: Positive = 5e-3
     """Peak learning rate. The default with --tuning full and pretrained weights is 5e-5."""
+    head_learning_rate: Positive | None = None
+    """Peak learning rate of the head. Default: --learning_rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate schedule after the warmup."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of a linear or cosine schedule. --head_learning_rate and --loraplus_lr_ratio fall by the
+    same factor."""
     warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises from 0."""
     warmup_ratio: Fraction = 0.0
@@ -195,12 +221,24 @@ class OptimizationSettings(Group):
     """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: Positive = 1e-8
     """AdamW's term for numerical stability."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the trained weights, which is then evaluated and saved instead of them.
+    It is lower in the first updates."""
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: the precision of the launch file if it is fp16 or bf16; otherwise fp16 on a GPU and no on a CPU."""
-    metric_for_best_model: Literal["accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
-    """Validation metric that selects the best checkpoint."""
+    """auto: the precision of the launch file if it is fp16 or bf16; otherwise bf16 on a GPU that has it, fp16 on other
+    GPUs, and no on a CPU."""
+    tf32: bool = False
+    """Compute fp32 matrix products of a CUDA device in TF32: faster, with the precision of fp16. For --mixed_precision
+    no."""
+    class_weights: str = "none"
+    """Weights of the classes in the loss. balanced: inverse to the number of training images. Or a YAML or JSON file
+    with a weight for each class name. Each update is the weighted mean over all of its samples."""
+    focal_gamma: NonNegative = 0.0
+    """Gamma of focal loss, which lowers the weight of samples that are classified well. 0: cross-entropy."""
+    metric_for_best_model: Literal["accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
+    """Validation metric that selects the best checkpoint; the loss decides between equal ones."""
     max_nonfinite_updates: Count = 3
     """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer are skipped."""
     early_stopping_patience: Count | None = None
@@ -230,6 +268,9 @@ class RunSettings(Group):
     exits with code 124, for a scheduler to restart it. 0 disables this check."""
     logging_steps: Count = 10
     """Log every N updates."""
+    report_to: Trackers = Field(default=[])
+    """Trackers beside TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
+    swanlab, each of which must be installed."""
     dry_run: bool = False
     """Report what would run, its time and memory, measured on two updates, and all problems. Writes no files."""
     do_eval_only: bool = False
@@ -283,6 +324,19 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("validation_dir", "dataset_name"), "use --validation_split to validate with a data set")
     if data.validation_split and data.train_dir:
         yield Problem(("validation_split", "train_dir"), "use --validation_dir to validate with a folder")
+    if data.labels_file and not data.train_dir:
+        yield Problem(("labels_file", "train_dir"), "the labels are of images in a folder: set --train_dir")
+    for name in ("split_column_name", "group_column_name"):
+        if getattr(data, name) and not data.labels_file:
+            yield Problem((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
+    if data.test_dir and data.dataset_name:
+        yield Problem(("test_dir", "dataset_name"), "use --test_split to test with a data set")
+    if data.test_split and not data.dataset_name:
+        yield Problem(("test_split", "train_dir"), "use --test_dir to test with a folder")
+    for name in ("test_dir", "test_split"):
+        if run.do_eval_only and getattr(data, name):
+            text = "to evaluate on test data alone, name it with --validation_dir or --validation_split"
+            yield Problem(("do_eval_only", name), text)
     if data.streaming:
         if data.train_dir:
             yield Problem(("streaming", "train_dir"), "folders cannot be streamed: remove one of them")
@@ -292,23 +346,39 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("streaming", "cache_dir"), "streams are not cached: remove one of them")
         if data.max_train_samples:
             yield Problem(("streaming", "max_train_samples"), "streams are not sampled: use --max_train_steps instead")
+        for name, is_set in {
+            "class_weights": optimization.class_weights != "none",
+            "balanced_sampling": data.balanced_sampling,
+        }.items():
+            if is_set:
+                yield Problem(("streaming", name), "a stream's labels are not known in advance: remove one of them")
         if "[" in data.train_split or "+" in data.train_split:
             yield Problem(("streaming", "train_split"), "streams do not support slices or sums: set one whole split")
     elif data.streaming_lanes:
         yield Problem(("streaming_lanes", "streaming"), "lanes need a stream: add --streaming")
+    if data.balanced_sampling and optimization.class_weights == "balanced":
+        yield Problem(("balanced_sampling", "class_weights"), "both balance the classes: use only one of them")
     if data.exclude and data.dataset_name:
         yield Problem(("exclude", "dataset_name"), "only images in folders can be excluded: remove one of them")
-    yield from missing_paths(data.train_dir, data.validation_dir, data.exclude)
+    yield from missing_paths(data.train_dir, data.validation_dir, data.exclude, data.test_dir, data.labels_file)
     yield from impossible_output(run.output_dir)
     if settings.augmentation.augment_on_device and settings.augmentation.augmentation != "basic":
         text = "the device supports only crops and flips: use --augmentation basic or remove --augment_on_device"
         yield Problem(("augment_on_device", "augmentation"), text)
     if optimization.warmup_steps and optimization.warmup_ratio:
         yield Problem(("warmup_steps", "warmup_ratio"), "two warmup lengths: use only one of them")
+    if optimization.min_lr and optimization.lr_scheduler_type == "constant":
+        yield Problem(("min_lr", "lr_scheduler_type"), "a constant learning rate has no minimum: remove --min_lr")
+    learning_rate = settings.with_default_learning_rate().optimization.learning_rate
+    if optimization.min_lr > learning_rate:
+        yield Problem(("min_lr", "learning_rate"), f"the minimum exceeds the learning rate of {learning_rate:g}")
     if model.init_from_config and model.tuning != "full":
         yield Problem(("init_from_config", "tuning"), "random weights need full training: add --tuning full")
     if run.do_eval_only and not model.adapter_name_or_path:
         yield Problem(("do_eval_only", "adapter_name_or_path"), "nothing to evaluate: set --adapter_name_or_path")
+    if model.adapter_name_or_path and model.image_processor_name:
+        text = "the adapter has its own image processor: remove --image_processor_name"
+        yield Problem(("adapter_name_or_path", "image_processor_name"), text)
     if model.adapter_name_or_path and not run.do_eval_only:
         if model.tuning != "lora":
             yield Problem(("adapter_name_or_path", "tuning"), "adapters continue as LoRA: remove one of them")

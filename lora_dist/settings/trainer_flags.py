@@ -26,7 +26,6 @@ UNNECESSARY = {
     "optim": "the optimizer is always AdamW",
     "overwrite_output_dir": "runs do not overwrite each other; use another --output_dir",
     "remove_unused_columns": "only the image and label columns are read",
-    "report_to": "TensorBoard always receives everything",
     "run_name": "the name of a run is its --output_dir",
     "use_cpu": "set ACCELERATE_USE_CPU=true instead",
 }

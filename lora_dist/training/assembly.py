@@ -1,6 +1,7 @@
 """Builds a run from its settings: data, model, engine, and what saves and reports."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,14 +12,17 @@ from accelerate import Accelerator
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
 from lora_dist.data.loader import bytes_ahead
+from lora_dist.data.pixels.limits import allow_pixels
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sampling.protocol import TrainingSplit
 from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
+from lora_dist.model.adapters import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
@@ -29,6 +33,7 @@ from lora_dist.processes.workers import require_shared_memory
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
+from lora_dist.training.class_weights import make_loss
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
 from lora_dist.training.optimizer import make_optimizer
@@ -42,6 +47,9 @@ from lora_dist.training.saving.publisher import Publisher
 from lora_dist.training.saving.result_writer import ResultWriter
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule
+from lora_dist.training.weight_average import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,36 +96,44 @@ def assemble(
     Raises:
         UserError: something is missing, does not fit, or differs between processes.
     """
+    allow_pixels(settings.data.max_image_pixels)
     settings = as_resumed(settings, resumed).with_default_learning_rate()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
         settings, base, start = load_warm_start(settings, data.labels)
     settings = with_pooling(settings, base)
-    conversion = conversion_of(settings.data, data, start, resumed)
+    with watch.watching_step("reading images to find the pixel range"):
+        conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
     with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
     model = make_trainable(base, settings.model, settings.lora)
+    if settings.model.tuning == "lora":
+        logger.info("LoRA adapts %s", adapted_layers(model))
     if start is not None:
         start.load_into(model)
     if settings.optimization.auto_batch_size:
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})
     parameters = count_parameters(model)
-    sizes = Sizes.of(model, settings.model.tuning == "full", options.save_total_limit)
+    sizes = Sizes.of(
+        model, settings.model.tuning == "full", options.save_total_limit, settings.optimization.ema_decay is not None
+    )
     with problems.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio)
-    plan = make_plan(settings, data.train, accelerator.num_processes, accelerator.process_index)
+    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads)
+    train = data.train
+    if settings.data.balanced_sampling and isinstance(train, Split):
+        train = OversampledSplit(train)
+    plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
-    images = TrainImages(
-        data.train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip"
-    )
+    loss = make_loss(settings, data)
+    images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
     with problems.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
@@ -129,12 +145,13 @@ def assemble(
     require_agreement(
         accelerator,
         None if options.dry_run else output.root,
-        _facts(settings, identity, data, resumed),
+        _facts(settings, identity, data, resumed) | {"mixed_precision": accelerator.mixed_precision},
         min(VISIBLE_SECONDS, options.ddp_timeout / 2),
     )
 
     engine = make_engine(accelerator, model, optimizer, optimization)
-    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit, watch.writing)
+    average = None if optimization.ema_decay is None else WeightAverage(engine, optimization.ema_decay)
+    checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit, watch.writing, average)
     progress = Progress()
     with problems.collect():
         progress = checkpointer.restore(resumed) if resumed is not None else progress
@@ -149,8 +166,10 @@ def assemble(
     run = TrainingRun(
         settings=settings,
         engine=engine,
+        average=average,
         images=images,
         plan=plan,
+        loss=loss,
         schedule=schedule,
         evaluator=Evaluator(
             accelerator,
@@ -169,6 +188,8 @@ def assemble(
             first_step=progress.step,
             total_steps=schedule.total_steps,
             evaluated=progress.last_evaluated_step == progress.step,
+            report_to=options.report_to,
+            settings=made_with,
         ),
         watch=watch,
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 8
 NO_RANK = 2**31
 """The rank of a label if logits are not finite: outside the top k of any number of classes."""
-SCALARS = ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
+SCALARS = ("accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
 
 class NothingToEvaluateError(UserError):
@@ -65,7 +65,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a model on the validation split. Must be called on every process; each gets the same result.
+    """Evaluates a model on a split. Must be called on every process; each gets the same result.
 
     Attributes:
         accelerator: of the launch.
@@ -75,6 +75,7 @@ class Evaluator:
         labels: class names in order.
         batch_size: samples in a forward pass of one process.
         settings: of the loader.
+        name: of the split.
     """
 
     accelerator: Accelerator
@@ -84,6 +85,7 @@ class Evaluator:
     labels: list[str]
     batch_size: int
     settings: DataSettings
+    name: Literal["validation", "test"] = "validation"
 
     @cached_property
     def loader(self) -> DataLoader:
@@ -128,8 +130,8 @@ class Evaluator:
         assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
         if not len(rows):
             raise NothingToEvaluateError(
-                "none of the validation images can be read: put them right, or name others by --validation_dir or "
-                "--validation_split"
+                f"none of the {self.name} images can be read: put them right, or name others by --{self.name}_dir or "
+                f"--{self.name}_split"
             )
         self._warn_of_non_finite(rows[integers[:, 2] < 0])
         results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
@@ -154,9 +156,10 @@ class Evaluator:
         if len(rows):
             names = ", ".join(self.split.name(int(row)) for row in rows[:SHOWN])
             logger.warning(
-                "the model's logits are not finite for %d of the validation images, which count as wrong; the loss and "
-                "the calibration error cannot be computed: %s%s",
+                "the model's logits are not finite for %d of the %s images, which count as wrong; the loss and the "
+                "calibration error cannot be computed: %s%s",
                 len(rows),
+                self.name,
                 names,
                 " …" if len(rows) > SHOWN else "",
             )

@@ -15,6 +15,7 @@ from lora_dist.model.backbone import Base
 from lora_dist.model.warm_start import WarmStart
 from lora_dist.settings.fields import color_name, color_of
 from lora_dist.settings.train import DataSettings, Settings
+from lora_dist.training.class_weights import describe_weights
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.output import Output, read_settings
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
+"""What checkpoints of releases without these entries were trained with."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
 _BOOKKEEPING = {
@@ -55,11 +58,14 @@ def identity_of(
         "pooling": base.pooling,
         "image_size": base.image_size and list(base.image_size),
         "seed": settings.run.seed,
+        "ema_decay": settings.optimization.ema_decay,
         "effective_batch": plan.effective_batch,
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,
         "classes": list(data.labels),
         "conversion": conversion.record(),
+        "class_weights": describe_weights(settings.optimization.class_weights),
+        "focal_gamma": settings.optimization.focal_gamma,
         **({name: getattr(settings.lora, name) for name in LORA} if tuning == "lora" else {}),
         **_entries("config", base.model.config.to_json_string(use_diff=False)),
         **_entries("processor", base.processor.to_json_string()),
@@ -88,7 +94,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     unset = {name: None for name in saved if name.startswith("processor.") and saved[name] and name not in now}
     for name, value in {**now, **unset}.items():
         # Checkpoints of older releases have all entries of inner configurations.
-        before = _without_bookkeeping(saved.get(name, value))
+        before = _without_bookkeeping(saved.get(name, _BEFORE.get(name, value)))
         if before == value or name == TARGETS:
             continue
         if name == "classes" and len(before) == len(value):
@@ -97,6 +103,11 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
                 yield f"class {number} was {old} and is now {new}"
         else:
             yield f"{name} was {before} and is now {value}"
+            if name == "train_data" and "conversion" not in saved:
+                yield (
+                    "the checkpoint is from an older release, which read fewer kinds of files and selected other "
+                    "samples for --max_train_samples: with such data it cannot be resumed, start a new run"
+                )
 
 
 def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:

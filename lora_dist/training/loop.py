@@ -47,7 +47,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
     """
     meter, max_grad_norm = ThroughputMeter(), run.settings.optimization.max_grad_norm
     with (
-        closing(meter.timed(run.stream(progress.step, run.schedule.total_steps))) as stream,
+        closing(run.stream(progress.step, run.schedule.total_steps, meter.timed)) as stream,
         saved_on_failure(run, progress),
     ):
         _finish_last_update(run, progress, meter, push_best)
@@ -61,6 +61,8 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
                     for batch in gradient.loaded(_reported(run, step, stream)):
                         gradient.backward(batch)
                     update: Update | NonFiniteLossError = gradient.step(max_grad_norm)
+                    if run.average is not None:
+                        run.average.update(step)
             except NonFiniteLossError as error:
                 _skip(run, progress, error)
                 update = error
@@ -115,8 +117,10 @@ def _skip(run: TrainingRun, progress: Progress, error: NonFiniteLossError) -> No
         run.tracker.say(f"{what}: update skipped. Samples:\n  {shown}")
         return
     run.save(progress)
+    fp16 = run.engine.accelerator.mixed_precision == "fp16"
     raise TrainingStoppedError(
         f"{what}. The update was not applied; --resume_from_checkpoint auto resumes from the state before it. "
+        f"{'Activations may exceed the range of fp16: use --mixed_precision bf16 or no. ' if fp16 else ''}"
         f"Try a lower --learning_rate or --max_grad_norm, or add --warmup_steps. Samples:\n  {shown}"
     ) from error
 
@@ -172,7 +176,8 @@ def _evaluate_and_save(
         share_statistics(run.engine)
         # An evaluation that fails must not cost what was trained. A resumed run repeats it.
         run.save(progress)
-        best = _evaluate(run, progress)
+        with run.with_result_weights():
+            best = _evaluate(run, progress)
         set_training(run.engine.model)
     if run.is_over(progress) and progress.logged_step < progress.step:
         _log(run, progress, meter)
@@ -195,7 +200,8 @@ def _evaluate(run: TrainingRun, progress: Progress) -> Evaluation | None:
     except NothingToEvaluateError as error:
         raise TrainingStoppedError(f"{error}. {run.resume_hint}") from error
     name = run.settings.optimization.metric_for_best_model
-    best = progress.note_evaluation(evaluation.metrics[name], lower_is_better=name == "loss")
+    loss = evaluation.metrics["loss"]
+    best = progress.note_evaluation(evaluation.metrics[name], loss, lower_is_better=name == "loss")
     metrics = {f"eval/{metric}": value for metric, value in evaluation.metrics.items()}
     run.tracker.scalars(progress.step, run.epoch(progress.step), metrics)
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())

@@ -35,15 +35,17 @@ def reselect_best(run: TrainingRun, progress: Progress) -> None:
     if old_step is not None and (weights := run.checkpointer.best_weights(progress)) is not None:
         candidates[old_step] = weights
     if progress.last_evaluated_step == progress.step and run.settings.run.eval_steps != "no":
-        candidates[progress.step] = current
+        candidates[progress.step] = run.result_weights()
     values, chosen = {}, Progress()
     for step, weights in candidates.items():
         run.engine.load_trainable_state(weights)
-        values[step] = run.evaluate(f"re-evaluating update {step}").metrics[metric]
+        metrics = run.evaluate(f"re-evaluating update {step}").metrics
+        values[step] = metrics[metric]
         chosen.step = step
-        chosen.note_evaluation(values[step], lower_is_better=metric == "loss")
+        chosen.note_evaluation(values[step], metrics["loss"], lower_is_better=metric == "loss")
     run.engine.load_trainable_state(current)
-    progress.best_step, progress.best_value, progress.stale_evaluations = chosen.best_step, chosen.best_value, 0
+    progress.best_step, progress.best_value, progress.best_loss = chosen.best_step, chosen.best_value, chosen.best_loss
+    progress.stale_evaluations = 0
     run.save(progress)
     if old_value is not None and values:
         elsewhere = " on other validation data" if old_data != data else ""

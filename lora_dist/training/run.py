@@ -1,9 +1,13 @@
 """A training run that is ready to start: what the loop, the dry run and the benchmark work on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
@@ -12,11 +16,14 @@ from lora_dist.engines.engine import Engine
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
+from lora_dist.training.class_weights import planned_weight
 from lora_dist.training.evaluation import Evaluation, Evaluator
+from lora_dist.training.loss import Loss
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
 from lora_dist.training.step import GradientAccumulator
+from lora_dist.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,10 @@ class TrainingRun:
     Attributes:
         settings: resolved settings.
         engine: model and optimizer.
+        average: moving average of the weights, which is evaluated and saved instead of them; None without --ema_decay.
         images: training images.
         plan: which samples train in which update.
+        loss: of each sample.
         schedule: learning rate of each update.
         evaluator: computes the metrics of the current weights.
         checkpointer: saves and restores the state.
@@ -38,8 +47,10 @@ class TrainingRun:
 
     settings: Settings
     engine: Engine
+    average: WeightAverage | None
     images: TrainImages
     plan: BatchPlan
+    loss: Loss
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -47,10 +58,19 @@ class TrainingRun:
     tracker: Tracker
     watch: Watch
 
-    def stream(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """The micro-batches of this process from update `first_step` up to `last_step`, on its device."""
+    def stream(
+        self, first_step: int, last_step: int, timed: Callable[[Iterator[Any]], Iterator[Any]] = iter
+    ) -> Generator[Batch]:
+        """The micro-batches of this process from update `first_step` up to `last_step`, on its device.
+
+        Args:
+            first_step: first update.
+            last_step: update after the last one.
+            timed: as for `batches`.
+        """
         device = self.engine.accelerator.device
-        return batches(train_loader(self.images, self.plan, first_step, last_step, self.settings.data, device), device)
+        loader = train_loader(self.images, self.plan, first_step, last_step, self.settings.data, device)
+        return batches(loader, device, timed)
 
     def begin_update(self, step: int, before_exchange: Callable[[], object] = lambda: None) -> GradientAccumulator:
         """Clears the gradient and sets the learning rate for update `step` (from 0).
@@ -62,22 +82,39 @@ class TrainingRun:
         return GradientAccumulator(
             self.engine,
             micro_batch_count=self.plan.micro_batches_in(step),
-            sample_count=self.plan.samples_in(step),
+            total_weight=self._total_weight(step),
             learning_rate=self.schedule.learning_rate(step),
-            label_smoothing=self.settings.augmentation.label_smoothing_factor,
+            loss=self.loss,
             dropout_seed=(self.settings.run.seed, step),
             padding_batch=lambda: self.images.padding_batch(self.engine.accelerator.device),
             before_exchange=before_exchange,
         )
 
-    def evaluate(self, name: str) -> Evaluation:
+    def _total_weight(self, step: int) -> float:
+        """The sum of the weights of all samples of an update, over all processes."""
+        if self.loss.class_weights is None:
+            return self.plan.samples_in(step)
+        accelerator = self.engine.accelerator
+        own = planned_weight(self.loss, self.images, self.plan, step)
+        return float(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
+
+    def result_weights(self) -> dict[str, Tensor]:
+        """Returns the weights to evaluate and to write as the result: the average, if there is one."""
+        return self.engine.trainable_state() if self.average is None else self.average.state()
+
+    def with_result_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights of `result_weights`."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def evaluate(self, name: str, evaluator: Evaluator | None = None) -> Evaluation:
         """Evaluates the current weights; a request to stop ends the evaluation.
 
         Args:
             name: of this evaluation, for the watch.
+            evaluator: that of other data than the validation split.
 
         Raises:
-            NothingToEvaluateError: no validation image can be read.
+            NothingToEvaluateError: no image can be read.
             StopRequested: a stop was requested.
         """
         numbers = count(2)
@@ -89,7 +126,7 @@ class TrainingRun:
             self.preemption.check()
 
         self.watch.now(f"{name}: batch 1", first=True)
-        return self.evaluator(after_batch)
+        return (evaluator or self.evaluator)(after_batch)
 
     def save(self, progress: Progress) -> None:
         """Saves a checkpoint."""

@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import seed_of
 from lora_dist.engines.engine import Engine
+from lora_dist.training.loss import Loss
 
 
 class Update(NamedTuple):
     """What one update did.
 
     Attributes:
-        loss: mean over all its samples, on all processes.
+        loss: weighted mean over all its samples, on all processes.
         grad_norm: before clipping.
         skipped: whether fp16 loss scaling skipped the update.
         unreadable: number of samples, over all processes, whose image could not be read; `loss` excludes them.
@@ -61,19 +61,10 @@ class BrokenUpdateError(RuntimeError):
     """The optimizer failed while updating the weights, which may now be inconsistent."""
 
 
-def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """Weighted cross-entropy of each sample, shape [B], towards both labels of mixed images."""
-    own = cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
-    if batch.partner_labels is not None and batch.shares is not None:
-        partner = cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=label_smoothing)
-        own = batch.shares * own + (1 - batch.shares) * partner
-    return own * batch.weights
-
-
 class GradientAccumulator:
     """The gradient of one update: accumulates micro-batches, then makes the optimizer step.
 
-    Every sample has loss weight 1 / `sample_count`, in micro-batches and processes of any size; dividing by the number
+    A sample has its weight / `total_weight`, in micro-batches and processes of any size; dividing by the number
     of micro-batches instead would mis-scale a last, smaller window (transformers#39659). A sample whose image cannot be
     read contributes nothing to the gradient, and the loss weight of the other samples does not change.
     """
@@ -83,9 +74,9 @@ class GradientAccumulator:
         engine: Engine,
         *,
         micro_batch_count: int,
-        sample_count: int,
+        total_weight: float,
         learning_rate: float,
-        label_smoothing: float,
+        loss: Loss,
         dropout_seed: tuple[int, ...],
         padding_batch: Callable[[], Batch] | None = None,
         before_exchange: Callable[[], object] = lambda: None,
@@ -94,9 +85,10 @@ class GradientAccumulator:
         Args:
             engine: engine whose model is in training mode.
             micro_batch_count: micro-batches of this process, the same number on every process.
-            sample_count: samples over all micro-batches and processes.
+            total_weight: weights of the samples over all micro-batches and processes: their number, without class
+                weights.
             learning_rate: learning rate of this update.
-            label_smoothing: share of the target spread over all classes.
+            loss: settings of the loss.
             dropout_seed: seed of the dropout masks of this update.
             padding_batch: returns a micro-batch with weight 0 to replace one that could not be loaded; None to raise
                 loading errors at once.
@@ -104,14 +96,14 @@ class GradientAccumulator:
         """
         self._engine = engine
         self._micro_batch_count = micro_batch_count
-        self._sample_count = sample_count
-        self._label_smoothing = label_smoothing
+        self._total_weight = total_weight
+        self._loss_function = loss
         self._dropout_seed = dropout_seed
         self._padding_batch = padding_batch
         self._before_exchange = before_exchange
         self._failure: Exception | None = None
         self._suspects: list[tuple[Tensor, Tensor]] = []
-        self._loss = self._unreadable = torch.zeros((), device=engine.accelerator.device)
+        self._loss = self._unreadable = self._lost_weight = torch.zeros((), device=engine.accelerator.device)
         engine.begin_update(learning_rate)
 
     def loaded(self, stream: Iterator[Batch]) -> Iterator[Batch]:
@@ -140,13 +132,15 @@ class GradientAccumulator:
         last = index == self._micro_batch_count - 1
         with engine.micro_batch(last):
             logits = engine.model(pixel_values=batch.pixel_values).logits.float()
-            losses = batch_loss(logits, batch, self._label_smoothing)
+            losses = self._loss_function.of_samples(logits, batch)
             if last:
                 self._before_exchange()
-            engine.backward(losses.sum() / self._sample_count)
+            engine.backward(losses.sum() / self._total_weight)
         self._loss = self._loss + losses.detach().sum()
         if batch.unreadable is not None:
             self._unreadable = self._unreadable + batch.unreadable.sum()
+            weights = self._loss_function.weights_of(batch.labels, batch.partner_labels, batch.shares)
+            self._lost_weight = self._lost_weight + (weights * batch.unreadable).sum()
         self._suspects.append((batch.indices, losses.detach()))
 
     def step(self, max_grad_norm: float) -> Update:
@@ -161,14 +155,15 @@ class GradientAccumulator:
             BrokenUpdateError: the optimizer failed while updating the weights.
         """
         engine = self._engine
-        lost = torch.tensor(float(self._failure is not None), device=self._loss.device)
-        sums = torch.stack([self._loss, self._unreadable, lost])
-        loss_sum, left_out, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
+        # Not `tensor`, whose copy would wait for the device.
+        lost = torch.full((), float(self._failure is not None), device=self._loss.device)
+        sums = torch.stack([self._loss, self._unreadable, self._lost_weight, lost])
+        loss_sum, left_out, lost_weight, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
         if lost_batches:
             raise LostBatchError(self._failure)
         unreadable = int(left_out)
         # The loss is 0 if no image could be read.
-        loss = loss_sum / max(1, self._sample_count - unreadable)
+        loss = loss_sum / (self._total_weight - lost_weight) if loss_sum else 0.0
         if not math.isfinite(loss):
             found = [int(index) for indices, seen in self._suspects for index in indices[~seen.isfinite()]]
             raise NonFiniteLossError("loss", found, unreadable)

@@ -27,6 +27,7 @@ from lora_dist.model.adapters import inject
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
+from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.step import GradientAccumulator, make_update
@@ -49,7 +50,7 @@ def main(shape: str) -> None:
     config = ViTConfig(**SHAPES[shape] | {"image_size": IMAGE_SIZE, "num_labels": CLASSES})
     model = inject(ViTForImageClassification(config), LoraSettings(), ["classifier"])
     settings = OptimizationSettings(per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    engine = make_engine(accelerator, model, make_optimizer(model, settings, 1.0), settings)
+    engine = make_engine(accelerator, model, make_optimizer(model, settings, 1.0, []), settings)
     set_training(engine.model)
     del model
     _update(engine, 0)
@@ -100,9 +101,9 @@ def _update(engine: Engine, step: int) -> None:
     gradient = GradientAccumulator(
         engine,
         micro_batch_count=1,
-        sample_count=2 * engine.accelerator.num_processes,
+        total_weight=2 * engine.accelerator.num_processes,
         learning_rate=1e-3,
-        label_smoothing=0.0,
+        loss=Loss(),
         dropout_seed=(0, step),
     )
     make_update(gradient, iter([batch]), max_grad_norm=1.0)

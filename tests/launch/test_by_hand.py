@@ -191,6 +191,21 @@ def test_a_stall_is_found_although_the_host_of_the_store_is_suspended(tmp_path: 
     assert time.monotonic() - start < 25
 
 
+def test_a_wait_ends_although_the_host_of_the_store_is_suspended_while_loading(tmp_path: Path) -> None:
+    """A request to the store has no timeout of its own."""
+    body = "Path(f'waits-{rank}').touch()\nif rank:\n    preflight.arrive('loaded')\ntime.sleep(600)"
+    script = _watched(tmp_path, body)
+    script.write_text(script.read_text().replace("seconds=60", "seconds=5"))
+    with _started_by_hand(script, cwd=tmp_path) as (first, second):
+        _wait_for(tmp_path / "waits-0")
+        first.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        text = second.communicate(timeout=60)[0]
+    assert second.returncode == 1, text
+    assert "error: rank 1: the store of the launch has not answered within 5 s (stage: loaded). " in text
+    assert time.monotonic() - start < 30
+
+
 def test_a_checkpoint_is_written_to_its_end_although_another_rank_has_died(tmp_path: Path) -> None:
     body = (
         "with watched.watching():\n    if rank:\n        os.kill(os.getpid(), 9)\n"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from lora_dist_testing.launching import (
     ROOT,
     TIMEOUT,
@@ -20,7 +22,7 @@ from lora_dist_testing.launching import (
     run_flags,
     train,
 )
-from lora_dist_testing.tiny import make_model
+from lora_dist_testing.tiny import ARCHITECTURES, make_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -28,6 +30,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.model.classifier import load_classifier
 from lora_dist.settings.train import DataSettings
+from lora_dist.training.saving import checkpoint
 
 LAUNCH_FILES = {
     "single": None,
@@ -48,10 +51,16 @@ pytestmark = pytest.mark.timeout(1500)
 
 
 def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *more: object) -> Path:
-    """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine."""
+    """Two epochs of 27 samples in updates of 8 (the last of 3): effective batches are equal for every engine.
+
+    With class weights, mixed images and balanced sampling, which are exact for every split of an update as well.
+    """
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     batch = 8 // accumulation // (1 if engine == "single" else 2)
+    weights = out.with_name(f"{out.name}_weights.yaml")
+    names = sorted(path.name for path in photos.glob("train/*"))
+    weights.write_text("".join(f"{name}: {2**number}\n" for number, name in enumerate(names)))
     train(
         *run_flags(
             vit,
@@ -65,7 +74,14 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             save_total_limit=99,
             lora_dropout=0,
             learning_rate=1e-3,
+            class_weights=weights,
+            focal_gamma=1,
+            mixup_alpha=1,
+            head_learning_rate=3e-3,
+            weight_decay=0.01,
+            ema_decay=0.5,
         ),
+        "--balanced_sampling",
         *more,
         launch_file=LAUNCH_FILES[engine],
     )
@@ -91,6 +107,10 @@ def _last_weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "trained.safetensors")
 
 
+def _averages(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read(checkpoint.path_of(out / "checkpoints", STEPS)).average
+
+
 @pytest.mark.parametrize("accumulation", [4, 1])
 @pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engine: str, accumulation: int) -> None:
@@ -101,6 +121,7 @@ def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engin
     assert results_of(out)["distributed_type"] == RUNNING[engine]
     for name, tensor in _last_weights(reference).items():
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(_averages(out)[name], _averages(reference)[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", DISTRIBUTED)
@@ -238,3 +259,45 @@ def test_launch_files_open_with_what_they_are_for(file: Path) -> None:
     assert "Choose it" in comment
     assert "Costs" in comment
     assert load_config_from_file(str(file)).num_processes >= 1
+
+
+HALF_PRECISION = [
+    pytest.param(*pair, marks=() if pair == ("zero1", "resnet") else pytest.mark.slow)
+    for pair in itertools.product(("zero1", "zero3", "fsdp2"), ARCHITECTURES)
+]
+
+
+@pytest.mark.parametrize(("engine", "architecture"), HALF_PRECISION)
+def test_every_architecture_trains_in_bf16_without_autocast(
+    engine: str, architecture: str, photos: Path, tmp_path: Path
+) -> None:
+    """ZeRO and FSDP2 cast the parameters to bf16, but neither pixel values nor buffers."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    train(
+        *run_flags(
+            make_model(tmp_path / "base", architecture),
+            photos,
+            tmp_path / "run",
+            per_device_train_batch_size=2,
+            max_train_steps=2,
+            mixed_precision="bf16",
+            tuning="full" if architecture in ("resnet", "mobilevit") else "lora",
+        ),
+        launch_file=LAUNCH_FILES[engine],
+    )
+    results = results_of(tmp_path / "run")
+    assert (results["mixed_precision"], results["step"], results["skipped_updates"]) == ("bf16", 2, 0)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").glob("*_cpu.yaml")), ids=lambda file: file.stem)
+def test_launch_files_for_cpus_hide_all_gpus(file: Path) -> None:
+    """What accelerate hands to the processes; `use_cpu` reaches none of them."""
+    words = ["--config_file", str(file), "--main_process_port", "0", "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, exported = prepare_deepspeed_cmd_env(arguments)
+    else:
+        exported = prepare_multi_gpu_env(arguments)
+    assert exported["CUDA_VISIBLE_DEVICES"] == "-1,-1"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_dist_testing.launching import command, environment, flags, predict
+from lora_dist_testing.launching import command, environment, flags, predict, started
 from lora_dist_testing.tiny import make_image, make_model, write_bundle
 from PIL import Image
 from transformers import pipeline
@@ -269,7 +269,7 @@ assert "deepspeed" not in sys.modules
 
 
 def test_prediction_builds_no_accelerator_even_under_the_variables_of_a_launch(adapter: Path, folder: Path) -> None:
-    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     result = subprocess.run(
         [sys.executable, "-c", WATCH, "--adapter", str(adapter), "--images", str(folder / "turned.png")],
         capture_output=True,
@@ -286,3 +286,35 @@ def test_contradictions_are_told_in_words_and_at_once(adapter: Path, folder: Pat
     _refused(words=["--adapter", "--model", "--images"])
     _refused("--adapter", adapter, "--model", adapter, "--images", folder, words=["use only one of them"])
     _refused("--model", adapter, "--merge_to", folder, words=["only adapters can be merged"])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images, one of them broken, in more parts than two processes write at once."""
+    root = tmp_path_factory.mktemp("many")
+    for index in range(300):
+        make_image(index % 3, index).save(root / f"{index:03d}.png")
+    (root / "150.png").write_bytes(b"broken")
+    return root
+
+
+def test_processes_share_the_images_and_killed_ones_go_on(adapter: Path, vit: Path, many: Path, tmp_path: Path) -> None:
+    """Killed once; then the rows are those of one process that nothing disturbed."""
+    other = _bundle(tmp_path / "other", vit, seed=1)
+    named = ("--adapter", f"day={adapter}", f"night={other}", "--images", many, "--top_k", 2)
+    predict(*named, "--output", tmp_path / "expected.csv", code=1)
+    out = tmp_path / "rows.csv"
+    parts = tmp_path / "rows.csv.parts"
+    flags_ = (*named, "--output", out)
+    with started(tmp_path / "log", *flags_, module="lora_dist.predict", launch_file="ddp_cpu.yaml") as launch:
+        launch.wait_for(lambda: len([*parts.glob("part-*")]) >= 20)
+        for one in launch.processes():
+            one.kill()
+    assert not out.exists()
+    refused = predict(*named[:-1], 1, "--output", out, launch_file="ddp_cpu.yaml", code=1)
+    assert f"{parts} has parts of a prediction of other images, or by another model or settings" in refused.stderr
+    result = predict(*flags_, launch_file="ddp_cpu.yaml", code=1)
+    assert "1 of 300 images could not be read" in result.stderr
+    assert f"going on with {parts}, which has " in result.stderr
+    assert out.read_text() == (tmp_path / "expected.csv").read_text()
+    assert not parts.exists()

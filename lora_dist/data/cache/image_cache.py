@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
+from lora_dist.processes.cores import available_cores
 from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
 from lora_dist.storage.disk import SAFETY, free_bytes, readable
 
@@ -175,7 +175,7 @@ def _build(cache: ImageCache) -> None:
         logger.warning("rebuilding %d damaged files of the image cache, the first is %s", len(damaged), damaged[0])
     remove_unfinished(cache.directory)
     _require_disk_space(cache)
-    workers = min(len(os.sched_getaffinity(0)), len(missing))
+    workers = min(available_cores(), len(missing))
     workers = workers if workers > 1 else 0
     loader = worker_loader(Subset(cache, missing), workers=workers, batch_size=None, timeout=POLL_SECONDS)
     unreadable, total = 0, sum(len(cache.table_rows(number)) for number in missing)

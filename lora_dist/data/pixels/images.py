@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from lora_dist.data.pixels import limits as limits  # sets the most pixels in every process
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
+from lora_dist.data.pixels.formats import HEIC_ADVICE, is_heic
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +150,12 @@ def _image(source: str | bytes | Image.Image, name: str, stack: ExitStack) -> Im
     # Opening a pipe would wait for a writer.
     if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
         raise UnreadableImageError(f"{name}: not a file")
-    return stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+    try:
+        return stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+    except UnidentifiedImageError as error:
+        if is_heic(source):
+            raise UnreadableImageError(f"{name}: the content is a HEIC image; {HEIC_ADVICE}") from error
+        raise
 
 
 def load_rgb(source: ImageSource, name: str = "", conversion: Conversion = AS_TRANSFORMERS) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.crops import draw_crop
-from lora_dist.data.pixels.images import Picture
+from lora_dist.data.pixels.images import ImageSource, Picture, UnreadableImageError, load_rgb
+from lora_dist.data.pixels.limits import CentreCrop, TooLongError
 from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combine, resize
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
@@ -41,7 +42,7 @@ class ImageTransforms:
     ) -> None:
         """`augmentation` is for training alone; `conversion` is kept for the decoding of images.
 
-        Raises `UserError` if the processor gives images of different sizes.
+        Raises `UserError` if the processor does not make images of one size.
         """
         self.processor = processor
         self.conversion = conversion
@@ -54,9 +55,27 @@ class ImageTransforms:
         self._on_device = settings.augment_on_device
         self._erase = v2.RandomErasing(p=settings.random_erasing) if settings.random_erasing else None
 
+    def load(self, source: ImageSource, name: str = "") -> Image.Image:
+        """The image as `load_rgb` gives it, or the part that the processor keeps of a long and thin one.
+
+        Raises `UnreadableImageError`, also for an image that is too long and thin to be resized.
+        """
+        return self.centred(load_rgb(source, name, self.conversion), name or str(source)[:200])
+
+    def centred(self, image: Image.Image, name: str) -> Image.Image:
+        """The part of a long and thin image that the processor keeps; otherwise the whole image. As `load`."""
+        try:
+            return self._centre_crop(image)
+        except TooLongError as error:
+            raise UnreadableImageError(f"{name}: {error}") from error
+
+    @cached_property
+    def _centre_crop(self) -> CentreCrop:
+        return CentreCrop(self.processor)
+
     def evaluation(self, image: Image.Image) -> Tensor:
         """Float32 [3, H, W], as the processor alone makes it."""
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return self.processor(self.centred(image, "image"), return_tensors="pt")["pixel_values"][0]
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
         """Images as for evaluation, float32 [B, 3, H, W]."""
@@ -68,8 +87,24 @@ class ImageTransforms:
         8-bit pixels are a quarter of the bytes to transfer, and the other steps are cheaper for many images at once.
         """
         options = {"do_rescale": False, "do_normalize": False} if self._in_two_parts else {}
-        parts = [self.processor(group, **options, return_tensors="pt")["pixel_values"] for group in _groups(images)]
+        parts = [
+            self.processor(group, **options, return_tensors="pt")["pixel_values"] for group in self._groups(images)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, 3, self.height, self.width)
+
+    def _groups(self, images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
+        """Images in groups of `_GROUP_PIXELS`, each taken from the iterator only when its group needs it."""
+        group: list[Image.Image] = []
+        pixels = 0
+        for image in images:
+            more = self._centre_crop.resized_pixels(image.size)
+            if group and pixels + more > _GROUP_PIXELS:
+                yield group
+                group, pixels = [], 0
+            group.append(image)
+            pixels += more
+        if group:
+            yield group
 
     def finished(self, pixels: Tensor) -> Tensor:
         """The second part: what `resized` gave as float32 [B, 3, H, W], to the bit as `batch` makes it."""
@@ -85,17 +120,53 @@ class ImageTransforms:
         """The processor's last steps for values from 0 to 255, [B, 3, H, W]."""
         if self._normalisation is None:
             return self._last_steps(values)
-        mean, deviation = (numbers.to(values.device) for numbers in self._normalisation)
+        mean, deviation = (_constant(numbers, values.device) for numbers in self._normalisation)
         return torch.empty(values.shape, device=values.device).copy_(values).sub_(mean).div_(deviation)
 
     def _last_steps(self, pixels: Tensor) -> Tensor:
         """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
-        return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        if self._takes_options:
+            return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        matrix, offset = (numbers.to(pixels.device) for numbers in self.affine_map)
+        return torch.einsum("oi,bihw->bohw", matrix, pixels.float()) + offset[:, None, None]
 
     @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation [3, 1, 1] that give each 8-bit value the same bits as the processor, several times faster;
-        None for a processor that does something else."""
+    def _takes_options(self) -> bool:
+        """Whether the processor can leave out resizing and cropping; timm's transforms cannot."""
+        pixels = torch.zeros(1, 3, self.height + 1, self.width, dtype=torch.uint8)
+        try:
+            made = self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        except (TypeError, ValueError):
+            return False
+        return made.shape == pixels.shape
+
+    @cached_property
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """Matrix [3, 3] and offset [3] of the last steps, measured on images of one colour, which resizing keeps.
+
+        Raises `UserError` if the processor makes something else of such images.
+        """
+
+        def measured(*color: int) -> Tensor:
+            made = self.evaluation(Image.new("RGB", (self.width, self.height), color)).double().flatten(1)
+            same = bool((made - made[:, :1]).abs().max() <= 1e-5)
+            return made[:, 0] if same else made[:, 0] * torch.nan
+
+        offset = measured(0, 0, 0)
+        matrix = torch.stack([measured(*(255 * (row == color) for row in range(3))) for color in range(3)], dim=1)
+        matrix = (matrix - offset[:, None]) / 255
+        grey = matrix @ torch.tensor([20.0, 130.0, 240.0], dtype=torch.float64) + offset
+        if not (grey - measured(20, 130, 240)).abs().max() <= 1e-5:
+            raise UserError(
+                f"the image processor {type(self.processor).__name__} does more than resizing, cropping and "
+                f"normalising, so random crops cannot go through it: train with --augmentation none"
+            )
+        return matrix.float(), offset.float()
+
+    @cached_property
+    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation of the channels that give each 8-bit value the same bits as the processor, several times
+        faster; None for a processor that does something else."""
         values = torch.stack([(torch.arange(256) + 85 * channel) % 256 for channel in range(3)])
         pixels = values.to(torch.uint8).reshape(1, 3, 16, 16)
         try:
@@ -104,14 +175,16 @@ class ImageTransforms:
                 (torch.tensor(numbers) * scale).expand(3).reshape(3, 1, 1)
                 for numbers in (self.processor.image_mean, self.processor.image_std)
             )
-            same = torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
+            same = self._takes_options and torch.equal((pixels - mean) / deviation, self._last_steps(pixels))
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None
-        return (mean, deviation) if same else None
+        return (tuple(mean.flatten().tolist()), tuple(deviation.flatten().tolist())) if same else None
 
     @cached_property
     def _in_two_parts(self) -> bool:
         """Whether the processor gives the same bits in two parts. Some reverse channels twice, or resize to floats."""
+        if not self._takes_options:
+            return False
         pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 2 * self.width + 7, 3)).astype(np.uint8)
         images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
         try:
@@ -124,7 +197,7 @@ class ImageTransforms:
     def view(self, picture: Picture, seed: tuple[int, ...]) -> View:
         """A random view for `model_input`, from the picture and the seed alone; raises `UnreadableImageError`."""
         if not self.crops:
-            return self.whole_view(self.resized([picture.whole()])[0], seed)
+            return self.whole_view(self.resized([self.centred(picture.whole(), "image")])[0], seed)
         with seeded(seed):
             return self._crop(picture)._replace(erased=self._erased())
 
@@ -156,18 +229,13 @@ class ImageTransforms:
         return NOWHERE if area["v"] is None else (area["i"], area["j"], area["h"], area["w"])
 
 
-def _groups(images: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
-    """Images in groups of `_GROUP_PIXELS`, each taken from the iterator only when its group needs it."""
-    group: list[Image.Image] = []
-    pixels = 0
-    for image in images:
-        if group and pixels + image.width * image.height > _GROUP_PIXELS:
-            yield group
-            group, pixels = [], 0
-        group.append(image)
-        pixels += image.width * image.height
-    if group:
-        yield group
+@lru_cache
+def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers of the channels as float32 [3, 1, 1], copied to the device once: a copy would wait for it each time.
+
+    Not in `ImageTransforms`, which worker processes receive.
+    """
+    return torch.tensor(numbers).reshape(3, 1, 1).to(device)
 
 
 def seed_of(numbers: tuple[int, ...]) -> int:
@@ -188,21 +256,32 @@ def seeded(numbers: tuple[int, ...]) -> Iterator[None]:
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """Returns height and width of what a processor makes of any image.
+    """Height and width of the images that a processor makes of RGB images of any shape.
 
-    Raises:
-        UserError: the processor gives images of different sizes.
+    Raises `UserError` if it makes something else.
     """
-    sizes = set()
+    name, sizes = type(processor).__name__, []
     for shape in ((48, 64, 3), (64, 48, 3)):
-        blank = Image.fromarray(np.zeros(shape, dtype=np.uint8))
-        sizes.add(tuple(processor(blank, return_tensors="pt")["pixel_values"].shape[-2:]))
-    if len(sizes) != 1:
+        made = processor(Image.fromarray(np.zeros(shape, dtype=np.uint8)), return_tensors="pt")
+        if "pixel_values" not in made:
+            raise UserError(
+                f"the image processor {name} makes {', '.join(made)} of an image, not pixel_values: such models are "
+                f"not supported"
+            )
+        found = list(made["pixel_values"].shape[1:])
+        if len(found) != 3 or found[0] != 3:
+            raise UserError(
+                f"the image processor {name} makes {found} of an image, not [3, height, width]; take a checkpoint of "
+                f"a fixed resolution, such as google/siglip2-base-patch16-224 instead of one of SigLIP 2 NaFlex"
+            )
+        sizes.append((found[1], found[2]))
+    if sizes[0] != sizes[1]:
+        (first, second), (third, fourth) = sizes
         raise UserError(
-            f"the image processor {type(processor).__name__} keeps each image's own shape, so images cannot be "
-            f"batched; set a height and width, or a crop size, in its preprocessor_config.json"
+            f"the image processor {name} keeps each image's own shape ({first} x {second} or {third} x {fourth}), so "
+            f"images cannot be batched; set a height and width, or a crop size, in its preprocessor_config.json"
         )
-    return sizes.pop()
+    return sizes[0]
 
 
 def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:

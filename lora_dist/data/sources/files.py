@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from PIL import Image, ImageFile
+from PIL import Image
 
+from lora_dist.data.pixels.formats import HEIC_ADVICE, HEIC_SUFFIXES, decoded_formats, has_image_content
 from lora_dist.data.pixels.images import leads_back
 from lora_dist.data.sources.exclusions import absolute
 from lora_dist.errors import UserError
@@ -24,15 +25,13 @@ SYSTEM_FOLDERS = {
     )
 }  # fmt: skip
 """Folders that operating systems, network storage, archives and notebooks create, in lower case."""
-NOT_DECODED = ("EPS", "MPEG", "WMF")
-"""Formats that Pillow opens, but decodes only with another program or not at all."""
 
 
 class Found(NamedTuple):
     """Files below a folder, in an order that is the same on every machine.
 
     Attributes:
-        images: files with a suffix that Pillow decodes.
+        images: files with a suffix that Pillow decodes, and files without a suffix whose content it decodes.
         ignored: other visible files, and folders in `SYSTEM_FOLDERS`.
     """
 
@@ -43,19 +42,17 @@ class Found(NamedTuple):
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of all formats that Pillow and its installed plug-ins decode, in lower case."""
-    suffixes = Image.registered_extensions()  # loads the plug-ins
-    # An MPO file begins with a JPEG image, and its opener is that of JPEG.
-    decoded = {"MPO"} | {
-        name
-        for name, (opener, _) in Image.OPEN.items()
-        if name not in NOT_DECODED and not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))
-    }
-    return frozenset(suffix for suffix, name in suffixes.items() if name in decoded)
+    decoded = decoded_formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in decoded)
 
 
 def is_image_name(file: str) -> bool:
     """Whether a file name ends in one of `image_suffixes`, in any case."""
     return os.path.splitext(file)[1].lower() in image_suffixes()
+
+
+def _is_image_without_suffix(path: str) -> bool:
+    return not os.path.splitext(path)[1] and has_image_content(path)
 
 
 def is_system_folder(name: str) -> bool:
@@ -81,7 +78,8 @@ def find_files(directory: str | Path, excluded: Collection[str] = ()) -> Found:
             and absolute(os.path.join(folder, inner)) not in excluded
         )
         for file in sorted(file for file in files if not file.startswith(".")):
-            (found.images if is_image_name(file) else found.ignored).append(os.path.join(folder, file))
+            path = os.path.join(folder, file)
+            (found.images if is_image_name(file) or _is_image_without_suffix(path) else found.ignored).append(path)
     return found
 
 
@@ -96,7 +94,7 @@ def by_kind(ignored: Iterable[str]) -> dict[str, list[str]]:
         suffix = os.path.splitext(path)[1].lower()
         if is_system_folder(os.path.basename(path)):
             kind = "folders of the system or an archive"
-        elif is_image_name(path):
+        elif is_image_name(path) or _is_image_without_suffix(path):
             kind = "images outside of class folders"
         else:
             kind = f"{suffix} files" if suffix else "files without a suffix"
@@ -109,4 +107,6 @@ def warn_of_ignored(directory: str | Path, ignored: Iterable[str]) -> None:
     kinds = by_kind(ignored)
     if kinds:
         listed = "; ".join(f"{kind}: {len(paths):,}, e.g. {paths[0]}" for kind, paths in kinds.items())
+        if any(kind.split(" ", maxsplit=1)[0] in HEIC_SUFFIXES for kind in kinds):
+            listed += f". {HEIC_ADVICE}"
         logger.warning("%s: not read as images: %s", directory, listed)

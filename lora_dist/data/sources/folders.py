@@ -10,8 +10,9 @@ from lora_dist.data.sources.files import find_files, is_image_name, is_system_fo
 from lora_dist.errors import UserError
 
 TRAINING_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing")
 VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
-SPLIT_NAMES = {*TRAINING_NAMES, *VALIDATION_NAMES, "test", "testing"}
+SPLIT_NAMES = {*TRAINING_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 
 
 class ClassFolders(NamedTuple):
@@ -45,9 +46,11 @@ def read_class_folders(
     folders = [folder for folder in folders if absolute(str(folder)) not in excluded]
     classes = [folder.name for folder in folders]
     if not classes:
+        lists = [str(other) for other in others if other.suffix.lower() in (".csv", ".tsv")]
+        advice = f", or name the file of their labels: --labels_file {lists[0]}" if lists else ""
         raise UserError(
             f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
-            f"such as {directory}/rose/1.jpg"
+            f"such as {directory}/rose/1.jpg{advice}"
         )
     if not set(classes) <= set(known):
         _require_classes(root, folders, flag)
@@ -84,12 +87,10 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
         directory = inner[0]
         inner, _ = _entries(directory)
     names = {folder.name.lower(): folder for folder in inner}
-    training, validation = (
-        next((names[name] for name in usual if name in names), None) for usual in (TRAINING_NAMES, VALIDATION_NAMES)
-    )
-    right = {"train_dir": training, "validation_dir": validation}
-    if flag == "validation_dir":
-        del right["train_dir"]
+    usual = {"train_dir": TRAINING_NAMES, "validation_dir": VALIDATION_NAMES, "test_dir": TEST_NAMES}
+    right = {split: next((names[name] for name in known if name in names), None) for split, known in usual.items()}
+    # The audit has no --test_dir.
+    right = {name: right[name] for name in ((flag,) if flag != "train_dir" else ("train_dir", "validation_dir"))}
     wanted = right[flag]
     if len(inner) > 1 and names.keys() <= SPLIT_NAMES and wanted and _holds_classes(wanted):
         cause = f"its folders {', '.join(folder.name for folder in inner)} are splits, not classes"

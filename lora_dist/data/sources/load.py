@@ -19,10 +19,12 @@ from lora_dist.data.sources.columns import (
     require_columns,
     require_labels,
 )
+from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.labels import require_distinct
+from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
 from lora_dist.data.sources.shards import load_alone, reading_data
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
@@ -34,20 +36,24 @@ MAX_NAMED_CLASSES = 10
 
 @dataclass(frozen=True)
 class ImageData:
-    """The training and validation data of a run; `labels` are the class names, in the order of the class indices."""
+    """The data of a run; `labels` are the class names, in the order of the class indices."""
 
     labels: list[str]
     train: TrainingSplit
     validation: Split
+    test: Split | None = None
 
     def describe_splits(self) -> dict[str, Any]:
         """Number and digest of the samples of each split, with their table rows or their shards, as JSON."""
-        return {"train": self.train.describe(), "validation": self.validation.describe()}
+        test = {"test": self.test.describe()} if self.test is not None else {}
+        return {"train": self.train.describe(), "validation": self.validation.describe(), **test}
 
 
 def load_data(settings: DataSettings, seed: int) -> ImageData:
-    """Loads both splits and checks that they have the same classes; raises `UserError` for anything that is missing."""
+    """Loads all splits and checks that they have the same classes; raises `UserError` for anything that is missing."""
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
+    if settings.labels_file:
+        return _load_listed(settings, seed, excluded)
     tables = [_load_table(settings, "train", excluded)]
     column = settings.image_column_name or find_image_column(tables[0].features)
     labels, train = _labelled(tables[0], column, settings.label_column_name, None, excluded)
@@ -59,11 +65,57 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     else:
         kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
         train, validation = train.select(kept), train.select(held_out)
+    return _checked(settings, labels, train, validation, load_test(settings, labels), seed)
+
+
+def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) -> ImageData:
+    """Loads a folder with a file of labels; its columns of splits and groups decide what is held out."""
+    assert settings.train_dir is not None
+    assert settings.labels_file is not None
+    columns = {
+        "path": settings.image_column_name,
+        "label": settings.label_column_name,
+        "split": settings.split_column_name,
+        "group": settings.group_column_name,
+    }
+    listed = read_labels_file(demo.local_path(settings.train_dir), settings.labels_file, columns, excluded)
+    warn_of_ignored(settings.train_dir, listed.ignored)
+    for split in ("validation", "test"):
+        if split in listed.splits and getattr(settings, f"{split}_dir"):
+            raise UserError(f"--{split}_dir and --labels_file {settings.labels_file} both name {split} images: use one")
+    table = _table_of(listed.classes, listed.paths, listed.labels, excluded)
+    # `_table_of` leaves out files whose names cannot be in a table.
+    place = {path: index for index, path in enumerate(listed.paths)}
+    kept = np.array([place[path] for path in table["image"]], dtype=np.int64)
+    labels, whole = _labelled(table, "image", "label", None, excluded)
+    rows = kept[whole.table_rows]
+    splits = np.array(listed.splits)[rows]
+    train = whole.select(np.flatnonzero(splits == "train"))
+    test = whole.select(np.flatnonzero(splits == "test")) if "test" in listed.splits else None
+    if settings.validation_dir:
+        validation = _load_known(settings, "validation", excluded, labels)
+    elif (splits == "validation").any():
+        validation = whole.select(np.flatnonzero(splits == "validation"))
+    else:
+        groups = np.array(listed.groups)[rows[splits == "train"]].tolist()
+        if len(set(groups)) == len(groups):
+            kept_rows, held_out = stratified_split(train.labels, settings.train_val_split, seed)
+        else:
+            kept_rows, held_out = grouped_split(train.labels, groups, settings.train_val_split, seed)
+        train, validation = train.select(kept_rows), train.select(held_out)
+    return _checked(settings, labels, train, validation, load_test(settings, labels) if test is None else test, seed)
+
+
+def _checked(
+    settings: DataSettings, labels: list[str], train: Split, validation: Split, test: Split | None, seed: int
+) -> ImageData:
+    """Checks the splits, and selects the samples that the settings ask for."""
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
     check_classes(settings, labels, set(train.labels.tolist()), validation)
     train = _limited(train, labels, settings.max_train_samples, "max_train_samples", seed)
-    return ImageData(labels, train, _limited(validation, labels, settings.max_eval_samples, "max_eval_samples", seed))
+    validation = _limited(validation, labels, settings.max_eval_samples, "max_eval_samples", seed)
+    return ImageData(labels, train, validation, test)
 
 
 def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
@@ -78,22 +130,52 @@ def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) ->
         return data.validation
     # The list may name training files too, so unused names are no reason to warn.
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
-    table = _load_table(settings, "validation", excluded, labels)
-    column = settings.image_column_name or find_image_column(table.features)
-    _, split = _labelled(table, column, settings.label_column_name, labels, excluded)
+    split = _load_known(settings, "validation", excluded, labels)
     if not len(split):
         raise UserError("0 validation images: nothing to evaluate on")
     return _limited(split, labels, settings.max_eval_samples, "max_eval_samples", seed)
 
 
+def load_test(settings: DataSettings, labels: Sequence[str]) -> Split | None:
+    """Loads the test split alone, with the class indices of `labels`; None if there is none. Raises as `load_data`."""
+    if not settings.test_dir and not settings.test_split:
+        return None
+    excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
+    split = _load_known(settings, "test", excluded, labels)
+    if not len(split):
+        raise UserError("0 test images: nothing to test on")
+    return split
+
+
+def _load_known(
+    settings: DataSettings, name: Literal["validation", "test"], excluded: frozenset[str], labels: Sequence[str]
+) -> Split:
+    """Loads a split with the class indices of `labels`."""
+    table = _load_table(settings, name, excluded, labels)
+    # The names of columns that are set with a folder are those of --labels_file.
+    is_folder = settings.dataset_name is None
+    image_column = None if is_folder else settings.image_column_name
+    label_column = None if is_folder else settings.label_column_name
+    column = image_column or find_image_column(table.features)
+    return _labelled(table, column, label_column, labels, excluded, name)[1]
+
+
 def _load_table(
-    settings: DataSettings, name: Literal["train", "validation"], excluded: frozenset[str], known: Sequence[str] = ()
+    settings: DataSettings,
+    name: Literal["train", "validation", "test"],
+    excluded: frozenset[str],
+    known: Sequence[str] = (),
 ) -> Dataset:
     directory: str | None = getattr(settings, f"{name}_dir")
     if directory is None:
         return _load_split(settings, getattr(settings, f"{name}_split"))
     classes, paths, labels, ignored = read_class_folders(demo.local_path(directory), f"{name}_dir", known, excluded)
     warn_of_ignored(directory, ignored)
+    return _table_of(classes, paths, labels, excluded)
+
+
+def _table_of(classes: list[str], paths: list[str], labels: list[int], excluded: frozenset[str]) -> Dataset:
+    """A table of files and their labels."""
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
@@ -119,7 +201,9 @@ def _load_split(settings: DataSettings, split: str) -> Dataset:
         return load_alone(settings, split)
     with reading_data(name, split):
         if not saved_to_disk:
-            return load_dataset(name, settings.dataset_config_name, split=split)
+            return with_writable_cache(
+                lambda cache: load_dataset(name, settings.dataset_config_name, split=split, cache_dir=cache)
+            )
         saved = load_from_disk(name)
         if not isinstance(saved, DatasetDict):
             saved = DatasetDict({"train": saved})
@@ -147,7 +231,9 @@ def _warn_of_unused(excluded: frozenset[str], settings: DataSettings, folders: S
     unused = [
         path
         for path in excluded.difference(*map(_files, folders))
-        if _is_utf8(path) and not (Path(path).is_dir() and any(Path(path).is_relative_to(root) for root in roots))
+        if _is_utf8(path)
+        and not (settings.test_dir and Path(path).is_relative_to(absolute(settings.test_dir)))
+        and not (Path(path).is_dir() and any(Path(path).is_relative_to(root) for root in roots))
     ]
     if unused:
         text = "--exclude %s: %d of %d files are not in the data, the first is %s"
@@ -165,6 +251,7 @@ def _labelled(
     label_column: str | None,
     known: Sequence[str] | None,
     excluded: frozenset[str],
+    name: str = "validation",
 ) -> tuple[list[str], Split]:
     """The label map and the split; `known` labels override the label map.
 
@@ -185,8 +272,8 @@ def _labelled(
     require_distinct([*labels, *unknown])
     if unknown:
         raise UserError(
-            f"the validation data has classes that the training data lacks: {', '.join(unknown)}. "
-            f"Add training images of these classes, or remove them from the validation data."
+            f"the {name} data has classes that the training data lacks: {', '.join(unknown)}. "
+            f"Add training images of these classes, or remove them from the {name} data."
         )
     table = table.select_columns([image_column])
     if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):

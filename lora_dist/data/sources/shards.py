@@ -5,6 +5,7 @@ A shard can be read without what precedes it: it is a row group of a parquet fil
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -28,10 +29,12 @@ from lora_dist.data.sources.columns import (
     require_columns,
     require_labels,
 )
+from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 from lora_dist.storage.files import replace_file
 
+logger = logging.getLogger(__name__)
 FORMATS = ("parquet", "webdataset")
 READ_ROWS = 16
 READ_BYTES = 2**20
@@ -109,7 +112,9 @@ def find_source(settings: DataSettings) -> ShardSource:
     name, config_name, split = settings.dataset_name, settings.dataset_config_name, settings.train_split
     file_format, files, _ = _find_files(settings, split)
     with reading_data(name, split):
-        stream = load_dataset(name, config_name, split=split, streaming=True)
+        stream = with_writable_cache(
+            lambda cache: load_dataset(name, config_name, split=split, streaming=True, cache_dir=cache)
+        )
     features = stream.features or {}
     image_column = settings.image_column_name or find_image_column(features)
     label_column = settings.label_column_name or find_label_column(features)
@@ -122,7 +127,11 @@ def load_alone(settings: DataSettings, split: str) -> Dataset:
     base = split.partition("[")[0]
     file_format, files, features = _find_files(settings, base)
     with reading_data(settings.dataset_name, split):
-        return load_dataset(file_format, data_files={base: files}, split=split, features=features)
+        return with_writable_cache(
+            lambda cache: load_dataset(
+                file_format, data_files={base: files}, split=split, features=features, cache_dir=cache
+            )
+        )
 
 
 def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Features | None]:
@@ -130,7 +139,7 @@ def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Fea
     name, config_name = settings.dataset_name, settings.dataset_config_name
     assert name is not None
     with reading_data(name, split):
-        builder = load_dataset_builder(name, config_name)
+        builder = with_writable_cache(lambda cache: load_dataset_builder(name, config_name, cache_dir=cache))
     if builder.name == "cache":
         raise UserError(
             f"{name} is not available from the Hub now, and the local cache has no shards that can be streamed: remove "
@@ -189,17 +198,9 @@ def load_index(source: ShardSource) -> ShardIndex:
     call this at the same time, one does the work.
     Raises `UserError` with the name of a file that cannot be read, or of a row without a label.
     """
-    path = Path(config.HF_DATASETS_CACHE) / "lora_dist_shards" / f"{_identity(source)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with waiting.locked(f"{path}.lock", "indexes the shards"):
-        # Older releases also indexed rows without a label.
-        usable = path.is_file() and all(
-            has_label(label, source.label_feature) for label in json.loads(path.read_text(encoding="utf-8"))["labels"]
-        )
-        if not usable:
-            with hub_client.reading("the shards, to be indexed", "leaving out --streaming once"):
-                replace_file(path, json.dumps(_survey_all(source)).encode())
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = with_writable_cache(
+        lambda cache: _indexed(source, Path(cache or config.HF_DATASETS_CACHE) / "lora_dist_shards")
+    )
     by_file = [np.array(sizes, dtype=np.int64) for sizes in content["sizes"]]
     files = np.repeat(np.arange(len(by_file)), [len(sizes) for sizes in by_file])
     groups = np.concatenate([np.arange(len(sizes)) for sizes in by_file])
@@ -207,6 +208,32 @@ def load_index(source: ShardSource) -> ShardIndex:
     sizes = np.concatenate(by_file)
     full = sizes > 0
     return ShardIndex(files[full], groups[full], first_rows[full], sizes[full], content["labels"], content["digest"])
+
+
+def _indexed(source: ShardSource, directory: Path) -> dict[str, Any]:
+    """The content of the index in a directory, which is written unless it is there and whole."""
+    path = directory / f"{_identity(source)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with waiting.locked(f"{path}.lock", "indexes the shards"):
+        content = _read_index(path, source.label_feature)
+        if content is None:
+            with hub_client.reading("the shards, to be indexed", "leaving out --streaming once"):
+                content = _survey_all(source)
+            replace_file(path, json.dumps(content).encode())
+        return content
+
+
+def _read_index(path: Path, label_feature: Any) -> dict[str, Any] | None:
+    """The content of an index; None if it is missing or damaged, or has rows without a label, as older ones can."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        is_whole = {"sizes", "labels", "digest"} <= content.keys()
+        return content if is_whole and all(has_label(label, label_feature) for label in content["labels"]) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError):
+        logger.warning("%s is damaged and is written anew", path)
+        return None
 
 
 def _identity(source: ShardSource) -> str:

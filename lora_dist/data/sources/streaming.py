@@ -15,7 +15,7 @@ from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import class_names
 from lora_dist.data.sources.labels import require_distinct
-from lora_dist.data.sources.load import ImageData, check_classes, load_validation
+from lora_dist.data.sources.load import ImageData, check_classes, load_test, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
@@ -151,7 +151,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     class_of = {value: label for label, value in enumerate(names)}
     check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)
     train = StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes))
-    return ImageData(labels, train, validation)
+    return ImageData(labels, train, validation, load_test(settings, labels))
 
 
 def _lanes(settings: DataSettings, index: ShardIndex, seed: int, processes: int) -> Interleave:

@@ -11,8 +11,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from lora_dist.data.pixels.conversion import Conversion
-from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
+from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
 from lora_dist.deployment.export.destinations import require_free_directory
@@ -60,8 +59,9 @@ def merge_to(
     """
     require_free_directory(out, "merge_to")
     dtype = DTYPES[precision]
-    images = check_images(files, classifier.conversion)
-    pixels = ImageTransforms(classifier.processor).batch(images)
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    images = check_images(files, transforms)
+    pixels = transforms.batch(images)
     before = logits(classifier.model, pixels)
     merged: Any = adapters.merge(classifier.model).eval()
     after = logits(merged, pixels)
@@ -143,14 +143,14 @@ def require_same_after_loading(
         )
 
 
-def check_images(files: Sequence[str], conversion: Conversion) -> list[Image.Image]:
+def check_images(files: Sequence[str], transforms: ImageTransforms) -> list[Image.Image]:
     """Loads the first readable ones of the user's images, else packaged photographs."""
-    return list(islice(_readable(files, conversion), MAX_IMAGES)) or list(
-        islice(_readable(photographs(), conversion), MAX_IMAGES)
+    return list(islice(_readable(files, transforms), MAX_IMAGES)) or list(
+        islice(_readable(photographs(), transforms), MAX_IMAGES)
     )
 
 
-def _readable(files: Sequence[str], conversion: Conversion) -> Iterator[Image.Image]:
+def _readable(files: Sequence[str], transforms: ImageTransforms) -> Iterator[Image.Image]:
     for file in files:
         with suppress(UnreadableImageError):
-            yield load_rgb(file, conversion=conversion)
+            yield transforms.load(file)

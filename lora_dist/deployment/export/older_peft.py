@@ -48,7 +48,7 @@ def export_legacy_names(
         UserError: `out` cannot be written, or the exported adapter gives other logits after loading.
     """
     require_free_directory(out, "export_legacy_names")
-    images = check_images(files, classifier.conversion)
+    images = check_images(files, ImageTransforms(classifier.processor, conversion=classifier.conversion))
     expected = logits(classifier.model, ImageTransforms(classifier.processor).batch(images))
     adapter = adapters.active_adapter(classifier.model)
     names = LegacyNames.of(adapters.base_of(classifier.model))

@@ -4,21 +4,20 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from lora_dist import extras
-from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.export.destinations import require_free_file
 from lora_dist.deployment.export.merge import check_images, logits
 from lora_dist.deployment.export.onnx_model import CONVERSION, INPUT, LABELS, OUTPUT, PREPROCESSOR, OnnxModel, load_onnx
+from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
@@ -74,15 +73,15 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
     import onnx
 
     require_free_file(out, "onnx")
-    transforms = ImageTransforms(classifier.processor)
-    pixels = transforms.batch(check_images(files, classifier.conversion))
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    pixels = transforms.batch(check_images(files, transforms))
     expected = logits(classifier.model, pixels)
     proto = _to_onnx(classifier.model, pixels[:1], out)
     metadata = {
         LABELS: json.dumps(classifier.labels, ensure_ascii=False),
         PREPROCESSOR: classifier.processor.to_json_string(),
         CONVERSION: json.dumps(classifier.conversion.record()),
-        "preprocessing": describe(classifier.processor, transforms.height, transforms.width, classifier.conversion),
+        "preprocessing": describe(transforms),
         "weights": "fp32",
     }
     onnx.helper.set_model_props(proto, metadata)
@@ -195,36 +194,3 @@ def _int8_cost(exact: Classifier, quantized: Classifier, files: Sequence[str]) -
         right_before += was == folder
         right_after += is_ == folder
     return Int8Cost(images, changed, labelled, right_before, right_after)
-
-
-def describe(processor: Any, height: int, width: int, conversion: Conversion = AS_TRANSFORMERS) -> str:
-    """Describes the preprocessing for users without this package; `height` and `width` are those of the input."""
-    settings = processor.to_dict()
-    steps = [", ".join(["decode to 8-bit RGB", *_described(conversion), "turned upright as EXIF says"])]
-    size = dict(settings.get("size") or {})
-    crop = dict(settings.get("crop_size") or {}) if settings.get("do_center_crop") else {}
-    if settings.get("crop_pct") and size.get("shortest_edge", 384) < 384:
-        # ConvNeXt's processor crops although `do_center_crop` is not set.
-        crop, size = {"height": height, "width": width}, {"shortest_edge": int(height / settings["crop_pct"])}
-    if settings.get("do_resize"):
-        how = Image.Resampling(int(settings["resample"])).name.lower()
-        edge = size.get("shortest_edge")
-        to = f"its shorter side to {edge} pixels" if edge and crop else f"to {height} x {width} (height x width)"
-        steps.append(f"resize {to}, {how} with antialiasing, as torchvision resizes 8-bit tensors")
-    if crop:
-        steps.append(f"cut the middle {height} x {width} out")
-    if settings.get("do_rescale"):
-        steps.append(f"multiply by {settings['rescale_factor']!r}")
-    if settings.get("do_normalize"):
-        mean, std = (list(settings[name]) for name in ("image_mean", "image_std"))
-        steps.append(f"subtract the mean {mean} and divide by the standard deviation {std}, for red, green and blue")
-    order = "blue, green, red" if settings.get("do_flip_channel_order") else "red, green, blue"
-    steps.append(f"float32 of shape [batch, 3, {height}, {width}]: image, channel ({order}), row, column")
-    return "; ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
-
-
-def _described(conversion: Conversion) -> Iterator[str]:
-    if conversion.transparent_background is not None:
-        yield "transparent pixels on RGB {} {} {}".format(*conversion.transparent_background)
-    if conversion.pixel_range is not None:
-        yield "pixels of more than 8 bits scaled so that {:g} to {:g} become 0 to 255".format(*conversion.pixel_range)

@@ -66,7 +66,14 @@ def load_onnx(path: Path) -> Classifier:
             f"--onnx {path}: its metadata lack labels or preprocessing, so it was not written by lora_dist ({error})"
         ) from error
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
+        name = "preprocessor_config.json"
+        if "data_config" in config:
+            # timm's processor reads the configuration of its model.
+            name, config = (
+                "config.json",
+                {"model_type": "timm_wrapper", "pretrained_cfg": config["data_config"], **config},
+            )
+        (Path(directory) / name).write_text(json.dumps(config), encoding="utf-8")
         try:
             processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ import asyncio
 import html
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,13 @@ from fastapi.responses import FileResponse, HTMLResponse
 from pydantic import BaseModel
 from torch import Tensor
 
+from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
+from lora_dist.processes.cores import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def make_app(
     """Returns the app with the page at `/`, titled `name`, and the endpoint at `/predict`."""
     batcher = Batcher(classifier, batch_size, device)
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
-    decoders = ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), thread_name_prefix="decoder")
+    decoders = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="decoder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -97,7 +98,11 @@ def make_app(
         return FileResponse(PAGE / f"page.{kind}")
 
     def prepare(data: bytes, file: str) -> Tensor:
-        return batcher.transforms.resized([decode(data, file, limits.pixels, classifier.conversion)])
+        image = decode(data, file, limits.pixels, classifier.conversion)
+        try:
+            return batcher.transforms.resized([batcher.transforms.centred(image, file)])
+        except UnreadableImageError as error:
+            raise RefusedUploadError(413, str(error)) from error
 
     @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
     async def predict(

@@ -4,10 +4,11 @@ import resource
 import sys
 import time
 from collections.abc import Generator, Iterator
+from typing import TypeVar
 
 import torch
 
-from lora_dist.data.batch import Batch
+T = TypeVar("T")
 
 
 class ThroughputMeter:
@@ -26,16 +27,16 @@ class ThroughputMeter:
         """Samples per second over all processes."""
         return self.samples / max(self.seconds, 1e-9)
 
-    def timed(self, stream: Iterator[Batch]) -> Generator[Batch]:
-        """Yields the batches of `stream` and counts the time until each arrives as waiting."""
+    def timed(self, loaded: Iterator[T]) -> Generator[T]:
+        """Yields what worker processes have loaded, and counts the time until it arrives as waiting for data."""
         while True:
             start = time.perf_counter()
             try:
-                batch = next(stream)
+                found = next(loaded)
             except StopIteration:
                 return
             self.waited += time.perf_counter() - start
-            yield batch
+            yield found
 
     def start_update(self) -> None:
         """Called before an update."""

@@ -1,10 +1,10 @@
-"""What people watch: TensorBoard, JSON lines and a progress bar, written by one process."""
+"""What people watch: TensorBoard, other trackers, JSON lines and a progress bar, written by one process."""
 
 import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lora_dist.processes.lifetime import at_end
 from lora_dist.training.reporting.board import Board, Lines
+from lora_dist.training.reporting.external_trackers import ExternalTrackers
 
 logger = logging.getLogger(__name__)
 HPARAM_TYPES = (bool, str, float, int)
@@ -28,7 +29,15 @@ class Tracker:
     """
 
     def __init__(
-        self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int, evaluated: bool = True
+        self,
+        output_dir: Path,
+        *,
+        enabled: bool,
+        first_step: int,
+        total_steps: int,
+        evaluated: bool = True,
+        report_to: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -38,11 +47,14 @@ class Tracker:
             total_steps: updates in the whole run.
             evaluated: whether the evaluation that was due after `first_step` has been made; if not, it will be logged
                 again.
+            report_to: other trackers; see `ExternalTrackers`, also for errors.
+            settings: by flat name, for these.
         """
         self.enabled = enabled
         self._total = total_steps
         if not enabled:
             return
+        self._external = ExternalTrackers(report_to, output_dir, resumes=first_step > 0, settings=settings or {})
         self._lines = Lines(output_dir / "metrics.jsonl", first_step, evaluated)
         self._board = Board(output_dir / "tensorboard", first_step, evaluated)
         if not evaluated:
@@ -71,6 +83,7 @@ class Tracker:
         if not self.enabled:
             return
         self._write_scalars(step, values)
+        self._external.scalars(step, values)
         # JSON has no infinity, which is the gradient's norm in an update that fp16 skips.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 4), **finite}) + "\n")
@@ -102,8 +115,9 @@ class Tracker:
             )
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """Adds a picture to TensorBoard."""
+        """Adds a picture to the trackers."""
         if self.enabled:
+            self._external.picture(name, image, step)
             self._board.write(SummaryWriter.add_image, name, np.asarray(image), step, dataformats="HWC")
             self._board.write(SummaryWriter.flush)
 
@@ -136,4 +150,5 @@ class Tracker:
         """Ends the progress bar and the files."""
         if self.enabled:
             self._bar.close()
+            self._external.close()
             self._board.write(SummaryWriter.close)

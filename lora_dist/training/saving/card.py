@@ -85,6 +85,7 @@ def model_card(
         "|---|---|",
         *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if _is_metric(name, results[name])),
         f"| validation images | {results['eval_samples']:,} |",
+        *([f"| test images | {results['test_samples']:,} |"] if "test_samples" in results else []),
         f"| training images | {results['train_samples']:,} |",
         f"| trainable parameters | {results['trainable_params']:,} of {results['all_params']:,} |",
         "",
@@ -116,7 +117,8 @@ def model_card(
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    return name.startswith("eval_") and name != "eval_samples" and math.isfinite(value)
+    is_measured = name.startswith(("eval_", "test_")) and not name.endswith("_samples")
+    return is_measured and isinstance(value, float) and math.isfinite(value)
 
 
 def _code(text: str) -> str:

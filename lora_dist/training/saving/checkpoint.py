@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 COMPLETE = "COMPLETE"
 _PREFIX = "step-"
+_AVERAGE = "average/"
+"""Prefix of the averaged weights, which are kept beside the optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,19 @@ class Checkpoint:
         optimizer: optimizer state, by `<moment>/<parameter>`.
         state: progress, identity, loss scale and versions, as JSON values.
         directory: where it was read from.
+        average: moving average of `trained`; empty without --ema_decay.
     """
 
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     directory: Path | None = None
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that were evaluated, and that become the result."""
+        return self.average or self.trained
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -55,7 +64,8 @@ def write(root: Path, step: int, content: Checkpoint) -> Path:
     final = path_of(root, step)
     with whole_directory(final) as aside:
         save_file(content.trained, aside / TRAINED)
-        save_file(content.optimizer, aside / OPTIMIZER)
+        average = {f"{_AVERAGE}{name}": tensor for name, tensor in content.average.items()}
+        save_file({**content.optimizer, **average}, aside / OPTIMIZER)
         _write_state(aside, content.state, {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER)})
     return final
 
@@ -84,11 +94,15 @@ def read(path: Path) -> Checkpoint:
     problem = find_damage(path)
     if problem:
         raise UserError(f"cannot resume from {path}: {problem}")
+    optimizer = load_file(path / OPTIMIZER)
+    averaged = [name for name in optimizer if name.startswith(_AVERAGE)]
+    average = {name.removeprefix(_AVERAGE): optimizer.pop(name) for name in averaged}
     return Checkpoint(
         trained=load_file(path / TRAINED),
-        optimizer=load_file(path / OPTIMIZER),
+        optimizer=optimizer,
         state=json.loads((path / STATE).read_text(encoding="utf-8")),
         directory=path,
+        average=average,
     )
 
 

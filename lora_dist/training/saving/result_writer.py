@@ -3,7 +3,8 @@
 import gc
 import logging
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_dist.data.sources.load import ImageData
+from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.backbone import Base, load_base_of
 from lora_dist.model.license import license_of
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
 from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
@@ -67,7 +69,7 @@ class ResultWriter:
         """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
-        trained = run.engine.trainable_state()
+        trained = run.result_weights()
         if self.publisher is None or not all(tensor.isfinite().all() for tensor in trained.values()):
             return
         directory = self.output.outbox / f"step-{progress.step:08d}"
@@ -78,13 +80,16 @@ class ResultWriter:
             return
         self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
-    def finalize(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
+    def finalize(
+        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+    ) -> None:
         """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
         Args:
             run: the run, whose model holds the best weights.
             progress: counters at the end.
             evaluation: metrics of the best weights.
+            test: the same on the test data.
 
         Raises:
             ResultNotWrittenError: the directory cannot be written to.
@@ -97,7 +102,7 @@ class ResultWriter:
         images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
-            results = self._results(run, progress, evaluation)
+            results = self._results(run, progress, evaluation, test)
             written = self._result(run)
             try:
                 self._write(written, run, trained, evaluation, results)
@@ -112,11 +117,14 @@ class ResultWriter:
             gc.collect()
             tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
             if expected is not None:
-                require_same_logits(written, images, expected, tolerance, run.settings.model.trust_remote_code)
+                prepare = partial(unsharded, accelerator)
+                remote = run.settings.model.trust_remote_code
+                require_same_logits(written, images, expected, tolerance, remote, prepare)
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}; wrote {written}")
+            on_test = f", on the test data {test.metrics['accuracy']:.4f}" if test is not None else ""
+            tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}{on_test}; wrote {written}")
             warn_of_chance_level(evaluation)
             tracker.close()
         accelerator.wait_for_everyone()
@@ -130,11 +138,19 @@ class ResultWriter:
     def _result(self, run: TrainingRun) -> Path:
         return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
-    def _results(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
+    def _results(
+        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+    ) -> dict[str, Any]:
         trainable, total = self.parameters
+        tested: dict[str, Any] = {}
+        if test is not None and self.data.test is not None:
+            tested = {f"test_{name}": value for name, value in test.metrics.items()}
+            tested |= {"test_samples": test.num_samples, "test_fingerprint": self.data.test.fingerprint()}
+            tested["test_per_class"] = dict(zip(self.data.labels, test.per_class, strict=True))
         return {
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             "eval_samples": evaluation.num_samples,
+            **tested,
             "train_loss": progress.loss_sum / max(1, progress.loss_count),
             "train_runtime": progress.train_seconds,
             "train_samples": len(self.data.train),
@@ -195,8 +211,8 @@ class ResultWriter:
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
-            base = load_base_of(settings, self.data.labels, self.base.revision, fit_classes=False)
-            base = replace(base, processor=self.base.processor)
+            kept = self.base
+            base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
 
@@ -205,7 +221,8 @@ class ResultWriter:
 def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
     """The logits of the trained model. Must be called on every process with the same images."""
     pixels = run.evaluator.transforms.batch(images).to(run.engine.accelerator.device)
-    return run.engine.model(pixel_values=pixels).logits.float().cpu()
+    with without_tf32():
+        return run.engine.model(pixel_values=pixels).logits.float().cpu()
 
 
 def _message(run: TrainingRun, progress: Progress) -> str:

@@ -19,6 +19,7 @@ from lora_dist.processes.runtime import versions
 from lora_dist.training.identity import differences
 from lora_dist.training.saving import checkpoint
 from lora_dist.training.saving.checkpoint import Checkpoint
+from lora_dist.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,12 @@ class Progress:
 
     Attributes:
         step: number of completed updates.
-        best_step: update with the best validation metric so far.
+        best_step: update with the best validation metric so far; of equal ones, that with the lowest loss.
         best_value: that metric.
+        best_loss: validation loss of that update.
         best_metric: its name.
         best_data: fingerprint of the validation data that it was measured on.
-        stale_evaluations: evaluations since `best_step`, for early stopping.
+        stale_evaluations: evaluations since the metric last improved, for early stopping.
         skipped_updates: updates skipped by fp16 loss scaling or because they were not finite.
         skipped_in_a_row: updates skipped since the last applied one.
         unreadable_images: samples skipped because their image could not be read; counted again in each epoch.
@@ -61,6 +63,7 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_value: float | None = None
+    best_loss: float | None = None
     best_metric: str | None = None
     best_data: str | None = None
     stale_evaluations: int = 0
@@ -114,16 +117,26 @@ class Progress:
         """Resets `mean_loss`: the next mean starts here."""
         self.logged_step, self.logged_loss_sum, self.logged_loss_count = self.step, self.loss_sum, self.loss_count
 
-    def note_evaluation(self, value: float, lower_is_better: bool) -> bool:
-        """Adds a validation metric; returns whether it is the best so far."""
+    def note_evaluation(self, value: float, loss: float, lower_is_better: bool) -> bool:
+        """Adds an evaluation; returns whether it is the best so far.
+
+        Args:
+            value: metric that selects the best update.
+            loss: validation loss, which decides between equal metrics.
+            lower_is_better: whether a lower metric is the better one.
+        """
         before = self.best_value
         # A metric that is not a number is better than none, and worse than any.
-        better = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
-        if better:
-            self.best_step, self.best_value, self.stale_evaluations = self.step, value, 0
-        else:
-            self.stale_evaluations += 1
-        return better
+        improved = before is None or math.isnan(before) or (value < before if lower_is_better else value > before)
+        wins_tie = value == before and self.best_loss is not None and loss < self.best_loss
+        self.stale_evaluations = 0 if improved else self.stale_evaluations + 1
+        if improved or wins_tie:
+            self.best_step, self.best_value, self.best_loss = self.step, value, loss
+        return improved or wins_tie
+
+    def forget_best(self) -> None:
+        """Makes the next evaluation the best so far."""
+        self.best_step = self.best_value = self.best_loss = None
 
 
 class Checkpointer:
@@ -141,6 +154,7 @@ class Checkpointer:
         identity: dict[str, Any],
         keep: int,
         writing: Callable[[], AbstractContextManager[object]] = nullcontext,
+        average: WeightAverage | None = None,
     ) -> None:
         """
         Args:
@@ -149,12 +163,14 @@ class Checkpointer:
             identity: what a run must have in common with this one to resume from its checkpoints.
             keep: checkpoints to keep, besides the best.
             writing: context in which the main process writes; see `Watch.writing`.
+            average: averaged weights, which are saved as well and become the result.
         """
         self.directory = directory
         self._engine = engine
         self._identity = identity
         self._keep = keep
         self._writing = writing
+        self._average = average
         self.saved_step: int | None = None
         self._written_step: int | None = None
         self._best_weights: tuple[int, dict[str, Tensor]] | None = None
@@ -188,12 +204,17 @@ class Checkpointer:
         return replaced
 
     def _save_all(self, progress: Progress) -> None:
-        content = Checkpoint(self._engine.trainable_state(), self._engine.optimizer_state(), self._state(progress))
+        content = Checkpoint(
+            trained=self._engine.trainable_state(),
+            optimizer=self._engine.optimizer_state(),
+            state=self._state(progress),
+            average={} if self._average is None else self._average.state(),
+        )
         # The first process decides for all: the statistics of batch norms differ by process.
         (saved,) = broadcast_object_list([self._engine.accelerator.is_main_process and self._write(progress, content)])
         if saved:
             self.saved_step = self._written_step = progress.step
-        self._last_weights = content.trained if not saved or _small(content.trained) else None
+        self._last_weights = content.weights if not saved or _small(content.weights) else None
 
     def _state(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -247,6 +268,10 @@ class Checkpointer:
             raise UserError(
                 f"the trained tensors of the checkpoint have other names or shapes: {', '.join(unmatched[:5])} …"
             )
+        if self._average is not None:
+            if not content.average:
+                raise UserError("the checkpoint has no averaged weights: remove --ema_decay, or start a new run")
+            self._average.load_state(content.average)
         self._engine.load_trainable_state(content.trained)
         self._engine.load_optimizer_state(content.optimizer)
         self._engine.load_scaler_state(content.state["scaler"])
@@ -261,19 +286,21 @@ class Checkpointer:
         )
         if gone:
             logger.warning("the best checkpoint (update %d) is missing; selecting a new best", progress.best_step)
-            progress.best_step = progress.best_value = None
+            progress.forget_best()
         elif progress.best_step is not None and _small(content.trained):
-            self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).trained
+            self._best_weights = progress.best_step, checkpoint.read(self._best(progress)).weights
         return progress
 
     def restore_best(self, progress: Progress) -> None:
-        """Loads the best weights into the model. If they are lost, keeps the last ones and sets `best_step` to None."""
-        if progress.best_step in (None, progress.step):
-            return
-        weights = self.best_weights(progress)
-        if weights is None:
-            logger.warning("the result has the last weights instead of the best ones")
-        else:
+        """Loads the best weights into the model. If they are lost, loads the last ones and sets `best_step` to None."""
+        weights = None
+        if progress.best_step not in (None, progress.step):
+            weights = self.best_weights(progress)
+            if weights is None:
+                logger.warning("the result has the last weights instead of the best ones")
+        if weights is None and self._average is not None:
+            weights = self._average.state()
+        if weights is not None:
             self._engine.load_trainable_state(weights)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
@@ -283,9 +310,9 @@ class Checkpointer:
         best = self._best(progress)
         (damage,) = broadcast_object_list([self._engine.accelerator.is_main_process and checkpoint.find_damage(best)])
         if not damage:
-            return checkpoint.read(best).trained
+            return checkpoint.read(best).weights
         logger.warning("the best weights (update %d) cannot be read any more (%s)", progress.best_step, damage)
-        progress.best_step = progress.best_value = None
+        progress.forget_best()
         return None
 
     def _best(self, progress: Progress) -> Path:

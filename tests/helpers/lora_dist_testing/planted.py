@@ -101,6 +101,7 @@ def plant_files(root: Path) -> Planted:
     planted.expect("wrong_extension", a / "really_a.jpg")
     planted.expect("aspect_ratio", planted.new(validation / "a" / "long.png", (300, 50)))
     planted.expect("aspect_ratio", planted.new(odd / "high.png", (20, 160)))
+    planted.expect("thin", planted.new(odd / "thin.png", (4000, 3)))
 
     # The same bytes twice, and the same pixels in another format; the names of the first come first.
     first = planted.new(a / "010 original.png")
@@ -142,17 +143,22 @@ def plant_all(root: Path) -> Planted:
     for number in range(12):
         planted.new(train / "only trained" / f"{number}.png")
     planted.new(validation / "only validated" / "1.png")
-    for number in range(3):
+    for number in range(2):
         planted.new(train / "few" / f"{number}.png")
+    first, copy = train / "few" / "0.png", train / "few" / "0 copy.png"
+    copy.write_bytes(first.read_bytes())
+    # One image of three is a large part of a class.
+    planted.expect("duplicate", copy, first)
+    planted.expect("large_share")
     planted.new(validation / "few" / "0.png")
     for number in range(40):
         planted.new(train / "many" / f"{number}.png", (60, 60))
     planted.new(validation / "many" / "0.png")
     for name in (
-        "few/1.heic",
-        "many/1.HEIC",
-        "many/2.heic",
-        "many/x/3.heic",
+        "few/1.cr2",
+        "many/1.CR2",
+        "many/2.cr2",
+        "many/x/3.cr2",
         "many/notes.txt",
         "readme.txt",
         "loose.png",
@@ -163,7 +169,7 @@ def plant_all(root: Path) -> Planted:
     for hidden in (train / ".DS_Store", train / "few" / ".cache", validation / ".git" / "x"):
         hidden.parent.mkdir(exist_ok=True)
         hidden.touch()
-    # By split: .heic, .txt, loose; no suffix.
+    # By split: .cr2, .txt, loose; no suffix.
     for kind in ("ignored", "ignored", "ignored", "ignored", "one_split", "one_split", "few_images", "imbalance"):
         planted.expect(kind)
     return planted

@@ -85,7 +85,7 @@ def test_every_fault_is_found_and_nothing_else(planted: Planted, report: Report)
 def test_ignored_files_are_counted_and_some_named(report: Report) -> None:
     messages = [finding.message for finding in report.findings if finding.kind.name == "ignored"]
     assert messages == [
-        "train: .heic files: 4, e.g. few/1.heic, many/1.HEIC, many/2.heic",
+        "train: .cr2 files: 4, e.g. few/1.cr2, many/1.CR2, many/2.cr2",
         "train: .txt files: 2, e.g. many/notes.txt, readme.txt",
         "train: images outside of class folders: 1, e.g. loose.png",
         "validation: files without a suffix: 1, e.g. many/no suffix",
@@ -112,8 +112,12 @@ def test_the_list_has_what_it_should_and_an_audit_without_these_finds_what_is_le
         "deep",
         "hidden",
         "constant",
+        "thin",
+        "large_share",
     }
-    assert sorted(found_in(again), key=repr) == sorted((one for one in planted.expected if one[0] in stay), key=repr)
+    few = str(planted.train / "few" / "0.png")
+    kept = [(kind, files) for kind, files in planted.expected if kind in stay or few in files]
+    assert sorted(found_in(again), key=repr) == sorted(kept, key=repr)
     write_quarantine(again, file)
     assert read_exclusions(file) == planted.left_out, "a list that replaces the one that was used has its files as well"
 
@@ -250,7 +254,9 @@ def indices_of(findings: Sequence[Finding]) -> list[tuple[str, list[int], list[i
 
 
 def copies(*files: tuple[str, str, int]) -> Sequence[Finding]:
-    """Findings about files of (split, class, picture)."""
+    """Findings about files of (split, class, picture), in classes of many other files."""
+    parts = dict.fromkeys((split, label) for split, label, _ in files)
+    files += tuple((*part, 10 + index) for index, part in enumerate(part for part in parts for _ in range(20)))
     facts = [Facts(format="PNG", width=9, height=9, digest=bytes([number])) for _, _, number in files]
     named = [File(f"{index}.png", split, label) for index, (split, label, _) in enumerate(files)]
     checks = Checks(near_distance=0, min_class_images=1)
@@ -275,6 +281,27 @@ def test_an_image_of_two_classes_goes_altogether_and_is_a_leak_as_well_where_it_
         ("conflict", [3, 4], [3, 4]),
     ]
     assert left_out(found) == {0, 1, 2, 3, 4}
+
+
+def test_a_list_that_takes_much_of_a_class_away_is_a_question() -> None:
+    files = [File(f"{index}.png", "train", "ab"[index < 4]) for index in range(14)]
+    facts = [Facts(format="PNG", width=9, height=9, digest=bytes([index % 9])) for index in range(14)]
+    found = check(Scanned(files, facts), ["a", "b"], False, Checks(near_distance=0, min_class_images=5))
+    # 9 to 12 of class a repeat 0 to 3 of class b; 13 repeats 4 of its own class.
+    assert indices_of(found)[:4] == [("conflict", [index, index + 9], []) for index in range(4)]
+    assert {index for finding in found for index in finding.proposed} == {0, 1, 2, 3, 9, 10, 11, 12, 13}
+    assert [finding.message for finding in found if finding.kind.name == "large_share"] == [
+        "a: 5 of 10 train images; same image in several classes: 4, duplicates: 1",
+        "b: 4 of 4 train images; same image in several classes: 4",
+    ]
+    assert [finding.message for finding in found if finding.kind.name == "few_images"] == ["b: 4 training images"]
+
+
+def test_counts_say_what_is_left() -> None:
+    files = [File(f"{index}.png", "train", "a") for index in range(10)]
+    facts = [Facts("truncated", "cut") if index < 3 else Facts(digest=bytes([index])) for index in range(10)]
+    found = check(Scanned(files, facts), ["a"], False, Checks(near_distance=0))
+    assert found[-1].message == "a: 7 of 10 training images left"
 
 
 @pytest.mark.parametrize(
@@ -520,7 +547,8 @@ def test_a_page_of_very_many_findings_stays_small(tmp_path: Path) -> None:
     assert "and 19,960 more in report.json" in page
     assert "and 9,992 more" in page
     write_quarantine(report, tmp_path / "list.txt")
-    assert len(read_exclusions(tmp_path / "list.txt")) == 29_999
+    # The 10,000 copies are a large part of the class.
+    assert len(read_exclusions(tmp_path / "list.txt")) == 20_000
     assert absolute("/data/a/20000.png") not in read_exclusions(tmp_path / "list.txt")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import on_paper
 import scale
 
 PAGE = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -38,3 +39,11 @@ def test_more_gpus_are_less_efficient_and_more_bandwidth_is_more(engine: str) ->
 
 def test_the_documentation_shows_the_table() -> None:
     assert scale.table("vit_b") in PAGE
+
+
+def test_the_page_on_scaling_has_the_numbers_that_its_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    on_paper.main()
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    page = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    assert len(tables) == 14
+    assert not [line for line in tables if line not in page]

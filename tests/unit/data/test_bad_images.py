@@ -8,12 +8,13 @@ import pytest
 import torch
 from lora_dist_testing.launching import flags, lines_of, results_of, run_flags, train
 from lora_dist_testing.tiny import make_folder, perturb
-from transformers import ViTImageProcessor
+from PIL import Image
+from transformers import BitImageProcessor, ViTImageProcessor
 
-from lora_dist.data.batch import Batch, TrainImages
+from lora_dist.data.batch import Batch, EvaluationImages, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import BatchPlan, ShuffledOrder
+from lora_dist.data.sampling.order import BatchPlan, Sample, ShuffledOrder
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base
@@ -39,6 +40,19 @@ def _batches(root: Path, world: int = 1, rank: int = 0, workers: int = 0, **augm
     order = BatchPlan(ShuffledOrder(len(split), seed=3), 4, 1, world, rank)
     images = TrainImages(split, transforms, augmented, 3, skip_bad_images=True)
     return list(batches(train_loader(images, order, 0, 2 * order.steps_per_epoch, settings, CPU)))
+
+
+def test_an_image_that_is_too_long_and_thin_is_left_out(tmp_path: Path) -> None:
+    make_folder(tmp_path, per_class=3)
+    Image.new("RGB", (7, 100_001)).save(tmp_path / "b" / "001.png")
+    split = load_data(DataSettings(train_dir=str(tmp_path), validation_dir=str(tmp_path)), seed=0).train
+    transforms = ImageTransforms(BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}))
+    indices = list(range(len(split)))
+    evaluated = EvaluationImages(split, transforms, skip_bad_images=True).__getitems__(indices)
+    assert isinstance(evaluated, Batch)
+    trained = TrainImages(split, transforms, AugmentationSettings(augmentation="none"), 0, skip_bad_images=True)
+    weights = trained.prepared([Sample(0, index, index, index) for index in indices]).weights
+    assert evaluated.weights.tolist() == weights.tolist() == [float(index != 4) for index in indices]
 
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup_alpha": 1.0, "cutmix_alpha": 1.0}], ids=["plain", "mixed"])

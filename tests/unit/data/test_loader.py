@@ -4,7 +4,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +304,21 @@ def test_workers_by_default_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
         assert workers_of(workers(None), cuda) == expected
     assert workers_of(workers(None), CPU) == 0
     assert workers_of(workers(3), CPU) == 3
+
+
+def test_the_wait_for_data_is_that_for_the_workers_alone(data: ImageData) -> None:
+    """On a GPU, the copy and the deferred operations wait for the work that is queued there."""
+    settings = AugmentationSettings()
+    images = TrainImages(data.train, ImageTransforms(PROCESSOR, settings), settings, seed=3)
+    order = BatchPlan(ShuffledOrder(len(data.train), seed=3), 4, 1, 1, 0)
+    timed: list[Any] = []
+
+    def spied(loaded: Iterator[Any]) -> Iterator[Any]:
+        for found in loaded:
+            timed.append(found)
+            yield found
+
+    finished = list(batches(train_loader(images, order, 0, 2, workers(0), CPU), CPU, spied))
+    assert len(timed) == len(finished) == 2
+    assert all(shard.content.deferred is not None for shard in timed)
+    assert all(batch.deferred is None for batch in finished)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import distributed, nn
 
 from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, precision
@@ -24,7 +24,23 @@ def test_fsdp2_computes_in_half_precision_and_sums_gradients_in_full(
     if asked:
         plugin.set_mixed_precision(asked)
     policy = precision(plugin)
-    assert (policy.param_dtype, policy.reduce_dtype) == (computing, torch.float32)
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (computing, torch.float32, None)
+
+
+def test_fsdp2_unscales_gradients_once(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's own clipping does so twice, which the scaler refuses."""
+    accelerator = engine.accelerator
+    monkeypatch.setitem(accelerator.state.__dict__, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setitem(accelerator.state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=2))
+    monkeypatch.setitem(accelerator.state.__dict__, "_mixed_precision", "fp16")
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(accelerator, "_models", [])  # The engine shards the model itself.
+    parameter = next(engine.unwrapped.parameters())
+    before = parameter.detach().clone()
+    engine.begin_update(0.1)
+    (engine.unwrapped(torch.ones(1, 2)).sum() * accelerator.scaler.scale(torch.ones(()))).backward()
+    assert engine.step(0.5) == pytest.approx(6**0.5)
+    assert not torch.equal(parameter, before)
 
 
 @pytest.fixture

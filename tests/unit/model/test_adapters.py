@@ -451,21 +451,33 @@ def test_an_adapter_loads_from_wherever_it_was_moved(saved: Path, vit: Path, tmp
     torch.testing.assert_close(_logits(load_adapter(base.model, tmp_path / "moved"), base), expected)
 
 
-def test_lora_plus_and_weight_decay_make_groups(architecture: Path) -> None:
+def test_lora_plus_the_head_and_weight_decay_make_groups(architecture: Path) -> None:
     base = _base(architecture)
     model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
-    optimizer = make_optimizer(model, OptimizationSettings(weight_decay=0.1, learning_rate=0.01), lora_b_ratio=16.0)
+    settings = OptimizationSettings(weight_decay=0.1, learning_rate=0.01, head_learning_rate=0.03)
+    optimizer = make_optimizer(model, settings, 16.0, base.heads)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             seen.append(name)
-            assert group["lr_ratio"] == (16.0 if ".lora_B." in name else 1.0), name
+            ratio = 16.0 if ".lora_B." in name else 3.0 if "modules_to_save" in name else 1.0
+            assert group["lr_ratio"] == pytest.approx(ratio), name
             assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
     assert sorted(seen) == sorted(name for name, tensor in model.named_parameters() if tensor.requires_grad)
-    assert {group["lr_ratio"] for group in optimizer.param_groups} == {1.0, 16.0}
+    assert len({group["lr_ratio"] for group in optimizer.param_groups}) == 3
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+
+
+def test_the_head_of_a_model_trained_in_full_has_its_own_learning_rate(vit: Path) -> None:
+    base = _base(vit)
+    model = make_trainable(base, ModelSettings(tuning="full"), LoraSettings())
+    settings = OptimizationSettings(learning_rate=0.01, head_learning_rate=0.1)
+    groups = make_optimizer(model, settings, 1.0, base.heads).param_groups
+    ratios = {id(parameter): group["lr_ratio"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert ratios[id(parameter)] == pytest.approx(10 if name.startswith("classifier.") else 1), name
 
 
 def test_without_lora_a_pass_is_that_of_the_base_and_goes_back_as_far(vit: Path) -> None:

@@ -55,7 +55,7 @@ def require_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
     """What dropout keeps of `rows`, and the share that it says it keeps."""
-    drawn, keep = lora_layer._draw(rows, rate)
+    drawn, keep = lora_layer.draw_mask(rows, rate)
     mask = lora_layer._as_factor(drawn, rows.dtype)
     assert mask is not None
     return mask, keep
@@ -63,7 +63,7 @@ def mask_of(rows: Tensor, rate: float) -> tuple[Tensor, float]:
 
 def is_one_function(layer: nn.Module, x: Tensor) -> bool:
     output = layer(x.requires_grad_())  # which keeps its graph
-    return "_LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(output.grad_fn)}
+    return "LoraLinear" in {type(node).__name__.removesuffix("Backward") for node in _nodes(output.grad_fn)}
 
 
 def _nodes(function: object) -> list[object]:
@@ -220,6 +220,90 @@ def test_steps_aside_for_what_it_does_not_cover(config: dict[str, object]) -> No
     x = torch.randn(ROWS, WIDTH)
     assert not is_one_function(fast, x.clone())
     require_close(run(fast, x), run(model, x), 0)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (ROWS, WIDTH), (3, 4, WIDTH), (2, 3, 2, WIDTH)])
+def test_output_can_be_modified_in_place(shape: tuple[int, ...]) -> None:
+    """Swin Transformer V2 clamps, and many networks activate, in place."""
+    peft, fast = (nn.Sequential(layer, nn.ReLU(inplace=True)) for layer in pair())
+    x = torch.randn(shape)
+    require_close(run(fast, x), run(peft, x), 1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_inputs_that_are_views_or_not_contiguous(dropout: float) -> None:
+    peft, fast = pair(dropout=dropout)
+    images = torch.randn(2, WIDTH, 3, 4)
+    for x in (images.permute(0, 2, 3, 1), images.flatten(2).transpose(1, 2), torch.randn(2 * ROWS, WIDTH)[::2]):
+        assert is_one_function(fast, x.detach())
+        require_close(run(fast, x), run(peft, x), 1e-6)
+    wide = torch.randn(ROWS, 1).expand(ROWS, WIDTH)
+    require_close(run(fast, wide), run(peft, wide), 1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [ROWS, 3 * WIDTH])
+def test_second_derivatives(rows: int, rate: float) -> None:
+    def gradients(layer: nn.Module) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = torch.randn(rows, WIDTH, requires_grad=True)
+        inputs = [x, *(value for value in layer.parameters() if value.requires_grad)]
+        torch.manual_seed(2)
+        first = torch.autograd.grad(layer(x).pow(3).sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(one.pow(2).sum() for one in first), inputs))
+
+    class Plain(nn.Module):
+        def __init__(self, fast: lora.Linear) -> None:
+            super().__init__()
+            self.fast = fast
+
+        def forward(self, x: Tensor) -> Tensor:
+            drawn, keep = lora_layer.draw_mask(x, rate)
+            kept = x if drawn is None else x * drawn / keep
+            down, up = self.fast.lora_A["default"], self.fast.lora_B["default"]
+            return self.fast.base_layer(x) + up(down(kept)) * self.fast.scaling["default"]
+
+    _, fast = pair(dropout=rate)
+    for found, expected in zip(gradients(fast), gradients(Plain(fast)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_transforms_of_torch_func() -> None:
+    peft, fast = pair()
+    x = torch.randn(ROWS, WIDTH)
+
+    def losses(layer: nn.Module) -> list[Tensor]:
+        values = {name: value.detach() for name, value in layer.named_parameters()}
+
+        def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, values, (row,)).pow(2).sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+        _, tangent = torch.func.jvp(lambda one: layer(one), (x,), (torch.ones_like(x),))
+        hessian = torch.func.hessian(lambda row: loss(values, row))(x[0])
+        return [*per_sample.values(), tangent, hessian]
+
+    for found, expected in zip(losses(fast), losses(peft), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_hooks_on_the_layers_inside_are_called() -> None:
+    _, fast = pair()
+    x = torch.randn(ROWS, WIDTH)
+    for inside in (fast.base_layer, fast.lora_A["default"], fast.lora_B["default"], fast.lora_dropout["default"]):
+        called: list[nn.Module] = []
+        for register in (inside.register_forward_hook, inside.register_forward_pre_hook):
+            hook = register(lambda module, *_, called=called: called.append(module))
+            fast(x)
+            hook.remove()
+        assert called == [inside, inside]
+    hook = fast.base_layer.register_full_backward_hook(lambda module, *_: called.append(module))
+    fast(x.clone().requires_grad_()).sum().backward()
+    hook.remove()
+    assert called[2:] == [fast.base_layer]
+    assert is_one_function(fast, x.clone())
+    fast.base_layer.forward = lambda inputs: torch.zeros(ROWS, OUT)  # type: ignore[method-assign]  # as accelerate does
+    assert not is_one_function(fast, x.clone())
 
 
 def test_steps_aside_when_disabled_merged_or_several() -> None:

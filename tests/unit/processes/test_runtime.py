@@ -10,44 +10,97 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from lora_dist.errors import UserError
-from lora_dist.processes.runtime import PACKAGES, choose_precision, environment, git_commit, launch, prepare_fsdp
+from lora_dist.processes.runtime import (
+    PACKAGES,
+    choose_precision,
+    computes_on_cpu,
+    environment,
+    git_commit,
+    half_precision,
+    launch,
+    prepare_fsdp,
+    require_devices,
+)
 
 
 @pytest.mark.parametrize(
-    ("asked", "launched", "on_cpu", "expected"),
+    ("asked", "launched", "half", "expected"),
     [
-        ("no", "no", True, "no"),
-        ("auto", "no", True, "no"),
-        ("auto", "bf16", True, "bf16"),
-        ("bf16", "no", True, "bf16"),
-        ("auto", "fp16", False, "fp16"),
-        ("auto", "bf16", False, "bf16"),
-        ("fp16", "fp16", False, "fp16"),
-        ("fp16", "no", False, "fp16"),
-        ("no", "no", False, "no"),
+        ("no", "no", "no", "no"),
+        ("auto", "no", "no", "no"),
+        ("auto", "bf16", "no", "bf16"),
+        ("bf16", "no", "no", "bf16"),
+        ("auto", "fp16", "bf16", "fp16"),
+        ("auto", "bf16", "fp16", "bf16"),
+        ("fp16", "fp16", "bf16", "fp16"),
+        ("fp16", "no", "bf16", "fp16"),
+        ("no", "no", "bf16", "no"),
+        ("auto", "no", "bf16", "bf16"),
+        ("auto", "no", "fp16", "fp16"),
     ],
 )
-def test_the_precision_follows_the_setting_then_the_launch_file(
-    asked: str, launched: str, on_cpu: bool, expected: str
+def test_the_precision_follows_the_setting_then_the_launch_file_then_the_device(
+    asked: str, launched: str, half: str, expected: str
 ) -> None:
-    assert choose_precision(asked, launched, on_cpu) == expected
+    assert choose_precision(asked, launched, half == "no", half) == expected
+
+
+def test_a_host_with_gpus_computes_on_the_cpu_if_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` took the half precision of the GPU."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
+    assert not computes_on_cpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert computes_on_cpu()
+    assert half_precision() == "no"
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_matrix_products_take_tf32_where_that_is_asked_for(tf32: bool) -> None:
+    launch("no", tf32=tf32)
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_fp8_is_refused() -> None:
+    with pytest.raises(UserError, match="fp8, which is not supported: set bf16"):
+        choose_precision("auto", "fp8", False, "bf16")
+
+
+def test_torch_dynamo_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would wrap the model, and its result could not be written."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match=r"torch dynamo \(INDUCTOR\).*--torch_compile"):
+        launch("no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert launch("no").num_processes == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would give two of them the same GPU, which NCCL reports as `Duplicate GPU`."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    require_devices(1)  # A scheduler may show each process its own.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    require_devices(8)
+    with pytest.raises(UserError, match=r"8 processes were started on this machine, which has 2 GPUs.*--num_processes"):
+        require_devices(2)
 
 
 @pytest.mark.parametrize(("asked", "launched"), [("no", "bf16"), ("fp16", "bf16"), ("bf16", "fp16")])
 def test_a_launch_file_of_another_precision_is_an_error_naming_both(asked: str, launched: str) -> None:
     with pytest.raises(UserError, match=f"--mixed_precision {asked}, but the launch file says .* {launched}"):
-        choose_precision(asked, launched, on_cpu=False)
+        choose_precision(asked, launched, False, "bf16")
 
 
 @pytest.mark.parametrize(("asked", "launched"), [("fp16", "no"), ("auto", "fp16")])
 def test_fp16_needs_a_gpu(asked: str, launched: str) -> None:
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        choose_precision(asked, launched, on_cpu=True)
+        choose_precision(asked, launched, True, "no")
 
 
 def test_bf16_on_a_cpu_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        choose_precision("bf16", "no", on_cpu=True)
+        choose_precision("bf16", "no", True, "no")
     assert "very slow" in caplog.text
 
 

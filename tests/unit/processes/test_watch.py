@@ -58,6 +58,32 @@ def test_a_run_that_moves_or_is_not_watched_goes_on(arguments: tuple[float, ...]
     assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 
 
+STEP = """
+import sys, time
+from lora_dist.processes import watch
+from lora_dist.processes.lifetime import run_command
+
+watch.FIRST_SECONDS = 0.0
+
+def main():
+    with watch.Watch(0.5).watching_step("reading images"):
+        time.sleep(float(sys.argv[1]))
+    time.sleep(1.5)
+    print("done", flush=True)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.1, 0), (30, 124)])
+def test_a_step_before_the_loop_is_watched_too(seconds: float, code: int, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STEP, encoding="utf-8")
+    words = [sys.executable, tmp_path / "script.py", str(seconds)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == code, result.stderr
+    assert (": reading images" in result.stderr) == bool(code)
+
+
 def test_what_comes_first_may_take_longer(tmp_path: Path) -> None:
     """Each of the three updates takes longer than the time-out: the first may, the second not."""
     result, _ = _run(tmp_path, 0.2, 5, 0)

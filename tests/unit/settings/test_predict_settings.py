@@ -6,7 +6,7 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.settings.cli import parse
-from lora_dist.settings.predict import PredictSettings, contradictions
+from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
 
 
 def _parse(line: str) -> PredictSettings:
@@ -102,7 +102,7 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--adapter a --serve --output o", "--serve, --output: the server does not use --output"),
         (
             "--adapter a --serve --max_megapixels 179",
-            "--max_megapixels: '179' is not valid: Input should be less than",
+            "--max_megapixels, --max_image_pixels: no image can be that large: raise --max_image_pixels",
         ),
         ("--adapter a --serve --grid g", "--serve, --grid: the server does not use --grid"),
         ("--adapter a --serve --format csv", "--serve, --format: the server does not use --format"),
@@ -116,3 +116,17 @@ def test_a_contradiction_is_one_problem_by_name(line: str, words: str) -> None:
     first, *problems = str(caught.value).splitlines()
     assert first == "1 problem with the settings of predict"
     assert problems[0].strip().startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--adapter a --images x", "set --output"),
+        ("--adapter a --images x --output rows.csv --merge_to m", "--merge_to needs one process"),
+        ("--adapter a --serve", "--serve needs one process"),
+    ],
+)
+def test_several_processes_share_nothing_but_images_for_a_file(line: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        require_shareable(_parse(line))
+    require_shareable(_parse("--onnx m.onnx --images x --output rows.csv"))

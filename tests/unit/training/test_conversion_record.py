@@ -133,8 +133,9 @@ def test_the_server_shows_an_upload_on_the_recorded_background(trained: Path, ic
 def test_an_onnx_file_has_the_record(trained: Path, icons: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from lora_dist.deployment.export.onnx_export import describe, export
+    from lora_dist.deployment.export.onnx_export import export
     from lora_dist.deployment.export.onnx_model import load_onnx
+    from lora_dist.deployment.export.preprocessing import describe
 
     files = sorted(map(str, (icons / "validation").rglob("*.png")))
     classifier = load_classifier(trained / "adapter")
@@ -143,7 +144,9 @@ def test_an_onnx_file_has_the_record(trained: Path, icons: Path, tmp_path: Path)
     loaded = load_onnx(tmp_path / "model.onnx")
     assert loaded.conversion == ON_WHITE
     assert _scores(loaded, files) == pytest.approx(before, abs=1e-4)
-    assert "transparent pixels on RGB 255 255 255" in describe(classifier.processor, 32, 32, ON_WHITE)
+    assert "transparent pixels on RGB 255 255 255" in describe(
+        ImageTransforms(classifier.processor, conversion=ON_WHITE)
+    )
 
 
 def test_a_checkpoint_of_an_older_release_goes_on_to_ignore_transparency(

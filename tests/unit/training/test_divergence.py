@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from lora_dist_testing.launching import lines_of, results_of, run_flags
 from safetensors.torch import load_file
 
@@ -12,6 +13,7 @@ from lora_dist import train
 from lora_dist.data.pixels.images import Picture
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import View
+from lora_dist.training import loop
 
 
 def _run(
@@ -92,3 +94,27 @@ def test_the_last_one_allowed_in_a_row_stops_the_run(
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "trained.safetensors").values())
     _run(vit, photos, run, set(), monkeypatch, *more, "--num_train_epochs", 9, "--resume_from_checkpoint", "auto")
     assert results_of(run)["skipped_updates"] == limit - 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "no"])
+def test_a_run_that_stops_in_fp16_advises_bf16(
+    precision: str,
+    vit: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A CPU cannot train in fp16: the run takes itself for one once its model is prepared."""
+    original = loop.set_training
+
+    def set_training(model: torch.nn.Module) -> None:
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", precision)
+        original(model)
+
+    monkeypatch.setattr(loop, "set_training", set_training)
+    with pytest.raises(SystemExit):
+        _run(vit, photos, tmp_path / "run", {0, 1, 2}, monkeypatch, "--max_nonfinite_updates", 1)
+    said = capfd.readouterr().err
+    assert "is not finite. The update was not applied" in said
+    assert ("use --mixed_precision bf16" in said) == (precision == "fp16")

@@ -23,6 +23,21 @@ def test_the_learning_rate_is_that_of_transformers(kind: str, warmup: int) -> No
         reference.step()
 
 
+def test_a_floor_is_that_of_cosine_with_min_lr_and_the_end_of_a_linear_schedule() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    floor = {"min_lr": 0.03}
+    reference = get_scheduler("cosine_with_min_lr", optimizer, 3, 20, scheduler_specific_kwargs=floor)
+    cosine, linear = (
+        Schedule.of(OptimizationSettings(learning_rate=0.3, lr_scheduler_type=kind, max_train_steps=20, **more), 9)
+        for kind, more in (("cosine", floor | {"warmup_steps": 3}), ("linear", floor))
+    )
+    for step in range(21):
+        assert cosine.learning_rate(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        assert linear.learning_rate(step) == pytest.approx(0.3 - 0.27 * step / 20, abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
 def test_durations() -> None:
     assert total_steps(5, None, 4) == 20
     assert total_steps(0.3, None, 4) == 2

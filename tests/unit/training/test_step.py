@@ -26,9 +26,10 @@ from lora_dist.settings.train import (
     ModelSettings,
     OptimizationSettings,
 )
+from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.schedule import Schedule
-from lora_dist.training.step import GradientAccumulator, NonFiniteLossError, Update, batch_loss, make_update
+from lora_dist.training.step import GradientAccumulator, NonFiniteLossError, Update, make_update
 
 LABELS = ["a", "b", "c"]
 
@@ -41,15 +42,15 @@ class Trained:
         model = make_trainable(self.base, ModelSettings(), LoraSettings(lora_r=4, lora_dropout=dropout))
         perturb(model, seed, scale=0.1)
         settings = OptimizationSettings(mixed_precision="no")
-        self.optimizer = make_optimizer(model, settings, ratio)
+        self.optimizer = make_optimizer(model, settings, ratio, [])
         self.engine: Engine = make_engine(launch("no"), model, self.optimizer, settings)
         set_training(self.engine.model)
 
-    def update(self, batches: list[Batch] | Iterator[Batch], count: int, samples: int, **more: Any) -> Update:
+    def update(self, batches: list[Batch] | Iterator[Batch], count: int, samples: float, **more: Any) -> Update:
         """One update over micro-batches."""
-        settings: dict[str, Any] = {"learning_rate": 1e-3, "label_smoothing": 0.0, "dropout_seed": (0, 0)}
+        settings: dict[str, Any] = {"learning_rate": 1e-3, "loss": Loss(), "dropout_seed": (0, 0)}
         max_grad_norm = more.pop("max_grad_norm", 1.0)
-        gradient = GradientAccumulator(self.engine, micro_batch_count=count, sample_count=samples, **(settings | more))
+        gradient = GradientAccumulator(self.engine, micro_batch_count=count, total_weight=samples, **(settings | more))
         return make_update(gradient, iter(batches), max_grad_norm)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -243,7 +244,7 @@ def test_the_loss_of_mixed_images_is_mixed_by_their_shares(smoothing: float) -> 
         targets[row, partners[row]] += 1 - shares[row]
     targets = targets * (1 - smoothing) + smoothing / 3
     expected = -(targets * _log_softmax(logits)).sum(axis=1) * weights
-    actual = batch_loss(torch.tensor(logits, dtype=torch.float32), batch, smoothing)
+    actual = Loss(smoothing).of_samples(torch.tensor(logits, dtype=torch.float32), batch)
     assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 

@@ -9,6 +9,7 @@ import torch
 from lora_dist_testing.processors import PROCESSORS
 from lora_dist_testing.tiny import make_image, view_of
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from transformers import BitImageProcessor, ConvNextImageProcessor
 
@@ -239,3 +240,25 @@ def test_on_the_device_a_view_is_what_it_is_in_a_worker_to_one_level(
         assert difference.max() <= 1.5 * level
         assert difference.mean() < 0.4 * level
         assert torch.allclose(found, view_of(there, image, seed), atol=1e-4), "whatever else is in the batch"
+
+
+class _Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_constants_are_copied_to_a_device_once() -> None:
+    """A copy from pageable memory waits for all work that is queued on a GPU."""
+    transforms = ImageTransforms(BitImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False))
+    pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8, device="meta")
+    transforms.finished(pixels)
+    with _Operators() as called:
+        assert transforms.finished(pixels).dtype == torch.float32
+    assert called.names == ["aten::empty.memory_format", "aten::copy_", "aten::sub_.Tensor", "aten::div_.Tensor"]

@@ -1,6 +1,8 @@
 """Folders of images: which folders are classes, and which files are their images."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,48 @@ def test_every_suffix_that_pillow_decodes_is_read(tmp_path: Path) -> None:
     assert not [facts for facts in report.scanned.facts if facts.fault]
     assert "wrong_extension" not in {finding.kind.name for finding in report.findings}
     assert len(find_images([str(tmp_path)])) == 2 * len(formats)
+
+
+def test_files_without_a_suffix_are_read_by_their_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path, classes=("cat", "dog"), per_class=2)
+    make_image(0, 0).save(tmp_path / "cat" / "3fa9", "JPEG")
+    (tmp_path / "cat" / "LICENSE").write_text("text")
+    os.mkfifo(tmp_path / "cat" / "pipe")
+    data = load_data(DataSettings(train_dir=str(tmp_path), validation_dir=str(tmp_path)), 42)
+    assert [Path(data.train.name(index)).name for index in range(3)] == ["000.png", "001.png", "3fa9"]
+    assert "files without a suffix: 2" in caplog.text
+    assert str(tmp_path / "cat" / "3fa9") in find_images([str(tmp_path)])
+    report = audit(AuditSettings(data=AuditData(train_dir=str(tmp_path))))
+    assert [finding.message for finding in report.findings if finding.kind.name == "wrong_extension"] == []
+    assert len(report.scanned.files) == 5
+
+
+def test_heic_is_read_where_its_package_is_installed_and_named_otherwise(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    make_folder(tmp_path / "photos", classes=("cat", "dog"), per_class=2)
+    for name in ("photo.heic", "photo.jpg"):
+        heif.from_pillow(make_image(0, 0)).save(tmp_path / "photos" / "cat" / name)
+    data = load_data(DataSettings(train_dir=str(tmp_path / "photos"), validation_dir=str(tmp_path / "photos")), 42)
+    assert len(data.train) == 6
+    assert all(data.train.image(index).mode == "RGB" for index in range(6))
+    code = (
+        "import sys; sys.modules['pillow_heif'] = None\n"
+        "from lora_dist.audit.scan import scan\n"
+        "from lora_dist.data.pixels.images import UnreadableImageError, load_rgb\n"
+        "from lora_dist.deployment.classify import find_images\n"
+        "files = find_images([sys.argv[1]])\n"
+        "print(len(files), scan(files[2]).message)\n"
+        "try: load_rgb(files[2])\n"
+        "except UnreadableImageError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "photos"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    advice = "pip install 'lora_dist[heif]' reads HEIC images"
+    assert result.stdout.splitlines() == [
+        f"5 HEIC content; {advice}",
+        f"{tmp_path / 'photos' / 'cat' / 'photo.jpg'}: the content is a HEIC image; {advice}",
+    ]
+    assert f".heic files: 1, e.g. {tmp_path / 'photos' / 'cat' / 'photo.heic'}. {advice}" in result.stderr
 
 
 def test_what_pillow_cannot_decode_is_left_out_and_counted_once(

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import config, load_dataset
+from lora_dist_testing import unprivileged
 from lora_dist_testing.tiny import make_png, make_shards, write_parquet, write_tar
 
 from lora_dist.data.pixels.images import from_cell
@@ -49,6 +52,48 @@ def test_the_index_tells_what_each_shard_holds(is_tar: bool, tmp_path: Path) -> 
         assert index.files.tolist() == [0, 0, 1, 2, 2]
         assert index.groups.tolist() == [0, 1, 0, 0, 1]
         assert index.first_rows.tolist() == [0, 3, 0, 0, 3]
+
+
+def test_a_damaged_index_is_written_anew(tmp_path: Path, own_cache: Path) -> None:
+    source = find_source(streaming(make_shards(tmp_path / "data", COUNTS)))
+    before = load_index(source)
+    (file,) = own_cache.rglob("lora_dist_shards/*.json")
+    whole = file.read_text()
+    for damaged in ("", whole[:20], "[]", '{"sizes": []}'):
+        file.write_text(damaged)
+        assert load_index(source).digest == before.digest
+        assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("foreign", ["directory", "lock"])
+def test_a_cache_of_others_is_not_needed(streamed: bool, foreign: str, tmp_path: Path) -> None:
+    data, cache, temporary = make_shards(tmp_path / "data", COUNTS), tmp_path / "home" / "datasets", tmp_path / "tmp"
+    cache.mkdir(parents=True)
+    temporary.mkdir()
+    code = (
+        "import sys; from lora_dist.data.sources import load, streaming; "
+        "from lora_dist.settings.train import DataSettings; "
+        f"settings = DataSettings(dataset_name=sys.argv[1], validation_split='validation', streaming={streamed}); "
+        "print((streaming.load_streamed(settings, 0, 1) if settings.streaming else load.load_data(settings, 0)).labels)"
+    )
+    variables = {**os.environ, "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(temporary)}
+    command = unprivileged.python("-c", code, data)
+    if foreign == "lock":
+        # The files of somebody else who used this cache first.
+        subprocess.run(command, env=variables, check=True, capture_output=True)
+    closed = [cache] if foreign == "directory" else [path for path in cache.rglob("*") if path.suffix == ".lock"]
+    assert closed
+    for path in closed:
+        path.chmod(0o555 if path.is_dir() else 0)
+    try:
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    finally:
+        cache.chmod(0o755)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "['a', 'b', 'c']"
+    assert f"the cache {cache} cannot be used (Permission denied" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_shard_is_read_from_any_row_on(is_tar: bool, tmp_path: Path) -> None:

@@ -12,18 +12,22 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lora_dist_testing.architectures import PROCESSORS as ARCHITECTURE_PROCESSORS
+from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.processors import PROCESSORS
 from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.export import onnx_export
-from lora_dist.deployment.export.onnx_export import Int8Cost, describe, export
+from lora_dist.deployment.export.onnx_export import Int8Cost, export
 from lora_dist.deployment.export.onnx_model import load_onnx
+from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base
 from lora_dist.model.classifier import Classifier, load_classifier
@@ -101,7 +105,8 @@ def _by_the_description(text: str, file: str) -> np.ndarray:
             image = image.resize(size, Image.Resampling[how])
         elif step.startswith("cut"):
             height, width = int(words[3]), int(words[5])
-            left, top = int((image.width - width) / 2), int((image.height - height) / 2)
+            rounded = int if "rounded down" in step else round
+            left, top = rounded((image.width - width) / 2), rounded((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         elif step.startswith("multiply"):
             pixels = np.asarray(image) * float(words[2])
@@ -121,11 +126,32 @@ def test_the_preprocessing_can_be_followed_from_its_description(name: str, file:
     processor = PROCESSORS[name]()
     transforms = ImageTransforms(processor)
     expected = transforms.evaluation(load_rgb(file)).numpy()
-    text = describe(processor, transforms.height, transforms.width)
+    text = describe(transforms)
     followed = _by_the_description(text, file)
     assert followed.shape == expected.shape, text
+    assert not text.startswith("missing")
     # Pillow and torchvision round differently: by one step of 8 bits, now and then by two.
     assert np.abs(followed - expected).max() < 2.5 / 255 / 0.26, text
+
+
+@pytest.mark.parametrize("name", ["deit", "levit", "efficientnet", "poolformer", "timm resnet"])
+def test_the_description_is_what_the_processor_does_not_what_its_settings_say(name: str, tmp_path: Path) -> None:
+    processor = AutoImageProcessor.from_pretrained(make_checkpoint(tmp_path, name))
+    for file in PHOTOGRAPHS[:2]:
+        transforms = ImageTransforms(processor)
+        expected = transforms.evaluation(load_rgb(file)).numpy()
+        followed = _by_the_description(describe(transforms), file)
+        assert followed.shape == expected.shape
+        assert np.abs(followed - expected).max() < 2.5 / 255 / 0.2
+
+
+def test_what_cannot_be_said_in_words_is_said_to_be_missing(caplog: pytest.LogCaptureFixture) -> None:
+    """Perceiver's processor cuts a share of the image out before it resizes."""
+    processor = ARCHITECTURE_PROCESSORS["perceiver"]()
+    assert describe(ImageTransforms(processor)).startswith(
+        "missing: the steps of PerceiverImageProcessor cannot be said"
+    )
+    assert "cannot be said in words" in caplog.text
 
 
 def test_the_metadata_are_enough_without_this_package(adapter: Path, exported: Path) -> None:

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 import uvicorn
 from lora_dist_testing.uploads import HEAD, encoded, png_of
 from lora_dist_testing.web import BOUNDARY, multipart, post
+from PIL import Image
 from torch import Tensor, nn
-from transformers import ViTImageProcessor
+from transformers import BitImageProcessor, ViTImageProcessor
 
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.serve import request_limits
@@ -96,6 +98,21 @@ def test_several_files_come_back_in_order_as_predict_says(url: str, classifier: 
     for entry, row in zip(answer["predictions"], rows, strict=True):
         assert [(one["label"], pytest.approx(one["score"])) for one in entry["top_k"]] == row.top_k
         assert (entry["label"], entry["score"]) == (entry["top_k"][0]["label"], entry["top_k"][0]["score"])
+
+
+def test_an_image_that_is_too_long_and_thin_is_refused_and_has_a_row(tmp_path: Path) -> None:
+    processor = BitImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 8, "width": 8})
+    classifier = Classifier(Mean(), processor, LABELS)
+    for name, size in (("strip.png", (3, 4_001)), ("line.png", (1, 4_000)), ("good.png", (20, 30))):
+        Image.new("RGB", size).save(tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("good.png", "strip.png", "line.png")]
+    rows = list(classify(classifier, paths, top_k=2, batch_size=8, num_workers=0, device=torch.device("cpu")))
+    assert [bool(row.top_k) for row in rows] == [True, False, True]
+    assert "3 x 4001 pixels are too long and thin" in (rows[1].error or "")
+    with _serving(classifier) as url:
+        status, answer = post(url, [("strip.png", Path(paths[1]).read_bytes())])
+        assert (status, "too long and thin" in answer["detail"]) == (413, True)
+        assert post(url, [("line.png", Path(paths[2]).read_bytes())])[0] == 200
 
 
 @pytest.mark.parametrize(("query", "count"), [("", 2), ("?top_k=1", 1), ("?top_k=99", 3)])

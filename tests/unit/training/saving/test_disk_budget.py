@@ -65,7 +65,7 @@ def test_sizes_are_those_of_the_tensors(tuning: str, tmp_path: Path) -> None:
     base = load_base(str(make_model(tmp_path / "vit")), ["a", "b"])
     model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(lora_r=4))  # type: ignore[arg-type]
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    sizes = Sizes.of(model, tuning == "full", save_total_limit=2)
+    sizes = Sizes.of(model, tuning == "full", save_total_limit=2, has_average=False)
     assert sizes.checkpoint == 12 * sum(trained) + 4 * len(trained)
     assert sizes.checkpoints == 4
     assert sizes.result >= 4 * sum(trained)

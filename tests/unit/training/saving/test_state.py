@@ -28,7 +28,7 @@ def engine(vit: Path, moved: bool = False, **lora: Any) -> Engine:
     model = make_trainable(base, ModelSettings(), LoraSettings(**({"lora_r": 4, "lora_dropout": 0.0} | lora)))
     if moved:
         perturb(model, scale=0.1)
-    return make_engine(launch("no"), model, make_optimizer(model, settings, 16.0), settings)
+    return make_engine(launch("no"), model, make_optimizer(model, settings, 16.0, []), settings)
 
 
 def train(one: Engine, updates: int, seed: int = 0) -> list[float]:
@@ -140,14 +140,30 @@ def test_a_checkpoint_of_another_rank_is_refused(rank: int, vit: Path, tmp_path:
 @pytest.mark.parametrize(
     ("lower_is_better", "values"), [(False, (0.5, 0.4, 0.7, 0.7, 0.6)), (True, (0.5, 0.6, 0.3, 0.3, 0.4))]
 )
-def test_the_best_evaluation_is_the_first_of_the_best(lower_is_better: bool, values: tuple[float, ...]) -> None:
+def test_the_best_evaluation_is_the_first_of_those_with_the_best_metric_and_loss(
+    lower_is_better: bool, values: tuple[float, ...]
+) -> None:
     progress = Progress()
     better = []
     for step, value in enumerate(values, 1):
         progress.step = step
-        better.append(progress.note_evaluation(value, lower_is_better))
+        better.append(progress.note_evaluation(value, 1.0, lower_is_better))
     assert better == [True, False, True, False, False]
     assert (progress.best_step, progress.best_value, progress.stale_evaluations) == (3, values[2], 2)
+
+
+def test_of_equal_metrics_the_one_with_the_lower_loss_is_the_best_without_ending_the_patience() -> None:
+    progress = Progress()
+    better = []
+    for progress.step, loss in enumerate((0.527, 0.478, 0.5, float("nan"), 0.478), 1):
+        better.append(progress.note_evaluation(0.75, loss, lower_is_better=False))
+    assert better == [True, True, False, False, False]
+    assert (progress.best_step, progress.best_loss, progress.stale_evaluations) == (2, 0.478, 4)
+
+
+def test_a_best_of_an_older_checkpoint_has_no_loss_and_wins_a_tie() -> None:
+    progress = Progress(step=2, best_step=1, best_value=0.75)
+    assert not progress.note_evaluation(0.75, 0.1, lower_is_better=False)
 
 
 @pytest.mark.parametrize("kept", [state.KEPT_IN_MEMORY, 0], ids=["memory", "disk"])
@@ -222,7 +238,7 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_is_looked_for_anew(
 
 def test_a_metric_that_is_not_a_number_is_beaten_by_any_other() -> None:
     progress = Progress()
-    assert progress.note_evaluation(float("nan"), lower_is_better=True)
-    assert progress.note_evaluation(3.0, lower_is_better=True)
-    assert not progress.note_evaluation(float("nan"), lower_is_better=True)
+    assert progress.note_evaluation(float("nan"), float("nan"), lower_is_better=True)
+    assert progress.note_evaluation(3.0, 3.0, lower_is_better=True)
+    assert not progress.note_evaluation(float("nan"), float("nan"), lower_is_better=True)
     assert progress.best_value == 3.0

@@ -1,0 +1,255 @@
+"""Labels of the images of a folder in a text file: path, label and optionally split and group of one image a line."""
+
+import csv
+import io
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_dist.data.sources.exclusions import absolute
+from lora_dist.data.sources.files import find_files
+from lora_dist.data.sources.folders import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES
+from lora_dist.data.sources.labels import require_distinct, visible_name
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("path", "label", "split", "group")
+"""The columns of a file without a header, in this order; the last two are optional."""
+NAMES = {
+    "path": ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "image_name",
+             "image_id", "id"),
+    "label": ("label", "labels", "class", "class_name", "cls", "category", "target"),
+    "split": ("split", "subset", "partition"),
+    "group": ("group", "group_id", "patient", "patient_id"),
+}  # fmt: skip
+"""Names of columns in a header, in lower case, the first that is found."""
+SPLITS = {name: split for names, split in (
+    (TRAINING_NAMES, "train"), (VALIDATION_NAMES, "validation"), (TEST_NAMES, "test")
+) for name in names}  # fmt: skip
+_SHOWN = 3
+_INSPECTED_LINES = 20
+"""Lines that have to contain the delimiter."""
+
+
+class Listed(NamedTuple):
+    """The images of a file of labels, in the order of the files of the folder.
+
+    Attributes:
+        classes: names of the classes, sorted.
+        paths: image files.
+        labels: class of each as an index of `classes`.
+        splits: `train`, `validation` or `test` of each.
+        groups: group of each; without a column of groups, all different.
+        ignored: files of the folder that are no images, without the file of labels.
+    """
+
+    classes: list[str]
+    paths: list[str]
+    labels: list[int]
+    splits: list[str]
+    groups: list[str]
+    ignored: list[str]
+
+
+class _Row(NamedTuple):
+    line: int
+    path: str
+    label: str
+    split: str
+    group: str
+
+
+def read_labels_file(
+    directory: str,
+    file: str,
+    columns: Mapping[str, str | None] | None = None,
+    excluded: Collection[str] = (),
+) -> Listed:
+    """Reads the labels of the images of a folder.
+
+    Args:
+        directory: folder of images; the paths in the file are relative to it.
+        file: text file with commas, semicolons or tabs.
+        columns: names of columns that were given, by the names in `FIELDS`.
+        excluded: absolute paths of folders to leave out.
+
+    Raises:
+        UserError: names all files that are missing, contradictions and lines without a label at once.
+    """
+    found = find_files(directory, excluded)
+    rows = list(_rows(file, columns or {}))
+    problems: dict[str, list[str]] = defaultdict(list)
+    notes: dict[str, list[str]] = defaultdict(list)
+    path_of = _Finder(directory, found.images)
+    chosen: dict[str, _Row] = {}
+    for row in rows:
+        path = path_of(row.path)
+        if path is None:
+            if not _is_excluded(os.path.join(directory, row.path), excluded):
+                problems["files that do not exist"].append(f"line {row.line}: {row.path}")
+            continue
+        if not visible_name(row.label):
+            problems["lines without a label"].append(f"line {row.line}: {row.path}")
+        if row.split not in ("", *SPLITS):
+            problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
+        if path not in chosen:
+            chosen[path] = row
+        elif chosen[path][2:] == row[2:]:
+            notes["files listed twice"].append(f"line {row.line}: {row.path}")
+        else:
+            named = f"lines {chosen[path].line} and {row.line}: {row.path}"
+            problems["files listed twice with different values"].append(named)
+    unlisted = [path for path in found.images if path not in chosen and absolute(path) not in excluded]
+    notes["images that are not listed, and left out"] += unlisted
+    splits = {path: SPLITS.get(row.split, "train") for path, row in chosen.items()}
+    problems["groups in several splits"] += _torn_groups(chosen, splits)
+    _tell(f"--labels_file {file}", problems, notes)
+    classes = sorted({row.label for row in chosen.values()})
+    require_distinct(classes)
+    paths = [path for path in found.images if path in chosen]
+    if not paths:
+        raise UserError(f"--labels_file {file}: it lists no image of {directory}")
+    number = {name: index for index, name in enumerate(classes)}
+    return Listed(
+        classes,
+        paths,
+        [number[chosen[path].label] for path in paths],
+        [splits[path] for path in paths],
+        [chosen[path].group or path for path in paths],
+        [path for path in found.ignored if absolute(path) != absolute(file)],
+    )
+
+
+def _rows(file: str, columns: Mapping[str, str | None]) -> Iterator[_Row]:
+    """The rows of a file, with the number of their line."""
+    where = f"--labels_file {file}"
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not a text file in UTF-8") from error
+    some = [line for line in text.splitlines()[:_INSPECTED_LINES] if line.strip()]
+    delimiter = max(",;\t", key=lambda mark: min((line.count(mark) for line in some), default=0))
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
+    if not lines:
+        raise UserError(f"{where}: the file is empty")
+    places, has_header = _places(lines[0][1], columns, where)
+    for line, cells in lines[has_header:]:
+        values = {name: cells[place] if place < len(cells) else "" for name, place in places.items()}
+        yield _Row(line, values["path"], values["label"], values.get("split", "").lower(), values.get("group", ""))
+
+
+def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str) -> tuple[dict[str, int], bool]:
+    """Column number of each field, and whether the first line is a header."""
+    lower = [name.lower() for name in first]
+    places: dict[str, int] = {}
+    for name in FIELDS:
+        wanted = columns.get(name)
+        if wanted is not None:
+            if wanted not in first:
+                raise UserError(f"{where}: no column {wanted}; the first line has {', '.join(first)}")
+            places[name] = first.index(wanted)
+            continue
+        place = next((lower.index(usual) for usual in NAMES[name] if usual in lower), None)
+        if place is not None and place not in places.values():
+            places[name] = place
+    if {"path", "label"} <= places.keys():
+        return places, True
+    if any(columns.values()):
+        missing = " and ".join(f"{name}s" for name in FIELDS[:2] if name not in places)
+        raise UserError(
+            f"{where}: no column of {missing} found; name it with --image_column_name or --label_column_name: "
+            f"{', '.join(first)}"
+        )
+    if not 2 <= len(first) <= len(FIELDS):
+        raise UserError(
+            f"{where}: expected path,label[,split[,group]], or a header; name the columns of the header with "
+            f"--image_column_name and --label_column_name. The first line has {', '.join(first)}"
+        )
+    return {name: place for place, name in enumerate(FIELDS[: len(first)])}, False
+
+
+class _Finder:
+    """Finds the image that a path in the file means: relative to the folder, without a suffix if that is clear."""
+
+    def __init__(self, directory: str, images: Iterable[str]) -> None:
+        self._directory = directory
+        self._images = {absolute(path): path for path in images}
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for known, path in self._images.items():
+            self._by_stem[os.path.splitext(known)[0]].append(path)
+
+    def __call__(self, path: str) -> str | None:
+        for form in (path, path.replace("\\", "/")):
+            known = absolute(os.path.join(self._directory, form))
+            if known in self._images:
+                return self._images[known]
+            if len(same := self._by_stem.get(known, [])) == 1:
+                return same[0]
+        return None
+
+
+def _is_excluded(path: str, excluded: Collection[str]) -> bool:
+    known = absolute(path)
+    return known in excluded or any(str(parent) in excluded for parent in PurePath(known).parents)
+
+
+def _torn_groups(chosen: Mapping[str, _Row], splits: Mapping[str, str]) -> list[str]:
+    splits_of = defaultdict(set)
+    for path, row in chosen.items():
+        if row.group:
+            splits_of[row.group].add(splits[path])
+    return [f"{group}: {', '.join(sorted(found))}" for group, found in splits_of.items() if len(found) > 1]
+
+
+def _tell(where: str, problems: Mapping[str, list[str]], notes: Mapping[str, list[str]]) -> None:
+    """Raises `UserError` if there are problems, else warns of notes; both name all kinds."""
+    lines = [
+        f"{kind}: {len(some):,}, e.g. {'; '.join(some[:_SHOWN])}"
+        for kind, some in [*problems.items(), *notes.items()]
+        if some
+    ]
+    if any(problems.values()):
+        raise UserError("\n  ".join([f"{where}:", *lines]))
+    if lines:
+        logger.warning("%s: %s", where, "; ".join(lines))
+
+
+def grouped_split(
+    labels: np.ndarray, groups: Sequence[str], fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out whole groups, with about `fraction` of each class, small classes first.
+
+    A group is held out only if each of its classes keeps a sample in another group. Returns the indices to keep and the
+    indices held out, both ascending. `labels` has the class of each sample.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    names = sorted(members)
+    order = [names[place] for place in np.random.default_rng([seed, len(names)]).permutation(len(names))]
+    size = int(labels.max()) + 1 if len(labels) else 0
+    counts = {group: np.bincount(labels[members[group]], minlength=size) for group in order}
+    total, held = np.bincount(labels, minlength=size), np.zeros(size, dtype=np.int64)
+    wanted = np.maximum(np.round(fraction * total), 1)
+    chosen: set[str] = set()
+    for label in np.argsort(total, kind="stable").tolist():
+        for is_filling in (True, False):
+            # Where every group is larger than the fraction, the smallest is held out.
+            having = [group for group in order if counts[group][label] and group not in chosen]
+            for group in having if is_filling else sorted(having, key=lambda one: counts[one].sum()):
+                after, own = held + counts[group], counts[group] > 0
+                fits = after[label] <= wanted[label] if is_filling else not held[label]
+                if fits and (after[own] < total[own]).all():
+                    chosen.add(group)
+                    held = after
+    is_held = np.array([group in chosen for group in groups], dtype=bool)
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)

@@ -1,0 +1,50 @@
+"""Checks the machine: `python -m lora_dist.gpu_check`, or `accelerate launch … -m lora_dist.gpu_check`."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.parent_death import end_with_launcher
+
+
+@exit_on_user_error
+def main() -> None:
+    """Runs all checks, prints a line for each, and exits with 1 if one fails."""
+    end_with_launcher()
+    # Imported here, because the command is to end with its launcher while torch is being loaded, too.
+    import os
+
+    from lora_dist.gpu_check import commands, tensors
+    from lora_dist.gpu_check.outcome import Machine, run_checks
+    from lora_dist.processes.runtime import launch
+
+    checks = (
+        tensors.hardware,
+        tensors.lora_layer,
+        tensors.model_input,
+        tensors.splits,
+        tensors.waits,
+        tensors.bandwidth,
+        commands.train_fp32,
+        commands.train_bf16,
+        commands.train_fp16,
+        commands.resume,
+        commands.predict,
+        commands.ddp,
+        commands.fsdp2,
+        commands.zero1,
+        commands.zero3,
+        commands.benchmark,
+    )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = launch("no" if launched == "no" else "auto")
+    with tempfile.TemporaryDirectory() as directory:
+        failed = run_checks(checks, Machine(accelerator, Path(directory)))
+    accelerator.end_training()
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,186 @@
+"""Labels in a text file: every form of it, all that is wrong at once, and groups that stay together."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from lora_dist_testing.tiny import make_folder, make_image
+
+from lora_dist.audit.__main__ import audit
+from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
+from lora_dist.data.sources.load import ImageData, load_data, load_validation
+from lora_dist.errors import UserError
+from lora_dist.settings.audit import AuditData, AuditSettings
+from lora_dist.settings.train import DataSettings, Settings, contradictions
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve images without class folders, some in folders."""
+    for number in range(12):
+        file = tmp_path / "photos" / ("deep/er" if number % 2 else ".") / f"{number:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        make_image(number % 3, number).save(file)
+    return tmp_path / "photos"
+
+
+def _path(number: int) -> str:
+    return f"{'deep/er/' if number % 2 else ''}{number:02d}.png"
+
+
+def _write(folder: Path, *lines: str, name: str = "labels.csv") -> Path:
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / name
+
+
+def _lines(delimiter: str = ",", count: int = 12) -> list[str]:
+    return [f"{_path(number)}{delimiter}{'rose' if number < 8 else 'tulip'}" for number in range(count)]
+
+
+def _load(photos: Path, **settings: str) -> ImageData:
+    return load_data(DataSettings(train_dir=str(photos), labels_file=str(photos / "labels.csv"), **settings), 42)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", ["", "path,label", "Filename,Class", "\ufefffile_name,label"])
+def test_every_form_of_the_file_gives_the_same(
+    header: str, delimiter: str, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [header.replace(",", delimiter)] if header else []
+    _write(photos, *lines, *_lines(delimiter))
+    data = _load(photos)
+    assert data.labels == ["rose", "tulip"]
+    assert len(data.train) + len(data.validation) == 12
+    assert sorted(np.concatenate([data.train.labels, data.validation.labels])) == [0] * 8 + [1] * 4
+    assert caplog.text == ""
+
+
+def test_columns_are_named_paths_may_lack_a_suffix_and_backslashes_are_folders(photos: Path) -> None:
+    _write(photos, "x,subject;species", *(f"deep\\er\\{n:02d};{'rose' if n < 8 else 'tulip'}" for n in range(1, 12, 2)))
+    with pytest.raises(UserError, match=r"line 1: x,subject"):
+        _load(photos)
+    with pytest.raises(UserError, match=r"no column of labels found; name it with .*: x,subject, species"):
+        _load(photos, image_column_name="x,subject")
+    with pytest.raises(UserError, match="no column other; the first line has x,subject, species"):
+        _load(photos, image_column_name="other", label_column_name="species")
+    named = {"image_column_name": "x,subject", "label_column_name": "species"}
+    data = _load(photos, **named)
+    assert len(data.train) + len(data.validation) == 6
+    for split in ("validation", "test"):
+        make_folder(photos.parent / split, classes=("rose", "tulip"), per_class=2)
+    data = _load(photos, **named, **{f"{split}_dir": str(photos.parent / split) for split in ("validation", "test")})
+    assert data.test is not None
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 4, 4)
+
+
+def test_everything_that_is_wrong_is_told_at_once(photos: Path) -> None:
+    lines = _lines(count=10)
+    lines += ["gone.png,rose", "also gone.png,rose", f"{_path(0)},tulip", f"{_path(1)},rose", f"{_path(11)},"]
+    _write(photos, "path,label", *lines)
+    with pytest.raises(UserError) as caught:
+        _load(photos)
+    assert str(caught.value).splitlines()[1:] == [
+        "  files that do not exist: 2, e.g. line 12: gone.png; line 13: also gone.png",
+        "  files listed twice with different values: 1, e.g. lines 2 and 14: 00.png",
+        "  lines without a label: 1, e.g. line 16: deep/er/11.png",
+        "  files listed twice: 1, e.g. line 15: deep/er/01.png",
+        f"  images that are not listed, and left out: 1, e.g. {photos / '10.png'}",
+    ]
+
+
+def test_images_that_are_not_listed_are_left_out_with_a_word(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write(photos, *(line for line in _lines() if not line.startswith("00")))
+    data = _load(photos)
+    assert len(data.train) + len(data.validation) == 11
+    assert f"images that are not listed, and left out: 1, e.g. {photos / '00.png'}" in caplog.text
+
+
+def test_a_column_of_splits_decides(photos: Path) -> None:
+    splits = ["train", "Val", "test", "", "validation", "training"]
+    lines = [f"{_path(number)},{'ab'[number // 6]},{splits[number % 6]}" for number in range(12)]
+    _write(photos, "path,label,split", *lines)
+    data = _load(photos)
+    assert data.test is not None
+    names = [[Path(split.name(index)).stem for index in range(len(split))] for split in (data.train, data.validation)]
+    assert sorted(names[0]) == ["00", "03", "05", "06", "09", "11"]
+    assert sorted(names[1]) == ["01", "04", "07", "10"]
+    assert sorted(data.test.labels) == [0, 1]
+    assert len(load_validation(DataSettings(train_dir=str(photos), labels_file=f"{photos}/labels.csv"), 0, "ab")) == 4
+    report = audit(AuditSettings(data=AuditData(train_dir=str(photos), labels_file=str(photos / "labels.csv"))))
+    assert report.counts()["train"] == report.counts()["validation"] == 6
+    _write(photos, "path,label,split", *lines[:-1], lines[-1].replace("training", "somewhere"))
+    with pytest.raises(UserError, match=r"unknown splits; .* and test: 1, e\.g\. line 13: somewhere"):
+        _load(photos)
+
+
+def test_groups_stay_on_one_side(photos: Path) -> None:
+    lines = [f"{_path(number)},{'ab'[number % 2]},,{number // 3}" for number in range(12)]
+    _write(photos, "path,label,split,patient", *lines)
+    for share in (0.1, 0.4):
+        data = load_data(
+            DataSettings(train_dir=str(photos), labels_file=str(photos / "labels.csv"), train_val_split=share), 1
+        )
+        sides = [
+            {int(Path(split.name(index)).stem) // 3 for index in range(len(split))}
+            for split in (data.train, data.validation)
+        ]
+        assert not sides[0] & sides[1]
+        assert len(sides[1]) == (1 if share == 0.1 else 2)
+    torn = [line.replace(",,0", f",{'train' if number else 'val'},0") for number, line in enumerate(lines)]
+    _write(photos, "path,label,split,patient", *torn)
+    with pytest.raises(UserError, match=r"groups in several splits: 1, e\.g\. 0: train, validation"):
+        _load(photos)
+
+
+def test_grouped_splits_come_near_the_fraction_of_each_class_and_depend_on_the_seed() -> None:
+    random = np.random.default_rng(0)
+    groups = random.integers(0, 200, 2000).astype(str)
+    labels = random.choice(4, 2000, p=[0.7, 0.2, 0.08, 0.02])
+    kept, held_out = grouped_split(labels, groups.tolist(), 0.2, seed=1)
+    assert sorted([*kept, *held_out]) == list(range(2000))
+    assert not set(groups[kept]) & set(groups[held_out])
+    shares = np.bincount(labels[held_out]) / np.bincount(labels)
+    assert ((shares > 0.1) & (shares < 0.4)).all(), shares
+    assert not np.array_equal(held_out, grouped_split(labels, groups.tolist(), 0.2, seed=2)[1])
+    assert np.array_equal(held_out, grouped_split(labels, groups.tolist(), 0.2, seed=1)[1])
+
+
+def test_the_metadata_of_an_image_folder_of_datasets_is_taken_as_it_is(photos: Path) -> None:
+    _write(photos, "file_name,label,caption", *(f'{line},"one, two"' for line in _lines()), name="metadata.csv")
+    listed = read_labels_file(str(photos), str(photos / "metadata.csv"))
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    expected = {Path(row["image"]["path"]).name: row["label"] for row in theirs}
+    ours = zip(listed.paths, listed.labels, strict=True)
+    assert {Path(path).name: listed.classes[label] for path, label in ours} == expected
+
+
+def test_a_file_beside_images_without_class_folders_is_named(photos: Path) -> None:
+    for file in (photos / "deep" / "er").iterdir():
+        file.unlink()
+    (photos / "deep" / "er").rmdir()
+    (photos / "deep").rmdir()
+    file = _write(photos, *_lines(), name="train.csv")
+    with pytest.raises(UserError, match=f"or name the file of their labels: --labels_file {file}"):
+        load_data(DataSettings(train_dir=str(photos)), 0)
+
+
+def test_excluded_files_and_folders_are_neither_missing_nor_unlisted(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(photos, *_lines())
+    (photos.parent / "list.txt").write_text(f"{photos / 'deep'}\n{photos / '00.png'}\n")
+    data = _load(photos, exclude=str(photos.parent / "list.txt"))
+    assert len(data.train) + len(data.validation) == 5
+    assert caplog.text == ""
+
+
+def test_wrong_combinations_are_named() -> None:
+    wrong = Settings(data=DataSettings(dataset_name="x", labels_file=__file__, split_column_name="s"))
+    assert "the labels are of images in a folder: set --train_dir" in [one.message for one in contradictions(wrong)]
+    wrong = Settings(data=DataSettings(train_dir=".", group_column_name="patient"))
+    assert "--group_column_name is a column of --labels_file: set it as well" in [
+        one.message for one in contradictions(wrong)
+    ]

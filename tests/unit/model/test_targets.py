@@ -1,0 +1,79 @@
+"""What `--lora_target_modules auto` adapts, at the real sizes of models, on the meta device."""
+
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as hf
+from torch import nn
+
+from lora_dist.model.targets import is_mergeable, patterns, resolve_targets
+
+QUERY_VALUE = {"q_proj", "v_proj"}
+CASES: dict[str, tuple[Any, str, set[str], int]] = {
+    "vit": (hf.ViTConfig, "ViTForImageClassification", QUERY_VALUE, 24),
+    "swin": (hf.SwinConfig, "SwinForImageClassification", QUERY_VALUE, 24),
+    "segformer": (hf.SegformerConfig, "SegformerForImageClassification", QUERY_VALUE, 16),
+    "convnext": (hf.ConvNextConfig, "ConvNextForImageClassification", {"pwconv1", "pwconv2"}, 36),
+    "levit": (hf.LevitConfig, "LevitForImageClassification", {"linear"}, 58),
+    "cvt": (hf.CvtConfig, "CvtForImageClassification", {"projection_query", "projection_value"}, 26),
+    "focalnet": (
+        hf.FocalNetConfig, "FocalNetForImageClassification", {"projection_in", "projection_out", "fc1", "fc2"}, 48
+    ),
+    "resnet": (hf.ResNetConfig, "ResNetForImageClassification", {"convolution"}, 53),
+}  # fmt: skip
+
+
+def _adapted(model: nn.Module, heads: list[str]) -> list[str]:
+    targets = resolve_targets(model, ["auto"], heads)
+    return [
+        name for name, _ in model.named_modules() if any(re.search(rf"(^|\.){re.escape(t)}$", name) for t in targets)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_auto_adapts_attention_or_what_holds_most_weights(name: str) -> None:
+    config, kind, last, count = CASES[name]
+    with torch.device("meta"):
+        model = getattr(hf, kind)(config())
+    adapted = _adapted(model, ["classifier"])
+    assert {one.rpartition(".")[2] for one in adapted} == last
+    assert len(adapted) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("vit_small_patch16_224", ["blocks.*.attn.qkv"]),
+        ("convnext_tiny", ["stages.*.blocks.*.mlp.fc1", "stages.*.blocks.*.mlp.fc2"]),
+        ("mixer_s16_224", [f"blocks.*.mlp_{kind}.fc{number}" for kind in ("tokens", "channels") for number in (1, 2)]),
+    ],
+)
+def test_auto_with_models_of_timm(name: str, shown: list[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert patterns(_adapted(model, ["head"])) == shown
+
+
+def test_only_layers_that_compute_with_their_weights_alone_are_mergeable() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+    class Renamed(nn.Linear):
+        pass
+
+    mergeable = [nn.Linear(2, 2), Renamed(2, 2), nn.Conv2d(2, 2, 3, stride=2, padding=1)]
+    others = [
+        Padded(2, 2, 3),
+        nn.Conv2d(2, 2, 3, dilation=2),
+        nn.Conv2d(2, 2, 3, groups=2),
+        nn.Conv2d(2, 2, 3, padding_mode="reflect", padding=1),
+        nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+        nn.utils.spectral_norm(nn.Linear(2, 2)),
+        nn.Conv1d(2, 2, 1),
+    ]
+    assert all(is_mergeable(layer) for layer in mergeable)
+    assert not any(is_mergeable(layer) for layer in others)
