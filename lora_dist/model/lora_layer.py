@@ -87,6 +87,18 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, rate: float
     ) -> Tensor:
+        """Returns x W^T + bias + scaling * dropout(x) A^T B^T [..., out], of x [..., in], A [r, in] and B [out, r].
+
+        Args:
+            ctx: of autograd.
+            x: input.
+            weight: W [out, in].
+            bias: [out] or None.
+            down: A.
+            up: B.
+            scaling: of the update.
+            rate: of dropout.
+        """
         rows = x.reshape(-1, x.shape[-1])
         kept, keep = draw_mask(rows, rate)
         # Dropout's factor 1/keep is part of the scaling, which applies to `r` columns only.
