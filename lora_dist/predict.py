@@ -217,12 +217,17 @@ def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device:
 
 def _plan(chosen: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
     """Returns what identifies the model and the rows of a prediction that is continued."""
-    roots = [*chosen.values(), *(Path(name) for name in (settings.source.model, settings.exporting.onnx) if name)]
-    files = sorted(file for root in roots for file in (root.rglob("*") if root.is_dir() else [root]) if file.is_file())
+    from lora_dist import hub
+    from lora_dist.deployment.parts import digest_of
+
+    whole = [hub.local_directory(settings.source.model)] if settings.source.model else []
+    onnx = [Path(settings.exporting.onnx)] if settings.exporting.onnx else []
     return {
         "source": settings.source.model_dump(),
-        "model": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "labels": _labels(settings),
+        "model": [digest_of(root) for root in (*chosen.values(), *whole, *onnx)],
         "top_k": settings.images.top_k or 1,
+        "max_image_pixels": settings.images.max_image_pixels,
     }
 
 

@@ -24,6 +24,7 @@ from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base_of
 from lora_dist.model.targets import resolve_targets
+from lora_dist.model.trainable import layers_called
 from lora_dist.processes.runtime import choose_precision, computes_on_cpu, engine_launched, half_precision
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.train import AugmentationSettings
@@ -98,7 +99,7 @@ def time_baseline(settings: BenchSettings, directory: Path) -> tuple[int, float,
         LoraConfig(
             r=lora.lora_r,
             lora_alpha=lora.lora_alpha,
-            target_modules=resolve_targets(base.model, lora.lora_target_modules, base.heads),
+            target_modules=resolve_targets(base.model, lora.lora_target_modules, base.heads, layers_called(base)),
             lora_dropout=lora.lora_dropout,
             bias=lora.lora_bias,
             modules_to_save=base.heads,

@@ -77,6 +77,8 @@ def choose_device(name: str) -> torch.device:
     """
     try:
         if name == "auto":
+            if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+                return torch.device("cpu")
             found = torch.accelerator.current_accelerator(check_available=True)
             if found is None or "LOCAL_RANK" not in os.environ:
                 return found or torch.device("cpu")

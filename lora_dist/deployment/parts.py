@@ -41,6 +41,17 @@ RowsOf = Mapping[str | None, Callable[[Sequence[str]], Iterator[Row]]]
 logger = logging.getLogger(__name__)
 
 
+def digest_of(root: Path) -> str:
+    """Returns a digest of a file, or of the files of a directory, that does not depend on where they are and when."""
+    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root)}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
 class Part(NamedTuple):
     """Files that one process classifies with one adapter: `number` of the part, name of the adapter, and paths."""
 
@@ -142,8 +153,14 @@ class Parts:
         return True
 
     def rows(self) -> Iterator[Row]:
-        """Yields the rows of all parts, in the order of adapters and files."""
+        """Yields the rows of all parts, in the order of adapters and files.
+
+        Raises:
+            UserError: a part is missing, because processes on several machines share no directory.
+        """
         for part in self._parts:
+            if not self._path(part).exists():
+                raise UserError(f"{self._path(part)} is missing: do all processes see the same directory?")
             for line in self._path(part).read_text(encoding="utf-8").splitlines():
                 path, top_k, error, adapter = json.loads(line)
                 yield Row(path, [(label, score) for label, score in top_k], error, adapter)

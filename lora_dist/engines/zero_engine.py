@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
-from lora_dist.model.trainable import host_copy, trained_tensors
+from lora_dist.model.trainable import clear_cached, host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -115,6 +115,7 @@ class ZeroEngine:
             # … and the optimizer's own fp32 copy of them.
             if isinstance(target, nn.Parameter):
                 self._set_whole(target, value)
+        clear_cached(self.unwrapped)
         self._statistics.keep()
 
     def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:

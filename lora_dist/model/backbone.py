@@ -88,8 +88,11 @@ def load_base(
     torch.manual_seed(seed)
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
-            processor = processor or AutoImageProcessor.from_pretrained(name, **source)
             config = read_config(name, **source)
+            named, processor = processor, processor or AutoImageProcessor.from_pretrained(name, **source)
+            _require_pair(config, named, source)
+            if named is None and image_size == output_size(processor) and configured_size(config) in (None, image_size):
+                image_size = None
             before = dict(config.id2label or {})
             # An adapter's processor makes images of another size, if it was trained with --image_size.
             size = (image_size and configured_size(config)) or output_size(processor)
@@ -126,6 +129,21 @@ def load_base(
         pooling=getattr(model.config, "pooling", None),
         image_size=image_size,
     )
+
+
+def _require_pair(config: Any, processor: Any, source: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a processor is given that timm's configuration would replace when a result is read."""
+    if processor is None or "timm" not in {config.model_type.partition("_")[0], _kind(processor)}:
+        return
+    if config.model_type != "timm_wrapper":
+        raise ValueError("--image_processor_name: timm's image processors fit timm's models only")
+    own = AutoImageProcessor.from_pretrained(config.name_or_path, **source)
+    if _kind(processor) != "timm" or processor.data_config != own.data_config:
+        raise ValueError("timm's models have their own image processor: leave --image_processor_name out")
+
+
+def _kind(processor: Any) -> str:
+    return "timm" if type(processor).__name__ == "TimmWrapperImageProcessor" else "transformers"
 
 
 def read_processor(name: str | Path, trust_remote_code: bool) -> Any:

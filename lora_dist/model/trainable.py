@@ -73,7 +73,11 @@ def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in trained_tensors(model):
             target.copy_(trained[name])
-    # LeViT keeps what it computed from its weights in evaluation until it trains again.
+    clear_cached(model)
+
+
+def clear_cached(model: nn.Module) -> None:
+    """Makes a model compute anew what LeViT keeps of its weights in evaluation until it trains again."""
     was_training = model.training
     set_training(model)
     if not was_training:
@@ -101,6 +105,11 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
         return type(norm).forward(norm, x)
     finally:
         norm.train()
+
+
+def layers_called(base: Base) -> set[str]:
+    """Returns the names of the modules that a base model calls for an image."""
+    return called_layers(base.model, _blank(base.processor))
 
 
 def _blank(processor: Any) -> Tensor:

@@ -20,6 +20,7 @@ from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
 from lora_dist.model.image_size import resize_processor
 from lora_dist.model.targets import resolve_targets, shortest
+from lora_dist.model.trainable import layers_called
 from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:
 
 def _targets(base: Base, names: Sequence[str]) -> set[str]:
     """Full names of the modules that these targets select."""
-    targets = resolve_targets(base.model, names, base.heads)
+    targets = resolve_targets(base.model, names, base.heads, layers_called(base))
     return {
         module
         for module, _ in base.model.named_modules()

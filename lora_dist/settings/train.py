@@ -394,6 +394,8 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("do_eval_only", "resume_from_checkpoint"), "evaluations cannot be resumed: remove one of them")
     if optimization.early_stopping_patience and run.eval_steps == "no":
         yield Problem(("early_stopping_patience", "eval_steps"), "early stopping needs evaluations: set --eval_steps")
+    if run.report_to and run.do_eval_only:
+        yield Problem(("report_to", "do_eval_only"), "evaluations are printed, not tracked: remove one of them")
     if hub.push_to_hub and run.do_eval_only:
         yield Problem(("push_to_hub", "do_eval_only"), "evaluations have nothing to push: remove one of them")
     if (hub.hub_model_id or hub.hub_private_repo) and not hub.push_to_hub:

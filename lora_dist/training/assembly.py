@@ -233,9 +233,9 @@ def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resume
     return {
         "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
         "validation_data": data.validation.fingerprint(),
-        **identity,
-        "classes": hashlib.sha256(repr(data.labels).encode()).hexdigest()[:16],
         **settings.optimization.model_dump(),
         **settings.lora.model_dump(),
         **settings.augmentation.model_dump(),
+        **identity,
+        "classes": hashlib.sha256(repr(data.labels).encode()).hexdigest()[:16],
     }

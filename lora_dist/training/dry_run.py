@@ -104,6 +104,8 @@ def time_updates(run: TrainingRun, steps: range, stream: Iterator[Batch]) -> lis
         try:
             with out_of_memory_explained(step):
                 make_update(run.begin_update(step), stream, run.settings.optimization.max_grad_norm)
+                if run.average is not None:
+                    run.average.update(step)
         except NonFiniteLossError as error:
             raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
         except LostBatchError as error:

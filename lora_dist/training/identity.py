@@ -102,7 +102,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
             for number, old, new in islice((one for one in changed if one[1] != one[2]), _SHOWN):
                 yield f"class {number} was {old} and is now {new}"
         else:
-            yield f"{name} was {before} and is now {value}"
+            advice = " (see --image_processor_name)" if name.startswith("processor.") else ""
+            yield f"{name} was {before} and is now {value}{advice}"
             if name == "train_data" and "conversion" not in saved:
                 yield (
                     "the checkpoint is from an older release, which read fewer kinds of files and selected other "

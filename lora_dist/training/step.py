@@ -102,8 +102,9 @@ class GradientAccumulator:
         self._padding_batch = padding_batch
         self._before_exchange = before_exchange
         self._failure: Exception | None = None
+        self._skips = False
         self._suspects: list[tuple[Tensor, Tensor]] = []
-        self._loss = self._unreadable = self._lost_weight = torch.zeros((), device=engine.accelerator.device)
+        self._loss = self._unreadable = self._weight = torch.zeros((), device=engine.accelerator.device)
         engine.begin_update(learning_rate)
 
     def loaded(self, stream: Iterator[Batch]) -> Iterator[Batch]:
@@ -138,9 +139,10 @@ class GradientAccumulator:
             engine.backward(losses.sum() / self._total_weight)
         self._loss = self._loss + losses.detach().sum()
         if batch.unreadable is not None:
+            self._skips = True
             self._unreadable = self._unreadable + batch.unreadable.sum()
             weights = self._loss_function.weights_of(batch.labels, batch.partner_labels, batch.shares)
-            self._lost_weight = self._lost_weight + (weights * batch.unreadable).sum()
+            self._weight = self._weight + (weights * batch.weights).sum()
         self._suspects.append((batch.indices, losses.detach()))
 
     def step(self, max_grad_norm: float) -> Update:
@@ -157,13 +159,14 @@ class GradientAccumulator:
         engine = self._engine
         # Not `tensor`, whose copy would wait for the device.
         lost = torch.full((), float(self._failure is not None), device=self._loss.device)
-        sums = torch.stack([self._loss, self._unreadable, self._lost_weight, lost])
-        loss_sum, left_out, lost_weight, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
+        sums = torch.stack([self._loss, self._unreadable, self._weight, lost])
+        loss_sum, left_out, weight, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
         if lost_batches:
             raise LostBatchError(self._failure)
         unreadable = int(left_out)
-        # The loss is 0 if no image could be read.
-        loss = loss_sum / (self._total_weight - lost_weight) if loss_sum else 0.0
+        # The mean over the images that could be read; 0 without any.
+        weight = weight if self._skips else self._total_weight
+        loss = loss_sum / weight if weight else 0.0
         if not math.isfinite(loss):
             found = [int(index) for indices, seen in self._suspects for index in indices[~seen.isfinite()]]
             raise NonFiniteLossError("loss", found, unreadable)

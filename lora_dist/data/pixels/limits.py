@@ -13,11 +13,15 @@ _CROPPED_RATIO, _KEPT_RATIO = 32, 16
 """Images longer than this multiple of their shorter side are cropped to about the second multiple before the resize."""
 _USUAL_EDGE = 256
 _VARIABLE = "LORA_DIST_MAX_IMAGE_PIXELS"
+_PILLOWS = Image.MAX_IMAGE_PIXELS
 
 
 def allow_pixels(most: int | None) -> None:
     """Sets the most pixels of an image to decode, in this process and in those that it starts; None: Pillow's limit."""
-    if most is not None:
+    if most is None:
+        os.environ.pop(_VARIABLE, None)
+        Image.MAX_IMAGE_PIXELS = _PILLOWS
+    else:
         os.environ[_VARIABLE] = str(most)
         # Pillow refuses twice this number, and warns from this number on.
         Image.MAX_IMAGE_PIXELS = most // 2

@@ -12,8 +12,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lora_dist.engines.engine import Engine
+from lora_dist.engines.engine import Engine, share_statistics
 from lora_dist.errors import UserError
+from lora_dist.model.adapters import lora_layer_of
 from lora_dist.model.trainable import trained_tensors
 from lora_dist.processes.runtime import versions
 from lora_dist.training.identity import differences
@@ -265,9 +266,11 @@ class Checkpointer:
         found = {name: tuple(tensor.shape) for name, tensor in content.trained.items()}
         unmatched = sorted({name for name, _ in expected.items() ^ found.items()})
         if unmatched:
-            raise UserError(
-                f"the trained tensors of the checkpoint have other names or shapes: {', '.join(unmatched[:5])} …"
-            )
+            layers = {(lora_layer_of(name) or "").rpartition(".")[2] for name in found.keys() - expected.keys()} - {""}
+            lines = [f"the trained tensors of the checkpoint have other names or shapes: {', '.join(unmatched[:5])} …"]
+            if layers:
+                lines.append(f"The checkpoint has LoRA on --lora_target_modules {','.join(sorted(layers))}")
+            raise UserError("\n".join(lines))
         if self._average is not None:
             if not content.average:
                 raise UserError("the checkpoint has no averaged weights: remove --ema_decay, or start a new run")
@@ -302,6 +305,7 @@ class Checkpointer:
             weights = self._average.state()
         if weights is not None:
             self._engine.load_trainable_state(weights)
+            share_statistics(self._engine)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
         """Returns the weights of the best update. If they are lost, returns None and sets `best_step` to None."""

@@ -162,6 +162,10 @@ def test_training_goes_on_at_another_size(tmp_path: Path) -> None:
         assert settings.model.input_size == expected
 
 
+def test_the_size_of_the_base_is_no_change(tmp_path: Path) -> None:
+    assert load_base(str(make_model(tmp_path)), LABELS, image_size=(32, 32)).image_size is None
+
+
 def test_random_weights_of_another_size(tmp_path: Path) -> None:
     base = load_base(str(make_model(tmp_path)), LABELS, init_from_config=True, image_size=(64, 64))
     assert base.model.config.image_size == 64

@@ -107,3 +107,15 @@ def test_a_base_without_an_image_processor_takes_another(tmp_path: Path) -> None
     assert list(classifier.processor.image_mean) == [0.1, 0.2, 0.3]
     _, warm, _ = load_warm_start(Settings(model=ModelSettings(adapter_name_or_path=str(tmp_path / "adapter"))), LABELS)
     assert list(warm.processor.image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_timm_models_and_processors_go_together(tmp_path: Path) -> None:
+    """A result of timm has no file for another processor, and would be read with its own."""
+    base, plain = make_checkpoint(tmp_path / "timm", "timm vit"), make_model(tmp_path / "vit")
+    mixed = {"timm's models have their own image processor": (base, plain), "fit timm's models only": (plain, base)}
+    for sentence, (model, processor) in mixed.items():
+        settings = Settings(model=ModelSettings(model_name_or_path=str(model), image_processor_name=str(processor)))
+        with pytest.raises(UserError, match=sentence):
+            load_base_of(settings, LABELS)
+    with pytest.raises(UserError, match="leave --pooling out"):
+        load_base(str(base), LABELS, pooling="mean")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.launching import flags, results_of
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_model, write_bundle
@@ -17,6 +18,8 @@ from lora_dist import train
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
+from lora_dist.model.backbone import load_base
+from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable, trained_tensors
 from lora_dist.model.warm_start import load_warm_start
@@ -204,3 +207,13 @@ def test_without_an_adapter_nothing_changes(vit: Path) -> None:
     assert settled is settings
     assert start is None
     assert base.name == str(vit)
+
+
+def test_an_adapter_goes_on_with_the_targets_that_it_was_given(tmp_path: Path) -> None:
+    """SigLIP's tower has a layer whose weights are read, and which LoRA leaves out for this reason."""
+    directory = make_backbone(tmp_path / "base", "siglip")
+    base = load_base(str(directory), LABELS, pooling="pooler")
+    everywhere = LoraSettings(lora_r=4, lora_target_modules=["all-linear"])
+    write_adapter(tmp_path / "adapter", make_trainable(base, ModelSettings(), everywhere), base, "card\n")
+    given = Settings(model=ModelSettings(adapter_name_or_path=str(tmp_path / "adapter")), lora=everywhere)
+    assert load_warm_start(given, LABELS)[2] is not None

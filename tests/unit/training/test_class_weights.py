@@ -18,6 +18,7 @@ from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings, DataSettings, OptimizationSettings, Settings
+from lora_dist.training.assembly import _facts
 from lora_dist.training.class_weights import balanced_weights, make_loss, planned_weight, read_weights
 from lora_dist.training.identity import differences
 from lora_dist.training.loss import Loss
@@ -201,3 +202,10 @@ def test_repetitions_of_an_image_are_augmented_differently(tmp_path: Path) -> No
     views = batch.pixel_values[only]
     assert len({view.numpy().tobytes() for view in views}) == len(only)
     assert images.split.name(samples[only[0]].index) == images.split.name(samples[only[1]].index)
+
+
+def test_processes_agree_on_the_content_of_a_file_of_weights(tmp_path: Path) -> None:
+    """Its path may be the same on machines where its content is not."""
+    data = load_data(DataSettings(train_dir=str(make_folder(tmp_path / "train"))), seed=0)
+    settings = Settings(optimization=OptimizationSettings(class_weights="weights.yaml"))
+    assert _facts(settings, {"class_weights": "file 12ab"}, data, None)["class_weights"] == "file 12ab"

@@ -333,3 +333,26 @@ def test_twenty_updates_are_those_of_the_trainer_of_transformers(vit: Path, phot
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_with_class_weights_the_loss_is_the_mean_over_what_could_be_read(vit: Path) -> None:
+    """A sample whose partner cannot be read is mixed with itself, and has the weight of its own label alone."""
+    batch = _batch(4)
+    loss = Loss(class_weights=torch.tensor([0.5, 2.0, 7.0]))
+    planned = torch.tensor([1, 1, 2, 0])
+    mixed = batch._replace(
+        labels=torch.tensor([0, 1, 2, 2]),
+        partner_labels=torch.tensor([1, 1, 2, 2]),  # the partner of the last one cannot be read
+        shares=torch.tensor([0.3, 0.6, 0.5, 0.2]),
+        weights=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        unreadable=torch.tensor([False, True, False, False]),
+    )
+    total = float(loss.weights_of(mixed.labels, planned, mixed.shares).sum())
+    trained = Trained(vit)
+    with torch.no_grad():
+        logits = trained.engine.model(pixel_values=mixed.pixel_values).logits
+    weights = loss.weights_of(mixed.labels, mixed.partner_labels, mixed.shares)[[0, 2, 3]]
+    expected = loss.of_samples(logits, mixed).sum() / weights.sum()
+    update = trained.update([mixed], 1, total, loss=loss)
+    assert update.loss == pytest.approx(float(expected), rel=1e-5)
+    assert update.unreadable == 1

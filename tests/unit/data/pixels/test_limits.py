@@ -91,3 +91,12 @@ def test_the_most_pixels_hold_for_child_processes(monkeypatch: pytest.MonkeyPatc
     code = "import lora_dist.data.pixels.images; from PIL import Image; print(Image.MAX_IMAGE_PIXELS)"
     found = subprocess.run([sys.executable, "-c", code], env=os.environ, check=True, capture_output=True, text=True)
     assert int(found.stdout) == Image.MAX_IMAGE_PIXELS == 500_000_000
+
+
+def test_a_later_run_of_one_process_has_the_usual_limit_again() -> None:
+    usual = Image.MAX_IMAGE_PIXELS
+    allow_pixels(1000)
+    assert Image.MAX_IMAGE_PIXELS == 500
+    allow_pixels(None)
+    assert usual == Image.MAX_IMAGE_PIXELS
+    assert "LORA_DIST_MAX_IMAGE_PIXELS" not in os.environ

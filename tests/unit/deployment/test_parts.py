@@ -1,0 +1,58 @@
+"""Parts of a prediction: what makes them those of the same one."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_dist.deployment.classify import Row
+from lora_dist.deployment.parts import Parts, digest_of
+from lora_dist.errors import UserError
+
+FILES = [f"photo {number}.jpg" for number in range(130)]
+
+
+def _rows(files: object) -> object:
+    return (Row(file, [("émoji 🦊", 1 / 3)], None) for file in files)  # type: ignore[attr-defined]
+
+
+def test_rows_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "rows.csv", ["day", "night"], FILES, {"top_k": 1})
+    rows_of = {name: (lambda files, name=name: (row._replace(adapter=name) for row in _rows(files)))
+               for name in ("day", "night")}  # fmt: skip
+    parts.write_mine(rows_of)  # type: ignore[arg-type]
+    expected = [row._replace(adapter=name) for name in ("day", "night") for row in _rows(FILES)]  # type: ignore[attr-defined]
+    assert list(parts.rows()) == expected
+    parts.remove()
+    assert not parts.directory.exists()
+
+
+@pytest.mark.parametrize("change", [{"top_k": 2}, {"max_image_pixels": 9}, {"labels": ["a"]}, {"files": FILES[1:]}])
+def test_parts_of_another_prediction_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    plan = {"top_k": 1, "max_image_pixels": None, "labels": None}
+    Parts(tmp_path / "rows.jsonl", [None], FILES, dict(plan))
+    Parts(tmp_path / "rows.jsonl", [None], FILES, dict(plan))
+    files = change.pop("files", FILES)
+    with pytest.raises(UserError, match="parts of a prediction of other images, or by another model"):
+        Parts(tmp_path / "rows.jsonl", [None], files, plan | change)  # type: ignore[arg-type]
+
+
+def test_a_part_that_is_missing_is_said(tmp_path: Path) -> None:
+    """As on machines that do not share the directory."""
+    parts = Parts(tmp_path / "rows.jsonl", [None], FILES, {})
+    with pytest.raises(UserError, match=r"part-000000.jsonl is missing: do all processes see the same directory"):
+        list(parts.rows())
+
+
+def test_the_digest_of_a_model_depends_on_its_content_alone(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "elsewhere" / "other"
+    one.mkdir()
+    (one / "config.json").write_text("{}")
+    (one / "weights").write_bytes(b"abc")
+    shutil.copytree(one, other)
+    os.utime(other / "weights", (1, 1))
+    assert digest_of(one) == digest_of(other)
+    (other / "weights").write_bytes(b"abd")
+    assert digest_of(one) != digest_of(other)
+    assert digest_of(one / "weights") != digest_of(other / "weights")
