@@ -93,8 +93,12 @@ class Parts:
         self._rank, self._world_size = 0, 1
         if self._store is not None:
             self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # The first process alone says what is wrong, before another one ends the launch.
+        if self._rank:
+            self._wait_for("begun", [0])
         with writing(self.directory, "output"):
             self._begin()
+        self._tell("begun")
 
     def _begin(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -139,18 +143,24 @@ class Parts:
         Raises:
             UserError: another process has failed.
         """
+        self._tell("written")
+        if self._rank == 0:
+            self._wait_for("written", range(self._world_size))
+        return self._rank == 0
+
+    def _tell(self, stage: str) -> None:
+        if self._store is not None:
+            self._store.set(f"predict/{stage}/{self._rank}", "")
+
+    def _wait_for(self, stage: str, ranks: Iterable[int]) -> None:
         if self._store is None:
-            return True
-        self._store.set(f"predict/written/{self._rank}", "")
-        if self._rank:
-            return False
-        waited_for = list(range(self._world_size))
-        with waiting.log_wait(lambda: f"waiting for the images of {format_ranks(waited_for, self._world_size)}"):
-            while waited_for := [rank for rank in waited_for if not self._store.check([f"predict/written/{rank}"])]:
+            return
+        waited_for = list(ranks)
+        with waiting.log_wait(lambda: f"waiting for {format_ranks(waited_for, self._world_size)} (stage: {stage})"):
+            while waited_for := [rank for rank in waited_for if not self._store.check([f"predict/{stage}/{rank}"])]:
                 if failure := read_failure(self._store):
                     raise failure
                 time.sleep(_POLL_SECONDS)
-        return True
 
     def rows(self) -> Iterator[Row]:
         """Yields the rows of all parts, in the order of adapters and files.
