@@ -44,9 +44,15 @@ RUNNING = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero
 DISTRIBUTED = tuple(engine for engine in LAUNCH_FILES if engine != "single")
 ELASTIC = ("single", "ddp", "zero2", "zero3")
 ALWAYS = [
-    ("single", "ddp"), ("ddp", "zero2"), ("zero2", "single"), ("zero2", "zero3"), ("zero3", "ddp"), ("single", "zero3"),
-    ("single", "fsdp2"), ("fsdp2", "single"),
-]  # fmt: skip
+    ("single", "ddp"),
+    ("ddp", "zero2"),
+    ("zero2", "single"),
+    ("zero2", "zero3"),
+    ("zero3", "ddp"),
+    ("single", "zero3"),
+    ("single", "fsdp2"),
+    ("fsdp2", "single"),
+]
 """Every engine as the source and as the target of a checkpoint; the other pairs are slow."""
 OTHERS = sorted({*itertools.product(ELASTIC, ELASTIC), ("fsdp2", "fsdp2")} - {*ALWAYS})
 PAIRS = [*ALWAYS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]

@@ -31,8 +31,12 @@ def with_writable_cache(load: Callable[[str | None], T]) -> T:
         if waiting.is_local_main():
             logger.warning(
                 "the cache %s cannot be used (%s: %s), so the data is cached in %s; HF_DATASETS_CACHE sets another "
-                "directory", config.HF_DATASETS_CACHE, error.strerror, error.filename, private,
-            )  # fmt: skip
+                "directory",
+                config.HF_DATASETS_CACHE,
+                error.strerror,
+                error.filename,
+                private,
+            )
         return found
 
 

@@ -22,16 +22,29 @@ logger = logging.getLogger(__name__)
 FIELDS = ("path", "label", "split", "group")
 """The columns of a file without a header, in this order; the last two are optional."""
 NAMES = {
-    "path": ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "image_name",
-             "image_id", "id"),
+    "path": (
+        "path",
+        "file_name",
+        "filename",
+        "file",
+        "filepath",
+        "file_path",
+        "image",
+        "image_path",
+        "image_name",
+        "image_id",
+        "id",
+    ),
     "label": ("label", "labels", "class", "class_name", "cls", "category", "target"),
     "split": ("split", "subset", "partition"),
     "group": ("group", "group_id", "patient", "patient_id"),
-}  # fmt: skip
+}
 """Names of columns in a header, in lower case, the first that is found."""
-SPLITS = {name: split for names, split in (
-    (TRAINING_NAMES, "train"), (VALIDATION_NAMES, "validation"), (TEST_NAMES, "test")
-) for name in names}  # fmt: skip
+SPLITS = {
+    name: split
+    for names, split in ((TRAINING_NAMES, "train"), (VALIDATION_NAMES, "validation"), (TEST_NAMES, "test"))
+    for name in names
+}
 _SHOWN = 3
 _INSPECTED_LINES = 20
 """Lines that have to contain the delimiter."""

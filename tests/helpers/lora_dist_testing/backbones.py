@@ -44,11 +44,16 @@ _CONFIGS = {
     "sam_vision": lambda: SamVisionConfig(
         **{**_PLAIN, "output_channels": 16, "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}
     ),
-    "vit_mae": lambda: ViTMAEConfig(**_PLAIN, decoder_hidden_size=16, decoder_num_hidden_layers=1,
-                                    decoder_num_attention_heads=2, decoder_intermediate_size=16),
+    "vit_mae": lambda: ViTMAEConfig(
+        **_PLAIN,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    ),
     "clip": lambda: CLIPConfig(**_TOWERS, projection_dim=16),
     "siglip": lambda: SiglipConfig(**_TOWERS),
-}  # fmt: skip
+}
 BACKBONES = tuple(name for name in _CONFIGS if name not in ("clip", "siglip"))
 """Checkpoints without a classifier class in `transformers`."""
 

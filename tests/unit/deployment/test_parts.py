@@ -19,8 +19,10 @@ def _rows(files: object) -> object:
 
 def test_rows_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "rows.csv", ["day", "night"], FILES, {"top_k": 1})
-    rows_of = {name: (lambda files, name=name: (row._replace(adapter=name) for row in _rows(files)))
-               for name in ("day", "night")}  # fmt: skip
+    rows_of = {
+        name: (lambda files, name=name: (row._replace(adapter=name) for row in _rows(files)))
+        for name in ("day", "night")
+    }
     parts.write_mine(rows_of)  # type: ignore[arg-type]
     expected = [row._replace(adapter=name) for name in ("day", "night") for row in _rows(FILES)]  # type: ignore[attr-defined]
     assert list(parts.rows()) == expected

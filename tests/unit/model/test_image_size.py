@@ -68,12 +68,19 @@ def test_a_resized_model_is_what_transformers_computes_in_each_pass(name: str, s
 @pytest.mark.parametrize(
     "config",
     [
-        BeitConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
-                   patch_size=8, use_relative_position_bias=True),
+        BeitConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+            use_relative_position_bias=True,
+        ),
         PvtConfig(hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], image_size=32),
     ],
     ids=["beit", "pvt"],
-)  # fmt: skip
+)
 def test_tables_and_embeddings_of_stages_are_resized(config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)

@@ -155,15 +155,26 @@ def test_pooling_takes_the_vision_tower_of_two(name: str, tmp_path: Path) -> Non
 
 def test_pooling_replaces_the_classifier_of_a_model_that_has_one(tmp_path: Path) -> None:
     base = load_base(str(make_model(tmp_path)), LABELS, pooling="mean")
-    assert sorted(base.missing) == ["backbone.pooler.dense.bias", "backbone.pooler.dense.weight",
-                                    "classifier.bias", "classifier.weight"]  # fmt: skip
+    assert sorted(base.missing) == [
+        "backbone.pooler.dense.bias",
+        "backbone.pooler.dense.weight",
+        "classifier.bias",
+        "classifier.weight",
+    ]
     assert base.model.config.prefix_tokens == 1
 
 
 def test_the_tables_of_positions_are_no_meta_tensors_afterwards(tmp_path: Path) -> None:
     """BEiT caches its table by the size of the window alone."""
-    config = BeitConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-                        image_size=40, patch_size=8, use_relative_position_bias=True)  # fmt: skip
+    config = BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=40,
+        patch_size=8,
+        use_relative_position_bias=True,
+    )
     AutoModel.from_config(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 40, "width": 40}).save_pretrained(tmp_path)
     load_base(str(tmp_path), LABELS, pooling="mean")
@@ -241,8 +252,12 @@ def test_others_load_the_adapter_and_the_merged_model(name: str, tmp_path: Path)
     classifier = load_classifier(tmp_path / "adapter")
     expected = _logits(model, ImageTransforms(base.processor).batch([make_image(1, 0)])).softmax(-1)[0].tolist()
     merge_to(classifier, "test", tmp_path / "merged", [], 1e-3)
-    words = [sys.executable, "-c", _WITHOUT_LORA_DIST, *(str(tmp_path / part) for part in
-             ("base", "adapter", "merged", "image.png"))]  # fmt: skip
+    words = [
+        sys.executable,
+        "-c",
+        _WITHOUT_LORA_DIST,
+        *(str(tmp_path / part) for part in ("base", "adapter", "merged", "image.png")),
+    ]
     run = subprocess.run(
         words, env=environment(HF_MODULES_CACHE=str(tmp_path / "modules")), capture_output=True, text=True, check=False
     )

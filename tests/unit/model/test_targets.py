@@ -20,10 +20,13 @@ CASES: dict[str, tuple[Any, str, set[str], int]] = {
     "levit": (hf.LevitConfig, "LevitForImageClassification", {"linear"}, 58),
     "cvt": (hf.CvtConfig, "CvtForImageClassification", {"projection_query", "projection_value"}, 26),
     "focalnet": (
-        hf.FocalNetConfig, "FocalNetForImageClassification", {"projection_in", "projection_out", "fc1", "fc2"}, 48
+        hf.FocalNetConfig,
+        "FocalNetForImageClassification",
+        {"projection_in", "projection_out", "fc1", "fc2"},
+        48,
     ),
     "resnet": (hf.ResNetConfig, "ResNetForImageClassification", {"convolution"}, 53),
-}  # fmt: skip
+}
 
 
 def _adapted(model: nn.Module, heads: list[str]) -> list[str]:

@@ -30,12 +30,29 @@ RESUME = ("--resume_from_checkpoint", "auto")
 
 def _run(vit: Path, data: Path, out: Path, *more: object) -> Path:
     train.main(
-        [str(word) for word in (
-            "--model_name_or_path", vit, "--train_dir", data / "train", "--validation_dir", data / "validation",
-            "--output_dir", out, "--mixed_precision", "no", "--per_device_train_batch_size", 4,
-            "--gradient_accumulation_steps", 1, "--lr_scheduler_type", "constant", *more,
-        )]
-    )  # fmt: skip
+        [
+            str(word)
+            for word in (
+                "--model_name_or_path",
+                vit,
+                "--train_dir",
+                data / "train",
+                "--validation_dir",
+                data / "validation",
+                "--output_dir",
+                out,
+                "--mixed_precision",
+                "no",
+                "--per_device_train_batch_size",
+                4,
+                "--gradient_accumulation_steps",
+                1,
+                "--lr_scheduler_type",
+                "constant",
+                *more,
+            )
+        ]
+    )
     return out
 
 

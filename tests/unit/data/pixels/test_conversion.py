@@ -44,9 +44,17 @@ def save(mode: str, file: Path) -> str:
 @pytest.mark.parametrize("background", [WHITE, (0, 0, 0), (12, 200, 99)])
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("P", "gif"), ("L", "png"), ("RGB", "png"), ("RGBA", "webp"),
-     ("RGBA", "tiff")],
-)  # fmt: skip
+    [
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("P", "png"),
+        ("P", "gif"),
+        ("L", "png"),
+        ("RGB", "png"),
+        ("RGBA", "webp"),
+        ("RGBA", "tiff"),
+    ],
+)
 def test_every_kind_of_transparency_shows_the_background(
     mode: str, suffix: str, background: tuple[int, int, int], tmp_path: Path
 ) -> None:
@@ -80,14 +88,29 @@ def test_transparency_survives_a_turn_by_exif(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [("1", "png"), ("L", "jpg"), ("L", "png"), ("P", "gif"), ("P", "png"), ("CMYK", "jpg"), ("RGB", "jpg"),
-     ("RGB", "png"), ("RGBA", "png"), ("LA", "png")],
-)  # fmt: skip
+    [
+        ("1", "png"),
+        ("L", "jpg"),
+        ("L", "png"),
+        ("P", "gif"),
+        ("P", "png"),
+        ("CMYK", "jpg"),
+        ("RGB", "jpg"),
+        ("RGB", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+    ],
+)
 def test_opaque_images_of_eight_bits_are_the_same_with_every_conversion(mode: str, suffix: str, tmp_path: Path) -> None:
     image = make_image(1, 2)
     file = str(tmp_path / f"opaque.{suffix}")
-    (image.quantize(16) if mode == "P" else image.convert("RGB").convert("L").convert(mode) if mode == "LA"
-     else image.convert(mode)).save(file)  # fmt: skip
+    (
+        image.quantize(16)
+        if mode == "P"
+        else image.convert("RGB").convert("L").convert(mode)
+        if mode == "LA"
+        else image.convert(mode)
+    ).save(file)
     loaded = [np.asarray(load_rgb(file, conversion=conversion)) for conversion in CONVERSIONS]
     assert all(np.array_equal(one, loaded[0]) for one in loaded)
 
@@ -148,9 +171,14 @@ def test_a_record_gives_the_same_conversion_again(conversion: Conversion) -> Non
 
 @pytest.mark.parametrize(
     "record",
-    [{"transparent_background": [1, 2]}, {"transparent_background": [0, 0, 256]}, {"pixel_range": [1, 1]},
-     {"pixel_range": [0, "a"]}, {"transparent_background": 5}],
-)  # fmt: skip
+    [
+        {"transparent_background": [1, 2]},
+        {"transparent_background": [0, 0, 256]},
+        {"pixel_range": [1, 1]},
+        {"pixel_range": [0, "a"]},
+        {"transparent_background": 5},
+    ],
+)
 def test_a_damaged_record_is_refused(record: dict[str, object]) -> None:
     with pytest.raises((ValueError, TypeError)):
         Conversion.of(record)

@@ -87,9 +87,17 @@ def test_folders_within_classes_and_classes_named_like_splits_are_fine(tmp_path:
 
 
 SYSTEM = (
-    ".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-1000", "#recycle", "lost+found", "System Volume Information",
-    ".thumbnails", ".AppleDouble", "$RECYCLE.BIN",
-)  # fmt: skip
+    ".ipynb_checkpoints",
+    "__MACOSX",
+    "@eaDir",
+    ".Trash-1000",
+    "#recycle",
+    "lost+found",
+    "System Volume Information",
+    ".thumbnails",
+    ".AppleDouble",
+    "$RECYCLE.BIN",
+)
 
 
 @pytest.mark.parametrize("name", SYSTEM)
@@ -203,9 +211,14 @@ def test_what_pillow_cannot_decode_is_left_out_and_counted_once(
         (tmp_path / "cat" / name).write_bytes(b"x")
     make_image(0, 0).save(tmp_path / "stray.png")
     kinds = (
-        ".eps files: 2", ".grib files: 1", ".h5 files: 1", ".mpg files: 1", ".pdf files: 1", ".wmf files: 1",
+        ".eps files: 2",
+        ".grib files: 1",
+        ".h5 files: 1",
+        ".mpg files: 1",
+        ".pdf files: 1",
+        ".wmf files: 1",
         "files without a suffix: 1",
-    )  # fmt: skip
+    )
     load_data(DataSettings(train_dir=str(tmp_path), train_val_split=0.5), 42)
     assert len(caplog.records) == 1
     assert all(kind in caplog.text for kind in (*kinds, "images outside of class folders: 1, e.g."))

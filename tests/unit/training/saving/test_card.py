@@ -150,7 +150,7 @@ def test_the_license_of_the_base_is_carried() -> None:
         ("---\nlicense: [\n---\n", None),
         (None, None),
     ],
-)  # fmt: skip
+)
 def test_the_license_is_read_from_the_card_of_the_base(
     content: str | None, expected: dict[str, Any] | None, tmp_path: Path
 ) -> None:
