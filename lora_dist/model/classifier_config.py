@@ -75,7 +75,7 @@ def _as_vit(config: ViTMAEConfig) -> ViTConfig:
 def _pooled_config(config: Any, pooling: str | None, size: tuple[int, int]) -> PooledBackboneConfig:
     backbone = getattr(config, "vision_config", config)
     if backbone.model_type == "timm_wrapper":
-        raise ValueError("timm's models have a head of their own; leave --pooling out")
+        raise ValueError("a timm model has a head on pooled features of its own; leave --pooling out")
     outputs = _output_shapes(backbone, size)
     own = any(outputs.get(name) is not None for name in ("pooler_output", "summary"))
     tokens = outputs.get("last_hidden_state")

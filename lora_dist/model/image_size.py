@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
+from lora_dist.model import timm_image_size
 from lora_dist.model.without_data import outputs_without_data
 
 Size = tuple[int, int]
@@ -28,6 +29,8 @@ def resize_model(model: Any, size: Size) -> Any:
     Raises:
         UserError: the model cannot take such images.
     """
+    if model.config.model_type == timm_image_size.MODEL_TYPE:
+        return _resized_timm(model, size)
     before = configured_size(model.config)
     if before in (None, size):
         return _require_images(model, model, size)
@@ -38,6 +41,18 @@ def resize_model(model: Any, size: Size) -> Any:
             return _require_images(model, model, size)
         except UserError:
             raise error from error.__cause__
+
+
+def _resized_timm(model: Any, size: Size) -> Any:
+    try:
+        resized = _require_images(model, model, size)
+    except UserError:
+        # Not a convolutional network: it is built for one size.
+        with _as_user_error(model, size):
+            resized = timm_image_size.rebuilt(model, size)
+        _require_images(resized, model, size)
+    timm_image_size.record_size(resized.config, size)
+    return resized
 
 
 def _require_images(resized: Any, model: Any, size: Size) -> Any:
@@ -58,8 +73,8 @@ def _as_user_error(model: Any, size: Size) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        name = type(getattr(model, "backbone", model)).__name__
-        reason = str(error).strip().partition("\n")[0]
+        name = getattr(model.config, "architecture", None) or type(getattr(model, "backbone", model)).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         advice = "" if size[0] == size[1] else ". It may take square ones"
         raise UserError(
             f"--image_size: {name} cannot take images of {_text(size)} (height x width): {reason}{advice}"
@@ -75,6 +90,8 @@ def resize_processor(processor: Any, size: Size) -> Any:
     before = output_size(processor)
     if before == size:
         return processor
+    if hasattr(processor, "data_config"):
+        return timm_image_size.resized_processor(processor, size)
     content = processor.to_dict()
     scales = size[0] / before[0], size[1] / before[1]
     given = {name: value for name, value in dict(content.get("size") or {}).items() if value is not None}

@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.processors import PROCESSORS
 from lora_dist_testing.tiny import make_image, make_model, perturb
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, BeitConfig, CLIPImageProcessor, PvtConfig, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    CLIPImageProcessor,
+    PvtConfig,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from lora_dist.data.pixels.transforms import ImageTransforms, output_size
 from lora_dist.deployment.export.merge import merge_to
@@ -187,3 +195,52 @@ def test_adapters_of_several_sizes_do_not_share_a_base(tmp_path: Path) -> None:
         adapters[name] = tmp_path / name
     with pytest.raises(UserError, match=r"a different --image_size \(None and \(48, 48\)\)"):
         load_adapter_set(adapters)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+@pytest.mark.parametrize("name", ["timm vit", "timm eva02"])
+def test_timm_resizes_its_embeddings(name: str, size: Any, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "base", name)
+    expected = load_base(str(directory), LABELS)
+    perturb(expected.model, scale=0.3)
+    resized = resize_model(expected.model, size)
+    expected.model.timm_model.set_input_size(img_size=size)
+    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_logits(resized, pixels), _logits(expected.model, pixels))
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm eva02", "timm swin", "timm efficientnet"])
+def test_the_size_of_a_timm_model_travels(name: str, tmp_path: Path) -> None:
+    size = (64, 96)
+    directory = make_checkpoint(tmp_path / "base", name)
+    base = load_base(str(directory), LABELS, image_size=size)
+    assert base.fingerprint == load_base(str(directory), LABELS).fingerprint
+    model = make_trainable(base, ModelSettings(), LORA)
+    perturb(model, scale=0.02)
+    images = [make_image(label, 0, (90, 70)) for label in range(3)]
+    pixels = ImageTransforms(base.processor).batch(images)
+    assert pixels.shape[-2:] == size
+    expected = _logits(model, pixels)
+    write_adapter(tmp_path / "adapter", model, base, "card\n")
+    classifier = load_classifier(tmp_path / "adapter")
+    torch.testing.assert_close(ImageTransforms(classifier.processor).batch(images), pixels)
+    torch.testing.assert_close(_logits(classifier.model, pixels), expected)
+    merge_to(classifier, "test", tmp_path / "merged", [], 1e-3)
+    classify = pipeline("image-classification", str(tmp_path / "merged"))
+    for image, row in zip(images, expected.softmax(-1), strict=True):
+        found = {one["label"]: one["score"] for one in classify(image)}
+        torch.testing.assert_close(torch.tensor([found[label] for label in LABELS]), row, rtol=1e-3, atol=1e-4)
+
+
+def test_a_timm_model_that_cannot_be_resized_says_so(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("levit_128s", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match=r"^--image_size: levit_128s cannot take images of 64 x 64"):
+        load_base(str(tmp_path), LABELS, image_size=(64, 64))
+
+
+def test_a_timm_model_has_no_other_pooling(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "timm vit")
+    with pytest.raises(UserError, match=r"a timm model has a head .* leave --pooling out$"):
+        load_base(str(directory), LABELS, pooling="pooler")
