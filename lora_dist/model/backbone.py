@@ -90,7 +90,7 @@ def load_base(
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
             config = read_config(name, **source)
             named, processor = processor, processor or AutoImageProcessor.from_pretrained(name, **source)
-            _require_pair(config, named, source)
+            _require_pair(config, named, source, resized=image_size is not None)
             if named is None and image_size == output_size(processor) and configured_size(config) in (None, image_size):
                 image_size = None
             before = dict(config.id2label or {})
@@ -131,14 +131,15 @@ def load_base(
     )
 
 
-def _require_pair(config: Any, processor: Any, source: dict[str, Any]) -> None:
+def _require_pair(config: Any, processor: Any, source: dict[str, Any], resized: bool) -> None:
     """Raises a `ValueError` if a processor is given that timm's configuration would replace when a result is read."""
     if processor is None or "timm" not in {config.model_type.partition("_")[0], _kind(processor)}:
         return
     if config.model_type != "timm_wrapper":
         raise ValueError("--image_processor_name: timm's image processors fit timm's models only")
     own = AutoImageProcessor.from_pretrained(config.name_or_path, **source)
-    if _kind(processor) != "timm" or processor.data_config != own.data_config:
+    size = {"input_size": None} if resized else {}
+    if _kind(processor) != "timm" or {**processor.data_config, **size} != {**own.data_config, **size}:
         raise ValueError("timm's models have their own image processor: leave --image_processor_name out")
 
 
