@@ -46,7 +46,7 @@ def convert(weights: Path, directory: Path) -> None:
     if shapes[0] != shapes[1]:
         sys.exit(f"{weights} does not have the shapes of {ARCHITECTURE}")
     model.load_state_dict(dict(zip(expected, found.values(), strict=True)))
-    timm.models.save_for_hf(model, directory, safe_serialization=True)
+    timm.models.save_for_hf(model, str(directory), safe_serialization=True)
     print(f"{len(found)} tensors, {sum(tensor.numel() for tensor in found.values()) / 1e6:.2f} million values")
 
 
