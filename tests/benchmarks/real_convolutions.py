@@ -34,7 +34,7 @@ PALACE = 698
 SEEDS = (1, 2, 3)
 IMAGES_PER_CLASS = 30
 LEARNING_RATES = {"lora": 2e-3, "head": 1e-2}
-"""The best of three, found with training images of a fourth seed."""
+"""Chosen from a few that were tried with training images of a fourth seed."""
 
 
 def convert(weights: Path, directory: Path) -> None:
