@@ -100,9 +100,14 @@ def engine_name(accelerator: Accelerator) -> str:
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
+def on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Moves a model to the device of this process. On a CPU it stays: torch would copy it from `cpu` to `cpu:0`."""
+    return model if accelerator.device.type == "cpu" else model.to(accelerator.device)
+
+
 def unsharded(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Makes a model compute on one process as in the engine of this launch: on its device and in its precision."""
-    model, precision = model.to(accelerator.device), accelerator.mixed_precision
+    model, precision = on_device(model, accelerator), accelerator.mixed_precision
     if precision == "no":
         return model
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):

@@ -10,6 +10,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.engines.engine import on_device
 from lora_dist.errors import UserError
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.train import OptimizationSettings
@@ -40,7 +41,7 @@ def fit_batch_size(
             "--auto_batch_size tries what fits on each process alone, and under ZeRO-3 and FSDP2 none has the whole "
             "model: halve --per_device_train_batch_size and double --gradient_accumulation_steps by hand"
         )
-    model.to(accelerator.device)
+    on_device(model, accelerator)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     sizes = _sizes(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
     own = next((size for size in sizes if _fits(accelerator, model, transforms, size)), 0)
