@@ -241,13 +241,19 @@ def _random(config: Any, trust_remote_code: bool) -> tuple[Any, list[str]]:
 
 def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, list[str]]:
     """The model, and the names of weights that are missing or of another shape."""
+    renamed = prefixes_to_remove(config)
     model, loading = AutoModelForImageClassification.from_pretrained(
         name,
         config=config,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
-        key_mapping=prefixes_to_remove(config),
+        key_mapping=renamed,
         **source,
     )
+    if renamed:
+        # `save_pretrained` would put the prefix back, where loading does not look for it.
+        model._weight_conversions = [
+            one for one in model._weight_conversions if not {*one.source_patterns} & {*renamed}
+        ]
     return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})

@@ -54,6 +54,14 @@ def test_a_folder_of_splits_is_answered_with_the_flags_to_use(
         assert message.endswith(f"use {words}")
 
 
+def test_a_folder_of_images_beside_a_split_is_no_class(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=("train/cat", "train/dog", "new"), per_class=2)
+    for message in refusals(train_dir=tmp_path):
+        assert message.endswith(
+            f"its folder train contains class folders, and new beside it none; use --train_dir {tmp_path / 'train'}"
+        )
+
+
 @pytest.mark.parametrize("depth", ["flowers", "flowers/flowers"])
 def test_a_single_folder_around_the_class_folders_is_no_class(depth: str, tmp_path: Path) -> None:
     make_folder(tmp_path / depth, classes=("rose", "tulip"), per_class=2)
