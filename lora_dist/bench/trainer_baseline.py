@@ -25,7 +25,8 @@ from lora_dist.errors import UserError
 from lora_dist.model.backbone import load_base_of
 from lora_dist.model.targets import resolve_targets
 from lora_dist.model.trainable import layers_called
-from lora_dist.processes.runtime import choose_precision, computes_on_cpu, engine_launched, half_precision
+from lora_dist.processes.devices import computes_on_cpu
+from lora_dist.processes.runtime import choose_precision, engine_launched, half_precision
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.train import AugmentationSettings
 from lora_dist.training.assembly import make_plan

@@ -23,6 +23,7 @@ from lora_dist.data.sources.files import find_files, warn_of_ignored
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.model.classifier import Classifier
+from lora_dist.processes.devices import computes_on_cpu
 from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
 from lora_dist.storage.writable import writing
 
@@ -77,11 +78,11 @@ def choose_device(name: str) -> torch.device:
     """
     try:
         if name == "auto":
-            if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
-                return torch.device("cpu")
             found = torch.accelerator.current_accelerator(check_available=True)
-            if found is None or "LOCAL_RANK" not in os.environ:
-                return found or torch.device("cpu")
+            if found is None or computes_on_cpu():
+                return torch.device("cpu")
+            if "LOCAL_RANK" not in os.environ:
+                return found
             return torch.device(found.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
         device = torch.device(name)
         torch.empty(1, device=device)

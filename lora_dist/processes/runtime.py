@@ -16,12 +16,12 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    parse_flag_from_env,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
+from lora_dist.processes.devices import computes_on_cpu
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.threads import share_cores
 
@@ -160,11 +160,6 @@ def refuse_dynamo() -> None:
             f"the launch file (dynamo_config) or ACCELERATE_DYNAMO_BACKEND requests torch dynamo ({backend}): remove "
             f"that and use --torch_compile"
         )
-
-
-def computes_on_cpu() -> bool:
-    """Whether this process trains on the CPU, for want of an accelerator or because ACCELERATE_USE_CPU says so."""
-    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def require_devices(count: int) -> None:

@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from lora_dist.errors import UserError
+from lora_dist.processes.devices import computes_on_cpu
 from lora_dist.processes.runtime import (
     PACKAGES,
     choose_precision,
-    computes_on_cpu,
     environment,
     git_commit,
     half_precision,
