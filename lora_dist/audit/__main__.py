@@ -112,7 +112,12 @@ def audit(settings: AuditSettings) -> Report:
 def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
     from lora_dist.data.sources.labels_file import read_labels_file
 
-    columns = {"path": data.image_column_name, "label": data.label_column_name, "split": data.split_column_name}
+    columns = {
+        "path": data.image_column_name,
+        "label": data.label_column_name,
+        "split": data.split_column_name,
+        "group": data.group_column_name,
+    }
     return read_labels_file(folder, data.labels_file or "", columns, excluded)
 
 

@@ -36,6 +36,8 @@ class AuditData(Group):
     """Column of labels in --labels_file."""
     split_column_name: str | None = None
     """Column of --labels_file with train, validation or test."""
+    group_column_name: str | None = None
+    """Column of groups in --labels_file, such as patients. A group in several splits is an error."""
     validation_dir: str | None = None
     """Folder of validation images with one sub-folder per class, to find images that are also in training."""
     exclude: str | None = None
@@ -89,7 +91,7 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     yield from wrong
     if wrong:
         return
-    for name in ("image_column_name", "label_column_name", "split_column_name"):
+    for name in ("image_column_name", "label_column_name", "split_column_name", "group_column_name"):
         if getattr(data, name) and not data.labels_file:
             yield Problem((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
     output = Path(settings.run.output_dir).resolve()

@@ -114,6 +114,17 @@ def test_a_column_of_splits_decides(photos: Path) -> None:
         _load(photos)
 
 
+def test_the_audit_takes_the_columns_of_training(photos: Path) -> None:
+    """A group in several splits is an error of both."""
+    lines = [f"{_path(number)},{'ab'[number // 6]},{('train', 'val')[number % 2]},one" for number in range(12)]
+    _write(photos, "path,label,split,clinic", *lines)
+    file = str(photos / "labels.csv")
+    with pytest.raises(UserError, match="groups in several splits: 1"):
+        audit(AuditSettings(data=AuditData(train_dir=str(photos), labels_file=file, group_column_name="clinic")))
+    with pytest.raises(UserError, match="groups in several splits: 1"):
+        _load(photos, group_column_name="clinic")
+
+
 def test_groups_stay_on_one_side(photos: Path) -> None:
     lines = [f"{_path(number)},{'ab'[number % 2]},,{number // 3}" for number in range(12)]
     _write(photos, "path,label,split,patient", *lines)
