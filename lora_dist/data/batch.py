@@ -213,7 +213,7 @@ class TrainImages(_Images):
         return views
 
     def mixture(self, epoch: int, sample: Sample) -> Mixture:
-        """How a sample is mixed with its partner, where `mixing` is not 0."""
+        """Draws the ratio and the area with which a sample is mixed with its partner; for `mixing` above 0."""
         if sample.index == PADDING_INDEX:
             return Mixture(1.0, NOWHERE, 1.0)
         return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.index, sample.position))

@@ -108,8 +108,8 @@ def batches(
 def unreadable(error: UnreadableImageError) -> ProcessError:
     """The error that ends a run at an image that cannot be read."""
     return ProcessError(
-        f"cannot read an image of the data set: {error}. Repair it, remove it, or skip all images that cannot be read "
-        "with --on_bad_image skip."
+        f"cannot read an image of the data set: {error}. Repair the file, or skip all images that cannot be read with "
+        "--on_bad_image skip; without the file, the data is another one, which needs a new --output_dir."
     )
 
 

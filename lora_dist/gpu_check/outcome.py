@@ -1,4 +1,4 @@
-"""What a check gets, how it ends (it returns what it found, or raises `Failed` or `Skipped`), and the line for it."""
+"""A check: its arguments, its outcome (a text, `Failed` or `Skipped`), and the line that reports it."""
 
 import time
 from collections.abc import Callable, Iterable

@@ -118,8 +118,8 @@ def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any
     directory = bundle.files.directory
     if bundle.fingerprint not in (None, base.fingerprint):
         raise UserError(
-            f"{base.name} is not the base that the adapter in {directory} was trained on: the fingerprint of its "
-            f"weights is {base.fingerprint}, and that of {bundle.trained_base} was {bundle.fingerprint}"
+            f"{base.name} is not the base that the adapter in {directory} was trained on: its weights have the "
+            f"fingerprint {base.fingerprint}, and those of {bundle.trained_base} had {bundle.fingerprint}"
         )
     adapter = adapters.read_adapter(base.model, bundle.files)
     random = [parameter for parameter in base.missing if parameter not in adapter.state]

@@ -1,4 +1,4 @@
-"""How large an image may be: pixels of the file, and of what an image processor makes of it."""
+"""Limits of an image: the pixels of its file, and its pixels after the resize of an image processor."""
 
 import os
 from math import gcd
@@ -36,7 +36,7 @@ class TooLongError(Exception):
 
 
 class CentreCrop:
-    """What an image processor makes of a long image of which it keeps only the centre.
+    """Crops a long image before an image processor that keeps only its centre resizes it.
 
     Attributes:
         edge: length of the shorter side of resized images; None for a processor that resizes to a fixed size.

@@ -110,7 +110,7 @@ def _colors(transforms: ImageTransforms) -> Colors | None:
 
 
 def _geometries(transforms: ImageTransforms) -> Iterator[Geometry]:
-    """What the configuration of a processor may mean, the most likely first."""
+    """Yields the possible meanings of a processor's configuration, the most likely first."""
     settings = transforms.processor.to_dict()
     of_timm = settings.get("data_config") or {}
     name = of_timm.get("interpolation") or settings.get("resample")

@@ -265,7 +265,7 @@ def main() -> None:
     if not names:
         header = ["| model type | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 1) + "|"]
         before, _, after = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        table = "\n".join([*header, *lines, "", "What is refused:", "", *texts])
+        table = "\n".join([*header, *lines, "", "These are refused:", "", *texts])
         PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after.partition(END)[2]}", encoding="utf-8")
 
 

@@ -245,7 +245,7 @@ def test_an_image_that_cannot_be_read_is_named(
     split = load_data(DataSettings(train_dir=str(tmp_path), validation_dir=str(tmp_path)), seed=0).train
     damage(tmp_path / "b" / "001.png")
     load = training_batches if part == "train" else evaluation_batches
-    with pytest.raises(UserError, match=r"cannot read an image of the data set: .*b/001\.png.*Repair it"):
+    with pytest.raises(UserError, match=r"cannot read an image of the data set: .*b/001\.png.*Repair the file"):
         load(split, num_workers=num_workers)
 
 
