@@ -22,30 +22,24 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-_PLAIN: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_TEXT = {**_PLAIN, "vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
-_TOWERS: dict[str, Any] = {"text_config": _TEXT | {"pad_token_id": 0}, "vision_config": _PLAIN}
+from lora_dist_testing.architectures import PLAIN
+
+_TEXT = {**PLAIN, "vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+_TOWERS: dict[str, Any] = {"text_config": _TEXT | {"pad_token_id": 0}, "vision_config": PLAIN}
 _CONFIGS = {
-    "dinov3_vit": lambda: DINOv3ViTConfig(**_PLAIN, num_register_tokens=2),
+    "dinov3_vit": lambda: DINOv3ViTConfig(**PLAIN, num_register_tokens=2),
     "dinov3_convnext": lambda: DINOv3ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1] * 4),
-    "radio": lambda: RadioConfig(**{**_PLAIN, "mlp_ratio": 2.0, "max_img_size": 128}),
-    "aimv2": lambda: Aimv2VisionConfig(**_PLAIN),
-    "aimv2_without_pooler": lambda: Aimv2VisionConfig(**_PLAIN, use_head=False),
-    "clip_vision": lambda: CLIPVisionConfig(**_PLAIN),
-    "siglip_vision": lambda: SiglipVisionConfig(**_PLAIN),
-    "pixio": lambda: PixioConfig(**_PLAIN),
+    "radio": lambda: RadioConfig(**{**PLAIN, "mlp_ratio": 2.0, "max_img_size": 128}),
+    "aimv2": lambda: Aimv2VisionConfig(**PLAIN),
+    "aimv2_without_pooler": lambda: Aimv2VisionConfig(**PLAIN, use_head=False),
+    "clip_vision": lambda: CLIPVisionConfig(**PLAIN),
+    "siglip_vision": lambda: SiglipVisionConfig(**PLAIN),
+    "pixio": lambda: PixioConfig(**PLAIN),
     "sam_vision": lambda: SamVisionConfig(
-        **{**_PLAIN, "output_channels": 16, "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}
+        **{**PLAIN, "output_channels": 16, "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}
     ),
     "vit_mae": lambda: ViTMAEConfig(
-        **_PLAIN,
+        **PLAIN,
         decoder_hidden_size=16,
         decoder_num_hidden_layers=1,
         decoder_num_attention_heads=2,
