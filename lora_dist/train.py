@@ -112,7 +112,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
-    from lora_dist.training.reporting.report import write_evaluation
+    from lora_dist.training.reporting.predictions import write_validation_predictions
+    from lora_dist.training.reporting.report import intervals_of, write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     allow_pixels(settings.data.max_image_pixels)
@@ -142,11 +143,12 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with watch.watching():
         evaluation = evaluator(after_batch=watch.moved)
     if accelerator.is_main_process:
-        metrics = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        metrics = {f"eval_{name}": value for name, value in (evaluation.metrics | intervals_of(evaluation)).items()}
         print(json.dumps(without_nan(metrics)), flush=True)
         try:
             output.root.mkdir(parents=True, exist_ok=True)
             write_evaluation(output.evaluation, evaluation, classifier.labels)
+            write_validation_predictions(output.predictions, evaluation, split, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
                 f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,9 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     kept = np.array([place[path] for path in table["image"]], dtype=np.int64)
     labels, whole = _labelled(table, "image", "label", None, excluded)
     rows = kept[whole.table_rows]
-    splits = np.array(listed.splits)[rows]
+    splits, groups = np.array(listed.splits)[rows], np.array(listed.groups)[rows]
+    if len(set(groups.tolist())) < len(groups):
+        whole = replace(whole, groups=groups)
     train = whole.select(np.flatnonzero(splits == "train"))
     test = whole.select(np.flatnonzero(splits == "test")) if "test" in listed.splits else None
     if settings.validation_dir:
@@ -97,11 +99,10 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     elif (splits == "validation").any():
         validation = whole.select(np.flatnonzero(splits == "validation"))
     else:
-        groups = np.array(listed.groups)[rows[splits == "train"]].tolist()
-        if len(set(groups)) == len(groups):
+        if train.groups is None or len(set(train.groups.tolist())) == len(train):
             kept_rows, held_out = stratified_split(train.labels, settings.train_val_split, seed)
         else:
-            kept_rows, held_out = grouped_split(train.labels, groups, settings.train_val_split, seed)
+            kept_rows, held_out = grouped_split(train.labels, train.groups.tolist(), settings.train_val_split, seed)
         train, validation = train.select(kept_rows), train.select(held_out)
     return _checked(settings, labels, train, validation, load_test(settings, labels) if test is None else test, seed)
 

@@ -16,6 +16,7 @@ from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.figures import confusion_picture, grid, to_images
+from lora_dist.metrics.intervals import with_interval
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
@@ -63,6 +64,18 @@ def show_evaluation(
         _show_evaluation(tracker, evaluation, step, split, labels, conversion)
     except Exception as error:
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
+
+
+def headline(evaluation: Evaluation) -> str:
+    """Accuracy and macro F1 with their intervals, as text."""
+    metrics, intervals = evaluation.metrics, evaluation.intervals
+    accuracy, macro_f1 = (with_interval(metrics[name], intervals.get(name)) for name in ("accuracy", "macro_f1"))
+    return f"accuracy {accuracy}, macro F1 {macro_f1}"
+
+
+def intervals_of(evaluation: Evaluation) -> dict[str, Any]:
+    """The intervals by name, such as `accuracy_interval`, as JSON values."""
+    return {f"{name}_interval": list(interval) for name, interval in evaluation.intervals.items()}
 
 
 def warn_of_chance_level(evaluation: Evaluation) -> None:
@@ -122,7 +135,7 @@ def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str,
 def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
     """Writes the metrics, the report by class and the confusion matrix."""
     content: dict[str, Any] = {
-        "metrics": evaluation.metrics,
+        "metrics": evaluation.metrics | intervals_of(evaluation),
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
         "confusion_matrix": _confusion_matrix(evaluation.confusion, labels),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lora_dist.metrics.intervals import with_interval
 from lora_dist.model.license import License
 
 MOST_CLASSES = 100
@@ -83,7 +84,11 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if _is_metric(name, results[name])),
+        *(
+            f"| {name} | {with_interval(results[name], results.get(f'{name}_interval'))} |"
+            for name in sorted(results)
+            if _is_metric(name, results[name])
+        ),
         f"| validation images | {results['eval_samples']:,} |",
         *([f"| test images | {results['test_samples']:,} |"] if "test_samples" in results else []),
         f"| training images | {results['train_samples']:,} |",
