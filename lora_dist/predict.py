@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Row
+    from lora_dist.deployment.evaluate import Evaluation
     from lora_dist.deployment.parts import RowsOf
     from lora_dist.model.classifier import Classifier
 
@@ -62,7 +63,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist import demo, extras, hub, logs
     from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
     from lora_dist.data.pixels.limits import allow_pixels
-    from lora_dist.deployment import classify
+    from lora_dist.deployment import classify, evaluate
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model import adapter_io
@@ -84,24 +85,27 @@ def predict(argv: list[str] | None) -> None:
         adapter_io.require_adapter(directory)
     rows_of: RowsOf
     if settings.source.side_by_side:
-        rows_of, conversion = _rows_of_each(chosen, settings, device), AS_TRANSFORMERS
+        (rows_of, classes), conversion = _rows_of_each(chosen, settings, device), AS_TRANSFORMERS
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
             _serve(classifier, settings, device)
         rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
+        classes = set(classifier.labels)
     if not files:
         return
+    evaluation = evaluate.Evaluation(settings.images, files, classes)
     if shares or (len(files) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         parts = Parts(Path(settings.images.output or ""), list(rows_of), files, _plan(chosen, settings))
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return
-        is_whole = _output(parts.rows(), files, settings, conversion)
+        is_whole = _output(evaluation.seen(parts.rows()), files, settings, conversion, evaluation)
         parts.remove()
     else:
-        rows = chain.from_iterable(rows_of[name](files) for name in rows_of)
-        is_whole = _output(_with_progress(rows, len(files) * len(rows_of), settings), files, settings, conversion)
+        rows = evaluation.seen(chain.from_iterable(rows_of[name](files) for name in rows_of))
+        rows = _with_progress(rows, len(files) * len(rows_of), settings)
+        is_whole = _output(rows, files, settings, conversion, evaluation)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
 
@@ -201,8 +205,10 @@ def _rows(
     )
 
 
-def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
-    """Returns what classifies files with each adapter, on a shared base."""
+def _rows_of_each(
+    chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device
+) -> tuple[RowsOf, set[str]]:
+    """Returns what classifies files with each adapter, on a shared base; and the classes of all adapters."""
     from lora_dist.model import adapter_set
 
     source = settings.source
@@ -212,7 +218,8 @@ def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device:
         for row in _rows(loaded.set_adapter(name), settings, device, files):
             yield row._replace(adapter=name)
 
-    return {name: partial(rows, name) for name in loaded.classifiers}
+    classes = {label for classifier in loaded.classifiers.values() for label in classifier.labels}
+    return {name: partial(rows, name) for name in loaded.classifiers}, classes
 
 
 def _plan(chosen: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
@@ -243,8 +250,13 @@ def _is_plain_file(output: str | None) -> bool:
     return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
-def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion) -> bool:
-    """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
+def _output(
+    rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion, evaluation: Evaluation
+) -> bool:
+    """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable.
+
+    `evaluation` has seen the rows; it is printed where no rows are.
+    """
     from lora_dist.deployment import classify
 
     images = settings.images
@@ -261,8 +273,13 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, co
                 bad.add(row.path)
             if index in drawn:
                 shown.append(row)
-    if images.grid:
+    if images.compare_to and images.grid:
+        if not evaluation.draw_disagreements(Path(images.grid), conversion):
+            logger.warning("--grid: not drawn, because no prediction differs from --compare_to")
+    elif images.grid:
         classify.draw_grid(shown, Path(images.grid), conversion)
+    for line in evaluation.lines():
+        print(line, file=sys.stdout if images.output else sys.stderr)
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:

@@ -10,7 +10,8 @@ Reads both, and writes the first: a line of JSON for each image:
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,18 @@ def write_predictions(file: Path, predictions: Predictions, scores: Iterable[flo
                 values = np.round(predictions.probabilities[row].astype(float), 6).tolist()
                 content["probabilities"] = dict(zip(predictions.classes, values, strict=True))
             lines.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def folder_label(classes: Collection[str]) -> Callable[[str], str | None]:
+    """Returns what finds the label of an image: the name of its folder, if that is a class."""
+
+    def label(path: str) -> str | None:
+        folder = folder_of(path)
+        return folder if folder in classes else None
+
+    return label
+
+
+def folder_of(path: str) -> str:
+    """The name of the folder that a file lies in."""
+    return path.rpartition(os.sep)[0].rpartition(os.sep)[2]

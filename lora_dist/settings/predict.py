@@ -66,6 +66,12 @@ class Images(Group):
     """JSON Lines or CSV. Default: by the suffix of --output."""
     grid: str | None = None
     """PNG file for a grid of evenly spaced images with their predictions."""
+    labels_file: str | None = None
+    """Text file with the labels of the images in the folder of --images, as for lora_dist.train, to evaluate the
+    predictions. Default: the names of the images' folders, if all of these are classes of the model."""
+    compare_to: str | None = None
+    """File of predictions for the same images, or the directory of a run: print which ones differ, and a paired test.
+    With --grid: a grid of these images."""
     batch_size: Count | None = None
     """Images per forward pass. Default: 32, or 8 on a CPU."""
     num_workers: NonNegativeInt | None = None
@@ -118,7 +124,7 @@ class Serving(Group):
     """Largest number of images per request."""
 
 
-FOR_FILES = ("output", "format", "grid", "num_workers")
+FOR_FILES = ("output", "format", "grid", "num_workers", "labels_file", "compare_to")
 """Settings of `Images` that a server does not use."""
 
 
@@ -196,6 +202,8 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
             yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
         if settings.images.grid:
             yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
+        if settings.images.compare_to:
+            yield Problem(("compare_to", "adapter"), "--compare_to compares the predictions of one adapter")
 
 
 def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
@@ -215,6 +223,8 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     elif not images.images:
         for name in _set(images, *FOR_FILES, "top_k", "batch_size", "device"):
             yield Problem((name, "images"), f"--{name} needs --images")
+    if images.labels_file and len(images.images) != 1:
+        yield Problem(("labels_file", "images"), "the labels are of images in a folder: give this folder alone")
     if not merging.merge_to:
         for name in _set(merging, "merge_tolerance", "dtype"):
             yield Problem((name, "merge_to"), f"--{name} needs --merge_to")
