@@ -84,7 +84,8 @@ def train(settings: Settings, lock: RunLock) -> None:
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
-        evaluation, test = run.evaluate("the final evaluation"), None
+        out_of_fold = assembled.data.fold is not None
+        evaluation, test = run.evaluate("the final evaluation", with_probabilities=out_of_fold), None
         if assembled.data.test is not None:
             evaluator = replace(run.evaluator, split=assembled.data.test, name="test")
             test = run.evaluate("the evaluation on the test data", evaluator)
@@ -113,7 +114,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
     from lora_dist.training.reporting.predictions import write_validation_predictions
-    from lora_dist.training.reporting.report import intervals_of, write_evaluation
+    from lora_dist.training.reporting.report import measured, write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     allow_pixels(settings.data.max_image_pixels)
@@ -141,9 +142,9 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         settings.data,
     )
     with watch.watching():
-        evaluation = evaluator(after_batch=watch.moved)
+        evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)
     if accelerator.is_main_process:
-        metrics = {f"eval_{name}": value for name, value in (evaluation.metrics | intervals_of(evaluation)).items()}
+        metrics = {f"eval_{name}": value for name, value in measured(evaluation).items()}
         print(json.dumps(without_nan(metrics)), flush=True)
         try:
             output.root.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """Accuracy and macro F1 of the images that share a value, such as those of one site or camera."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_dist.metrics.intervals import accuracy_and_macro_f1, bootstrap_intervals
+from lora_dist.metrics.intervals import accuracy_and_macro_f1, bootstrap_intervals, with_interval
 
 FEW = 30
 """Images below which the numbers of a slice say little; such a slice is marked."""
@@ -32,3 +33,24 @@ def slice_metrics(
             "is_small": bool(own.sum() < FEW),
         }
     return found
+
+
+class SliceRow(NamedTuple):
+    """The metrics of a slice as text; `images` says if these are few."""
+
+    column: str
+    value: str
+    accuracy: str
+    macro_f1: str
+    images: str
+
+
+def slice_rows(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[SliceRow]:
+    """Yields the slices of each column, worst accuracy first."""
+    for column, by_value in slices.items():
+        for value, row in sorted(by_value.items(), key=lambda one: one[1]["accuracy"]):
+            few = f", fewer than {FEW}" if row["is_small"] else ""
+            accuracy, macro_f1 = (
+                with_interval(row[name], row.get(f"{name}_interval")) for name in ("accuracy", "macro_f1")
+            )
+            yield SliceRow(column, value, accuracy, macro_f1, f"{row['num_samples']:,} images{few}")

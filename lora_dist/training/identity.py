@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
-_BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "fold": None}
 """What checkpoints of releases without these entries were trained with."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
@@ -60,6 +60,7 @@ def identity_of(
         "seed": settings.run.seed,
         "ema_decay": settings.optimization.ema_decay,
         "effective_batch": plan.effective_batch,
+        "fold": data.fold,
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,
         "classes": list(data.labels),

@@ -1,7 +1,7 @@
 """A run as people see it: what is about to run, the inputs and the worst images as pictures, the numbers as JSON."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.figures import confusion_picture, grid, to_images
 from lora_dist.metrics.intervals import with_interval
+from lora_dist.metrics.slices import slice_rows
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
@@ -37,7 +38,8 @@ def announce(
     trainable, total = parameters
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     logger.info(
-        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes\n"
+        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes"
+        f"{f'; fold {data.fold}' if data.fold else ''}\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
         f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} a process x "
         f"{plan.accumulation} accumulated x {plan.world_size} processes; {precision} on {accelerator.device}"
@@ -73,9 +75,17 @@ def headline(evaluation: Evaluation) -> str:
     return f"accuracy {accuracy}, macro F1 {macro_f1}"
 
 
-def intervals_of(evaluation: Evaluation) -> dict[str, Any]:
-    """The intervals by name, such as `accuracy_interval`, as JSON values."""
-    return {f"{name}_interval": list(interval) for name, interval in evaluation.intervals.items()}
+def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Yields a line for each value of each column."""
+    for row in slice_rows(slices):
+        yield f"{row.column} {row.value}: accuracy {row.accuracy}, macro F1 {row.macro_f1}, {row.images}"
+
+
+def measured(evaluation: Evaluation) -> dict[str, Any]:
+    """The metrics, their intervals (such as `accuracy_interval`) and, if there are any, `slices`, as JSON values."""
+    intervals = {f"{name}_interval": list(interval) for name, interval in evaluation.intervals.items()}
+    slices = {"slices": evaluation.slices} if evaluation.slices else {}
+    return {**evaluation.metrics, **intervals, **slices}
 
 
 def warn_of_chance_level(evaluation: Evaluation) -> None:
@@ -135,7 +145,7 @@ def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str,
 def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
     """Writes the metrics, the report by class and the confusion matrix."""
     content: dict[str, Any] = {
-        "metrics": evaluation.metrics | intervals_of(evaluation),
+        "metrics": measured(evaluation),
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
         "confusion_matrix": _confusion_matrix(evaluation.confusion, labels),
     }

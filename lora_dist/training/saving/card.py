@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from lora_dist.metrics.intervals import with_interval
+from lora_dist.metrics.slices import slice_rows
 from lora_dist.model.license import License
 
 MOST_CLASSES = 100
@@ -109,6 +110,7 @@ def model_card(
         ),
         "",
         *([f"… and {len(labels) - MOST_CLASSES} more.", ""] if len(labels) > MOST_CLASSES else []),
+        *_slices(results),
         "## Settings",
         "",
         "```yaml",
@@ -119,6 +121,17 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _slices(results: Mapping[str, Any]) -> list[str]:
+    """The metrics of each slice of --slice_columns."""
+    lines = []
+    for split, title in (("eval", "validation"), ("test", "test")):
+        rows = list(slice_rows(results.get(f"{split}_slices", {})))
+        if rows:
+            lines += [f"## Slices of the {title} images", "", "| column | value | accuracy | macro F1 | images |"]
+            lines += ["|---|---|---|---|---|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+    return lines
 
 
 def _is_metric(name: str, value: Any) -> bool:

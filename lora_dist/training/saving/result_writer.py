@@ -27,7 +27,7 @@ from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.reporting.predictions import write_validation_predictions
-from lora_dist.training.reporting.report import headline, intervals_of, warn_of_chance_level, write_evaluation
+from lora_dist.training.reporting.report import headline, measured, slice_lines, warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
@@ -126,6 +126,8 @@ class ResultWriter:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             on_test = f"; on the test data {headline(test)}" if test is not None else ""
+            for line in slice_lines(evaluation.slices):
+                tracker.say(line)
             tracker.say(f"{headline(evaluation)}{on_test}; wrote {written}")
             warn_of_chance_level(evaluation)
             tracker.close()
@@ -146,11 +148,11 @@ class ResultWriter:
         trainable, total = self.parameters
         tested: dict[str, Any] = {}
         if test is not None and self.data.test is not None:
-            tested = {f"test_{name}": value for name, value in (test.metrics | intervals_of(test)).items()}
+            tested = {f"test_{name}": value for name, value in measured(test).items()}
             tested |= {"test_samples": test.num_samples, "test_fingerprint": self.data.test.fingerprint()}
             tested["test_per_class"] = dict(zip(self.data.labels, test.per_class, strict=True))
         return {
-            **{f"eval_{name}": value for name, value in (evaluation.metrics | intervals_of(evaluation)).items()},
+            **{f"eval_{name}": value for name, value in measured(evaluation).items()},
             "eval_samples": evaluation.num_samples,
             **tested,
             "train_loss": progress.loss_sum / max(1, progress.loss_count),
