@@ -39,7 +39,7 @@ BATCH_SCRIPTS = {"slurm/train.sbatch", "slurm/sweep.sbatch", "slurm/folds.sbatch
 
 ACCELERATE_FLAGS = {flag.lstrip("-") for flag in launch_command_parser()._option_string_actions}
 OTHER_PROGRAMS = {
-    *("batch", "cpus-per-task", "dependency", "no-requeue", "nodes", "signal", "wrap"),  # Slurm
+    *("array", "batch", "cpus-per-task", "dependency", "no-requeue", "nodes", "signal", "wrap"),  # Slurm
     *("check", "help"),
 }
 """Flags of programs other than ours and accelerate's that the text may name."""

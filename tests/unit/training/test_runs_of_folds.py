@@ -8,6 +8,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 from lora_dist_testing.launching import flags, results_of
+from lora_dist_testing.launching import train as launched
 
 from lora_dist import folds, train
 from lora_dist.metrics.predictions import read_predictions
@@ -15,12 +16,12 @@ from lora_dist.metrics.predictions import read_predictions
 SITES = ("north", "south|west", "south|west")
 
 
-def _run(vit: Path, photos: Path, out: Path, fold: str, *more: object) -> Path:
+def _flags(vit: Path, photos: Path, out: Path, fold: str) -> list[str]:
     labels = out.parent / "labels.csv"
     images = sorted((photos / "train").rglob("*.png"))
     rows = [f"{path.relative_to(photos / 'train')},{path.parent.name},{SITES[n % 3]}" for n, path in enumerate(images)]
     labels.write_text("\n".join(["path,label,site", *rows]))
-    arguments = flags(
+    return flags(
         model_name_or_path=vit,
         train_dir=photos / "train",
         labels_file=labels,
@@ -32,8 +33,12 @@ def _run(vit: Path, photos: Path, out: Path, fold: str, *more: object) -> Path:
         mixed_precision="no",
         max_train_steps=2,
         lora_r=4,
+        lora_dropout=0.0,
     )
-    train.main([*arguments, *map(str, more)])
+
+
+def _run(vit: Path, photos: Path, out: Path, fold: str, *more: object) -> Path:
+    train.main([*_flags(vit, photos, out, fold), *map(str, more)])
     return out
 
 
@@ -117,3 +122,13 @@ def test_a_run_resumes_its_own_fold(
     _run(vit, photos, out, "1/3", *resume)
     assert results_of(out)["step"] == 3
     assert json.loads((out / "split.json").read_text()) == json.loads((runs[0] / "split.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_predictions_of_one(runs: list[Path], vit: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    launched(*_flags(vit, photos, out, "1/3"), "--per_device_train_batch_size", 4, launch_file="ddp_cpu.yaml")
+    one, two = read_predictions(runs[0]), read_predictions(out)
+    assert (one.paths, one.given, one.predicted) == (two.paths, two.given, two.predicted)
+    assert one.probabilities is not None
+    np.testing.assert_allclose(two.probabilities, one.probabilities, atol=1e-4)
