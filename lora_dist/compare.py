@@ -22,12 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("first", metavar="FIRST", help=what)
     parser.add_argument("second", metavar="SECOND", help=what)
     arguments = parser.parse_args(argv_or(argv))
-    from lora_dist.metrics.predictions import folder_label, read_predictions
+    from lora_dist.metrics.predictions import folder_label_by_predictions, read_predictions
     from lora_dist.metrics.report import comparison_lines, paired
 
     first, second = read_predictions(arguments.first), read_predictions(arguments.second)
-    label_of = folder_label({name for name in (*first.predicted, *second.predicted) if name is not None})
-    for line in comparison_lines(paired(first, second), (arguments.first, arguments.second), label_of):
+    pair = paired(first, second)
+    label_of = folder_label_by_predictions(pair.first, pair.second)
+    for line in comparison_lines(pair, (arguments.first, arguments.second), label_of):
         print(line)
 
 

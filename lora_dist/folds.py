@@ -147,10 +147,16 @@ def table(runs: Sequence[Run]) -> Iterator[str]:
     yield "|---|" + "---|" * (len(runs) + 2)
     for name in runs[0].results:
         values = [run.results[name] for run in runs if isinstance(run.results.get(name), float)]
-        if name.startswith(_METRIC) and len(values) == len(runs):
-            deviation = f"{stdev(values):.4f}" if len(values) > 1 else ""
-            shown = " | ".join(f"{value:.4f}" for value in values)
-            yield f"| {name.removeprefix(_METRIC)} | {mean(values):.4f} | {deviation} | {shown} |"
+        if name.startswith(_METRIC) and values:
+            # A loss that is not finite is null.
+            whole = len(values) == len(runs)
+            numbers = [mean(values) if whole else None, stdev(values) if whole and len(values) > 1 else None]
+            cells = (_cell(number) for number in (*numbers, *(run.results.get(name) for run in runs)))
+            yield f"| {name.removeprefix(_METRIC)} | {' | '.join(cells)} |"
+
+
+def _cell(number: float | None) -> str:
+    return "" if number is None else f"{number:.4f}"
 
 
 if __name__ == "__main__":

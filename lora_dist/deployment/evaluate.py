@@ -14,7 +14,7 @@ from lora_dist.figures import grid
 from lora_dist.metrics.predictions import (
     Predictions,
     folder_label,
-    folder_of,
+    no_label,
     predictions_of,
     read_predictions,
 )
@@ -49,7 +49,7 @@ class Evaluation:
     def seen(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yields the rows, which are those of all files in order, for one adapter after the other."""
         for row in rows:
-            if self._label_of is not _no_label or self._other:
+            if self._label_of is not no_label or self._other:
                 label = row.top_k[0][0] if row.error is None else None
                 number = _UNREADABLE if label is None else self._names.setdefault(label, len(self._names))
                 self._predicted.setdefault(row.adapter, array("i")).append(number)
@@ -98,10 +98,6 @@ class Evaluation:
         return True
 
 
-def _no_label(_: str) -> None:
-    return None
-
-
 def _labels_of(settings: Images, files: Sequence[str], classes: Collection[str]) -> Callable[[str], str | None]:
     """Returns what finds the label of an image by its path."""
     if settings.labels_file:
@@ -112,5 +108,4 @@ def _labels_of(settings: Images, files: Sequence[str], classes: Collection[str])
                 f"--labels_file {settings.labels_file}: labels that are no classes of the model: {', '.join(unknown)}"
             )
         return {path: listed.classes[label] for path, label in zip(listed.paths, listed.labels, strict=True)}.get
-    folders = {folder_of(path) for path in files}
-    return folder_label(classes) if len(folders) > 1 and folders <= set(classes) else _no_label
+    return folder_label(files, classes)

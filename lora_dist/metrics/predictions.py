@@ -134,14 +134,28 @@ def write_predictions(file: Path, predictions: Predictions, scores: Iterable[flo
             lines.write(json.dumps(content, ensure_ascii=False) + "\n")
 
 
-def folder_label(classes: Collection[str]) -> Callable[[str], str | None]:
-    """Returns what finds the label of an image: the name of its folder, if that is a class."""
+def no_label(_: str) -> None:
+    """What finds the label of an image where none is known."""
+    return None
 
-    def label(path: str) -> str | None:
-        folder = folder_of(path)
-        return folder if folder in classes else None
 
-    return label
+def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[str], str | None]:
+    """Returns what finds the label of an image by its path: the name of its folder.
+
+    Folders are labels if there are at least two, and all of them are classes.
+    """
+    folders = {folder_of(path) for path in paths}
+    return folder_of if len(folders) > 1 and folders <= set(classes) else no_label
+
+
+def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
+    """As `folder_label`, of models whose classes are known by their predictions alone.
+
+    A class that is never predicted is known by its folder, if all predicted classes have folders.
+    """
+    predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
+    folders = {folder_of(path) for path in first.paths}
+    return folder_label(first.paths, predicted | folders if predicted <= folders else predicted)
 
 
 def folder_of(path: str) -> str:

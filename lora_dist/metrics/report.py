@@ -141,7 +141,7 @@ def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str
         yield f"    and {len(different) - _DISAGREEMENTS:,} more"
     labelled = [row for row, label in enumerate(given) if label is not None]
     if not labelled:
-        yield "no paired test: no label of an image is known"
+        yield "no paired test: no label is known, and the images' folders are not named after the predicted classes"
         return
     yield from _test_lines(first.select(labelled), second.select(labelled), [given[row] for row in labelled], names)
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from lora_dist.errors import UserError
-from lora_dist.metrics.predictions import FILE, Predictions, read_predictions, write_predictions
+from lora_dist.metrics.predictions import (
+    FILE,
+    Predictions,
+    folder_label,
+    folder_label_by_predictions,
+    predictions_of,
+    read_predictions,
+    write_predictions,
+)
 
 SOME = Predictions(
     ["a/1.png", "b/ü \n.png"], ["a", None], ["a", "b"], ["p1", None], ["a", "b"], np.array([[0.75, 0.25], [0.5, 0.5]])
@@ -47,3 +55,23 @@ def test_other_files_are_refused(text: str, problem: str, tmp_path: Path) -> Non
         read_predictions(tmp_path / "file.jsonl")
     with pytest.raises(UserError, match="No such file"):
         read_predictions(tmp_path / "none.jsonl")
+
+
+def _rows(**predicted: str) -> Predictions:
+    rows = ({"path": path.replace("_", "/") + ".png", "label": label} for path, label in predicted.items())
+    return predictions_of(rows)
+
+
+def test_folders_are_labels_if_they_are_classes() -> None:
+    two = _rows(a_1="a", b_1="a")
+    assert folder_label(two.paths, ["a", "b", "c"])("b/1.png") == "b"
+    assert folder_label(two.paths, ["a", "c"])("a/1.png") is None
+    assert folder_label(two.paths[:1], ["a", "b"])("a/1.png") is None
+
+
+def test_a_class_that_is_never_predicted_counts_as_one() -> None:
+    """Without it, only images of predicted classes would be compared."""
+    label_of = folder_label_by_predictions(_rows(a_1="a", b_1="a", c_1="b"), _rows(a_1="a", b_1="a", c_1="a"))
+    assert label_of("c/1.png") == "c"
+    label_of = folder_label_by_predictions(_rows(a_1="a", misc_1="b"), _rows(a_1="a", misc_1="a"))
+    assert label_of("a/1.png") is None
