@@ -12,13 +12,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from lora_dist.demo import local_path
+from lora_dist.metrics.predictions import read_predictions
 
 CLASSES = 10
+SUREST = 40
 
 
 def write_flipped(directory: Path, share: float, seed: int) -> set[str]:
@@ -45,8 +48,9 @@ def _run(module: str, *arguments: object, codes: tuple[int, ...] = (0,)) -> None
         raise SystemExit(f"{module}: {result.stderr}")
 
 
-def found_by_audit(directory: Path, folds: int, epochs: float) -> set[str]:
-    """Trains on each fold, gathers the predictions, and returns the paths whose labels the audit finds likely wrong."""
+def found_by_audit(directory: Path, folds: int, epochs: float) -> list[str]:
+    """Trains on each fold, gathers the predictions, and returns the paths whose labels the audit finds likely wrong,
+    the surest first."""
     data, runs = directory / "digits", [directory / f"fold-{number}" for number in range(1, folds + 1)]
     flags = (
         "--model_name_or_path",
@@ -66,11 +70,17 @@ def found_by_audit(directory: Path, folds: int, epochs: float) -> set[str]:
     predictions = ("--predictions", directory / "out_of_fold.jsonl", "--output_dir", directory / "audit")
     _run("lora_dist.audit", "--train_dir", data, *predictions, codes=(3, 4))
     report = json.loads((directory / "audit" / "report.json").read_text(encoding="utf-8"))
-    return {one["files"][0]["path"] for one in report["findings"] if one["kind"] == "label_issue"}
+    return [one["files"][0]["path"] for one in report["findings"] if one["kind"] == "label_issue"]
+
+
+def row(name: str, listed: Collection[str], flipped: set[str]) -> str:
+    """A row of the table in docs/labels.md."""
+    right = len(flipped.intersection(listed))
+    return f"| {name} | {len(listed)} | {right / len(listed):.3f} | {right / len(flipped):.3f} |"
 
 
 def main() -> None:
-    """Prints precision and recall."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
@@ -82,9 +92,12 @@ def main() -> None:
         directory = arguments.keep or Path(temporary)
         flipped = write_flipped(directory / "digits", arguments.share, arguments.seed)
         found = found_by_audit(directory, arguments.folds, arguments.epochs)
-    right = len(found & flipped)
-    row = {"flipped": len(flipped), "listed": len(found), "flipped_and_listed": right}
-    print(json.dumps(row | {"precision": round(right / len(found), 3), "recall": round(right / len(flipped), 3)}))
+        predictions = read_predictions(directory / "out_of_fold.jsonl")
+    pairs = zip(predictions.paths, predictions.given, predictions.predicted, strict=True)
+    print("| listed | images | precision | recall |\n|---|---|---|---|")
+    print(row("likely wrong", found, flipped))
+    print(row(f"the {SUREST} surest of these", found[:SUREST], flipped))
+    print(row("all whose predicted class is another one", [one for one, a, b in pairs if a != b], flipped))
 
 
 if __name__ == "__main__":
