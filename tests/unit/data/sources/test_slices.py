@@ -43,6 +43,7 @@ def test_columns_of_a_data_set(tmp_path: Path) -> None:
     held_out = load_data(DataSettings(**settings, slice_columns=["site"]), seed=0).validation
     sites = ["north", "south", "west"]
     assert held_out.slices["site"].tolist() == [sites[row % 3] for row in held_out.table_rows]
+    assert held_out.names() == [f"row {row}" for row in held_out.table_rows]
     split = DataSettings(**settings, validation_split="validation", slice_columns=["site"])
     assert load_data(split, seed=0).validation.slices["site"].tolist() == sites * 3
     assert load_validation(split, 0, ["a", "b"]).slices["site"].tolist() == sites * 3
