@@ -105,7 +105,8 @@ def read_labels_file(
         path = path_of(row.path)
         if path is None:
             if not _is_excluded(os.path.join(directory, row.path), excluded):
-                problems["files that do not exist"].append(f"line {row.line}: {row.path}")
+                header = " (if that is a header, name its columns with --image_column_name and --label_column_name)" if row.line == 1 else ""
+                problems["files that do not exist"].append(f"line {row.line}: {row.path}{header}")
             continue
         if not visible_name(row.label):
             problems["lines without a label"].append(f"line {row.line}: {row.path}")
