@@ -5,7 +5,7 @@ and getting whole tensors in and out where parameters or moments are sharded. We
 from every engine, so that a checkpoint of one goes into another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -44,8 +44,17 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss`, summed over processes, to that of the update."""
 
-    def step(self, max_grad_norm: float) -> float:
-        """Clips the gradient (0: not at all) and makes the update. Returns the norm before clipping.
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
+        """Clips the gradient (0: not at all). Returns float32 [N] on the device: what `step` needs on the host.
+
+        Engines that clip within `step` return no numbers.
+        """
+
+    def step(self, read: Sequence[float]) -> float:
+        """Makes the update with the clipped gradient. Returns the gradient's norm before clipping.
+
+        Args:
+            read: what `clip_gradient` returned, read from the device.
 
         Raises:
             ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ class TorchEngine:
             self.model, self._optimizer = accelerator.prepare(model, optimizer, device_placement=[moves, None])
         self.unwrapped = accelerator.unwrap_model(self.model)
         self._statistics = RunningStatistics(self.unwrapped)
+        self._skipped = False
 
     def begin_update(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -55,24 +56,35 @@ class TorchEngine:
         # DDP and FSDP average gradients over processes; here they are to be summed.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self, max_grad_norm: float) -> float:
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         # Not accelerate's own clipping, which under FSDP2 unscales the gradients of every optimizer twice (1.15).
         self.accelerator.unscale_gradients(self._optimizer)
-        norm = float(_whole(clip_grad_norm_(parameters, max_grad_norm or math.inf)))
-        if self.accelerator.scaler is None and not math.isfinite(norm):
+        norm = _whole(clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        return norm.float()[None].to(self.accelerator.device)
+
+    def step(self, read: Sequence[float]) -> float:
+        (norm,) = read
+        finite = math.isfinite(norm)
+        if self.accelerator.scaler is None and not finite:
             raise ArithmeticError
         self._optimizer.step()
+        # accelerate (1.15) does not notice that a fused optimizer has left the update out.
+        self._skipped = not finite
         self._statistics.keep()
         return norm
 
     def drop_update(self) -> bool:
         self._optimizer.zero_grad()
         self._statistics.restore()
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            # It has unscaled the gradient, and expects an update now. The scale stays.
+            scaler.update(scaler.get_scale())
         return True
 
     def was_skipped(self) -> bool:
-        return self.accelerator.optimizer_step_was_skipped
+        return self._skipped
 
     def trainable_state(self) -> dict[str, Tensor]:
         self._reshard()

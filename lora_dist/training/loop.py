@@ -1,6 +1,6 @@
 """The training loop: updates, logs, evaluations and saves in the order in which they happen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import count
 
@@ -60,7 +60,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
                     gradient = run.begin_update(step, before_exchange=lambda: _wait_for_others(run, progress, meter))
                     for batch in gradient.loaded(_reported(run, step, stream)):
                         gradient.backward(batch)
-                    update: Update | NonFiniteLossError = gradient.step(max_grad_norm)
+                    update: Update | NonFiniteLossError = gradient.step(max_grad_norm, run.preemption.requests())
                     if run.average is not None:
                         run.average.update(step)
             except NonFiniteLossError as error:
@@ -69,7 +69,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
             _count(run, progress, meter, update)
             if progress.step % run.settings.run.logging_steps == 0:
                 _log(run, progress, meter)
-            save_requested = _check_requests(run, progress)
+            save_requested = _check_requests(run, progress, update.requests)
             _evaluate_and_save(run, progress, meter, push_best, save_requested)
             if save_requested:
                 run.preemption.saved()
@@ -155,10 +155,10 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     run.tracker.advance(progress.step, progress.mean_loss, meter.samples_per_second)
 
 
-def _check_requests(run: TrainingRun, progress: Progress) -> bool:
+def _check_requests(run: TrainingRun, progress: Progress, requests: Sequence[float]) -> bool:
     """Returns whether a checkpoint was requested. If a stop was requested, saves and re-raises."""
     try:
-        return run.preemption.check()
+        return run.preemption.check(requests)
     except StopRequested:
         run.save(progress)
         raise
