@@ -137,7 +137,7 @@ def describe(
         for step in range(first_step + 1, schedule.total_steps + 1)
     )
     training, evaluation = steps * measured.update_seconds, (evaluations + 1) * measured.evaluation_seconds
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    precision = "fp32" if run.precision == "no" else run.precision
     root = run.checkpointer.directory.parent
     rows = [
         ("data", f"{len(data.train):,} training and {len(data.validation):,} validation images"),

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
-_BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "base_dtype": "float32"}
 """What checkpoints of releases without these entries were trained with."""
-MODEL = ("pooling", "image_size")
+MODEL = ("pooling", "image_size", "base_dtype")
 """Settings that decide how the base is loaded."""
 _BOOKKEEPING = {
     "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
@@ -57,6 +57,7 @@ def identity_of(
         "tuning": tuning,
         "pooling": base.pooling,
         "image_size": base.image_size and list(base.image_size),
+        "base_dtype": settings.model.base_dtype,
         "seed": settings.run.seed,
         "ema_decay": settings.optimization.ema_decay,
         "effective_batch": plan.effective_batch,
