@@ -109,6 +109,14 @@ def engine_name(accelerator: Accelerator) -> str:
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
+def fuses(accelerator: Accelerator) -> bool:
+    """Whether the optimizer of this launch is to be a fused one: on CUDA, where it makes no more than one kernel.
+
+    On a CPU it would give other bits than it did. DeepSpeed has its own way of restoring the optimizer's state.
+    """
+    return accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
+
+
 def on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Moves a model to the device of this process. On a CPU it stays: torch would copy it from `cpu` to `cpu:0`."""
     return model if accelerator.device.type == "cpu" else model.to(accelerator.device)

@@ -63,7 +63,8 @@ class ModelSettings(Group):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and takes about a third more time."""
     torch_compile: bool = False
-    """Compile the model with torch.compile. The first step is slow; later steps are faster on a GPU only."""
+    """Compile the repeated blocks of the model with torch.compile. The first step is slow; later steps are faster on a
+    GPU only."""
     trust_remote_code: bool = False
     """Run model code that comes with the base model. Use only with sources that you trust."""
 

@@ -14,7 +14,7 @@ from lora_dist.errors import TrainingStoppedError
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.evaluation import Evaluation, NothingToEvaluateError
-from lora_dist.training.failures import out_of_memory_explained, saved_on_failure
+from lora_dist.training.failures import saved_on_failure, update_explained
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun
@@ -56,7 +56,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
             step = progress.step
             meter.start_update()
             try:
-                with out_of_memory_explained(step):
+                with update_explained(step):
                     gradient = run.begin_update(step, before_exchange=lambda: _wait_for_others(run, progress, meter))
                     for batch in gradient.loaded(_reported(run, step, stream)):
                         gradient.backward(batch)
