@@ -103,8 +103,8 @@ def test_ddp_does_not_write_frozen_weights(vit: Path) -> None:
         for start, ignores in (("default", True), ("pissa", False)):
             lora = LoraSettings(lora_r=2, init_lora_weights=start, lora_target_modules=["all-linear"])
             model = make_trainable(load_base(str(vit), ["x", "y"]), ModelSettings(), lora)
-            leave_frozen_out(model)
             model.register_buffer("frozen_statistics", torch.zeros(1))
+            leave_frozen_out(model)
             frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
             frozen |= {name for name, _ in model.named_buffers()}
             ignored = nn.parallel.DistributedDataParallel(model).parameters_to_ignore
@@ -147,9 +147,9 @@ def test_fused_and_plain_adamw_go_on_from_each_others_state(channels_last: bool)
 
 def test_a_fused_optimizer_that_skips_an_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate does not notice it (1.15)."""
-    model, engine = _convolutions(fused=True)
-    monkeypatch.setattr(engine.accelerator, "scaler", torch.amp.GradScaler("cpu"))
-    monkeypatch.setattr(engine._optimizer, "scaler", engine.accelerator.scaler)
+    model, accelerator = nn.Conv2d(3, 4, 3), launch("no")
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    engine = TorchEngine(accelerator, model, torch.optim.AdamW(model.parameters(), fused=True))
     monkeypatch.setitem(engine.accelerator.state.__dict__, "_mixed_precision", "fp16")
     monkeypatch.setattr(engine.accelerator, "native_amp", True)
     before = engine.trainable_state()
