@@ -13,6 +13,7 @@ RENAMED = {
     "fp16": "mixed_precision fp16",
     "full_determinism": "deterministic",
     "logging_strategy": "logging_steps",
+    "lr": "learning_rate",
     "max_steps": "max_train_steps",
     "save_steps": "checkpointing_steps",
     "save_strategy": "checkpointing_steps",
