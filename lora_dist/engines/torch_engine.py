@@ -118,7 +118,9 @@ class TorchEngine:
         for key, value in moments.items():
             moment, _, name = key.partition("/")
             by_parameter.setdefault(name, {})[moment] = value
-        fused = {parameter for group in self._optimizer.param_groups if group["fused"] for parameter in group["params"]}
+        fused = {
+            parameter for group in self._optimizer.param_groups if group.get("fused") for parameter in group["params"]
+        }
         for name, parameter in self.unwrapped.named_parameters():
             if name in by_parameter:
                 # AdamW keeps the count of steps on the host, unless it is fused.

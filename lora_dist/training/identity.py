@@ -26,7 +26,7 @@ LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", 
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
 _BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "base_dtype": "float32"}
 """What checkpoints of releases without these entries were trained with."""
-MODEL = ("pooling", "image_size", "base_dtype")
+MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
 _BOOKKEEPING = {
     "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
