@@ -28,7 +28,7 @@ def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base, down, up = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
     tensors = [x, base.weight, base.bias, down, up]
     autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     dropout = layer.lora_dropout[name]
     rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

@@ -7,6 +7,7 @@ with torch.profiler, and prints each kind's share of the time of all operators, 
 """
 
 import argparse
+import re
 from collections import defaultdict
 
 import torch
@@ -25,24 +26,22 @@ from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.step import GradientAccumulator, make_update
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "linear", "mkldnn_linear", "baddbmm"),
-    "attention": ("flash_attention",),
-    "GELU": ("gelu",),
-    "layer norms": ("layer_norm",),
-    "patch embedding": ("convolution",),
-    "dropout masks": ("random_", "bernoulli_", "le_", "masked"),
-    "additions, products, copies": ("add", "mul", "copy_", "div", "cat", "sum", "fill_", "zero_", "clone", "to"),
+    "matrix products": r"^(mm|addmm|bmm|baddbmm|linear|mkldnn_linear)",
+    "attention": r"attention",
+    "GELU": r"gelu",
+    "layer norms": r"layer_norm",
+    "patch embedding": r"convolution",
+    "dropout masks": r"^(random_|bernoulli_|le_)",
+    "AdamW": r"^(sqrt|addcdiv|lerp|_foreach|_fused)",
+    "additions, products, copies": r"^(add|addcmul|sub|mul|div|copy|cat|sum|fill|zero|clone)_?$",
 }
-"""Parts of the names of operators; the first kind that fits counts."""
+"""Patterns of the names of operators; the first kind that fits counts."""
 
 
 def kind_of(operator: str) -> str:
     """The kind of an operator, such as `aten::addmm`."""
     name = operator.partition("::")[2]
-    for kind, parts in KINDS.items():
-        if name in parts or any(part in name for part in parts if len(part) > 4):
-            return kind
-    return "additions, products, copies" if name.rstrip("_") in KINDS["additions, products, copies"] else "other"
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
 
 
 def main() -> None:
