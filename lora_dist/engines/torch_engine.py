@@ -205,7 +205,7 @@ def order_for_convolutions(model: nn.Module) -> None:
     Convolutions then hand on their output in this order. A transformer with one convolution, for its patches, stays.
     """
     if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
 
 
 def leave_frozen_out(model: nn.Module) -> None:

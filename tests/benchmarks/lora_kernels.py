@@ -74,7 +74,8 @@ def measure(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[int, int]
 def main() -> None:
     """Prints a table."""
     torch.is_autocast_enabled = lambda *_: False  # The meta device does not know it.
-    config = ViTConfig(num_labels=101)
+    config = ViTConfig()
+    config.num_labels = 101
     with torch.device("meta"):
         pixels, labels = torch.empty(1, 3, 224, 224), torch.zeros(1, dtype=torch.int64)
         base = ViTForImageClassification(config)
