@@ -23,7 +23,7 @@ from lora_dist.data.sources.split import Split
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.adapters import adapted_layers
-from lora_dist.model.trainable import count_parameters, make_trainable
+from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.preemption import Preemption
@@ -109,6 +109,7 @@ def assemble(
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
     with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
+    steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
     model = make_trainable(base, settings.model, settings.lora)
     if settings.model.tuning == "lora":
         logger.info("LoRA adapts %s", adapted_layers(model))
@@ -126,7 +127,7 @@ def assemble(
             require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads)
+    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads, steps)
     train = data.train
     if settings.data.balanced_sampling and isinstance(train, Split):
         train = OversampledSplit(train)
