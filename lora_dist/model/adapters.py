@@ -21,6 +21,7 @@ from lora_dist.model import adapter_io, lora_layer
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.head import is_in
 from lora_dist.model.legacy_names import LegacyNames, current_names
+from lora_dist.model.norms import norm_layers
 from lora_dist.model.targets import patterns, resolve_pattern, resolve_targets, selected, targets_in
 from lora_dist.settings.train import LoraSettings
 
@@ -48,6 +49,7 @@ def inject(
     if blocks is not None:
         targets = targets_in(targets, blocks, model)
     layers = selected(targets, model)
+    whole = [*heads, *(norm_layers(model, heads) if settings.train_norms else ())]
     if settings.init_lora_weights == "orthogonal":
         # PEFT would give convolutions matrices of the wrong shape.
         for name in layers:
@@ -64,7 +66,7 @@ def inject(
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
-        modules_to_save=list(heads),
+        modules_to_save=whole,
     )
     try:
         adapted = get_peft_model(model, config)
@@ -73,7 +75,7 @@ def inject(
             f"{type(model).__name__} cannot be adapted with these LoRA settings: {error} "
             f"(for example, --init_lora_weights pissa supports linear layers only)"
         ) from error
-    _freeze_others(adapted, heads)
+    _freeze_others(adapted, whole)
     lora_layer.speed_up(adapted)
     return adapted
 
@@ -286,7 +288,7 @@ def plain_parameter(name: str) -> str:
 
 
 def _freeze_others(model: PeftModel, heads: Sequence[str]) -> None:
-    """Freezes what PEFT made trainable besides the heads: it compares the endings of names.
+    """Freezes what PEFT made trainable besides the heads and chosen norms: it compares the endings of names.
 
     PoolFormer's head `norm` selects the norms of all its blocks. Their unchanged copies stay in the adapter's file.
 

@@ -19,6 +19,7 @@ from lora_dist.model.bundle import AdapterBundle, read_bundle
 from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
 from lora_dist.model.image_size import resize_processor
+from lora_dist.model.norms import saves_norms
 from lora_dist.model.targets import (
     fitting_pattern,
     pattern_value,
@@ -138,6 +139,7 @@ def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:
         "lora_rank_pattern": fitting_pattern(config.rank_pattern, adapted),
         "lora_alpha_pattern": fitting_pattern(config.alpha_pattern, adapted),
         "lora_bias": config.bias,
+        "train_norms": saves_norms(config.modules_to_save or (), base.model, base.heads),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
     }
@@ -150,8 +152,8 @@ def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:
         wanted = _targets(base, given, adapted)
         if wanted != set(adapted):
             problems.append(
-                f"--lora_target_modules {','.join(given.lora_target_modules)} and --layers_to_transform select "
-                f"{len(wanted)} modules, such as {min(wanted)}; the adapter has {len(adapted)}, such as {adapted[0]}"
+                f"{_selection(given)} selects {len(wanted)} modules, such as {min(wanted)}; the adapter has "
+                f"{len(adapted)}, such as {adapted[0]}"
             )
     if problems:
         lines = [f"these settings differ from the adapter in {directory}; leave them out:", *problems]
@@ -166,6 +168,16 @@ def _is_same(name: str, given: Any, found: Any, adapted: Sequence[str]) -> bool:
         return bool(given == found)
     resolved = resolve_pattern(given, adapted, name)
     return all(pattern_value(resolved, layer) == pattern_value(found, layer) for layer in adapted)
+
+
+def _selection(given: LoraSettings) -> str:
+    """The flags that select modules."""
+    blocks = given.layers_to_transform
+    flags = {
+        "lora_target_modules": ",".join(given.lora_target_modules),
+        "layers_to_transform": blocks if isinstance(blocks, str) else ",".join(map(str, blocks or ())),
+    }
+    return " ".join(f"--{name} {value}" for name, value in flags.items() if name in given.model_fields_set)
 
 
 def _targets(base: Base, given: LoraSettings, adapted: Sequence[str]) -> set[str]:

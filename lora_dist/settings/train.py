@@ -57,6 +57,9 @@ class ModelSettings(Group):
     image_size: ImageSize | None = Field(default=None, json_schema_extra=SEVERAL)
     """Height and width of the images, or one number for both. Position embeddings of the base model are interpolated.
     Default: the size of its image processor. The model records it."""
+    drop_path: Fraction | None = None
+    """Highest rate of stochastic depth in training, for architectures that have it: the share of samples for which a
+    branch of a block is left out. Default: that of the base model's configuration."""
     init_from_config: bool = False
     """Start from random weights: reads only the configuration and processor of the base model. Needs --tuning full."""
     gradient_checkpointing: bool = False
@@ -92,6 +95,8 @@ class LoraSettings(Group):
     """Other values than --lora_alpha for some modules, as --lora_rank_pattern."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Biases to train."""
+    train_norms: bool = False
+    """Train the norm layers as well, in full. The adapter contains them."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
     use_dora: bool = False
@@ -389,6 +394,10 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
     if optimization.layer_decay != 1 and model.tuning == "head":
         yield Problem(
             ("layer_decay", "tuning"), "only the head trains, whose rate does not decay: remove --layer_decay"
+        )
+    if settings.lora.train_norms and model.tuning != "lora":
+        yield Problem(
+            ("train_norms", "tuning"), "norms are trained beside LoRA or with all weights: remove one of them"
         )
     if optimization.optim == "adamw_torch" and "momentum" in optimization.model_fields_set:
         yield Problem(("momentum", "optim"), "AdamW has --adam_beta1 instead: remove --momentum, or add --optim sgd")

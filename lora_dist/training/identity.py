@@ -22,10 +22,12 @@ from lora_dist.training.saving.output import Output, read_settings
 logger = logging.getLogger(__name__)
 
 TARGETS = "lora_target_modules"
-PATTERNS: dict[str, Any] = {"lora_rank_pattern": {}, "lora_alpha_pattern": {}, "layers_to_transform": None}
-LORA = ("lora_r", "lora_alpha", *PATTERNS, TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
+_LATER: dict[str, Any] = {
+    "lora_rank_pattern": {}, "lora_alpha_pattern": {}, "layers_to_transform": None, "train_norms": False
+}  # fmt: skip
+LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights", *_LATER)
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
-_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "optim": "adamw_torch", **PATTERNS}
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "optim": "adamw_torch", **_LATER}
 """What checkpoints of releases without these entries were trained with."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
