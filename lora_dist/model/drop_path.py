@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lora_dist.errors import UserError
@@ -24,8 +25,11 @@ def with_rate(config: Any, rate: float) -> Any:
     before = getattr(own, RATE, None)
     if not isinstance(before, int | float):
         why = "it has a rate for each stage" if before is not None else f"its configuration has no {RATE}"
-        raise UserError(f"--drop_path: a {own.model_type} model has no stochastic depth to set: {why}")
-    setattr(own, RATE, rate)
+        raise UserError(f"--drop_path: a {own.model_type} model has no stochastic depth that can be set: {why}")
+    try:
+        setattr(own, RATE, rate)
+    except StrictDataclassError as error:
+        raise UserError(f"--drop_path: the {RATE} of a {own.model_type} model is a whole number") from error
     return before
 
 

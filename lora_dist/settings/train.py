@@ -399,11 +399,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(
             ("train_norms", "tuning"), "norms are trained beside LoRA or with all weights: remove one of them"
         )
-    if optimization.optim == "adamw_torch" and "momentum" in optimization.model_fields_set:
-        yield Problem(("momentum", "optim"), "AdamW has --adam_beta1 instead: remove --momentum, or add --optim sgd")
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if optimization.optim == "sgd" and name in optimization.model_fields_set:
-            yield Problem((name, "optim"), f"SGD has no such setting: remove --{name}")
+    for name in ("momentum",) if optimization.optim == "adamw_torch" else ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(optimization, name) != OptimizationSettings.model_fields[name].default:
+            yield Problem((name, "optim"), f"{optimization.optim} does not use --{name}: remove one of them")
     learning_rate = settings.with_default_learning_rate().optimization.learning_rate
     if optimization.min_lr > learning_rate:
         yield Problem(("min_lr", "learning_rate"), f"the minimum exceeds the learning rate of {learning_rate:g}")

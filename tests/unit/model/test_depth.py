@@ -33,7 +33,7 @@ SWIN = {
     "swin.encoder.layers.0.blocks.0.attention.q_proj.weight": 4,
     "swin.encoder.layers.0.blocks.1.attention.q_proj.weight": 3,
     "swin.encoder.layers.0.downsample.reduction.weight": 2,
-    "swin.encoder.layers.1.blocks.0.attention.relative_position_bias_table": 2,
+    "swin.encoder.layers.1.blocks.0.layernorm_before.weight": 2,
     "swin.encoder.layers.1.blocks.1.attention.q_proj.weight": 1,
     "swin.layernorm.bias": 1,
     "classifier.bias": 0,

@@ -81,13 +81,13 @@ def test_flags_of_trainer_are_answered_with_the_flags_of_this_command(folder: Pa
         "--bf16",
         *flags(save_steps=500),
         "--eval-strategy=steps",
-        *flags(optim="adamw_torch", learning_rat=1),
+        *flags(overwrite_output_dir="true", learning_rat=1),
     )
     assert message.splitlines()[1:] == [
         "  --bf16: unknown flag; use --mixed_precision bf16",
         "  --save_steps: unknown flag; use --checkpointing_steps",
         "  --eval_strategy: unknown flag; use --eval_steps",
-        "  --optim: unknown flag; remove it: the optimizer is always AdamW",
+        "  --overwrite_output_dir: unknown flag; remove it: runs do not overwrite each other; use another --output_dir",
         "  --learning_rat: unknown flag; did you mean --learning_rate?",
     ]
 
