@@ -42,7 +42,9 @@ def restore_rate(model: Any, before: Any, rate: float) -> None:
     if rate > 0 and not any(_drops(module) for module in model.modules()):
         raise UserError(f"--drop_path: {type(model).__name__} has no stochastic depth, whatever its configuration says")
     if model.config.model_type == MODEL_TYPE:
-        model.config.model_args = before
+        # The arguments may have got another image size since.
+        others = {name: value for name, value in model.config.model_args.items() if name != RATE}
+        model.config.model_args = others | ({RATE: before[RATE]} if before and RATE in before else {}) or before
     else:
         setattr(_own(model.config), RATE, before)
 

@@ -48,6 +48,12 @@ def test_the_backbone_inside_and_another_image_size_have_the_rate(tmp_path: Path
     resized = load_base(str(make_model(tmp_path / "swin", "swin")), ["x", "y"], drop_path=0.5, image_size=(64, 64))
     assert max(_rates(resized.model)) == 0.5
     assert resized.model.config.drop_path_rate == 0.1
+    pytest.importorskip("timm")
+    timm_vit = str(make_checkpoint(tmp_path / "timm", "timm vit"))
+    size: Any = {"image_size": (64, 64)}
+    resized, plain = load_base(timm_vit, ["x", "y"], drop_path=0.5, **size), load_base(timm_vit, ["x", "y"], **size)
+    assert max(_rates(resized.model)) == 0.5
+    assert resized.model.config.to_dict() == plain.model.config.to_dict()
 
 
 @pytest.mark.parametrize(
