@@ -36,7 +36,7 @@ from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.class_weights import make_loss
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
-from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.optimizer import count_moments, make_optimizer
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
 from lora_dist.training.run import TrainingRun, is_over
@@ -120,7 +120,11 @@ def assemble(
         settings = settings.model_copy(update={"optimization": fitting})
     parameters = count_parameters(model)
     sizes = Sizes.of(
-        model, settings.model.tuning == "full", options.save_total_limit, settings.optimization.ema_decay is not None
+        model,
+        settings.model.tuning == "full",
+        options.save_total_limit,
+        settings.optimization.ema_decay is not None,
+        count_moments(settings.optimization),
     )
     with problems.collect():
         if accelerator.is_main_process:

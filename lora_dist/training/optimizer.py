@@ -9,6 +9,11 @@ from lora_dist.model.adapters import is_head, is_lora_b, plain_parameter
 from lora_dist.settings.train import OptimizationSettings
 
 
+def count_moments(settings: OptimizationSettings) -> int:
+    """Returns how many tensors the optimizer keeps for each parameter."""
+    return 2 if settings.optim == "adamw_torch" else int(settings.momentum > 0)
+
+
 def make_optimizer(
     model: nn.Module,
     settings: OptimizationSettings,
