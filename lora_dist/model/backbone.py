@@ -14,7 +14,7 @@ from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
-from lora_dist.model.drop_path import restore_rate, with_rate
+from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.input_check import require_fit
@@ -111,6 +111,8 @@ def load_base(
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         # For a missing name, an unreachable Hub, an unsupported architecture, a missing package or a truncated file.
+        if drop_path is not None and RATE in str(error):
+            raise UserError(f"--drop_path: {name} has no stochastic depth; leave it out ({error})") from error
         raise cannot_load(name, error) from error
     random = list(missing)
     if fit_classes and not init_from_config:

@@ -56,6 +56,14 @@ def test_the_backbone_inside_and_another_image_size_have_the_rate(tmp_path: Path
     assert resized.model.config.to_dict() == plain.model.config.to_dict()
 
 
+def test_a_timm_model_without_it_is_refused(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("dla46_c", num_classes=2)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match="no stochastic depth; leave it out"):
+        load_base(str(tmp_path), ["x", "y"], drop_path=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [("vit", "has no drop_path_rate"), ("cvt", "a rate for each stage"), ("levit", "is a whole number")],
