@@ -34,7 +34,7 @@ class _Field:
     def help(self) -> str:
         text = (self.info.description or "").replace("\n", " ").replace("%", "%%")
         default = self.info.get_default(call_default_factory=True)
-        if default is None or default == []:
+        if default is None or default in ([], {}):
             return text
         shown = ",".join(default) if isinstance(default, list) else str(default).lower() if self.is_bool else default
         return f"{text} (default: {shown})"
@@ -46,17 +46,17 @@ class _Field:
             origin = get_origin(annotation)
             if origin is Literal:
                 choices += map(str, get_args(annotation))
-            elif word := "A,B" if origin is list else _METAVARS.get(annotation):
+            elif word := _METAVARS.get(origin or annotation):
                 words.append(word)
         return "|".join([*words, *choices]) or "TEXT"
 
 
-_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL", list: "A,B", dict: "A=N,B=N"}
 
 
 def _members(annotation: Any) -> list[Any]:
     """Members of a union, through `Annotated`."""
-    if get_origin(annotation) in (None, Literal, list):
+    if get_origin(annotation) in (None, Literal, list, dict):
         return [annotation]
     return [member for argument in get_args(annotation) for member in _members(argument)]
 

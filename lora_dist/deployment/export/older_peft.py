@@ -87,7 +87,9 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
 
 def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """Fields that every release knows, and others only if they are set: many releases refuse unknown fields."""
-    adapted = [names.modules[target] for target, lora in map(split_lora_name, state) if lora]
+    layers = {target: names.modules[target] for target, lora in map(split_lora_name, state) if lora}
+    adapted = list(layers.values())
+    ranks_and_alphas = {old: adapters.rank_and_alpha(config, layer) for layer, old in layers.items()}
     content = {
         "base_model_name_or_path": base,
         "bias": config.bias,
@@ -105,8 +107,8 @@ def _config(config: Any, base: str | None, state: dict[str, Tensor], names: Lega
         "revision": config.revision if base == config.base_model_name_or_path else None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "rank_pattern": {names.modules.get(name, name): rank for name, rank in config.rank_pattern.items()},
-        "alpha_pattern": {names.modules.get(name, name): alpha for name, alpha in config.alpha_pattern.items()},
+        "rank_pattern": {old: rank for old, (rank, _) in ranks_and_alphas.items() if rank != config.r},
+        "alpha_pattern": {old: alpha for old, (_, alpha) in ranks_and_alphas.items() if alpha != config.lora_alpha},
     }
     return content | {name: value for name, value in in_use.items() if value}
 

@@ -99,6 +99,10 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"lora_r": 4}, {"lora_r": 3, "lora_target_modules": ["key", "fc1"]}),
     ({"lora_r": 4}, {"tuning": "head"}),
     ({"tuning": "head"}, {"tuning": "head"}),
+    (
+        {"lora_r": 4, "lora_rank_pattern": {"query": 2}, "train_norms": True},
+        {"lora_r": 2, "lora_alpha_pattern": {"value": 5}, "layers_to_transform": "last:1", "train_norms": True},
+    ),
 ]
 
 
@@ -132,7 +136,7 @@ def test_a_blend_of_one_is_that_one(architecture: Path, weights: list[float], tm
 
 
 def test_adapters_of_two_releases_blend() -> None:
-    names = ("peft_0_2", "peft_0_14")
+    names = ("peft_0_2", "peft_0_14_patterns")
     blend = load_weighted_sum({name: OLD / name for name in names}, [0.25, 0.75], str(OLD / "base"))
     merged = [_weights(load_classifier(OLD / name, str(OLD / "base")).model) for name in names]
     for name, tensor in _weights(blend.model).items():
@@ -201,7 +205,8 @@ def test_adapters_that_see_other_pixels_are_not_blended(vit: Path, tmp_path: Pat
         load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 
 
-def test_scales_by_module_are_not_blended() -> None:
-    named = {name: OLD / name for name in ("peft_0_14", "peft_0_14_patterns")}
-    with pytest.raises(UserError, match="alpha_pattern"):
-        load_weighted_sum(named, [0.5, 0.5], str(OLD / "base"))
+def test_norms_of_one_of_two_adapters_are_not_blended(vit: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "1", vit, 1)
+    _write(tmp_path / "2", vit, 2, train_norms=True)
+    with pytest.raises(UserError, match="do not train the same modules in full"):
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
