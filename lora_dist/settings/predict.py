@@ -105,7 +105,7 @@ class Serving(Group):
     """Serving (extra [serve])"""
 
     serve: bool = False
-    """Serve a web page for uploading images, and a JSON API."""
+    """Serve a web page for uploading images, and a JSON API; each of several adapters under its name."""
     host: str = "127.0.0.1"
     """Address to listen on. The default accepts only this machine. There is no password."""
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
@@ -140,6 +140,8 @@ class PredictSettings(Group):
     def title(self) -> str:
         """Display name of the model; a weighted sum includes its weights."""
         names = [name for name, _ in self.source.named_adapters]
+        if self.source.side_by_side:
+            return ", ".join(names)
         if len(names) > 1:
             return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
         return names[0] if names else self.source.model or self.exporting.onnx or ""
@@ -190,8 +192,7 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
         yield Problem(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
     if source.side_by_side:
-        legacy, serve = merging.export_legacy_names, settings.serving.serve
-        single = {"merge_to": merging.merge_to, "export_legacy_names": legacy, "onnx": onnx, "serve": serve}
+        single = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names, "onnx": onnx}
         for name in (name for name, value in single.items() if value):
             yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
         if settings.images.grid:
