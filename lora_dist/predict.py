@@ -163,11 +163,14 @@ def _write(
     if settings.onnx_to_write:
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
-            exported = onnx_export.export(classifier, out, files, exporting.int8)
-        what = ", before quantisation," if exporting.int8 else ""
+            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16)
+        what = ", before rounding," if exporting.int8 or exporting.fp16 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
-        if exporting.int8:
-            logger.info("%s", exported.int8 or "pass --images, best in class folders, to measure the cost of int8")
+        if exported.fp16 is not None:
+            logger.info("in fp16 they differ by %.1e", exported.fp16)
+        if what:
+            hint = "pass --images, best in class folders, to count the predictions that change"
+            logger.info("%s", exported.cost or hint)
         classifier = onnx_model.load_onnx(out)
     return classifier
 

@@ -98,6 +98,8 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--adapter a --dtype bf16", "--images, --merge_to, --onnx, --serve: nothing to do"),
         ("--adapter a --images x --int8", "--int8, --onnx: --int8 applies to an export"),
         ("--onnx f --images x --int8", "--int8, --onnx: --int8 applies to an export"),
+        ("--onnx f --images x --fp16", "--fp16, --onnx: --fp16 applies to an export"),
+        ("--adapter a --onnx f --int8 --fp16", "--int8, --fp16: use only one of them"),
         ("--onnx f --images x --device cuda", "--onnx, --device: ONNX files run on the CPU"),
         ("--adapter a --serve --images x", "--serve, --images: the server does not use --images"),
         ("--adapter a --serve --output o", "--serve, --output: the server does not use --output"),
