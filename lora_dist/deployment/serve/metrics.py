@@ -25,7 +25,7 @@ class Metrics:
         self._model_seconds = 0.0
 
     def add_request(self, status: int, seconds: float) -> None:
-        """Counts an answer to `/predict`, from its first byte to its last."""
+        """Counts an answer to `/predict`, and the time from the start of the request to that of the answer."""
         with self._lock:
             self._requests[status] += 1
             self._durations[bisect_left(BUCKETS, seconds)] += 1
@@ -75,18 +75,23 @@ class Measured:
         if scope["type"] != "http" or scope["path"] != "/predict":
             await self.app(scope, receive, send)
             return
-        start, status = time.monotonic(), 500
+        start, is_counted = time.monotonic(), False
 
-        async def noting_status(message: Any) -> None:
-            nonlocal status
+        async def counting(message: Any) -> None:
+            nonlocal is_counted
             if message["type"] == "http.response.start":
-                status = message["status"]
+                # Before it is sent: whoever has the answer finds it counted.
+                is_counted = True
+                self.metrics.add_request(message["status"], time.monotonic() - start)
             await send(message)
 
         try:
-            await self.app(scope, receive, noting_status)
-        finally:
-            self.metrics.add_request(status, time.monotonic() - start)
+            await self.app(scope, receive, counting)
+        except Exception:
+            # The server answers 500, unless it has begun another answer.
+            if not is_counted:
+                self.metrics.add_request(500, time.monotonic() - start)
+            raise
 
 
 def _described(name: str, kind: str, text: str) -> Iterator[str]:

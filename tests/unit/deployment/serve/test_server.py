@@ -401,12 +401,16 @@ def test_each_adapter_answers_under_its_name(two: tuple[dict[str, Path], Adapter
     assert 'lora_dist_images_total{adapter="a & <night>"} 8\n' in text
 
 
-def test_metrics_count_what_was_answered_and_refused(classifier: Classifier) -> None:
+def test_metrics_count_what_was_answered_and_refused(classifier: Classifier, model: Mean) -> None:
     with _serving(classifier) as url:
         before = _get(f"{url}/metrics")[1]
         assert post(url, [("a.png", GOOD), ("b.png", GOOD)])[0] == 200
         assert post(url, [("a.png", b"bad")])[0] == 415
         assert post(url, [("a.png", bytes(BODY))])[0] == 413
+        model.broken = True
+        with pytest.raises(ValueError, match="Expecting value"):  # the text of a 500 is no JSON
+            post(url, [("a.png", GOOD)])
+        model.broken = False
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
             assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
             lines = response.read().decode().splitlines()
@@ -415,8 +419,9 @@ def test_metrics_count_what_was_answered_and_refused(classifier: Classifier) -> 
         'lora_dist_requests_total{status="200"} 1',
         'lora_dist_requests_total{status="413"} 1',
         'lora_dist_requests_total{status="415"} 1',
-        'lora_dist_request_seconds_bucket{le="+Inf"} 3',
-        "lora_dist_request_seconds_count 3",
+        'lora_dist_requests_total{status="500"} 1',
+        'lora_dist_request_seconds_bucket{le="+Inf"} 4',
+        "lora_dist_request_seconds_count 4",
         'lora_dist_images_total{adapter="model"} 2',
         "lora_dist_waiting_images 0",
         "# TYPE lora_dist_request_seconds histogram",
