@@ -11,6 +11,7 @@ RENAMED = {
     "eval_strategy": "eval_steps",
     "evaluation_strategy": "eval_steps",
     "fp16": "mixed_precision fp16",
+    "full_determinism": "deterministic",
     "logging_strategy": "logging_steps",
     "lr": "learning_rate",
     "max_steps": "max_train_steps",
