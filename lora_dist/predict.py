@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Row
     from lora_dist.deployment.parts import RowsOf
+    from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger("lora_dist.predict")
@@ -66,6 +67,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model import adapter_io
+    from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
@@ -82,13 +84,16 @@ def predict(argv: list[str] | None) -> None:
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
     for directory in chosen.values():
         adapter_io.require_adapter(directory)
+    if settings.source.side_by_side and settings.serving.serve:
+        _serve(_load_set(chosen, settings), settings, device)
+        return
     rows_of: RowsOf
     if settings.source.side_by_side:
         rows_of, conversion = _rows_of_each(chosen, settings, device), AS_TRANSFORMERS
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
-            _serve(classifier, settings, device)
+            _serve(AdapterSet({settings.title: classifier}), settings, device)
         rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
     if not files:
         return
@@ -158,16 +163,19 @@ def _write(
     if settings.onnx_to_write:
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
-            exported = onnx_export.export(classifier, out, files, exporting.int8)
-        what = ", before quantisation," if exporting.int8 else ""
+            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16)
+        what = ", before rounding," if exporting.int8 or exporting.fp16 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
-        if exporting.int8:
-            logger.info("%s", exported.int8 or "pass --images, best in class folders, to measure the cost of int8")
+        if exported.fp16 is not None:
+            logger.info("in fp16 they differ by %.1e", exported.fp16)
+        if what:
+            hint = "pass --images, best in class folders, to count the predictions that change"
+            logger.info("%s", exported.cost or hint)
         classifier = onnx_model.load_onnx(out)
     return classifier
 
 
-def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
+def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
 
@@ -176,7 +184,7 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
     app = server.make_app(
-        classifier,
+        served,
         settings.title,
         limits,
         top_k=settings.images.top_k or 5,
@@ -201,12 +209,17 @@ def _rows(
     )
 
 
-def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
-    """Returns what classifies files with each adapter, on a shared base."""
+def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterSet:
+    """Loads several adapters on a shared base."""
     from lora_dist.model import adapter_set
 
     source = settings.source
-    loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    return adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+
+
+def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
+    """Returns what classifies files with each adapter, on a shared base."""
+    loaded = _load_set(chosen, settings)
 
     def rows(name: str, files: Sequence[str]) -> Iterator[Row]:
         for row in _rows(loaded.set_adapter(name), settings, device, files):

@@ -209,7 +209,8 @@ def base_of(model: nn.Module) -> Any:
 def activate(model: nn.Module, name: str) -> None:
     """Activates one of several adapters."""
     assert isinstance(model, PeftModel)
-    model.set_adapter(name)
+    if model.active_adapter != name:
+        model.set_adapter(name)
 
 
 def active_adapter(model: nn.Module) -> Adapter:
