@@ -48,7 +48,7 @@ def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
     head = base_of(model).get_submodule(heads[0])
     run.watch.now("computing the features of the frozen backbone", first=True)
     train = collect(run, model, head, _train_loader(run), len(run.images.split))
-    validation = collect(run, model, head, run.evaluator.loader, len(run.evaluator.split))
+    validation = collect(run, model, head, split_loader(run, run.evaluator.split), len(run.evaluator.split))
     _accept_features(base_of(model), head, train.values.shape[1:])
     skip = settings.data.on_bad_image == "skip"
     logger.info(
@@ -74,10 +74,10 @@ def collect(run: TrainingRun, model: nn.Module, head: nn.Module, loader: DataLoa
     accelerator = run.engine.accelerator
     model.eval()
     values, facts = [], []
-    with _inputs_of(head) as found:
+    with _calls_of(head) as calls:
         for batch in batches(loader, accelerator.device):
             model(pixel_values=batch.pixel_values)
-            values.append(found.pop().detach())
+            values.append(calls.pop()[0].detach())
             facts.append(torch.stack([batch.indices, batch.labels, (batch.weights > 0).long()], dim=1))
             run.watch.now("computing the features of the frozen backbone")
             run.preemption.check()
@@ -112,36 +112,40 @@ def _obstacle(run: TrainingRun, heads: list[str]) -> str | None:
 
 def _is_fixed(run: TrainingRun, head_name: str) -> str | None:
     """Why the head's input is not a fixed function of the image, or the logits not the head's output; None if so."""
-    model = run.engine.unwrapped
-    head, transforms = base_of(model).get_submodule(head_name), run.evaluator.transforms
+    model, transforms = run.engine.unwrapped, run.evaluator.transforms
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, transforms.height, transforms.width, generator=generator)
+    pixels = pixels.to(run.engine.accelerator.device)
     seen: list[Tensor] = []
-    with torch.no_grad(), _inputs_of(head) as found:
+    with torch.no_grad(), _calls_of(base_of(model).get_submodule(head_name)) as calls:
         for trains in (False, True, True):
             set_training(model) if trains else model.eval()
             torch.manual_seed(len(seen))
-            model(pixel_values=pixels.to(run.engine.accelerator.device))
-            if len(found) != 1:
-                return f"{head_name} is called {len(found)} times for an image"
-            seen.append(found.pop())
-        model.eval()
-        features = seen[0]
-        if not torch.equal(head(features).float(), model(pixel_values=pixels.to(features.device)).logits.float()):
-            return f"the logits are not the output of {head_name}"
-    if not all(torch.equal(features, other) for other in seen[1:]):
+            logits = model(pixel_values=pixels).logits
+            if len(calls) != 1:
+                return f"{head_name} is called {len(calls)} times for an image"
+            features, output = calls.pop()
+            if not trains and not torch.equal(output.float(), logits.float()):
+                return f"the logits are not the output of {head_name}"
+            seen.append(features)
+    if not all(torch.equal(seen[0], other) for other in seen[1:]):
         return "the backbone has dropout or other random layers"
-    needed = features[0].nbytes * (len(run.images.split) + len(run.evaluator.split))
+    needed = seen[0][0].nbytes * (len(run.images.split) + len(run.evaluator.split))
     return None if needed <= MAX_BYTES else f"they would take {needed / 2**30:.1f} GiB"
 
 
 @contextmanager
-def _inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields a list to which each call of a module adds its input."""
-    found: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _module, inputs: found.extend(inputs[:1]))
+def _calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields a list to which each call of a module with one tensor adds this and its output."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if len(inputs) == 1:
+            calls.append((inputs[0], output))
+
+    hook = module.register_forward_hook(add)
     try:
-        yield found
+        yield calls
     finally:
         hook.remove()
 

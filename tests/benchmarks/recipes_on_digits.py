@@ -83,7 +83,7 @@ def run(variant: str, seed: int, folder: Path) -> dict[str, object]:
     Raises:
         RuntimeError: the run failed; the message ends with its output.
     """
-    output = folder / f"{abs(hash(variant))}-{seed}"
+    output = folder / f"{list(VARIANTS).index(variant)}-{seed}"
     settings = FIRST | VARIANTS[variant] | {"seed": seed, "output_dir": output}
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     log = f"{output}.log"
