@@ -87,14 +87,17 @@ def train(settings: Settings, lock: RunLock) -> None:
     from dataclasses import replace
 
     from lora_dist.data.sources import streaming
+    from lora_dist.data.sources.split import Split
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.files import finish_replacing
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
+    from lora_dist.training.frozen_backbone import on_features
     from lora_dist.training.launching import launch_run
     from lora_dist.training.loop import fit
+    from lora_dist.training.probe import probe
     from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
     from lora_dist.training.reselect_best import reselect_best
@@ -131,12 +134,16 @@ def train(settings: Settings, lock: RunLock) -> None:
     run.tracker.settings(flatten(run.settings))
     show_inputs(run.tracker, run.images, run.plan, progress.step, assembled.data.labels)
     with stopped_on_request(run, progress), watch.watching():
+        heads = list(result_writer.base.heads)
+        if options.probe and isinstance(assembled.data.train, Split):
+            probe(run, heads, assembled.data.train, output.probe, progress.step)
+        run = on_features(run, heads)
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
         evaluation, test = run.evaluate("the final evaluation"), None
         if assembled.data.test is not None:
-            evaluator = replace(run.evaluator, split=assembled.data.test, name="test")
+            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", features=None)
             test = run.evaluate("the evaluation on the test data", evaluator)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()

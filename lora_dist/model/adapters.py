@@ -221,6 +221,24 @@ def active_adapter(model: nn.Module) -> Adapter:
     return Adapter(model.peft_config[name], state, None, Path(name))
 
 
+def scale_update(model: nn.Module, factor: float) -> None:
+    """Multiplies the update of LoRA by a factor, in each of the adapters of a model.
+
+    Raises:
+        UserError: an adapter has no LoRA, or uses DoRA, which rescales the sum of weight and update.
+    """
+    assert isinstance(model, PeftModel)
+    configs: list[Any] = list(model.peft_config.values())
+    if any(config.use_dora for config in configs):
+        raise UserError("the update of DoRA cannot be scaled, because DoRA rescales the sum of weight and update")
+    matrices = [parameter for name, parameter in model.named_parameters() if is_lora_b(name)]
+    if not matrices:
+        raise UserError("there is no LoRA update to scale: only the head was trained")
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.mul_(factor)
+
+
 def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], name: str = DEFAULT) -> None:
     """Loads tensors under plain names into an adapter of a model.
 
@@ -312,19 +330,29 @@ def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
+def plain_state(state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts an adapter on a base that its initialization changed to one of twice the rank on the unchanged base.
+
+    Args:
+        state: trained tensors.
+        start: the same before training.
+    """
+    plain = dict(state)
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            plain[name] = torch.cat([tensor, start[name]], dim=0)
+        elif ".lora_B." in name:
+            plain[name] = torch.cat([tensor, -start[name]], dim=1)
+    return plain
+
+
 def _make_plain(directory: Path, initial: Path) -> None:
     """Converts a saved adapter to LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
 
     PEFT's own conversion in `save_pretrained` loses the heads and all other tensors that are not LoRA matrices.
     """
     path, config_path = directory / WEIGHTS, directory / ADAPTER_CONFIG
-    state, start = load_file(path), load_file(initial / WEIGHTS)
-    for name, tensor in state.items():
-        if ".lora_A." in name:
-            state[name] = torch.cat([tensor, start[name]], dim=0)
-        elif ".lora_B." in name:
-            state[name] = torch.cat([tensor, -start[name]], dim=1)
-    save_file(state, path, metadata={"format": "pt"})
+    save_file(plain_state(load_file(path), load_file(initial / WEIGHTS)), path, metadata={"format": "pt"})
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["init_lora_weights"] = True
     alpha_factor = 2**0.5 if config["use_rslora"] else 2

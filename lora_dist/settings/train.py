@@ -300,6 +300,9 @@ class RunSettings(Group):
     report_to: Trackers = Field(default=[])
     """Trackers beside TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
     swanlab, each of which must be installed."""
+    probe: bool = False
+    """Before training, measure a linear probe and nearest neighbours on the features of the base, which LoRA has to
+    beat."""
     dry_run: bool = False
     """Report what would run, its time and memory, measured on two updates, and all problems. Writes no files."""
     do_eval_only: bool = False
@@ -450,6 +453,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("early_stopping_patience", "eval_steps"), "early stopping needs evaluations: set --eval_steps")
     if run.report_to and run.do_eval_only:
         yield Problem(("report_to", "do_eval_only"), "evaluations are printed, not tracked: remove one of them")
+    if run.probe and (data.streaming or run.do_eval_only):
+        other = "streaming" if data.streaming else "do_eval_only"
+        yield Problem(("probe", other), "the features of all training images are needed: remove one of them")
     if hub.push_to_hub and run.do_eval_only:
         yield Problem(("push_to_hub", "do_eval_only"), "evaluations have nothing to push: remove one of them")
     if (hub.hub_model_id or hub.hub_private_repo) and not hub.push_to_hub:

@@ -81,7 +81,7 @@ def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(
     told = predict("--adapter", adapter, "--images", *images, "--top_k", 3).stdout
     rows = [json.loads(line) for line in told.splitlines()]
     onnx = tmp_path / "blend.onnx"
-    served = ["--adapter", adapter, f"again={adapter}", "--weights", 0.25, 0.75, "--onnx", onnx]
+    served = ["--adapter", adapter, f"again={adapter}", "--average", "--onnx", onnx]
     files = [(f"{number}.png", image.read_bytes()) for number, image in enumerate(images)]
     with _serving(*served, "--max_upload_mb", 1, "--max_megapixels", 1) as (process, url):
         assert url.startswith("http://127.0.0.1:")

@@ -22,10 +22,10 @@ from lora_dist.model.legacy_names import LegacyNames
 from lora_dist.storage.files import whole_directory
 
 
-def card_of(directories: Sequence[Path], title: str) -> str:
-    """Returns the model card of an exported adapter: its own, or a new one for a weighted sum of several."""
+def card_of(directories: Sequence[Path], title: str, is_scaled: bool = False) -> str:
+    """Returns the model card of an exported adapter: its own, or a new one if it is scaled or a weighted sum."""
     own = directories[0] / "README.md"
-    if len(directories) == 1 and own.is_file():
+    if len(directories) == 1 and own.is_file() and not is_scaled:
         return own.read_text(encoding="utf-8", errors="replace")
     what = "A LoRA adapter" if len(directories) == 1 else "The weighted sum of LoRA adapters, as one adapter"
     return f"# {title}\n\n{what}, with the names of transformers 4. Written by lora_dist.\n"
