@@ -17,17 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from lora_dist.deployment.classify import (
-    Row,
-    choose_batch_size,
-    choose_device,
-    classify,
-    draw_grid,
-    find_images,
-    spread,
-    writer,
-)
+from lora_dist.deployment.classify import Row, choose_batch_size, choose_device, classify
 from lora_dist.deployment.export import merge
+from lora_dist.deployment.inputs import find_images
+from lora_dist.deployment.outputs import draw_grid, spread, writer
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
 
@@ -177,7 +170,7 @@ def test_a_disk_that_fills_up_is_said_by_name(name: str, tmp_path: Path) -> None
 
 def test_a_grid_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     make_image(0, 0).save(tmp_path / "good.png")
-    rows = [Row(str(tmp_path / "good.png"), [("a", 0.5)])]
+    rows = [(Row("good", [("a", 0.5)]), str(tmp_path / "good.png"))]
     with pytest.raises(UserError, match=rf"--grid {tmp_path}/good\.png/grid\.png: cannot be written"):
         draw_grid(rows, tmp_path / "good.png" / "grid.png")
     draw_grid(rows, tmp_path / "grid.odd")
@@ -250,8 +243,9 @@ def test_the_images_drawn_are_spread_over_all() -> None:
 
 def test_the_grid_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     make_image(0, 0).save(tmp_path / "good.png")
-    good = Row(str(tmp_path / "good.png"), [("a class name much too long for its caption\nand in two lines", 0.5)])
-    bad = Row("bad.png", [], "broken")
+    best = [("a class name much too long for its caption\nand in two lines", 0.5)]
+    good = Row("good.png", best), str(tmp_path / "good.png")
+    bad = Row("bad.png", [], "broken"), "bad.png"
     draw_grid([good, bad], tmp_path / "one.png")
     draw_grid([good, good], tmp_path / "two.png")
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("one", "two")]
@@ -288,7 +282,7 @@ def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path) -> None:
 
 
 def test_a_forward_pass_is_smaller_on_a_cpu_unless_its_size_is_given() -> None:
-    assert [choose_batch_size(None, torch.device(name)) for name in ("cpu", "cuda:1", "mps")] == [8, 32, 32]
+    assert [choose_batch_size(None, torch.device(name)) for name in ("cpu", "cuda:1", "mps")] == [8, 128, 32]
     assert choose_batch_size(100, torch.device("cpu")) == 100
 
 
