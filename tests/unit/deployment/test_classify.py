@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from lora_dist.deployment.classify import Row, choose_batch_size, choose_device, classify
+from lora_dist.deployment.classify import (
+    Row,
+    choose_batch_size,
+    choose_device,
+    choose_precision,
+    choose_workers,
+    classify,
+)
 from lora_dist.deployment.export import merge
 from lora_dist.deployment.inputs import find_images
 from lora_dist.deployment.outputs import draw_grid, spread, writer
@@ -216,6 +223,66 @@ def test_every_file_gets_its_own_prediction_in_order(batch_size: int, workers: i
             assert sum(score for _, score in row.top_k) == pytest.approx(1)
     assert sum(classifier.model.sizes) == 5
     assert max(classifier.model.sizes) <= batch_size
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_part_of_the_images_can_be_classified_with_all_values(workers: int, tmp_path: Path) -> None:
+    files = _colors(tmp_path)
+    options: dict[str, Any] = {"top_k": 1, "batch_size": 2, "num_workers": workers, "device": torch.device("cpu")}
+    found = {
+        kind: list(classify(_classifier(), files, indices=[4, 2, 3], output_type=kind, **options))
+        for kind in ("probabilities", "logits")
+    }
+    for kind, rows in found.items():
+        assert [row.path for row in rows] == [files[index] for index in (4, 2, 3)]
+        assert rows[1].values is None
+        assert rows[1].error
+        for row, label in ((rows[0], 0), (rows[2], 2)):
+            assert row.values is not None
+            assert row.values.argmax() == label, kind
+    for row, raw in zip(found["probabilities"], found["logits"], strict=True):
+        if row.values is not None and raw.values is not None:
+            assert np.allclose(torch.from_numpy(raw.values).softmax(0), row.values)
+            assert row.top_k[0][1] == row.values.max()
+
+
+def test_the_forward_pass_takes_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    seen = []
+
+    class Layer(Brightness):
+        def forward(self, pixel_values: Tensor) -> Any:
+            logits = pixel_values.mean(dim=(2, 3)) @ torch.eye(3)
+            seen.append(logits.dtype)
+            return SimpleNamespace(logits=logits)
+
+    classifier = Classifier(Layer(), ViTImageProcessor(size={"height": 8, "width": 8}), ["red", "green", "blue"])
+    options: dict[str, Any] = {"top_k": 3, "batch_size": 8, "num_workers": 0, "device": torch.device("cpu")}
+    for precision in ("fp32", "bf16"):
+        rows = list(classify(classifier, _colors(tmp_path), precision=precision, output_type="logits", **options))
+        assert rows[0].values is not None
+        assert rows[0].values.dtype == np.float32
+        # Or a score could be above 1.
+        assert sum(score for _, score in rows[0].top_k) == pytest.approx(1, abs=1e-6)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_bf16_is_for_the_devices_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    devices = [torch.device(name) for name in ("cuda", "cpu", "mps")]
+    assert [choose_precision("auto", device) for device in devices] == ["bf16", "fp32", "fp32"]
+    assert [choose_precision("fp16", device) for device in devices] == ["fp16"] * 3
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert choose_precision("auto", torch.device("cuda")) == "fp32"
+
+
+def test_decoders_fit_the_cores_and_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, batch = torch.device("cuda"), 128 * 3 * 224 * 224
+    monkeypatch.setattr("lora_dist.deployment.classify.cores_per_process", lambda: 8)
+    monkeypatch.setattr("lora_dist.deployment.classify.free_bytes", lambda _: 64 * 2**30)
+    assert choose_workers(torch.device("cpu"), batch) == 1
+    assert choose_workers(cuda, batch) == 7
+    monkeypatch.setattr("lora_dist.deployment.classify.free_bytes", lambda _: 64 * 2**20)
+    assert choose_workers(cuda, batch) == 1
 
 
 def test_logits_that_are_not_finite_end_it_in_words(tmp_path: Path) -> None:
