@@ -181,6 +181,8 @@ class PredictSettings(Group):
     def title(self) -> str:
         """Display name of the model; a weighted sum includes its weights."""
         names = [name for name, _ in self.source.named_adapters]
+        if self.source.side_by_side:
+            return ", ".join(names)
         if len(names) > 1:
             return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
         return names[0] if names else self.source.model or self.exporting.onnx or ""
