@@ -7,8 +7,9 @@
 `speed` has a ViT-S with random weights and JPEG files cut out of the packaged photographs. The ways of starting take
 turns in every round, and a ratio is the median over rounds of what stands in the same round. Seconds count from the
 line `predicting on …`, when the model is loaded, to the end of the command. `memory` has as many JPEG files of 32 x 32
-and the demo's model; `names` has a list of as many paths, of which all but 100 are missing. Both tell the peak memory
-of the largest process. Each run adds its rows to `results/predict_scale.csv`.
+and the demo's model; `names` has a list of as many paths, of which all but 100 are missing. Both tell the peak memory,
+and the CPU time with that of the start, which other programs on the machine hardly change. Each run adds its rows to
+`results/predict_scale.csv`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from predict_speed import JPEG_SIZE, add_rows, make_classifier, make_jpegs
@@ -45,11 +47,18 @@ def save_model(directory: Path, name: str) -> Path:
     return directory
 
 
-def run(command: Sequence[str], core: int | None = None) -> tuple[float, float, float]:
-    """Runs a command; returns its seconds after the model is loaded, all its seconds, and the peak MB of a process."""
+class Run(NamedTuple):
+    """Seconds after the model is loaded, CPU seconds in all, and the peak of the memory in MB."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+
+def run(command: Sequence[str], core: int | None = None) -> Run:
+    """Runs a command, on one core if that is given."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    start = time.perf_counter()
-    loaded = start
+    loaded = None
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     if core is not None:
         os.sched_setaffinity(process.pid, {core})
@@ -60,11 +69,10 @@ def run(command: Sequence[str], core: int | None = None) -> tuple[float, float, 
         if line.startswith("predicting on"):
             loaded = time.perf_counter()
     _, status, usage = os.wait4(process.pid, 0)
-    end = time.perf_counter()
     # Exit code 1: images are missing, as they should be in `names`.
     assert os.waitstatus_to_exitcode(status) in (0, 1), "".join(lines)
-    assert loaded > start, "".join(lines)
-    return end - loaded, end - start, usage.ru_maxrss / 1024
+    assert loaded is not None, "".join(lines)
+    return Run(time.perf_counter() - loaded, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def speed(folder: Path, images: int, rounds: int) -> list[dict[str, object]]:
@@ -81,7 +89,7 @@ def speed(folder: Path, images: int, rounds: int) -> list[dict[str, object]]:
             command, core = ways[name]
             output = folder / f"{number} {re.sub(' ', '_', name)}.parquet"
             words = [*command, "--model", str(model), "--images", str(photos), "--output", str(output)]
-            seconds[name].append(run(words, core)[0])
+            seconds[name].append(run(words, core).seconds)
     rows: list[dict[str, object]] = []
     for name, found in seconds.items():
         ratios = [one / other for one, other in zip(seconds[ONE_CORE], found, strict=True)]
@@ -91,6 +99,7 @@ def speed(folder: Path, images: int, rounds: int) -> list[dict[str, object]]:
                 "images": images,
                 "seconds": round(median(found), 1),
                 "images_per_second": round(images / median(found), 2),
+                "cpu_seconds": "",
                 "peak_mb": "",
                 "faster_than_one_core": round(median(ratios), 2),
                 "lowest": round(min(ratios), 2),
@@ -121,14 +130,15 @@ def cost(folder: Path, what: str, counts: Sequence[int]) -> list[dict[str, objec
         names.write_text("\n".join(listed), encoding="utf-8")
         output = folder / f"{count}.parquet"
         words = [*PLAIN, "--model", str(model), "--images_from", str(names), "--output", str(output)]
-        after, _, peak = run(words)
+        found = run(words)
         rows.append(
             {
                 "what": what,
                 "images": count,
-                "seconds": round(after, 1),
-                "images_per_second": round(count / after, 1),
-                "peak_mb": round(peak),
+                "seconds": round(found.seconds, 1),
+                "images_per_second": round(count / found.seconds, 1),
+                "cpu_seconds": round(found.cpu, 1),
+                "peak_mb": round(found.peak),
                 "faster_than_one_core": "",
                 "lowest": "",
                 "highest": "",
