@@ -1,6 +1,8 @@
-"""How far a prediction is, said where no terminal shows a bar."""
+"""How far a prediction is: a bar on a terminal, and a line from time to time without one."""
 
+import io
 import logging
+import sys
 
 import pytest
 
@@ -27,4 +29,16 @@ def test_silence_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     with caplog.at_level(logging.INFO), Progress(10, silent=True) as shown:
         shown.advance_to(5)
+    assert not caplog.records
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with caplog.at_level(logging.INFO), Progress(1000, done=100) as shown:
+        shown.advance_to(1000)
+    assert "1000/1000" in terminal.getvalue()
+    assert "images/s" in terminal.getvalue()
     assert not caplog.records
