@@ -141,7 +141,7 @@ class Parts:
         return sum(len(self._parts[number].indices) for number in numbers)
 
     def _write(self, part: Part, rows: Iterable[Row]) -> None:
-        content = "".join(f"{json.dumps(row, default=_encoded)}\n" for row in rows)
+        content = "".join(f"{json.dumps(row._asdict(), default=_encoded)}\n" for row in rows)
         with writing(self.directory, "output"), replace_files(self.directory) as aside:
             (aside / self._path(part).name).write_text(content, encoding="utf-8")
 
@@ -180,9 +180,10 @@ class Parts:
             if not self._path(part).exists():
                 raise UserError(f"{self._path(part)} is missing: do all processes see the same directory?")
             for line in self._path(part).read_text(encoding="utf-8").splitlines():
-                path, top_k, error, adapter, values = json.loads(line)
-                best = [(label, score) for label, score in top_k]
-                yield Row(path, best, error, adapter, None if values is None else _decoded(values))
+                fields = json.loads(line)
+                fields["top_k"] = [(label, score) for label, score in fields["top_k"]]
+                fields["values"] = None if fields["values"] is None else _decoded(fields["values"])
+                yield Row(**fields)
 
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""
