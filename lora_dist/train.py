@@ -37,13 +37,13 @@ def train(settings: Settings, lock: RunLock) -> None:
     from pathlib import Path
 
     from lora_dist.data.sources import streaming
-    from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.files import finish_replacing
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
+    from lora_dist.training.launching import launch_run
     from lora_dist.training.loop import fit
     from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
@@ -56,7 +56,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
-        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout, settings.optimization.tf32)
+        accelerator = launch_run(settings)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
@@ -73,7 +73,7 @@ def train(settings: Settings, lock: RunLock) -> None:
 
         assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
         run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
-        announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator)
+        announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator, run.precision)
         if options.dry_run:
             with watch.watching():
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
@@ -108,15 +108,15 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
     from lora_dist.processes.preflight import Preflight
-    from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
+    from lora_dist.training.launching import launch_run
     from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     allow_pixels(settings.data.max_image_pixels)
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
+    accelerator = launch_run(settings)
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from lora_dist.data.batch import Batch, EvaluationImages, TrainImages, WorkerShard
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.prefetch import on_device
 from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
@@ -92,14 +93,22 @@ def batches(
     """
     images: Any = loader.dataset
     shards: list[WorkerShard] = []
-    for found in timed(from_workers(loader)):
+
+    def moved(found: Any) -> Any:
+        if isinstance(found, Batch):
+            return found.to(device)
+        if isinstance(found, WorkerShard) and found.content is not None:
+            return found._replace(content=found.content.to(device))
+        return found
+
+    for found in on_device(timed(from_workers(loader)), device, moved):
         if isinstance(found, UnreadableImageError):
             raise unreadable(found)
         if isinstance(found, Batch):
-            yield images.finished(found.to(device))
+            yield images.finished(found)
             continue
         content = found.content
-        shards.append(found if content is None else found._replace(content=images.finished(content.to(device))))
+        shards.append(found if content is None else found._replace(content=images.finished(content)))
         if len(shards) == found.num_shards:
             yield _joined(shards, device)
             shards = []

@@ -1,7 +1,7 @@
 """Training with DeepSpeed ZeRO-1, 2 and 3, and full tensors in and out of its partitions."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,11 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
 
-    def step(self, max_grad_norm: float) -> float:
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
+        # DeepSpeed clips, by `gradient_clipping` of its configuration, and reads the norm as it makes the update.
+        return torch.empty(0, device=self.accelerator.device)
+
+    def step(self, read: Sequence[float]) -> float:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         # DeepSpeed reports a norm that it cannot compute as -1.

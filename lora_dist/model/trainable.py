@@ -44,7 +44,10 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
         if isinstance(module, _BatchNorm) and _trains(module):
             module.forward = MethodType(_normalise, module)  # type: ignore[method-assign]
     if settings.torch_compile:
-        model.compile()
+        from accelerate.utils import compile_regions_deepspeed
+
+        # In place, so that names and hooks stay. A block is compiled once, however often the model repeats it.
+        compile_regions_deepspeed(model)
     return model
 
 

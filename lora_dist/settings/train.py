@@ -57,10 +57,14 @@ class ModelSettings(Group):
     Default: the size of its image processor. The model records it."""
     init_from_config: bool = False
     """Start from random weights: reads only the configuration and processor of the base model. Needs --tuning full."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: keep the frozen base in bf16 and compute in bf16 without autocast, which is faster on a GPU and halves
+    the memory of the base. LoRA and the head train in fp32, and the result is for the base in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and takes about a third more time."""
     torch_compile: bool = False
-    """Compile the model with torch.compile. The first step is slow; later steps are faster on a GPU only."""
+    """Compile the repeated blocks of the model with torch.compile. The first step is slow; later steps are faster on a
+    GPU only."""
     trust_remote_code: bool = False
     """Run model code that comes with the base model. Use only with sources that you trust."""
 
@@ -252,6 +256,9 @@ class RunSettings(Group):
     """Directory for all files of the run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of initialization, data order, augmentation and dropout."""
+    deterministic: bool = False
+    """Let torch use deterministic algorithms only, so that a repeated run on the same GPUs gives the same bits. Slower,
+    and an operation that has no such algorithm ends the run. A CPU does not need this."""
     eval_steps: Interval = "epoch"
     """Evaluate every N updates, every epoch, or only at the end (no)."""
     checkpointing_steps: Interval = "epoch"
@@ -385,6 +392,16 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         if settings.lora.init_lora_weights != "default":
             text = "the adapter sets the initial weights: remove one of them"
             yield Problem(("adapter_name_or_path", "init_lora_weights"), text)
+    if model.base_dtype != "float32":
+        if model.tuning == "full":
+            yield Problem(("base_dtype", "tuning"), "nothing is frozen: remove one of them, see --mixed_precision")
+        if settings.lora.lora_bias != "none":
+            yield Problem(("base_dtype", "lora_bias"), "biases train in the dtype of their layers: remove one of them")
+        if optimization.mixed_precision in ("bf16", "fp16"):
+            text = "the model computes in the dtype of its base, without autocast: remove --mixed_precision"
+            yield Problem(("base_dtype", "mixed_precision"), text)
+        if run.do_eval_only:
+            yield Problem(("do_eval_only", "base_dtype"), "the base is evaluated in fp32: remove --base_dtype")
     for name in ("transparent_background", "pixel_range", "pooling", "image_size"):
         if run.do_eval_only and name in data.model_fields_set | model.model_fields_set:
             yield Problem(("do_eval_only", name), f"the model records how it was trained: remove --{name}")

@@ -20,7 +20,8 @@ from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
-from lora_dist.engines.engine import make_engine
+from lora_dist.engines.bf16_base import cast_base
+from lora_dist.engines.engine import fuses, make_engine
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.adapters import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable
@@ -114,6 +115,8 @@ def assemble(
         logger.info("LoRA adapts %s", adapted_layers(model))
     if start is not None:
         start.load_into(model)
+    if settings.model.base_dtype == "bfloat16":
+        cast_base(model, base.heads)
     if settings.optimization.auto_batch_size:
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})
@@ -126,7 +129,7 @@ def assemble(
             require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads)
+    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads, fuses(accelerator))
     train = data.train
     if settings.data.balanced_sampling and isinstance(train, Split):
         train = OversampledSplit(train)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
-_BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "base_dtype": "float32"}
 """What checkpoints of releases without these entries were trained with."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
@@ -57,6 +57,7 @@ def identity_of(
         "tuning": tuning,
         "pooling": base.pooling,
         "image_size": base.image_size and list(base.image_size),
+        "base_dtype": settings.model.base_dtype,
         "seed": settings.run.seed,
         "ema_decay": settings.optimization.ema_decay,
         "effective_batch": plan.effective_batch,

@@ -10,7 +10,7 @@ from lora_dist.settings.train import OptimizationSettings
 
 
 def make_optimizer(
-    model: nn.Module, settings: OptimizationSettings, lora_b_ratio: float, heads: Sequence[str]
+    model: nn.Module, settings: OptimizationSettings, lora_b_ratio: float, heads: Sequence[str], fused: bool = False
 ) -> torch.optim.AdamW:
     """AdamW on every trainable parameter. A group's learning rate relative to the schedule's stands in its `lr_ratio`.
 
@@ -19,6 +19,7 @@ def make_optimizer(
         settings: of the optimizer; the learning rate is set anew for each update.
         lora_b_ratio: learning rate of the B matrices relative to the rest (LoRA+, https://arxiv.org/abs/2402.12354).
         heads: names of the head's modules, which train with `head_learning_rate`.
+        fused: update all parameters in one kernel; see `engine.fuses`.
     """
     head_ratio = (settings.head_learning_rate or settings.learning_rate) / settings.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -32,4 +33,5 @@ def make_optimizer(
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
+        fused=fused or None,
     )

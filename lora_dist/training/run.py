@@ -98,6 +98,12 @@ class TrainingRun:
         own = planned_weight(self.loss, self.images, self.plan, step)
         return float(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
 
+    @property
+    def precision(self) -> str:
+        """What the model computes in: no (fp32), bf16, fp16, or bf16_base (all but what trains in bf16)."""
+        in_bf16 = self.settings.model.base_dtype == "bfloat16"
+        return "bf16_base" if in_bf16 else self.engine.accelerator.mixed_precision
+
     def result_weights(self) -> dict[str, Tensor]:
         """Returns the weights to evaluate and to write as the result: the average, if there is one."""
         return self.engine.trainable_state() if self.average is None else self.average.state()
