@@ -8,7 +8,8 @@ from lora_dist import demo
 from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.sources.labels_file import read_labels_file
-from lora_dist.deployment.classify import GRID_IMAGES, Row
+from lora_dist.deployment.classify import Row
+from lora_dist.deployment.outputs import GRID_IMAGES
 from lora_dist.errors import UserError
 from lora_dist.figures import grid
 from lora_dist.metrics.predictions import (
