@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Compare two models on the same images: which ones they classify differently, and whether the "
         "difference of their accuracies may be chance.",
     )
-    what = "Directory of a run, or a file of predictions (JSONL or CSV)."
+    what = "Directory of a run, or a file of predictions (JSONL, CSV or parquet)."
     parser.add_argument("first", metavar="FIRST", help=what)
     parser.add_argument("second", metavar="SECOND", help=what)
     arguments = parser.parse_args(argv_or(argv))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from lora_dist.errors import UserError
 
@@ -66,7 +67,7 @@ def predictions_file(name: str | Path) -> Path:
 
 
 def read_predictions(name: str | Path) -> Predictions:
-    """Reads a file of JSON lines or CSV, or that of a run's directory; images that could not be read are left out.
+    """Reads a file of JSON lines, CSV or parquet, or that of a run's directory. Images that were not read are left out.
 
     Raises:
         UserError: the file cannot be read, is none of predictions, or names an image twice.
@@ -109,6 +110,10 @@ def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
 
 
 def _rows(file: Path) -> Iterator[Any]:
+    if file.suffix.lower() == ".parquet":
+        for batch in pq.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+        return
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if file.suffix.lower() == ".csv":
             yield from csv.DictReader(lines)

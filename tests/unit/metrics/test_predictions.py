@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lora_dist.errors import UserError
@@ -34,7 +36,9 @@ def test_rows_of_predict_are_read_without_those_that_have_an_error(tmp_path: Pat
     lines = ['{"path": "1.png", "label": "a", "score": 0.9, "top_k": []}', '{"path": "2.png", "error": "empty"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (tmp_path / "rows.csv").write_text("path,label,score,error\n1.png,a,0.9,\n2.png,,,empty\n")
-    for name in ("rows.jsonl", "rows.csv"):
+    table = {"path": ["1.png", "2.png"], "label": ["a", None], "error": [None, "empty"]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
         found = read_predictions(tmp_path / name)
         assert (found.paths, found.predicted, found.given) == (["1.png"], ["a"], [None])
         assert found.probabilities is None
