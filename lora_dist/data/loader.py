@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from lora_dist.data.batch import Batch, EvaluationImages, TrainImages, WorkerShard
+from lora_dist.data.features import TrainFeatures
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.prefetch import on_device
@@ -44,10 +45,15 @@ class WorkerBatchSampler(Sampler[WorkerShard]):
 
 
 def train_loader(
-    images: TrainImages, plan: BatchPlan, first_step: int, last_step: int, settings: DataSettings, device: torch.device
+    images: TrainImages | TrainFeatures,
+    plan: BatchPlan,
+    first_step: int,
+    last_step: int,
+    settings: DataSettings,
+    device: torch.device,
 ) -> DataLoader:
     """All micro-batches of this process for updates `first_step` to `last_step` (excluded), in one pass."""
-    workers = workers_of(settings, device)
+    workers = 0 if isinstance(images, TrainFeatures) else workers_of(settings, device)
     return worker_loader(
         images,
         batch_sampler=WorkerBatchSampler(MicroBatches(plan, first_step, last_step), workers),

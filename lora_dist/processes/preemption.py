@@ -53,8 +53,9 @@ class Preemption:
         try:
             yield
         except StopRequested:
-            # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
-            handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+            if owns_process():
+                # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
+                handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
             raise
         except Exception:
             if owns_process():

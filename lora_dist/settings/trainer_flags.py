@@ -25,7 +25,6 @@ UNNECESSARY = {
     "load_best_model_at_end": "the result is always the best checkpoint",
     "logging_dir": "TensorBoard logs are in --output_dir/tensorboard",
     "num_channels": "models see RGB images, which have 3 channels",
-    "optim": "the optimizer is always AdamW",
     "overwrite_output_dir": "runs do not overwrite each other; use another --output_dir",
     "remove_unused_columns": "only the image and label columns are read",
     "run_name": "the name of a run is its --output_dir",

@@ -93,6 +93,9 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             head_learning_rate=3e-3,
             weight_decay=0.01,
             ema_decay=0.5,
+            layer_decay=0.7,
+            lora_rank_pattern="layers.1.attention.q_proj=2",
+            train_norms="true",
         ),
         "--balanced_sampling",
         *more,
@@ -171,6 +174,29 @@ def test_a_checkpoint_goes_on_under_any_engine(
     assert _losses(out) == pytest.approx(_losses(whole)[MIDDLE:], rel=tolerance, abs=tolerance)
     for name, tensor in _last_weights(whole).items():
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", DISTRIBUTED)
+def test_sgd_is_the_same_on_every_engine_and_goes_on_elsewhere(
+    engine: str, vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    more = ("--optim", "sgd", "--learning_rate", 0.1, "--head_learning_rate", 0.2)
+    whole = _train("single", 4, vit, photos, tmp_path / "whole", *more)
+    out = _train(engine, 4, vit, photos, tmp_path / "run", *more)
+    other = tmp_path / "other"
+    checkpoints = f"checkpoints/step-{MIDDLE:08d}"
+    for source, target in ((whole, engine), (out, "single"), (out, engine)):
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(source / checkpoints, other / checkpoints)
+        _train(target, 4, vit, photos, other, *more, "--resume_from_checkpoint", "auto")
+        for name in ("trained.safetensors", "optimizer.safetensors"):
+            paths = [root / "checkpoints" / f"step-{STEPS:08d}" / name for root in (whole, out, other)]
+            expected, *found = (load_file(path) for path in paths)
+            for tensors in found:
+                assert tensors.keys() == expected.keys() != set()
+                for key, tensor in expected.items():
+                    torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-5)
 
 
 def test_fsdp2_that_keeps_weights_whole_after_the_forward_pass_saves_the_same(

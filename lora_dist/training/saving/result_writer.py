@@ -28,6 +28,7 @@ from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluation
+from lora_dist.training.probe import in_words, read_probe
 from lora_dist.training.reporting.report import warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
@@ -128,6 +129,9 @@ class ResultWriter:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             on_test = f", on the test data {test.metrics['accuracy']:.4f}" if test is not None else ""
+            if run.settings.run.probe and (found := read_probe(self.output.probe)):
+                tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
+                tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics['accuracy']:.4f}")
             tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}{on_test}; wrote {written}")
             warn_of_chance_level(evaluation)
             tracker.close()
@@ -155,6 +159,7 @@ class ResultWriter:
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             "eval_samples": evaluation.num_samples,
             **tested,
+            **(read_probe(self.output.probe) if run.settings.run.probe else {}),
             "train_loss": progress.loss_sum / max(1, progress.loss_count),
             "train_runtime": progress.train_seconds,
             "train_samples": len(self.data.train),
