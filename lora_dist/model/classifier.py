@@ -34,7 +34,11 @@ class Classifier:
     conversion: Conversion = AS_TRANSFORMERS
 
     def probabilities(self, pixel_values: Tensor) -> Tensor:
-        """Computes probabilities [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
+        """Computes probabilities [B, classes]. Arguments and errors as `logits`."""
+        return self.logits(pixel_values).softmax(dim=-1)
+
+    def logits(self, pixel_values: Tensor) -> Tensor:
+        """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
 
         Raises:
             UserError: a logit is not finite.
@@ -42,7 +46,7 @@ class Classifier:
         logits = self.model(pixel_values=pixel_values).logits.float()
         if not logits.isfinite().all():
             raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
-        return logits.softmax(dim=-1)
+        return logits
 
     def top_k(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """Returns the k most likely classes of each row of [B, classes] with their probabilities."""
