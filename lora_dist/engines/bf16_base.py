@@ -21,7 +21,7 @@ def cast_base(model: nn.Module, heads: Sequence[str]) -> None:
         heads: names of the modules that train in full.
 
     Raises:
-        UserError: layers of the base follow a head.
+        UserError: layers of the base follow a head, or train as well.
     """
     compute_in(model, "bf16")
     head = ""
@@ -29,6 +29,8 @@ def cast_base(model: nn.Module, heads: Sequence[str]) -> None:
         if is_head(name, heads):
             head = name
         elif lora_layer_of(name) is None:
+            if parameter.requires_grad:
+                raise UserError(f"--base_dtype bfloat16: {name} of the base trains as well. Use --mixed_precision bf16")
             if head:
                 raise UserError(
                     f"--base_dtype bfloat16: {head} trains in fp32, and {name} of the base, which follows it, would be "
