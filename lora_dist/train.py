@@ -84,10 +84,10 @@ def train(settings: Settings, lock: RunLock) -> None:
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
-        evaluation, test = run.evaluate("the final evaluation"), None
+        evaluation, test = run.evaluate("the final evaluation", keep_logits=True), None
         if assembled.data.test is not None:
             evaluator = replace(run.evaluator, split=assembled.data.test, name="test")
-            test = run.evaluate("the evaluation on the test data", evaluator)
+            test = run.evaluate("the evaluation on the test data", evaluator, keep_logits=True)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
@@ -138,6 +138,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,
+        temperature=classifier.calibration.temperature,
     )
     with watch.watching():
         evaluation = evaluator(after_batch=watch.moved)
