@@ -83,13 +83,13 @@ def load_base(
     Raises:
         UserError: the model is not found, is not an image classifier, or cannot take images of this size.
     """
-    name = demo.local_path(name)
+    place = demo.local_path(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     torch.manual_seed(seed)
     try:
         with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
-            config = read_config(name, **source)
-            named, processor = processor, processor or AutoImageProcessor.from_pretrained(name, **source)
+            config = read_config(place, **source)
+            named, processor = processor, processor or AutoImageProcessor.from_pretrained(place, **source)
             _require_pair(config, named, source, resized=image_size is not None)
             if named is None and image_size == output_size(processor) and configured_size(config) in (None, image_size):
                 image_size = None
@@ -103,11 +103,11 @@ def load_base(
             # That of the base may be another one: `pipeline` would not compute a softmax.
             config.problem_type = "single_label_classification"
             model, missing = (
-                _random(config, trust_remote_code) if init_from_config else _pretrained(name, config, source)
+                _random(config, trust_remote_code) if init_from_config else _pretrained(place, config, source)
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         # For a missing name, an unreachable Hub, an unsupported architecture, a missing package or a truncated file.
-        raise cannot_load(name, error) from error
+        raise cannot_load(place, error) from error
     random = list(missing)
     if fit_classes and not init_from_config:
         torch.manual_seed(seed)

@@ -9,6 +9,8 @@ import yaml
 from huggingface_hub import metadata_load
 from transformers.utils import cached_file
 
+from lora_dist import demo
+
 logger = logging.getLogger(__name__)
 
 _KEYS = ("license", "license_name", "license_link")
@@ -68,7 +70,7 @@ def license_of(base: str, revision: str | None, is_on_hub: bool) -> License | No
     """
     try:
         card = cached_file(
-            base,
+            demo.local_path(base),
             "README.md",
             revision=revision,
             _raise_exceptions_for_gated_repo=False,

@@ -12,6 +12,7 @@ RENAMED = {
     "evaluation_strategy": "eval_steps",
     "fp16": "mixed_precision fp16",
     "logging_strategy": "logging_steps",
+    "lr": "learning_rate",
     "max_steps": "max_train_steps",
     "save_steps": "checkpointing_steps",
     "save_strategy": "checkpointing_steps",

@@ -46,6 +46,7 @@ SPLITS = {
     for name in names
 }
 _SHOWN = 3
+_HEADER_HINT = " (if that is a header, name its columns with --image_column_name and --label_column_name)"
 _INSPECTED_LINES = 20
 """Lines that have to contain the delimiter."""
 
@@ -105,7 +106,8 @@ def read_labels_file(
         path = path_of(row.path)
         if path is None:
             if not _is_excluded(os.path.join(directory, row.path), excluded):
-                problems["files that do not exist"].append(f"line {row.line}: {row.path}")
+                hint = _HEADER_HINT if row.line == 1 else ""
+                problems["files that do not exist"].append(f"line {row.line}: {row.path}{hint}")
             continue
         if not visible_name(row.label):
             problems["lines without a label"].append(f"line {row.line}: {row.path}")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_dist import demo
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.deployment.export.merge import check_images, logits, require_same_after_loading
@@ -64,7 +65,8 @@ def export_legacy_names(
         pickled = io.BytesIO()
         torch.save(state, pickled)
         (temporary / OLD_WEIGHTS).write_bytes(pickled.getbuffer())
-        content = _config(adapter.config, classifier.base["model_name_or_path"], adapter.state, names)
+        base = demo.local_path(str(classifier.base["model_name_or_path"]))
+        content = _config(adapter.config, base, adapter.state, names)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         bundle.write_metadata(
             temporary,

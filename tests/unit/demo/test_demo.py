@@ -16,6 +16,8 @@ from lora_dist import demo
 from lora_dist.data.sources.load import load_data
 from lora_dist.demo import digits, fashion_mnist
 from lora_dist.errors import UserError
+from lora_dist.model.backbone import load_base
+from lora_dist.model.license import license_of
 from lora_dist.settings.train import DataSettings
 
 
@@ -122,3 +124,11 @@ def test_the_command_writes_and_says_where(written: Path, tmp_path: Path, capsys
     shutil.copytree(written / "validation" / "1", tmp_path / "digits" / "validation" / "1")
     digits.main([str(tmp_path / "digits")])
     assert f"wrote {tmp_path / 'digits'}/train" in capsys.readouterr().out
+
+
+def test_a_result_names_its_base_as_any_machine_finds_it() -> None:
+    base = load_base("demo:vit", ["a", "b"])
+    assert base.identity()["model_name_or_path"] == "demo:vit"
+    license_ = license_of(base.name, base.revision, is_on_hub=False)
+    assert license_ is not None
+    assert license_.section()[2] == "The base model `demo:vit` has the license apache-2.0."

@@ -58,7 +58,7 @@ def test_every_form_of_the_file_gives_the_same(
 
 def test_columns_are_named_paths_may_lack_a_suffix_and_backslashes_are_folders(photos: Path) -> None:
     _write(photos, "x,subject;species", *(f"deep\\er\\{n:02d};{'rose' if n < 8 else 'tulip'}" for n in range(1, 12, 2)))
-    with pytest.raises(UserError, match=r"line 1: x,subject"):
+    with pytest.raises(UserError, match=r"line 1: x,subject \(if that is a header, name its columns"):
         _load(photos)
     with pytest.raises(UserError, match=r"no column of labels found; name it with .*: x,subject, species"):
         _load(photos, image_column_name="x,subject")
