@@ -180,6 +180,7 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
         settings.title,
         limits,
         top_k=settings.images.top_k or 5,
+        min_confidence=settings.images.min_confidence,
         batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         device=device,
     )
@@ -189,16 +190,20 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
 def _rows(
     classifier: Classifier, settings: PredictSettings, device: torch.device, files: Sequence[str]
 ) -> Iterator[Row]:
-    from lora_dist.deployment import classify
+    from lora_dist.deployment import classify, explain
 
-    return classify.classify(
+    batch_size = classify.choose_batch_size(settings.images.batch_size, device)
+    rows = classify.classify(
         classifier,
         files,
         top_k=settings.images.top_k or 1,
-        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
+        batch_size=batch_size,
         num_workers=settings.images.num_workers,
         device=device,
     )
+    if settings.images.explain is None:
+        return rows
+    return explain.explained(rows, classifier, Path(settings.images.explain), batch_size, device)
 
 
 def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
@@ -255,7 +260,7 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, co
     shown = []
     bad = set()
     with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
-        for index, row in enumerate(rows):
+        for index, row in enumerate(row.known_from(images.min_confidence) for row in rows):
             write(row)
             if row.error is not None:
                 bad.add(row.path)

@@ -28,6 +28,8 @@ from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_worke
 from lora_dist.storage.writable import writing
 
 GRID_IMAGES = 32
+UNKNOWN = "unknown"
+"""Label of an image whose prediction is less confident than --min_confidence."""
 TINY_FILE = 8_000
 """Bytes of a file below which a decoding process costs more than it saves."""
 MIN_DECODED = 32
@@ -42,12 +44,25 @@ class Row(NamedTuple):
         top_k: classes with their probabilities, most likely first; empty if there is an error.
         error: why the image is unreadable, or None.
         adapter: name of the adapter, if there are several.
+        is_known: whether the prediction is confident enough.
     """
 
     path: str
     top_k: list[tuple[str, float]]
     error: str | None = None
     adapter: str | None = None
+    is_known: bool = True
+
+    @property
+    def label(self) -> str:
+        """The most likely class, or `UNKNOWN`."""
+        return self.top_k[0][0] if self.is_known else UNKNOWN
+
+    def known_from(self, min_confidence: float | None) -> "Row":
+        """The row, which is known if its highest probability is at least `min_confidence`."""
+        if min_confidence is None or not self.top_k:
+            return self
+        return self._replace(is_known=self.top_k[0][1] >= min_confidence)
 
 
 def find_images(names: Sequence[str]) -> list[str]:
@@ -183,7 +198,7 @@ def draw_grid(rows: Sequence[Row], path: Path, conversion: Conversion = AS_TRANS
     shown = [row for row in rows if row.error is None]
     if not shown:
         raise UserError("--grid: none of its images can be read")
-    captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
+    captions = [f"{row.label}\n{row.top_k[0][1]:.1%}" for row in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
         grid([load_rgb(row.path, conversion=conversion) for row in shown], captions).save(path, "PNG")
@@ -234,7 +249,7 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
         content["path"] = row.path
         if row.error is None:
             top_k = [{"label": label, "score": score} for label, score in row.top_k]
-            content |= {**top_k[0], "top_k": top_k}
+            content |= {**top_k[0], "label": row.label, "top_k": top_k}
         else:
             content["error"] = row.error
         file.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -251,6 +266,7 @@ def _csv_rows(file: Any, top_k: int, with_adapter: bool) -> Callable[[Row], None
 
     def write(row: Row) -> None:
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
+        cells[:1] = [row.label] if cells else []
         cells += [""] * (len(columns) - len(cells))
         lines.writerow([*([row.adapter] if with_adapter else []), row.path, *cells, row.error or ""])
         file.flush()

@@ -172,7 +172,7 @@ class Parts:
             if not self._path(part).exists():
                 raise UserError(f"{self._path(part)} is missing: do all processes see the same directory?")
             for line in self._path(part).read_text(encoding="utf-8").splitlines():
-                path, top_k, error, adapter = json.loads(line)
+                path, top_k, error, adapter, *_ = json.loads(line)
                 yield Row(path, [(label, score) for label, score in top_k], error, adapter)
 
     def remove(self) -> None:

@@ -60,12 +60,17 @@ class Images(Group):
     """Files, folders and patterns such as 'photos/*.jpg'."""
     top_k: Count | None = None
     """Number of classes per image, most likely first. Default: 1, or 5 with --serve."""
+    min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Label images 'unknown' whose highest probability is below this. The scores stay. The table in the model card says
+    what a threshold costs."""
     output: str | None = None
     """File for the predictions. Default: print them."""
     format: Literal["jsonl", "csv"] | None = None
     """JSON Lines or CSV. Default: by the suffix of --output."""
     grid: str | None = None
     """PNG file for a grid of evenly spaced images with their predictions."""
+    explain: str | None = None
+    """Directory for a PNG file of each image with a heat map: the parts that speak for its predicted class."""
     batch_size: Count | None = None
     """Images per forward pass. Default: 32, or 8 on a CPU."""
     num_workers: NonNegativeInt | None = None
@@ -118,7 +123,7 @@ class Serving(Group):
     """Largest number of images per request."""
 
 
-FOR_FILES = ("output", "format", "grid", "num_workers")
+FOR_FILES = ("output", "format", "grid", "explain", "num_workers")
 """Settings of `Images` that a server does not use."""
 
 
@@ -196,12 +201,16 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
             yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
         if settings.images.grid:
             yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
+        if settings.images.explain:
+            yield Problem(("explain", "adapter"), "--explain shows the predictions of one adapter")
 
 
 def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     images, merging, exporting = settings.images, settings.merging, settings.exporting
     if exporting.int8 and not settings.onnx_to_write:
         yield Problem(("int8", "onnx"), "--int8 applies to an export: set --onnx, and --adapter or --model")
+    if exporting.onnx and images.explain:
+        yield Problem(("onnx", "explain"), "ONNX files cannot be explained: remove one of them")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
     if settings.serving.max_megapixels * 1e6 > (images.max_image_pixels or MAX_IMAGE_PIXELS):
@@ -213,7 +222,7 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
         return
     elif not images.images:
-        for name in _set(images, *FOR_FILES, "top_k", "batch_size", "device"):
+        for name in _set(images, *FOR_FILES, "top_k", "min_confidence", "batch_size", "device"):
             yield Problem((name, "images"), f"--{name} needs --images")
     if not merging.merge_to:
         for name in _set(merging, "merge_tolerance", "dtype"):

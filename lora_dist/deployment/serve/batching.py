@@ -1,14 +1,24 @@
-"""Dynamic batching: images that arrive while the model runs form the next batch."""
+"""Dynamic batching: images that arrive while the model runs form the next batch. Explanations come one by one."""
 
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.deployment.explain import overlays
 from lora_dist.model.classifier import Classifier
+
+
+class _Request(NamedTuple):
+    pixels: Tensor
+    future: Future[Any]
+    explains: bool = False
 
 
 class Batcher:
@@ -20,14 +30,20 @@ class Batcher:
         self._classifier = classifier
         self._device = device
         self._max_batch_size = max_batch_size
-        self._queue: SimpleQueue[tuple[Tensor, Future[Tensor]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Request | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
     def submit(self, pixels: Tensor) -> Future[Tensor]:
         """Queues an image [1, 3, H, W] from `ImageTransforms.resized`; the future gives probabilities [classes]."""
         future: Future[Tensor] = Future()
-        self._queue.put((pixels, future))
+        self._queue.put(_Request(pixels, future))
+        return future
+
+    def explain(self, pixels: Tensor) -> Future[Image.Image]:
+        """Queues an image as `submit`; the future gives it with a heat map (see `overlays`)."""
+        future: Future[Image.Image] = Future()
+        self._queue.put(_Request(pixels, future, explains=True))
         return future
 
     def close(self) -> None:
@@ -46,18 +62,27 @@ class Batcher:
                     break
             last = taken[-1] is None
             # Skips requests that were cancelled.
-            batch = [entry for entry in taken if entry is not None and entry[1].set_running_or_notify_cancel()]
-            if not batch:
-                continue
-            try:
-                probabilities = self._probabilities(torch.cat([pixels for pixels, _ in batch]))
-            except Exception as error:
-                # The futures raise it; the thread keeps running.
-                for _, future in batch:
-                    future.set_exception(error)
-                continue
-            for row, (_, future) in zip(probabilities, batch, strict=True):
-                future.set_result(row)
+            waiting = [one for one in taken if one is not None and one.future.set_running_or_notify_cancel()]
+            batch = [one for one in waiting if not one.explains]
+            if batch:
+                self._answer(batch, self._probabilities)
+            for one in waiting:
+                if one.explains:
+                    self._answer([one], self._overlays)
+
+    def _answer(self, batch: Sequence[_Request], compute: Callable[[Tensor], Iterable[Any]]) -> None:
+        """Gives each request its result. What `compute` raises, the futures raise; the thread keeps running."""
+        try:
+            results = compute(torch.cat([one.pixels for one in batch]))
+        except Exception as error:
+            for one in batch:
+                one.future.set_exception(error)
+            return
+        for result, one in zip(results, batch, strict=True):
+            one.future.set_result(result)
+
+    def _overlays(self, pixels: Tensor) -> list[Image.Image]:
+        return overlays(self._classifier.model, self.transforms.finished(pixels.to(self._device)))
 
     @torch.inference_mode()
     def _probabilities(self, pixels: Tensor) -> Tensor:
