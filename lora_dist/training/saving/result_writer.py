@@ -29,7 +29,7 @@ from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
 from lora_dist.training.evaluation import Evaluation
-from lora_dist.training.reporting.report import warn_of_chance_level, write_evaluation
+from lora_dist.training.reporting.report import explain_worst, warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
@@ -118,6 +118,11 @@ class ResultWriter:
                 raise ResultNotWrittenError(
                     f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
+            _, model = self._fresh_model(run.settings)
+            explain_worst(
+                tracker, model, run.evaluator.transforms, evaluation, progress.step, validation, self.data.labels
+            )
+            del model
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
             gc.collect()

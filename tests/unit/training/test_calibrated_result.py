@@ -43,7 +43,7 @@ def calibrated(vit: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def test_the_temperature_is_in_bundle_results_card_and_tensorboard(calibrated: Path) -> None:
+def test_temperature_and_heat_maps_are_in_bundle_results_card_and_tensorboard(calibrated: Path) -> None:
     results = results_of(calibrated)
     report = results["calibration"]
     assert report["reason"] is None
@@ -61,7 +61,7 @@ def test_the_temperature_is_in_bundle_results_card_and_tensorboard(calibrated: P
     assert "![Reliability diagram](reliability.png)" in card
     assert (calibrated / "adapter" / "reliability.png").is_file()
     board = EventAccumulator(str(calibrated / "tensorboard")).Reload()
-    assert "calibration/reliability" in board.Tags()["images"]
+    assert {"calibration/reliability", "eval/worst", "eval/worst_explained"} <= set(board.Tags()["images"])
 
 
 def test_training_goes_on_from_a_calibrated_adapter_with_raw_logits(
