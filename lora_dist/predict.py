@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.lifetime import at_end, exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
 from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     import torch
 
     from lora_dist.data.pixels.conversion import Conversion
-    from lora_dist.deployment.classify import Row
+    from lora_dist.deployment.classify import Precision, Row
+    from lora_dist.deployment.inputs import Inputs
     from lora_dist.deployment.parts import RowsOf
+    from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger("lora_dist.predict")
@@ -59,13 +63,14 @@ def predict(argv: list[str] | None) -> None:
     if __name__ == "__main__":
         move_to_huge_pages()
     # Settings errors are reported before torch is imported.
-    from lora_dist import demo, extras, hub, logs
+    from lora_dist import extras, hub, logs
     from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
     from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
+    from lora_dist.deployment.inputs import Files, find_inputs
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
-    from lora_dist.model import adapter_io
+    from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
@@ -78,39 +83,93 @@ def predict(argv: list[str] | None) -> None:
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     if device.type == "cpu":
         share_cores()
-    files = classify.find_images([demo.local_path(name) for name in settings.images.images])
+    precision = classify.choose_precision(settings.images.precision, device)
+    inputs = find_inputs(settings)
+    files = list(inputs.paths) if isinstance(inputs, Files) else []
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
-    for directory in chosen.values():
-        adapter_io.require_adapter(directory)
+    chosen = {name: _adapter_of(directory) for name, directory in chosen.items()}
+    if settings.source.average or settings.source.greedy_soup:
+        members = _soup(chosen, settings, device) if settings.source.greedy_soup else list(chosen)
+        settings = settings.model_copy(update={"source": settings.source.averaged_over(members)})
+        chosen = {name: chosen[name] for name in members}
+    if settings.source.side_by_side and settings.serving.serve:
+        _serve(_load_set(chosen, settings), settings, device)
+        return
     rows_of: RowsOf
     if settings.source.side_by_side:
-        rows_of, conversion = _rows_of_each(chosen, settings, device), AS_TRANSFORMERS
+        loaded = _load_set(chosen, settings)
+        rows_of, conversion = _rows_of_each(loaded, settings, device, precision, inputs), AS_TRANSFORMERS
+        labels: Any = {name: one.labels for name, one in loaded.classifiers.items()}
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
-            _serve(classifier, settings, device)
-        rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
-    if not files:
+            _serve(AdapterSet({settings.title: classifier}), settings, device)
+        rows_of = {None: partial(_rows, classifier, settings, device, precision, inputs)}
+        conversion, labels = classifier.conversion, classifier.labels
+    if not len(inputs):
         return
-    if shares or (len(files) > MAX_IMAGES and _is_plain_file(settings.images.output)):
-        parts = Parts(Path(settings.images.output or ""), list(rows_of), files, _plan(chosen, settings))
+    record = {"model": settings.title, "labels": labels, "precision": precision}
+    logger.info("predicting on %s in %s", device, precision)
+    if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
+        parts = Parts(
+            Path(settings.images.output or ""), list(rows_of), inputs, _plan(chosen, settings) | {"record": record}
+        )
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return
-        is_whole = _output(parts.rows(), files, settings, conversion)
+        is_whole = _output(parts.rows(), inputs, settings, conversion, record)
         parts.remove()
     else:
-        rows = chain.from_iterable(rows_of[name](files) for name in rows_of)
-        is_whole = _output(_with_progress(rows, len(files) * len(rows_of), settings), files, settings, conversion)
+        rows = chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of)
+        shown = _with_progress(rows, len(inputs) * len(rows_of), settings)
+        is_whole = _output(shown, inputs, settings, conversion, record)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
+
+
+def _adapter_of(directory: Path) -> Path:
+    """Returns the directory of an adapter, or of one that is made of a checkpoint."""
+    from lora_dist.model import adapter_io, checkpoint_adapter
+
+    if not checkpoint_adapter.is_checkpoint(directory):
+        adapter_io.require_adapter(directory)
+        return directory
+    made = Path(tempfile.mkdtemp(prefix="lora_dist-")) / directory.name
+    at_end(partial(shutil.rmtree, made.parent, ignore_errors=True))
+    checkpoint_adapter.write_adapter_of_checkpoint(directory, made)
+    return made
+
+
+def _soup(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> list[str]:
+    """Returns the names of the adapters that are most accurate together."""
+    from lora_dist import demo
+    from lora_dist.deployment import classify, soup
+    from lora_dist.deployment.inputs import find_images
+    from lora_dist.model import adapter_set
+
+    source, images = settings.source, settings.images
+    files = find_images([demo.local_path(source.greedy_soup or "")])
+    blend = partial(
+        adapter_set.load_weighted_sum,
+        base_model=source.base_model,
+        trust_remote_code=source.trust_remote_code,
+        labels=_labels(settings),
+    )
+    accuracy = partial(
+        soup.accuracy,
+        files=files,
+        batch_size=classify.choose_batch_size(images.batch_size, device),
+        num_workers=images.num_workers,
+        device=device,
+    )
+    return soup.greedy(chosen, blend, accuracy)
 
 
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
     """Loads an adapter, a weighted sum of adapters, a whole model, or an ONNX file."""
     from lora_dist import hub
     from lora_dist.deployment.export import onnx_model
-    from lora_dist.model import adapter_set
+    from lora_dist.model import adapter_set, adapters
     from lora_dist.model.classifier import load_classifier
 
     source = settings.source
@@ -118,11 +177,15 @@ def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
         return onnx_model.load_onnx(Path(settings.exporting.onnx or ""))
     labels = _labels(settings)
     if len(chosen) > 1:
-        return adapter_set.load_weighted_sum(
+        classifier = adapter_set.load_weighted_sum(
             chosen, source.weights, source.base_model, source.trust_remote_code, labels
         )
-    directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
-    return load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+    else:
+        directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
+        classifier = load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+    if source.adapter_scale != 1:
+        adapters.scale_update(classifier.model, source.adapter_scale)
+    return classifier
 
 
 def _labels(settings: PredictSettings) -> list[str] | None:
@@ -142,7 +205,7 @@ def _write(
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
-        card = older_peft.card_of(list(chosen.values()), settings.title)
+        card = older_peft.card_of(list(chosen.values()), settings.title, settings.source.adapter_scale != 1)
         with writing(out, "export_legacy_names"):
             older_peft.export_legacy_names(classifier, card, out, files, trusted)
         logger.info("exported to %s, with the names of transformers 4", out)
@@ -158,16 +221,19 @@ def _write(
     if settings.onnx_to_write:
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
-            exported = onnx_export.export(classifier, out, files, exporting.int8)
-        what = ", before quantisation," if exporting.int8 else ""
+            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16)
+        what = ", before rounding," if exporting.int8 or exporting.fp16 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
-        if exporting.int8:
-            logger.info("%s", exported.int8 or "pass --images, best in class folders, to measure the cost of int8")
+        if exported.fp16 is not None:
+            logger.info("in fp16 they differ by %.1e", exported.fp16)
+        if what:
+            hint = "pass --images, best in class folders, to count the predictions that change"
+            logger.info("%s", exported.cost or hint)
         classifier = onnx_model.load_onnx(out)
     return classifier
 
 
-def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
+def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
 
@@ -176,7 +242,7 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
     app = server.make_app(
-        classifier,
+        served,
         settings.title,
         limits,
         top_k=settings.images.top_k or 5,
@@ -188,33 +254,50 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
 
 
 def _rows(
-    classifier: Classifier, settings: PredictSettings, device: torch.device, files: Sequence[str]
+    classifier: Classifier,
+    settings: PredictSettings,
+    device: torch.device,
+    precision: Precision,
+    inputs: Inputs,
+    indices: Sequence[int],
 ) -> Iterator[Row]:
     from lora_dist.deployment import classify, explain
 
     batch_size = classify.choose_batch_size(settings.images.batch_size, device)
     rows = classify.classify(
         classifier,
-        files,
+        inputs,
         top_k=settings.images.top_k or 1,
         batch_size=batch_size,
         num_workers=settings.images.num_workers,
         device=device,
+        indices=indices,
+        output_type=settings.images.output_type,
+        precision=precision,
     )
     if settings.images.explain is None:
         return rows
-    return explain.explained(rows, classifier, Path(settings.images.explain), batch_size, device)
+    return explain.explained(rows, inputs, indices, classifier, Path(settings.images.explain), batch_size, device)
 
 
-def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
-    """Returns what classifies files with each adapter, on a shared base."""
-    from lora_dist.model import adapter_set
+def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterSet:
+    """Loads several adapters on a shared base."""
+    from lora_dist.model import adapter_set, adapters
 
     source = settings.source
     loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    if source.adapter_scale != 1:
+        adapters.scale_update(next(iter(loaded.classifiers.values())).model, source.adapter_scale)
+    return loaded
 
-    def rows(name: str, files: Sequence[str]) -> Iterator[Row]:
-        for row in _rows(loaded.set_adapter(name), settings, device, files):
+
+def _rows_of_each(
+    loaded: AdapterSet, settings: PredictSettings, device: torch.device, precision: Precision, inputs: Inputs
+) -> RowsOf:
+    """Returns what classifies images with each adapter."""
+
+    def rows(name: str, indices: Sequence[int]) -> Iterator[Row]:
+        for row in _rows(loaded.set_adapter(name), settings, device, precision, inputs, indices):
             yield row._replace(adapter=name)
 
     return {name: partial(rows, name) for name in loaded.classifiers}
@@ -232,15 +315,19 @@ def _plan(chosen: Mapping[str, Path], settings: PredictSettings) -> dict[str, An
         "labels": _labels(settings),
         "model": [digest_of(root) for root in (*chosen.values(), *whole, *onnx)],
         "top_k": settings.images.top_k or 1,
+        "output_type": settings.images.output_type,
         "max_image_pixels": settings.images.max_image_pixels,
     }
 
 
-def _with_progress(rows: Iterable[Row], total: int, settings: PredictSettings) -> Iterator[Row]:
-    """Yields the rows, behind a progress bar if they do not go to the terminal themselves."""
-    from tqdm import tqdm
+def _with_progress(rows: Iterator[Row], total: int, settings: PredictSettings) -> Iterator[Row]:
+    """Yields the rows and says how far they are, if they do not go to the terminal themselves."""
+    from lora_dist.deployment.progress import Progress
 
-    yield from tqdm(rows, total=total, unit=" rows", disable=settings.images.output is None or not sys.stderr.isatty())
+    with Progress(total, silent=settings.images.output is None) as progress:
+        for done, row in enumerate(rows, 1):
+            yield row
+            progress.advance_to(done)
 
 
 def _is_plain_file(output: str | None) -> bool:
@@ -248,30 +335,39 @@ def _is_plain_file(output: str | None) -> bool:
     return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
-def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion) -> bool:
+def _output(
+    rows: Iterator[Row],
+    inputs: Inputs,
+    settings: PredictSettings,
+    conversion: Conversion,
+    record: Mapping[str, Any],
+) -> bool:
     """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
-    from lora_dist.deployment import classify
+    from lora_dist.deployment import outputs
 
     images = settings.images
     if hasattr(signal, "SIGPIPE"):
         # Ends `… | head` without a traceback. Not set earlier: a lost connection to the Hub is an error.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    drawn = set(classify.spread(len(files), classify.GRID_IMAGES)) if images.grid else set()
+    drawn = set(outputs.spread(len(inputs), outputs.GRID_IMAGES)) if images.grid else set()
     shown = []
-    bad = set()
-    with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
+    bad = 0
+    side_by_side = settings.source.side_by_side
+    with outputs.writer(
+        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record
+    ) as write:
         for index, row in enumerate(row.known_from(images.min_confidence) for row in rows):
             write(row)
-            if row.error is not None:
-                bad.add(row.path)
+            # The adapters of a set have the same unreadable images.
+            bad += row.error is not None and index < len(inputs)
             if index in drawn:
-                shown.append(row)
+                shown.append((row, inputs.read([index])[0].source))
     if images.grid:
-        classify.draw_grid(shown, Path(images.grid), conversion)
+        outputs.draw_grid(shown, Path(images.grid), conversion)
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:
-        logger.warning("%d of %d images could not be read; their rows have the errors", len(bad), len(files))
+        logger.warning("%d of %d images could not be read; their rows have the errors", bad, len(inputs))
     return not bad
 
 

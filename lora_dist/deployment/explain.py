@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import Row
+from lora_dist.deployment.inputs import Inputs, NamedImage
 from lora_dist.figures import grid, to_images
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.heat_map import heat_maps
@@ -28,9 +29,16 @@ STRONGEST = 0.7
 
 
 def explained(
-    rows: Iterable[Row], classifier: Classifier, directory: Path, batch_size: int, device: torch.device
+    rows: Iterable[Row],
+    inputs: Inputs,
+    indices: Sequence[int],
+    classifier: Classifier,
+    directory: Path,
+    batch_size: int,
+    device: torch.device,
 ) -> Iterator[Row]:
-    """Yields rows after writing, for each, a PNG file of the model's view of its image without and with the heat map.
+    """Yields the rows of `indices` of the inputs, after writing for each a PNG file of the model's view of its image
+    without and with the heat map.
 
     Raises:
         UserError: a file cannot be written, or the model has no feature map.
@@ -40,26 +48,32 @@ def explained(
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
     with writing(directory, "explain"):
         directory.mkdir(parents=True, exist_ok=True)
-    remaining = iter(rows)
+    remaining, places = iter(rows), iter(indices)
     while batch := list(islice(remaining, batch_size)):
-        _write(batch, classifier.model, transforms, directory, device)
+        images = inputs.read(list(islice(places, len(batch))))
+        _write(batch, images, classifier.model, transforms, directory, device)
         yield from batch
 
 
 def _write(
-    rows: list[Row], model: nn.Module, transforms: ImageTransforms, directory: Path, device: torch.device
+    rows: list[Row],
+    images: list[NamedImage],
+    model: nn.Module,
+    transforms: ImageTransforms,
+    directory: Path,
+    device: torch.device,
 ) -> None:
     readable = []
-    for row in rows:
+    for row, image in zip(rows, images, strict=True):
         if row.error is None:
             try:
-                readable.append((row, transforms.load(row.path)))
+                readable.append((row, transforms.load(image.source, image.name)))
             except UnreadableImageError as error:
                 logger.warning("no explanation of an image that has changed: %s", error)
     if not readable:
         return
-    inputs = transforms.finished(transforms.resized([image for _, image in readable]).to(device))
-    for (row, _), *pair in zip(readable, to_images(inputs), overlays(model, inputs), strict=True):
+    pixels = transforms.finished(transforms.resized([image for _, image in readable]).to(device))
+    for (row, _), *pair in zip(readable, to_images(pixels), overlays(model, pixels), strict=True):
         captions = [Path(row.path).name, f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}"]
         with writing(directory, "explain"):
             grid(pair, captions, columns=2, cell=SIDE).save(file_of(directory, row.path))

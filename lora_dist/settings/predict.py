@@ -2,11 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_dist.demo import is_packaged
 from lora_dist.errors import UserError
 from lora_dist.settings.fields import (
     MAX_IMAGE_PIXELS,
@@ -15,20 +17,37 @@ from lora_dist.settings.fields import (
     Group,
     MaxPixels,
     Names,
+    NonNegative,
     NonNegativeInt,
     Positive,
     Problem,
 )
+
+Format = Literal["jsonl", "csv", "parquet"]
+OutputType = Literal["top_k", "probabilities", "logits", "embeddings"]
+_SUFFIXES: dict[str, Format] = {".csv": "csv", ".parquet": "parquet"}
+
+
+def format_of(output: str | None, chosen: Format | None) -> Format:
+    """The format of an output: the chosen one, or that of its suffix, or else JSON Lines."""
+    return chosen or _SUFFIXES.get(os.path.splitext(output or "")[1].lower(), "jsonl")
 
 
 class ModelSource(Group):
     """Model"""
 
     adapter: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
-    """Adapter: a directory, e.g. runs/demo/adapter, or a Hub name (org/name or org/name@revision). Several adapters of
-    one base model may be given, each optionally named: NAME=DIRECTORY."""
+    """Adapter: a directory, e.g. runs/demo/adapter, a checkpoint of a finished run, or a Hub name (org/name or
+    org/name@revision). Several adapters of one base model may be given, each optionally named: NAME=DIRECTORY."""
     weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Merge several adapters into one weighted sum: one weight per adapter, adding up to 1."""
+    average: bool = False
+    """Merge several adapters into one, with equal weights."""
+    greedy_soup: str | None = None
+    """Folder of images with one sub-folder per class. Merge, with equal weights, those of several adapters that are
+    most accurate together: starting with the best, each is added if the accuracy on these images does not fall."""
+    adapter_scale: NonNegative = 1.0
+    """Factor of the LoRA update, after averaging. What is trained in full, such as the head, keeps its weights."""
     labels: str | None = None
     """Text file of class names, one per line, for an adapter without a label map."""
     model: str | None = None
@@ -50,7 +69,13 @@ class ModelSource(Group):
     @property
     def side_by_side(self) -> bool:
         """Whether each of several adapters predicts separately."""
-        return len(self.adapter) > 1 and not self.weights
+        return len(self.adapter) > 1 and not (self.weights or self.average or self.greedy_soup)
+
+    def averaged_over(self, names: Collection[str]) -> "ModelSource":
+        """Returns these settings with equal `weights` for the adapters of these names, and without the others."""
+        adapters = [word for word, (name, _) in zip(self.adapter, self.named_adapters, strict=True) if name in names]
+        weights = [1 / len(adapters)] * len(adapters)
+        return self.model_copy(update={"adapter": adapters, "weights": weights, "average": False, "greedy_soup": None})
 
 
 class Images(Group):
@@ -58,27 +83,53 @@ class Images(Group):
 
     images: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Files, folders and patterns such as 'photos/*.jpg'."""
+    images_from: str | None = None
+    """Text file with the paths of images, one per line."""
     top_k: Count | None = None
     """Number of classes per image, most likely first. Default: 1, or 5 with --serve."""
     min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
     """Label images 'unknown' whose highest probability is below this. The scores stay. The table in the model card says
     what a threshold costs."""
+    output_type: OutputType = "top_k"
+    """What each image gets beside its most likely class: the most likely classes, the probabilities or logits of all
+    classes in the order of the label map, or embeddings, the pooled features that go into the head. Lists of numbers
+    need JSON Lines or parquet."""
     output: str | None = None
     """File for the predictions. Default: print them."""
-    format: Literal["jsonl", "csv"] | None = None
-    """JSON Lines or CSV. Default: by the suffix of --output."""
+    format: Format | None = None
+    """JSON Lines, CSV or parquet. Default: by the suffix of --output, else JSON Lines."""
     grid: str | None = None
     """PNG file for a grid of evenly spaced images with their predictions."""
     explain: str | None = None
     """Directory for a PNG file of each image with a heat map: the parts that speak for its predicted class."""
     batch_size: Count | None = None
-    """Images per forward pass. Default: 32, or 8 on a CPU."""
+    """Images per forward pass. Default: 8 on a CPU, 128 on CUDA, else 32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass: fp32, or autocast to bf16 or fp16. auto: bf16 on CUDA devices that compute in it,
+    otherwise fp32."""
     num_workers: NonNegativeInt | None = None
-    """Processes that decode images while the model runs. Default: 1, or 0 for few or tiny images."""
+    """Processes that decode images while the model runs. Default: 0 for few or tiny images; otherwise 1 on a CPU, and
+    up to 16 on other devices, as cores and shared memory allow."""
     max_image_pixels: MaxPixels | None = None
     """Largest image to decode, in pixels. Default: Pillow's limit, 178,956,970."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
+
+
+class DataSet(Group):
+    """Images of a data set"""
+
+    dataset_name: str | None = None
+    """Data set instead of --images: a Hub name, a directory of parquet or WebDataset tar files, or one that
+    `save_to_disk` wrote."""
+    dataset_config_name: str | None = None
+    """Configuration of the data set."""
+    dataset_split: str | None = None
+    """Split to classify, such as test or test[:1000]."""
+    image_column_name: str | None = None
+    """Column of images. Default: the only one of type Image."""
+    streaming: bool = False
+    """Read parquet and tar files where they are, without a copy in the cache of `datasets`."""
 
 
 class Merging(Group):
@@ -104,13 +155,16 @@ class Exporting(Group):
     int8: bool = False
     """Quantize the linear layers of the file to 8 bits. With --images, reports how many predictions change, and the
     accuracy on folders that are named after classes."""
+    fp16: bool = False
+    """Write the file in fp16, half as large, with inputs and logits in fp32. Fails if the logits on real images differ
+    by more than 5e-2 of the largest; reports as --int8 does."""
 
 
 class Serving(Group):
     """Serving (extra [serve])"""
 
     serve: bool = False
-    """Serve a web page for uploading images, and a JSON API."""
+    """Serve a web page for uploading images, and a JSON API; each of several adapters under its name."""
     host: str = "127.0.0.1"
     """Address to listen on. The default accepts only this machine. There is no password."""
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
@@ -123,7 +177,7 @@ class Serving(Group):
     """Largest number of images per request."""
 
 
-FOR_FILES = ("output", "format", "grid", "explain", "num_workers")
+FOR_FILES = ("images_from", "output_type", "output", "format", "grid", "explain", "precision", "num_workers")
 """Settings of `Images` that a server does not use."""
 
 
@@ -132,9 +186,15 @@ class PredictSettings(Group):
 
     source: ModelSource = ModelSource()
     images: Images = Images()
+    data: DataSet = DataSet()
     merging: Merging = Merging()
     exporting: Exporting = Exporting()
     serving: Serving = Serving()
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether there are images to classify."""
+        return bool(self.images.images or self.images.images_from or self.data.dataset_name)
 
     @property
     def onnx_to_write(self) -> str | None:
@@ -143,11 +203,16 @@ class PredictSettings(Group):
 
     @property
     def title(self) -> str:
-        """Display name of the model; a weighted sum includes its weights."""
+        """Display name of the model, with the weights of a sum and the scale of LoRA."""
         names = [name for name, _ in self.source.named_adapters]
+        if self.source.side_by_side:
+            return ", ".join(names)
         if len(names) > 1:
-            return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
-        return names[0] if names else self.source.model or self.exporting.onnx or ""
+            title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
+        else:
+            title = names[0] if names else self.source.model or self.exporting.onnx or ""
+        scale = self.source.adapter_scale
+        return title if scale == 1 else f"{title}, LoRA scaled by {scale:g}"
 
 
 def require_shareable(settings: PredictSettings) -> None:
@@ -158,6 +223,7 @@ def require_shareable(settings: PredictSettings) -> None:
         "merge_to": merging.merge_to,
         "export_legacy_names": merging.export_legacy_names,
         "onnx": settings.onnx_to_write,
+        "greedy_soup": settings.source.greedy_soup,
     }
     for name in (name for name, value in alone.items() if value):
         raise UserError(f"--{name} needs one process: use `python -m lora_dist.predict` without a launcher")
@@ -169,6 +235,8 @@ def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
     yield from _model_problems(settings)
     yield from _task_problems(settings)
+    yield from _input_problems(settings)
+    yield from _output_problems(settings)
 
 
 def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
@@ -182,9 +250,8 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
         for name in ("merge_to", "export_legacy_names"):
             if getattr(merging, name):
                 yield Problem((full, name), "only adapters can be merged or converted: use --adapter")
-        for name in ("base_model", "labels", "weights"):
-            if getattr(source, name):
-                yield Problem((full, name), f"--{name} needs an adapter: use --adapter")
+        for name in _set(source, "base_model", "labels", "weights", "average", "greedy_soup", "adapter_scale"):
+            yield Problem((full, name), f"--{name} needs an adapter: use --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
         yield Problem(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
     names = [name for name, _ in source.named_adapters]
@@ -194,11 +261,20 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
         yield Problem(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
+    ways = [name for name in ("weights", "average", "greedy_soup") if getattr(source, name)]
+    if len(ways) > 1:
+        yield Problem(tuple(ways), "several ways to merge adapters: use only one of them")
+    for name in ways:
+        if len(source.adapter) == 1 and name != "weights":
+            yield Problem((name, "adapter"), f"--{name} needs several adapters")
+    if source.greedy_soup and not is_packaged(source.greedy_soup) and not Path(source.greedy_soup).is_dir():
+        yield Problem(("greedy_soup",), f"no such directory: {source.greedy_soup}")
     if source.side_by_side:
-        legacy, serve = merging.export_legacy_names, settings.serving.serve
-        single = {"merge_to": merging.merge_to, "export_legacy_names": legacy, "onnx": onnx, "serve": serve}
+        single = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names, "onnx": onnx}
         for name in (name for name, value in single.items() if value):
-            yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
+            yield Problem(
+                ("adapter", name), f"--{name} needs one model: merge the adapters with --average or --weights"
+            )
         if settings.images.grid:
             yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
         if settings.images.explain:
@@ -207,21 +283,30 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
 
 def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     images, merging, exporting = settings.images, settings.merging, settings.exporting
-    if exporting.int8 and not settings.onnx_to_write:
-        yield Problem(("int8", "onnx"), "--int8 applies to an export: set --onnx, and --adapter or --model")
+    for name in ("int8", "fp16"):
+        if getattr(exporting, name) and not settings.onnx_to_write:
+            yield Problem((name, "onnx"), f"--{name} applies to an export: set --onnx, and --adapter or --model")
+    if exporting.int8 and exporting.fp16:
+        yield Problem(("int8", "fp16"), "use only one of them")
     if exporting.onnx and images.explain:
         yield Problem(("onnx", "explain"), "ONNX files cannot be explained: remove one of them")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
+    if exporting.onnx and images.precision not in ("auto", "fp32"):
+        yield Problem(("onnx", "precision"), "ONNX files run in their own precision: remove --precision")
+    if exporting.onnx and images.output_type == "embeddings":
+        yield Problem(("onnx", "output_type"), "ONNX files give logits only: use the adapter or the merged model")
     if settings.serving.max_megapixels * 1e6 > (images.max_image_pixels or MAX_IMAGE_PIXELS):
         yield Problem(("max_megapixels", "max_image_pixels"), "no image can be that large: raise --max_image_pixels")
     if settings.serving.serve:
         for name in _set(images, "images", *FOR_FILES):
             yield Problem(("serve", name), f"the server does not use --{name}: remove one of them")
-    elif not (images.images or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
+        if settings.data.dataset_name:
+            yield Problem(("serve", "dataset_name"), "the server does not use --dataset_name: remove one of them")
+    elif not (settings.has_inputs or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
         yield Problem(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
         return
-    elif not images.images:
+    elif not settings.has_inputs:
         for name in _set(images, *FOR_FILES, "top_k", "min_confidence", "batch_size", "device"):
             yield Problem((name, "images"), f"--{name} needs --images")
     if not merging.merge_to:
@@ -230,6 +315,36 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     if not settings.serving.serve:
         for name in _set(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
             yield Problem((name, "serve"), f"--{name} needs --serve")
+
+
+def _input_problems(settings: PredictSettings) -> Iterator[Problem]:
+    data, images = settings.data, settings.images
+    if not data.dataset_name:
+        for name in _set(data, "dataset_config_name", "dataset_split", "image_column_name", "streaming"):
+            yield Problem((name, "dataset_name"), f"--{name} needs --dataset_name")
+        return
+    if not data.dataset_split:
+        yield Problem(("dataset_name", "dataset_split"), "which split? Set --dataset_split, e.g. test")
+    elif data.streaming and not data.dataset_split.isidentifier():
+        yield Problem(("streaming", "dataset_split"), "streams do not support slices or sums: set one whole split")
+    for name in _set(images, "images", "images_from"):
+        yield Problem((name, "dataset_name"), "files or a data set: use only one of them")
+    merging = settings.merging
+    exports = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names}
+    for name in (name for name, value in (exports | {"onnx": settings.onnx_to_write}).items() if value):
+        yield Problem((name, "dataset_name"), f"--{name} compares logits on files: use --images, or none")
+
+
+def _output_problems(settings: PredictSettings) -> Iterator[Problem]:
+    images = settings.images
+    chosen = format_of(images.output, images.format)
+    if chosen == "parquet" and not images.output:
+        yield Problem(("format", "output"), "parquet cannot be printed: set --output")
+    if images.output_type != "top_k":
+        if chosen == "csv":
+            yield Problem(("output_type", "format"), "CSV has no lists of numbers: use a .jsonl or .parquet file")
+        for name in _set(images, "top_k"):
+            yield Problem((name, "output_type"), f"--output_type {images.output_type} has all values: remove --top_k")
 
 
 def _set(group: Group, *names: str) -> Iterator[str]:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dist.data.batch import Batch
+from lora_dist.data.features import EvaluationFeatures, Features
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import PADDING_INDEX
+from lora_dist.data.sampling.order import PADDING_INDEX, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.metrics.classification import ClassificationMetric
+from lora_dist.processes.workers import worker_loader
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Evaluator:
         settings: of the loader.
         name: of the split.
         temperature: that the logits are divided by; 1 in training.
+        features: of the split, to evaluate the head on in place of the images.
     """
 
     accelerator: Accelerator
@@ -93,10 +96,16 @@ class Evaluator:
     settings: DataSettings
     name: Literal["validation", "test"] = "validation"
     temperature: float = 1.0
+    features: Features | None = None
 
     @cached_property
     def loader(self) -> DataLoader:
         """The loader of this process. All evaluations share it, so its workers start once."""
+        if self.features is not None:
+            share = evaluation_batches(
+                len(self.split), self.batch_size, self.accelerator.num_processes, self.accelerator.process_index
+            )
+            return worker_loader(EvaluationFeatures(self.features), batch_sampler=share, workers=0)
         return evaluation_loader(
             self.split,
             self.transforms,

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from lora_dist import demo
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.classify import find_images
+from lora_dist.data.sources.files import find_files
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.heat_map import heat_maps
 
@@ -36,7 +36,7 @@ def main(adapter: str) -> None:
     """Prints the figures for an adapter of the demo."""
     classifier = load_classifier(Path(adapter))
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
-    files = find_images([demo.local_path("demo:digits/validation")])[::EVERY]
+    files = find_files(demo.local_path("demo:digits/validation"))[0][::EVERY]
     images = transforms.batch([transforms.load(file) for file in files])
     size = (images.shape[2], images.shape[3])
     maps = heat_maps(classifier.model, images)

@@ -1,8 +1,10 @@
 """Dynamic batching: images that arrive while the model runs form the next batch. Explanations come one by one."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -12,39 +14,76 @@ from torch import Tensor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.explain import overlays
-from lora_dist.model.classifier import Classifier
+from lora_dist.model.adapter_set import AdapterSet
 
 
 class _Request(NamedTuple):
+    name: str
     pixels: Tensor
     future: Future[Any]
     explains: bool = False
 
 
 class Batcher:
-    """Runs the model in a thread, without waiting for a batch to fill up."""
+    """Runs the model in a thread, without waiting for a batch to fill up.
 
-    def __init__(self, classifier: Classifier, max_batch_size: int, device: torch.device) -> None:
-        self.transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
-        classifier.model.to(device)
-        self._classifier = classifier
+    Attributes:
+        transforms: of each adapter, by its name.
+    """
+
+    def __init__(
+        self,
+        served: AdapterSet,
+        max_batch_size: int,
+        device: torch.device,
+        after_batch: Callable[[str, int, float], object] = lambda *_: None,
+    ) -> None:
+        """
+        Args:
+            served: the model, with one or several adapters.
+            max_batch_size: images per forward pass.
+            device: the model is moved there.
+            after_batch: called with the name of an adapter, the number of its images, and the seconds they took.
+        """
+        self.transforms = {
+            name: ImageTransforms(one.processor, conversion=one.conversion) for name, one in served.classifiers.items()
+        }
+        for classifier in served.classifiers.values():
+            classifier.model.to(device)
+        self._served = served
         self._device = device
         self._max_batch_size = max_batch_size
+        self._after_batch = after_batch
         self._queue: SimpleQueue[_Request | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, pixels: Tensor) -> Future[Tensor]:
-        """Queues an image [1, 3, H, W] from `ImageTransforms.resized`; the future gives probabilities [classes]."""
+    def submit(self, name: str, pixels: Tensor) -> Future[Tensor]:
+        """Queues an image for an adapter; the future gives probabilities [classes].
+
+        Args:
+            name: of the adapter.
+            pixels: [1, 3, H, W] from `resized` of its transforms.
+        """
         future: Future[Tensor] = Future()
-        self._queue.put(_Request(pixels, future))
+        self._queue.put(_Request(name, pixels, future))
         return future
 
-    def explain(self, pixels: Tensor) -> Future[Image.Image]:
+    def explain(self, name: str, pixels: Tensor) -> Future[Image.Image]:
         """Queues an image as `submit`; the future gives it with a heat map (see `overlays`)."""
         future: Future[Image.Image] = Future()
-        self._queue.put(_Request(pixels, future, explains=True))
+        self._queue.put(_Request(name, pixels, future, explains=True))
         return future
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for the model."""
+        return self._queue.qsize()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether submitted images will be classified."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Stops the thread after all submitted images are classified."""
@@ -64,26 +103,40 @@ class Batcher:
             # Skips requests that were cancelled.
             waiting = [one for one in taken if one is not None and one.future.set_running_or_notify_cancel()]
             batch = [one for one in waiting if not one.explains]
-            if batch:
-                self._answer(batch, self._probabilities)
+            for name in dict.fromkeys(one.name for one in batch):
+                self._classify(name, [one for one in batch if one.name == name])
             for one in waiting:
                 if one.explains:
-                    self._answer([one], self._overlays)
+                    _answer([one], partial(self._overlays, one.name))
 
-    def _answer(self, batch: Sequence[_Request], compute: Callable[[Tensor], Iterable[Any]]) -> None:
-        """Gives each request its result. What `compute` raises, the futures raise; the thread keeps running."""
-        try:
-            results = compute(torch.cat([one.pixels for one in batch]))
-        except Exception as error:
-            for one in batch:
-                one.future.set_exception(error)
-            return
-        for result, one in zip(results, batch, strict=True):
-            one.future.set_result(result)
+    def _classify(self, name: str, batch: list[_Request]) -> None:
+        start = time.monotonic()
+        _answer(
+            batch,
+            partial(self._probabilities, name),
+            lambda: self._after_batch(name, len(batch), time.monotonic() - start),
+        )
 
-    def _overlays(self, pixels: Tensor) -> list[Image.Image]:
-        return overlays(self._classifier.model, self.transforms.finished(pixels.to(self._device)))
+    def _overlays(self, name: str, pixels: Tensor) -> list[Image.Image]:
+        classifier = self._served.set_adapter(name)
+        return overlays(classifier.model, self.transforms[name].finished(pixels.to(self._device)))
 
     @torch.inference_mode()
-    def _probabilities(self, pixels: Tensor) -> Tensor:
-        return self._classifier.probabilities(self.transforms.finished(pixels.to(self._device))).cpu()
+    def _probabilities(self, name: str, pixels: Tensor) -> Tensor:
+        classifier = self._served.set_adapter(name)
+        return classifier.probabilities(self.transforms[name].finished(pixels.to(self._device))).cpu()
+
+
+def _answer(
+    batch: Sequence[_Request], compute: Callable[[Tensor], Iterable[Any]], computed: Callable[[], object] = lambda: None
+) -> None:
+    """Gives each request its result. What `compute` raises, the futures raise; the thread keeps running."""
+    try:
+        results = compute(torch.cat([one.pixels for one in batch]))
+    except Exception as error:
+        for one in batch:
+            one.future.set_exception(error)
+        return
+    computed()
+    for result, one in zip(results, batch, strict=True):
+        one.future.set_result(result)

@@ -6,7 +6,7 @@ import io
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,16 +16,18 @@ from typing import Annotated, Any, Literal
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from torch import Tensor
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.serve.batching import Batcher
+from lora_dist.deployment.serve.metrics import CONTENT_TYPE, Measured, Metrics
 from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import Classifier
 from lora_dist.processes.cores import available_cores
 
@@ -68,8 +70,15 @@ class Predictions(BaseModel):
     predictions: list[Prediction]
 
 
+class Health(BaseModel):
+    """That the server can classify, and the names of its adapters."""
+
+    status: Literal["ok"]
+    adapters: list[str]
+
+
 def make_app(
-    classifier: Classifier,
+    served: AdapterSet,
     name: str,
     limits: Limits,
     *,
@@ -78,10 +87,12 @@ def make_app(
     device: torch.device,
     min_confidence: float | None = None,
 ) -> FastAPI:
-    """Returns the app with the page at `/`, titled `name`, and the endpoint at `/predict`."""
-    batcher = Batcher(classifier, batch_size, device)
+    """Returns the app with the page at `/`, titled `name`, and the endpoints `/predict`, `/explain`, `/health` and
+    `/metrics`."""
+    metrics, classifiers = Metrics(), served.classifiers
+    batcher = Batcher(served, batch_size, device, metrics.add_batch)
     # ONNX Runtime computes no gradients.
-    can_explain = any(True for _ in classifier.model.parameters())
+    can_explain = all(any(True for _ in one.model.parameters()) for one in classifiers.values())
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
     decoders = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="decoder")
 
@@ -96,8 +107,11 @@ def make_app(
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, max_bytes=limits.body)
+    app.add_middleware(Measured, metrics=metrics)
     page = Template((PAGE / "index.html").read_text(encoding="utf-8")).substitute(
-        name=html.escape(name), classes=len(classifier.labels), top_k=min(top_k, len(classifier.labels)),
+        name=html.escape(name),
+        choice=_choice(classifiers), adapter="adapter=NAME&amp;" if len(classifiers) > 1 else "",
+        top_k=min(top_k, max(len(one.labels) for one in classifiers.values())),
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
         explains="yes" if can_explain else "no",
     )  # fmt: skip
@@ -110,10 +124,23 @@ def make_app(
     async def asset(kind: Literal["css", "js"]) -> FileResponse:
         return FileResponse(PAGE / f"page.{kind}")
 
-    def prepare(data: bytes, file: str) -> Tensor:
-        image = decode(data, file, limits.pixels, classifier.conversion)
+    @app.get("/health", responses={503: {"description": "the model has stopped"}})
+    async def health() -> Health:
+        """Says whether the server can classify, and with which adapters."""
+        if not batcher.is_alive:
+            raise HTTPException(503, "the model has stopped")
+        return Health(status="ok", adapters=list(classifiers))
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics_text() -> PlainTextResponse:
+        """Returns counts of requests, images and batches, and durations, in the text format of Prometheus."""
+        return PlainTextResponse(metrics.text(batcher.waiting), media_type=CONTENT_TYPE)
+
+    def prepare(chosen: str, data: bytes, file: str) -> Tensor:
+        transforms = batcher.transforms[chosen]
+        image = decode(data, file, limits.pixels, transforms.conversion)
         try:
-            return batcher.transforms.resized([batcher.transforms.centred(image, file)])
+            return transforms.resized([transforms.centred(image, file)])
         except UnreadableImageError as error:
             raise RefusedUploadError(413, str(error)) from error
 
@@ -121,20 +148,25 @@ def make_app(
 
     @app.post("/predict", responses=refusals)
     async def predict(
-        files: list[UploadFile], top_k: Annotated[int, Query(ge=1, description="number of classes per file")] = top_k
+        files: list[UploadFile],
+        top_k: Annotated[int, Query(ge=1, description="number of classes per file")] = top_k,
+        adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
     ) -> Predictions:
         """Returns the most likely classes of each file. A request with a bad file is refused as a whole."""
         loop = asyncio.get_running_loop()
+        chosen = _chosen(adapter, list(classifiers))
         try:
             if len(files) > limits.files:
                 raise RefusedUploadError(413, f"{len(files)} files; at most {limits.files} are allowed")
             names = [check_name(file.filename or "") for file in files]
             contents = [(await file.read(), name) for file, name in zip(files, names, strict=True)]
-            images = await asyncio.gather(*(loop.run_in_executor(decoders, prepare, *content) for content in contents))
+            images = await asyncio.gather(
+                *(loop.run_in_executor(decoders, prepare, chosen, *content) for content in contents)
+            )
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
-        probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(image)) for image in images))
-        ranked = zip(names, classifier.top_k(torch.stack(probabilities), top_k), strict=True)
+        probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(chosen, image)) for image in images))
+        ranked = zip(names, classifiers[chosen].top_k(torch.stack(probabilities), top_k), strict=True)
         rows = [Row(file, best).known_from(min_confidence) for file, best in ranked]
         return Predictions(
             predictions=[
@@ -156,20 +188,45 @@ def make_app(
             **{status: {"description": REFUSALS[status]} for status in REFUSALS},
         },
     )
-    async def explain(file: UploadFile) -> Response:
+    async def explain(
+        file: UploadFile,
+        adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
+    ) -> Response:
         """Returns a PNG file of the image as the model sees it, with a heat map of what speaks for its class."""
         if not can_explain:
             raise HTTPException(501, "predictions of an ONNX file cannot be explained: serve the adapter or model")
+        chosen = _chosen(adapter, list(classifiers))
         try:
             name = check_name(file.filename or "")
-            image = await asyncio.get_running_loop().run_in_executor(decoders, prepare, await file.read(), name)
+            image = await asyncio.get_running_loop().run_in_executor(decoders, prepare, chosen, await file.read(), name)
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
         content = io.BytesIO()
-        (await asyncio.wrap_future(batcher.explain(image))).save(content, "PNG")
+        (await asyncio.wrap_future(batcher.explain(chosen, image))).save(content, "PNG")
         return Response(content.getvalue(), media_type="image/png")
 
     return app
+
+
+def _chosen(adapter: str | None, names: list[str]) -> str:
+    """The name of the adapter of a request, which may leave it out if there is only one."""
+    if adapter is None and len(names) == 1:
+        return names[0]
+    if adapter not in names:
+        problem = "several adapters: name one" if adapter is None else f"there is no adapter {adapter!r}"
+        raise HTTPException(422, f"{problem} with ?adapter=NAME, of {', '.join(names)}")
+    return adapter
+
+
+def _choice(classifiers: Mapping[str, Classifier]) -> str:
+    """Says in HTML how many classes there are; of several adapters, the page lets one choose."""
+    if len(classifiers) == 1:
+        return f"<p>{len(next(iter(classifiers.values())).labels)} classes</p>"
+    options = (
+        f'<option value="{html.escape(name)}">{html.escape(name)} ({len(one.labels)} classes)</option>'
+        for name, one in classifiers.items()
+    )
+    return f'<p><label>Adapter <select id="adapter">{"".join(options)}</select></label></p>'
 
 
 def run(app: FastAPI, host: str, port: int) -> None:

@@ -98,6 +98,7 @@ def model_card(
         "",
         f"    {use}",
         "",
+        *(_merge_first(source) if is_adapter else []),
         *(license_.section() if license_ else []),
         *_calibration(results.get("calibration"), calibration, is_adapter, reliability),
         "## Classes",
@@ -159,6 +160,18 @@ def _calibration(
             f"{'' if row['accuracy'] is None else format(row['accuracy'], '.4f')} |"
             for row in report["coverage"]
         ),
+        "",
+    ]
+
+
+def _merge_first(source: str) -> list[str]:
+    """How to get from an adapter to what `pipeline` takes."""
+    return [
+        "This is a PEFT adapter, not a whole model. `pipeline` and `AutoModelForImageClassification.from_pretrained` "
+        "take the merged model; of the adapter alone they take the classes of the base, or raise an error:",
+        "",
+        f"    python -m lora_dist.predict --adapter {source} --merge_to merged/",
+        '    pipeline("image-classification", model="merged/")',
         "",
     ]
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_dist.data.sources.load import ImageData
+from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.figures import reliability_picture
@@ -29,6 +31,7 @@ from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
 from lora_dist.training.evaluation import Evaluation
+from lora_dist.training.probe import in_words, read_probe
 from lora_dist.training.reporting.report import explain_worst, warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
@@ -126,17 +129,22 @@ class ResultWriter:
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
             gc.collect()
-            tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
+            in_bf16 = run.settings.model.base_dtype == "bfloat16"
+            in_fp32 = accelerator.mixed_precision == "no" and not in_bf16
+            tolerance = TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
             if expected is not None:
                 if report is not None:
                     expected = expected * (remaining.temperature / report.temperature)
-                prepare = partial(unsharded, accelerator)
+                prepare = partial(_as_trained, accelerator, self.base.heads if in_bf16 else None)
                 remote = run.settings.model.trust_remote_code
                 require_same_logits(written, images, expected, tolerance, remote, prepare)
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             on_test = f", on the test data {test.metrics['accuracy']:.4f}" if test is not None else ""
+            if run.settings.run.probe and (found := read_probe(self.output.probe)):
+                tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
+                tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics['accuracy']:.4f}")
             tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}{on_test}; wrote {written}")
             if report is not None:
                 tracker.say(str(report))
@@ -168,6 +176,7 @@ class ResultWriter:
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             "eval_samples": evaluation.num_samples,
             **tested,
+            **(read_probe(self.output.probe) if run.settings.run.probe else {}),
             "train_loss": progress.loss_sum / max(1, progress.loss_count),
             "train_runtime": progress.train_seconds,
             "train_samples": len(self.data.train),
@@ -260,6 +269,13 @@ def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:
     measured = {"before": report.before, "after": report.after} if report.reason is None else {"raw": report.before}
     headings = {f"{when}: calibration error {one.calibration_error:.4f}": one for when, one in measured.items()}
     return {RELIABILITY: reliability_picture({heading: one.reliability for heading, one in headings.items()})}
+
+
+def _as_trained(accelerator: Accelerator, heads_beside_bf16: list[str] | None, model: nn.Module) -> nn.Module:
+    """Makes a loaded model compute as in training; with heads, the rest of its base in bf16."""
+    if heads_beside_bf16 is not None:
+        cast_base(model, heads_beside_bf16)
+    return unsharded(accelerator, model)
 
 
 @torch.inference_mode()

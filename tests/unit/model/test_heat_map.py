@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from lora_dist.deployment.classify import Row, classify
+from lora_dist.deployment.classify import classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
+from lora_dist.deployment.inputs import Files
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.heat_map import heat_maps
@@ -80,7 +81,7 @@ def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) ->
     files = [str(paths[0]), str(tmp_path / "bad.png"), str(paths[1])]
     device = torch.device("cpu")
     rows = list(classify(classifier, files, top_k=1, batch_size=2, num_workers=0, device=device))
-    found = list(explained(iter(rows), classifier, tmp_path / "maps", 2, device))
+    found = list(explained(iter(rows), Files(files), range(3), classifier, tmp_path / "maps", 2, device))
     assert found == rows
     written = sorted((tmp_path / "maps").iterdir())
     assert written == sorted(file_of(tmp_path / "maps", str(path)) for path in paths)
@@ -88,4 +89,4 @@ def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) ->
         picture = Image.open(file)
         assert picture.width > 2 * SIDE
     with pytest.raises(UserError, match="--explain"):
-        list(explained([Row(str(paths[0]), [("a", 1.0)])], classifier, paths[0], 2, device))
+        list(explained(rows, Files(files), range(3), classifier, paths[0], 2, device))

@@ -25,10 +25,16 @@ function bar({ label, score }) {
   return row;
 }
 
-async function classify(file) {
+function query() {
+  // The choice is on the page only if there are several adapters.
+  const adapter = document.getElementById("adapter")?.value;
+  return new URLSearchParams({ top_k: document.body.dataset.topK, ...(adapter === undefined ? {} : { adapter }) });
+}
+
+async function classify(file, chosen) {
   const form = new FormData();
   form.append("files", file, file.name.replace(/[/\\]/g, "_"));
-  const response = await fetch(`predict?top_k=${document.body.dataset.topK}`, { method: "POST", body: form });
+  const response = await fetch(`predict?${chosen}`, { method: "POST", body: form });
   const content = await response.json().catch(() => ({}));
   if (!response.ok) {
     throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
@@ -36,10 +42,10 @@ async function classify(file) {
   return content.predictions[0];
 }
 
-async function heatMap(file) {
+async function heatMap(file, chosen) {
   const form = new FormData();
   form.append("file", file, file.name.replace(/[/\\]/g, "_"));
-  const response = await fetch("explain", { method: "POST", body: form });
+  const response = await fetch(`explain?${chosen}`, { method: "POST", body: form });
   if (!response.ok) {
     const content = await response.json().catch(() => ({}));
     throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
@@ -48,18 +54,19 @@ async function heatMap(file) {
 }
 
 // A click on a picture shows what speaks for its class, and the next click the picture again.
-function explainOnClick(picture, file, details) {
+function explainOnClick(picture, file, chosen, details) {
   const shown = { image: URL.createObjectURL(file), map: null };
   const button = element("button", "explain");
   button.type = "button";
   button.title = "Show what speaks for this class";
   button.setAttribute("aria-pressed", "false");
+  picture.onload = null;
   picture.replaceWith(button);
   button.append(picture);
   button.addEventListener("click", async () => {
     const explained = button.getAttribute("aria-pressed") === "true";
     try {
-      shown.map ??= await heatMap(file);
+      shown.map ??= await heatMap(file, chosen);
       picture.src = explained ? shown.image : shown.map;
       button.setAttribute("aria-pressed", String(!explained));
     } catch (error) {
@@ -75,19 +82,21 @@ async function show(file) {
   picture.alt = "";
   picture.src = URL.createObjectURL(file);
   picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
-  details.append(element("h2", "", file.name));
+  const adapter = document.getElementById("adapter")?.value;
+  details.append(element("h2", "", adapter === undefined ? file.name : `${file.name} (${adapter})`));
   card.append(picture, details);
   results.prepend(card);
   try {
     const bars = element("ol", "bars");
-    const { label, top_k: topK } = await classify(file);
+    const chosen = query();
+    const { label, top_k: topK } = await classify(file, chosen);
     bars.append(...topK.map(bar));
     if (label !== topK[0].label) {
       details.append(element("p", "unknown", label));
     }
     details.append(bars);
     if (document.body.dataset.explains === "yes") {
-      explainOnClick(picture, file, details);
+      explainOnClick(picture, file, chosen, details);
     }
   } catch (error) {
     details.append(element("p", "error", error.message));
