@@ -1,7 +1,7 @@
-"""Grids of captioned images and confusion matrices, drawn with Pillow."""
+"""Grids of captioned images, confusion matrices and reliability diagrams, drawn with Pillow."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,39 @@ def confusion_picture(confusion: np.ndarray, labels: Sequence[str], side: int = 
     heading = "predicted" if all_shown else f"predicted (the {len(shown)} most confused of {len(labels)} classes)"
     draw.text((left, 4), heading, fill=MUTED, font=title)
     _draw_upright(picture, "true", title, (12, top + 40), MUTED)
+    return picture
+
+
+def reliability_picture(panels: Mapping[str, Sequence[tuple[float, float, int]]], side: int = 320) -> Image.Image:
+    """Draws reliability diagrams (https://arxiv.org/abs/1706.04599) next to each other.
+
+    A bar is the accuracy in an interval of confidence; on the diagonal it equals the confidence. Its shade shows the
+    interval's share of the samples.
+
+    Args:
+        panels: by heading, mean confidence, accuracy and number of samples in each of equal intervals of confidence.
+        side: width of a diagram, in pixels.
+    """
+    font, margin = ImageFont.load_default(12), 44
+    picture = Image.new("RGB", (len(panels) * (side + margin) + 14, side + 2 * margin), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, (heading, bins) in enumerate(panels.items()):
+        left, low = margin + number * (side + margin), margin + side
+        largest = max(1, *(count for *_, count in bins))
+        for index, (_, accuracy, count) in enumerate(bins):
+            if count:
+                first, end = (left + round(side * place / len(bins)) for place in (index, index + 1))
+                bar = (first, low - round(side * accuracy), end - 1, low)
+                draw.rectangle(bar, fill=_shade(0.15 + 0.85 * count / largest, RIGHT))
+        for tick in range(6):
+            place = round(side * tick / 5)
+            draw.text((left + place, low + 4), f"{tick / 5:.1f}", fill=MUTED, font=font, anchor="ma")
+            draw.text((left - 4, low - place), f"{tick / 5:.1f}", fill=MUTED, font=font, anchor="rm")
+        draw.rectangle((left, margin, left + side, low), outline=MUTED)
+        draw.line((left, low, left + side, margin), fill=WRONG, width=2)
+        draw.text((left, margin - 20), _fitted(heading, font, side), fill=INK, font=font)
+        draw.text((left + side, low + 20), "confidence", fill=MUTED, font=font, anchor="ra")
+        draw.text((left + 4, margin + 4), "accuracy", fill=MUTED, font=font)
     return picture
 
 

@@ -249,6 +249,7 @@ def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) 
         settings.title,
         limits,
         top_k=settings.images.top_k or 5,
+        min_confidence=settings.images.min_confidence,
         batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         device=device,
     )
@@ -263,19 +264,23 @@ def _rows(
     inputs: Inputs,
     indices: Sequence[int],
 ) -> Iterator[Row]:
-    from lora_dist.deployment import classify
+    from lora_dist.deployment import classify, explain
 
-    return classify.classify(
+    batch_size = classify.choose_batch_size(settings.images.batch_size, device)
+    rows = classify.classify(
         classifier,
         inputs,
         top_k=settings.images.top_k or 1,
-        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
+        batch_size=batch_size,
         num_workers=settings.images.num_workers,
         device=device,
         indices=indices,
         output_type=settings.images.output_type,
         precision=precision,
     )
+    if settings.images.explain is None:
+        return rows
+    return explain.explained(rows, inputs, indices, classifier, Path(settings.images.explain), batch_size, device)
 
 
 def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterSet:
@@ -358,7 +363,7 @@ def _output(
     with outputs.writer(
         images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record
     ) as write:
-        for index, row in enumerate(rows):
+        for index, row in enumerate(row.known_from(images.min_confidence) for row in rows):
             write(row)
             # The adapters of a set have the same unreadable images.
             bad += row.error is not None and index < len(inputs)

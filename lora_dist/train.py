@@ -142,10 +142,11 @@ def train(settings: Settings, lock: RunLock) -> None:
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
         out_of_fold = assembled.data.fold is not None
-        evaluation, test = run.evaluate("the final evaluation", with_probabilities=out_of_fold), None
+        evaluation = run.evaluate("the final evaluation", with_probabilities=out_of_fold, keep_logits=True)
+        test = None
         if assembled.data.test is not None:
             evaluator = replace(run.evaluator, split=assembled.data.test, name="test", features=None)
-            test = run.evaluate("the evaluation on the test data", evaluator)
+            test = run.evaluate("the evaluation on the test data", evaluator, keep_logits=True)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
@@ -195,6 +196,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,
+        temperature=classifier.calibration.temperature,
     )
     with watch.watching():
         evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)

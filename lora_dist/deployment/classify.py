@@ -30,6 +30,8 @@ from lora_dist.processes.workers import (
 from lora_dist.settings.predict import OutputType
 from lora_dist.storage.disk import free_bytes
 
+UNKNOWN = "unknown"
+"""Label of an image whose prediction is less confident than --min_confidence."""
 TINY_FILE = 8_000
 """Bytes of a file below which a decoding process costs more than it saves."""
 MIN_DECODED = 32
@@ -49,6 +51,7 @@ class Row(NamedTuple):
         top_k: classes with their probabilities, most likely first; empty if there is an error.
         error: why the image is unreadable, or None.
         adapter: name of the adapter, if there are several.
+        is_known: whether the prediction is confident enough.
         values: float32 [classes] or [features], if probabilities, logits or embeddings were asked for.
     """
 
@@ -56,7 +59,19 @@ class Row(NamedTuple):
     top_k: list[tuple[str, float]]
     error: str | None = None
     adapter: str | None = None
+    is_known: bool = True
     values: np.ndarray | None = None
+
+    @property
+    def label(self) -> str:
+        """The most likely class, or `UNKNOWN`."""
+        return self.top_k[0][0] if self.is_known else UNKNOWN
+
+    def known_from(self, min_confidence: float | None) -> "Row":
+        """The row, which is known if its highest probability is at least `min_confidence`."""
+        if min_confidence is None or not self.top_k:
+            return self
+        return self._replace(is_known=self.top_k[0][1] >= min_confidence)
 
 
 def choose_device(name: str) -> torch.device:

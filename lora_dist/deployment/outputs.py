@@ -91,8 +91,7 @@ def _content(row: Row, output_type: OutputType) -> dict[str, Any]:
     content["path"] = row.path
     if row.error is not None:
         return content | {"error": row.error}
-    label, score = row.top_k[0]
-    content |= {"label": label, "score": score}
+    content |= {"label": row.label, "score": row.top_k[0][1]}
     if output_type == "top_k":
         return content | {"top_k": [{"label": label, "score": score} for label, score in row.top_k]}
     assert row.values is not None
@@ -117,6 +116,7 @@ def _csv_rows(file: Any, top_k: int, with_adapter: bool) -> Callable[[Row], None
 
     def write(row: Row) -> None:
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
+        cells[:1] = [row.label] if cells else []
         cells += [""] * (len(columns) - len(cells))
         lines.writerow([*([row.adapter] if with_adapter else []), row.path, *cells, row.error or ""])
         file.flush()
@@ -188,7 +188,7 @@ def draw_grid(rows: Sequence[tuple[Row, ImageSource]], path: Path, conversion: C
     shown = [(row, source) for row, source in rows if row.error is None]
     if not shown:
         raise UserError("--grid: none of its images can be read")
-    captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row, _ in shown]
+    captions = [f"{row.label}\n{row.top_k[0][1]:.1%}" for row, _ in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
         grid([load_rgb(source, row.path, conversion) for row, source in shown], captions).save(path, "PNG")

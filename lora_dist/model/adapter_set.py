@@ -1,5 +1,6 @@
 """Loads several adapters on one base: switched by name, or as their weighted sum."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,11 @@ from lora_dist.model import adapters, infer_metadata
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base
 from lora_dist.model.bundle import AdapterBundle, label_map, read_bundle
+from lora_dist.model.calibration import UNCALIBRATED
 from lora_dist.model.classifier import Classifier, attach_adapter, load_base_of_bundle
 from lora_dist.model.weighted_sum import weighted_sum
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,11 @@ def load_weighted_sum(
                 f"conversion.json, and ignore transparency)"
             )
         loaded.append(replace(adapters.active_adapter(classifier.model), directory=directory))
-    return replace(first, model=adapters.attach_adapter(first.model, weighted_sum(loaded, weights), "blend"))
+    blended = adapters.attach_adapter(first.model, weighted_sum(loaded, weights), "blend")
+    if any(classifier.calibration != first.calibration for classifier in adapter_set.classifiers.values()):
+        logger.warning("the adapters have different temperatures, and their weighted sum none: it is not calibrated")
+        first = replace(first, calibration=UNCALIBRATED)
+    return replace(first, model=blended)
 
 
 def _peft_name(index: int) -> str:

@@ -2,16 +2,18 @@
 
 The directory is a PEFT adapter that `PeftModel.from_pretrained` loads, with `config.json` (architecture and label map),
 `preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of the base), `conversion.json` (how
-images become 8-bit RGB) and `README.md`. A run with `--tuning full` writes a whole `transformers` model instead.
+images become 8-bit RGB), `calibration.json` (temperature, if one was fitted) and `README.md` with its pictures. A run
+with `--tuning full` writes a whole `transformers` model instead.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
@@ -19,6 +21,7 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
+from lora_dist.model.calibration import CALIBRATION, UNCALIBRATED, Calibration, read_calibration
 from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.storage.files import whole_directory
 
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"
 CONVERSION = "conversion.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")
+NO_PICTURES: Mapping[str, Image.Image] = {}
 
 
 def write_adapter(
@@ -35,20 +39,30 @@ def write_adapter(
     card: str,
     initial: Path | None = None,
     conversion: Conversion = AS_TRANSFORMERS,
+    calibration: Calibration = UNCALIBRATED,
+    pictures: Mapping[str, Image.Image] = NO_PICTURES,
 ) -> None:
     """Writes an adapter bundle; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         adapters.save_adapter(model, temporary, initial)
-        write_metadata(temporary, base.model.config, base.processor, card, base.identity(), conversion)
+        write_metadata(
+            temporary, base.model.config, base.processor, card, base.identity(), conversion, calibration, pictures
+        )
 
 
 def write_model(
-    directory: Path, model: Any, processor: Any, card: str, conversion: Conversion = AS_TRANSFORMERS
+    directory: Path,
+    model: Any,
+    processor: Any,
+    card: str,
+    conversion: Conversion = AS_TRANSFORMERS,
+    calibration: Calibration = UNCALIBRATED,
+    pictures: Mapping[str, Image.Image] = NO_PICTURES,
 ) -> None:
     """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         model.save_pretrained(temporary)
-        write_metadata(temporary, model.config, processor, card, conversion=conversion)
+        write_metadata(temporary, model.config, processor, card, None, conversion, calibration, pictures)
 
 
 def write_metadata(
@@ -58,9 +72,11 @@ def write_metadata(
     card: str,
     base: dict[str, str | None] | None = None,
     conversion: Conversion = AS_TRANSFORMERS,
+    calibration: Calibration = UNCALIBRATED,
+    pictures: Mapping[str, Image.Image] = NO_PICTURES,
 ) -> None:
-    """Writes config, label map, processor, conversion and model card into an existing directory; for an adapter, also
-    its base."""
+    """Writes config, label map, processor, conversion, calibration and model card with its pictures, by file name, into
+    an existing directory; for an adapter, also its base."""
     config.save_pretrained(directory)
     path = directory / "config.json"
     # `transformers` leaves the label map out if it is LABEL_0, LABEL_1.
@@ -70,6 +86,10 @@ def write_metadata(
     _write_json(directory / CONVERSION, conversion.record())
     if base is not None:
         _write_json(directory / BASE_MODEL, base)
+    if calibration != UNCALIBRATED:
+        _write_json(directory / CALIBRATION, calibration.record())
+    for name, picture in pictures.items():
+        picture.save(directory / name)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -88,6 +108,7 @@ class AdapterBundle:
         labels: class names in order.
         trust_remote_code: run code that comes with the processor.
         conversion: how images became 8-bit RGB in training.
+        calibration: of the logits.
     """
 
     files: AdapterFiles
@@ -100,6 +121,7 @@ class AdapterBundle:
     labels: list[str]
     trust_remote_code: bool
     conversion: Conversion
+    calibration: Calibration
 
 
 def read_bundle(
@@ -129,7 +151,6 @@ def read_bundle(
         raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
     else:
         names = infer_metadata.labels_of(files, base, revision, labels, trust_remote_code)
-    conversion = read_conversion(directory)
     return AdapterBundle(
         files,
         base,
@@ -140,7 +161,8 @@ def read_bundle(
         image_size,
         names,
         trust_remote_code,
-        conversion,
+        read_conversion(directory),
+        read_calibration(directory),
     )
 
 

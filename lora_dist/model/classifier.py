@@ -13,6 +13,7 @@ from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, load_base, read_processor
 from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_labels
+from lora_dist.model.calibration import UNCALIBRATED, Calibration, read_calibration
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Classifier:
         labels: class names in order.
         base: name, revision and fingerprint of an adapter's base.
         conversion: how images become 8-bit RGB.
+        calibration: of the logits of the model.
     """
 
     model: nn.Module
@@ -32,13 +34,11 @@ class Classifier:
     labels: list[str]
     base: dict[str, str | None] | None = None
     conversion: Conversion = AS_TRANSFORMERS
-
-    def probabilities(self, pixel_values: Tensor) -> Tensor:
-        """Computes probabilities [B, classes]. Arguments and errors as `logits`."""
-        return self.logits(pixel_values).softmax(dim=-1)
+    calibration: Calibration = UNCALIBRATED
 
     def logits(self, pixel_values: Tensor) -> Tensor:
-        """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
+        """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model: its own, divided by
+        the temperature.
 
         Raises:
             UserError: a logit is not finite.
@@ -46,7 +46,11 @@ class Classifier:
         logits = self.model(pixel_values=pixel_values).logits.float()
         if not logits.isfinite().all():
             raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
-        return logits
+        return logits / self.calibration.temperature
+
+    def probabilities(self, pixel_values: Tensor) -> Tensor:
+        """Computes probabilities [B, classes] in fp32. Arguments and errors as `logits`."""
+        return self.logits(pixel_values).softmax(dim=-1)
 
     def top_k(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """Returns the k most likely classes of each row of [B, classes] with their probabilities."""
@@ -86,7 +90,13 @@ def load_classifier(
             f"{directory} is not a complete {type(whole.model).__name__}: its weights lack "
             f"{', '.join(whole.missing[:5])}"
         )
-    return Classifier(whole.model.eval(), whole.processor, names, conversion=read_conversion(directory))
+    return Classifier(
+        whole.model.eval(),
+        whole.processor,
+        names,
+        conversion=read_conversion(directory),
+        calibration=read_calibration(directory),
+    )
 
 
 def load_base_of_bundle(bundle: AdapterBundle) -> Base:
@@ -110,7 +120,7 @@ def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAU
     """
     adapter, processor = check_base(base, bundle)
     model = adapters.attach_adapter(base.model, adapter, name, len(bundle.labels))
-    return Classifier(model, processor, bundle.labels, base.identity(), bundle.conversion)
+    return Classifier(model, processor, bundle.labels, base.identity(), bundle.conversion, bundle.calibration)
 
 
 def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:

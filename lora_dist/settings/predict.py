@@ -87,6 +87,9 @@ class Images(Group):
     """Text file with the paths of images, one per line."""
     top_k: Count | None = None
     """Number of classes per image, most likely first. Default: 1, or 5 with --serve."""
+    min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Label images 'unknown' whose highest probability is below this. The scores stay. The table in the model card says
+    what a threshold costs."""
     output_type: OutputType = "top_k"
     """What each image gets beside its most likely class: the most likely classes, the probabilities or logits of all
     classes in the order of the label map, or embeddings, the pooled features that go into the head. Lists of numbers
@@ -103,6 +106,8 @@ class Images(Group):
     compare_to: str | None = None
     """File of predictions for the same images, or the directory of a run: print which ones differ, and a paired test.
     With --grid: a grid of these images."""
+    explain: str | None = None
+    """Directory for a PNG file of each image with a heat map: the parts that speak for its predicted class."""
     batch_size: Count | None = None
     """Images per forward pass. Default: 8 on a CPU, 128 on CUDA, else 32."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -184,6 +189,7 @@ FOR_FILES = (
     "output",
     "format",
     "grid",
+    "explain",
     "precision",
     "num_workers",
     "labels_file",
@@ -290,6 +296,8 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
             yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
         if settings.images.compare_to:
             yield Problem(("compare_to", "adapter"), "--compare_to compares the predictions of one adapter")
+        if settings.images.explain:
+            yield Problem(("explain", "adapter"), "--explain shows the predictions of one adapter")
 
 
 def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
@@ -299,6 +307,8 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
             yield Problem((name, "onnx"), f"--{name} applies to an export: set --onnx, and --adapter or --model")
     if exporting.int8 and exporting.fp16:
         yield Problem(("int8", "fp16"), "use only one of them")
+    if exporting.onnx and images.explain:
+        yield Problem(("onnx", "explain"), "ONNX files cannot be explained: remove one of them")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
     if exporting.onnx and images.precision not in ("auto", "fp32"):
@@ -316,7 +326,7 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
         return
     elif not settings.has_inputs:
-        for name in _set(images, *FOR_FILES, "top_k", "batch_size", "device"):
+        for name in _set(images, *FOR_FILES, "top_k", "min_confidence", "batch_size", "device"):
             yield Problem((name, "images"), f"--{name} needs --images")
     if images.compare_to and settings.data.dataset_name:
         yield Problem(("compare_to", "dataset_name"), "only predictions for files are compared: remove one of them")

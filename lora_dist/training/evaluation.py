@@ -21,6 +21,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import PADDING_INDEX, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
+from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.metrics.classification import ClassificationMetric
 from lora_dist.metrics.intervals import Interval, bootstrap_intervals
 from lora_dist.metrics.slices import slice_metrics
@@ -30,6 +31,8 @@ from lora_dist.settings.train import DataSettings
 logger = logging.getLogger(__name__)
 
 SHOWN = 8
+MOST_LOGITS = 2**25
+"""Of more logits of a split, those of evenly spaced samples are kept, for 128 MB on each process."""
 NO_RANK = 2**31
 """The rank of a label if logits are not finite: outside the top k of any number of classes."""
 SCALARS = ("accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
@@ -56,6 +59,7 @@ class Evaluation:
         groups: group of each sample, shape [N], if groups are known.
         slice_values: value of each sample, shape [N], by column of --slice_columns.
         probabilities: of every class, shape [N, K], if they were asked for; NaN where there is no prediction.
+        scored: logits and labels of these samples, or of evenly spaced ones, if they were asked for.
     """
 
     metrics: dict[str, float]
@@ -69,6 +73,7 @@ class Evaluation:
     groups: np.ndarray | None = None
     slice_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     probabilities: np.ndarray | None = None
+    scored: ScoredSamples | None = None
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
@@ -105,6 +110,7 @@ class Evaluator:
         batch_size: samples in a forward pass of one process.
         settings: of the loader.
         name: of the split.
+        temperature: that the logits are divided by; 1 in training.
         features: of the split, to evaluate the head on in place of the images.
     """
 
@@ -116,6 +122,7 @@ class Evaluator:
     batch_size: int
     settings: DataSettings
     name: Literal["validation", "test"] = "validation"
+    temperature: float = 1.0
     features: Features | None = None
 
     @cached_property
@@ -139,13 +146,17 @@ class Evaluator:
     # Not inference_mode: FSDP2 could not train in the buffers that it makes in its first forward pass.
     @torch.no_grad()
     def __call__(
-        self, after_batch: Callable[[], object] = lambda: None, with_probabilities: bool = False
+        self,
+        after_batch: Callable[[], object] = lambda: None,
+        with_probabilities: bool = False,
+        keep_logits: bool = False,
     ) -> Evaluation:
         """Gathers the result of each sample from all processes, and computes the metrics.
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
             with_probabilities: keep the probabilities of all classes.
+            keep_logits: also return logits (see `Evaluation.scored`).
 
         Raises:
             NothingToEvaluateError: no image can be read.
@@ -154,11 +165,16 @@ class Evaluator:
         accelerator = self.accelerator
         self.model.eval()
         parts: list[tuple[Tensor, ...]] = []
+        kept_logits: list[Tensor] = []
+        spacing = -(-len(self.split) * len(self.labels) // MOST_LOGITS)
         for batch in batches(self.loader, accelerator.device):
             with self._room_named():
-                rows_of_batch = _rows(self.model, batch)
+                logits = self.model(pixel_values=batch.pixel_values).logits.float() / self.temperature
+                rows_of_batch = _rows(logits, batch)
             # Probabilities of many classes take memory.
             parts.append(rows_of_batch if with_probabilities else rows_of_batch[:2])
+            if keep_logits:
+                kept_logits.append(logits[batch.indices % spacing == 0].cpu())
             after_batch()
         integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), PADDING_INDEX)
         reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
@@ -198,7 +214,18 @@ class Evaluator:
             groups=self.split.groups,
             slice_values=self.split.slices,
             probabilities=probabilities,
+            scored=self._scored(kept_logits, parts, spacing) if keep_logits else None,
         )
+
+    def _scored(self, logits: list[Tensor], parts: list[tuple[Tensor, ...]], spacing: int) -> ScoredSamples:
+        """Gathers the logits of every `spacing`-th sample from all processes, in the order of the samples."""
+        own = torch.cat([part[0] for part in parts])[:, :2]
+        own = own[own[:, 0] % spacing == 0]
+        integers = _gathered(self.accelerator, own, PADDING_INDEX)
+        values = _gathered(self.accelerator, torch.cat(logits).to(own.device), 0.0)
+        kept = np.flatnonzero(integers[:, 0] != PADDING_INDEX)
+        kept = kept[np.argsort(integers[kept, 0], kind="stable")]
+        return ScoredSamples(torch.from_numpy(values[kept]), torch.from_numpy(integers[kept, 1]))
 
     def _warn_of_non_finite(self, rows: np.ndarray) -> None:
         """Logs the samples whose logits are not finite. They count as wrong, and the loss is NaN."""
@@ -233,12 +260,12 @@ class Evaluator:
         return whole
 
 
-def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Returns index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2]; probabilities [B, K].
 
     Where a logit is not finite the prediction is -1, the rank `NO_RANK`, the others are NaN.
     """
-    log_probabilities = model(pixel_values=batch.pixel_values).logits.float().log_softmax(dim=-1)
+    log_probabilities = logits.log_softmax(dim=-1)
     confidence, prediction = log_probabilities.max(dim=-1)
     own = log_probabilities.gather(1, batch.labels[:, None])
     rank = (log_probabilities > own).sum(dim=-1)

@@ -183,6 +183,11 @@ def test_dropped_and_chosen_images_come_back_with_bars(adapter: Path, images: li
         # The answer to the damaged file is the one error that the browser knows of.
         assert len(browser.problems) <= 1, browser.problems
         assert all("422" in problem for problem in browser.problems)
+        # A click shows the heat map in place of the picture, and another click the picture again.
+        for pressed, width in (("true", 256), ("false", 40), ("true", 256)):
+            browser.evaluate("document.querySelector('.explain').click()")
+            browser.wait_for(f"document.querySelector('.explain').getAttribute('aria-pressed') === '{pressed}'")
+            browser.wait_for(f"document.querySelector('.explain img').naturalWidth === {width}")
         browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 5000
 

@@ -17,6 +17,7 @@ from lora_dist.demo import photographs
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
+from lora_dist.model.calibration import Calibration, fold
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.license import License, license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
@@ -45,6 +46,8 @@ def merge_to(
 ) -> Merged:
     """Writes the merged model as a `transformers` checkpoint with its processor and label map.
 
+    The temperature becomes part of the head, so that any program computes calibrated probabilities.
+
     Args:
         classifier: with an adapter, which is merged in place.
         source: title of the adapter, for the model card.
@@ -62,8 +65,10 @@ def merge_to(
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
     images = check_images(files, transforms)
     pixels = transforms.batch(images)
-    before = logits(classifier.model, pixels)
+    raw = logits(classifier.model, pixels)
     merged: Any = adapters.merge(classifier.model).eval()
+    calibration = fold(merged, classifier.calibration)
+    before = raw * (calibration.temperature / classifier.calibration.temperature)
     after = logits(merged, pixels)
     measured = Merged(relative_difference(after, before))
     if not measured.merge <= tolerance:
@@ -81,9 +86,11 @@ def merge_to(
                 f"nothing was written. Leave --dtype out, or use the other half-precision type"
             )
     with whole_directory(out) as temporary:
-        card = _card(source, measured, dtype, len(images), _license(classifier))
+        card = _card(source, measured, dtype, len(images), calibration, _license(classifier))
         merged.to(dtype).save_pretrained(temporary)
-        bundle.write_metadata(temporary, merged.config, classifier.processor, card, conversion=classifier.conversion)
+        bundle.write_metadata(
+            temporary, merged.config, classifier.processor, card, None, classifier.conversion, calibration
+        )
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured
 
@@ -109,7 +116,14 @@ def _license(classifier: Classifier) -> License | None:
     return license_of(name, revision, revision is not None) if name else None
 
 
-def _card(source: str, measured: Merged, dtype: torch.dtype, images: int, license_: License | None) -> str:
+def _card(
+    source: str,
+    measured: Merged,
+    dtype: torch.dtype,
+    images: int,
+    calibration: Calibration,
+    license_: License | None,
+) -> str:
     metadata = yaml.safe_dump(license_.metadata, sort_keys=False, allow_unicode=True) if license_ else ""
     lines = [
         *(["---", metadata.rstrip(), "---", ""] if license_ else []),
@@ -122,6 +136,16 @@ def _card(source: str, measured: Merged, dtype: torch.dtype, images: int, licens
         lines.append(
             f"The weights were rounded to {str(dtype).removeprefix('torch.')} last; computed in fp32 from these, the "
             f"logits differ by {measured.rounding:.1e}."
+        )
+    if calibration.folded != 1:
+        lines.append(
+            f"The weights of the last layer were divided by the temperature {calibration.folded:.4g}, so that "
+            f"`pipeline` gives calibrated probabilities; the logits were compared after this division."
+        )
+    if calibration.temperature != 1:
+        lines.append(
+            f"The temperature {calibration.temperature:.4g} cannot become part of the head: `lora_dist` divides the "
+            f"logits by it, and the probabilities of other programs are not calibrated."
         )
     lines += ["", '    pipeline("image-classification", model="THIS_DIRECTORY")', ""]
     return "\n".join([*lines, *(license_.section() if license_ else [])])

@@ -82,12 +82,14 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
     require_free_file(out, "onnx")
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
     pixels = transforms.batch(check_images(files, transforms))
-    expected = logits(classifier.model, pixels)
-    proto = _to_onnx(classifier.model, pixels[:1], out)
+    temperature = classifier.calibration.temperature
+    expected = logits(classifier.model, pixels) / temperature
+    proto = _to_onnx(classifier.model, temperature, pixels[:1], out)
     metadata = {
         LABELS: json.dumps(classifier.labels, ensure_ascii=False),
         PREPROCESSOR: classifier.processor.to_json_string(),
         CONVERSION: json.dumps(classifier.conversion.record()),
+        "temperature": f"{temperature * classifier.calibration.folded:.6g}, by which the logits are divided already",
         "preprocessing": describe(transforms),
         "weights": "fp32",
     }
@@ -129,17 +131,19 @@ def require_packages() -> None:
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, temperature: float) -> None:
         super().__init__()
         self.model = model
+        self.temperature = temperature
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values=pixel_values).logits
+        logits = self.model(pixel_values=pixel_values).logits
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
-def _to_onnx(model: nn.Module, example: Tensor, out: Path) -> Any:
-    """Merges and converts a model to an ONNX `ModelProto`."""
-    merged = _Logits(adapters.merge(model) if adapters.is_adapted(model) else model).eval()
+def _to_onnx(model: nn.Module, temperature: float, example: Tensor, out: Path) -> Any:
+    """Merges and converts a model to an ONNX `ModelProto`, which divides its logits by the temperature."""
+    merged = _Logits(adapters.merge(model) if adapters.is_adapted(model) else model, temperature).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in merged.parameters())
     if size > MAX_BYTES:
         raise UserError(f"--onnx {out}: {size / 2**30:.1f} GB of weights; an ONNX file can have 2 GB")

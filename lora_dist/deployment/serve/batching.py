@@ -1,19 +1,27 @@
-"""Dynamic batching: images that arrive while the model runs form the next batch."""
+"""Dynamic batching: images that arrive while the model runs form the next batch. Explanations come one by one."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.deployment.explain import overlays
 from lora_dist.model.adapter_set import AdapterSet
 
-Entry = tuple[str, Tensor, Future[Tensor]]
-"""Name of an adapter, pixels, and the probabilities to come."""
+
+class _Request(NamedTuple):
+    name: str
+    pixels: Tensor
+    future: Future[Any]
+    explains: bool = False
 
 
 class Batcher:
@@ -46,7 +54,7 @@ class Batcher:
         self._device = device
         self._max_batch_size = max_batch_size
         self._after_batch = after_batch
-        self._queue: SimpleQueue[Entry | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Request | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -58,7 +66,13 @@ class Batcher:
             pixels: [1, 3, H, W] from `resized` of its transforms.
         """
         future: Future[Tensor] = Future()
-        self._queue.put((name, pixels, future))
+        self._queue.put(_Request(name, pixels, future))
+        return future
+
+    def explain(self, name: str, pixels: Tensor) -> Future[Image.Image]:
+        """Queues an image as `submit`; the future gives it with a heat map (see `overlays`)."""
+        future: Future[Image.Image] = Future()
+        self._queue.put(_Request(name, pixels, future, explains=True))
         return future
 
     @property
@@ -87,24 +101,42 @@ class Batcher:
                     break
             last = taken[-1] is None
             # Skips requests that were cancelled.
-            batch = [entry for entry in taken if entry is not None and entry[2].set_running_or_notify_cancel()]
-            for name in dict.fromkeys(name for name, *_ in batch):
-                self._classify(name, [(pixels, future) for other, pixels, future in batch if other == name])
+            waiting = [one for one in taken if one is not None and one.future.set_running_or_notify_cancel()]
+            batch = [one for one in waiting if not one.explains]
+            for name in dict.fromkeys(one.name for one in batch):
+                self._classify(name, [one for one in batch if one.name == name])
+            for one in waiting:
+                if one.explains:
+                    _answer([one], partial(self._overlays, one.name))
 
-    def _classify(self, name: str, batch: list[tuple[Tensor, Future[Tensor]]]) -> None:
+    def _classify(self, name: str, batch: list[_Request]) -> None:
         start = time.monotonic()
-        try:
-            probabilities = self._probabilities(name, torch.cat([pixels for pixels, _ in batch]))
-        except Exception as error:
-            # The futures raise it; the thread keeps running.
-            for _, future in batch:
-                future.set_exception(error)
-            return
-        self._after_batch(name, len(batch), time.monotonic() - start)
-        for row, (_, future) in zip(probabilities, batch, strict=True):
-            future.set_result(row)
+        _answer(
+            batch,
+            partial(self._probabilities, name),
+            lambda: self._after_batch(name, len(batch), time.monotonic() - start),
+        )
+
+    def _overlays(self, name: str, pixels: Tensor) -> list[Image.Image]:
+        classifier = self._served.set_adapter(name)
+        return overlays(classifier.model, self.transforms[name].finished(pixels.to(self._device)))
 
     @torch.inference_mode()
     def _probabilities(self, name: str, pixels: Tensor) -> Tensor:
         classifier = self._served.set_adapter(name)
         return classifier.probabilities(self.transforms[name].finished(pixels.to(self._device))).cpu()
+
+
+def _answer(
+    batch: Sequence[_Request], compute: Callable[[Tensor], Iterable[Any]], computed: Callable[[], object] = lambda: None
+) -> None:
+    """Gives each request its result. What `compute` raises, the futures raise; the thread keeps running."""
+    try:
+        results = compute(torch.cat([one.pixels for one in batch]))
+    except Exception as error:
+        for one in batch:
+            one.future.set_exception(error)
+        return
+    computed()
+    for result, one in zip(results, batch, strict=True):
+        one.future.set_result(result)

@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import io
 import ipaddress
 import logging
 import socket
@@ -10,16 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from string import Template
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from torch import Tensor
 
 from lora_dist.data.pixels.images import UnreadableImageError
+from lora_dist.deployment.classify import Row
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.metrics import CONTENT_TYPE, Measured, Metrics
 from lora_dist.deployment.serve.request_limits import Guard
@@ -53,7 +55,8 @@ class Score(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The prediction for one file, with the fields of a JSON line of `predict`."""
+    """The prediction for one file, with the fields of a JSON line of `predict`: the label is 'unknown' if the score is
+    below the server's --min_confidence."""
 
     file: str
     label: str
@@ -75,11 +78,21 @@ class Health(BaseModel):
 
 
 def make_app(
-    served: AdapterSet, name: str, limits: Limits, *, top_k: int, batch_size: int, device: torch.device
+    served: AdapterSet,
+    name: str,
+    limits: Limits,
+    *,
+    top_k: int,
+    batch_size: int,
+    device: torch.device,
+    min_confidence: float | None = None,
 ) -> FastAPI:
-    """Returns the app with the page at `/`, titled `name`, and the endpoints `/predict`, `/health` and `/metrics`."""
+    """Returns the app with the page at `/`, titled `name`, and the endpoints `/predict`, `/explain`, `/health` and
+    `/metrics`."""
     metrics, classifiers = Metrics(), served.classifiers
     batcher = Batcher(served, batch_size, device, metrics.add_batch)
+    # ONNX Runtime computes no gradients.
+    can_explain = all(any(True for _ in one.model.parameters()) for one in classifiers.values())
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
     decoders = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="decoder")
 
@@ -100,6 +113,7 @@ def make_app(
         choice=_choice(classifiers), adapter="adapter=NAME&amp;" if len(classifiers) > 1 else "",
         top_k=min(top_k, max(len(one.labels) for one in classifiers.values())),
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
+        explains="yes" if can_explain else "no",
     )  # fmt: skip
 
     @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False)
@@ -130,7 +144,9 @@ def make_app(
         except UnreadableImageError as error:
             raise RefusedUploadError(413, str(error)) from error
 
-    @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
+    refusals: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in REFUSALS.items()}
+
+    @app.post("/predict", responses=refusals)
     async def predict(
         files: list[UploadFile],
         top_k: Annotated[int, Query(ge=1, description="number of classes per file")] = top_k,
@@ -150,14 +166,44 @@ def make_app(
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
         probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(chosen, image)) for image in images))
-        rows = classifiers[chosen].top_k(torch.stack(probabilities), top_k)
-        scores = [[Score(label=label, score=score) for label, score in row] for row in rows]
+        ranked = zip(names, classifiers[chosen].top_k(torch.stack(probabilities), top_k), strict=True)
+        rows = [Row(file, best).known_from(min_confidence) for file, best in ranked]
         return Predictions(
             predictions=[
-                Prediction(file=file, label=top[0].label, score=top[0].score, top_k=top)
-                for file, top in zip(names, scores, strict=True)
+                Prediction(
+                    file=row.path,
+                    label=row.label,
+                    score=row.top_k[0][1],
+                    top_k=[Score(label=label, score=score) for label, score in row.top_k],
+                )
+                for row in rows
             ]
         )
+
+    @app.post(
+        "/explain",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/png": {}}},
+            **{status: {"description": REFUSALS[status]} for status in REFUSALS},
+        },
+    )
+    async def explain(
+        file: UploadFile,
+        adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
+    ) -> Response:
+        """Returns a PNG file of the image as the model sees it, with a heat map of what speaks for its class."""
+        if not can_explain:
+            raise HTTPException(501, "predictions of an ONNX file cannot be explained: serve the adapter or model")
+        chosen = _chosen(adapter, list(classifiers))
+        try:
+            name = check_name(file.filename or "")
+            image = await asyncio.get_running_loop().run_in_executor(decoders, prepare, chosen, await file.read(), name)
+        except RefusedUploadError as refusal:
+            raise HTTPException(refusal.status, str(refusal)) from refusal
+        content = io.BytesIO()
+        (await asyncio.wrap_future(batcher.explain(chosen, image))).save(content, "PNG")
+        return Response(content.getvalue(), media_type="image/png")
 
     return app
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from torch import nn
 
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.loader import unreadable
 from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import UnreadableImageError
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
+from lora_dist.deployment.explain import overlays
 from lora_dist.figures import confusion_picture, grid, to_images
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 WORST = 24
 INPUTS = 24
+EXPLAINED_AT_ONCE = 4
+"""Images of a forward and backward pass for heat maps, on the CPU."""
 MAX_MATRIX = 100
 """Classes of which evaluation.json has the whole confusion matrix."""
 
@@ -111,12 +116,44 @@ def _show_evaluation(
 ) -> None:
     tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
     worst = evaluation.worst(WORST)
-    captions = [
+    captions = _captions(worst, evaluation, split, labels)
+    tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
+
+
+def _captions(indices: Sequence[int], evaluation: Evaluation, split: Split, labels: Sequence[str]) -> list[str]:
+    return [
         f"is {labels[split.labels[index]]}\n"
         f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
-        for index in worst
+        for index in indices
     ]
-    tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
+
+
+def explain_worst(
+    tracker: Tracker,
+    model: nn.Module,
+    transforms: ImageTransforms,
+    evaluation: Evaluation,
+    step: int,
+    split: Split,
+    labels: Sequence[str],
+) -> None:
+    """Adds heat maps of the worst-classified images to TensorBoard, computed by a model that no engine has wrapped.
+
+    As `show_evaluation`, it does not stop a run.
+    """
+    worst = evaluation.worst(WORST)
+    if not tracker.enabled or not worst:
+        return
+    try:
+        model.eval()
+        shown = []
+        for start in range(0, len(worst), EXPLAINED_AT_ONCE):
+            images = [split.image(index, transforms.conversion) for index in worst[start : start + EXPLAINED_AT_ONCE]]
+            shown += overlays(model, transforms.batch(images))
+        captions = _captions(worst, evaluation, split, labels)
+        tracker.picture("eval/worst_explained", grid(shown, captions), step)
+    except Exception as error:
+        logger.warning("no heat maps of the worst images: %s: %s", type(error).__name__, error)
 
 
 def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
+from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.license import License
 
 MOST_CLASSES = 100
@@ -29,6 +30,8 @@ def model_card(
     results: Mapping[str, Any],
     settings: Mapping[str, Any],
     license_: License | None = None,
+    calibration: Calibration = UNCALIBRATED,
+    reliability: str | None = None,
 ) -> str:
     """Markdown with the Hub's metadata on top.
 
@@ -46,6 +49,8 @@ def model_card(
         results: as in `all_results.json`.
         settings: flat, as used.
         license_: of the base.
+        calibration: of the result.
+        reliability: file name of the reliability diagram, if there is one.
     """
     is_adapter = tuning != "full"
     relation = {"base_model": base_model, "base_model_relation": "adapter" if is_adapter else "finetune"}
@@ -101,6 +106,7 @@ def model_card(
         "",
         *(_merge_first(source) if is_adapter else []),
         *(license_.section() if license_ else []),
+        *_calibration(results.get("calibration"), calibration, is_adapter, reliability),
         "## Classes",
         "",
         "| class | precision | recall | F1 | images |",
@@ -135,6 +141,47 @@ def _slices(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _calibration(
+    report: Mapping[str, Any] | None, calibration: Calibration, is_adapter: bool, reliability: str | None
+) -> list[str]:
+    """A section on the temperature, its effect, and what a threshold of confidence costs."""
+    if report is None:
+        return []
+    if report["reason"] is not None:
+        first = [f"The probabilities are not calibrated: {report['reason']}.", ""]
+    else:
+        first = [
+            f"The logits are divided by the temperature {report['temperature']:.4g}, which was fitted on "
+            f"{report['images']:,} validation images. {_effect(calibration, is_adapter)}",
+            "",
+            f"Measured on {report['measured_on']}:",
+            "",
+            "| | before | after |",
+            "|---|---|---|",
+            *(
+                f"| {name} | {report[f'{key}_before']:.4f} | {report[f'{key}_after']:.4f} |"
+                for name, key in (("calibration error", "calibration_error"), ("loss", "loss"))
+            ),
+            "",
+        ]
+    return [
+        "## Calibration",
+        "",
+        *first,
+        *([f"![Reliability diagram]({reliability})", ""] if reliability else []),
+        "What `--min_confidence` of `lora_dist.predict` costs, on the validation images:",
+        "",
+        "| confidence at least | answered | accuracy of the answered |",
+        "|---|---|---|",
+        *(
+            f"| {row['min_confidence']:g} | {row['answered']:.1%} | "
+            f"{'' if row['accuracy'] is None else format(row['accuracy'], '.4f')} |"
+            for row in report["coverage"]
+        ),
+        "",
+    ]
+
+
 def _merge_first(source: str) -> list[str]:
     """How to get from an adapter to what `pipeline` takes."""
     return [
@@ -145,6 +192,15 @@ def _merge_first(source: str) -> list[str]:
         '    pipeline("image-classification", model="merged/")',
         "",
     ]
+
+
+def _effect(calibration: Calibration, is_adapter: bool) -> str:
+    if calibration.folded != 1:
+        return "The weights of the last layer include it, so the probabilities of any program are calibrated."
+    ours = "`lora_dist` does so in predictions, its server, merged models and ONNX files."
+    if is_adapter:
+        return f"{ours} PEFT alone does not: its probabilities are not calibrated until the adapter is merged."
+    return f"{ours} Other programs do not: their probabilities are not calibrated."
 
 
 def _is_metric(name: str, value: Any) -> bool:

@@ -19,18 +19,28 @@ from lora_dist.data.sources.load import ImageData
 from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
+from lora_dist.figures import reliability_picture
 from lora_dist.model import adapters, bundle
 from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.calibration import Calibration, fold
 from lora_dist.model.license import license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
 from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
+from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.probe import in_words, read_probe
 from lora_dist.training.reporting.predictions import write_validation_predictions
-from lora_dist.training.reporting.report import headline, measured, slice_lines, warn_of_chance_level, write_evaluation
+from lora_dist.training.reporting.report import (
+    explain_worst,
+    headline,
+    measured,
+    slice_lines,
+    warn_of_chance_level,
+    write_evaluation,
+)
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
@@ -40,6 +50,7 @@ from lora_dist.training.saving.state import Progress
 logger = logging.getLogger(__name__)
 
 CHECKED_IMAGES = 8
+RELIABILITY = "reliability.png"
 
 
 class ResultNotWrittenError(ProcessError):
@@ -78,7 +89,7 @@ class ResultWriter:
             return
         directory = self.output.outbox / f"step-{progress.step:08d}"
         try:
-            self._write(directory, run, trained, evaluation, self._results(run, progress, evaluation))
+            self._write(directory, run, trained, evaluation, self._results(run, progress, evaluation), None)
         except (OSError, SafetensorError, UserError) as error:
             logger.warning("cannot write the files for the Hub: %s", error)
             return
@@ -106,10 +117,12 @@ class ResultWriter:
         images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
+            report = _calibrated(evaluation, test)
             results = self._results(run, progress, evaluation, test)
+            results |= {} if report is None else {"calibration": report.record()}
             written = self._result(run)
             try:
-                self._write(written, run, trained, evaluation, results)
+                remaining = self._write(written, run, trained, evaluation, results, report)
                 write_evaluation(self.output.evaluation, evaluation, self.data.labels)
                 write_validation_predictions(self.output.predictions, evaluation, validation, self.data.labels)
                 write_json(self.output.results, results)
@@ -117,6 +130,11 @@ class ResultWriter:
                 raise ResultNotWrittenError(
                     f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
+            _, model = self._fresh_model(run.settings)
+            explain_worst(
+                tracker, model, run.evaluator.transforms, evaluation, progress.step, validation, self.data.labels
+            )
+            del model
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
             gc.collect()
@@ -124,6 +142,8 @@ class ResultWriter:
             in_fp32 = accelerator.mixed_precision == "no" and not in_bf16
             tolerance = TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
             if expected is not None:
+                if report is not None:
+                    expected = expected * (remaining.temperature / report.temperature)
                 prepare = partial(_as_trained, accelerator, self.base.heads if in_bf16 else None)
                 remote = run.settings.model.trust_remote_code
                 require_same_logits(written, images, expected, tolerance, remote, prepare)
@@ -137,6 +157,10 @@ class ResultWriter:
             for line in slice_lines(evaluation.slices):
                 tracker.say(line)
             tracker.say(f"{headline(evaluation)}{on_test}; wrote {written}")
+            if report is not None:
+                tracker.say(str(report))
+                for picture in _pictures(report).values():
+                    tracker.picture("calibration/reliability", picture, progress.step)
             warn_of_chance_level(evaluation)
             tracker.close()
         accelerator.wait_for_everyone()
@@ -194,11 +218,21 @@ class ResultWriter:
         trained: dict[str, Tensor],
         evaluation: Evaluation,
         results: dict[str, Any],
-    ) -> None:
-        """Loads the trained tensors into a fresh copy of the base, which no engine has wrapped, and writes it."""
+        report: CalibrationReport | None,
+    ) -> Calibration:
+        """Loads the trained tensors into a fresh copy of the base, which no engine has wrapped, and writes it.
+
+        Returns:
+            The calibration of the result: the temperature becomes part of the head of a whole model, but not of an
+            adapter, from which training may go on.
+        """
         settings = run.settings
         base, model = self._fresh_model(settings)
         load_trained(model, trained)
+        calibration = Calibration() if report is None else Calibration(report.temperature)
+        if settings.model.tuning == "full":
+            calibration = fold(model, calibration)
+        pictures = _pictures(report)
         card = model_card(
             title=self.output.root.resolve().name,
             tuning=settings.model.tuning,
@@ -213,13 +247,16 @@ class ResultWriter:
             results=results,
             settings=self.made_with,
             license_=license_of(base.name, base.revision, base.revision is not None),
+            calibration=calibration,
+            reliability=next(iter(pictures), None),
         )
         conversion = run.evaluator.transforms.conversion
         if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None
-            bundle.write_adapter(directory, model, base, card, initial, conversion)
+            bundle.write_adapter(directory, model, base, card, initial, conversion, calibration, pictures)
         else:
-            bundle.write_model(directory, model, base.processor, card, conversion)
+            bundle.write_model(directory, model, base.processor, card, conversion, calibration, pictures)
+        return calibration
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
@@ -228,6 +265,21 @@ class ResultWriter:
             base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
+
+
+def _calibrated(evaluation: Evaluation, test: Evaluation | None) -> CalibrationReport | None:
+    if evaluation.scored is None:
+        return None
+    return calibrate(evaluation.scored, test.scored if test is not None else None)
+
+
+def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:
+    """The reliability diagram for the card, under its file name, if there are enough images for one."""
+    if report is None or report.images < MIN_IMAGES:
+        return {}
+    measured = {"before": report.before, "after": report.after} if report.reason is None else {"raw": report.before}
+    headings = {f"{when}: calibration error {one.calibration_error:.4f}": one for when, one in measured.items()}
+    return {RELIABILITY: reliability_picture({heading: one.reliability for heading, one in headings.items()})}
 
 
 def _as_trained(accelerator: Accelerator, heads_beside_bf16: list[str] | None, model: nn.Module) -> nn.Module:

@@ -127,6 +127,22 @@ def test_csv_carries_every_name(tmp_path: Path) -> None:
     assert rows[-1]["error"] == ROWS[-1].error
 
 
+def test_a_row_below_the_threshold_is_unknown_and_keeps_its_scores(tmp_path: Path) -> None:
+    rows = [Row("sure.png", [("a", 0.8), ("b", 0.2)]), Row("unsure.png", [("b", 0.6), ("a", 0.4)]), ROWS[-1]]
+    assert [row.known_from(None) for row in rows] == rows
+    assert rows[0].known_from(0.8).label == "a"
+    judged = [row.known_from(0.7) for row in rows]
+    _write(tmp_path / "rows.jsonl", rows=judged)
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [line.get("label") for line in lines] == ["a", "unknown", None]
+    assert lines[1]["score"] == 0.6
+    assert [entry["label"] for entry in lines[1]["top_k"]] == ["b", "a"]
+    _write(tmp_path / "rows.csv", rows=judged)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        cells = [(row["label"], row["score"], row["label_2"]) for row in csv.DictReader(file)]
+    assert cells == [("a", "0.800000", "b"), ("unknown", "0.600000", "a"), ("", "", "")]
+
+
 def test_columns_of_classes_that_do_not_exist_stay_empty(tmp_path: Path) -> None:
     _write(tmp_path / "rows.csv", top_k=4)
     with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:

@@ -31,15 +31,48 @@ function query() {
   return new URLSearchParams({ top_k: document.body.dataset.topK, ...(adapter === undefined ? {} : { adapter }) });
 }
 
-async function classify(file) {
+async function classify(file, chosen) {
   const form = new FormData();
   form.append("files", file, file.name.replace(/[/\\]/g, "_"));
-  const response = await fetch(`predict?${query()}`, { method: "POST", body: form });
+  const response = await fetch(`predict?${chosen}`, { method: "POST", body: form });
   const content = await response.json().catch(() => ({}));
   if (!response.ok) {
     throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
   }
-  return content.predictions[0].top_k;
+  return content.predictions[0];
+}
+
+async function heatMap(file, chosen) {
+  const form = new FormData();
+  form.append("file", file, file.name.replace(/[/\\]/g, "_"));
+  const response = await fetch(`explain?${chosen}`, { method: "POST", body: form });
+  if (!response.ok) {
+    const content = await response.json().catch(() => ({}));
+    throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
+  }
+  return URL.createObjectURL(await response.blob());
+}
+
+// A click on a picture shows what speaks for its class, and the next click the picture again.
+function explainOnClick(picture, file, chosen, details) {
+  const shown = { image: URL.createObjectURL(file), map: null };
+  const button = element("button", "explain");
+  button.type = "button";
+  button.title = "Show what speaks for this class";
+  button.setAttribute("aria-pressed", "false");
+  picture.onload = null;
+  picture.replaceWith(button);
+  button.append(picture);
+  button.addEventListener("click", async () => {
+    const explained = button.getAttribute("aria-pressed") === "true";
+    try {
+      shown.map ??= await heatMap(file, chosen);
+      picture.src = explained ? shown.image : shown.map;
+      button.setAttribute("aria-pressed", String(!explained));
+    } catch (error) {
+      details.append(element("p", "error", error.message));
+    }
+  });
 }
 
 async function show(file) {
@@ -55,8 +88,16 @@ async function show(file) {
   results.prepend(card);
   try {
     const bars = element("ol", "bars");
-    bars.append(...(await classify(file)).map(bar));
+    const chosen = query();
+    const { label, top_k: topK } = await classify(file, chosen);
+    bars.append(...topK.map(bar));
+    if (label !== topK[0].label) {
+      details.append(element("p", "unknown", label));
+    }
     details.append(bars);
+    if (document.body.dataset.explains === "yes") {
+      explainOnClick(picture, file, chosen, details);
+    }
   } catch (error) {
     details.append(element("p", "error", error.message));
   }

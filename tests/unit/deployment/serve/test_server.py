@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -60,9 +61,9 @@ class Mean(nn.Module):
 
 
 @contextmanager
-def _serving(served: Classifier | AdapterSet) -> Iterator[str]:
+def _serving(served: Classifier | AdapterSet, **more: Any) -> Iterator[str]:
     served = AdapterSet({"model": served}) if isinstance(served, Classifier) else served
-    app = make_app(served, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu"))
+    app = make_app(served, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu"), **more)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -105,6 +106,23 @@ def test_several_files_come_back_in_order_as_predict_says(url: str, classifier: 
     for entry, row in zip(answer["predictions"], rows, strict=True):
         assert [(one["label"], pytest.approx(one["score"])) for one in entry["top_k"]] == row.top_k
         assert (entry["label"], entry["score"]) == (entry["top_k"][0]["label"], entry["top_k"][0]["score"])
+
+
+def test_an_unsure_answer_is_unknown_and_has_its_scores(classifier: Classifier) -> None:
+    with _serving(classifier, min_confidence=0.999) as url:
+        (entry,) = post(url, [("a.png", GOOD)])[1]["predictions"]
+    assert entry["label"] == "unknown"
+    assert entry["score"] == entry["top_k"][0]["score"] < 0.999
+    assert entry["top_k"][0]["label"] in LABELS
+
+
+def test_a_model_without_feature_maps_refuses_to_explain_and_serves_on(url: str) -> None:
+    body = multipart([("a.png", GOOD)], "file")
+    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/explain", body, headers), timeout=30)
+    assert refused.value.code == 501
+    assert post(url, [("a.png", GOOD)])[0] == 200
 
 
 def test_an_image_that_is_too_long_and_thin_is_refused_and_has_a_row(tmp_path: Path) -> None:

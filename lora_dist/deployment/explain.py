@@ -1,0 +1,102 @@
+"""Draws what speaks for the prediction of an image over the image: files for `--explain`, pictures for the server."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lora_dist.data.pixels.images import UnreadableImageError
+from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.deployment.classify import Row
+from lora_dist.deployment.inputs import Inputs, NamedImage
+from lora_dist.figures import grid, to_images
+from lora_dist.model.classifier import Classifier
+from lora_dist.model.heat_map import heat_maps
+from lora_dist.storage.writable import writing
+
+logger = logging.getLogger(__name__)
+
+SIDE = 256
+"""Pixels of the longer side of a picture."""
+STRONGEST = 0.7
+"""Opacity of the heat map where it is 1."""
+
+
+def explained(
+    rows: Iterable[Row],
+    inputs: Inputs,
+    indices: Sequence[int],
+    classifier: Classifier,
+    directory: Path,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Row]:
+    """Yields the rows of `indices` of the inputs, after writing for each a PNG file of the model's view of its image
+    without and with the heat map.
+
+    Raises:
+        UserError: a file cannot be written, or the model has no feature map.
+    """
+    # Not in the inference mode of `classify`, whose tensors have no gradients.
+    classifier.model.to(device)
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    with writing(directory, "explain"):
+        directory.mkdir(parents=True, exist_ok=True)
+    remaining, places = iter(rows), iter(indices)
+    while batch := list(islice(remaining, batch_size)):
+        images = inputs.read(list(islice(places, len(batch))))
+        _write(batch, images, classifier.model, transforms, directory, device)
+        yield from batch
+
+
+def _write(
+    rows: list[Row],
+    images: list[NamedImage],
+    model: nn.Module,
+    transforms: ImageTransforms,
+    directory: Path,
+    device: torch.device,
+) -> None:
+    readable = []
+    for row, image in zip(rows, images, strict=True):
+        if row.error is None:
+            try:
+                readable.append((row, transforms.load(image.source, image.name)))
+            except UnreadableImageError as error:
+                logger.warning("no explanation of an image that has changed: %s", error)
+    if not readable:
+        return
+    pixels = transforms.finished(transforms.resized([image for _, image in readable]).to(device))
+    for (row, _), *pair in zip(readable, to_images(pixels), overlays(model, pixels), strict=True):
+        captions = [Path(row.path).name, f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}"]
+        with writing(directory, "explain"):
+            grid(pair, captions, columns=2, cell=SIDE).save(file_of(directory, row.path))
+
+
+def file_of(directory: Path, path: str) -> Path:
+    """Returns where the explanation of an image is written: its name, with a digest of its path."""
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return directory / f"{Path(path).stem[:100]}-{digest}.png"
+
+
+def overlays(model: nn.Module, pixel_values: Tensor) -> list[Image.Image]:
+    """Returns model inputs [B, 3, H, W] as images, coloured from yellow to red by what speaks for their class."""
+    maps = heat_maps(model, pixel_values)
+    return [_overlay(image, heat.numpy()) for image, heat in zip(to_images(pixel_values), maps, strict=True)]
+
+
+def _overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    strength = Image.fromarray((heat * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    values = np.asarray(strength, dtype=np.float32)[..., None] / 255
+    color = np.concatenate([np.full_like(values, 255), 220 * (1 - values), np.zeros_like(values)], axis=-1)
+    pixels = np.asarray(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC))
+    opacity = STRONGEST * values
+    return Image.fromarray((pixels * (1 - opacity) + color * opacity).round().astype(np.uint8))

@@ -1,0 +1,92 @@
+"""Heat maps lie where a prediction comes from, for attention and convolutions, and leave the model as it was."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lora_dist_testing.tiny import make_config, make_image, make_model, write_bundle
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from lora_dist.deployment.classify import classify
+from lora_dist.deployment.explain import SIDE, explained, file_of
+from lora_dist.deployment.inputs import Files
+from lora_dist.errors import UserError
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.heat_map import heat_maps
+
+
+class Red(nn.Module):
+    """Says how red and how blue an image is, by convolutions and a mean over positions, or by tokens."""
+
+    def __init__(self, tokens: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Conv2d(3, 2, 4, 4, bias=False))
+        self.end = nn.ModuleList([nn.Flatten(2)]) if tokens else nn.ModuleList([nn.Identity()])
+        with torch.no_grad():
+            self.blocks[0].weight.zero_()
+            self.blocks[0].weight[0, 0] = self.blocks[0].weight[1, 2] = 1
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(logits=self.end[0](self.blocks(pixel_values)).flatten(2).mean(-1))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+def test_the_map_is_where_the_class_is(size: tuple[int, int]) -> None:
+    images = torch.zeros(2, 3, *size)
+    images[0, 0, :8, :8] = images[1, 2, 16:24, -8:] = 1
+    maps = heat_maps(Red(), images)
+    assert maps.shape == (2, *size)
+    assert maps[0, :12, :12].sum() > 0.99 * maps[0].sum()
+    assert maps[1, 12:28, -12:].sum() > 0.99 * maps[1].sum()
+    assert maps.amax(dim=(1, 2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "dinov2", "swin", "convnext", "resnet", "mobilevit"])
+def test_each_architecture_has_a_map_of_its_own_for_each_image(name: str) -> None:
+    torch.manual_seed(0)
+    size = 64 if name == "mobilevit" else 32
+    model = AutoModelForImageClassification.from_config(make_config(name, size)).eval().requires_grad_(False)
+    images = torch.randn(3, 3, size, size)
+    maps = heat_maps(model, images)
+    assert maps.shape == (3, size, size)
+    assert maps.min() >= 0
+    assert maps.max() == 1
+    torch.testing.assert_close(heat_maps(model, images[1:2]), maps[1:2], rtol=1e-3, atol=1e-3)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_without_feature_maps_is_named() -> None:
+    class Means(nn.Module):
+        def forward(self, pixel_values: Tensor) -> Any:
+            return SimpleNamespace(logits=pixel_values.mean(dim=(2, 3)))
+
+    with pytest.raises(UserError, match="Means has no feature map"):
+        heat_maps(Means(), torch.zeros(1, 3, 8, 8))
+
+
+def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) -> None:
+    """With an adapter, after predictions in inference mode; images of one name in two folders."""
+    write_bundle(tmp_path / "adapter", make_model(tmp_path / "vit"), ["a", "b"])
+    classifier = load_classifier(tmp_path / "adapter")
+    paths = [tmp_path / folder / "1.png" for folder in ("x", "y")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        make_image(number, number).save(path)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    files = [str(paths[0]), str(tmp_path / "bad.png"), str(paths[1])]
+    device = torch.device("cpu")
+    rows = list(classify(classifier, files, top_k=1, batch_size=2, num_workers=0, device=device))
+    found = list(explained(iter(rows), Files(files), range(3), classifier, tmp_path / "maps", 2, device))
+    assert found == rows
+    written = sorted((tmp_path / "maps").iterdir())
+    assert written == sorted(file_of(tmp_path / "maps", str(path)) for path in paths)
+    for file in written:
+        picture = Image.open(file)
+        assert picture.width > 2 * SIDE
+    with pytest.raises(UserError, match="--explain"):
+        list(explained(rows, Files(files), range(3), classifier, paths[0], 2, device))
