@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Row
     from lora_dist.deployment.parts import RowsOf
+    from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.model.classifier import Classifier
 
 logger = logging.getLogger("lora_dist.predict")
@@ -66,6 +67,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model import adapter_io
+    from lora_dist.model.decision import MULTI_LABEL
     from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
@@ -84,24 +86,29 @@ def predict(argv: list[str] | None) -> None:
         adapter_io.require_adapter(directory)
     rows_of: RowsOf
     if settings.source.side_by_side:
-        rows_of, conversion = _rows_of_each(chosen, settings, device), AS_TRANSFORMERS
+        loaded = _load_set(chosen, settings)
+        rows_of, conversion = _rows_of_each(loaded, settings, device), AS_TRANSFORMERS
+        decisions = [one.decision for one in loaded.classifiers.values()]
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
             _serve(classifier, settings, device)
         rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
+        decisions = [classifier.decision]
     if not files:
         return
+    with_labels = any(decision.problem_type == MULTI_LABEL for decision in decisions)
     if shares or (len(files) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         parts = Parts(Path(settings.images.output or ""), list(rows_of), files, _plan(chosen, settings))
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return
-        is_whole = _output(parts.rows(), files, settings, conversion)
+        is_whole = _output(parts.rows(), files, settings, conversion, with_labels)
         parts.remove()
     else:
         rows = chain.from_iterable(rows_of[name](files) for name in rows_of)
-        is_whole = _output(_with_progress(rows, len(files) * len(rows_of), settings), files, settings, conversion)
+        shown = _with_progress(rows, len(files) * len(rows_of), settings)
+        is_whole = _output(shown, files, settings, conversion, with_labels)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
 
@@ -201,12 +208,15 @@ def _rows(
     )
 
 
-def _rows_of_each(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> RowsOf:
-    """Returns what classifies files with each adapter, on a shared base."""
+def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterSet:
     from lora_dist.model import adapter_set
 
     source = settings.source
-    loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    return adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+
+
+def _rows_of_each(loaded: AdapterSet, settings: PredictSettings, device: torch.device) -> RowsOf:
+    """Returns what classifies files with each adapter, on a shared base."""
 
     def rows(name: str, files: Sequence[str]) -> Iterator[Row]:
         for row in _rows(loaded.set_adapter(name), settings, device, files):
@@ -243,7 +253,9 @@ def _is_plain_file(output: str | None) -> bool:
     return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
-def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion) -> bool:
+def _output(
+    rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion, with_labels: bool
+) -> bool:
     """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
     from lora_dist.deployment import classify
 
@@ -254,7 +266,8 @@ def _output(rows: Iterator[Row], files: list[str], settings: PredictSettings, co
     drawn = set(classify.spread(len(files), classify.GRID_IMAGES)) if images.grid else set()
     shown = []
     bad = set()
-    with classify.writer(images.output, images.format, images.top_k or 1, settings.source.side_by_side) as write:
+    several = settings.source.side_by_side
+    with classify.writer(images.output, images.format, images.top_k or 1, several, with_labels) as write:
         for index, row in enumerate(rows):
             write(row)
             if row.error is not None:

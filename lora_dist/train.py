@@ -1,6 +1,6 @@
 """Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
 
-from lora_dist.errors import Problems, TrainingStoppedError
+from lora_dist.errors import Problems, TrainingStoppedError, UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
@@ -79,14 +79,16 @@ def train(settings: Settings, lock: RunLock) -> None:
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run.tracker, run.images, run.plan, progress.step, assembled.data.labels)
+    show_inputs(run.tracker, run.evaluator.problem, run.images, run.plan, progress.step, assembled.data.labels)
     with stopped_on_request(run, progress), watch.watching():
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
         evaluation, test = run.evaluate("the final evaluation"), None
         if assembled.data.test is not None:
-            evaluator = replace(run.evaluator, split=assembled.data.test, name="test")
+            problem = run.evaluator.problem
+            problem = problem.fixed(problem.decision(evaluation))
+            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", problem=problem)
             test = run.evaluate("the evaluation on the test data", evaluator)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
@@ -112,6 +114,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
+    from lora_dist.training.problem_types import PROBLEM_TYPES
     from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
@@ -127,6 +130,9 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("adapter", accelerator):
         directory = local_directory(settings.model.adapter_name_or_path or "")
     classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
+    if classifier.decision.problem_type != settings.data.problem_type:
+        raise UserError(f"the model was trained with --problem_type {classifier.decision.problem_type}: add it")
+    problem = PROBLEM_TYPES[settings.data.problem_type].fixed(classifier.decision)
     with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
@@ -138,6 +144,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,
+        problem=problem,
     )
     with watch.watching():
         evaluation = evaluator(after_batch=watch.moved)
@@ -146,7 +153,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         print(json.dumps(without_nan(metrics)), flush=True)
         try:
             output.root.mkdir(parents=True, exist_ok=True)
-            write_evaluation(output.evaluation, evaluation, classifier.labels)
+            write_evaluation(output.evaluation, problem, evaluation, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
                 f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."

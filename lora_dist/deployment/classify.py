@@ -42,12 +42,20 @@ class Row(NamedTuple):
         top_k: classes with their probabilities, most likely first; empty if there is an error.
         error: why the image is unreadable, or None.
         adapter: name of the adapter, if there are several.
+        labels: of a model of several labels, those above their thresholds with their scores, highest first; None of
+            one class per image, which is the first of `top_k`.
     """
 
     path: str
     top_k: list[tuple[str, float]]
     error: str | None = None
     adapter: str | None = None
+    labels: list[tuple[str, float]] | None = None
+
+    @property
+    def answer(self) -> list[tuple[str, float]]:
+        """What the model says about a readable image: its labels, or its class."""
+        return self.top_k[:1] if self.labels is None else self.labels
 
 
 def find_images(names: Sequence[str]) -> list[str]:
@@ -129,9 +137,18 @@ def classify(
         batches = () if decoded.pixels is None else decoded.pixels.split(batch_size)
         inputs = (transforms.finished(batch.to(device, non_blocking=True)) for batch in batches)
         # Lazy, so that rows of a batch are written before the next batch runs.
-        ranked = (row for batch in inputs for row in classifier.top_k(classifier.probabilities(batch), top_k))
+        ranked = (row for batch in inputs for row in _answers(classifier, batch, top_k))
         for path, error in zip(decoded.paths, decoded.errors, strict=True):
-            yield Row(path, [] if error else next(ranked), error)
+            best, labels = ([], None) if error else next(ranked)
+            yield Row(path, best, error, labels=labels)
+
+
+def _answers(
+    classifier: Classifier, batch: Tensor, top_k: int
+) -> Iterator[tuple[list[tuple[str, float]], list[tuple[str, float]] | None]]:
+    """For each image of a batch, the classes of `Row.top_k` and `Row.labels`."""
+    probabilities = classifier.probabilities(batch)
+    yield from zip(classifier.top_k(probabilities, top_k), classifier.chosen(probabilities), strict=True)
 
 
 def _are_slow_to_decode(files: Sequence[str]) -> bool:
@@ -183,7 +200,11 @@ def draw_grid(rows: Sequence[Row], path: Path, conversion: Conversion = AS_TRANS
     shown = [row for row in rows if row.error is None]
     if not shown:
         raise UserError("--grid: none of its images can be read")
-    captions = [f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}" for row in shown]
+    captions = [
+        f"{', '.join(label for label, _ in row.answer) or '(none)'}\n"
+        f"{' '.join(f'{score:.1%}' for _, score in row.answer)}"
+        for row in shown
+    ]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
         grid([load_rgb(row.path, conversion=conversion) for row in shown], captions).save(path, "PNG")
@@ -191,7 +212,11 @@ def draw_grid(rows: Sequence[Row], path: Path, conversion: Conversion = AS_TRANS
 
 @contextmanager
 def writer(
-    output: str | None, format_: Literal["jsonl", "csv"] | None, top_k: int, with_adapter: bool = False
+    output: str | None,
+    format_: Literal["jsonl", "csv"] | None,
+    top_k: int,
+    with_adapter: bool = False,
+    with_labels: bool = False,
 ) -> Iterator[Callable[[Row], None]]:
     """Yields a function that writes and flushes a row.
 
@@ -200,12 +225,14 @@ def writer(
         format_: None to infer it from the path.
         top_k: number of classes in a CSV line.
         with_adapter: add the column `adapter` to a CSV.
+        with_labels: add the column `labels` to a CSV, with semicolons between the labels.
 
     Raises:
         UserError: the file cannot be written.
     """
     chosen = format_ or ("csv" if output and output.lower().endswith(".csv") else "jsonl")
-    to_rows = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter) if chosen == "csv" else _json_lines
+    columns = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter, with_labels=with_labels)
+    to_rows = columns if chosen == "csv" else _json_lines
     if output is None:
         yield to_rows(_utf8_stdout())
         return
@@ -233,8 +260,9 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
         content: dict[str, Any] = {} if row.adapter is None else {"adapter": row.adapter}
         content["path"] = row.path
         if row.error is None:
-            top_k = [{"label": label, "score": score} for label, score in row.top_k]
-            content |= {**top_k[0], "top_k": top_k}
+            top_k = _scored(row.top_k)
+            content |= top_k[0] if row.labels is None else {"labels": _scored(row.labels)}
+            content["top_k"] = top_k
         else:
             content["error"] = row.error
         file.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -243,16 +271,23 @@ def _json_lines(file: Any) -> Callable[[Row], None]:
     return write
 
 
-def _csv_rows(file: Any, top_k: int, with_adapter: bool) -> Callable[[Row], None]:
+def _scored(classes: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"label": label, "score": score} for label, score in classes]
+
+
+def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
     suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
     columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "score")]
-    lines.writerow([*(["adapter"] if with_adapter else []), "path", *columns, "error"])
+    adapter, labels = ["adapter"] if with_adapter else [], ["labels"] if with_labels else []
+    lines.writerow([*adapter, "path", *labels, *columns, "error"])
 
     def write(row: Row) -> None:
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
         cells += [""] * (len(columns) - len(cells))
-        lines.writerow([*([row.adapter] if with_adapter else []), row.path, *cells, row.error or ""])
+        adapter = [row.adapter] if with_adapter else []
+        labels = [";".join(label for label, _ in row.labels or ())] if with_labels else []
+        lines.writerow([*adapter, row.path, *labels, *cells, row.error or ""])
         file.flush()
 
     return write

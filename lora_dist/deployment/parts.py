@@ -172,8 +172,10 @@ class Parts:
             if not self._path(part).exists():
                 raise UserError(f"{self._path(part)} is missing: do all processes see the same directory?")
             for line in self._path(part).read_text(encoding="utf-8").splitlines():
-                path, top_k, error, adapter = json.loads(line)
-                yield Row(path, [(label, score) for label, score in top_k], error, adapter)
+                # Parts of older releases have no labels.
+                path, top_k, error, adapter, *labels = json.loads(line)
+                chosen = labels[0] if labels else None
+                yield Row(path, _pairs(top_k), error, adapter, None if chosen is None else _pairs(chosen))
 
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""
@@ -181,3 +183,7 @@ class Parts:
 
     def _path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06d}.jsonl"
+
+
+def _pairs(classes: list[list[Any]]) -> list[tuple[str, float]]:
+    return [(label, score) for label, score in classes]

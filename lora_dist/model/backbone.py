@@ -14,6 +14,7 @@ from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
+from lora_dist.model.decision import SINGLE_LABEL
 from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.input_check import require_fit
@@ -65,6 +66,7 @@ def load_base(
     pooling: str | None = None,
     image_size: tuple[int, int] | None = None,
     processor: Any = None,
+    problem_type: str = SINGLE_LABEL,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -79,6 +81,7 @@ def load_base(
         pooling: features for a linear head (see `classifier_config`).
         image_size: height and width of the images; None for those of the checkpoint.
         processor: image processor; None for that of the base.
+        problem_type: that of the labels, for `pipeline`.
 
     Raises:
         UserError: the model is not found, is not an image classifier, or cannot take images of this size.
@@ -100,8 +103,8 @@ def load_base(
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
-            # That of the base may be another one: `pipeline` would not compute a softmax.
-            config.problem_type = "single_label_classification"
+            # That of the base may be another one.
+            config.problem_type = problem_type
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(place, config, source)
             )
@@ -196,6 +199,7 @@ def load_base_of(
         pooling=settings.model.pooling,
         image_size=settings.model.input_size,
         processor=processor,
+        problem_type=settings.data.problem_type,
     )
 
 

@@ -2,7 +2,8 @@
 
 The directory is a PEFT adapter that `PeftModel.from_pretrained` loads, with `config.json` (architecture and label map),
 `preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of the base), `conversion.json` (how
-images become 8-bit RGB) and `README.md`. A run with `--tuning full` writes a whole `transformers` model instead.
+images become 8-bit RGB), `thresholds.json` (only of several labels per image) and `README.md`. A run with
+`--tuning full` writes a whole `transformers` model instead.
 """
 
 import json
@@ -19,12 +20,14 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
+from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.storage.files import whole_directory
 
 logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"
 CONVERSION = "conversion.json"
+THRESHOLDS = "thresholds.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")
 
 
@@ -35,20 +38,26 @@ def write_adapter(
     card: str,
     initial: Path | None = None,
     conversion: Conversion = AS_TRANSFORMERS,
+    decision: Decision | None = None,
 ) -> None:
     """Writes an adapter bundle; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         adapters.save_adapter(model, temporary, initial)
-        write_metadata(temporary, base.model.config, base.processor, card, base.identity(), conversion)
+        write_metadata(temporary, base.model.config, base.processor, card, base.identity(), conversion, decision)
 
 
 def write_model(
-    directory: Path, model: Any, processor: Any, card: str, conversion: Conversion = AS_TRANSFORMERS
+    directory: Path,
+    model: Any,
+    processor: Any,
+    card: str,
+    conversion: Conversion = AS_TRANSFORMERS,
+    decision: Decision | None = None,
 ) -> None:
     """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         model.save_pretrained(temporary)
-        write_metadata(temporary, model.config, processor, card, conversion=conversion)
+        write_metadata(temporary, model.config, processor, card, conversion=conversion, decision=decision)
 
 
 def write_metadata(
@@ -58,16 +67,22 @@ def write_metadata(
     card: str,
     base: dict[str, str | None] | None = None,
     conversion: Conversion = AS_TRANSFORMERS,
+    decision: Decision | None = None,
 ) -> None:
-    """Writes config, label map, processor, conversion and model card into an existing directory; for an adapter, also
-    its base."""
+    """Writes config, label map, processor, conversion, decision and model card into an existing directory; for an
+    adapter, also its base."""
+    decision = decision or MostLikely()
     config.save_pretrained(directory)
     path = directory / "config.json"
     # `transformers` leaves the label map out if it is LABEL_0, LABEL_1.
     labels = {"id2label": config.id2label, "label2id": config.label2id}
-    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | labels)
+    # The configuration of a base with several adapters has the problem type of the first one.
+    own = {**labels, "problem_type": decision.problem_type}
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | own)
     processor.save_pretrained(directory)
     _write_json(directory / CONVERSION, conversion.record())
+    if (thresholds := decision.record([config.id2label[index] for index in range(len(config.id2label))])) is not None:
+        _write_json(directory / THRESHOLDS, thresholds)
     if base is not None:
         _write_json(directory / BASE_MODEL, base)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -88,6 +103,7 @@ class AdapterBundle:
         labels: class names in order.
         trust_remote_code: run code that comes with the processor.
         conversion: how images became 8-bit RGB in training.
+        decision: what becomes of the logits.
     """
 
     files: AdapterFiles
@@ -100,6 +116,7 @@ class AdapterBundle:
     labels: list[str]
     trust_remote_code: bool
     conversion: Conversion
+    decision: Decision
 
 
 def read_bundle(
@@ -141,6 +158,7 @@ def read_bundle(
         names,
         trust_remote_code,
         conversion,
+        read_decision(directory, names),
     )
 
 
@@ -184,9 +202,27 @@ def label_map(directory: Path) -> Any:
     Raises:
         UserError: the file is damaged.
     """
-    path = directory / "config.json"
+    return _entry(directory / "config.json", "id2label")
+
+
+def read_decision(directory: Path, labels: Sequence[str]) -> Decision:
+    """Reads the problem type of a bundle or model, and the thresholds of several labels.
+
+    Raises:
+        UserError: a file is damaged, or has thresholds of other labels.
+    """
+    path, record = directory / THRESHOLDS, None
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("id2label") if path.is_file() else None
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return decision_of(_entry(directory / "config.json", "problem_type"), record, labels)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _entry(path: Path, name: str) -> Any:
+    """An entry of a JSON file, or None where either is missing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 

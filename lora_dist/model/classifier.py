@@ -1,7 +1,7 @@
 """Loads a trained classifier for prediction: an adapter on its base, or a whole model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, load_base, read_processor
-from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_labels
+from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_decision, read_labels
+from lora_dist.model.decision import Decision, MostLikely
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Classifier:
         labels: class names in order.
         base: name, revision and fingerprint of an adapter's base.
         conversion: how images become 8-bit RGB.
+        decision: what becomes of the logits.
     """
 
     model: nn.Module
@@ -32,6 +34,7 @@ class Classifier:
     labels: list[str]
     base: dict[str, str | None] | None = None
     conversion: Conversion = AS_TRANSFORMERS
+    decision: Decision = field(default_factory=MostLikely)
 
     def probabilities(self, pixel_values: Tensor) -> Tensor:
         """Computes probabilities [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
@@ -42,13 +45,21 @@ class Classifier:
         logits = self.model(pixel_values=pixel_values).logits.float()
         if not logits.isfinite().all():
             raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
-        return logits.softmax(dim=-1)
+        return self.decision.scores(logits)
 
     def top_k(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """Returns the k most likely classes of each row of [B, classes] with their probabilities."""
         best = probabilities.topk(min(k, len(self.labels)))
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [[(self.labels[i], value) for i, value in zip(indices, values, strict=True)] for values, indices in rows]
+
+    def chosen(self, probabilities: Tensor) -> Sequence[list[tuple[str, float]] | None]:
+        """Returns the labels of each row of [B, classes] with their probabilities; None for one class per image."""
+        rows = self.decision.chosen(probabilities)
+        if rows is None:
+            return [None] * len(probabilities)
+        values = probabilities.tolist()
+        return [[(self.labels[i], row[i]) for i in indices] for indices, row in zip(rows, values, strict=True)]
 
 
 def load_classifier(
@@ -76,13 +87,15 @@ def load_classifier(
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} is not a model: it has no config.json{result_of_run(directory)}")
     names = read_labels(directory)
-    whole = load_base(str(directory), names, trust_remote_code=trust_remote_code)
+    decision = read_decision(directory, names)
+    whole = load_base(str(directory), names, trust_remote_code=trust_remote_code, problem_type=decision.problem_type)
     if whole.missing:
         raise UserError(
             f"{directory} is not a complete {type(whole.model).__name__}: its weights lack "
             f"{', '.join(whole.missing[:5])}"
         )
-    return Classifier(whole.model.eval(), whole.processor, names, conversion=read_conversion(directory))
+    conversion = read_conversion(directory)
+    return Classifier(whole.model.eval(), whole.processor, names, conversion=conversion, decision=decision)
 
 
 def load_base_of_bundle(bundle: AdapterBundle) -> Base:
@@ -95,6 +108,7 @@ def load_base_of_bundle(bundle: AdapterBundle) -> Base:
         pooling=bundle.pooling,
         image_size=bundle.image_size,
         processor=own_processor(bundle),
+        problem_type=bundle.decision.problem_type,
     )
 
 
@@ -106,7 +120,7 @@ def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAU
     """
     adapter, processor = check_base(base, bundle)
     model = adapters.attach_adapter(base.model, adapter, name, len(bundle.labels))
-    return Classifier(model, processor, bundle.labels, base.identity(), bundle.conversion)
+    return Classifier(model, processor, bundle.labels, base.identity(), bundle.conversion, bundle.decision)
 
 
 def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:

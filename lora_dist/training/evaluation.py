@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,53 +14,22 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import PADDING_INDEX
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
-from lora_dist.metrics.classification import ClassificationMetric
 from lora_dist.settings.train import DataSettings
+from lora_dist.training.problem import ProblemType
+from lora_dist.training.single_label import SingleLabel
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 8
-NO_RANK = 2**31
-"""The rank of a label if logits are not finite: outside the top k of any number of classes."""
-SCALARS = ("accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 
 
 class NothingToEvaluateError(UserError):
     """No validation image can be read; raised on every process."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics of one evaluation, and the results of each sample.
-
-    Attributes:
-        metrics: scalars by name (`accuracy`, `loss` …).
-        per_class: precision, recall, F1 and support of each class.
-        confusion: rows of true class, predicted class and their number of samples, int64 [K, 3]; none of 0 samples.
-        predictions: predicted class of each sample, shape [N]; -1 where its image could not be read, or its logits are
-            not finite.
-        confidences: probability of that class, shape [N]; NaN there.
-        losses: cross-entropy of each sample, shape [N]; NaN there.
-        num_samples: samples that were evaluated: all whose image could be read.
-    """
-
-    metrics: dict[str, float]
-    per_class: list[dict[str, float]]
-    confusion: np.ndarray
-    predictions: np.ndarray
-    confidences: np.ndarray
-    losses: np.ndarray
-    num_samples: int
-
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
-        return np.argsort(-self.losses, kind="stable")[: min(count, int((self.predictions >= 0).sum()))].tolist()
 
 
 @dataclass(frozen=True)
@@ -76,6 +45,7 @@ class Evaluator:
         batch_size: samples in a forward pass of one process.
         settings: of the loader.
         name: of the split.
+        problem: what is measured.
     """
 
     accelerator: Accelerator
@@ -86,6 +56,7 @@ class Evaluator:
     batch_size: int
     settings: DataSettings
     name: Literal["validation", "test"] = "validation"
+    problem: ProblemType = field(default_factory=SingleLabel)
 
     @cached_property
     def loader(self) -> DataLoader:
@@ -102,11 +73,14 @@ class Evaluator:
 
     # Not inference_mode: FSDP2 could not train in the buffers that it makes in its first forward pass.
     @torch.no_grad()
-    def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
+    def __call__(self, after_batch: Callable[[], object] = lambda: None) -> Any:
         """Gathers the result of each sample from all processes, and computes the metrics.
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
+
+        Returns:
+            The `Measured` of the problem type.
 
         Raises:
             NothingToEvaluateError: no image can be read.
@@ -117,7 +91,8 @@ class Evaluator:
         parts = []
         for batch in batches(self.loader, accelerator.device):
             with self._room_named():
-                parts.append(_rows(self.model, batch))
+                logits = self.model(pixel_values=batch.pixel_values).logits.float()
+                parts.append(self.problem.results(logits, batch))
             after_batch()
         integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), PADDING_INDEX)
         reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
@@ -133,31 +108,16 @@ class Evaluator:
                 f"none of the {self.name} images can be read: put them right, or name others by --{self.name}_dir or "
                 f"--{self.name}_split"
             )
-        self._warn_of_non_finite(rows[integers[:, 2] < 0])
-        results: dict[str, Any] = ClassificationMetric(len(self.labels)).compute(
-            predictions=integers[:, 2],
-            references=integers[:, 1],
-            confidences=reals[:, 0],
-            ranks=integers[:, 3],
-            losses=reals[:, 1],
-        )
-        return Evaluation(
-            metrics={name: results[name] for name in SCALARS},
-            per_class=results["per_class"],
-            confusion=np.array(results["confusion"], dtype=np.int64).reshape(-1, 3),
-            predictions=self._by_row(rows, integers[:, 2], -1),
-            confidences=self._by_row(rows, reals[:, 0], np.nan),
-            losses=self._by_row(rows, reals[:, 1], np.nan),
-            num_samples=len(rows),
-        )
+        self._warn_of_non_finite(rows[~np.isfinite(reals).all(axis=1)])
+        return self.problem.evaluation(self.split, self.labels, integers, reals)
 
     def _warn_of_non_finite(self, rows: np.ndarray) -> None:
         """Logs the samples whose logits are not finite. They count as wrong, and the loss is NaN."""
         if len(rows):
             names = ", ".join(self.split.name(int(row)) for row in rows[:SHOWN])
             logger.warning(
-                "the model's logits are not finite for %d of the %s images, which count as wrong; the loss and the "
-                "calibration error cannot be computed: %s%s",
+                "the model's logits are not finite for %d of the %s images, which count as wrong; the loss cannot be "
+                "computed: %s%s",
                 len(rows),
                 self.name,
                 names,
@@ -176,28 +136,6 @@ class Evaluator:
                     f"is {self.batch_size}; a training goes on by --resume_from_checkpoint auto."
                 ) from error
             raise
-
-    def _by_row(self, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
-        """Returns an array with one value per sample of the split; `missing` for those not evaluated."""
-        whole = np.full(len(self.split), missing, dtype=values.dtype)
-        whole[rows] = values
-        return whole
-
-
-def _rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
-
-    Where a logit is not finite the prediction is -1, the rank `NO_RANK`, confidence and loss NaN.
-    """
-    log_probabilities = model(pixel_values=batch.pixel_values).logits.float().log_softmax(dim=-1)
-    confidence, prediction = log_probabilities.max(dim=-1)
-    own = log_probabilities.gather(1, batch.labels[:, None])
-    rank = (log_probabilities > own).sum(dim=-1)
-    # Of logits that are not finite, the largest says nothing, and no class has a rank.
-    finite = log_probabilities.isfinite().all(dim=-1)
-    prediction, rank = prediction.where(finite, -1), rank.where(finite, NO_RANK)
-    confidence, loss = confidence.exp().where(finite, torch.nan), (-own[:, 0]).where(finite, torch.nan)
-    return torch.stack([batch.indices, batch.labels, prediction, rank], dim=1), torch.stack([confidence, loss], dim=1)
 
 
 def _gathered(accelerator: Accelerator, rows: Tensor, padding_batch: float) -> np.ndarray:

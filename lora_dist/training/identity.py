@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TARGETS = "lora_target_modules"
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
-_BEFORE = {"class_weights": "none", "focal_gamma": 0.0}
+_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "problem_type": "single_label_classification"}
 """What checkpoints of releases without these entries were trained with."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
@@ -62,6 +62,7 @@ def identity_of(
         "effective_batch": plan.effective_batch,
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,
+        "problem_type": settings.data.problem_type,
         "classes": list(data.labels),
         "conversion": conversion.record(),
         "class_weights": describe_weights(settings.optimization.class_weights),

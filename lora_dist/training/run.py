@@ -17,8 +17,9 @@ from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
 from lora_dist.training.class_weights import planned_weight
-from lora_dist.training.evaluation import Evaluation, Evaluator
-from lora_dist.training.loss import Loss
+from lora_dist.training.evaluation import Evaluator
+from lora_dist.training.loss import SampleLoss
+from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
@@ -50,7 +51,7 @@ class TrainingRun:
     average: WeightAverage | None
     images: TrainImages
     plan: BatchPlan
-    loss: Loss
+    loss: SampleLoss
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -92,7 +93,7 @@ class TrainingRun:
 
     def _total_weight(self, step: int) -> float:
         """The sum of the weights of all samples of an update, over all processes."""
-        if self.loss.class_weights is None:
+        if not self.loss.weighs_samples:
             return self.plan.samples_in(step)
         accelerator = self.engine.accelerator
         own = planned_weight(self.loss, self.images, self.plan, step)
@@ -106,7 +107,7 @@ class TrainingRun:
         """A context in which the model has the weights of `result_weights`."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def evaluate(self, name: str, evaluator: Evaluator | None = None) -> Evaluation:
+    def evaluate(self, name: str, evaluator: Evaluator | None = None) -> Measured:
         """Evaluates the current weights; a request to stop ends the evaluation.
 
         Args:

@@ -83,7 +83,14 @@ def merge_to(
     with whole_directory(out) as temporary:
         card = _card(source, measured, dtype, len(images), _license(classifier))
         merged.to(dtype).save_pretrained(temporary)
-        bundle.write_metadata(temporary, merged.config, classifier.processor, card, conversion=classifier.conversion)
+        bundle.write_metadata(
+            temporary,
+            merged.config,
+            classifier.processor,
+            card,
+            conversion=classifier.conversion,
+            decision=classifier.decision,
+        )
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured
 

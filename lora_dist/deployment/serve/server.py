@@ -59,10 +59,18 @@ class Prediction(BaseModel):
     top_k: list[Score]
 
 
+class LabelSetPrediction(BaseModel):
+    """The prediction for one file of several labels: those above their thresholds, and the highest scores."""
+
+    file: str
+    labels: list[Score]
+    top_k: list[Score]
+
+
 class Predictions(BaseModel):
     """One prediction per file, in the order of the request."""
 
-    predictions: list[Prediction]
+    predictions: list[Prediction] | list[LabelSetPrediction]
 
 
 def make_app(
@@ -119,16 +127,22 @@ def make_app(
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
         probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(image)) for image in images))
-        rows = classifier.top_k(torch.stack(probabilities), top_k)
-        scores = [[Score(label=label, score=score) for label, score in row] for row in rows]
-        return Predictions(
-            predictions=[
-                Prediction(file=file, label=top[0].label, score=top[0].score, top_k=top)
-                for file, top in zip(names, scores, strict=True)
-            ]
-        )
+        stacked = torch.stack(probabilities)
+        best = [_scored(row) for row in classifier.top_k(stacked, top_k)]
+        chosen = [None if row is None else _scored(row) for row in classifier.chosen(stacked)]
+        return Predictions(predictions=[_prediction(*row) for row in zip(names, best, chosen, strict=True)])  # type: ignore[arg-type]  # all of one class
 
     return app
+
+
+def _scored(classes: list[tuple[str, float]]) -> list[Score]:
+    return [Score(label=label, score=score) for label, score in classes]
+
+
+def _prediction(file: str, top_k: list[Score], labels: list[Score] | None) -> Prediction | LabelSetPrediction:
+    if labels is not None:
+        return LabelSetPrediction(file=file, labels=labels, top_k=top_k)
+    return Prediction(file=file, label=top_k[0].label, score=top_k[0].score, top_k=top_k)
 
 
 def run(app: FastAPI, host: str, port: int) -> None:

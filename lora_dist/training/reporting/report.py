@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 
 from lora_dist.data.batch import TrainImages
@@ -15,8 +14,8 @@ from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
-from lora_dist.figures import confusion_picture, grid, to_images
-from lora_dist.training.evaluation import Evaluation
+from lora_dist.figures import grid, to_images
+from lora_dist.training.problem import Measured, ProblemType
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
 from lora_dist.training.schedule import Schedule
@@ -25,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 WORST = 24
 INPUTS = 24
-MAX_MATRIX = 100
-"""Classes of which evaluation.json has the whole confusion matrix."""
 
 
 def announce(
@@ -51,47 +48,58 @@ def announce(
 
 
 def show_evaluation(
-    tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str], conversion: Conversion
+    tracker: Tracker,
+    problem: ProblemType,
+    evaluation: Measured,
+    step: int,
+    split: Split,
+    labels: Sequence[str],
+    conversion: Conversion,
 ) -> None:
-    """Adds the confusion matrix and the worst-classified images to TensorBoard.
+    """Adds the pictures of the problem type, such as a confusion matrix, and the worst images to TensorBoard.
 
     A picture that cannot be made is a missing picture and a warning: no reason to stop a run.
     """
     if not tracker.enabled:
         return
     try:
-        _show_evaluation(tracker, evaluation, step, split, labels, conversion)
+        _show_evaluation(tracker, problem, evaluation, step, split, labels, conversion)
     except Exception as error:
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
 
 
-def warn_of_chance_level(evaluation: Evaluation) -> None:
-    """Warns if the model is no better than one that always predicts the largest class."""
-    accuracy, support = evaluation.metrics["accuracy"], [row["support"] for row in evaluation.per_class]
-    share = max(support) / max(1, sum(support))
-    if len(support) > 1 and accuracy <= share:
+def warn_of_chance_level(problem: ProblemType, evaluation: Measured) -> None:
+    """Warns if the model is no better than one that has learned nothing."""
+    reached, (chance, words) = evaluation.metrics[problem.headline], problem.chance_level(evaluation)
+    if reached <= chance:
         logger.warning(
-            "accuracy %.4f is not above the share of the largest class, %.4f: the model has learned little. Try "
-            "another --learning_rate, or more updates",
-            accuracy,
-            share,
+            "%s %.4f is not above %s, %.4f: the model has learned little. Try another --learning_rate, or more updates",
+            problem.headline,
+            reached,
+            words,
+            chance,
         )
 
 
 def _show_evaluation(
-    tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str], conversion: Conversion
+    tracker: Tracker,
+    problem: ProblemType,
+    evaluation: Measured,
+    step: int,
+    split: Split,
+    labels: Sequence[str],
+    conversion: Conversion,
 ) -> None:
-    tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
+    for name, picture in problem.pictures(evaluation, labels).items():
+        tracker.picture(f"eval/{name}", picture, step)
     worst = evaluation.worst(WORST)
-    captions = [
-        f"is {labels[split.labels[index]]}\n"
-        f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
-        for index in worst
-    ]
+    captions = problem.answers(evaluation, split, worst, labels)
     tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
 
 
-def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]) -> None:
+def show_inputs(
+    tracker: Tracker, problem: ProblemType, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]
+) -> None:
     """Adds a grid of the next training inputs, as augmented, to TensorBoard.
 
     Raises:
@@ -105,25 +113,15 @@ def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: in
     except UnreadableImageError as error:
         raise unreadable(error) from error
     images.close()
-    tracker.picture(
-        "train/inputs", grid(to_images(batch.pixel_values), [labels[label] for label in batch.labels.tolist()]), step
-    )
+    captions = [problem.caption(label, labels) for label in batch.labels.numpy()]
+    tracker.picture("train/inputs", grid(to_images(batch.pixel_values), captions), step)
 
 
-def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """The whole matrix of up to `MAX_MATRIX` classes; of more, its entries that are not 0."""
-    if len(labels) > MAX_MATRIX:
-        return {"labels": list(labels), "true_predicted_count": confusion.tolist()}
-    matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
-    return {"labels": list(labels), "rows_true_columns_predicted": matrix.tolist()}
-
-
-def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
-    """Writes the metrics, the report by class and the confusion matrix."""
+def write_evaluation(path: Path, problem: ProblemType, evaluation: Measured, labels: Sequence[str]) -> None:
+    """Writes the metrics, the report by class, and the details of the problem type, such as a confusion matrix."""
     content: dict[str, Any] = {
         "metrics": evaluation.metrics,
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
-        "confusion_matrix": _confusion_matrix(evaluation.confusion, labels),
+        **problem.details(evaluation, labels),
     }
     write_json(path, content)

@@ -25,7 +25,7 @@ from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
-from lora_dist.training.evaluation import Evaluation
+from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.report import warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
@@ -65,7 +65,7 @@ class ResultWriter:
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
-    def push_best(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
+    def push_best(self, run: TrainingRun, progress: Progress, evaluation: Measured) -> None:
         """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
@@ -81,7 +81,7 @@ class ResultWriter:
         self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
     def finalize(
-        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+        self, run: TrainingRun, progress: Progress, evaluation: Measured, test: Measured | None = None
     ) -> None:
         """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
@@ -96,9 +96,10 @@ class ResultWriter:
         """
         run.watch.now("writing the result", first=True)
         accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
+        problem = run.evaluator.problem
         trained = run.engine.trainable_state()
         conversion = run.evaluator.transforms.conversion
-        indices = np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]
+        indices = np.flatnonzero(np.isfinite(evaluation.losses))[:CHECKED_IMAGES]
         images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
@@ -106,7 +107,7 @@ class ResultWriter:
             written = self._result(run)
             try:
                 self._write(written, run, trained, evaluation, results)
-                write_evaluation(self.output.evaluation, evaluation, self.data.labels)
+                write_evaluation(self.output.evaluation, problem, evaluation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
                 raise ResultNotWrittenError(
@@ -123,9 +124,10 @@ class ResultWriter:
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            on_test = f", on the test data {test.metrics['accuracy']:.4f}" if test is not None else ""
-            tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}{on_test}; wrote {written}")
-            warn_of_chance_level(evaluation)
+            name = problem.headline
+            on_test = f", on the test data {test.metrics[name]:.4f}" if test is not None else ""
+            tracker.say(f"{name} {evaluation.metrics[name]:.4f}{on_test}; wrote {written}")
+            warn_of_chance_level(problem, evaluation)
             tracker.close()
         accelerator.wait_for_everyone()
 
@@ -139,7 +141,7 @@ class ResultWriter:
         return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
     def _results(
-        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+        self, run: TrainingRun, progress: Progress, evaluation: Measured, test: Measured | None = None
     ) -> dict[str, Any]:
         trainable, total = self.parameters
         tested: dict[str, Any] = {}
@@ -179,7 +181,7 @@ class ResultWriter:
         directory: Path,
         run: TrainingRun,
         trained: dict[str, Tensor],
-        evaluation: Evaluation,
+        evaluation: Measured,
         results: dict[str, Any],
     ) -> None:
         """Loads the trained tensors into a fresh copy of the base, which no engine has wrapped, and writes it."""
@@ -195,18 +197,19 @@ class ResultWriter:
             data=settings.data.dataset_name or settings.data.train_dir or "",
             data_is_on_hub=bool(settings.data.dataset_name) and not Path(settings.data.dataset_name or "").exists(),
             name_on_hub=self.publisher.name if self.publisher else None,
+            problem=run.evaluator.problem,
             labels=self.data.labels,
             per_class=evaluation.per_class,
             results=results,
             settings=self.made_with,
             license_=license_of(base.name, base.revision, base.revision is not None),
         )
-        conversion = run.evaluator.transforms.conversion
+        conversion, decision = run.evaluator.transforms.conversion, run.evaluator.problem.decision(evaluation)
         if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None
-            bundle.write_adapter(directory, model, base, card, initial, conversion)
+            bundle.write_adapter(directory, model, base, card, initial, conversion, decision)
         else:
-            bundle.write_model(directory, model, base.processor, card, conversion)
+            bundle.write_model(directory, model, base.processor, card, conversion, decision)
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""

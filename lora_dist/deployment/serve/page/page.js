@@ -14,8 +14,8 @@ function element(name, className, text = "") {
   return made;
 }
 
-function bar({ label, score }) {
-  const row = element("li", "");
+function bar({ label, score }, chosen) {
+  const row = element("li", chosen ? "chosen" : "");
   const track = element("div", "track");
   const filled = element("div", "bar");
   filled.style.width = `${100 * score}%`;
@@ -33,7 +33,15 @@ async function classify(file) {
   if (!response.ok) {
     throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
   }
-  return content.predictions[0].top_k;
+  return content.predictions[0];
+}
+
+// Of several labels, those above their thresholds come first; of one class, the most likely one.
+function bars({ labels, top_k }) {
+  const chosen = labels ?? top_k.slice(0, 1);
+  const names = new Set(chosen.map(({ label }) => label));
+  const others = top_k.filter(({ label }) => !names.has(label));
+  return [...chosen.map((entry) => bar(entry, true)), ...others.map((entry) => bar(entry, false))];
 }
 
 async function show(file) {
@@ -47,9 +55,13 @@ async function show(file) {
   card.append(picture, details);
   results.prepend(card);
   try {
-    const bars = element("ol", "bars");
-    bars.append(...(await classify(file)).map(bar));
-    details.append(bars);
+    const list = element("ol", "bars");
+    const prediction = await classify(file);
+    if (prediction.labels?.length === 0) {
+      details.append(element("p", "none", "None of the labels"));
+    }
+    list.append(...bars(prediction));
+    details.append(list);
   } catch (error) {
     details.append(element("p", "error", error.message));
   }
