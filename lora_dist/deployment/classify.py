@@ -275,6 +275,13 @@ def _scored(classes: list[tuple[str, float]]) -> list[dict[str, Any]]:
     return [{"label": label, "score": score} for label, score in classes]
 
 
+def _joined(labels: list[tuple[str, float]]) -> str:
+    for label, _ in labels:
+        if ";" in label:
+            raise UserError(f"a CSV has semicolons between labels, and one is called {label!r}: use --format jsonl")
+    return ";".join(label for label, _ in labels)
+
+
 def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
     suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
@@ -286,7 +293,7 @@ def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> C
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
         cells += [""] * (len(columns) - len(cells))
         adapter = [row.adapter] if with_adapter else []
-        labels = [";".join(label for label, _ in row.labels or ())] if with_labels else []
+        labels = [_joined(row.labels or [])] if with_labels else []
         lines.writerow([*adapter, row.path, *labels, *cells, row.error or ""])
         file.flush()
 
