@@ -114,9 +114,8 @@ def test_the_results_say_what_applies(whole: Path) -> None:
 def test_the_answer_is_the_same_everywhere(whole: Path, data: list[str], tmp_path: Path) -> None:
     """Of the adapter, the merged model and the ONNX file; by the page's endpoint; and with `pipeline`."""
     adapter, photos = whole / "adapter", Path(data[1])
-    predict.main(
-        flags(adapter=adapter, images=photos, output=tmp_path / "rows.jsonl", top_k=3, merge_to=tmp_path / "merged")
-    )
+    output, merged = tmp_path / "rows.jsonl", tmp_path / "merged"
+    predict.main(flags(adapter=adapter, images=photos, output=output, top_k=3, merge_to=merged))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     predict.main(flags(adapter=adapter, images=photos, onnx=tmp_path / "model.onnx", output=tmp_path / "rows.csv"))
     with (tmp_path / "rows.csv").open(newline="") as file:
