@@ -19,14 +19,12 @@ NEUTRAL = 0.5
 
 
 class Decision(Protocol):
-    """What a model does with its logits.
-
-    Attributes:
-        problem_type: that of `transformers`, which `config.json` records.
-    """
+    """What a model does with its logits."""
 
     @property
-    def problem_type(self) -> str: ...
+    def problem_type(self) -> str:
+        """That of `transformers`, which `config.json` records."""
+        ...
 
     def scores(self, logits: Tensor) -> Tensor:
         """The score of each class, shape [B, classes], of finite logits in fp32."""

@@ -20,26 +20,27 @@ from lora_dist.training.loss import SampleLoss
 
 
 class Measured(Protocol):
-    """What all evaluations have: metrics, and the results of each sample.
-
-    Attributes:
-        metrics: scalars by name, such as `loss`.
-        per_class: metrics of each class.
-        losses: of each sample, shape [N]; NaN where its image could not be read, or its logits are not finite.
-        num_samples: samples that were evaluated: all whose image could be read.
-    """
+    """What all evaluations have: metrics, and the results of each sample."""
 
     @property
-    def metrics(self) -> dict[str, float]: ...
+    def metrics(self) -> dict[str, float]:
+        """Scalars by name, such as `loss`."""
+        ...
 
     @property
-    def per_class(self) -> Sequence[Mapping[str, Any]]: ...
+    def per_class(self) -> Sequence[Mapping[str, Any]]:
+        """Metrics of each class."""
+        ...
 
     @property
-    def losses(self) -> np.ndarray: ...
+    def losses(self) -> np.ndarray:
+        """The loss of each sample, shape [N]; NaN where its image could not be read, or its logits are not finite."""
+        ...
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """Samples that were evaluated: all whose image could be read."""
+        ...
 
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
@@ -47,22 +48,22 @@ class Measured(Protocol):
 
 
 class ProblemType(Protocol):
-    """The loss, the metrics, the decision and the pictures of a kind of labels.
-
-    Attributes:
-        headline: the metric that is told first.
-        class_columns: titles of the columns of the model card's table of classes, by the name in `Measured.per_class`.
-        labels_word: what an image has, for the model card.
-    """
+    """The loss, the metrics, the decision and the pictures of a kind of labels."""
 
     @property
-    def headline(self) -> str: ...
+    def headline(self) -> str:
+        """The metric that is told first."""
+        ...
 
     @property
-    def class_columns(self) -> Mapping[str, str]: ...
+    def class_columns(self) -> Mapping[str, str]:
+        """Titles of the columns of the model card's table of classes, by the name in `Measured.per_class`."""
+        ...
 
     @property
-    def labels_word(self) -> str: ...
+    def labels_word(self) -> str:
+        """What the classes are called in the model card."""
+        ...
 
     def loss(self, settings: Settings, data: ImageData) -> SampleLoss:
         """The loss of a run; raises `UserError` if the file of class weights cannot be read or lacks a class."""
