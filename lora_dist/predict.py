@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.processes.lifetime import exit_on_user_error, run_command
+from lora_dist.processes.lifetime import at_end, exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
 from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
@@ -66,7 +68,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
-    from lora_dist.model import adapter_io
+    from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.model.decision import MULTI_LABEL
     from lora_dist.processes.threads import share_cores
 
@@ -82,8 +84,14 @@ def predict(argv: list[str] | None) -> None:
         share_cores()
     files = classify.find_images([demo.local_path(name) for name in settings.images.images])
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
-    for directory in chosen.values():
-        adapter_io.require_adapter(directory)
+    chosen = {name: _adapter_of(directory) for name, directory in chosen.items()}
+    if settings.source.average or settings.source.greedy_soup:
+        members = _soup(chosen, settings, device) if settings.source.greedy_soup else list(chosen)
+        settings = settings.model_copy(update={"source": settings.source.averaged_over(members)})
+        chosen = {name: chosen[name] for name in members}
+    if settings.source.side_by_side and settings.serving.serve:
+        _serve(_load_set(chosen, settings), settings, device)
+        return
     rows_of: RowsOf
     if settings.source.side_by_side:
         loaded = _load_set(chosen, settings)
@@ -92,7 +100,7 @@ def predict(argv: list[str] | None) -> None:
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
-            _serve(classifier, settings, device)
+            _serve(AdapterSet({settings.title: classifier}), settings, device)
         rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
         decisions = [classifier.decision]
     if not files:
@@ -113,11 +121,48 @@ def predict(argv: list[str] | None) -> None:
         sys.exit(EXIT_BAD_IMAGES)
 
 
+def _adapter_of(directory: Path) -> Path:
+    """Returns the directory of an adapter, or of one that is made of a checkpoint."""
+    from lora_dist.model import adapter_io, checkpoint_adapter
+
+    if not checkpoint_adapter.is_checkpoint(directory):
+        adapter_io.require_adapter(directory)
+        return directory
+    made = Path(tempfile.mkdtemp(prefix="lora_dist-")) / directory.name
+    at_end(partial(shutil.rmtree, made.parent, ignore_errors=True))
+    checkpoint_adapter.write_adapter_of_checkpoint(directory, made)
+    return made
+
+
+def _soup(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> list[str]:
+    """Returns the names of the adapters that are most accurate together."""
+    from lora_dist import demo
+    from lora_dist.deployment import classify, soup
+    from lora_dist.model import adapter_set
+
+    source, images = settings.source, settings.images
+    files = classify.find_images([demo.local_path(source.greedy_soup or "")])
+    blend = partial(
+        adapter_set.load_weighted_sum,
+        base_model=source.base_model,
+        trust_remote_code=source.trust_remote_code,
+        labels=_labels(settings),
+    )
+    accuracy = partial(
+        soup.accuracy,
+        files=files,
+        batch_size=classify.choose_batch_size(images.batch_size, device),
+        num_workers=images.num_workers,
+        device=device,
+    )
+    return soup.greedy(chosen, blend, accuracy)
+
+
 def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
     """Loads an adapter, a weighted sum of adapters, a whole model, or an ONNX file."""
     from lora_dist import hub
     from lora_dist.deployment.export import onnx_model
-    from lora_dist.model import adapter_set
+    from lora_dist.model import adapter_set, adapters
     from lora_dist.model.classifier import load_classifier
 
     source = settings.source
@@ -125,11 +170,15 @@ def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
         return onnx_model.load_onnx(Path(settings.exporting.onnx or ""))
     labels = _labels(settings)
     if len(chosen) > 1:
-        return adapter_set.load_weighted_sum(
+        classifier = adapter_set.load_weighted_sum(
             chosen, source.weights, source.base_model, source.trust_remote_code, labels
         )
-    directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
-    return load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+    else:
+        directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
+        classifier = load_classifier(directory, source.base_model, source.trust_remote_code, labels)
+    if source.adapter_scale != 1:
+        adapters.scale_update(classifier.model, source.adapter_scale)
+    return classifier
 
 
 def _labels(settings: PredictSettings) -> list[str] | None:
@@ -149,7 +198,7 @@ def _write(
     merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
-        card = older_peft.card_of(list(chosen.values()), settings.title)
+        card = older_peft.card_of(list(chosen.values()), settings.title, settings.source.adapter_scale != 1)
         with writing(out, "export_legacy_names"):
             older_peft.export_legacy_names(classifier, card, out, files, trusted)
         logger.info("exported to %s, with the names of transformers 4", out)
@@ -165,16 +214,19 @@ def _write(
     if settings.onnx_to_write:
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
-            exported = onnx_export.export(classifier, out, files, exporting.int8)
-        what = ", before quantisation," if exporting.int8 else ""
+            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16)
+        what = ", before rounding," if exporting.int8 or exporting.fp16 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
-        if exporting.int8:
-            logger.info("%s", exported.int8 or "pass --images, best in class folders, to measure the cost of int8")
+        if exported.fp16 is not None:
+            logger.info("in fp16 they differ by %.1e", exported.fp16)
+        if what:
+            hint = "pass --images, best in class folders, to count the predictions that change"
+            logger.info("%s", exported.cost or hint)
         classifier = onnx_model.load_onnx(out)
     return classifier
 
 
-def _serve(classifier: Classifier, settings: PredictSettings, device: torch.device) -> None:
+def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
 
@@ -183,7 +235,7 @@ def _serve(classifier: Classifier, settings: PredictSettings, device: torch.devi
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
     app = server.make_app(
-        classifier,
+        served,
         settings.title,
         limits,
         top_k=settings.images.top_k or 5,
@@ -209,10 +261,14 @@ def _rows(
 
 
 def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterSet:
-    from lora_dist.model import adapter_set
+    """Loads several adapters on a shared base."""
+    from lora_dist.model import adapter_set, adapters
 
     source = settings.source
-    return adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
+    if source.adapter_scale != 1:
+        adapters.scale_update(next(iter(loaded.classifiers.values())).model, source.adapter_scale)
+    return loaded
 
 
 def _rows_of_each(loaded: AdapterSet, settings: PredictSettings, device: torch.device) -> RowsOf:

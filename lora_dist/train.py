@@ -1,4 +1,14 @@
-"""Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`."""
+"""Fine-tunes an image classifier: `accelerate launch -m lora_dist.train --config NAME|FILE [--setting value …]`.
+
+From Python: `lora_dist.fit("NAME|FILE", setting=value, …)`.
+"""
+
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lora_dist.errors import Problems, TrainingStoppedError, UserError
 from lora_dist.processes.failure import report_failure
@@ -6,7 +16,7 @@ from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.processes.run_lock import RunLock
-from lora_dist.settings.cli import argv_or, flatten, parse
+from lora_dist.settings.cli import argv_or, flatten, from_keywords, parse
 from lora_dist.settings.train import Settings, contradictions
 
 
@@ -30,21 +40,64 @@ def main(argv: list[str] | None = None) -> None:
             train(settings, lock)
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves.
+
+    Attributes:
+        path: the adapter, or the model with `tuning="full"`; `lora_dist.load` takes it.
+        metrics: the content of `all_results.json`, such as `eval_accuracy`.
+        output_dir: all files of the run.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    output_dir: Path
+
+
+def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> TrainingResult:
+    """Trains in this process, as the command does; under a launcher, all processes call it.
+
+    Args:
+        config: packaged recipe, or YAML file of settings.
+        settings: by the names of `python -m lora_dist.train --help`, such as `learning_rate=1e-3`; they override
+            `config`.
+
+    Raises:
+        UserError: a setting is wrong, or the run failed for a reason that the message explains.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("lora_dist.fit handles signals, such as Ctrl-C: call it in the main thread")
+    with report_failure(), RunLock() as lock:
+        read = from_keywords(Settings, config, settings, prog="lora_dist.fit", contradictions=contradictions)
+        if read.run.dry_run or read.run.do_eval_only:
+            raise UserError("lora_dist.fit trains: for --dry_run and --do_eval_only use python -m lora_dist.train")
+        train(read, lock)
+
+    from lora_dist.training.saving.output import Output
+
+    output = Output(Path(read.run.output_dir))
+    path = output.model if read.model.tuning == "full" else output.adapter
+    return TrainingResult(path, json.loads(output.results.read_text(encoding="utf-8")), output.root)
+
+
 def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and writes the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from dataclasses import replace
-    from pathlib import Path
 
     from lora_dist.data.sources import streaming
-    from lora_dist.processes.runtime import launch
+    from lora_dist.data.sources.split import Split
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.files import finish_replacing
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
+    from lora_dist.training.frozen_backbone import on_features
+    from lora_dist.training.launching import launch_run
     from lora_dist.training.loop import fit
+    from lora_dist.training.probe import probe
     from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
     from lora_dist.training.reselect_best import reselect_best
@@ -56,7 +109,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     with problems.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
-        accelerator = launch(settings.optimization.mixed_precision, options.ddp_timeout, settings.optimization.tf32)
+        accelerator = launch_run(settings)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with problems.collect():
@@ -73,7 +126,7 @@ def train(settings: Settings, lock: RunLock) -> None:
 
         assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
         run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
-        announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator)
+        announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator, run.precision)
         if options.dry_run:
             with watch.watching():
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
@@ -81,6 +134,10 @@ def train(settings: Settings, lock: RunLock) -> None:
     run.tracker.settings(flatten(run.settings))
     show_inputs(run.tracker, run.evaluator.problem, run.images, run.plan, progress.step, assembled.data.labels)
     with stopped_on_request(run, progress), watch.watching():
+        heads = list(result_writer.base.heads)
+        if options.probe and isinstance(assembled.data.train, Split):
+            probe(run, heads, assembled.data.train, output.probe, progress.step)
+        run = on_features(run, heads)
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
@@ -88,7 +145,7 @@ def train(settings: Settings, lock: RunLock) -> None:
         if assembled.data.test is not None:
             problem = run.evaluator.problem
             problem = problem.fixed(problem.decision(evaluation))
-            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", problem=problem)
+            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", problem=problem, features=None)
             test = run.evaluate("the evaluation on the test data", evaluator)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
@@ -99,9 +156,7 @@ def train(settings: Settings, lock: RunLock) -> None:
 
 def evaluate_only(settings: Settings, lock: RunLock) -> None:
     """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
-    import json
     from datetime import timedelta
-    from pathlib import Path
 
     from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.data.pixels.transforms import ImageTransforms
@@ -110,16 +165,16 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
     from lora_dist.processes.preflight import Preflight
-    from lora_dist.processes.runtime import launch
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
+    from lora_dist.training.launching import launch_run
     from lora_dist.training.problem_types import PROBLEM_TYPES
     from lora_dist.training.reporting.report import write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     allow_pixels(settings.data.max_image_pixels)
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
+    accelerator = launch_run(settings)
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))

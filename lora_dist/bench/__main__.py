@@ -53,11 +53,11 @@ def bench(settings: BenchSettings, flags: list[str], directory: Path) -> None:
     from lora_dist.bench.measure import assemble_unwritten, measure
     from lora_dist.bench.report import lines, row
     from lora_dist.data.sources import streaming
-    from lora_dist.processes.runtime import launch
+    from lora_dist.training.launching import launch_run
 
     if settings.data.streaming:
         streaming.prepare(settings.data)
-    accelerator = launch(settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32)
+    accelerator = launch_run(settings)
     run = assemble_unwritten(settings, accelerator, directory)
     with run.watch.watching():
         measured = measure(run, settings.benchmark.updates)

@@ -99,11 +99,9 @@ def measure_trainer(trainer: str, settings: BenchSettings, directory: Path) -> T
 
     if trainer == "ours":
         from lora_dist.bench.measure import assemble_unwritten, time_loaded
-        from lora_dist.processes.runtime import launch
+        from lora_dist.training.launching import launch_run
 
-        accelerator = launch(
-            settings.optimization.mixed_precision, settings.run.ddp_timeout, settings.optimization.tf32
-        )
+        accelerator = launch_run(settings)
         run, device = assemble_unwritten(settings, accelerator, directory), accelerator.device
         with run.watch.watching():
             samples, seconds, _ = time_loaded(run, settings.benchmark.updates)

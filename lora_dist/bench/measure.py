@@ -27,7 +27,7 @@ from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.state import Progress
 from lora_dist.training.step import make_update
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_base": torch.bfloat16}
 MATRIX_PRODUCTS = 10
 MATRIX_SECONDS = 5.0
 """No matrix product starts after this time. A CPU may need it for a single one in bf16."""
@@ -113,7 +113,7 @@ def measure(run: TrainingRun, updates: int) -> Measurements:
     saving = time.perf_counter() - start
     size = sum(file.stat().st_size for file in run.checkpointer.directory.rglob("*") if file.is_file())
     achieved = count_flops(run, held) / step
-    gemm = _gemm_flops_per_second(device, accelerator.mixed_precision)
+    gemm = _gemm_flops_per_second(device, run.precision)
 
     step, seconds, waited, peak, loading = (
         max(gather_object([value])) for value in (step, seconds, waited / seconds, peak, loading)

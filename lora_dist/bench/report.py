@@ -45,8 +45,8 @@ def lines(run: TrainingRun, measured: Measurements, comparison: Comparison | Non
     workers = workers_of(run.settings.data, accelerator.device)
     threads = torch.get_num_threads() if accelerator.device.type == "cpu" else 1
     idle = max(0, cores_per_process() - threads - workers)
-    precision, processes = accelerator.mixed_precision, accelerator.num_processes
-    yield diagnose(measured, run.settings, Hardware(accelerator.device.type, precision, processes, workers, idle))
+    hardware = Hardware(accelerator.device.type, run.precision, accelerator.num_processes, workers, idle)
+    yield diagnose(measured, run.settings, hardware)
 
 
 def row(run: TrainingRun, measured: Measurements, comparison: Comparison | None, load: float) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def row(run: TrainingRun, measured: Measurements, comparison: Comparison | None,
         "model": _short(settings.model.model_name_or_path),
         "data": _short(settings.data.train_dir or settings.data.dataset_name or ""),
         "engine": engine_name(accelerator),
-        "precision": accelerator.mixed_precision,
+        "precision": run.precision,
         "batch": run.plan.per_device_batch,
         "accumulation": run.plan.accumulation,
         "workers": workers_of(settings.data, accelerator.device),

@@ -23,9 +23,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lora_dist.data.pixels.deferred import DeferredOps
 from lora_dist.data.pixels.images import UnreadableImageError, opened
+from lora_dist.data.pixels.mixing import NOWHERE, Mixture, draw_mixture
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.pixels.views import NOWHERE, DeferredOps, Mixture, View, black, draw_mixture, stack
+from lora_dist.data.pixels.views import View, black, stack
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample
 from lora_dist.data.sampling.protocol import EncodedSample, Reader, TrainingSplit
 from lora_dist.data.sources.split import Split

@@ -7,8 +7,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from lora_dist.data.batch import Batch, EvaluationImages, TrainImages, WorkerShard
+from lora_dist.data.features import TrainFeatures
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.data.prefetch import on_device
 from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
@@ -43,10 +45,15 @@ class WorkerBatchSampler(Sampler[WorkerShard]):
 
 
 def train_loader(
-    images: TrainImages, plan: BatchPlan, first_step: int, last_step: int, settings: DataSettings, device: torch.device
+    images: TrainImages | TrainFeatures,
+    plan: BatchPlan,
+    first_step: int,
+    last_step: int,
+    settings: DataSettings,
+    device: torch.device,
 ) -> DataLoader:
     """All micro-batches of this process for updates `first_step` to `last_step` (excluded), in one pass."""
-    workers = workers_of(settings, device)
+    workers = 0 if isinstance(images, TrainFeatures) else workers_of(settings, device)
     return worker_loader(
         images,
         batch_sampler=WorkerBatchSampler(MicroBatches(plan, first_step, last_step), workers),
@@ -92,14 +99,22 @@ def batches(
     """
     images: Any = loader.dataset
     shards: list[WorkerShard] = []
-    for found in timed(from_workers(loader)):
+
+    def moved(found: Any) -> Any:
+        if isinstance(found, Batch):
+            return found.to(device)
+        if isinstance(found, WorkerShard) and found.content is not None:
+            return found._replace(content=found.content.to(device))
+        return found
+
+    for found in on_device(timed(from_workers(loader)), device, moved):
         if isinstance(found, UnreadableImageError):
             raise unreadable(found)
         if isinstance(found, Batch):
-            yield images.finished(found.to(device))
+            yield images.finished(found)
             continue
         content = found.content
-        shards.append(found if content is None else found._replace(content=images.finished(content.to(device))))
+        shards.append(found if content is None else found._replace(content=images.finished(content)))
         if len(shards) == found.num_shards:
             yield _joined(shards, device)
             shards = []

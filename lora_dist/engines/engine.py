@@ -5,7 +5,7 @@ and getting whole tensors in and out where parameters or moments are sharded. We
 from every engine, so that a checkpoint of one goes into another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -44,8 +44,17 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss`, summed over processes, to that of the update."""
 
-    def step(self, max_grad_norm: float) -> float:
-        """Clips the gradient (0: not at all) and makes the update. Returns the norm before clipping.
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
+        """Clips the gradient (0: not at all). Returns float32 [N] on the device: what `step` needs on the host.
+
+        Engines that clip within `step` return no numbers.
+        """
+
+    def step(self, read: Sequence[float]) -> float:
+        """Makes the update with the clipped gradient. Returns the gradient's norm before clipping.
+
+        Args:
+            read: what `clip_gradient` returned, read from the device.
 
         Raises:
             ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
@@ -98,6 +107,14 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def fuses(accelerator: Accelerator) -> bool:
+    """Whether the optimizer of this launch is to be a fused one: on CUDA, where it makes no more than one kernel.
+
+    On a CPU it would give other bits than it did. DeepSpeed has its own way of restoring the optimizer's state.
+    """
+    return accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
 
 
 def on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:

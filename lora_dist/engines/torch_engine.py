@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,17 +31,21 @@ class TorchEngine:
             self.model, self._optimizer = model, accelerator.prepare_optimizer(optimizer)
         else:
             leave_frozen_out(model)
+            if accelerator.device.type == "cuda":
+                order_for_convolutions(model)
             # On CPUs the device is cpu:0, to which torch copies what is on the device cpu.
             moves = accelerator.device.type != "cpu"
             self.model, self._optimizer = accelerator.prepare(model, optimizer, device_placement=[moves, None])
         self.unwrapped = accelerator.unwrap_model(self.model)
         self._statistics = RunningStatistics(self.unwrapped)
+        self._skipped = self._unscaled = False
 
     def begin_update(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self._optimizer.zero_grad()
         self._statistics.keep()
+        self._unscaled = False
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -55,24 +59,36 @@ class TorchEngine:
         # DDP and FSDP average gradients over processes; here they are to be summed.
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self, max_grad_norm: float) -> float:
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         # Not accelerate's own clipping, which under FSDP2 unscales the gradients of every optimizer twice (1.15).
         self.accelerator.unscale_gradients(self._optimizer)
-        norm = float(_whole(clip_grad_norm_(parameters, max_grad_norm or math.inf)))
-        if self.accelerator.scaler is None and not math.isfinite(norm):
+        self._unscaled = self.accelerator.scaler is not None
+        norm = _whole(clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        return norm.float()[None].to(self.accelerator.device)
+
+    def step(self, read: Sequence[float]) -> float:
+        (norm,) = read
+        finite = math.isfinite(norm)
+        if self.accelerator.scaler is None and not finite:
             raise ArithmeticError
         self._optimizer.step()
+        # accelerate (1.15) does not notice that a fused optimizer has left the update out.
+        self._skipped = not finite
         self._statistics.keep()
         return norm
 
     def drop_update(self) -> bool:
         self._optimizer.zero_grad()
         self._statistics.restore()
+        scaler = self.accelerator.scaler
+        if self._unscaled:
+            # The scaler expects the update whose gradient it has unscaled. Its scale stays.
+            scaler.update(scaler.get_scale())
         return True
 
     def was_skipped(self) -> bool:
-        return self.accelerator.optimizer_step_was_skipped
+        return self._skipped
 
     def trainable_state(self) -> dict[str, Tensor]:
         self._reshard()
@@ -102,11 +118,15 @@ class TorchEngine:
         for key, value in moments.items():
             moment, _, name = key.partition("/")
             by_parameter.setdefault(name, {})[moment] = value
+        fused = {
+            parameter for group in self._optimizer.param_groups if group.get("fused") for parameter in group["params"]
+        }
         for name, parameter in self.unwrapped.named_parameters():
             if name in by_parameter:
-                # AdamW keeps the count of steps on the host.
+                # AdamW keeps the count of steps on the host, unless it is fused.
+                counts_on = parameter.device if parameter in fused else torch.device("cpu")
                 self._optimizer.state[parameter] = {
-                    moment: value if moment == "step" else _placed(value, parameter)
+                    moment: value.to(counts_on) if moment == "step" else _placed(value, parameter)
                     for moment, value in by_parameter[name].items()
                 }
 
@@ -173,18 +193,31 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _placed(whole: Tensor, like: Tensor) -> Tensor:
-    """Moves a tensor to the device of another one, and shards it in the same way."""
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+    """Moves a tensor to the device of another one, in its order of memory, and shards it in the same way."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=whole.dtype, requires_grad=False).copy_(whole)
+
+
+def order_for_convolutions(model: nn.Module) -> None:
+    """Puts the weights of a convolutional network into channels-last order, in place: cuDNN computes it faster so.
+
+    Convolutions then hand on their output in this order. A transformer with one convolution, for its patches, stays.
+    """
+    if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:
+        model.to(memory_format=torch.channels_last)
 
 
 def leave_frozen_out(model: nn.Module) -> None:
-    """Keeps DDP from sending frozen parameters to all processes at the start: each has read the same ones.
+    """Keeps DDP from sending what is frozen: parameters at the start, and buffers before each forward pass.
+
+    Each process has read the same ones.
 
     Written to, they would no longer be pages of the checkpoint that the processes of a node share. PiSSA computes its
     frozen weights, which may differ in the last bits.
     """
     if adapters.mutates_base(model):
         return
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    trained = {name for name, _ in trained_tensors(model)}
+    frozen = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name not in trained]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -1,7 +1,7 @@
 """Training with DeepSpeed ZeRO-1, 2 and 3, and full tensors in and out of its partitions."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,6 @@ from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
 from lora_dist.model.trainable import clear_cached, host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 DEFAULTS = {
     "reduce_bucket_size": 10_000_000,
@@ -42,6 +40,7 @@ class ZeroEngine:
         """
         self.accelerator = accelerator
         self._ratios = [group.get("lr_ratio", 1.0) for group in optimizer.param_groups]
+        self._moments = moments_of(optimizer)
         configure_deepspeed(accelerator, settings)
         compute_in(model, accelerator.mixed_precision)
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
@@ -62,7 +61,11 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
 
-    def step(self, max_grad_norm: float) -> float:
+    def clip_gradient(self, max_grad_norm: float) -> Tensor:
+        # DeepSpeed clips, by `gradient_clipping` of its configuration, and reads the norm as it makes the update.
+        return torch.empty(0, device=self.accelerator.device)
+
+    def step(self, read: Sequence[float]) -> float:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         # DeepSpeed reports a norm that it cannot compute as -1.
@@ -90,18 +93,19 @@ class ZeroEngine:
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps = {float(state["step"]) for state in self._flat_states() if "step" in state}
-        if not steps:
+        states = [state for state in self._flat_states() if state]
+        if not states:
             return {}
-        assert len(steps) == 1
+        # SGD counts no steps.
+        steps = {float(state["step"]) for state in states if "step" in state}
+        assert len(steps) <= 1
         self._link_states()
-        count = torch.tensor(steps.pop())
         found: dict[str, Tensor] = {}
         for name, tensor in trained_tensors(self.unwrapped):
             if isinstance(tensor, nn.Parameter):
-                for moment in MOMENTS:
+                for moment in self._moments:
                     found[f"{moment}/{name}"] = host_copy(safe_get_full_optimizer_state(tensor, moment))
-                found[f"step/{name}"] = count.clone()
+                found |= {f"step/{name}": torch.tensor(count) for count in steps}
         return found
 
     def load_trainable_state(self, trained: Mapping[str, Tensor]) -> None:
@@ -121,13 +125,14 @@ class ZeroEngine:
     def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         if not moments:
             return
-        count = next(value for key, value in moments.items() if key.startswith("step/"))
+        count = next((value for key, value in moments.items() if key.startswith("step/")), None)
         self._make_flat_states()
-        for state in self._flat_states():
-            state["step"] = count.clone()
+        if count is not None:
+            for state in self._flat_states():
+                state["step"] = count.clone()
         for name, target in trained_tensors(self.unwrapped):
             if isinstance(target, nn.Parameter):
-                for moment in MOMENTS:
+                for moment in self._moments:
                     value = moments[f"{moment}/{name}"].to(self.accelerator.device)
                     self._set_whole(target, value, moment)
 
@@ -161,14 +166,12 @@ class ZeroEngine:
         return list(self._engine.optimizer.optimizer.state.values())
 
     def _make_flat_states(self) -> None:
-        """Creates AdamW's state of the flat partitions, which otherwise appears at the first step."""
+        """Creates the optimizer's state of the flat partitions, which otherwise appears at the first step."""
         zero = self._engine.optimizer
         sharded = hasattr(zero, "fp32_partitioned_groups_flat")
         for flat in zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups:
             if not zero.optimizer.state[flat]:
-                zero.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {
-                    moment: torch.zeros_like(flat) for moment in MOMENTS
-                }
+                zero.optimizer.state[flat] = {moment: torch.zeros_like(flat) for moment in self._moments}
         self._link_states()
 
     def _link_states(self) -> None:
@@ -180,6 +183,13 @@ class ZeroEngine:
         if hasattr(zero, "_hp_optimizer_states_linked"):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Returns the names of the tensors that AdamW or SGD keeps for each parameter."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return ("momentum_buffer",) if optimizer.param_groups[0]["momentum"] else ()
+    return ("exp_avg", "exp_avg_sq")
 
 
 def scaling_of(scaler: Any) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def main() -> None:
         commands.train_fp32,
         commands.train_bf16,
         commands.train_fp16,
+        commands.train_bf16_base,
+        commands.repeat,
         commands.resume,
         commands.predict,
         commands.ddp,

@@ -54,6 +54,28 @@ def train_fp16(machine: Machine) -> str:
     return _trained(machine, "fp16")
 
 
+def train_bf16_base(machine: Machine) -> str:
+    """The same with the frozen base in bf16, without autocast."""
+    machine.require_one_process()
+    machine.require_gpu()
+    if half_precision() != "bf16":
+        raise Skipped("this GPU has no bf16")
+    return _described(_train(machine, "no", machine.directory / "bf16_base", "--base_dtype", "bfloat16"))
+
+
+def repeat(machine: Machine) -> str:
+    """Trains twice with --deterministic in half precision, and compares the adapters bit for bit."""
+    machine.require_one_process()
+    machine.require_gpu()
+    outs = [machine.directory / "first", machine.directory / "again"]
+    for out in outs:
+        _train(machine, half_precision(), out, "--deterministic")
+    first, again = (load_file(out / "adapter" / "adapter_model.safetensors") for out in outs)
+    if others := [name for name, tensor in first.items() if not torch.equal(tensor, again[name])]:
+        raise Failed(f"{len(others)} of {len(first)} tensors have other bits, such as {others[0]}")
+    return f"the same bits in {len(first)} tensors"
+
+
 def resume(machine: Machine) -> str:
     """Resumes the fp32 run from its second update, and compares the adapters."""
     machine.require_one_process()
@@ -132,7 +154,10 @@ def _vit_b(directory: Path) -> Path:
 
 
 def _trained(machine: Machine, precision: str) -> str:
-    results = _train(machine, precision, machine.directory / precision)
+    return _described(_train(machine, precision, machine.directory / precision))
+
+
+def _described(results: dict[str, Any]) -> str:
     return f"loss {results['train_loss']:.4f}, {results['skipped_updates']} updates skipped, {results['device']}"
 
 

@@ -66,5 +66,5 @@ def run_checks(checks: Iterable[Callable[[Machine], str]], machine: Machine) -> 
         if outcome == "FAIL":
             failed.append(check.__name__)
         if machine.accelerator.is_main_process or outcome == "FAIL":
-            print(f"{outcome}  {check.__name__:<12} {time.monotonic() - start:5.1f} s  {said}", flush=True)
+            print(f"{outcome}  {check.__name__:<15} {time.monotonic() - start:5.1f} s  {said}", flush=True)
     return failed

@@ -16,7 +16,10 @@ from lora_dist.model.weighted_sum import weighted_sum
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """Classifiers that share one model; the `classifiers` have names, and one of them is active."""
+    """Classifiers that share one model; the `classifiers` have names, and one of them is active.
+
+    A single classifier may be any other model.
+    """
 
     classifiers: dict[str, Classifier]
 
@@ -28,7 +31,8 @@ class AdapterSet:
         """
         if name not in self.classifiers:
             raise UserError(f"there is no adapter {name!r}, only {', '.join(self.classifiers)}")
-        adapters.activate(self.classifiers[name].model, _peft_name(list(self.classifiers).index(name)))
+        if len(self.classifiers) > 1:
+            adapters.activate(self.classifiers[name].model, _peft_name(list(self.classifiers).index(name)))
         return self.classifiers[name]
 
 

@@ -21,7 +21,8 @@ from lora_dist.model import adapter_io, lora_layer
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.head import is_in
 from lora_dist.model.legacy_names import LegacyNames, current_names
-from lora_dist.model.targets import patterns, resolve_targets
+from lora_dist.model.norms import norm_layers
+from lora_dist.model.targets import patterns, resolve_pattern, resolve_targets, selected, targets_in
 from lora_dist.settings.train import LoraSettings
 
 DEFAULT = "default"
@@ -29,26 +30,43 @@ DEFAULT = "default"
 
 
 def inject(
-    model: nn.Module, settings: LoraSettings, heads: Sequence[str], called: Container[str] | None = None
+    model: nn.Module,
+    settings: LoraSettings,
+    heads: Sequence[str],
+    called: Container[str] | None = None,
+    blocks: Sequence[str] | None = None,
 ) -> PeftModel:
     """Freezes the model, adds LoRA to its target modules and makes the `heads` trainable in full.
 
     Args:
         called: layers that the model calls, as in `resolve_targets`.
+        blocks: modules to which LoRA is confined; None for the whole model.
 
     Raises:
         UserError: PEFT does not support these settings for the target modules.
     """
+    targets = resolve_targets(model, settings.lora_target_modules, heads, called)
+    if blocks is not None:
+        targets = targets_in(targets, blocks, model)
+    layers = selected(targets, model)
+    whole = [*heads, *(norm_layers(model, heads) if settings.train_norms else ())]
+    if settings.init_lora_weights == "orthogonal":
+        # PEFT would give convolutions matrices of the wrong shape.
+        for name in layers:
+            if not isinstance(model.get_submodule(name), nn.Linear):
+                raise UserError(f"--init_lora_weights orthogonal supports linear layers only, and {name} is none")
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=resolve_targets(model, settings.lora_target_modules, heads, called),
+        target_modules=targets,
+        rank_pattern=resolve_pattern(settings.lora_rank_pattern, layers, "lora_rank_pattern"),
+        alpha_pattern=resolve_pattern(settings.lora_alpha_pattern, layers, "lora_alpha_pattern"),
         bias=settings.lora_bias,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
-        modules_to_save=list(heads),
+        modules_to_save=whole,
     )
     try:
         adapted = get_peft_model(model, config)
@@ -57,7 +75,7 @@ def inject(
             f"{type(model).__name__} cannot be adapted with these LoRA settings: {error} "
             f"(for example, --init_lora_weights pissa supports linear layers only)"
         ) from error
-    _freeze_others(adapted, heads)
+    _freeze_others(adapted, whole)
     lora_layer.speed_up(adapted)
     return adapted
 
@@ -191,7 +209,8 @@ def base_of(model: nn.Module) -> Any:
 def activate(model: nn.Module, name: str) -> None:
     """Activates one of several adapters."""
     assert isinstance(model, PeftModel)
-    model.set_adapter(name)
+    if model.active_adapter != name:
+        model.set_adapter(name)
 
 
 def active_adapter(model: nn.Module) -> Adapter:
@@ -200,6 +219,24 @@ def active_adapter(model: nn.Module) -> Adapter:
     name = str(model.active_adapter)
     state = {plain: tensor.detach().cpu() for plain, _, tensor in _adapter_tensors(model, name)}
     return Adapter(model.peft_config[name], state, None, Path(name))
+
+
+def scale_update(model: nn.Module, factor: float) -> None:
+    """Multiplies the update of LoRA by a factor, in each of the adapters of a model.
+
+    Raises:
+        UserError: an adapter has no LoRA, or uses DoRA, which rescales the sum of weight and update.
+    """
+    assert isinstance(model, PeftModel)
+    configs: list[Any] = list(model.peft_config.values())
+    if any(config.use_dora for config in configs):
+        raise UserError("the update of DoRA cannot be scaled, because DoRA rescales the sum of weight and update")
+    matrices = [parameter for name, parameter in model.named_parameters() if is_lora_b(name)]
+    if not matrices:
+        raise UserError("there is no LoRA update to scale: only the head was trained")
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.mul_(factor)
 
 
 def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], name: str = DEFAULT) -> None:
@@ -234,6 +271,13 @@ def merge(model: nn.Module) -> nn.Module:
         raise UserError(f"the adapter cannot be merged: {error}") from error
 
 
+def rank_and_alpha(config: Any, layer: str) -> tuple[int, float]:
+    """Returns rank and alpha of a layer, by its name in the base, from a `LoraConfig` and its patterns."""
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
+    return rank, alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
+
+
 def is_counted(name: str) -> bool:
     """Whether a parameter counts as one of the model's; PEFT's untrained copy of each head does not."""
     return ".original_module." not in name
@@ -254,8 +298,16 @@ def lora_layer_of(name: str) -> str | None:
     return name.removeprefix("base_model.model.").partition(".lora_")[0] if ".lora_" in name else None
 
 
+def plain_parameter(name: str) -> str:
+    """Returns the name in the plain model of a trained parameter; for one of LoRA, that of the adapted weight."""
+    layer = lora_layer_of(name)
+    if layer is not None:
+        return f"{layer}.weight"
+    return adapter_io.plain_name(name.replace(f".modules_to_save.{DEFAULT}.", ".modules_to_save.")) or name
+
+
 def _freeze_others(model: PeftModel, heads: Sequence[str]) -> None:
-    """Freezes what PEFT made trainable besides the heads: it compares the endings of names.
+    """Freezes what PEFT made trainable besides the heads and chosen norms: it compares the endings of names.
 
     PoolFormer's head `norm` selects the norms of all its blocks. Their unchanged copies stay in the adapter's file.
 
@@ -278,23 +330,36 @@ def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
+def plain_state(state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts an adapter on a base that its initialization changed to one of twice the rank on the unchanged base.
+
+    Args:
+        state: trained tensors.
+        start: the same before training.
+    """
+    plain = dict(state)
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            plain[name] = torch.cat([tensor, start[name]], dim=0)
+        elif ".lora_B." in name:
+            plain[name] = torch.cat([tensor, -start[name]], dim=1)
+    return plain
+
+
 def _make_plain(directory: Path, initial: Path) -> None:
     """Converts a saved adapter to LoRA on the unchanged base: B A - B0 A0 = [B, -B0] [A; A0].
 
     PEFT's own conversion in `save_pretrained` loses the heads and all other tensors that are not LoRA matrices.
     """
     path, config_path = directory / WEIGHTS, directory / ADAPTER_CONFIG
-    state, start = load_file(path), load_file(initial / WEIGHTS)
-    for name, tensor in state.items():
-        if ".lora_A." in name:
-            state[name] = torch.cat([tensor, start[name]], dim=0)
-        elif ".lora_B." in name:
-            state[name] = torch.cat([tensor, -start[name]], dim=1)
-    save_file(state, path, metadata={"format": "pt"})
+    save_file(plain_state(load_file(path), load_file(initial / WEIGHTS)), path, metadata={"format": "pt"})
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["init_lora_weights"] = True
+    alpha_factor = 2**0.5 if config["use_rslora"] else 2
     config["r"] *= 2
-    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2
+    config["lora_alpha"] *= alpha_factor
+    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {name: alpha_factor * alpha for name, alpha in config["alpha_pattern"].items()}
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

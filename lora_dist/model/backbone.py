@@ -15,6 +15,7 @@ from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.decision import SINGLE_LABEL
+from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.input_check import require_fit
@@ -67,6 +68,7 @@ def load_base(
     image_size: tuple[int, int] | None = None,
     processor: Any = None,
     problem_type: str = SINGLE_LABEL,
+    drop_path: float | None = None,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
 
@@ -82,6 +84,7 @@ def load_base(
         image_size: height and width of the images; None for those of the checkpoint.
         processor: image processor; None for that of the base.
         problem_type: that of the labels, for `pipeline`.
+        drop_path: rate of stochastic depth in training; None for that of the checkpoint.
 
     Raises:
         UserError: the model is not found, is not an image classifier, or cannot take images of this size.
@@ -105,11 +108,14 @@ def load_base(
             config.label2id = {label: index for index, label in enumerate(labels)}
             # That of the base may be another one.
             config.problem_type = problem_type
+            rate = None if drop_path is None else with_rate(config, drop_path)
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(place, config, source)
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         # For a missing name, an unreachable Hub, an unsupported architecture, a missing package or a truncated file.
+        if drop_path is not None and RATE in str(error):
+            raise UserError(f"--drop_path: {name} has no stochastic depth; leave it out ({error})") from error
         raise cannot_load(place, error) from error
     random = list(missing)
     if fit_classes and not init_from_config:
@@ -120,6 +126,8 @@ def load_base(
     identity = fingerprint(model, heads)
     if image_size is not None:
         model, processor = resize_model(model, image_size), resize_processor(processor, image_size)
+    if drop_path is not None:
+        restore_rate(model, rate, drop_path)
     require_fit(model, processor)
     return Base(
         model=model,
@@ -200,6 +208,7 @@ def load_base_of(
         image_size=settings.model.input_size,
         processor=processor,
         problem_type=settings.data.problem_type,
+        drop_path=settings.model.drop_path,
     )
 
 

@@ -99,7 +99,7 @@ def mean_decision(decisions: Sequence[Decision], weights: Sequence[float]) -> De
     """The decision of a weighted sum of adapters of one problem type; says that it has the weighted mean of their
     thresholds, because no data has been scored by the sum."""
     thresholds = [decision.thresholds for decision in decisions if isinstance(decision, AboveThresholds)]
-    if not thresholds or len(set(thresholds)) == 1:
+    if len(thresholds) < 2:
         return decisions[0]
     logger.warning("the weighted sum has the weighted mean of the thresholds of its adapters, which no data confirms")
     mean = (sum(map(mul, weights, own)) for own in zip(*thresholds, strict=True))

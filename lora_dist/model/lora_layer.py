@@ -27,9 +27,9 @@ def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return lora.Linear.forward(layer, x, *args, **kwargs)
     base, down, up = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
     tensors = [x, base.weight, base.bias, down, up]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     dropout = layer.lora_dropout[name]
     rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return LoraLinear.apply(*tensors, layer.scaling[name], rate)
@@ -59,7 +59,8 @@ def _is_covered(layer: lora.Linear, name: str, x: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return x.is_floating_point()
-    return all(weight.dtype == x.dtype for weight in weights)
+    # With a base in half precision, A and B may be in fp32, and are cast as under autocast.
+    return weights[0].dtype == x.dtype and all(weight.dtype in (x.dtype, torch.float32) for weight in weights[1:])
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -87,6 +87,72 @@ def resolve_targets(
     return shortest(resolved, model)
 
 
+def targets_in(targets: Sequence[str], blocks: Sequence[str], model: nn.Module) -> list[str]:
+    """Returns names for `LoraConfig.target_modules` that select those of `targets` inside these blocks.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [name for name in selected(targets, model) if is_in(name, blocks)]
+    if not found:
+        raise UserError(
+            f"--layers_to_transform: no layer to adapt is inside {', '.join(patterns(blocks))}; the others are "
+            f"{', '.join(patterns(selected(targets, model))[:3])}"
+        )
+    return shortest(found, model)
+
+
+def selected(targets: Sequence[str], model: nn.Module) -> list[str]:
+    """Returns the full names of the modules that `LoraConfig.target_modules` selects."""
+    return [name for name, _ in model.named_modules() if any(_ends(name, target) for target in targets)]
+
+
+def resolve_pattern(pattern: Mapping[str, int], layers: Sequence[str], flag: str) -> dict[str, int]:
+    """Returns a pattern for `LoraConfig` whose names fit the layers; those of the other generation are replaced.
+
+    Args:
+        pattern: by endings of names or regular expressions for them.
+        layers: full names of the layers with LoRA.
+        flag: the setting, for the error message.
+
+    Raises:
+        UserError: a name fits none of the layers.
+    """
+    resolved: dict[str, int] = {}
+    for name, value in pattern.items():
+        try:
+            fitting = [key for key in _renamed(name) if any(_fits(key, layer) for layer in layers)]
+        except re.error as error:
+            raise UserError(f"--{flag} {name}: not a regular expression: {error}") from error
+        if not fitting:
+            shown = ", ".join(patterns(layers)[:4])
+            raise UserError(f"--{flag} {name}: no layer with LoRA has such a name; they are {shown}")
+        resolved[fitting[0]] = value
+    return resolved
+
+
+def pattern_value(pattern: Mapping[str, int], layer: str) -> int | None:
+    """Returns what a pattern of `LoraConfig` says of a layer: the value of the first name that fits, as in PEFT."""
+    return next((value for key, value in pattern.items() if _fits(key, layer)), None)
+
+
+def fitting_pattern(pattern: Mapping[str, int], layers: Sequence[str]) -> dict[str, int]:
+    """Returns a pattern without the names that count for none of the layers."""
+    used = {next((key for key in pattern if _fits(key, layer)), None) for layer in layers}
+    return {key: value for key, value in pattern.items() if key in used}
+
+
+def _renamed(name: str) -> list[str]:
+    """A name, and those with the same projection as the other generation of transformers calls it."""
+    others = [name.removesuffix(old) + new for group in SYNONYMS for old in group if _ends(name, old) for new in group]
+    return [name, *others]
+
+
+def _fits(key: str, layer: str) -> bool:
+    """Whether a name in a pattern of `LoraConfig` fits a layer, as PEFT decides it."""
+    return re.match(rf"(.*\.)?({key})$", layer) is not None
+
+
 def is_mergeable(layer: nn.Module) -> bool:
     """Whether PEFT's LoRA on a layer equals a change of its weight.
 

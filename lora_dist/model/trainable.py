@@ -1,7 +1,7 @@
 """Chooses the trainable tensors of a model, and reads, counts and restores them."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.backbone import Base
+from lora_dist.model.depth import choose_blocks, find_blocks, steps_from_head
 from lora_dist.model.targets import called_layers
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
@@ -28,7 +29,8 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     model, blank = base.model, _blank(base.processor)
     model.eval()
     if settings.tuning == "lora":
-        model = adapters.inject(model, lora, base.heads, called_layers(model, blank))
+        blocks = None if lora.layers_to_transform is None else blocks_of(base, lora.layers_to_transform)
+        model = adapters.inject(model, lora, base.heads, called_layers(model, blank), blocks)
     elif settings.tuning == "head":
         model = adapters.inject_head_only(model, base.heads)
     else:
@@ -44,7 +46,10 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
         if isinstance(module, _BatchNorm) and _trains(module):
             module.forward = MethodType(_normalise, module)  # type: ignore[method-assign]
     if settings.torch_compile:
-        model.compile()
+        from accelerate.utils import compile_regions_deepspeed
+
+        # In place, so that names and hooks stay. A block is compiled once, however often the model repeats it.
+        compile_regions_deepspeed(model)
     return model
 
 
@@ -110,6 +115,17 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
 def layers_called(base: Base) -> set[str]:
     """Returns the names of the modules that a base model calls for an image."""
     return called_layers(base.model, _blank(base.processor))
+
+
+def blocks_of(base: Base, wanted: Sequence[int] | str) -> list[str]:
+    """Returns the names of the blocks of a base that `layers_to_transform` names (see `choose_blocks`)."""
+    found = find_blocks(base.model.eval(), base.heads, _blank(base.processor), "layers_to_transform")
+    return choose_blocks(found, wanted)
+
+
+def parameter_steps(base: Base) -> dict[str, int]:
+    """Returns how many layers each parameter of a base, before LoRA, is from the head (see `steps_from_head`)."""
+    return steps_from_head(base.model.eval(), base.heads, _blank(base.processor))
 
 
 def _blank(processor: Any) -> Tensor:

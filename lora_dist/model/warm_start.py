@@ -19,8 +19,17 @@ from lora_dist.model.bundle import AdapterBundle, read_bundle
 from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
 from lora_dist.model.image_size import resize_processor
-from lora_dist.model.targets import resolve_targets, shortest
-from lora_dist.model.trainable import layers_called
+from lora_dist.model.norms import saves_norms
+from lora_dist.model.targets import (
+    fitting_pattern,
+    pattern_value,
+    resolve_pattern,
+    resolve_targets,
+    selected,
+    shortest,
+    targets_in,
+)
+from lora_dist.model.trainable import blocks_of, layers_called
 from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -124,38 +133,58 @@ def _lora_of(adapter: Adapter, base: Base, given: LoraSettings) -> LoraSettings:
     adapted = sorted({target for target, lora in map(split_lora_name, adapter.state) if lora})
     if not adapted:
         raise UserError(f"the adapter in {directory} has no LoRA matrices to start from")
-    if config.rank_pattern or config.alpha_pattern:
-        raise UserError(f"the adapter in {directory} has per-module ranks or scales, which are unsupported")
     shape = {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
+        "lora_rank_pattern": fitting_pattern(config.rank_pattern, adapted),
+        "lora_alpha_pattern": fitting_pattern(config.alpha_pattern, adapted),
         "lora_bias": config.bias,
+        "train_norms": saves_norms(config.modules_to_save or (), base.model, base.heads),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
     }
     problems = [
         f"--{name} is {getattr(given, name)}, and that of the adapter is {value}"
         for name, value in shape.items()
-        if name in given.model_fields_set and getattr(given, name) != value
+        if name in given.model_fields_set and not _is_same(name, getattr(given, name), value, adapted)
     ]
-    if "lora_target_modules" in given.model_fields_set:
-        wanted = _targets(base, given.lora_target_modules)
+    if given.model_fields_set & {"lora_target_modules", "layers_to_transform"}:
+        wanted = _targets(base, given, adapted)
         if wanted != set(adapted):
             problems.append(
-                f"--lora_target_modules {','.join(given.lora_target_modules)} selects {len(wanted)} modules, such as "
-                f"{min(wanted)}; the adapter has {len(adapted)}, such as {adapted[0]}"
+                f"{_selection(given)} selects {len(wanted)} modules, such as {min(wanted)}; the adapter has "
+                f"{len(adapted)}, such as {adapted[0]}"
             )
     if problems:
         lines = [f"these settings differ from the adapter in {directory}; leave them out:", *problems]
         raise UserError("\n  ".join(lines))
-    return given.model_copy(update={**shape, "lora_target_modules": shortest(adapted, base.model)})
+    targets = shortest(adapted, base.model)
+    return given.model_copy(update={**shape, "lora_target_modules": targets, "layers_to_transform": None})
 
 
-def _targets(base: Base, names: Sequence[str]) -> set[str]:
-    """Full names of the modules that these targets select."""
-    targets = resolve_targets(base.model, names, base.heads, layers_called(base))
-    return {
-        module
-        for module, _ in base.model.named_modules()
-        if any(module == target or module.endswith(f".{target}") for target in targets)
+def _is_same(name: str, given: Any, found: Any, adapted: Sequence[str]) -> bool:
+    """Whether a setting says the same as the adapter; the layers of a pattern can be named in several ways."""
+    if not name.endswith("_pattern"):
+        return bool(given == found)
+    resolved = resolve_pattern(given, adapted, name)
+    return all(pattern_value(resolved, layer) == pattern_value(found, layer) for layer in adapted)
+
+
+def _selection(given: LoraSettings) -> str:
+    """The flags that select modules."""
+    blocks = given.layers_to_transform
+    flags = {
+        "lora_target_modules": ",".join(given.lora_target_modules),
+        "layers_to_transform": blocks if isinstance(blocks, str) else ",".join(map(str, blocks or ())),
     }
+    return " ".join(f"--{name} {value}" for name, value in flags.items() if name in given.model_fields_set)
+
+
+def _targets(base: Base, given: LoraSettings, adapted: Sequence[str]) -> set[str]:
+    """Full names of the modules that given settings select; targets that are not given are those of the adapter."""
+    own = sorted({name.rpartition(".")[2] for name in adapted})
+    names = given.lora_target_modules if "lora_target_modules" in given.model_fields_set else own
+    targets = resolve_targets(base.model, names, base.heads, layers_called(base))
+    if given.layers_to_transform is not None:
+        targets = targets_in(targets, blocks_of(base, given.layers_to_transform), base.model)
+    return {*selected(targets, base.model)}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_io import split_lora_name
-from lora_dist.model.adapters import Adapter
+from lora_dist.model.adapters import Adapter, rank_and_alpha
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -24,7 +24,7 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
         weights: one for each adapter, with sum 1.
 
     Raises:
-        UserError: an adapter uses DoRA or alpha patterns, or the adapters train different modules in full.
+        UserError: an adapter uses DoRA, or the adapters train different modules in full.
     """
     for adapter in adapters:
         if adapter.config.use_dora:
@@ -70,11 +70,8 @@ def _largest_rank(adapter: Adapter) -> int:
 
 
 def _scale(adapter: Adapter, module: str) -> float:
-    config = adapter.config
-    if config.alpha_pattern:
-        raise UserError(f"the adapter in {adapter.directory} has an alpha_pattern, which has no weighted sum")
-    rank = len(adapter.state[module + A])
-    return config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+    rank, alpha = rank_and_alpha(adapter.config, module)
+    return alpha / (rank**0.5 if adapter.config.use_rslora else rank)
 
 
 def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,8 +53,9 @@ class Preemption:
         try:
             yield
         except StopRequested:
-            # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
-            handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+            if owns_process():
+                # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
+                handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
             raise
         except Exception:
             if owns_process():
@@ -71,8 +72,16 @@ class Preemption:
             os.close(reading)
             os.close(writing)
 
-    def check(self) -> bool:
-        """Combines the requests of all processes. Collective: must be called on every process at the same step.
+    def requests(self) -> tuple[bool, bool]:
+        """Returns whether this process was asked to stop, and to save."""
+        return self._stop.is_set(), self._accelerator.is_main_process and self._save_file.exists()
+
+    def check(self, summed: Sequence[float] | None = None) -> bool:
+        """Acts on the requests of all processes. Collective: must be called on every process at the same step.
+
+        Args:
+            summed: sums of `requests` over all processes, if they have been made with other sums; None to make them. A
+                single process needs none, and acts on its present requests.
 
         Returns:
             Whether a checkpoint was requested.
@@ -80,10 +89,12 @@ class Preemption:
         Raises:
             StopRequested: on every process, if any of them has received a stop signal.
         """
-        asked = [self._stop.is_set(), self._accelerator.is_main_process and self._save_file.exists()]
+        asked: Sequence[float] = self.requests()
         if self._accelerator.num_processes > 1:
-            votes = torch.tensor(asked, dtype=torch.float32, device=self._accelerator.device)
-            asked = self._accelerator.reduce(votes, "sum").tolist()
+            if summed is None:
+                own = torch.tensor(asked, dtype=torch.float32, device=self._accelerator.device)
+                summed = self._accelerator.reduce(own, "sum").tolist()
+            asked = summed
         stop, save = asked
         if stop:
             raise StopRequested

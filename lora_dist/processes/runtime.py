@@ -31,7 +31,12 @@ PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accele
 
 
 def launch(
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"], ddp_timeout: int = 1800, tf32: bool = False
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"],
+    ddp_timeout: int = 1800,
+    *,
+    tf32: bool = False,
+    deterministic: bool = False,
+    bf16_base: bool = False,
 ) -> Accelerator:
     """Initializes the process group and creates the `Accelerator`.
 
@@ -40,6 +45,8 @@ def launch(
             others, and fp32 elsewhere.
         ddp_timeout: seconds after which a process that waits for another gives up.
         tf32: compute fp32 matrix products on CUDA in TF32.
+        deterministic: let torch choose deterministic algorithms only.
+        bf16_base: the base will be in bf16, so that the launch has no mixed precision.
 
     Raises:
         UserError: the precision contradicts the launch file or is not supported by the device, there are more processes
@@ -51,9 +58,14 @@ def launch(
         prepare_fsdp()
     refuse_dynamo()
     torch.backends.cuda.matmul.allow_tf32 = tf32
+    if deterministic:
+        be_deterministic()
     on_cpu = computes_on_cpu()
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = choose_precision(mixed_precision, launched_precision, on_cpu, half_precision())
+    if bf16_base:
+        require_bf16(precision, on_cpu, engine_launched())
+        precision = "no"
     if not on_cpu:
         require_devices(torch.accelerator.device_count())
     timeout = timedelta(seconds=ddp_timeout)
@@ -173,6 +185,35 @@ def require_devices(count: int) -> None:
             f"{processes} processes were started on this machine, which has {count} GPU{'s' * (count > 1)}: set "
             f"num_processes in the launch file, or accelerate launch --num_processes, to the number of GPUs"
         )
+
+
+def be_deterministic() -> None:
+    """Makes torch choose deterministic algorithms, or raise an error where an operation has none.
+
+    Must be called before the first operation on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS sums in any order on several streams
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:
+    """Raises an error where the base cannot be in bf16.
+
+    Args:
+        precision: as `choose_precision` returns.
+        on_cpu: whether the machine has no accelerator.
+        engine: as `engine_launched` returns.
+    """
+    if engine == "DEEPSPEED":
+        raise UserError(
+            "--base_dtype bfloat16: DeepSpeed allows only one dtype. With --mixed_precision bf16 it keeps all weights "
+            "in bf16, and an fp32 copy of those that train"
+        )
+    if precision == "fp16":
+        raise UserError("--base_dtype bfloat16: the launch file asks for fp16, or this GPU has no bf16")
+    if on_cpu:
+        logger.warning("bf16 is very slow on most CPUs; --base_dtype float32 is the faster choice there")
 
 
 def half_precision() -> str:

@@ -48,8 +48,11 @@ def contradictions(settings: BenchSettings) -> Iterator[Problem]:
     for group, name in (
         (augmentation, "random_erasing"), (augmentation, "mixup_alpha"), (augmentation, "cutmix_alpha"),
         (settings.lora, "use_dora"), (settings.optimization, "focal_gamma"), (settings.data, "balanced_sampling"),
+        (settings.run, "deterministic"),
     ):  # fmt: skip
         if getattr(group, name):
             yield Problem(("compare", name), "the PEFT guide does not support it: remove one of them")
+    if settings.model.base_dtype != "float32":
+        yield Problem(("compare", "base_dtype"), "the PEFT guide does not support it: remove one of them")
     if settings.optimization.class_weights != "none":
         yield Problem(("compare", "class_weights"), "the PEFT guide does not support it: remove one of them")

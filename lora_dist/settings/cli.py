@@ -34,7 +34,7 @@ class _Field:
     def help(self) -> str:
         text = (self.info.description or "").replace("\n", " ").replace("%", "%%")
         default = self.info.get_default(call_default_factory=True)
-        if default is None or default == []:
+        if default is None or default in ([], {}):
             return text
         shown = ",".join(default) if isinstance(default, list) else str(default).lower() if self.is_bool else default
         return f"{text} (default: {shown})"
@@ -46,17 +46,17 @@ class _Field:
             origin = get_origin(annotation)
             if origin is Literal:
                 choices += map(str, get_args(annotation))
-            elif word := "A,B" if origin is list else _METAVARS.get(annotation):
+            elif word := _METAVARS.get(origin or annotation):
                 words.append(word)
         return "|".join([*words, *choices]) or "TEXT"
 
 
-_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL", list: "A,B", dict: "A=N,B=N"}
 
 
 def _members(annotation: Any) -> list[Any]:
     """Members of a union, through `Annotated`."""
-    if get_origin(annotation) in (None, Literal, list):
+    if get_origin(annotation) in (None, Literal, list, dict):
         return [annotation]
     return [member for argument in get_args(annotation) for member in _members(argument)]
 
@@ -101,7 +101,41 @@ def parse(
     flags, leftover = parser.parse_known_args([_underscored(token) for token in argv])
     given = {name: value for name, value in vars(flags).items() if value is not None}
     problems = list(_unknown_flags(leftover, [*fields, *(["config"] if takes_config else [])]))
+    return _combined(settings_class, given, problems, prog, contradictions)
 
+
+def from_keywords(
+    settings_class: type[S],
+    config: str | os.PathLike[str] | None,
+    keywords: Mapping[str, Any],
+    *,
+    prog: str,
+    contradictions: Callable[[S], Iterable[Problem]],
+) -> S:
+    """Builds settings as `parse` does, from a YAML file or recipe and values by flat name; None is the default.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    fields = flat_fields(settings_class)
+    problems = [f"{name}: unknown setting{_help_with(name, fields)}" for name in keywords if name not in fields]
+    given = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in {**keywords, "config": config}.items()
+        if value is not None and name in {*fields, "config"}
+    }
+    return _combined(settings_class, given, problems, prog, contradictions)
+
+
+def _combined(
+    settings_class: type[S],
+    given: dict[str, Any],
+    problems: list[str],
+    prog: str,
+    contradictions: Callable[[S], Iterable[Problem]],
+) -> S:
+    """Adds the YAML of `config` to the values that were given, and reports its problems with those found before."""
+    fields = flat_fields(settings_class)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     config = given.pop("config", None)

@@ -39,6 +39,25 @@ def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _named_numbers(value: Any) -> Any:
+    """Makes a mapping of `NAME=N,NAME=N`."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not all(name.strip() and number.strip() for name, _, number in pairs):
+        raise ValueError("expected NAME=N, or several of these separated by commas")
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
+def _blocks(value: Any) -> Any:
+    """Checks `last:N`, and makes a list of the numbers of blocks."""
+    if isinstance(value, str) and value.startswith("last:"):
+        if not value[5:].isdecimal() or int(value[5:]) == 0:
+            raise ValueError("expected last:N, such as last:4")
+        return value
+    return [value] if isinstance(value, int) else _split_commas(value)
+
+
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
@@ -52,6 +71,8 @@ MaxPixels = Annotated[int, Field(ge=1_000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pattern = Annotated[dict[str, Count], BeforeValidator(_named_numbers)]
+Blocks = Annotated[Annotated[list[NonNegativeInt], Field(min_length=1)] | str, BeforeValidator(_blocks)]
 
 
 _COLORS: dict[str, tuple[int, int, int] | None] = {"black": (0, 0, 0), "white": (255, 255, 255), "ignore": None}

@@ -2,11 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_dist.demo import is_packaged
 from lora_dist.errors import UserError
 from lora_dist.settings.fields import (
     MAX_IMAGE_PIXELS,
@@ -15,6 +17,7 @@ from lora_dist.settings.fields import (
     Group,
     MaxPixels,
     Names,
+    NonNegative,
     NonNegativeInt,
     Positive,
     Problem,
@@ -25,10 +28,17 @@ class ModelSource(Group):
     """Model"""
 
     adapter: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
-    """Adapter: a directory, e.g. runs/demo/adapter, or a Hub name (org/name or org/name@revision). Several adapters of
-    one base model may be given, each optionally named: NAME=DIRECTORY."""
+    """Adapter: a directory, e.g. runs/demo/adapter, a checkpoint of a finished run, or a Hub name (org/name or
+    org/name@revision). Several adapters of one base model may be given, each optionally named: NAME=DIRECTORY."""
     weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Merge several adapters into one weighted sum: one weight per adapter, adding up to 1."""
+    average: bool = False
+    """Merge several adapters into one, with equal weights."""
+    greedy_soup: str | None = None
+    """Folder of images with one sub-folder per class. Merge, with equal weights, those of several adapters that are
+    most accurate together: starting with the best, each is added if the accuracy on these images does not fall."""
+    adapter_scale: NonNegative = 1.0
+    """Factor of the LoRA update, after averaging. What is trained in full, such as the head, keeps its weights."""
     labels: str | None = None
     """Text file of class names, one per line, for an adapter without a label map."""
     model: str | None = None
@@ -50,7 +60,13 @@ class ModelSource(Group):
     @property
     def side_by_side(self) -> bool:
         """Whether each of several adapters predicts separately."""
-        return len(self.adapter) > 1 and not self.weights
+        return len(self.adapter) > 1 and not (self.weights or self.average or self.greedy_soup)
+
+    def averaged_over(self, names: Collection[str]) -> "ModelSource":
+        """Returns these settings with equal `weights` for the adapters of these names, and without the others."""
+        adapters = [word for word, (name, _) in zip(self.adapter, self.named_adapters, strict=True) if name in names]
+        weights = [1 / len(adapters)] * len(adapters)
+        return self.model_copy(update={"adapter": adapters, "weights": weights, "average": False, "greedy_soup": None})
 
 
 class Images(Group):
@@ -99,13 +115,16 @@ class Exporting(Group):
     int8: bool = False
     """Quantize the linear layers of the file to 8 bits. With --images, reports how many predictions change, and the
     accuracy on folders that are named after classes."""
+    fp16: bool = False
+    """Write the file in fp16, half as large, with inputs and logits in fp32. Fails if the logits on real images differ
+    by more than 5e-2 of the largest; reports as --int8 does."""
 
 
 class Serving(Group):
     """Serving (extra [serve])"""
 
     serve: bool = False
-    """Serve a web page for uploading images, and a JSON API."""
+    """Serve a web page for uploading images, and a JSON API; each of several adapters under its name."""
     host: str = "127.0.0.1"
     """Address to listen on. The default accepts only this machine. There is no password."""
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
@@ -138,11 +157,16 @@ class PredictSettings(Group):
 
     @property
     def title(self) -> str:
-        """Display name of the model; a weighted sum includes its weights."""
+        """Display name of the model, with the weights of a sum and the scale of LoRA."""
         names = [name for name, _ in self.source.named_adapters]
+        if self.source.side_by_side:
+            return ", ".join(names)
         if len(names) > 1:
-            return " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
-        return names[0] if names else self.source.model or self.exporting.onnx or ""
+            title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(self.source.weights, names, strict=True))
+        else:
+            title = names[0] if names else self.source.model or self.exporting.onnx or ""
+        scale = self.source.adapter_scale
+        return title if scale == 1 else f"{title}, LoRA scaled by {scale:g}"
 
 
 def require_shareable(settings: PredictSettings) -> None:
@@ -153,6 +177,7 @@ def require_shareable(settings: PredictSettings) -> None:
         "merge_to": merging.merge_to,
         "export_legacy_names": merging.export_legacy_names,
         "onnx": settings.onnx_to_write,
+        "greedy_soup": settings.source.greedy_soup,
     }
     for name in (name for name, value in alone.items() if value):
         raise UserError(f"--{name} needs one process: use `python -m lora_dist.predict` without a launcher")
@@ -177,9 +202,8 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
         for name in ("merge_to", "export_legacy_names"):
             if getattr(merging, name):
                 yield Problem((full, name), "only adapters can be merged or converted: use --adapter")
-        for name in ("base_model", "labels", "weights"):
-            if getattr(source, name):
-                yield Problem((full, name), f"--{name} needs an adapter: use --adapter")
+        for name in _set(source, "base_model", "labels", "weights", "average", "greedy_soup", "adapter_scale"):
+            yield Problem((full, name), f"--{name} needs an adapter: use --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
         yield Problem(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
     names = [name for name, _ in source.named_adapters]
@@ -189,19 +213,31 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
         yield Problem(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
+    ways = [name for name in ("weights", "average", "greedy_soup") if getattr(source, name)]
+    if len(ways) > 1:
+        yield Problem(tuple(ways), "several ways to merge adapters: use only one of them")
+    for name in ways:
+        if len(source.adapter) == 1 and name != "weights":
+            yield Problem((name, "adapter"), f"--{name} needs several adapters")
+    if source.greedy_soup and not is_packaged(source.greedy_soup) and not Path(source.greedy_soup).is_dir():
+        yield Problem(("greedy_soup",), f"no such directory: {source.greedy_soup}")
     if source.side_by_side:
-        legacy, serve = merging.export_legacy_names, settings.serving.serve
-        single = {"merge_to": merging.merge_to, "export_legacy_names": legacy, "onnx": onnx, "serve": serve}
+        single = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names, "onnx": onnx}
         for name in (name for name, value in single.items() if value):
-            yield Problem(("adapter", name), f"--{name} needs one model: merge the adapters with --weights")
+            yield Problem(
+                ("adapter", name), f"--{name} needs one model: merge the adapters with --average or --weights"
+            )
         if settings.images.grid:
             yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
 
 
 def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     images, merging, exporting = settings.images, settings.merging, settings.exporting
-    if exporting.int8 and not settings.onnx_to_write:
-        yield Problem(("int8", "onnx"), "--int8 applies to an export: set --onnx, and --adapter or --model")
+    for name in ("int8", "fp16"):
+        if getattr(exporting, name) and not settings.onnx_to_write:
+            yield Problem((name, "onnx"), f"--{name} applies to an export: set --onnx, and --adapter or --model")
+    if exporting.int8 and exporting.fp16:
+        yield Problem(("int8", "fp16"), "use only one of them")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
     if settings.serving.max_megapixels * 1e6 > (images.max_image_pixels or MAX_IMAGE_PIXELS):

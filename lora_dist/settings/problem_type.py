@@ -42,6 +42,7 @@ def problem_type_contradictions(settings: Settings) -> Iterator[Problem]:
             data.balanced_sampling,
             "an image counts for several labels, so no order shows all equally often: use --class_weights balanced",
         ),
+        "probe": (settings.run.probe, "the probe is that of one class per image: remove --probe"),
         "focal_gamma": (
             optimization.focal_gamma,
             "the focal loss is that of one class per image: remove --focal_gamma",

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from lora_dist.settings.fields import (
     SEVERAL,
+    Blocks,
     Color,
     Count,
     Fraction,
@@ -21,6 +22,7 @@ from lora_dist.settings.fields import (
     Names,
     NonNegative,
     NonNegativeInt,
+    Pattern,
     PixelRange,
     Positive,
     Probability,
@@ -56,12 +58,19 @@ class ModelSettings(Group):
     image_size: ImageSize | None = Field(default=None, json_schema_extra=SEVERAL)
     """Height and width of the images, or one number for both. Position embeddings of the base model are interpolated.
     Default: the size of its image processor. The model records it."""
+    drop_path: Fraction | None = None
+    """Highest rate of stochastic depth in training, for architectures that have it: the share of samples for which a
+    branch of a block is left out. Default: that of the base model's configuration."""
     init_from_config: bool = False
     """Start from random weights: reads only the configuration and processor of the base model. Needs --tuning full."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: keep the frozen base in bf16 and compute in bf16 without autocast, which is faster on a GPU and halves
+    the memory of the base. LoRA and the head train in fp32, and the result is for the base in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: uses less memory and takes about a third more time."""
     torch_compile: bool = False
-    """Compile the model with torch.compile. The first step is slow; later steps are faster on a GPU only."""
+    """Compile the repeated blocks of the model with torch.compile. The first step is slow; later steps are faster on a
+    GPU only."""
     trust_remote_code: bool = False
     """Run model code that comes with the base model. Use only with sources that you trust."""
 
@@ -82,14 +91,24 @@ class LoraSettings(Group):
     """Dropout on the input of the update."""
     lora_target_modules: Annotated[Names, Field(min_length=1)] = Field(default=["auto"])
     """Modules to adapt, separated by commas. auto: the query and value projections or their equivalents."""
+    layers_to_transform: Blocks | None = None
+    """Blocks to adapt: their numbers, from 0 in the order of computation, or last:N for the last N. Default: all."""
+    lora_rank_pattern: Pattern = Field(default={})
+    """Other ranks than --lora_r for some modules: NAME=N,NAME=N. A name is the end of a module's name or, as in PEFT, a
+    regular expression for it; the first that fits counts."""
+    lora_alpha_pattern: Pattern = Field(default={})
+    """Other values than --lora_alpha for some modules, as --lora_rank_pattern."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Biases to train."""
+    train_norms: bool = False
+    """Train the norm layers as well, in full. The adapter contains them."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilized LoRA)."""
     use_dora: bool = False
     """Decompose weights into magnitude and direction (DoRA)."""
-    init_lora_weights: Literal["default", "gaussian", "pissa"] = "default"
-    """Initialization of the update matrices. pissa: principal singular vectors of the base weights."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """Initialization of the update matrices. orthogonal: both random and orthogonal to each other, for even ranks.
+    pissa: principal singular vectors of the base weights."""
     loraplus_lr_ratio: Positive = 1.0
     """Learning rate of the B matrices relative to the other weights (LoRA+ suggests 16)."""
 
@@ -209,17 +228,24 @@ class OptimizationSettings(Group):
     """Peak learning rate. The default with --tuning full and pretrained weights is 5e-5."""
     head_learning_rate: Positive | None = None
     """Peak learning rate of the head. Default: --learning_rate."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of a block relative to that of the next one, as in timm: the head has its own rate, the last block
+    this fraction of --learning_rate, and the embeddings the lowest rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate schedule after the warmup."""
     min_lr: NonNegative = 0.0
-    """Learning rate at the end of a linear or cosine schedule. --head_learning_rate and --loraplus_lr_ratio fall by the
-    same factor."""
+    """Learning rate at the end of a linear or cosine schedule. --head_learning_rate, --layer_decay and
+    --loraplus_lr_ratio keep their proportions to it."""
     warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises from 0."""
     warmup_ratio: Fraction = 0.0
     """Warmup as a fraction of all updates."""
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    """Optimizer. sgd has one moment instead of two, and needs a higher --learning_rate."""
+    momentum: Fraction = 0.9
+    """Momentum of SGD, without Nesterov."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay of matrices. Biases and norms have none."""
+    """Weight decay of matrices: decoupled in AdamW, added to the gradient in SGD. Biases and norms have none."""
     adam_beta1: Fraction = 0.9
     """Decay rate of AdamW's mean of gradients."""
     adam_beta2: Fraction = 0.999
@@ -261,6 +287,9 @@ class RunSettings(Group):
     """Directory for all files of the run."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of initialization, data order, augmentation and dropout."""
+    deterministic: bool = False
+    """Let torch use deterministic algorithms only, so that a repeated run on the same GPUs gives the same bits. Slower,
+    and an operation that has no such algorithm ends the run. A CPU does not need this."""
     eval_steps: Interval = "epoch"
     """Evaluate every N updates, every epoch, or only at the end (no)."""
     checkpointing_steps: Interval = "epoch"
@@ -280,6 +309,9 @@ class RunSettings(Group):
     report_to: Trackers = Field(default=[])
     """Trackers beside TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
     swanlab, each of which must be installed."""
+    probe: bool = False
+    """Before training, measure a linear probe and nearest neighbours on the features of the base, which LoRA has to
+    beat."""
     dry_run: bool = False
     """Report what would run, its time and memory, measured on two updates, and all problems. Writes no files."""
     do_eval_only: bool = False
@@ -388,9 +420,24 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("warmup_steps", "warmup_ratio"), "two warmup lengths: use only one of them")
     if optimization.min_lr and optimization.lr_scheduler_type == "constant":
         yield Problem(("min_lr", "lr_scheduler_type"), "a constant learning rate has no minimum: remove --min_lr")
+    if optimization.layer_decay != 1 and model.tuning == "head":
+        yield Problem(
+            ("layer_decay", "tuning"), "only the head trains, whose rate does not decay: remove --layer_decay"
+        )
+    if settings.lora.train_norms and model.tuning != "lora":
+        yield Problem(
+            ("train_norms", "tuning"), "norms are trained beside LoRA or with all weights: remove one of them"
+        )
+    for name in ("momentum",) if optimization.optim == "adamw_torch" else ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(optimization, name) != OptimizationSettings.model_fields[name].default:
+            yield Problem((name, "optim"), f"{optimization.optim} does not use --{name}: remove one of them")
     learning_rate = settings.with_default_learning_rate().optimization.learning_rate
     if optimization.min_lr > learning_rate:
         yield Problem(("min_lr", "learning_rate"), f"the minimum exceeds the learning rate of {learning_rate:g}")
+    odd = [rank for rank in (settings.lora.lora_r, *settings.lora.lora_rank_pattern.values()) if rank % 2]
+    if settings.lora.init_lora_weights == "orthogonal" and odd:
+        text = f"an orthogonal start needs even ranks, and {odd[0]} is odd"
+        yield Problem(("init_lora_weights", "lora_r", "lora_rank_pattern"), text)
     if model.init_from_config and model.tuning != "full":
         yield Problem(("init_from_config", "tuning"), "random weights need full training: add --tuning full")
     if run.do_eval_only and not model.adapter_name_or_path:
@@ -404,6 +451,16 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         if settings.lora.init_lora_weights != "default":
             text = "the adapter sets the initial weights: remove one of them"
             yield Problem(("adapter_name_or_path", "init_lora_weights"), text)
+    if model.base_dtype != "float32":
+        if model.tuning == "full":
+            yield Problem(("base_dtype", "tuning"), "nothing is frozen: remove one of them, see --mixed_precision")
+        if settings.lora.lora_bias != "none":
+            yield Problem(("base_dtype", "lora_bias"), "biases train in the dtype of their layers: remove one of them")
+        if optimization.mixed_precision in ("bf16", "fp16"):
+            text = "the model computes in the dtype of its base, without autocast: remove --mixed_precision"
+            yield Problem(("base_dtype", "mixed_precision"), text)
+        if run.do_eval_only:
+            yield Problem(("do_eval_only", "base_dtype"), "the base is evaluated in fp32: remove --base_dtype")
     for name in ("transparent_background", "pixel_range", "pooling", "image_size"):
         if run.do_eval_only and name in data.model_fields_set | model.model_fields_set:
             yield Problem(("do_eval_only", name), f"the model records how it was trained: remove --{name}")
@@ -415,6 +472,9 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
         yield Problem(("early_stopping_patience", "eval_steps"), "early stopping needs evaluations: set --eval_steps")
     if run.report_to and run.do_eval_only:
         yield Problem(("report_to", "do_eval_only"), "evaluations are printed, not tracked: remove one of them")
+    if run.probe and (data.streaming or run.do_eval_only):
+        other = "streaming" if data.streaming else "do_eval_only"
+        yield Problem(("probe", other), "the features of all training images are needed: remove one of them")
     if hub.push_to_hub and run.do_eval_only:
         yield Problem(("push_to_hub", "do_eval_only"), "evaluations have nothing to push: remove one of them")
     if (hub.hub_model_id or hub.hub_private_repo) and not hub.push_to_hub:

@@ -20,10 +20,11 @@ from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
-from lora_dist.engines.engine import make_engine
+from lora_dist.engines.bf16_base import cast_base
+from lora_dist.engines.engine import fuses, make_engine
 from lora_dist.errors import Problems, UserError
 from lora_dist.model.adapters import adapted_layers
-from lora_dist.model.trainable import count_parameters, make_trainable
+from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.preemption import Preemption
@@ -35,7 +36,7 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
-from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.optimizer import count_moments, make_optimizer
 from lora_dist.training.problem_types import PROBLEM_TYPES
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
@@ -109,24 +110,33 @@ def assemble(
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
     with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
+    steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
     model = make_trainable(base, settings.model, settings.lora)
     if settings.model.tuning == "lora":
         logger.info("LoRA adapts %s", adapted_layers(model))
     if start is not None:
         start.load_into(model)
+    if settings.model.base_dtype == "bfloat16":
+        cast_base(model, base.heads)
     if settings.optimization.auto_batch_size:
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})
     parameters = count_parameters(model)
     sizes = Sizes.of(
-        model, settings.model.tuning == "full", options.save_total_limit, settings.optimization.ema_decay is not None
+        model,
+        settings.model.tuning == "full",
+        options.save_total_limit,
+        settings.optimization.ema_decay is not None,
+        count_moments(settings.optimization),
     )
     with problems.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
     optimization = settings.optimization
-    optimizer = make_optimizer(model, optimization, settings.lora.loraplus_lr_ratio, base.heads)
+    optimizer = make_optimizer(
+        model, optimization, settings.lora.loraplus_lr_ratio, base.heads, steps, fused=fuses(accelerator)
+    )
     train = data.train
     if settings.data.balanced_sampling and isinstance(train, Split):
         train = OversampledSplit(train)

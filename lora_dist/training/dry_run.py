@@ -21,7 +21,7 @@ from lora_dist.model.adapters import is_counted
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable
-from lora_dist.training.failures import data_failure, out_of_memory_explained
+from lora_dist.training.failures import data_failure, update_explained
 from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.disk_budget import Sizes
@@ -102,7 +102,7 @@ def time_updates(run: TrainingRun, steps: range, stream: Iterator[Batch]) -> lis
         start = time.perf_counter()
         run.watch.now(f"update {step + 1}", first=True)
         try:
-            with out_of_memory_explained(step):
+            with update_explained(step):
                 make_update(run.begin_update(step), stream, run.settings.optimization.max_grad_norm)
                 if run.average is not None:
                     run.average.update(step)
@@ -137,7 +137,7 @@ def describe(
         for step in range(first_step + 1, schedule.total_steps + 1)
     )
     training, evaluation = steps * measured.update_seconds, (evaluations + 1) * measured.evaluation_seconds
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    precision = "fp32" if run.precision == "no" else run.precision
     root = run.checkpointer.directory.parent
     rows = [
         ("data", f"{len(data.train):,} training and {len(data.validation):,} validation images"),

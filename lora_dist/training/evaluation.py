@@ -14,11 +14,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lora_dist.data.features import EvaluationFeatures, Features
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sampling.order import PADDING_INDEX
+from lora_dist.data.sampling.order import PADDING_INDEX, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
+from lora_dist.processes.workers import worker_loader
 from lora_dist.settings.train import DataSettings
 from lora_dist.training.problem import ProblemType
 from lora_dist.training.single_label import SingleLabel
@@ -46,6 +48,7 @@ class Evaluator:
         settings: of the loader.
         name: of the split.
         problem: what is measured.
+        features: of the split, to evaluate the head on in place of the images.
     """
 
     accelerator: Accelerator
@@ -57,10 +60,16 @@ class Evaluator:
     settings: DataSettings
     name: Literal["validation", "test"] = "validation"
     problem: ProblemType = field(default_factory=SingleLabel)
+    features: Features | None = None
 
     @cached_property
     def loader(self) -> DataLoader:
         """The loader of this process. All evaluations share it, so its workers start once."""
+        if self.features is not None:
+            share = evaluation_batches(
+                len(self.split), self.batch_size, self.accelerator.num_processes, self.accelerator.process_index
+            )
+            return worker_loader(EvaluationFeatures(self.features), batch_sampler=share, workers=0)
         return evaluation_loader(
             self.split,
             self.transforms,

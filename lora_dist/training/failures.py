@@ -72,8 +72,8 @@ def saved_on_failure(run: TrainingRun, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def out_of_memory_explained(step: int) -> Iterator[None]:
-    """Names the settings that save memory, where the device has none left for update `step` (from 0)."""
+def update_explained(step: int) -> Iterator[None]:
+    """Names the settings to change, where update `step` (from 0) needs more memory or is not --deterministic."""
     try:
         yield
     except RuntimeError as error:
@@ -81,6 +81,11 @@ def out_of_memory_explained(step: int) -> Iterator[None]:
             raise ProcessError(
                 f"out of memory in update {step + 1}: {error}\nResume with --resume_from_checkpoint auto and either "
                 f"--auto_batch_size, which finds a batch size that fits, or --gradient_checkpointing."
+            ) from error
+        if "use_deterministic_algorithms" in str(error):
+            reason = str(error).partition(",")[0]
+            raise UserError(
+                f"--deterministic: update {step + 1} cannot be made: {reason}. Train without it."
             ) from error
         raise
 

@@ -22,9 +22,19 @@ from lora_dist.training.saving.output import Output, read_settings
 logger = logging.getLogger(__name__)
 
 TARGETS = "lora_target_modules"
-LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights")
+_LATER: dict[str, Any] = {
+    "lora_rank_pattern": {}, "lora_alpha_pattern": {}, "layers_to_transform": None, "train_norms": False
+}  # fmt: skip
+LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights", *_LATER)
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
-_BEFORE = {"class_weights": "none", "focal_gamma": 0.0, "problem_type": "single_label_classification"}
+_BEFORE = {
+    "class_weights": "none",
+    "focal_gamma": 0.0,
+    "problem_type": "single_label_classification",
+    "base_dtype": "float32",
+    "optim": "adamw_torch",
+    **_LATER,
+}
 """What checkpoints of releases without these entries were trained with."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
@@ -57,8 +67,10 @@ def identity_of(
         "tuning": tuning,
         "pooling": base.pooling,
         "image_size": base.image_size and list(base.image_size),
+        "base_dtype": settings.model.base_dtype,
         "seed": settings.run.seed,
         "ema_decay": settings.optimization.ema_decay,
+        "optim": settings.optimization.optim,
         "effective_batch": plan.effective_batch,
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,
@@ -205,7 +217,7 @@ def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
     saved: Mapping[str, Any] = resumed.state["identity"]
     found = {name: saved[name] for name in ("tuning", *MODEL) if name in saved}
     if saved["tuning"] == "lora":
-        if resumed.directory is not None and not saved.keys() >= set(LORA):
+        if resumed.directory is not None and "lora_r" not in saved:
             saved = read_settings(Output(resumed.directory.absolute().parents[1]).config)
         found.update({name: saved[name] for name in LORA if name in saved})
     return found
@@ -213,6 +225,8 @@ def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
 
 def _words(value: Any) -> str:
     """A value of a setting as on the command line."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items())
     if not isinstance(value, list):
         return str(value)
     return (" " if all(isinstance(part, int) for part in value) else ",").join(map(str, value))

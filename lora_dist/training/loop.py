@@ -1,6 +1,6 @@
 """The training loop: updates, logs, evaluations and saves in the order in which they happen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import count
 
@@ -14,7 +14,7 @@ from lora_dist.errors import TrainingStoppedError
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.evaluation import NothingToEvaluateError
-from lora_dist.training.failures import out_of_memory_explained, saved_on_failure
+from lora_dist.training.failures import saved_on_failure, update_explained
 from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
@@ -57,11 +57,11 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
             step = progress.step
             meter.start_update()
             try:
-                with out_of_memory_explained(step):
+                with update_explained(step):
                     gradient = run.begin_update(step, before_exchange=lambda: _wait_for_others(run, progress, meter))
                     for batch in gradient.loaded(_reported(run, step, stream)):
                         gradient.backward(batch)
-                    update: Update | NonFiniteLossError = gradient.step(max_grad_norm)
+                    update: Update | NonFiniteLossError = gradient.step(max_grad_norm, run.preemption.requests())
                     if run.average is not None:
                         run.average.update(step)
             except NonFiniteLossError as error:
@@ -70,7 +70,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
             _count(run, progress, meter, update)
             if progress.step % run.settings.run.logging_steps == 0:
                 _log(run, progress, meter)
-            save_requested = _check_requests(run, progress)
+            save_requested = _check_requests(run, progress, update.requests)
             _evaluate_and_save(run, progress, meter, push_best, save_requested)
             if save_requested:
                 run.preemption.saved()
@@ -156,10 +156,10 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     run.tracker.advance(progress.step, progress.mean_loss, meter.samples_per_second)
 
 
-def _check_requests(run: TrainingRun, progress: Progress) -> bool:
+def _check_requests(run: TrainingRun, progress: Progress, requests: Sequence[float]) -> bool:
     """Returns whether a checkpoint was requested. If a stop was requested, saves and re-raises."""
     try:
-        return run.preemption.check()
+        return run.preemption.check(requests)
     except StopRequested:
         run.save(progress)
         raise

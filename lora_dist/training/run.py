@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_dist.data.batch import Batch, TrainImages
+from lora_dist.data.features import TrainFeatures
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.engines.engine import Engine
@@ -44,6 +45,7 @@ class TrainingRun:
         preemption: requests from outside to stop or to save.
         tracker: log lines and TensorBoard.
         watch: ends the process if the run stalls.
+        features: of the training images, which the head trains on in their place; None where it does not.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class TrainingRun:
     preemption: Preemption
     tracker: Tracker
     watch: Watch
+    features: TrainFeatures | None = None
 
     def stream(
         self, first_step: int, last_step: int, timed: Callable[[Iterator[Any]], Iterator[Any]] = iter
@@ -70,7 +73,7 @@ class TrainingRun:
             timed: as for `batches`.
         """
         device = self.engine.accelerator.device
-        loader = train_loader(self.images, self.plan, first_step, last_step, self.settings.data, device)
+        loader = train_loader(self._inputs, self.plan, first_step, last_step, self.settings.data, device)
         return batches(loader, device, timed)
 
     def begin_update(self, step: int, before_exchange: Callable[[], object] = lambda: None) -> GradientAccumulator:
@@ -87,9 +90,13 @@ class TrainingRun:
             learning_rate=self.schedule.learning_rate(step),
             loss=self.loss,
             dropout_seed=(self.settings.run.seed, step),
-            padding_batch=lambda: self.images.padding_batch(self.engine.accelerator.device),
+            padding_batch=lambda: self._inputs.padding_batch(self.engine.accelerator.device),
             before_exchange=before_exchange,
         )
+
+    @property
+    def _inputs(self) -> TrainImages | TrainFeatures:
+        return self.images if self.features is None else self.features
 
     def _total_weight(self, step: int) -> float:
         """The sum of the weights of all samples of an update, over all processes."""
@@ -98,6 +105,12 @@ class TrainingRun:
         accelerator = self.engine.accelerator
         own = planned_weight(self.loss, self.images, self.plan, step)
         return float(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum"))
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in: no (fp32), bf16, fp16, or bf16_base (all but what trains in bf16)."""
+        in_bf16 = self.settings.model.base_dtype == "bfloat16"
+        return "bf16_base" if in_bf16 else self.engine.accelerator.mixed_precision
 
     def result_weights(self) -> dict[str, Tensor]:
         """Returns the weights to evaluate and to write as the result: the average, if there is one."""

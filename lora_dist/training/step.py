@@ -1,7 +1,7 @@
 """One optimizer step on the mean loss over all samples, however they are split into micro-batches and processes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,12 +21,14 @@ class Update(NamedTuple):
         grad_norm: before clipping.
         skipped: whether fp16 loss scaling skipped the update.
         unreadable: number of samples, over all processes, whose image could not be read; `loss` excludes them.
+        requests: sums over all processes of the requests that were given to `GradientAccumulator.step`.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
     unreadable: int
+    requests: list[float]
 
 
 class NonFiniteLossError(Exception):
@@ -36,13 +38,15 @@ class NonFiniteLossError(Exception):
         what: "loss" or "gradient".
         indices: dataset rows, on this process, of the samples that may be the cause.
         unreadable: as in `Update`.
+        requests: as in `Update`.
     """
 
-    def __init__(self, what: str, indices: list[int], unreadable: int) -> None:
+    def __init__(self, what: str, indices: list[int], unreadable: int, requests: list[float]) -> None:
         super().__init__(what)
         self.what = what
         self.indices = indices
         self.unreadable = unreadable
+        self.requests = requests
 
 
 class LostBatchError(Exception):
@@ -145,11 +149,14 @@ class GradientAccumulator:
             self._weight = self._weight + (weights * batch.weights).sum()
         self._suspects.append((batch.indices, losses.detach()))
 
-    def step(self, max_grad_norm: float) -> Update:
+    def step(self, max_grad_norm: float, requests: Sequence[bool] = ()) -> Update:
         """Clips the gradient and makes the optimizer step.
+
+        All that the host needs to know is read from the device at once, because each read waits for the device.
 
         Args:
             max_grad_norm: maximum norm of the gradient; 0 for no clipping.
+            requests: of this process, to be summed over all processes; the same number on each.
 
         Raises:
             NonFiniteLossError: the loss or gradient is not finite; the weights are unchanged.
@@ -158,9 +165,12 @@ class GradientAccumulator:
         """
         engine = self._engine
         # Not `tensor`, whose copy would wait for the device.
-        lost = torch.full((), float(self._failure is not None), device=self._loss.device)
-        sums = torch.stack([self._loss, self._unreadable, self._weight, lost])
-        loss_sum, left_out, weight, lost_batches = engine.accelerator.reduce(sums, "sum").tolist()
+        flags = [
+            torch.full((), float(flag), device=self._loss.device) for flag in (self._failure is not None, *requests)
+        ]
+        sums = engine.accelerator.reduce(torch.stack([self._loss, self._unreadable, self._weight, *flags]), "sum")
+        read = torch.cat([sums, engine.clip_gradient(max_grad_norm)]).tolist()
+        (loss_sum, left_out, weight, lost_batches, *asked), clipped = read[: len(sums)], read[len(sums) :]
         if lost_batches:
             raise LostBatchError(self._failure)
         unreadable = int(left_out)
@@ -169,15 +179,15 @@ class GradientAccumulator:
         loss = loss_sum / weight if weight else 0.0
         if not math.isfinite(loss):
             found = [int(index) for indices, seen in self._suspects for index in indices[~seen.isfinite()]]
-            raise NonFiniteLossError("loss", found, unreadable)
+            raise NonFiniteLossError("loss", found, unreadable, asked)
         try:
-            grad_norm = engine.step(max_grad_norm)
+            grad_norm = engine.step(clipped)
         except ArithmeticError as error:
             found = [int(index) for indices, _ in self._suspects for index in indices]
-            raise NonFiniteLossError("gradient", found, unreadable) from error
+            raise NonFiniteLossError("gradient", found, unreadable, asked) from error
         except Exception as error:
             raise BrokenUpdateError(str(error)) from error
-        return Update(loss, grad_norm, engine.was_skipped(), unreadable)
+        return Update(loss, grad_norm, engine.was_skipped(), unreadable, asked)
 
 
 def make_update(gradient: GradientAccumulator, stream: Iterator[Batch], max_grad_norm: float) -> Update:

@@ -18,6 +18,8 @@ def test_the_machine_passes() -> None:
         "waits",
         "train_bf16",
         "train_fp16",
+        "train_bf16_base",
+        "repeat",
         "resume",
         "predict",
         "fsdp2",

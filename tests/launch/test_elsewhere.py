@@ -12,6 +12,8 @@ from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_folder, write_bundle
 from safetensors.torch import load_file
 
+from lora_dist.deployment.classify import classify
+from lora_dist.model.adapters import scale_update
 from lora_dist.model.classifier import load_classifier
 
 GUIDE = ("--adapter", OLD / "peft_0_2", "--base_model", OLD / "base")
@@ -121,10 +123,32 @@ def test_a_weighted_merge_in_half_precision(vit: Path, images: Path, tmp_path: P
         torch.testing.assert_close(tensor.float(), 0.7 * alone[0][name] + 0.3 * alone[1][name], rtol=1e-2, atol=1e-3)
 
 
+def test_a_greedy_soup_is_merged_at_half_its_update(vit: Path, images: Path, tmp_path: Path) -> None:
+    """Two of the adapters are one and the same, by whose answers the images are sorted; the third is worse."""
+    one, other = _bundle(tmp_path / "1", vit, ["cat", "dog"], 1), tmp_path / "2"
+    write_bundle(other, vit, ["cat", "dog"], seed=2, scale=5, lora_r=4)
+    files = [str(file) for file in sorted(images.rglob("*.png"))]
+    rows = classify(load_classifier(one), files, top_k=1, batch_size=8, num_workers=0, device=torch.device("cpu"))
+    for number, row in enumerate(rows):
+        sorted_to = tmp_path / "validation" / row.top_k[0][0] / f"{number}.png"
+        sorted_to.parent.mkdir(parents=True, exist_ok=True)
+        sorted_to.write_bytes(Path(row.path).read_bytes())
+    result = predict(
+        *("--adapter", f"other={other}", f"one={one}", f"again={one}", "--greedy_soup", tmp_path / "validation"),
+        *flags(adapter_scale=0.5, merge_to=tmp_path / "merged"),
+    )
+    assert "greedy soup of one, again: 100.00%" in result.stderr
+    assert "left out: other" in result.stderr
+    assert "# 0.5 x one + 0.5 x again, LoRA scaled by 0.5, merged" in (tmp_path / "merged" / "README.md").read_text()
+    half = load_classifier(one).model
+    scale_update(half, 0.5)
+    torch.testing.assert_close(logits(load_classifier(tmp_path / "merged").model, 32), logits(half, 32))
+
+
 def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path) -> None:
     pair = ("--adapter", "a=x", "b=y")
     for words, part in (
-        ((*pair, "--merge_to", "z"), "--merge_to needs one model: merge the adapters with --weights"),
+        ((*pair, "--merge_to", "z"), "--merge_to needs one model: merge the adapters with --average or"),
         ((*pair, "--weights", 0.5, "--images", images), "1 weights for 2 adapters"),
         ((*pair, "--weights", 0.5, 0.6, "--images", images), "the weights add up to 1.1 instead of 1"),
         ((*pair, "--images", images, "--grid", "g.png"), "--grid shows the predictions of one adapter"),

@@ -1,6 +1,7 @@
 """DDP, DeepSpeed ZeRO-1, 2 and 3, and FSDP2 on two real processes: one loss, one adapter, one kind of checkpoint."""
 
 import itertools
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -92,6 +93,9 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             head_learning_rate=3e-3,
             weight_decay=0.01,
             ema_decay=0.5,
+            layer_decay=0.7,
+            lora_rank_pattern="layers.1.attention.q_proj=2",
+            train_norms="true",
         ),
         "--balanced_sampling",
         *more,
@@ -170,6 +174,29 @@ def test_a_checkpoint_goes_on_under_any_engine(
     assert _losses(out) == pytest.approx(_losses(whole)[MIDDLE:], rel=tolerance, abs=tolerance)
     for name, tensor in _last_weights(whole).items():
         torch.testing.assert_close(_last_weights(out)[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", DISTRIBUTED)
+def test_sgd_is_the_same_on_every_engine_and_goes_on_elsewhere(
+    engine: str, vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    more = ("--optim", "sgd", "--learning_rate", 0.1, "--head_learning_rate", 0.2)
+    whole = _train("single", 4, vit, photos, tmp_path / "whole", *more)
+    out = _train(engine, 4, vit, photos, tmp_path / "run", *more)
+    other = tmp_path / "other"
+    checkpoints = f"checkpoints/step-{MIDDLE:08d}"
+    for source, target in ((whole, engine), (out, "single"), (out, engine)):
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(source / checkpoints, other / checkpoints)
+        _train(target, 4, vit, photos, other, *more, "--resume_from_checkpoint", "auto")
+        for name in ("trained.safetensors", "optimizer.safetensors"):
+            paths = [root / "checkpoints" / f"step-{STEPS:08d}" / name for root in (whole, out, other)]
+            expected, *found = (load_file(path) for path in paths)
+            for tensors in found:
+                assert tensors.keys() == expected.keys() != set()
+                for key, tensor in expected.items():
+                    torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-5)
 
 
 def test_fsdp2_that_keeps_weights_whole_after_the_forward_pass_saves_the_same(
@@ -255,6 +282,7 @@ def _launch(name: str, port: int, vit: Path, photos: Path, root: Path, *more: st
         output_dir=root / "run",
         per_device_train_batch_size=2,
         max_train_steps=2,
+        deterministic=True,
     )
     words = command("lora_dist.train", arguments, f"{name}.yaml")
     here = words.index("-m", words.index("--config_file"))
@@ -313,3 +341,52 @@ def test_launch_files_for_cpus_hide_all_gpus(file: Path) -> None:
     else:
         exported = prepare_multi_gpu_env(arguments)
     assert exported["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2"])
+def test_a_base_in_bf16_trains_under_each_engine_but_deepspeed(
+    engine: str, vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = {"max_train_steps": 3, "per_device_train_batch_size": 2, "base_dtype": "bfloat16"}
+    train(
+        *run_flags(vit, photos, tmp_path / "run", **settings | {"mixed_precision": "auto"}),
+        launch_file=LAUNCH_FILES[engine],
+    )
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert load_classifier(tmp_path / "run" / "adapter").model.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "reads"), [("ddp", 1), ("fsdp2", 1), ("zero1", 5)])
+def test_an_update_of_several_processes_reads_from_the_device_once(engine: str, reads: int) -> None:
+    """DeepSpeed reads more often itself."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    script = ROOT / "tests" / "benchmarks" / "collectives.py"
+    words = command("-", [], LAUNCH_FILES[engine])
+    words[words.index("-m", words.index("--config_file")) :] = [str(script)]
+    result = subprocess.run(
+        words, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=TIMEOUT, check=True
+    )
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["an update"]["reads"] == reads
+
+
+@pytest.mark.slow
+def test_sixteen_processes_compute_what_one_does(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """An update of 16 samples, one a process; the last one of an epoch has fewer, so that processes pad it."""
+    settings = {"num_train_epochs": 2, "logging_steps": 1, "lora_dropout": 0, "learning_rate": 1e-3}
+    out = tmp_path / "sixteen"
+    words = command(
+        "lora_dist.train", run_flags(vit, photos, out, per_device_train_batch_size=1, **settings), "ddp_cpu.yaml"
+    )
+    here = words.index("-m", words.index("--config_file"))
+    words[here:here] = ["--num_processes", "16"]
+    subprocess.run(words, env=environment(), timeout=TIMEOUT, check=True)
+    one = tmp_path / "one"
+    train(*run_flags(vit, photos, one, per_device_train_batch_size=16, **settings))
+    assert results_of(out)["num_processes"] == 16
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert _losses(out, name) == pytest.approx(_losses(one, name), rel=1e-5, abs=1e-5), name

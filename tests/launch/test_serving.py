@@ -81,7 +81,7 @@ def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(
     told = predict("--adapter", adapter, "--images", *images, "--top_k", 3).stdout
     rows = [json.loads(line) for line in told.splitlines()]
     onnx = tmp_path / "blend.onnx"
-    served = ["--adapter", adapter, f"again={adapter}", "--weights", 0.25, 0.75, "--onnx", onnx]
+    served = ["--adapter", adapter, f"again={adapter}", "--average", "--onnx", onnx]
     files = [(f"{number}.png", image.read_bytes()) for number, image in enumerate(images)]
     with _serving(*served, "--max_upload_mb", 1, "--max_megapixels", 1) as (process, url):
         assert url.startswith("http://127.0.0.1:")
@@ -102,12 +102,16 @@ def test_the_server_stands_hostile_uploads_and_ends_without_a_traceback(
 
 
 def test_a_hundred_uploads_at_once_are_all_answered(adapter: Path) -> None:
+    """By two adapters on one base, in turns."""
     files = [("large.bmp", encoded("BMP", (800, 800)))]
-    with _serving("--adapter", adapter) as (_, url), ThreadPoolExecutor(100) as pool:
-        statuses = [answer.result()[0] for answer in [pool.submit(post, url, files) for _ in range(100)]]
+    queries = ["?adapter=day", "?adapter=night"]
+    both = ["--adapter", f"day={adapter}", f"night={adapter}"]
+    with _serving(*both) as (_, url), ThreadPoolExecutor(100) as pool:
+        uploads = [pool.submit(post, url, files, queries[number % 2]) for number in range(100)]
+        statuses = [upload.result()[0] for upload in uploads]
         assert set(statuses) <= {200, 503}
         assert statuses.count(200) >= 64
-        assert post(url, files)[0] == 200
+        assert [post(url, files, query)[0] for query in queries] == [200, 200]
 
 
 def test_an_adapter_is_served_by_its_name_on_the_hub(adapter: Path, images: list[Path], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lora_dist import predict, train
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.serve.server import make_app
 from lora_dist.deployment.serve.uploads import Limits
+from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import load_classifier
 
 STEPS, MIDDLE = 8, 3
@@ -131,7 +132,7 @@ def test_the_answer_is_the_same_everywhere(whole: Path, data: list[str], tmp_pat
         assert set(filter(None, line["labels"].split(";"))) == above.keys()
         assert "label" not in row
     for classifier in (load_classifier(adapter), load_onnx(tmp_path / "model.onnx")):
-        app = make_app(classifier, "x", Limits(10**8, 10**8, 99), top_k=2, batch_size=4, device=CPU)
+        app = make_app(AdapterSet({"x": classifier}), "x", Limits(10**8, 10**8, 99), top_k=2, batch_size=4, device=CPU)
         with TestClient(app, base_url="http://127.0.0.1") as client:
             files = [("files", (Path(row["path"]).name, Path(row["path"]).read_bytes())) for row in rows[:5]]
             answers: list[dict[str, Any]] = client.post("/predict", files=files).json()["predictions"]

@@ -14,9 +14,11 @@ from torchvision.transforms import v2
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.crops import draw_crop
+from lora_dist.data.pixels.deferred import DeferredOps, combine, resize
 from lora_dist.data.pixels.images import ImageSource, Picture, UnreadableImageError, load_rgb
 from lora_dist.data.pixels.limits import CentreCrop, TooLongError
-from lora_dist.data.pixels.views import NOWHERE, Area, DeferredOps, View, combine, resize
+from lora_dist.data.pixels.mixing import NOWHERE, Area
+from lora_dist.data.pixels.views import View
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
 

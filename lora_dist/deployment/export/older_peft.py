@@ -22,10 +22,10 @@ from lora_dist.model.legacy_names import LegacyNames
 from lora_dist.storage.files import whole_directory
 
 
-def card_of(directories: Sequence[Path], title: str) -> str:
-    """Returns the model card of an exported adapter: its own, or a new one for a weighted sum of several."""
+def card_of(directories: Sequence[Path], title: str, is_scaled: bool = False) -> str:
+    """Returns the model card of an exported adapter: its own, or a new one if it is scaled or a weighted sum."""
     own = directories[0] / "README.md"
-    if len(directories) == 1 and own.is_file():
+    if len(directories) == 1 and own.is_file() and not is_scaled:
         return own.read_text(encoding="utf-8", errors="replace")
     what = "A LoRA adapter" if len(directories) == 1 else "The weighted sum of LoRA adapters, as one adapter"
     return f"# {title}\n\n{what}, with the names of transformers 4. Written by lora_dist.\n"
@@ -95,7 +95,9 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
 
 def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """Fields that every release knows, and others only if they are set: many releases refuse unknown fields."""
-    adapted = [names.modules[target] for target, lora in map(split_lora_name, state) if lora]
+    layers = {target: names.modules[target] for target, lora in map(split_lora_name, state) if lora}
+    adapted = list(layers.values())
+    ranks_and_alphas = {old: adapters.rank_and_alpha(config, layer) for layer, old in layers.items()}
     content = {
         "base_model_name_or_path": base,
         "bias": config.bias,
@@ -113,8 +115,8 @@ def _config(config: Any, base: str | None, state: dict[str, Tensor], names: Lega
         "revision": config.revision if base == config.base_model_name_or_path else None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "rank_pattern": {names.modules.get(name, name): rank for name, rank in config.rank_pattern.items()},
-        "alpha_pattern": {names.modules.get(name, name): alpha for name, alpha in config.alpha_pattern.items()},
+        "rank_pattern": {old: rank for old, (rank, _) in ranks_and_alphas.items() if rank != config.r},
+        "alpha_pattern": {old: alpha for old, (_, alpha) in ranks_and_alphas.items() if alpha != config.lora_alpha},
     }
     return content | {name: value for name, value in in_use.items() if value}
 

@@ -32,7 +32,7 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
-from lora_dist.model.parity import relative_difference
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
 from lora_dist.storage.files import replace_file
 
 TOLERANCE = 1e-4
@@ -43,12 +43,14 @@ QUANTIZED = ["MatMul", "Gemm"]
 """Quantised operators. In ONNX Runtime, int8 convolutions are slower than fp32."""
 
 
-class Int8Cost(NamedTuple):
-    """Counts of images: all, with another answer in int8, in class folders, and of these right in fp32 and in int8.
+class RoundingCost(NamedTuple):
+    """Counts of images: all, with another answer after rounding, in class folders, and of these right before and after.
 
-    `answer` is a class, or a set of labels, which class folders do not have.
+    `weights` says to what they were rounded, `answer` what the model gives: a class, or a set of labels, which class
+    folders do not have.
     """
 
+    weights: str
     images: int
     changed: int
     labelled: int
@@ -57,21 +59,23 @@ class Int8Cost(NamedTuple):
     answer: str = "class"
 
     def __str__(self) -> str:
-        text = f"of {self.images} images, int8 gives {self.changed} another {self.answer} than fp32"
+        text = f"of {self.images} images, {self.weights} gives {self.changed} another {self.answer} than fp32"
         if self.labelled:
             before, after = self.right_before / self.labelled, self.right_after / self.labelled
-            text += f"; accuracy on the {self.labelled} in folders of classes: fp32 {before:.2%}, int8 {after:.2%}"
+            text += f"; accuracy on the {self.labelled} in folders of classes: fp32 {before:.2%}, "
+            text += f"{self.weights} {after:.2%}"
         return text
 
 
 class Exported(NamedTuple):
-    """Relative difference of logits in fp32, and the effect of int8 if it was measured."""
+    """Relative differences of logits in fp32 and in fp16, and the effect of rounding if it was measured."""
 
     logits: float
-    int8: Int8Cost | None
+    cost: RoundingCost | None
+    fp16: float | None = None
 
 
-def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool = False) -> Exported:
+def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool = False, fp16: bool = False) -> Exported:
     """Writes the classifier as an ONNX file, after checking its logits.
 
     Args:
@@ -79,10 +83,11 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
         out: new file.
         files: images to compare on; packaged photographs if none is readable.
         int8: quantise the weights of linear layers to 8 bits, and their inputs dynamically.
+        fp16: round the weights to fp16, and compute in fp16 where ONNX Runtime can; inputs and logits stay fp32.
 
     Raises:
-        UserError: the logits differ by more than `TOLERANCE`, the model cannot be exported, `out` exists, or a package
-            is missing.
+        UserError: the logits differ by more than `TOLERANCE`, or in fp16 by more than `HALF_PRECISION_TOLERANCE`, the
+            model cannot be exported, `out` exists, or a package is missing.
     """
     require_packages()
     import onnx
@@ -112,17 +117,25 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
         if isinstance(images, int):
             raise UserError(f"--onnx {out}: this model can be exported only for a batch of {images}")
         difference = _difference(exact, pixels, expected)
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"--onnx {out}: on {len(pixels)} images the logits of ONNX Runtime differ from PyTorch's by "
-                f"{difference:.1e} of the largest, more than {TOLERANCE:.0e}; nothing was written"
-            )
-        cost = None
-        if int8:
-            _quantize(proto, file)
-            cost = _int8_cost(exact, load_onnx(file), files) if files else None
+        _require(difference, TOLERANCE, out, f"on {len(pixels)} images the logits of ONNX Runtime")
+        cost = half = None
+        if int8 or fp16:
+            (_quantize if int8 else _halve)(proto, file)
+            rounded = load_onnx(file)
+            if fp16:
+                half = _difference(rounded, pixels, expected)
+                _require(half, HALF_PRECISION_TOLERANCE, out, f"on {len(pixels)} images the logits in fp16")
+            cost = _cost("int8" if int8 else "fp16", exact, rounded, files) if files else None
         replace_file(out, file.read_bytes())
-    return Exported(difference, cost)
+    return Exported(difference, cost, half)
+
+
+def _require(difference: float, largest: float, out: Path, what: str) -> None:
+    if not difference <= largest:
+        raise UserError(
+            f"--onnx {out}: {what} differ from PyTorch's by {difference:.1e} of the largest, more than {largest:.0e}; "
+            f"nothing was written"
+        )
 
 
 def require_packages() -> None:
@@ -189,18 +202,33 @@ def _quantize(proto: Any, out: Path) -> None:
         )  # fmt: skip
     finally:
         logging.disable(logging.NOTSET)
-    written = onnx.load(out)
+    _save(onnx.load(out), proto, "int8, dynamic", out)
+
+
+def _halve(proto: Any, out: Path) -> None:
+    """Writes the file in fp16, except for operators that lose too much in it; its inputs and outputs stay fp32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    # The types recorded by the exporter are those of fp32.
+    del proto.graph.value_info[:]
+    _save(convert_float_to_float16(proto, keep_io_types=True), proto, "fp16", out)
+
+
+def _save(rounded: Any, proto: Any, weights: str, out: Path) -> None:
+    """Writes a rounded model with the metadata of the exact one."""
+    import onnx
+
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    onnx.helper.set_model_props(written, metadata | {"weights": "int8, dynamic"})
-    onnx.save(written, out)
+    onnx.helper.set_model_props(rounded, metadata | {"weights": weights})
+    onnx.save(rounded, out)
 
 
-def _int8_cost(exact: Classifier, quantized: Classifier, files: Sequence[str]) -> Int8Cost:
+def _cost(weights: str, exact: Classifier, rounded: Classifier, files: Sequence[str]) -> RoundingCost:
     settings: dict[str, Any] = {"top_k": 1, "batch_size": 8, "num_workers": None, "device": torch.device("cpu")}
     images = changed = labelled = right_before = right_after = 0
     several = exact.decision.problem_type == MULTI_LABEL
     names = set() if several else set(exact.labels)
-    rows = zip(classify(exact, files, **settings), classify(quantized, files, **settings), strict=True)
+    rows = zip(classify(exact, files, **settings), classify(rounded, files, **settings), strict=True)
     for before, after in rows:
         if before.error is not None:
             continue
@@ -212,4 +240,4 @@ def _int8_cost(exact: Classifier, quantized: Classifier, files: Sequence[str]) -
         right_before += folder in names and was == [folder]
         right_after += folder in names and is_ == [folder]
     answer = "set of labels" if several else "class"
-    return Int8Cost(images, changed, labelled, right_before, right_after, answer)
+    return RoundingCost(weights, images, changed, labelled, right_before, right_after, answer)

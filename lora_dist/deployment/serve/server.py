@@ -5,7 +5,7 @@ import html
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -15,15 +15,17 @@ from typing import Annotated, Literal
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
 from pydantic import BaseModel
 from torch import Tensor
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.serve.batching import Batcher
+from lora_dist.deployment.serve.metrics import CONTENT_TYPE, Measured, Metrics
 from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import Classifier
 from lora_dist.processes.cores import available_cores
 
@@ -73,11 +75,19 @@ class Predictions(BaseModel):
     predictions: list[Prediction] | list[LabelSetPrediction]
 
 
+class Health(BaseModel):
+    """That the server can classify, and the names of its adapters."""
+
+    status: Literal["ok"]
+    adapters: list[str]
+
+
 def make_app(
-    classifier: Classifier, name: str, limits: Limits, *, top_k: int, batch_size: int, device: torch.device
+    served: AdapterSet, name: str, limits: Limits, *, top_k: int, batch_size: int, device: torch.device
 ) -> FastAPI:
-    """Returns the app with the page at `/`, titled `name`, and the endpoint at `/predict`."""
-    batcher = Batcher(classifier, batch_size, device)
+    """Returns the app with the page at `/`, titled `name`, and the endpoints `/predict`, `/health` and `/metrics`."""
+    metrics, classifiers = Metrics(), served.classifiers
+    batcher = Batcher(served, batch_size, device, metrics.add_batch)
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
     decoders = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="decoder")
 
@@ -92,8 +102,11 @@ def make_app(
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, max_bytes=limits.body)
+    app.add_middleware(Measured, metrics=metrics)
     page = Template((PAGE / "index.html").read_text(encoding="utf-8")).substitute(
-        name=html.escape(name), classes=len(classifier.labels), top_k=min(top_k, len(classifier.labels)),
+        name=html.escape(name),
+        choice=_choice(classifiers), adapter="adapter=NAME&amp;" if len(classifiers) > 1 else "",
+        top_k=min(top_k, max(len(one.labels) for one in classifiers.values())),
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
     )  # fmt: skip
 
@@ -105,34 +118,57 @@ def make_app(
     async def asset(kind: Literal["css", "js"]) -> FileResponse:
         return FileResponse(PAGE / f"page.{kind}")
 
-    def prepare(data: bytes, file: str) -> Tensor:
-        image = decode(data, file, limits.pixels, classifier.conversion)
+    @app.get("/health", responses={503: {"description": "the model has stopped"}})
+    async def health() -> Health:
+        """Says whether the server can classify, and with which adapters."""
+        if not batcher.is_alive:
+            raise HTTPException(503, "the model has stopped")
+        return Health(status="ok", adapters=list(classifiers))
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics_text() -> PlainTextResponse:
+        """Returns counts of requests, images and batches, and durations, in the text format of Prometheus."""
+        return PlainTextResponse(metrics.text(batcher.waiting), media_type=CONTENT_TYPE)
+
+    def prepare(chosen: str, data: bytes, file: str) -> Tensor:
+        transforms = batcher.transforms[chosen]
+        image = decode(data, file, limits.pixels, transforms.conversion)
         try:
-            return batcher.transforms.resized([batcher.transforms.centred(image, file)])
+            return transforms.resized([transforms.centred(image, file)])
         except UnreadableImageError as error:
             raise RefusedUploadError(413, str(error)) from error
 
     @app.post("/predict", responses={status: {"description": text} for status, text in REFUSALS.items()})
     async def predict(
-        files: list[UploadFile], top_k: Annotated[int, Query(ge=1, description="number of classes per file")] = top_k
+        files: list[UploadFile],
+        top_k: Annotated[int, Query(ge=1, description="number of classes per file")] = top_k,
+        adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
     ) -> Predictions:
         """Returns the most likely classes of each file. A request with a bad file is refused as a whole."""
         loop = asyncio.get_running_loop()
+        chosen = _chosen(adapter, list(classifiers))
         try:
             if len(files) > limits.files:
                 raise RefusedUploadError(413, f"{len(files)} files; at most {limits.files} are allowed")
             names = [check_name(file.filename or "") for file in files]
             contents = [(await file.read(), name) for file, name in zip(files, names, strict=True)]
-            images = await asyncio.gather(*(loop.run_in_executor(decoders, prepare, *content) for content in contents))
+            images = await asyncio.gather(
+                *(loop.run_in_executor(decoders, prepare, chosen, *content) for content in contents)
+            )
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
-        probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(image)) for image in images))
-        stacked = torch.stack(probabilities)
-        best = [_scored(row) for row in classifier.top_k(stacked, top_k)]
-        chosen = [None if row is None else _scored(row) for row in classifier.chosen(stacked)]
-        return Predictions(predictions=[_prediction(*row) for row in zip(names, best, chosen, strict=True)])  # type: ignore[arg-type]  # all of one class
+        probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(chosen, image)) for image in images))
+        return _predictions(classifiers[chosen], names, torch.stack(probabilities), top_k)
 
     return app
+
+
+def _predictions(classifier: Classifier, files: list[str], probabilities: Tensor, top_k: int) -> Predictions:
+    """The answer for files with these probabilities [B, classes]."""
+    best = [_scored(row) for row in classifier.top_k(probabilities, top_k)]
+    above = [None if row is None else _scored(row) for row in classifier.chosen(probabilities)]
+    # Those of a classifier are of one class.
+    return Predictions(predictions=[_prediction(*row) for row in zip(files, best, above, strict=True)])  # type: ignore[arg-type]
 
 
 def _scored(classes: list[tuple[str, float]]) -> list[Score]:
@@ -143,6 +179,27 @@ def _prediction(file: str, top_k: list[Score], labels: list[Score] | None) -> Pr
     if labels is not None:
         return LabelSetPrediction(file=file, labels=labels, top_k=top_k)
     return Prediction(file=file, label=top_k[0].label, score=top_k[0].score, top_k=top_k)
+
+
+def _chosen(adapter: str | None, names: list[str]) -> str:
+    """The name of the adapter of a request, which may leave it out if there is only one."""
+    if adapter is None and len(names) == 1:
+        return names[0]
+    if adapter not in names:
+        problem = "several adapters: name one" if adapter is None else f"there is no adapter {adapter!r}"
+        raise HTTPException(422, f"{problem} with ?adapter=NAME, of {', '.join(names)}")
+    return adapter
+
+
+def _choice(classifiers: Mapping[str, Classifier]) -> str:
+    """Says in HTML how many classes there are; of several adapters, the page lets one choose."""
+    if len(classifiers) == 1:
+        return f"<p>{len(next(iter(classifiers.values())).labels)} classes</p>"
+    options = (
+        f'<option value="{html.escape(name)}">{html.escape(name)} ({len(one.labels)} classes)</option>'
+        for name, one in classifiers.items()
+    )
+    return f'<p><label>Adapter <select id="adapter">{"".join(options)}</select></label></p>'
 
 
 def run(app: FastAPI, host: str, port: int) -> None:

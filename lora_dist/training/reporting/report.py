@@ -27,11 +27,16 @@ INPUTS = 24
 
 
 def announce(
-    data: ImageData, plan: BatchPlan, schedule: Schedule, parameters: tuple[int, int], accelerator: Accelerator
+    data: ImageData,
+    plan: BatchPlan,
+    schedule: Schedule,
+    parameters: tuple[int, int],
+    accelerator: Accelerator,
+    precision: str,
 ) -> None:
     """Says what is about to run: the data, what trains, and the size of an update."""
     trainable, total = parameters
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    precision = "fp32" if precision == "no" else precision
     logger.info(
         f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"

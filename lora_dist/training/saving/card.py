@@ -96,6 +96,7 @@ def model_card(
         "",
         f"    {use}",
         "",
+        *(_merge_first(source) if is_adapter else []),
         *(license_.section() if license_ else []),
         "## Classes",
         "",
@@ -117,6 +118,18 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _merge_first(source: str) -> list[str]:
+    """How to get from an adapter to what `pipeline` takes."""
+    return [
+        "This is a PEFT adapter, not a whole model. `pipeline` and `AutoModelForImageClassification.from_pretrained` "
+        "take the merged model; of the adapter alone they take the classes of the base, or raise an error:",
+        "",
+        f"    python -m lora_dist.predict --adapter {source} --merge_to merged/",
+        '    pipeline("image-classification", model="merged/")',
+        "",
+    ]
 
 
 def _is_metric(name: str, value: Any) -> bool:

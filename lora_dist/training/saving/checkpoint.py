@@ -4,7 +4,6 @@ A checkpoint is a directory `step-00000120` with the trained tensors, the optimi
 safetensors and JSON: loading it executes no code. `COMPLETE`, written last, holds the size and digest of each file.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -17,17 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
+from lora_dist.storage.checkpoint_files import (
+    AVERAGE,
+    COMPLETE,
+    OPTIMIZER,
+    STATE,
+    TRAINED,
+    digest,
+    find_damage,
+    read_optimizer,
+)
 from lora_dist.storage.files import remove_directory, remove_leftovers, unused, whole_directory
 
 logger = logging.getLogger(__name__)
 
-TRAINED = "trained.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
-COMPLETE = "COMPLETE"
 _PREFIX = "step-"
-_AVERAGE = "average/"
-"""Prefix of the averaged weights, which are kept beside the optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ def write(root: Path, step: int, content: Checkpoint) -> Path:
     final = path_of(root, step)
     with whole_directory(final) as aside:
         save_file(content.trained, aside / TRAINED)
-        average = {f"{_AVERAGE}{name}": tensor for name, tensor in content.average.items()}
+        average = {f"{AVERAGE}{name}": tensor for name, tensor in content.average.items()}
         save_file({**content.optimizer, **average}, aside / OPTIMIZER)
-        _write_state(aside, content.state, {name: _digest(aside / name) for name in (TRAINED, OPTIMIZER)})
+        _write_state(aside, content.state, {name: digest(aside / name) for name in (TRAINED, OPTIMIZER)})
     return final
 
 
@@ -94,9 +97,7 @@ def read(path: Path) -> Checkpoint:
     problem = find_damage(path)
     if problem:
         raise UserError(f"cannot resume from {path}: {problem}")
-    optimizer = load_file(path / OPTIMIZER)
-    averaged = [name for name in optimizer if name.startswith(_AVERAGE)]
-    average = {name.removeprefix(_AVERAGE): optimizer.pop(name) for name in averaged}
+    optimizer, average = read_optimizer(path)
     return Checkpoint(
         trained=load_file(path / TRAINED),
         optimizer=optimizer,
@@ -124,22 +125,6 @@ def listed(root: Path) -> list[Path]:
 def listed_after(root: Path, step: int) -> list[Path]:
     """Returns the checkpoints below `root` with more than `step` updates."""
     return [path for path in listed(root) if path > path_of(root, step)]
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-        for name in (TRAINED, OPTIMIZER, STATE):
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if _digest(path / name) != manifest[name]:
-                return f"{name} is corrupt (its size or digest has changed)"
-    except FileNotFoundError:
-        return f"incomplete, because it has no file {COMPLETE}" if path.is_dir() else "no such directory"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{COMPLETE} is unreadable ({error})"
-    return None
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
@@ -171,7 +156,7 @@ def abandon_after(root: Path, step: int) -> None:
 def _write_state(directory: Path, state: dict[str, Any], digests: dict[str, Any]) -> None:
     """Writes the state, and then the manifest that makes the checkpoint complete."""
     (directory / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    manifest = {**digests, STATE: _digest(directory / STATE)}
+    manifest = {**digests, STATE: digest(directory / STATE)}
     (directory / COMPLETE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -181,8 +166,3 @@ def _link(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

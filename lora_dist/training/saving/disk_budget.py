@@ -9,8 +9,6 @@ from lora_dist.errors import UserError
 from lora_dist.model.trainable import count_parameters, trained_tensors
 from lora_dist.storage.disk import SAFETY, free_bytes, readable
 
-MOMENTS = 2
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -32,19 +30,20 @@ class Sizes:
         return self.checkpoint * self.checkpoints + self.result
 
     @classmethod
-    def of(cls, model: nn.Module, whole: bool, save_total_limit: int, has_average: bool) -> "Sizes":
+    def of(cls, model: nn.Module, whole: bool, save_total_limit: int, has_average: bool, moments: int = 2) -> "Sizes":
         """
         Args:
             model: before it is cut up by an engine.
             whole: the result is the whole model.
             save_total_limit: checkpoints to keep, besides the best.
             has_average: checkpoints also have averaged weights.
+            moments: tensors that the optimizer keeps for each parameter.
         """
         trained = [(tensor.numel() * 4, isinstance(tensor, nn.Parameter)) for _, tensor in trained_tensors(model)]
         bare = sum(size for size, _ in trained)
-        moments = sum(MOMENTS * size + 4 for size, has_moments in trained if has_moments)
+        state = sum(moments * size + 4 for size, has_moments in trained if has_moments)
         result = count_parameters(model)[1] * 4 if whole else bare
-        return cls(bare + moments + has_average * bare, result, save_total_limit + 2)
+        return cls(bare + state + has_average * bare, result, save_total_limit + 2)
 
 
 def require_disk_space(root: Path, sizes: Sizes) -> None:

@@ -84,6 +84,11 @@ class Output:
         return self.root / "evaluation.json"
 
     @property
+    def probe(self) -> Path:
+        """Accuracies of a linear probe and of nearest neighbours before training."""
+        return self.root / "probe.json"
+
+    @property
     def metrics(self) -> Path:
         """The logged metrics as JSON lines."""
         return self.root / "metrics.jsonl"

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_dist.data.sources.load import ImageData
+from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.model import adapters, bundle
@@ -25,6 +27,7 @@ from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
+from lora_dist.training.probe import in_words, read_probe
 from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.report import warn_of_chance_level, write_evaluation
 from lora_dist.training.run import TrainingRun
@@ -116,9 +119,11 @@ class ResultWriter:
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
             gc.collect()
-            tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_PRECISION_TOLERANCE
+            in_bf16 = run.settings.model.base_dtype == "bfloat16"
+            in_fp32 = accelerator.mixed_precision == "no" and not in_bf16
+            tolerance = TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
             if expected is not None:
-                prepare = partial(unsharded, accelerator)
+                prepare = partial(_as_trained, accelerator, self.base.heads if in_bf16 else None)
                 remote = run.settings.model.trust_remote_code
                 require_same_logits(written, images, expected, tolerance, remote, prepare)
             else:
@@ -126,6 +131,9 @@ class ResultWriter:
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             name = problem.headline
             on_test = f", on the test data {test.metrics[name]:.4f}" if test is not None else ""
+            if run.settings.run.probe and (found := read_probe(self.output.probe)):
+                tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
+                tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics[name]:.4f}")
             tracker.say(f"{name} {evaluation.metrics[name]:.4f}{on_test}; wrote {written}")
             warn_of_chance_level(problem, evaluation)
             tracker.close()
@@ -153,6 +161,7 @@ class ResultWriter:
             **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
             "eval_samples": evaluation.num_samples,
             **tested,
+            **(read_probe(self.output.probe) if run.settings.run.probe else {}),
             "train_loss": progress.loss_sum / max(1, progress.loss_count),
             "train_runtime": progress.train_seconds,
             "train_samples": len(self.data.train),
@@ -218,6 +227,13 @@ class ResultWriter:
             base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
+
+
+def _as_trained(accelerator: Accelerator, heads_beside_bf16: list[str] | None, model: nn.Module) -> nn.Module:
+    """Makes a loaded model compute as in training; with heads, the rest of its base in bf16."""
+    if heads_beside_bf16 is not None:
+        cast_base(model, heads_beside_bf16)
+    return unsharded(accelerator, model)
 
 
 @torch.inference_mode()

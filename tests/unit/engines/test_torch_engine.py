@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import distributed, nn
 
-from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, precision
+from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, order_for_convolutions, precision
 from lora_dist.engines.zero_engine import scaling_of, set_scaling
 from lora_dist.model.backbone import load_base
 from lora_dist.model.trainable import make_trainable
@@ -39,7 +39,7 @@ def test_fsdp2_unscales_gradients_once(engine: TorchEngine, monkeypatch: pytest.
     before = parameter.detach().clone()
     engine.begin_update(0.1)
     (engine.unwrapped(torch.ones(1, 2)).sum() * accelerator.scaler.scale(torch.ones(()))).backward()
-    assert engine.step(0.5) == pytest.approx(6**0.5)
+    assert engine.step(engine.clip_gradient(0.5).tolist()) == pytest.approx(6**0.5)
     assert not torch.equal(parameter, before)
 
 
@@ -103,9 +103,89 @@ def test_ddp_does_not_write_frozen_weights(vit: Path) -> None:
         for start, ignores in (("default", True), ("pissa", False)):
             lora = LoraSettings(lora_r=2, init_lora_weights=start, lora_target_modules=["all-linear"])
             model = make_trainable(load_base(str(vit), ["x", "y"]), ModelSettings(), lora)
+            model.register_buffer("frozen_statistics", torch.zeros(1))
             leave_frozen_out(model)
             frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            frozen |= {name for name, _ in model.named_buffers()}
             ignored = nn.parallel.DistributedDataParallel(model).parameters_to_ignore
             assert ignored == (frozen if ignores else set())
     finally:
         distributed.destroy_process_group()
+
+
+def _updated(model: nn.Module, engine: TorchEngine, count: int = 2) -> dict[str, torch.Tensor]:
+    for _ in range(count):
+        engine.begin_update(0.01)
+        pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+        model(pixels).square().sum().backward()
+        engine.step(engine.clip_gradient(1.0).tolist())
+    return engine.trainable_state()
+
+
+def _convolutions(fused: bool, channels_last: bool = False) -> tuple[nn.Module, TorchEngine]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    if channels_last:
+        order_for_convolutions(model)
+    return model, TorchEngine(launch("no"), model, torch.optim.AdamW(model.parameters(), fused=fused))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_fused_and_plain_adamw_go_on_from_each_others_state(channels_last: bool) -> None:
+    """As a run does that changes between CPU and GPU; a CPU has a fused AdamW as well."""
+    expected = _updated(*_convolutions(fused=False), count=4)
+    for first, second in ((False, True), (True, False), (True, True)):
+        model, engine = _convolutions(first, channels_last)
+        trained, moments = _updated(model, engine), engine.optimizer_state()
+        assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in moments.values())
+        model, engine = _convolutions(second, channels_last)
+        engine.load_trainable_state(trained)
+        engine.load_optimizer_state(moments)
+        for name, tensor in _updated(model, engine).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_fused_optimizer_that_skips_an_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate does not notice it (1.15)."""
+    model, accelerator = nn.Conv2d(3, 4, 3), launch("no")
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    engine = TorchEngine(accelerator, model, torch.optim.AdamW(model.parameters(), fused=True))
+    monkeypatch.setitem(engine.accelerator.state.__dict__, "_mixed_precision", "fp16")
+    monkeypatch.setattr(engine.accelerator, "native_amp", True)
+    before = engine.trainable_state()
+    for factor, skipped in ((float("inf"), True), (1.0, False)):
+        engine.begin_update(0.01)
+        (engine.accelerator.scaler.scale(torch.ones(())) * factor * model(torch.ones(1, 3, 8, 8)).sum()).backward()
+        engine.step(engine.clip_gradient(1.0).tolist())
+        assert engine.was_skipped() == skipped
+        assert all(torch.equal(tensor, before[name]) for name, tensor in engine.trainable_state().items()) == skipped
+
+
+def test_an_update_that_is_dropped_leaves_fp16_ready_for_the_next_one(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.accelerator.state.__dict__, "_mixed_precision", "fp16")
+    monkeypatch.setattr(engine.accelerator, "native_amp", True)
+    for dropped in (True, False):
+        engine.begin_update(0.1)
+        (engine.accelerator.scaler.scale(torch.ones(())) * engine.unwrapped(torch.ones(1, 2)).sum()).backward()
+        read = engine.clip_gradient(1.0).tolist()
+        if dropped:
+            assert engine.drop_update()
+            assert engine.scaler_state() == {"scale": 2.0**16, "growth_tracker": 0}
+        else:
+            engine.step(read)
+
+
+def test_only_convolutional_networks_are_put_into_channels_last_order() -> None:
+    convolutional = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    patches = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2))
+    pixels = torch.randn(2, 3, 8, 8)
+    expected = convolutional(pixels)
+    for model in (convolutional, patches):
+        order_for_convolutions(model)
+    orders = [model[0].weight.is_contiguous(memory_format=torch.channels_last) for model in (convolutional, patches)]
+    assert orders == [True, False]
+    found = convolutional(pixels)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)

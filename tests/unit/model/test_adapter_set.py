@@ -99,6 +99,10 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"lora_r": 4}, {"lora_r": 3, "lora_target_modules": ["key", "fc1"]}),
     ({"lora_r": 4}, {"tuning": "head"}),
     ({"tuning": "head"}, {"tuning": "head"}),
+    (
+        {"lora_r": 4, "lora_rank_pattern": {"query": 2}, "train_norms": True},
+        {"lora_r": 2, "lora_alpha_pattern": {"value": 5}, "layers_to_transform": "last:1", "train_norms": True},
+    ),
 ]
 
 
@@ -121,6 +125,16 @@ def test_a_blend_has_the_weighted_mean_of_the_merged_weights(kinds: Any, vit: Pa
     torch.testing.assert_close(logits(merged_model, 32), before, rtol=1e-4, atol=1e-4)
 
 
+def test_an_average_of_three_is_that_of_their_products_not_of_their_factors(vit: Path, tmp_path: Path) -> None:
+    named = {str(number): tmp_path / str(number) for number in range(3)}
+    for number, directory in enumerate(named.values()):
+        _write(directory, vit, number, lora_r=2)
+    merged = [_weights(load_classifier(directory).model) for directory in named.values()]
+    for name, tensor in _weights(load_weighted_sum(named, [1 / 3] * 3).model).items():
+        expected = torch.stack([weights[name] for weights in merged]).mean(dim=0)
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 1.0]])
 def test_a_blend_of_one_is_that_one(architecture: Path, weights: list[float], tmp_path: Path) -> None:
     size = 64 if architecture.name == "mobilevit" else 32
@@ -132,7 +146,7 @@ def test_a_blend_of_one_is_that_one(architecture: Path, weights: list[float], tm
 
 
 def test_adapters_of_two_releases_blend() -> None:
-    names = ("peft_0_2", "peft_0_14")
+    names = ("peft_0_2", "peft_0_14_patterns")
     blend = load_weighted_sum({name: OLD / name for name in names}, [0.25, 0.75], str(OLD / "base"))
     merged = [_weights(load_classifier(OLD / name, str(OLD / "base")).model) for name in names]
     for name, tensor in _weights(blend.model).items():
@@ -155,6 +169,30 @@ def test_what_has_no_weighted_sum_is_refused(
     _write(tmp_path / "2", vit, 2, labels, **lora)
     with pytest.raises(UserError, match=words):
         load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("lora", [{"lora_r": 4, "use_rslora": True}, {"lora_bias": "all"}], ids=str)
+def test_a_scale_is_that_of_the_update_and_not_of_the_head(lora: dict[str, Any], vit: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "1", vit, 1, **lora)
+    trained = _weights(load_classifier(tmp_path / "1").model)
+    scaled, without = (load_classifier(tmp_path / "1").model for _ in range(2))
+    adapters.scale_update(scaled, 0.25)
+    adapters.scale_update(without, 0)
+    base = load_base(str(vit), LABELS).model.state_dict()
+    start = _weights(without)
+    for name, tensor in _weights(scaled).items():
+        torch.testing.assert_close(tensor, start[name] + 0.25 * (trained[name] - start[name]), rtol=1e-5, atol=1e-6)
+        is_adapted = not torch.equal(start[name], trained[name])
+        assert is_adapted == (name.endswith(("q_proj.weight", "v_proj.weight")))
+        if is_adapted:
+            torch.testing.assert_close(start[name], base[name])
+
+
+def test_what_has_no_plain_update_cannot_be_scaled(vit: Path, tmp_path: Path) -> None:
+    for name, kind, words in (("dora", {"use_dora": True}, "DoRA"), ("head", {"tuning": "head"}, "only the head")):
+        _write(tmp_path / name, vit, 1, **kind)
+        with pytest.raises(UserError, match=words):
+            adapters.scale_update(load_classifier(tmp_path / name).model, 0.5)
 
 
 @pytest.mark.parametrize("indices", [(1, 2), (2, 1)])
@@ -201,7 +239,8 @@ def test_adapters_that_see_other_pixels_are_not_blended(vit: Path, tmp_path: Pat
         load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 
 
-def test_scales_by_module_are_not_blended() -> None:
-    named = {name: OLD / name for name in ("peft_0_14", "peft_0_14_patterns")}
-    with pytest.raises(UserError, match="alpha_pattern"):
-        load_weighted_sum(named, [0.5, 0.5], str(OLD / "base"))
+def test_norms_of_one_of_two_adapters_are_not_blended(vit: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "1", vit, 1)
+    _write(tmp_path / "2", vit, 2, train_norms=True)
+    with pytest.raises(UserError, match="do not train the same modules in full"):
+        load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])

@@ -203,10 +203,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"lora_bias": "lora_only"},
     {"init_lora_weights": "gaussian"},
     {"use_dora": True, "use_rslora": True, "lora_bias": "all"},
+    {"layers_to_transform": "last:1", "train_norms": True},
 ]
 TARGETS: list[dict[str, Any]] = [
     {"lora_target_modules": names}
     for names in (["all-linear"], ["layers.1.attention.q_proj"], ["query", "fc2", "projection"])
+] + [
+    {"lora_rank_pattern": {"query": 2}, "lora_alpha_pattern": {r".*\.1\..*": 3}, "use_rslora": True},
+    {"init_lora_weights": "orthogonal", "layers_to_transform": [1]},
+    {"train_norms": True, "lora_bias": "lora_only", "use_dora": True},
+    {"train_norms": True, "lora_bias": "all"},
 ]
 
 
@@ -251,7 +257,14 @@ def test_biases_train_as_asked(bias: str, elsewhere: bool, vit: Path) -> None:
     assert any(".k_proj." in name for name in training) == elsewhere
 
 
-@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": "all"}], ids=str)
+PATTERNS: dict[str, Any] = {"lora_rank_pattern": {"layers.1.attention.q_proj": 2}, "lora_alpha_pattern": {"v_proj": 3}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": "all"}, PATTERNS, PATTERNS | {"use_rslora": True}],
+    ids=str,
+)
 def test_pissa_is_handed_over_as_plain_lora_on_the_unchanged_base(
     more: dict[str, Any], vit: Path, tmp_path: Path
 ) -> None:
@@ -409,7 +422,11 @@ def test_an_adapter_that_is_not_finite_is_not_merged(vit: Path) -> None:
 
 def test_several_adapters_stand_side_by_side(architecture: Path, tmp_path: Path) -> None:
     """Of other ranks, targets and numbers of classes; each gives its own logits whenever it is the active one."""
-    kinds: list[dict[str, Any]] = [{"lora_r": 4}, {"lora_r": 2, "use_rslora": True}, {"use_dora": True}]
+    kinds: list[dict[str, Any]] = [
+        {"lora_r": 4},
+        {"lora_r": 2, "use_rslora": True, "train_norms": True},
+        {"use_dora": True},
+    ]
     classes = [["x", "y", "z"], ["x", "y", "z"], ["p", "q", "r", "s", "t"]]
     expected = []
     for number, (kind, labels) in enumerate(zip(kinds, classes, strict=True)):
@@ -449,6 +466,72 @@ def test_an_adapter_loads_from_wherever_it_was_moved(saved: Path, vit: Path, tmp
     expected = _logits(load_adapter(_base(vit, seed=1).model, saved), base)
     shutil.move(saved, tmp_path / "moved")
     torch.testing.assert_close(_logits(load_adapter(base.model, tmp_path / "moved"), base), expected)
+
+
+def test_patterns_chosen_blocks_and_norms_are_what_plain_peft_loads(vit: Path, tmp_path: Path) -> None:
+    lora: dict[str, Any] = {
+        "layers_to_transform": "last:1",
+        "train_norms": True,
+        "lora_target_modules": ["q_proj", "fc1"],
+    }
+    trained, base = _trained(vit, lora_rank_pattern={"query": 2}, lora_alpha_pattern={"fc1": 5}, **lora)
+    layers = {name: module for name, module in trained.named_modules() if isinstance(module, LoraLayer)}
+    found = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in layers.items()
+    }
+    assert found == {"vit.layers.1.attention.q_proj": (2, 8 / 2), "vit.layers.1.mlp.fc1": (4, 5 / 4)}
+    norms = {
+        name.partition(".modules_to_save")[0]
+        for name, one in trained.named_parameters()
+        if one.requires_grad and "norm" in name
+    }
+    assert len(norms) == 5
+    adapters.save_adapter(trained, tmp_path)
+    plain = AutoModelForImageClassification.from_pretrained(
+        vit, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    expected = _logits(trained, base)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(_logits(loaded, base), expected)
+    with torch.no_grad():
+        for name, one in loaded.named_parameters():
+            if "norm" in name and ".modules_to_save." in name:
+                one.fill_(1.0)
+    assert (_logits(loaded, base) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (
+            {"lora_rank_pattern": {"fc1": 2}},
+            "--lora_rank_pattern fc1: no layer with LoRA has such a name; they are vit",
+        ),
+        ({"lora_alpha_pattern": {"(q": 2}}, r"--lora_alpha_pattern \(q: not a regular expression"),
+        ({"layers_to_transform": "last:3"}, "the model has 2 blocks, 0 to 1"),
+        ({"layers_to_transform": [2]}, "the model has 2 blocks, 0 to 1"),
+        (
+            {"layers_to_transform": [0], "lora_target_modules": ["layers.1.attention.q_proj"]},
+            "no layer to adapt is inside",
+        ),
+    ],
+    ids=str,
+)
+def test_names_and_blocks_that_do_not_exist_are_refused(lora: dict[str, Any], words: str, vit: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        _trained(vit, **lora)
+
+
+def test_an_orthogonal_start_changes_nothing_and_is_for_linear_layers(vit: Path, tmp_path: Path) -> None:
+    base = _base(vit)
+    before = _logits(base.model, base)
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4, init_lora_weights="orthogonal"))
+    assert all(one.abs().max() > 0 for name, one in model.named_parameters() if ".lora_" in name)
+    torch.testing.assert_close(_logits(model, base), before)
+    resnet = _base(make_model(tmp_path / "resnet", "resnet"))
+    with pytest.raises(UserError, match="orthogonal supports linear layers only"):
+        make_trainable(resnet, ModelSettings(), LoraSettings(init_lora_weights="orthogonal"))
 
 
 def test_lora_plus_the_head_and_weight_decay_make_groups(architecture: Path) -> None:

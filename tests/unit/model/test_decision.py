@@ -41,7 +41,7 @@ def test_a_record_gives_the_thresholds_back_exactly() -> None:
 
 def test_a_weighted_sum_has_the_mean_of_the_thresholds_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     one, other = AboveThresholds((0.2, 0.4)), AboveThresholds((0.6, 0.4))
-    assert mean_decision([one, one], [0.5, 0.5]) is one
+    assert mean_decision([one], [1.0]) is one
     assert mean_decision([MostLikely(), MostLikely()], [0.5, 0.5]) == MostLikely()
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):

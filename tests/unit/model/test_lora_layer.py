@@ -323,10 +323,21 @@ def test_steps_aside_when_disabled_merged_or_several() -> None:
     assert torch.equal(fast(x), peft(x))
 
 
-def test_steps_aside_for_another_type_of_weight() -> None:
+def test_matrices_in_fp32_on_a_base_in_bf16() -> None:
+    """PEFT computes their product in fp32."""
+    peft, fast = pair()
+    x = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16)
+    for layer in (peft, fast):
+        layer.base_layer.to(torch.bfloat16)
+    assert is_one_function(fast, x.clone())
+    require_close(run(fast, x), run(peft, x), 0.02)
+
+
+def test_steps_aside_for_matrices_in_half_precision_on_a_base_in_fp32() -> None:
     _, fast = pair()
-    fast.base_layer.to(torch.bfloat16)
-    assert not is_one_function(fast, torch.randn(ROWS, WIDTH, dtype=torch.bfloat16))
+    fast.lora_A.to(torch.bfloat16)
+    fast.lora_B.to(torch.bfloat16)
+    assert not is_one_function(fast, torch.randn(ROWS, WIDTH))
 
 
 def test_saves_and_merges_as_peft_does(tmp_path: Path) -> None:

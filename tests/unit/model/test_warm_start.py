@@ -18,6 +18,7 @@ from lora_dist import train
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
+from lora_dist.model import adapters
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
@@ -53,6 +54,8 @@ SHAPES: list[dict[str, Any]] = [
     {"lora_r": 3, "use_rslora": True, "lora_target_modules": ["all-linear"]},
     {"use_dora": True, "lora_bias": "all"},
     {"lora_target_modules": ["layers.1.attention.q_proj"], "lora_bias": "lora_only"},
+    {"lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"layers.1.attention.v_proj": 3}, "train_norms": True},
+    {"layers_to_transform": "last:1", "lora_rank_pattern": {"q_proj": 2}},
 ]
 
 
@@ -67,7 +70,7 @@ def test_the_same_classes_go_on_in_full(lora: dict[str, Any], vit: Path, tmp_pat
     assert settled.model.model_name_or_path == str(vit)
     assert settled.lora.lora_dropout == 0.3
     for name, value in lora.items():
-        if name != "lora_target_modules":
+        if name not in ("lora_target_modules", "layers_to_transform"):
             assert getattr(settled.lora, name) == value
     # The settings as recorded make the same model again.
     again, _, _ = load_warm_start(settled, LABELS)
@@ -182,9 +185,30 @@ def test_what_cannot_go_on_is_refused(vit: Path, tmp_path: Path) -> None:
     _write(tmp_path / "probe", vit, tuning="head")
     with pytest.raises(UserError, match="no LoRA matrices"):
         load_warm_start(_settings(tmp_path / "probe"), LABELS)
+    _write(tmp_path / "last", vit, layers_to_transform="last:1", lora_rank_pattern={"q_proj": 2})
+    same: dict[str, Any] = {"layers_to_transform": [1], "lora_rank_pattern": {"layers.1.attention.query": 2}}
+    load_warm_start(_settings(tmp_path / "last", **same), LABELS)
+    with pytest.raises(UserError, match="--layers_to_transform 0,1 selects 4 modules"):
+        load_warm_start(_settings(tmp_path / "last", layers_to_transform=[0, 1]), LABELS)
+    with pytest.raises(UserError, match=r"--lora_rank_pattern is .* and that of the adapter is"):
+        load_warm_start(_settings(tmp_path / "last", lora_rank_pattern={"q_proj": 3}), LABELS)
+    with pytest.raises(UserError, match="--train_norms is True, and that of the adapter is False"):
+        load_warm_start(_settings(tmp_path / "last", train_norms=True), LABELS)
+
+
+def test_an_adapter_of_an_old_release_with_patterns_goes_on() -> None:
     given = {"model_name_or_path": str(OLD / "base")}
-    with pytest.raises(UserError, match="per-module ranks"):
-        load_warm_start(_settings(OLD / "peft_0_14_patterns", given), LABELS)
+    settings = _settings(OLD / "peft_0_14_patterns", given)
+    _, _, start = load_warm_start(settings, LABELS)
+    assert start is not None
+    labels = [f"c{number}" for number in range(3)]
+    model, settled = _begin(settings, labels)
+    assert settled.lora.lora_rank_pattern
+    assert settled.lora.lora_alpha_pattern
+    state = adapters.active_adapter(model).state
+    matrices = {name: tensor for name, tensor in start.adapter.state.items() if ".lora_" in name}
+    assert matrices
+    assert all(torch.equal(state[name], tensor) for name, tensor in matrices.items())
 
 
 def test_the_fingerprint_is_of_what_is_taken_over(vit: Path, tmp_path: Path) -> None:

@@ -94,11 +94,21 @@ def test_what_is_listened_to_twice_is_heard_twice(preemption: Preemption) -> Non
         _signalled(preemption, signal.SIGUSR2)
 
 
-def test_a_process_that_is_about_to_exit_is_not_ended_by_a_late_signal(preemption: Preemption) -> None:
+def test_a_process_that_is_about_to_exit_is_not_ended_by_a_late_signal(
+    preemption: Preemption, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The launcher sends one to the processes that are slower than the first."""
+    monkeypatch.setattr("lora_dist.processes.preemption.owns_process", lambda: True)
     with pytest.raises(StopRequested):
         _signalled(preemption, signal.SIGTERM)
     assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
+
+
+def test_a_notebook_hears_signals_after_a_run_that_was_stopped(preemption: Preemption) -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with pytest.raises(StopRequested):
+        _signalled(preemption, signal.SIGINT)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_listening_ends_while_a_worker_lives(preemption: Preemption) -> None:

@@ -13,6 +13,7 @@ from lora_dist.errors import UserError
 from lora_dist.processes.devices import computes_on_cpu
 from lora_dist.processes.runtime import (
     PACKAGES,
+    be_deterministic,
     choose_precision,
     environment,
     git_commit,
@@ -53,6 +54,14 @@ def test_a_host_with_gpus_computes_on_the_cpu_if_told_so(monkeypatch: pytest.Mon
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert computes_on_cpu()
     assert half_precision() == "no"
+
+
+def test_deterministic_algorithms_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    be_deterministic()
+    found = torch.are_deterministic_algorithms_enabled(), os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+    torch.use_deterministic_algorithms(False)
+    assert found == (True, ":4096:8")
 
 
 @pytest.mark.parametrize("tf32", [True, False])

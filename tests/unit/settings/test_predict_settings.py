@@ -22,7 +22,11 @@ def _parse(line: str) -> PredictSettings:
         "--adapter a b --images x",
         "--adapter a b --weights 0.5 0.5 --merge_to m --onnx f --int8",
         "--adapter a b --weights 0.5 0.5 --serve",
+        "--adapter a b c --average --merge_to m --adapter_scale 0.5",
+        "--adapter a b --greedy_soup demo:digits/validation --onnx f",
+        "--adapter a b --adapter_scale 0 --images x",
         "--adapter a --onnx f --serve",
+        "--adapter a b --serve",
         "--adapter a --export_legacy_names e",
         "--model m --onnx f",
         "--model m --serve --device cuda --top_k 3 --batch_size 1 --port 0 --host h --max_files 1",
@@ -43,12 +47,26 @@ def test_valid_combinations_are_accepted(line: str) -> None:
         ("--adapter org/name@v1 --serve", "org/name@v1"),
         ("--adapter day=a --weights 1 --serve", "day"),
         ("--adapter day=a b --weights 0.7 0.3 --serve", "0.7 x day + 0.3 x b"),
+        ("--adapter day=a b --serve", "day, b"),
+        ("--adapter day=a b --weights 0.7 0.3 --adapter_scale 0.5 --serve", "0.7 x day + 0.3 x b, LoRA scaled by 0.5"),
         ("--model m --serve", "m"),
         ("--onnx f --serve", "f"),
     ],
 )
 def test_the_title_names_the_model(line: str, title: str) -> None:
     assert _parse(line).title == title
+
+
+def test_an_average_has_equal_weights_that_add_up_to_one(tmp_path: Path) -> None:
+    odd = tmp_path / "r=16"
+    odd.mkdir()
+    settings = _parse(f"--adapter day=a b {odd} --average --serve")
+    source = settings.source.averaged_over(["day", "b", str(odd)])
+    assert source.weights == [1 / 3] * 3
+    assert source.named_adapters == settings.source.named_adapters
+    two = settings.source.averaged_over([str(odd), "day"])
+    assert (two.named_adapters, two.weights) == ([("day", "a"), (str(odd), str(odd))], [0.5, 0.5])
+    assert not two.side_by_side
 
 
 def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> None:
@@ -72,10 +90,13 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--model m --images x --base_model b", "--model, --base_model: --base_model needs an adapter"),
         ("--adapter a b --onnx f", "--adapter, --onnx: --onnx needs one model"),
         ("--adapter a b --merge_to m", "--adapter, --merge_to: --merge_to needs one model"),
-        ("--adapter a b --serve", "--adapter, --serve: --serve needs one model"),
         ("--adapter a b --images x --grid g", "--grid, --adapter: --grid shows the predictions of one adapter"),
         ("--adapter a b --images x --weights 1", "--weights, --adapter: 1 weights for 2 adapters"),
         ("--adapter a b --images x --weights 1 1", "--weights: the weights add up to 2 instead of 1"),
+        ("--adapter a b --images x --weights 0.5 0.5 --average", "--weights, --average: several ways to merge"),
+        ("--adapter a --images x --average", "--average, --adapter: --average needs several adapters"),
+        ("--adapter a b --images x --greedy_soup nowhere", "--greedy_soup: no such directory: nowhere"),
+        ("--model m --images x --adapter_scale 0.5", "--model, --adapter_scale: --adapter_scale needs an adapter"),
         ("--adapter a --images x --dtype bf16", "--dtype, --merge_to: --dtype needs --merge_to"),
         (
             "--adapter a --images x --merge_tolerance 1e-4",
@@ -97,6 +118,8 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--adapter a --dtype bf16", "--images, --merge_to, --onnx, --serve: nothing to do"),
         ("--adapter a --images x --int8", "--int8, --onnx: --int8 applies to an export"),
         ("--onnx f --images x --int8", "--int8, --onnx: --int8 applies to an export"),
+        ("--onnx f --images x --fp16", "--fp16, --onnx: --fp16 applies to an export"),
+        ("--adapter a --onnx f --int8 --fp16", "--int8, --fp16: use only one of them"),
         ("--onnx f --images x --device cuda", "--onnx, --device: ONNX files run on the CPU"),
         ("--adapter a --serve --images x", "--serve, --images: the server does not use --images"),
         ("--adapter a --serve --output o", "--serve, --output: the server does not use --output"),
@@ -124,6 +147,7 @@ def test_a_contradiction_is_one_problem_by_name(line: str, words: str) -> None:
         ("--adapter a --images x", "set --output"),
         ("--adapter a --images x --output rows.csv --merge_to m", "--merge_to needs one process"),
         ("--adapter a --serve", "--serve needs one process"),
+        ("--adapter a b --greedy_soup demo:digits/validation --images x", "--greedy_soup needs one process"),
     ],
 )
 def test_several_processes_share_nothing_but_images_for_a_file(line: str, words: str) -> None:

@@ -81,13 +81,13 @@ def test_flags_of_trainer_are_answered_with_the_flags_of_this_command(folder: Pa
         "--bf16",
         *flags(save_steps=500),
         "--eval-strategy=steps",
-        *flags(optim="adamw_torch", learning_rat=1),
+        *flags(overwrite_output_dir="true", learning_rat=1),
     )
     assert message.splitlines()[1:] == [
         "  --bf16: unknown flag; use --mixed_precision bf16",
         "  --save_steps: unknown flag; use --checkpointing_steps",
         "  --eval_strategy: unknown flag; use --eval_steps",
-        "  --optim: unknown flag; remove it: the optimizer is always AdamW",
+        "  --overwrite_output_dir: unknown flag; remove it: runs do not overwrite each other; use another --output_dir",
         "  --learning_rat: unknown flag; did you mean --learning_rate?",
     ]
 
@@ -159,6 +159,15 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
         (["--dataset_name", "x", "--streaming_lanes", "4"], "add --streaming"),
         (["--dataset_name", "x", "--init_from_config"], "--tuning full"),
         (["--dataset_name", "x", "--early_stopping_patience", "2", "--eval_steps", "no"], "needs evaluations"),
+        (["--dataset_name", "x", "--layer_decay", "0.7", "--tuning", "head"], "whose rate does not decay"),
+        (["--dataset_name", "x", "--momentum", "0.8"], "adamw_torch does not use --momentum"),
+        (["--dataset_name", "x", "--optim", "sgd", "--adam_beta1", "0.8"], "sgd does not use --adam_beta1"),
+        (["--dataset_name", "x", "--train_norms", "--tuning", "full"], "norms are trained beside LoRA"),
+        (["--dataset_name", "x", "--lora_rank_pattern", "fc1"], "expected NAME=N"),
+        (["--dataset_name", "x", "--lora_rank_pattern", "fc1=0"], "greater than 0"),
+        (["--dataset_name", "x", "--layers_to_transform", "last:0"], "expected last:N, such as last:4"),
+        (["--dataset_name", "x", "--layers_to_transform", "first"], "--layers_to_transform: 'first' is not valid"),
+        (["--dataset_name", "x", "--init_lora_weights", "orthogonal", "--lora_r", "3"], "and 3 is odd"),
         (["--dataset_name", "x", "stray"], "stray: value without a flag"),
         (["--config", "fod101"], "did you mean food101?"),
         (["--dataset_name", "x", "--checkpointing_steps", "0"], "--checkpointing_steps: '0' is not valid"),
@@ -184,7 +193,9 @@ def test_every_packaged_recipe_parses_and_says_its_command(name: str) -> None:
 
 
 def test_settings_survive_a_round_trip_through_yaml(folder: Path, tmp_path: Path) -> None:
-    settings = parse("--train_dir", folder, "--eval_steps", 3, "--lora_target_modules", "a,b", "--mixed_precision=no")
+    more = ("--lora_rank_pattern", "fc1=2", "--layers_to_transform", "last:2", "--drop_path", 0.1, "--optim", "sgd")
+    words = ("--eval_steps", 3, "--lora_target_modules", "a,b", "--mixed_precision=no", *more)
+    settings = parse("--train_dir", folder, *words)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(cli.flatten(settings)))
     assert parse("--config", file) == settings
@@ -249,6 +260,17 @@ def test_a_list_in_yaml_is_a_list_or_words_with_commas(text: str, tmp_path: Path
     settings = parse("--config", file)
     assert settings.lora.lora_target_modules == ["query", "value"]
     assert settings.optimization.max_train_steps is None
+
+
+def test_patterns_and_blocks_have_a_flag_and_a_form_in_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: x\nlora_rank_pattern:\n  fc1: 32\n  q_proj: 4\nlayers_to_transform: [0, 3]\n")
+    lora = parse("--config", file).lora
+    flags_ = ("--lora_rank_pattern", "fc1=32, q_proj=4", "--layers_to_transform", "0,3")
+    assert parse("--dataset_name", "x", *flags_).lora == lora
+    assert (lora.lora_rank_pattern, lora.layers_to_transform) == ({"fc1": 32, "q_proj": 4}, [0, 3])
+    assert parse("--dataset_name", "x", "--layers_to_transform", "last:4").lora.layers_to_transform == "last:4"
+    assert parse("--dataset_name", "x", "--layers_to_transform", 7).lora.layers_to_transform == [7]
 
 
 def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Path) -> None:

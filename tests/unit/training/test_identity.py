@@ -20,3 +20,10 @@ def test_the_location_of_a_backbone_does_not_count_and_its_size_does(tmp_path: P
     assert not list(differences(older, here))
     (line,) = differences(here, entries("here", image_size=(48, 48)))
     assert "'image_size': 48" in line
+
+
+def test_the_dtype_of_the_base_is_part_of_the_identity_and_was_fp32() -> None:
+    assert not list(differences({"tuning": "lora"}, {"tuning": "lora", "base_dtype": "float32"}))
+    for before in ({}, {"base_dtype": "float32"}):
+        found = list(differences(before, {"base_dtype": "bfloat16"}))
+        assert found == ["base_dtype was float32 and is now bfloat16"]

@@ -68,6 +68,13 @@ LORA: list[tuple[object, ...]] = [
     ("--lora_r", 4, "--lora_target_modules", "all-linear", "--use_dora", "true"),
     ("--tuning", "head"),
     ("--image_size", 48, "--pooling", "mean"),
+    flags(
+        lora_rank_pattern="q_proj=2",
+        lora_alpha_pattern="q_proj=5",
+        layers_to_transform="last:1",
+        train_norms="true",
+        init_lora_weights="orthogonal",
+    ),
 ]
 
 
@@ -91,6 +98,30 @@ def test_a_run_goes_on_with_its_own_lora_where_none_is_given(
     _run(vit, photos, out, *RESUME, "--max_train_steps", 6)
     _assert_same_adapter(out, whole)
     assert results_of(out)["eval_loss"] == results_of(whole)["eval_loss"]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_stochastic_depth_layer_decay_and_sgd_go_on_to_the_bit(
+    tuning: str, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The saved model has the rate of the base again; another rate of stochastic depth is another course."""
+    base = make_model(tmp_path / "swin", "swin")
+    more = flags(tuning=tuning, optim="sgd", learning_rate=0.1, layer_decay=0.5, gradient_accumulation_steps=2)
+    more += flags(per_device_train_batch_size=4)
+    deep = flags(drop_path=0.5, lora_dropout=0.1)
+    whole = _run(base, photos, tmp_path / "whole", "--max_train_steps", 5, *more, *deep)
+    other = _run(base, photos, tmp_path / "other", "--max_train_steps", 5, *more, "--lora_dropout", 0.1)
+    out = _run(base, photos, tmp_path / "run", "--max_train_steps", 2, *more, *deep)
+    _run(base, photos, out, *RESUME, "--max_train_steps", 5, *more, *deep)
+    _assert_same_checkpoint(out, whole, 5)
+    kept = sorted(load_file(out / "checkpoints" / "step-00000005" / "optimizer.safetensors"))
+    assert {name.partition("/")[0] for name in kept} == {"momentum_buffer"}
+    with pytest.raises(AssertionError):
+        _assert_same_checkpoint(other, whole, 5)
+    result = out / ("model" if tuning == "full" else "adapter")
+    assert json.loads((result / "config.json").read_text())["drop_path_rate"] == 0.1
+    said = _refused(capfd, base, photos, out, *RESUME, "--tuning", tuning, "--max_train_steps", 6)
+    assert "optim was sgd and is now adamw_torch" in said
 
 
 def test_lora_that_is_given_and_differs_is_an_error_naming_both(

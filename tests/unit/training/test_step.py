@@ -37,11 +37,11 @@ LABELS = ["a", "b", "c"]
 class Trained:
     """A tiny model with an adapter that is no no-op any more, ready for updates on this process."""
 
-    def __init__(self, vit: Path, dropout: float = 0.0, ratio: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, vit: Path, dropout: float = 0.0, ratio: float = 1.0, seed: int = 0, **optimizer: Any) -> None:
         self.base: Base = load_base(str(vit), LABELS)
         model = make_trainable(self.base, ModelSettings(), LoraSettings(lora_r=4, lora_dropout=dropout))
         perturb(model, seed, scale=0.1)
-        settings = OptimizationSettings(mixed_precision="no")
+        settings = OptimizationSettings(mixed_precision="no", **optimizer)
         self.optimizer = make_optimizer(model, settings, ratio, [])
         self.engine: Engine = make_engine(launch("no"), model, self.optimizer, settings)
         set_training(self.engine.model)
@@ -219,6 +219,38 @@ def test_the_ratio_of_lora_plus_reaches_the_update(vit: Path) -> None:
     for name, tensor in trained.engine.trainable_state().items():
         moved = float((tensor - before[name]).abs().median())
         assert moved == pytest.approx(16e-4 if ".lora_B." in name else 1e-4, rel=0.05), name
+
+
+def test_sgd_moves_by_its_momentum_however_the_batch_is_split(vit: Path) -> None:
+    """v = 0.9 v + g, w = w - rate v; the weight decay of matrices is part of g."""
+    sgd: dict[str, Any] = {"optim": "sgd", "weight_decay": 0.1}
+    whole, split = Trained(vit, **sgd), Trained(vit, **sgd)
+    velocity: dict[str, Tensor] = {}
+    for step in range(3):
+        before, batch = whole.engine.trainable_state(), _batch(12, seed=step)
+        whole.update([batch], 1, 12, learning_rate=0.1)
+        split.update(_split(batch, 5, 5, 2), 3, 12, learning_rate=0.1)
+        after, gradients = whole.engine.trainable_state(), whole.gradients()
+        for name, weight in before.items():
+            gradient = gradients[name] + (0.1 * weight if weight.ndim > 1 else 0)
+            velocity[name] = 0.9 * velocity[name] + gradient if name in velocity else gradient
+            torch.testing.assert_close(after[name], weight - 0.1 * velocity[name], msg=name)
+        _assert_equal(split.engine.trainable_state(), after)
+    moments = whole.engine.optimizer_state()
+    assert moments.keys() == {f"momentum_buffer/{name}" for name in velocity}
+    other = Trained(vit, **sgd)
+    other.engine.load_trainable_state(whole.engine.trainable_state())
+    other.engine.load_optimizer_state(moments)
+    for one in (whole, other):
+        one.update([_batch(12, seed=9)], 1, 12, learning_rate=0.1)
+    expected = whole.engine.trainable_state()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in other.engine.trainable_state().items())
+
+
+def test_sgd_without_momentum_keeps_nothing(vit: Path) -> None:
+    trained = Trained(vit, optim="sgd", momentum=0.0)
+    trained.update([_batch(4)], 1, 4)
+    assert trained.engine.optimizer_state() == {}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

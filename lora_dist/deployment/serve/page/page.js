@@ -25,10 +25,16 @@ function bar({ label, score }, chosen) {
   return row;
 }
 
+function query() {
+  // The choice is on the page only if there are several adapters.
+  const adapter = document.getElementById("adapter")?.value;
+  return new URLSearchParams({ top_k: document.body.dataset.topK, ...(adapter === undefined ? {} : { adapter }) });
+}
+
 async function classify(file) {
   const form = new FormData();
   form.append("files", file, file.name.replace(/[/\\]/g, "_"));
-  const response = await fetch(`predict?top_k=${document.body.dataset.topK}`, { method: "POST", body: form });
+  const response = await fetch(`predict?${query()}`, { method: "POST", body: form });
   const content = await response.json().catch(() => ({}));
   if (!response.ok) {
     throw new Error(typeof content.detail === "string" ? content.detail : `the server answered ${response.status}`);
@@ -51,7 +57,8 @@ async function show(file) {
   picture.alt = "";
   picture.src = URL.createObjectURL(file);
   picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
-  details.append(element("h2", "", file.name));
+  const adapter = document.getElementById("adapter")?.value;
+  details.append(element("h2", "", adapter === undefined ? file.name : `${file.name} (${adapter})`));
   card.append(picture, details);
   results.prepend(card);
   try {

@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 from transformers import BitImageProcessor, ConvNextImageProcessor
 
 from lora_dist.data.pixels.images import load_rgb, opened
+from lora_dist.data.pixels.mixing import draw_mixture
 from lora_dist.data.pixels.transforms import ImageTransforms, seed_of, seeded
-from lora_dist.data.pixels.views import draw_mixture, stack
+from lora_dist.data.pixels.views import stack
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
 

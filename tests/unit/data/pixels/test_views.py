@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lora_dist.data.pixels.views import NOWHERE, DeferredOps, Mixture, View, black, combine, draw_mixture, resize, stack
+from lora_dist.data.pixels.deferred import DeferredOps, combine, resize
+from lora_dist.data.pixels.mixing import NOWHERE, Mixture, draw_mixture
+from lora_dist.data.pixels.views import View, black, stack
 
 ONES, ZEROS = torch.ones(3, 16, 20), torch.zeros(3, 16, 20)
 

@@ -26,6 +26,8 @@ KINDS: list[dict[str, Any]] = [
     {"lora_target_modules": ["fc2"]},
     {"lora_target_modules": ["query", "output.dense"], "lora_bias": "all", "use_rslora": True},
     {"use_dora": True},
+    {"lora_rank_pattern": {"query": 2}, "lora_alpha_pattern": {"layers.1.attention.v_proj": 3}, "train_norms": True},
+    {"layers_to_transform": "last:1", "lora_alpha_pattern": {"q_proj": 5}, "use_rslora": True},
 ]
 
 

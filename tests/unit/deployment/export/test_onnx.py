@@ -25,7 +25,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.export import onnx_export
-from lora_dist.deployment.export.onnx_export import Int8Cost, export
+from lora_dist.deployment.export.onnx_export import RoundingCost, export
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
@@ -46,9 +46,9 @@ def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("onnx") / "new" / "model.onnx"
-    difference, cost = export(load_classifier(adapter), out, [])
+    difference, cost, half = export(load_classifier(adapter), out, [])
     assert 0 <= difference <= onnx_export.TOLERANCE
-    assert cost is None
+    assert cost is half is None
     assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
     return out
 
@@ -170,7 +170,7 @@ def test_the_metadata_are_enough_without_this_package(adapter: Path, exported: P
 def test_other_architectures_can_be_exported(architecture: str, tmp_path: Path) -> None:
     """Those whose graphs differ most from a ViT's: windows folded into the batch, and convolutions."""
     model = _random(make_model(tmp_path / "model", architecture))
-    difference, _ = export(model, tmp_path / "model.onnx", [])
+    difference, *_ = export(model, tmp_path / "model.onnx", [])
     assert difference <= 1e-4
     images = [load_rgb(file) for file in PHOTOGRAPHS[:3]]
     torch.testing.assert_close(_logits(load_onnx(tmp_path / "model.onnx"), images), _logits(model, images))
@@ -302,7 +302,7 @@ def test_int8_is_smaller_and_its_cost_is_what_can_be_counted(adapter: Path, tmp_
     folder = make_folder(tmp_path / "photos", classes=("a", "b, c", "elsewhere"), per_class=20)
     (folder / "a" / "zz.png").write_text("broken")
     files = [str(path) for path in sorted(folder.rglob("*.png"))]
-    difference, cost = export(load_classifier(adapter), tmp_path / "int8.onnx", files, int8=True)
+    difference, cost, _ = export(load_classifier(adapter), tmp_path / "int8.onnx", files, int8=True)
     assert difference <= 1e-4
     export(load_classifier(adapter), tmp_path / "fp32.onnx", files)
     assert (tmp_path / "int8.onnx").stat().st_size < (tmp_path / "fp32.onnx").stat().st_size
@@ -315,7 +315,7 @@ def test_int8_is_smaller_and_its_cost_is_what_can_be_counted(adapter: Path, tmp_
     truth = [Path(file).parent.name for file in files]
     right = [sum(row == true for row, true in zip(rows, truth, strict=True)) for rows in (before, after)]
     changed = sum(one != other for one, other in zip(before, after, strict=True))
-    assert cost == Int8Cost(60, changed, 40, *right)
+    assert cost == RoundingCost("int8", 60, changed, 40, *right)
     for name, weights in (("fp32", "fp32"), ("int8", "int8, dynamic")):
         metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / f"{name}.onnx").metadata_props}
         assert metadata["weights"] == weights
@@ -324,6 +324,40 @@ def test_int8_is_smaller_and_its_cost_is_what_can_be_counted(adapter: Path, tmp_
     assert "ConvInteger" not in operators
 
 
+@pytest.mark.parametrize("architecture", ["vit", "convnext"])
+def test_fp16_is_half_as_large_and_gives_the_same_classes(architecture: str, tmp_path: Path) -> None:
+    """On real images. Clients go on to pass and to get fp32."""
+    model = _random(make_model(tmp_path / "model", architecture))
+    out = tmp_path / "fp16.onnx"
+    images = [load_rgb(file) for file in PHOTOGRAPHS]
+    expected = _logits(model, images)
+    difference, cost, half = export(model, out, PHOTOGRAPHS, fp16=True)
+    assert difference <= 1e-4
+    assert half is not None
+    assert 1e-6 < half < 0.01
+    assert cost == RoundingCost("fp16", len(PHOTOGRAPHS), 0, 0, 0, 0)
+    found = _logits(load_onnx(out), images)
+    assert found.dtype == torch.float32
+    assert found.argmax(dim=1).equal(expected.argmax(dim=1))
+    assert float((found - expected).abs().max() / expected.abs().max()) == pytest.approx(half, rel=0.5)
+    proto = onnx.load(out)
+    assert {entry.key: entry.value for entry in proto.metadata_props}["weights"] == "fp16"
+    types = [tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) > 1]
+    assert onnx.TensorProto.FLOAT not in types
+    assert types.count(onnx.TensorProto.FLOAT16) > 5
+
+
+def test_fp16_that_says_something_else_is_refused_and_leaves_nothing(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "HALF_PRECISION_TOLERANCE", 1e-7)
+    with pytest.raises(UserError, match=r"the logits in fp16 differ from PyTorch's by .* nothing was written"):
+        export(_random(vit), tmp_path / "model.onnx", [], fp16=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_cost_of_int8_in_words() -> None:
-    assert str(Int8Cost(10, 1, 0, 0, 0)) == "of 10 images, int8 gives 1 another class than fp32"
-    assert "accuracy on the 8 in folders of classes: fp32 87.50%, int8 75.00%" in str(Int8Cost(10, 1, 8, 7, 6))
+    assert str(RoundingCost("int8", 10, 1, 0, 0, 0)) == "of 10 images, int8 gives 1 another class than fp32"
+    assert "accuracy on the 8 in folders of classes: fp32 87.50%, int8 75.00%" in str(
+        RoundingCost("int8", 10, 1, 8, 7, 6)
+    )

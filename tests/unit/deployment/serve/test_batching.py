@@ -12,6 +12,7 @@ from transformers import ViTImageProcessor
 
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import Classifier
 
 COLORS = ["red", "lime", "blue"]
@@ -40,11 +41,12 @@ class Slow(nn.Module):
 def _batcher(max_batch_size: int = 4) -> tuple[Batcher, Slow]:
     model = Slow()
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    return Batcher(Classifier(model, processor, COLORS), max_batch_size, torch.device("cpu")), model
+    served = AdapterSet({"model": Classifier(model, processor, COLORS)})
+    return Batcher(served, max_batch_size, torch.device("cpu")), model
 
 
 def _ask(batcher: Batcher, color: str) -> Any:
-    return batcher.submit(batcher.transforms.resized([Image.new("RGB", (9, 7), color)]))
+    return batcher.submit("model", batcher.transforms["model"].resized([Image.new("RGB", (9, 7), color)]))
 
 
 def test_images_that_arrive_while_the_model_runs_share_the_next_batch() -> None:

@@ -1,6 +1,7 @@
 """The server over real HTTP: its answers, its refusals, and that it keeps running."""
 
 import http.client
+import io
 import itertools
 import json
 import socket
@@ -13,21 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
 import uvicorn
+from lora_dist_testing.tiny import write_bundle
 from lora_dist_testing.uploads import HEAD, encoded, png_of
-from lora_dist_testing.web import BOUNDARY, multipart, post
+from lora_dist_testing.web import BOUNDARY, Browser, multipart, post
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BitImageProcessor, ViTImageProcessor
 
+import lora_dist
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.serve import request_limits
+from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.server import make_app, run
 from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_set import AdapterSet, load_adapter_set
 from lora_dist.model.classifier import Classifier
 
 LABELS = ["<b>red</b>", "green & co", "blau 🦊"]
@@ -54,8 +60,9 @@ class Mean(nn.Module):
 
 
 @contextmanager
-def _serving(classifier: Classifier) -> Iterator[str]:
-    app = make_app(classifier, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu"))
+def _serving(served: Classifier | AdapterSet) -> Iterator[str]:
+    served = AdapterSet({"model": served}) if isinstance(served, Classifier) else served
+    app = make_app(served, "<i>model</i>", LIMITS, top_k=2, batch_size=16, device=torch.device("cpu"))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -347,9 +354,114 @@ def test_the_endpoint_is_documented(url: str) -> None:
     assert "multipart/form-data" in operation["requestBody"]["content"]
 
 
+def _get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+DAY, NIGHT = ["sun", 'cloud "nine"'], ["<b>moon</b>", "star", "owl"]
+
+
+@pytest.fixture(scope="module")
+def two(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], AdapterSet]:
+    """Directories of two adapters of one base with different classes, and the adapters."""
+    root = tmp_path_factory.mktemp("two")
+    directories = {"day": root / "day", "a & <night>": root / "night"}
+    for seed, (directory, labels) in enumerate(zip(directories.values(), (DAY, NIGHT), strict=True)):
+        write_bundle(directory, vit, labels, seed=seed, scale=0.5)
+    return directories, load_adapter_set(directories)
+
+
+def test_each_adapter_answers_under_its_name(two: tuple[dict[str, Path], AdapterSet]) -> None:
+    """While requests for both wait together."""
+    directories, served = two
+    expected = {
+        name: lora_dist.load(directory)(Image.open(io.BytesIO(GOOD)), top_k=3)
+        for name, directory in directories.items()
+    }
+    names = list(directories) * 8
+    with _serving(served) as url, ThreadPoolExecutor(16) as pool:
+        answers = pool.map(lambda name: post(url, [("a.png", GOOD)], f"?top_k=3&adapter={quote(name)}"), names)
+        for name, (status, answer) in zip(names, answers, strict=True):
+            assert status == 200
+            found = answer["predictions"][0]["top_k"]
+            assert [one["label"] for one in found] == [one["label"] for one in expected[name]]
+            assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected[name]], abs=1e-6)
+        unnamed, unknown = (post(url, [("a.png", GOOD)], query) for query in ("", "?adapter=noon"))
+        health, (_, page), (_, text) = (_get(f"{url}/{path}") for path in ("health", "", "metrics"))
+    assert (unnamed[0], unknown[0]) == (422, 422)
+    assert unnamed[1]["detail"] == "several adapters: name one with ?adapter=NAME, of day, a & <night>"
+    assert unknown[1]["detail"] == "there is no adapter 'noon' with ?adapter=NAME, of day, a & <night>"
+    assert (health[0], json.loads(health[1])) == (200, {"status": "ok", "adapters": list(directories)})
+    assert '<option value="a &amp; &lt;night&gt;">a &amp; &lt;night&gt; (3 classes)</option>' in page
+    assert 'lora_dist_images_total{adapter="day"} 8\n' in text
+    assert 'lora_dist_images_total{adapter="a & <night>"} 8\n' in text
+
+
+def test_metrics_count_what_was_answered_and_refused(classifier: Classifier, model: Mean) -> None:
+    with _serving(classifier) as url:
+        before = _get(f"{url}/metrics")[1]
+        assert post(url, [("a.png", GOOD), ("b.png", GOOD)])[0] == 200
+        assert post(url, [("a.png", b"bad")])[0] == 415
+        assert post(url, [("a.png", bytes(BODY))])[0] == 413
+        model.broken = True
+        with pytest.raises(ValueError, match="Expecting value"):  # the text of a 500 is no JSON
+            post(url, [("a.png", GOOD)])
+        model.broken = False
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+            assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+            lines = response.read().decode().splitlines()
+    assert "lora_dist_request_seconds_count 0" in before.splitlines()
+    for line in (
+        'lora_dist_requests_total{status="200"} 1',
+        'lora_dist_requests_total{status="413"} 1',
+        'lora_dist_requests_total{status="415"} 1',
+        'lora_dist_requests_total{status="500"} 1',
+        'lora_dist_request_seconds_bucket{le="+Inf"} 4',
+        "lora_dist_request_seconds_count 4",
+        'lora_dist_images_total{adapter="model"} 2',
+        "lora_dist_waiting_images 0",
+        "# TYPE lora_dist_request_seconds histogram",
+    ):
+        assert line in lines
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert 0 < float(values["lora_dist_model_seconds_total"]) < float(values["lora_dist_request_seconds_sum"]) + 1
+    buckets = [int(value) for name, value in values.items() if "_bucket" in name]
+    assert buckets == sorted(buckets)
+
+
+def test_a_server_whose_model_has_stopped_is_not_healthy(classifier: Classifier, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Batcher, "is_alive", False)
+    with _serving(classifier) as url:
+        assert _get(f"{url}/health") == (503, '{"detail":"the model has stopped"}')
+
+
+@pytest.mark.browser
+def test_the_page_asks_the_adapter_that_is_chosen(two: tuple[dict[str, Path], AdapterSet], tmp_path: Path) -> None:
+    """In a real browser. Images that are there keep the answers of the adapter that gave them."""
+    (tmp_path / "a.png").write_bytes(GOOD)
+    with _serving(two[1]) as url, Browser() as browser:
+        browser.open(url)
+        browser.choose("#choose", [tmp_path / "a.png"])
+        browser.wait_for("document.querySelectorAll('.bars').length === 1")
+        browser.evaluate("document.getElementById('adapter').value = 'a & <night>'")
+        browser.choose("#choose", [tmp_path / "a.png"])
+        browser.wait_for("document.querySelectorAll('.bars').length === 2")
+        texts = "[...document.querySelectorAll('.result')].map((card) => card.querySelector('h2').textContent)"
+        assert json.loads(browser.evaluate(f"JSON.stringify({texts})")) == ["a.png (a & <night>)", "a.png (day)"]
+        labels = "[...document.querySelectorAll('.label')].map((one) => one.textContent)"
+        found = json.loads(browser.evaluate(f"JSON.stringify({labels})"))
+        assert (set(found[:2]) < set(NIGHT), set(found[2:])) == (True, set(DAY))
+        assert "adapter=NAME" in browser.evaluate("document.querySelector('footer code').textContent")
+        assert browser.problems == []
+
+
 def test_a_port_in_use_is_refused_by_name(classifier: Classifier, url: str) -> None:
     port = int(url.rpartition(":")[2])
-    app = make_app(classifier, "x", LIMITS, top_k=1, batch_size=1, device=torch.device("cpu"))
+    app = make_app(AdapterSet({"x": classifier}), "x", LIMITS, top_k=1, batch_size=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match=f"--port {port}: Address already in use.*--port 0"):
         run(app, "127.0.0.1", port)
     with pytest.raises(UserError, match=r"--host no\.such\.host\.invalid"):

@@ -112,6 +112,13 @@ def test_a_card_on_the_hub_says_how_to_use_what_is_there() -> None:
     assert "--model ada/food --images" in card(["a"], tuning="full", name_on_hub="ada/food")
 
 
+def test_the_card_of_an_adapter_says_to_merge_it_for_pipeline() -> None:
+    merging = "    python -m lora_dist.predict --adapter ada/food --merge_to merged/\n"
+    assert merging in card(["a"], name_on_hub="ada/food")
+    assert merging in card(["a"], tuning="head", name_on_hub="ada/food")
+    assert "--merge_to" not in card(["a"], tuning="full", name_on_hub="ada/food")
+
+
 def test_of_very_many_classes_the_first_are_listed() -> None:
     text = card([f"class {number}" for number in range(MOST_CLASSES + 7)])
     assert f"| class {MOST_CLASSES - 1} |" in text

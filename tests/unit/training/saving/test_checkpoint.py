@@ -234,7 +234,7 @@ def test_a_pickle_in_place_of_the_weights_runs_no_code(name: str, tmp_path: Path
     """Even one with a manifest that vouches for it."""
     path = checkpoint.write(tmp_path, 3, content())
     (path / name).write_bytes(pickle.dumps(_Trap(tmp_path / "mark")))
-    manifest = {file: checkpoint._digest(path / file) for file in (TRAINED, OPTIMIZER, STATE)}
+    manifest = {file: checkpoint.digest(path / file) for file in (TRAINED, OPTIMIZER, STATE)}
     (path / COMPLETE).write_text(json.dumps(manifest))
     assert checkpoint.find_damage(path) is None
     assert checkpoint.read_newest(tmp_path) is None

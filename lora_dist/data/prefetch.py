@@ -1,0 +1,67 @@
+"""Copies what worker processes deliver to the device, on CUDA one item ahead and beside the computation."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def on_device(found: Iterator[T], device: torch.device, moved: Callable[[T], T]) -> Iterator[T]:
+    """Yields the items of an iterator, on `device`.
+
+    On CUDA, the next item is copied on a stream of its own while the present one is computed with. Elsewhere an item is
+    taken and copied when it is asked for.
+
+    Args:
+        found: items from workers, in page-locked memory if `device` is CUDA.
+        device: to copy to.
+        moved: starts the copy of an item's tensors to `device`.
+    """
+    if device.type != "cuda":
+        yield from map(moved, found)
+        return
+    copies = torch.cuda.Stream(device)
+
+    def copied(item: T) -> tuple[T, torch.cuda.Event]:
+        with torch.cuda.stream(copies):
+            return moved(item), copies.record_event()
+
+    for item, event in one_ahead(found, copied):
+        present = torch.cuda.current_stream(device)
+        present.wait_event(event)
+        for tensor in _tensors(item):
+            # Its memory is not to be used again before the present stream has computed with it.
+            tensor.record_stream(present)
+        yield item
+
+
+def one_ahead(found: Iterator[T], started: Callable[[T], U]) -> Iterator[U]:
+    """Yields `started` of each item, having called it for the next one as well.
+
+    An error of the iterator is raised in its turn, after all items before it.
+    """
+    waiting: list[U] = []
+    error: Exception | None = None
+    while error is None:
+        try:
+            waiting.append(started(next(found)))
+        except Exception as ahead:
+            error = ahead
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+    if not isinstance(error, StopIteration):
+        raise error
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested tuples."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, tuple):
+        for part in item:
+            yield from _tensors(part)

@@ -1,0 +1,46 @@
+"""Keeps the frozen base in bf16 and what trains in fp32, without autocast (`--base_dtype bfloat16`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dist.engines.half_precision import compute_in
+from lora_dist.errors import UserError
+from lora_dist.model.adapters import is_head, lora_layer_of
+
+
+def cast_base(model: nn.Module, heads: Sequence[str]) -> None:
+    """Casts all weights but those of LoRA and the heads to bf16, in place.
+
+    The model then computes in bf16, with LoRA's matrices cast for each product, and its heads in fp32.
+
+    Args:
+        model: an adapted model, before an engine wraps it.
+        heads: names of the modules that train in full.
+
+    Raises:
+        UserError: layers of the base follow a head.
+    """
+    compute_in(model, "bf16")
+    head = ""
+    for name, parameter in model.named_parameters():
+        if is_head(name, heads):
+            head = name
+        elif lora_layer_of(name) is None:
+            if head:
+                raise UserError(
+                    f"--base_dtype bfloat16: {head} trains in fp32, and {name} of the base, which follows it, would be "
+                    f"in bf16. Use --mixed_precision bf16 instead"
+                )
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if is_head(name, heads) and next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(_in_its_dtype)
+
+
+def _in_its_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Casts the input of a module to the dtype of its own parameters."""
+    dtype = next(module.parameters(recurse=False)).dtype
+    return tuple(one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one for one in inputs)

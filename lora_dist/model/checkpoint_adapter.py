@@ -1,0 +1,55 @@
+"""Makes an adapter of a checkpoint, with the records of its finished run."""
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_dist.errors import UserError
+from lora_dist.model.adapter_io import ADAPTER_CONFIG, PREFIX, WEIGHTS, plain_name
+from lora_dist.model.adapters import DEFAULT, plain_state
+from lora_dist.storage.checkpoint_files import TRAINED, find_damage, read_weights
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is that of a checkpoint."""
+    return (directory / TRAINED).is_file()
+
+
+def write_adapter_of_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Writes the adapter that the run would have as its result, if this checkpoint were its best.
+
+    Args:
+        checkpoint: in `checkpoints/` of a run that has finished.
+        out: new directory.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the run has not written an adapter.
+    """
+    run = checkpoint.resolve().parents[1]
+    result, initial = run / "adapter", run / "adapter_init"
+    if damage := find_damage(checkpoint):
+        raise UserError(f"{checkpoint}: {damage}")
+    if not (result / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{checkpoint} has no classes and no base; they are in the result of its run, and there is no adapter in "
+            f"{result}. Let the run finish first (--resume_from_checkpoint auto)"
+        )
+    trained = _plain(read_weights(checkpoint))
+    if initial.is_dir():
+        trained = plain_state(trained, _plain(load_file(initial / WEIGHTS)))
+    # What does not train but stands in the file, such as copies of norms, is the same in all checkpoints of a run.
+    state = _plain(load_file(result / WEIGHTS)) | trained
+    shutil.copytree(result, out, ignore=shutil.ignore_patterns(WEIGHTS, "README.md"))
+    save_file({PREFIX + name: tensor for name, tensor in state.items()}, out / WEIGHTS, metadata={"format": "pt"})
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under plain names, without the name of the adapter that PEFT's modules have."""
+    magnitude = f".lora_magnitude_vector.{DEFAULT}.weight"
+    named = {
+        plain_name(key.replace(magnitude, ".lora_magnitude_vector").replace(f".{DEFAULT}.", ".")): tensor
+        for key, tensor in tensors.items()
+    }
+    return {name: tensor for name, tensor in named.items() if name is not None}

@@ -1,0 +1,134 @@
+"""Finds the blocks of a backbone in the order of computation, and how far each parameter is from the head."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dist.errors import UserError
+from lora_dist.model.head import is_in
+from lora_dist.model.timm_image_size import MODEL_TYPE
+
+
+def find_blocks(model: nn.Module, heads: Sequence[str], pixel_values: Tensor, flag: str) -> list[str]:
+    """Returns the names of a backbone's blocks, in the order in which it calls them.
+
+    Blocks are the entries of numbered lists of modules. If entries of a list contain lists themselves, as the stages of
+    Swin and ConvNeXt do, the blocks are the entries of the inner lists.
+
+    Args:
+        model: classifier of `transformers`, without adapters.
+        heads: modules that do not belong to the backbone.
+        pixel_values: any input [1, 3, H, W].
+        flag: the setting that needs the blocks, for the error message.
+
+    Raises:
+        UserError: the backbone has no such list.
+    """
+    return _blocks(model, heads, _first_calls(model, pixel_values), flag)
+
+
+def choose_blocks(blocks: Sequence[str], wanted: Sequence[int] | str) -> list[str]:
+    """Returns the blocks that `layers_to_transform` names: by their numbers, or `last:N`.
+
+    Raises:
+        UserError: there are fewer blocks.
+    """
+    numbers = range(len(blocks))
+    chosen = numbers[-int(wanted.removeprefix("last:")) :] if isinstance(wanted, str) else wanted
+    most = int(wanted.removeprefix("last:")) - 1 if isinstance(wanted, str) else max(wanted)
+    if most not in numbers:
+        raise UserError(f"--layers_to_transform: the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
+    return [blocks[number] for number in chosen]
+
+
+def steps_from_head(model: Any, heads: Sequence[str], pixel_values: Tensor) -> dict[str, int]:
+    """Returns for each parameter how many layers it is from the head: 0 in the head, 1 in the last block and so on.
+
+    The layers are those of timm's `param_groups_layer_decay`: everything before the first block is one layer, which is
+    farthest from the head; what comes between two blocks belongs to the second of them, what follows the last block to
+    this one. For a model of timm they come from timm itself. Arguments as `find_blocks`.
+
+    Raises:
+        UserError: the backbone has no list of blocks.
+    """
+    if model.config.model_type == MODEL_TYPE:
+        return _steps_in_timm(model)
+    calls = _first_calls(model, pixel_values)
+    blocks = _blocks(model, heads, calls, "layer_decay")
+    return {name: _steps(name, heads, blocks, calls) for name, _ in model.named_parameters()}
+
+
+def _steps(name: str, heads: Sequence[str], blocks: Sequence[str], calls: Mapping[str, int]) -> int:
+    if is_in(name, heads):
+        return 0
+    owner = name.rpartition(".")[0]
+    while owner not in calls and owner not in blocks:
+        owner = owner.rpartition(".")[0]
+    own = next((index for index, block in enumerate(blocks) if is_in(owner, [block])), None)
+    if own is None:
+        if calls[owner] < calls[blocks[0]]:
+            return len(blocks) + 1
+        own = sum(calls[block] < calls[owner] for block in blocks[:-1])
+    return len(blocks) - own
+
+
+def _steps_in_timm(model: Any) -> dict[str, int]:
+    from timm.models import group_parameters
+
+    layers = group_parameters(model.timm_model, model.timm_model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {f"timm_model.{name}": last - layer for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def _first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
+    """Returns when a forward pass first calls each module."""
+    calls: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        calls.setdefault(name, len(calls))
+
+    # What the hook of a module returns would replace its input: `note` returns nothing.
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: note(name)) for name, module in model.named_modules()
+    ]
+    try:
+        model(pixel_values=pixel_values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _blocks(model: nn.Module, heads: Sequence[str], calls: Mapping[str, int], flag: str) -> list[str]:
+    outer = {name: entry for name, entry in _entries("", model) if not is_in(name, heads)}
+    inner = [name for above, stage in outer.items() for name, _ in _entries(above, stage)]
+    found = [name for name in inner or outer if name in calls]
+    if not found:
+        raise UserError(
+            f"--{flag}: {type(model).__name__} has no numbered list of blocks, so the depth of its layers is unknown; "
+            f"leave --{flag} out"
+        )
+    return sorted(found, key=lambda name: calls[name])
+
+
+def _entries(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the entries of the outermost lists inside a module (or of itself) whose entries have modules inside."""
+    children = dict(module.named_children())
+    is_list = list(children) == [str(index) for index in range(len(children))]
+    if is_list and any(_is_composite(child) for child in children.values()):
+        yield from ((_join(prefix, name), child) for name, child in children.items() if _is_composite(child))
+        return
+    for name, child in children.items():
+        yield from _entries(_join(prefix, name), child)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    """Whether a module consists of other modules and has weights."""
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,119 @@
+"""Yardsticks before training (`--probe`): a linear probe and nearest neighbours on the features of the base."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from lora_dist.data.features import Features
+from lora_dist.data.sources.split import Split
+from lora_dist.model.adapters import base_of
+from lora_dist.storage.files import replace_file
+from lora_dist.training.frozen_backbone import collect, split_loader
+from lora_dist.training.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+"""Both as in DINO (https://arxiv.org/abs/2104.14294)."""
+ITERATIONS = 200
+ROWS = 1024
+"""Images whose distances to all training images are in memory at once."""
+
+
+def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: int) -> None:
+    """Measures the yardsticks and writes them to a file, unless a resumed run has changed the features already.
+
+    Must be called on every process, in the watch's context.
+
+    Args:
+        run: before its first update.
+        heads: modules that are trained in full.
+        train: training images; seen as in an evaluation.
+        path: file for the accuracies.
+        step: updates done.
+    """
+    if step or len(heads) != 1:
+        if not path.exists():
+            reason = "the run has trained already" if step else f"several modules train in full: {', '.join(heads)}"
+            logger.warning("--probe: no linear probe, because %s", reason)
+        return
+    start = time.perf_counter()
+    run.watch.now("computing the features of the base", first=True)
+    accelerator, validation = run.engine.accelerator, run.evaluator.split
+    head = base_of(run.engine.unwrapped).get_submodule(heads[0])
+    known, asked = (
+        collect(run, run.engine.model, head, split_loader(run, split), len(split)) for split in (train, validation)
+    )
+    run.watch.now("fitting the linear probe", first=True)
+    found: list[dict[str, float]] = [{}]
+    if accelerator.is_main_process:
+        found = [accuracies(known, asked, len(run.evaluator.labels), accelerator.device)]
+        replace_file(path, (json.dumps(found[0], indent=2) + "\n").encode())
+    found = broadcast_object_list(found)
+    run.tracker.say(f"before training: {in_words(found[0])}, in {time.perf_counter() - start:.0f} s")
+
+
+def accuracies(known: Features, asked: Features, classes: int, device: torch.device) -> dict[str, float]:
+    """Returns `probe_accuracy` and `knn_accuracy` of `classes` classes on the readable images of `asked`."""
+    x, y, x_asked, y_asked = (
+        tensor.to(device)
+        for features in (known, asked)
+        for tensor in (features.values[features.readable].flatten(1).float(), features.labels[features.readable])
+    )
+    predictions = {"probe": linear_probe(x, y, x_asked, classes), "knn": neighbours(x, y, x_asked, classes)}
+    return {f"{name}_accuracy": float((found == y_asked).float().mean()) for name, found in predictions.items()}
+
+
+def linear_probe(x: Tensor, y: Tensor, asked: Tensor, classes: int) -> Tensor:
+    """Returns the classes that logistic regression predicts, with the L2 penalty of scikit-learn's C = 1.
+
+    Args:
+        x: features [N, F], standardised here.
+        y: classes, int64 [N].
+        asked: features [M, F].
+        classes: their number.
+    """
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+    deviation = deviation.where(deviation > 0, 1.0)
+    x, asked = (x - mean) / deviation, (asked - mean) / deviation
+    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(x @ weight.T + bias, y) + weight.square().sum() / (2 * len(x))
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (asked @ weight.detach().T + bias.detach()).argmax(dim=1)
+
+
+def neighbours(x: Tensor, y: Tensor, asked: Tensor, classes: int) -> Tensor:
+    """Returns the classes for which the nearest features vote, by cosine similarity; arguments as `linear_probe`."""
+    x, targets = normalize(x), one_hot(y, classes).float()
+    voted = []
+    for rows in normalize(asked).split(ROWS):
+        nearest = (rows @ x.T).topk(min(NEIGHBOURS, len(x)), dim=1)
+        votes = (nearest.values / TEMPERATURE).exp()[..., None] * targets[nearest.indices]
+        voted.append(votes.sum(dim=1).argmax(dim=1))
+    return torch.cat(voted)
+
+
+def read_probe(path: Path) -> dict[str, float]:
+    """Reads the accuracies that `probe` wrote; none without the file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def in_words(found: dict[str, float]) -> str:
+    """The accuracies as part of a sentence."""
+    return f"linear probe {found['probe_accuracy']:.4f}, kNN {found['knn_accuracy']:.4f}"
