@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from lora_dist.data.pixels.conversion import Conversion
-    from lora_dist.deployment.classify import Row
+    from lora_dist.deployment.classify import Precision, Row
+    from lora_dist.deployment.inputs import Inputs
     from lora_dist.deployment.parts import RowsOf
     from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.model.classifier import Classifier
@@ -62,11 +63,12 @@ def predict(argv: list[str] | None) -> None:
     if __name__ == "__main__":
         move_to_huge_pages()
     # Settings errors are reported before torch is imported.
-    from lora_dist import demo, extras, hub, logs
+    from lora_dist import extras, hub, logs
     from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
     from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.deployment import classify
     from lora_dist.deployment.export import destinations, onnx_export
+    from lora_dist.deployment.inputs import Files, find_inputs
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.model.decision import MULTI_LABEL
@@ -82,7 +84,9 @@ def predict(argv: list[str] | None) -> None:
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     if device.type == "cpu":
         share_cores()
-    files = classify.find_images([demo.local_path(name) for name in settings.images.images])
+    precision = classify.choose_precision(settings.images.precision, device)
+    inputs = find_inputs(settings)
+    files = list(inputs.paths) if isinstance(inputs, Files) else []
     chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
     chosen = {name: _adapter_of(directory) for name, directory in chosen.items()}
     if settings.source.average or settings.source.greedy_soup:
@@ -95,28 +99,34 @@ def predict(argv: list[str] | None) -> None:
     rows_of: RowsOf
     if settings.source.side_by_side:
         loaded = _load_set(chosen, settings)
-        rows_of, conversion = _rows_of_each(loaded, settings, device), AS_TRANSFORMERS
+        rows_of, conversion = _rows_of_each(loaded, settings, device, precision, inputs), AS_TRANSFORMERS
+        labels: Any = {name: one.labels for name, one in loaded.classifiers.items()}
         decisions = [one.decision for one in loaded.classifiers.values()]
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
             _serve(AdapterSet({settings.title: classifier}), settings, device)
-        rows_of, conversion = {None: partial(_rows, classifier, settings, device)}, classifier.conversion
+        rows_of = {None: partial(_rows, classifier, settings, device, precision, inputs)}
+        conversion, labels = classifier.conversion, classifier.labels
         decisions = [classifier.decision]
-    if not files:
+    if not len(inputs):
         return
     with_labels = any(decision.problem_type == MULTI_LABEL for decision in decisions)
-    if shares or (len(files) > MAX_IMAGES and _is_plain_file(settings.images.output)):
-        parts = Parts(Path(settings.images.output or ""), list(rows_of), files, _plan(chosen, settings))
+    record = {"model": settings.title, "labels": labels, "precision": precision}
+    logger.info("predicting on %s in %s", device, precision)
+    if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
+        parts = Parts(
+            Path(settings.images.output or ""), list(rows_of), inputs, _plan(chosen, settings) | {"record": record}
+        )
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return
-        is_whole = _output(parts.rows(), files, settings, conversion, with_labels)
+        is_whole = _output(parts.rows(), inputs, settings, conversion, record, with_labels)
         parts.remove()
     else:
-        rows = chain.from_iterable(rows_of[name](files) for name in rows_of)
-        shown = _with_progress(rows, len(files) * len(rows_of), settings)
-        is_whole = _output(shown, files, settings, conversion, with_labels)
+        rows = chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of)
+        shown = _with_progress(rows, len(inputs) * len(rows_of), settings)
+        is_whole = _output(shown, inputs, settings, conversion, record, with_labels)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
 
@@ -138,10 +148,11 @@ def _soup(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.d
     """Returns the names of the adapters that are most accurate together."""
     from lora_dist import demo
     from lora_dist.deployment import classify, soup
+    from lora_dist.deployment.inputs import find_images
     from lora_dist.model import adapter_set
 
     source, images = settings.source, settings.images
-    files = classify.find_images([demo.local_path(source.greedy_soup or "")])
+    files = find_images([demo.local_path(source.greedy_soup or "")])
     blend = partial(
         adapter_set.load_weighted_sum,
         base_model=source.base_model,
@@ -246,17 +257,25 @@ def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) 
 
 
 def _rows(
-    classifier: Classifier, settings: PredictSettings, device: torch.device, files: Sequence[str]
+    classifier: Classifier,
+    settings: PredictSettings,
+    device: torch.device,
+    precision: Precision,
+    inputs: Inputs,
+    indices: Sequence[int],
 ) -> Iterator[Row]:
     from lora_dist.deployment import classify
 
     return classify.classify(
         classifier,
-        files,
+        inputs,
         top_k=settings.images.top_k or 1,
         batch_size=classify.choose_batch_size(settings.images.batch_size, device),
         num_workers=settings.images.num_workers,
         device=device,
+        indices=indices,
+        output_type=settings.images.output_type,
+        precision=precision,
     )
 
 
@@ -271,11 +290,13 @@ def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterS
     return loaded
 
 
-def _rows_of_each(loaded: AdapterSet, settings: PredictSettings, device: torch.device) -> RowsOf:
-    """Returns what classifies files with each adapter, on a shared base."""
+def _rows_of_each(
+    loaded: AdapterSet, settings: PredictSettings, device: torch.device, precision: Precision, inputs: Inputs
+) -> RowsOf:
+    """Returns what classifies images with each adapter."""
 
-    def rows(name: str, files: Sequence[str]) -> Iterator[Row]:
-        for row in _rows(loaded.set_adapter(name), settings, device, files):
+    def rows(name: str, indices: Sequence[int]) -> Iterator[Row]:
+        for row in _rows(loaded.set_adapter(name), settings, device, precision, inputs, indices):
             yield row._replace(adapter=name)
 
     return {name: partial(rows, name) for name in loaded.classifiers}
@@ -293,15 +314,19 @@ def _plan(chosen: Mapping[str, Path], settings: PredictSettings) -> dict[str, An
         "labels": _labels(settings),
         "model": [digest_of(root) for root in (*chosen.values(), *whole, *onnx)],
         "top_k": settings.images.top_k or 1,
+        "output_type": settings.images.output_type,
         "max_image_pixels": settings.images.max_image_pixels,
     }
 
 
-def _with_progress(rows: Iterable[Row], total: int, settings: PredictSettings) -> Iterator[Row]:
-    """Yields the rows, behind a progress bar if they do not go to the terminal themselves."""
-    from tqdm import tqdm
+def _with_progress(rows: Iterator[Row], total: int, settings: PredictSettings) -> Iterator[Row]:
+    """Yields the rows and says how far they are, if they do not go to the terminal themselves."""
+    from lora_dist.deployment.progress import Progress
 
-    yield from tqdm(rows, total=total, unit=" rows", disable=settings.images.output is None or not sys.stderr.isatty())
+    with Progress(total, silent=settings.images.output is None) as progress:
+        for done, row in enumerate(rows, 1):
+            yield row
+            progress.advance_to(done)
 
 
 def _is_plain_file(output: str | None) -> bool:
@@ -310,32 +335,39 @@ def _is_plain_file(output: str | None) -> bool:
 
 
 def _output(
-    rows: Iterator[Row], files: list[str], settings: PredictSettings, conversion: Conversion, with_labels: bool
+    rows: Iterator[Row],
+    inputs: Inputs,
+    settings: PredictSettings,
+    conversion: Conversion,
+    record: Mapping[str, Any],
+    with_labels: bool,
 ) -> bool:
     """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
-    from lora_dist.deployment import classify
+    from lora_dist.deployment import outputs
 
     images = settings.images
     if hasattr(signal, "SIGPIPE"):
         # Ends `… | head` without a traceback. Not set earlier: a lost connection to the Hub is an error.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    drawn = set(classify.spread(len(files), classify.GRID_IMAGES)) if images.grid else set()
+    drawn = set(outputs.spread(len(inputs), outputs.GRID_IMAGES)) if images.grid else set()
     shown = []
-    bad = set()
-    several = settings.source.side_by_side
-    with classify.writer(images.output, images.format, images.top_k or 1, several, with_labels) as write:
+    bad = 0
+    side_by_side = settings.source.side_by_side
+    with outputs.writer(
+        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record, with_labels
+    ) as write:
         for index, row in enumerate(rows):
             write(row)
-            if row.error is not None:
-                bad.add(row.path)
+            # The adapters of a set have the same unreadable images.
+            bad += row.error is not None and index < len(inputs)
             if index in drawn:
-                shown.append(row)
+                shown.append((row, inputs.read([index])[0].source))
     if images.grid:
-        classify.draw_grid(shown, Path(images.grid), conversion)
+        outputs.draw_grid(shown, Path(images.grid), conversion)
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:
-        logger.warning("%d of %d images could not be read; their rows have the errors", len(bad), len(files))
+        logger.warning("%d of %d images could not be read; their rows have the errors", bad, len(inputs))
     return not bad
 
 

@@ -1,37 +1,44 @@
-"""Finds images, classifies them, and writes the predictions as JSON lines or CSV."""
+"""Classifies images: the predictions of a model, in batches, in the order of the images."""
 
-import csv
-import glob
-import io
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
-from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
+from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.data.sources.files import find_files, warn_of_ignored
+from lora_dist.deployment.inputs import Files, Inputs
 from lora_dist.errors import UserError
-from lora_dist.figures import grid
 from lora_dist.model.classifier import Classifier
+from lora_dist.model.features import PooledFeatures
+from lora_dist.processes.cores import cores_per_process
 from lora_dist.processes.devices import computes_on_cpu
-from lora_dist.processes.workers import POLL_SECONDS, SILENT_SECONDS, from_workers, worker_loader
-from lora_dist.storage.writable import writing
+from lora_dist.processes.workers import (
+    POLL_SECONDS,
+    SHARED_MEMORY,
+    SILENT_SECONDS,
+    from_workers,
+    worker_loader,
+)
+from lora_dist.settings.predict import OutputType
+from lora_dist.storage.disk import free_bytes
 
-GRID_IMAGES = 32
 TINY_FILE = 8_000
 """Bytes of a file below which a decoding process costs more than it saves."""
 MIN_DECODED = 32
 """Images, at least, that a decoding process returns at once, because each return has a fixed cost."""
+
+
+MAX_WORKERS = 16
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Row(NamedTuple):
@@ -42,6 +49,7 @@ class Row(NamedTuple):
         top_k: classes with their probabilities, most likely first; empty if there is an error.
         error: why the image is unreadable, or None.
         adapter: name of the adapter, if there are several.
+        values: float32 [classes] or [features], if probabilities, logits or embeddings were asked for.
         labels: of a model of several labels, those above their thresholds with their scores, highest first; None of
             one class per image, which is the first of `top_k`.
     """
@@ -50,32 +58,13 @@ class Row(NamedTuple):
     top_k: list[tuple[str, float]]
     error: str | None = None
     adapter: str | None = None
+    values: np.ndarray | None = None
     labels: list[tuple[str, float]] | None = None
 
     @property
     def answer(self) -> list[tuple[str, float]]:
         """What the model says about a readable image: its labels, or its class."""
         return self.top_k[:1] if self.labels is None else self.labels
-
-
-def find_images(names: Sequence[str]) -> list[str]:
-    """Resolves files, folders (recursively) and patterns to files, in order and without duplicates.
-
-    Raises:
-        UserError: a name matches no image.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        # `Path.is_dir` fails on a name that is too long.
-        if os.path.isdir(name):  # noqa: PTH112
-            files, ignored = find_files(name)
-            warn_of_ignored(name, ignored)
-        else:
-            files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-        if not files:
-            raise UserError(f"--images {name}: no images found")
-        found.update(dict.fromkeys(files))
-    return list(found)
 
 
 def choose_device(name: str) -> torch.device:
@@ -101,200 +90,169 @@ def choose_device(name: str) -> torch.device:
 
 def choose_batch_size(given: int | None, device: torch.device) -> int:
     """Returns the batch size. On a CPU, batches of 8 took a seventh less time than of 32 with a ViT-S."""
-    return given or (8 if device.type == "cpu" else 32)
+    return given or {"cpu": 8, "cuda": 128}.get(device.type, 32)
+
+
+def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
+    """Returns the precision; `auto` is bf16 on a CUDA device that computes in it, and fp32 elsewhere."""
+    if name != "auto":
+        return name
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 @torch.inference_mode()
 def classify(
     classifier: Classifier,
-    files: Sequence[str],
+    images: Sequence[str] | Inputs,
     *,
     top_k: int,
     batch_size: int,
     num_workers: int | None,
     device: torch.device,
+    indices: Sequence[int] | None = None,
+    output_type: OutputType = "top_k",
+    precision: Precision = "fp32",
 ) -> Iterator[Row]:
-    """Yields a row with `top_k` classes for each file, in order; that of an unreadable file has an error.
+    """Yields a row with `top_k` classes for each image, in order; that of an unreadable image has an error.
 
-    `num_workers` decoding processes; None for one, or none if the files are few or tiny.
+    Args:
+        classifier: moved to `device`.
+        images: paths, or other inputs.
+        top_k: number of classes in a row.
+        batch_size: images per forward pass.
+        num_workers: decoding processes; None for what suits the device, none if the files are few or tiny.
+        device: where the model runs.
+        indices: of the images to classify. Default: all.
+        output_type: what else rows have, as `values`.
+        precision: of autocast; fp32 is without it.
 
     Raises:
-        UserError: a logit is not finite.
+        UserError: a logit is not finite, or a data set cannot be read.
     """
     classifier.model.to(device)
+    inputs = Files(images) if isinstance(images, Sequence) else images
+    chosen = range(len(inputs)) if indices is None else indices
     size = max(batch_size, MIN_DECODED)
-    workers = num_workers if num_workers is not None else int(len(files) > size and _are_slow_to_decode(files[:size]))
-    starts = range(0, len(files), size)
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    if num_workers is not None:
+        workers = num_workers
+    elif len(chosen) <= size or not _are_slow_to_decode(inputs, chosen[:size]):
+        workers = 0
+    else:
+        workers = choose_workers(device, size * 3 * transforms.height * transforms.width)
     loader = worker_loader(
-        _Files(files, transforms),
-        batch_sampler=[list(range(start, min(start + size, len(files)))) for start in starts],
+        _Decoder(inputs, transforms),
+        batch_sampler=_Slices(chosen, size),
         workers=workers,
         pin_memory=device.type == "cuda",
         timeout=POLL_SECONDS,
     )
-    for decoded in from_workers(loader, SILENT_SECONDS):
-        batches = () if decoded.pixels is None else decoded.pixels.split(batch_size)
-        inputs = (transforms.finished(batch.to(device, non_blocking=True)) for batch in batches)
-        # Lazy, so that rows of a batch are written before the next batch runs.
-        ranked = (row for batch in inputs for row in _answers(classifier, batch, top_k))
-        for path, error in zip(decoded.paths, decoded.errors, strict=True):
-            best, labels = ([], None) if error else next(ranked)
-            yield Row(path, best, error, labels=labels)
+    with ExitStack() as stack:
+        features = stack.enter_context(PooledFeatures(classifier.model)) if output_type == "embeddings" else None
+        predict = partial(_predict, classifier, features, top_k, output_type, precision)
+        for decoded in from_workers(loader, SILENT_SECONDS):
+            if isinstance(decoded, UserError):
+                raise decoded
+            batches = () if decoded.pixels is None else decoded.pixels.split(batch_size)
+            finished = (transforms.finished(batch.to(device, non_blocking=True)) for batch in batches)
+            # Lazy, so that rows of a batch are written before the next batch runs.
+            predictions = (prediction for batch in finished for prediction in predict(batch))
+            for name, error in zip(decoded.names, decoded.errors, strict=True):
+                best, labels, values = ([], None, None) if error else next(predictions)
+                yield Row(name, best, error, values=values, labels=labels)
 
 
-def _answers(
-    classifier: Classifier, batch: Tensor, top_k: int
-) -> Iterator[tuple[list[tuple[str, float]], list[tuple[str, float]] | None]]:
-    """For each image of a batch, the classes of `Row.top_k` and `Row.labels`."""
-    probabilities = classifier.probabilities(batch)
-    yield from zip(classifier.top_k(probabilities, top_k), classifier.chosen(probabilities), strict=True)
+def choose_workers(device: torch.device, batch_bytes: int) -> int:
+    """Returns the number of decoding processes: one beside a CPU that computes, otherwise this process's cores.
+
+    Args:
+        device: where the model runs.
+        batch_bytes: bytes of a batch of 8-bit pixels. Each process keeps up to three in shared memory.
+    """
+    if device.type == "cpu":
+        return 1
+    fitting = free_bytes(SHARED_MEMORY) // (6 * batch_bytes) if SHARED_MEMORY.is_dir() else MAX_WORKERS
+    return max(1, min(cores_per_process() - 1, fitting, MAX_WORKERS))
 
 
-def _are_slow_to_decode(files: Sequence[str]) -> bool:
-    """Whether a decoding process is worth its cost."""
-    return sum(path.stat().st_size for path in map(Path, files) if path.is_file()) > TINY_FILE * len(files)
+def _predict(
+    classifier: Classifier,
+    features: PooledFeatures | None,
+    top_k: int,
+    output_type: OutputType,
+    precision: Precision,
+    pixel_values: Tensor,
+) -> Iterator[tuple[list[tuple[str, float]], list[tuple[str, float]] | None, np.ndarray | None]]:
+    """Yields `top_k`, `labels` and `values` of the row of each image of a batch."""
+    kind, dtype = pixel_values.device.type, None if precision == "fp32" else DTYPES[precision]
+    with torch.autocast(kind, dtype, enabled=dtype is not None):
+        logits = classifier.logits(pixel_values)
+    probabilities = classifier.decision.scores(logits)
+    best, labels = classifier.top_k(probabilities, top_k), classifier.chosen(probabilities)
+    if output_type == "top_k":
+        yield from ((*classes, None) for classes in zip(best, labels, strict=True))
+        return
+    if output_type == "embeddings":
+        assert features is not None
+        values = features.last()
+    else:
+        values = logits if output_type == "logits" else probabilities
+    yield from zip(best, labels, values.cpu().numpy(), strict=True)
+
+
+def _are_slow_to_decode(inputs: Inputs, indices: Sequence[int]) -> bool:
+    """Whether a decoding process is worth its cost. It always is for a data set, whose rows have to be read as well."""
+    if not isinstance(inputs, Files):
+        return True
+    files = [Path(image.name) for image in inputs.read(indices)]
+    return sum(file.stat().st_size for file in files if file.is_file()) > TINY_FILE * len(files)
+
+
+class _Slices:
+    """Slices of `size` of the indices: the batches of a `DataLoader`, made when they are needed."""
+
+    def __init__(self, indices: Sequence[int], size: int) -> None:
+        self._indices, self._size = indices, size
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return (self._indices[start : start + self._size] for start in range(0, len(self._indices), self._size))
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // self._size)
 
 
 class _DecodedBatch(NamedTuple):
-    """Paths and errors of files, and the pixels [B, 3, H, W] of the readable ones."""
+    """Names and errors of images, and the pixels [B, 3, H, W] of the readable ones."""
 
-    paths: list[str]
+    names: list[str]
     errors: list[str | None]
     pixels: Tensor | None
 
 
-class _Files(Dataset):
-    def __init__(self, files: Sequence[str], transforms: ImageTransforms) -> None:
-        self.files = files
+class _Decoder(Dataset):
+    """Decodes images by their indices, in this process or another."""
+
+    def __init__(self, inputs: Inputs, transforms: ImageTransforms) -> None:
+        self.inputs = inputs
         self.transforms = transforms
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.inputs)
 
-    def __getitems__(self, indices: Sequence[int]) -> _DecodedBatch:
-        paths = [self.files[index] for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> _DecodedBatch | UserError:
+        try:
+            found = self.inputs.read(indices)
+        except UserError as error:
+            return error
         errors: list[str | None] = []
         images = []
-        for path in paths:
+        for source, name in found:
             try:
-                images.append(self.transforms.load(path))
+                images.append(self.transforms.load(source, name))
                 errors.append(None)
             except UnreadableImageError as error:
                 errors.append(str(error))
-        return _DecodedBatch(paths, errors, self.transforms.resized(images) if images else None)
-
-
-def spread(total: int, count: int) -> list[int]:
-    """Returns at most `count` of `total` indices, evenly spread, because folders are sorted by class."""
-    chosen = min(total, count)
-    return [index * total // chosen for index in range(chosen)]
-
-
-def draw_grid(rows: Sequence[Row], path: Path, conversion: Conversion = AS_TRANSFORMERS) -> None:
-    """Draws a PNG file with images and their predictions.
-
-    Raises:
-        UserError: no image is readable, or the file cannot be written.
-    """
-    shown = [row for row in rows if row.error is None]
-    if not shown:
-        raise UserError("--grid: none of its images can be read")
-    captions = [
-        f"{', '.join(label for label, _ in row.answer) or '(none)'}\n"
-        f"{' '.join(f'{score:.1%}' for _, score in row.answer)}"
-        for row in shown
-    ]
-    with writing(path, "grid"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid([load_rgb(row.path, conversion=conversion) for row in shown], captions).save(path, "PNG")
-
-
-@contextmanager
-def writer(
-    output: str | None,
-    format_: Literal["jsonl", "csv"] | None,
-    top_k: int,
-    with_adapter: bool = False,
-    with_labels: bool = False,
-) -> Iterator[Callable[[Row], None]]:
-    """Yields a function that writes and flushes a row.
-
-    Args:
-        output: path, or None for standard output.
-        format_: None to infer it from the path.
-        top_k: number of classes in a CSV line.
-        with_adapter: add the column `adapter` to a CSV.
-        with_labels: add the column `labels` to a CSV, with semicolons between the labels.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    chosen = format_ or ("csv" if output and output.lower().endswith(".csv") else "jsonl")
-    columns = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter, with_labels=with_labels)
-    to_rows = columns if chosen == "csv" else _json_lines
-    if output is None:
-        yield to_rows(_utf8_stdout())
-        return
-    path = Path(output)
-    with writing(path, "output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Escapes bytes of file names that are not UTF-8.
-        file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-    try:
-        yield writing(path, "output")(to_rows(file))
-    finally:
-        with writing(path, "output"):
-            file.close()
-
-
-def _utf8_stdout() -> Any:
-    """Standard output in UTF-8 in any locale, with bytes of other file names escaped."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    return sys.stdout
-
-
-def _json_lines(file: Any) -> Callable[[Row], None]:
-    def write(row: Row) -> None:
-        content: dict[str, Any] = {} if row.adapter is None else {"adapter": row.adapter}
-        content["path"] = row.path
-        if row.error is None:
-            top_k = _scored(row.top_k)
-            content |= top_k[0] if row.labels is None else {"labels": _scored(row.labels)}
-            content["top_k"] = top_k
-        else:
-            content["error"] = row.error
-        file.write(json.dumps(content, ensure_ascii=False) + "\n")
-        file.flush()
-
-    return write
-
-
-def _scored(classes: list[tuple[str, float]]) -> list[dict[str, Any]]:
-    return [{"label": label, "score": score} for label, score in classes]
-
-
-def _joined(labels: list[tuple[str, float]]) -> str:
-    for label, _ in labels:
-        if ";" in label:
-            raise UserError(f"a CSV has semicolons between labels, and one is called {label!r}: use --format jsonl")
-    return ";".join(label for label, _ in labels)
-
-
-def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> Callable[[Row], None]:
-    lines = csv.writer(file)
-    suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
-    columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "score")]
-    adapter, labels = ["adapter"] if with_adapter else [], ["labels"] if with_labels else []
-    lines.writerow([*adapter, "path", *labels, *columns, "error"])
-
-    def write(row: Row) -> None:
-        cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
-        cells += [""] * (len(columns) - len(cells))
-        adapter = [row.adapter] if with_adapter else []
-        labels = [_joined(row.labels or [])] if with_labels else []
-        lines.writerow([*adapter, row.path, *labels, *cells, row.error or ""])
-        file.flush()
-
-    return write
+        return _DecodedBatch(
+            [image.name for image in found], errors, self.transforms.resized(images) if images else None
+        )

@@ -4,27 +4,30 @@ Each part is a file of JSON lines, written atomically in `OUTPUT.parts`. Every p
 are missing. The first one waits for the others and joins the parts, in order.
 """
 
+import base64
 import hashlib
 import json
 import logging
 import os
-import shutil
-import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from itertools import groupby, islice, product
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+import numpy as np
 
 from lora_dist import waiting
 from lora_dist.deployment.classify import Row
+from lora_dist.deployment.inputs import Inputs
+from lora_dist.deployment.progress import Progress
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import format_ranks, read_failure
 from lora_dist.processes.rendezvous import launch_store
-from lora_dist.storage.files import replace_files
+from lora_dist.storage.files import remove_directory, replace_files
 from lora_dist.storage.writable import writing
 
 MAX_IMAGES = 512
@@ -35,8 +38,8 @@ _STORE_TIMEOUT = timedelta(seconds=1800)
 _POLL_SECONDS = 0.2
 
 
-RowsOf = Mapping[str | None, Callable[[Sequence[str]], Iterator[Row]]]
-"""Classifies files, by name of the adapter; None for a model without a name."""
+RowsOf = Mapping[str | None, Callable[[Sequence[int]], Iterator[Row]]]
+"""Classifies the images of these indices, by name of the adapter; None for a model without a name."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +56,11 @@ def digest_of(root: Path) -> str:
 
 
 class Part(NamedTuple):
-    """Files that one process classifies with one adapter: `number` of the part, name of the adapter, and paths."""
+    """Images that one process classifies with one adapter: `number` of the part, name of the adapter, and indices."""
 
     number: int
     adapter: str | None
-    files: Sequence[str]
+    indices: range
 
 
 class Parts:
@@ -67,28 +70,25 @@ class Parts:
         directory: where they lie.
     """
 
-    def __init__(
-        self, output: Path, adapters: Sequence[str | None], files: Sequence[str], plan: dict[str, Any]
-    ) -> None:
+    def __init__(self, output: Path, adapters: Sequence[str | None], inputs: Inputs, plan: dict[str, Any]) -> None:
         """
         Args:
             output: the file that the parts become.
             adapters: names of the adapters; None for a model without a name.
-            files: all images, in order.
-            plan: what the rows depend on besides the files, as JSON values.
+            inputs: all images, in order.
+            plan: what the rows depend on besides the images, as JSON values.
 
         Raises:
             UserError: parts of another prediction lie there, or the directory cannot be written.
         """
         self.directory = output.with_name(f"{output.name}.parts")
-        size = min(MAX_IMAGES, -(-len(files) // _TARGET_PARTS))
-        starts = range(0, len(files), size)
+        count = len(inputs)
+        size = min(MAX_IMAGES, -(-count // _TARGET_PARTS))
         self._parts = [
-            Part(number, adapter, files[start : start + size])
-            for number, (adapter, start) in enumerate(product(adapters, starts))
+            Part(number, adapter, range(start, min(start + size, count)))
+            for number, (adapter, start) in enumerate(product(adapters, range(0, count, size)))
         ]
-        digest = hashlib.sha256("\0".join(files).encode("utf-8", "surrogateescape")).hexdigest()
-        self._plan = {**plan, "adapters": list(adapters), "files": digest, "part_size": size}
+        self._plan = {**plan, "adapters": list(adapters), "files": inputs.fingerprint(), "part_size": size}
         self._store = launch_store(_STORE_TIMEOUT)
         self._rank, self._world_size = 0, 1
         if self._store is not None:
@@ -118,22 +118,30 @@ class Parts:
         Raises:
             UserError: the disk is full or cannot be written.
         """
-        written = [part for part in self._parts if self._path(part).exists()]
-        pending = [part for part in self._parts[self._rank :: self._world_size] if part not in written]
+        written = self._written()
+        pending = [part for part in self._parts[self._rank :: self._world_size] if part.number not in written]
+        done, total = self._images_of(written), self._images_of(range(len(self._parts)))
         if written:
-            images = sum(len(part.files) for part in written)
-            logger.info("going on with %s, which has %d rows", self.directory, images)
-        silent = self._rank > 0 or not sys.stderr.isatty()
-        with tqdm(total=sum(len(part.files) for part in pending), unit=" rows", disable=silent) as bar:
+            logger.info("going on with %s, which has %d rows", self.directory, done)
+        with Progress(total, done, silent=self._rank > 0) as progress:
             for adapter, group in groupby(pending, key=lambda part: part.adapter):
                 mine = list(group)
-                rows = rows_of[adapter]([file for part in mine for file in part.files])
+                indices = array("q", chain.from_iterable(part.indices for part in mine))
+                rows = rows_of[adapter](indices)
                 for part in mine:
-                    self._write(part, islice(rows, len(part.files)))
-                    bar.update(len(part.files))
+                    self._write(part, islice(rows, len(part.indices)))
+                    if self._rank == 0:
+                        progress.advance_to(self._images_of(self._written()))
+
+    def _written(self) -> set[int]:
+        """Numbers of the parts that are written, by any process."""
+        return {int(path.stem.partition("-")[2]) for path in self.directory.glob("part-*.jsonl")}
+
+    def _images_of(self, numbers: Iterable[int]) -> int:
+        return sum(len(self._parts[number].indices) for number in numbers)
 
     def _write(self, part: Part, rows: Iterable[Row]) -> None:
-        content = "".join(f"{json.dumps(row)}\n" for row in rows)
+        content = "".join(f"{json.dumps(row._asdict(), default=_encoded)}\n" for row in rows)
         with writing(self.directory, "output"), replace_files(self.directory) as aside:
             (aside / self._path(part).name).write_text(content, encoding="utf-8")
 
@@ -172,14 +180,17 @@ class Parts:
             if not self._path(part).exists():
                 raise UserError(f"{self._path(part)} is missing: do all processes see the same directory?")
             for line in self._path(part).read_text(encoding="utf-8").splitlines():
+                fields = json.loads(line)
+                fields["top_k"] = _pairs(fields["top_k"])
+                fields["values"] = None if fields["values"] is None else _decoded(fields["values"])
                 # Parts of older releases have no labels.
-                path, top_k, error, adapter, *labels = json.loads(line)
-                chosen = labels[0] if labels else None
-                yield Row(path, _pairs(top_k), error, adapter, None if chosen is None else _pairs(chosen))
+                labels = fields.get("labels")
+                yield Row(**fields | {"labels": None if labels is None else _pairs(labels)})
 
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        with suppress(OSError):
+            remove_directory(self.directory)
 
     def _path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06d}.jsonl"
@@ -187,3 +198,12 @@ class Parts:
 
 def _pairs(classes: list[list[Any]]) -> list[tuple[str, float]]:
     return [(label, score) for label, score in classes]
+
+
+def _encoded(values: np.ndarray) -> str:
+    """The values of a row as text without loss, and shorter than as numbers."""
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def _decoded(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")

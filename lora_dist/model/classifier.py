@@ -37,7 +37,11 @@ class Classifier:
     decision: Decision = field(default_factory=MostLikely)
 
     def probabilities(self, pixel_values: Tensor) -> Tensor:
-        """Computes probabilities [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
+        """Computes probabilities [B, classes]. Arguments and errors as `logits`."""
+        return self.decision.scores(self.logits(pixel_values))
+
+    def logits(self, pixel_values: Tensor) -> Tensor:
+        """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model.
 
         Raises:
             UserError: a logit is not finite.
@@ -45,7 +49,7 @@ class Classifier:
         logits = self.model(pixel_values=pixel_values).logits.float()
         if not logits.isfinite().all():
             raise UserError("the logits of the model are not finite: its weights are damaged, or its training diverged")
-        return self.decision.scores(logits)
+        return logits
 
     def top_k(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """Returns the k most likely classes of each row of [B, classes] with their probabilities."""

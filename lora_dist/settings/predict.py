@@ -23,6 +23,15 @@ from lora_dist.settings.fields import (
     Problem,
 )
 
+Format = Literal["jsonl", "csv", "parquet"]
+OutputType = Literal["top_k", "probabilities", "logits", "embeddings"]
+_SUFFIXES: dict[str, Format] = {".csv": "csv", ".parquet": "parquet"}
+
+
+def format_of(output: str | None, chosen: Format | None) -> Format:
+    """The format of an output: the chosen one, or that of its suffix, or else JSON Lines."""
+    return chosen or _SUFFIXES.get(os.path.splitext(output or "")[1].lower(), "jsonl")
+
 
 class ModelSource(Group):
     """Model"""
@@ -74,22 +83,48 @@ class Images(Group):
 
     images: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
     """Files, folders and patterns such as 'photos/*.jpg'."""
+    images_from: str | None = None
+    """Text file with the paths of images, one per line."""
     top_k: Count | None = None
     """Number of classes per image, most likely first. Default: 1, or 5 with --serve."""
+    output_type: OutputType = "top_k"
+    """What each image gets beside its most likely class: the most likely classes, the probabilities or logits of all
+    classes in the order of the label map, or embeddings, the pooled features that go into the head. Lists of numbers
+    need JSON Lines or parquet."""
     output: str | None = None
     """File for the predictions. Default: print them."""
-    format: Literal["jsonl", "csv"] | None = None
-    """JSON Lines or CSV. Default: by the suffix of --output."""
+    format: Format | None = None
+    """JSON Lines, CSV or parquet. Default: by the suffix of --output, else JSON Lines."""
     grid: str | None = None
     """PNG file for a grid of evenly spaced images with their predictions."""
     batch_size: Count | None = None
-    """Images per forward pass. Default: 32, or 8 on a CPU."""
+    """Images per forward pass. Default: 8 on a CPU, 128 on CUDA, else 32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass: fp32, or autocast to bf16 or fp16. auto: bf16 on CUDA devices that compute in it,
+    otherwise fp32."""
     num_workers: NonNegativeInt | None = None
-    """Processes that decode images while the model runs. Default: 1, or 0 for few or tiny images."""
+    """Processes that decode images while the model runs. Default: 0 for few or tiny images; otherwise 1 on a CPU, and
+    up to 16 on other devices, as cores and shared memory allow."""
     max_image_pixels: MaxPixels | None = None
     """Largest image to decode, in pixels. Default: Pillow's limit, 178,956,970."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
+
+
+class DataSet(Group):
+    """Images of a data set"""
+
+    dataset_name: str | None = None
+    """Data set instead of --images: a Hub name, a directory of parquet or WebDataset tar files, or one that
+    `save_to_disk` wrote."""
+    dataset_config_name: str | None = None
+    """Configuration of the data set."""
+    dataset_split: str | None = None
+    """Split to classify, such as test or test[:1000]."""
+    image_column_name: str | None = None
+    """Column of images. Default: the only one of type Image."""
+    streaming: bool = False
+    """Read parquet and tar files where they are, without a copy in the cache of `datasets`."""
 
 
 class Merging(Group):
@@ -137,7 +172,7 @@ class Serving(Group):
     """Largest number of images per request."""
 
 
-FOR_FILES = ("output", "format", "grid", "num_workers")
+FOR_FILES = ("images_from", "output_type", "output", "format", "grid", "precision", "num_workers")
 """Settings of `Images` that a server does not use."""
 
 
@@ -146,9 +181,15 @@ class PredictSettings(Group):
 
     source: ModelSource = ModelSource()
     images: Images = Images()
+    data: DataSet = DataSet()
     merging: Merging = Merging()
     exporting: Exporting = Exporting()
     serving: Serving = Serving()
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether there are images to classify."""
+        return bool(self.images.images or self.images.images_from or self.data.dataset_name)
 
     @property
     def onnx_to_write(self) -> str | None:
@@ -189,6 +230,8 @@ def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
     yield from _model_problems(settings)
     yield from _task_problems(settings)
+    yield from _input_problems(settings)
+    yield from _output_problems(settings)
 
 
 def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
@@ -240,15 +283,21 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
         yield Problem(("int8", "fp16"), "use only one of them")
     if exporting.onnx and images.device not in ("auto", "cpu"):
         yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
+    if exporting.onnx and images.precision not in ("auto", "fp32"):
+        yield Problem(("onnx", "precision"), "ONNX files run in their own precision: remove --precision")
+    if exporting.onnx and images.output_type == "embeddings":
+        yield Problem(("onnx", "output_type"), "ONNX files give logits only: use the adapter or the merged model")
     if settings.serving.max_megapixels * 1e6 > (images.max_image_pixels or MAX_IMAGE_PIXELS):
         yield Problem(("max_megapixels", "max_image_pixels"), "no image can be that large: raise --max_image_pixels")
     if settings.serving.serve:
         for name in _set(images, "images", *FOR_FILES):
             yield Problem(("serve", name), f"the server does not use --{name}: remove one of them")
-    elif not (images.images or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
+        if settings.data.dataset_name:
+            yield Problem(("serve", "dataset_name"), "the server does not use --dataset_name: remove one of them")
+    elif not (settings.has_inputs or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
         yield Problem(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
         return
-    elif not images.images:
+    elif not settings.has_inputs:
         for name in _set(images, *FOR_FILES, "top_k", "batch_size", "device"):
             yield Problem((name, "images"), f"--{name} needs --images")
     if not merging.merge_to:
@@ -257,6 +306,36 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     if not settings.serving.serve:
         for name in _set(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
             yield Problem((name, "serve"), f"--{name} needs --serve")
+
+
+def _input_problems(settings: PredictSettings) -> Iterator[Problem]:
+    data, images = settings.data, settings.images
+    if not data.dataset_name:
+        for name in _set(data, "dataset_config_name", "dataset_split", "image_column_name", "streaming"):
+            yield Problem((name, "dataset_name"), f"--{name} needs --dataset_name")
+        return
+    if not data.dataset_split:
+        yield Problem(("dataset_name", "dataset_split"), "which split? Set --dataset_split, e.g. test")
+    elif data.streaming and not data.dataset_split.isidentifier():
+        yield Problem(("streaming", "dataset_split"), "streams do not support slices or sums: set one whole split")
+    for name in _set(images, "images", "images_from"):
+        yield Problem((name, "dataset_name"), "files or a data set: use only one of them")
+    merging = settings.merging
+    exports = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names}
+    for name in (name for name, value in (exports | {"onnx": settings.onnx_to_write}).items() if value):
+        yield Problem((name, "dataset_name"), f"--{name} compares logits on files: use --images, or none")
+
+
+def _output_problems(settings: PredictSettings) -> Iterator[Problem]:
+    images = settings.images
+    chosen = format_of(images.output, images.format)
+    if chosen == "parquet" and not images.output:
+        yield Problem(("format", "output"), "parquet cannot be printed: set --output")
+    if images.output_type != "top_k":
+        if chosen == "csv":
+            yield Problem(("output_type", "format"), "CSV has no lists of numbers: use a .jsonl or .parquet file")
+        for name in _set(images, "top_k"):
+            yield Problem((name, "output_type"), f"--output_type {images.output_type} has all values: remove --top_k")
 
 
 def _set(group: Group, *names: str) -> Iterator[str]:

@@ -60,8 +60,8 @@ def measure(root: Path, tuning: str, seed: int, epochs: int) -> dict[str, float]
             *("--model_name_or_path", "demo:vit", "--problem_type", "multi_label_classification"),
             *("--train_dir", str(root / "photos"), "--labels_file", str(root / "labels.csv")),
             *("--tuning", tuning, "--seed", str(seed), "--output_dir", str(out), "--mixed_precision", "no"),
-            *("--num_train_epochs", str(epochs), "--per_device_train_batch_size", "32"),
-            *("--gradient_accumulation_steps", "1", "--learning_rate", "5e-3", "--eval_steps", "no"),
+            *("--num_train_epochs", str(epochs), "--per_device_train_batch_size", "8"),
+            *("--gradient_accumulation_steps", "1", "--learning_rate", "3e-3", "--eval_steps", "no"),
             *("--checkpointing_steps", "no", "--augmentation", "none"),
         ]
     )

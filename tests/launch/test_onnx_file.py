@@ -11,7 +11,8 @@ import torch
 from lora_dist_testing.launching import predict
 from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 
-from lora_dist.deployment.classify import classify, find_images
+from lora_dist.deployment.classify import classify
+from lora_dist.deployment.inputs import find_images
 from lora_dist.model.classifier import load_classifier
 
 CLASSES = ("red", "green", "blue")

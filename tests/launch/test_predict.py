@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lora_dist_testing.launching import command, environment, flags, predict, started
@@ -129,7 +131,7 @@ def test_bad_files_get_a_row_and_the_others_go_on(adapter: Path, tmp_path: Path)
     )
     assert "4 of 6 images could not be read" in result.stderr
     assert f"wrote {tmp_path / 'out' / 'rows.csv'}" in result.stderr
-    assert "rows [" not in result.stderr, "a progress bar is for a terminal"
+    assert "images/s" not in result.stderr, "a progress bar is for a terminal"
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     with (tmp_path / "out" / "rows.csv").open(encoding="utf-8", newline="") as file:
@@ -298,13 +300,16 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_processes_share_the_images_and_killed_ones_go_on(adapter: Path, vit: Path, many: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["csv", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_processes_share_the_images_and_killed_ones_go_on(
+    suffix: str, adapter: Path, vit: Path, many: Path, tmp_path: Path
+) -> None:
     """Killed once; then the rows are those of one process that nothing disturbed."""
     other = _bundle(tmp_path / "other", vit, seed=1)
     named = ("--adapter", f"day={adapter}", f"night={other}", "--images", many, "--top_k", 2)
-    predict(*named, "--output", tmp_path / "expected.csv", code=1)
-    out = tmp_path / "rows.csv"
-    parts = tmp_path / "rows.csv.parts"
+    expected, out = tmp_path / f"expected.{suffix}", tmp_path / f"rows.{suffix}"
+    predict(*named, "--output", expected, code=1)
+    parts = tmp_path / f"rows.{suffix}.parts"
     flags_ = (*named, "--output", out)
     with started(tmp_path / "log", *flags_, module="lora_dist.predict", launch_file="ddp_cpu.yaml") as launch:
         launch.wait_for(lambda: len([*parts.glob("part-*")]) >= 20)
@@ -316,5 +321,48 @@ def test_processes_share_the_images_and_killed_ones_go_on(adapter: Path, vit: Pa
     result = predict(*flags_, launch_file="ddp_cpu.yaml", code=1)
     assert "1 of 300 images could not be read" in result.stderr
     assert f"going on with {parts}, which has " in result.stderr
-    assert out.read_text() == (tmp_path / "expected.csv").read_text()
+    if suffix == "csv":
+        assert out.read_text() == expected.read_text()
+    else:
+        found, wanted = (pq.read_table(path) for path in (out, expected))
+        assert found.schema.equals(wanted.schema, check_metadata=True)
+        columns = ["adapter", "path", "label", "error"]
+        assert found.select(columns).equals(wanted.select(columns))
+        assert np.allclose(*(table["score"].to_numpy() for table in (found, wanted)), atol=1e-6, equal_nan=True)
     assert not parts.exists()
+
+
+@pytest.mark.slow
+def test_ten_thousand_files_survive_kills_at_any_moment(adapter: Path, many: Path, tmp_path: Path) -> None:
+    """Killed while it starts, classifies, joins and removes the parts: no row is lost or doubled."""
+    root = tmp_path / "ten thousand"
+    root.mkdir()
+    names = [f"{number:05d}.png" for number in range(10_000)]
+    for number, name in enumerate(names):
+        (root / name).hardlink_to(many / f"{number % 300:03d}.png")
+    (tmp_path / "list.txt").write_text("\n".join(f"{root / name}" for name in names))
+    common = flags(adapter=adapter, images_from=tmp_path / "list.txt", output_type="embeddings")
+    predict(*common, "--output", tmp_path / "expected.parquet", code=1)
+    out = tmp_path / "rows.parquet"
+    parts = tmp_path / "rows.parquet.parts"
+    words = (*common, "--output", out)
+    random = np.random.default_rng()
+    seen = []
+    # The last moment is the join: all parts are there, and the file is not.
+    for moment in [*sorted(random.integers(1, 64, 4).tolist()), 64]:
+        with started(tmp_path / "log", *words, module="lora_dist.predict", launch_file="ddp_cpu.yaml") as launch:
+            launch.wait_for(lambda moment=moment: len([*parts.glob("part-*")]) >= moment)
+            time.sleep(random.uniform(0, 0.3))
+            for one in launch.processes():
+                one.kill()
+        seen.append((moment, len([*parts.glob("part-*")]), out.exists()))
+    predict(*words, launch_file="ddp_cpu.yaml", code=1)
+    found, wanted = (pq.read_table(path) for path in (out, tmp_path / "expected.parquet"))
+    assert found["path"].to_pylist() == [f"{root / name}" for name in names], seen
+    assert found.select(["label", "error"]).equals(wanted.select(["label", "error"])), seen
+    assert sum(error is not None for error in found["error"].to_pylist()) == len(names[150::300])
+    numbers = [np.array(table["embeddings"].drop_null().to_pylist()) for table in (found, wanted)]
+    assert np.allclose(*numbers, atol=1e-5), seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "expected.parquet", "list.txt", "log", "rows.parquet", "ten thousand",
+    ]  # fmt: skip

@@ -52,11 +52,17 @@ def find_label_column(features: Mapping[str, Any]) -> str:
     return columns[0]
 
 
+def require_image_column(features: Mapping[str, Any], column: str) -> None:
+    """Raises `UserError` unless the column exists."""
+    if column not in features:
+        raise UserError(f"--image_column_name {column}: the data set has {', '.join(features)}")
+
+
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
     """Raises `UserError` unless both columns exist and the second holds one label a sample."""
-    for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
-        if column not in features:
-            raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")
+    require_image_column(features, image_column)
+    if label_column not in features:
+        raise UserError(f"--label_column_name {label_column}: the data set has {', '.join(features)}")
     feature = features[label_column]
     if not isinstance(feature, ClassLabel | Value):
         raise UserError(

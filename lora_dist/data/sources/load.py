@@ -169,7 +169,7 @@ def _load_table(
 ) -> Dataset:
     directory: str | None = getattr(settings, f"{name}_dir")
     if directory is None:
-        return _load_split(settings, getattr(settings, f"{name}_split"))
+        return load_split(settings, getattr(settings, f"{name}_split"))
     classes, paths, labels, ignored = read_class_folders(demo.local_path(directory), f"{name}_dir", known, excluded)
     warn_of_ignored(directory, ignored)
     return _table_of(classes, paths, labels, excluded)
@@ -197,7 +197,8 @@ def _is_utf8(path: str) -> bool:
     return path.isascii() or not any("\ud800" <= character <= "\udfff" for character in path)
 
 
-def _load_split(settings: DataSettings, split: str) -> Dataset:
+def load_split(settings: DataSettings, split: str) -> Dataset:
+    """Loads a split of a data set of the Hub, of local files, or saved to disk; raises `UserError` if it cannot."""
     name = settings.dataset_name
     assert name is not None
     saved_to_disk = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))

@@ -27,6 +27,7 @@ from lora_dist.data.sources.columns import (
     find_label_column,
     has_label,
     require_columns,
+    require_image_column,
     require_labels,
 )
 from lora_dist.data.sources.datasets_cache import with_writable_cache
@@ -44,46 +45,50 @@ THREADS = 16
 
 
 class Row(NamedTuple):
-    """One row of a shard: the undecoded image cell, and the label value."""
+    """One row of a shard: the undecoded image cell, and the label value, None where labels are not read."""
 
     cell: Any
-    label: Any
+    label: Any = None
 
 
 @dataclass(frozen=True)
 class ShardSource:
     """The files of a split, as paths or URLs, and the same as one `stream` for its features and for reading tar files.
 
-    `format` is one of `FORMATS`.
+    `format` is one of `FORMATS`. `label_column` is None where labels are not read.
     """
 
     format: str
     files: list[str]
     stream: IterableDataset
     image_column: str
-    label_column: str
+    label_column: str | None
 
     @property
     def label_feature(self) -> Any:
-        """The feature of the label column."""
-        return self.stream.features[self.label_column]
+        """The feature of the label column; None without one."""
+        return self.stream.features[self.label_column] if self.label_column else None
 
     def survey(self, file: int) -> tuple[list[int], list[Any]]:
         """Rows in each shard of a file, and the labels of all its rows. Parquet files are read in this column only."""
         if self.format != "parquet":
-            labels = [value for values in self._columns_of_tar(file, [self.label_column]) for (value,) in values]
-            return [len(labels)], labels
+            # Without labels, to count the rows.
+            columns = [self.label_column or self.image_column]
+            labels = [value if self.label_column else None for (value,) in self._rows_of_tar(file, columns)]
+            return [len(labels)], labels if self.label_column else []
         with xopen(self.files[file], "rb", block_size=SURVEY_READ_BYTES) as opened, _parquet(opened) as parquet:
             groups = range(parquet.num_row_groups)
+            if self.label_column is None:
+                return [parquet.metadata.row_group(group).num_rows for group in groups], []
             batches = parquet.iter_batches(row_groups=list(groups), columns=[self.label_column], use_threads=False)
             labels = [value for batch in batches for value in batch.column(0).to_pylist()]
             return [parquet.metadata.row_group(group).num_rows for group in groups], labels
 
     def read(self, file: int, group: int, start: int) -> Iterator[Row]:
         """The rows of a shard from `start` on."""
-        columns = [self.image_column, self.label_column]
+        columns = [self.image_column, *([self.label_column] if self.label_column else [])]
         if self.format != "parquet":
-            yield from (Row(*row) for rows in self._columns_of_tar(file, columns, start) for row in rows)
+            yield from (Row(*row) for row in self._rows_of_tar(file, columns, start))
             return
         with xopen(self.files[file], "rb") as opened, _parquet(opened) as parquet:
             # A thread that still holds the file when the process ends would abort it (apache/arrow#45214).
@@ -92,20 +97,20 @@ class ShardSource:
                 start = max(start - len(batch), 0)
                 yield from map(Row, *(kept.column(name).to_pylist() for name in columns))
 
-    def _columns_of_tar(self, file: int, columns: list[str], start: int = 0) -> Iterator[Iterator[tuple[Any, ...]]]:
+    def _rows_of_tar(self, file: int, columns: list[str], start: int = 0) -> Iterator[tuple[Any, ...]]:
         tar = self.stream.shard(len(self.files), file).select_columns(columns).decode(False)
         # Iterating over samples would split the shard among the worker processes of a DataLoader; `iter` does not.
         with closing(tar.skip(start).iter(READ_ROWS)) as batches:
             for batch in batches:
-                yield zip(*(batch[name] for name in columns), strict=True)
+                yield from zip(*(batch[name] for name in columns), strict=True)
 
 
 def _parquet(opened: Any) -> pq.ParquetFile:
     return pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
 
 
-def find_source(settings: DataSettings) -> ShardSource:
-    """Finds the files of the training split, and reads their features only.
+def find_source(settings: DataSettings, with_labels: bool = True) -> ShardSource:
+    """Finds the files of the training split, and reads their features only. `with_labels`: the rows have labels.
 
     Raises `UserError` if the data set or split does not exist, cannot be streamed, or lacks a column.
     """
@@ -117,6 +122,9 @@ def find_source(settings: DataSettings) -> ShardSource:
         )
     features = stream.features or {}
     image_column = settings.image_column_name or find_image_column(features)
+    if not with_labels:
+        require_image_column(features, image_column)
+        return ShardSource(file_format, files, stream, image_column, None)
     label_column = settings.label_column_name or find_label_column(features)
     require_columns(features, image_column, label_column)
     return ShardSource(file_format, files, stream, image_column, label_column)
@@ -269,6 +277,8 @@ def _survey(source: ShardSource, file: int) -> tuple[list[int], set[Any], str]:
     except Exception as error:
         # Decoders and networks raise errors of many classes.
         raise UserError(f"cannot read {source.files[file]}: {type(error).__name__}: {error}") from error
+    if source.label_column is None:
+        return sizes, set(), hashlib.sha256(repr(sizes).encode()).hexdigest()
     require_labels(labels, source.label_feature, source.label_column, name)
     for row, label in enumerate(labels):
         if not isinstance(label, int | float | str):

@@ -21,13 +21,13 @@ from lora_dist.deployment.classify import (
     Row,
     choose_batch_size,
     choose_device,
+    choose_precision,
+    choose_workers,
     classify,
-    draw_grid,
-    find_images,
-    spread,
-    writer,
 )
 from lora_dist.deployment.export import merge
+from lora_dist.deployment.inputs import find_images
+from lora_dist.deployment.outputs import draw_grid, spread, writer
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
 
@@ -177,7 +177,7 @@ def test_a_disk_that_fills_up_is_said_by_name(name: str, tmp_path: Path) -> None
 
 def test_a_grid_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     make_image(0, 0).save(tmp_path / "good.png")
-    rows = [Row(str(tmp_path / "good.png"), [("a", 0.5)])]
+    rows = [(Row("good", [("a", 0.5)]), str(tmp_path / "good.png"))]
     with pytest.raises(UserError, match=rf"--grid {tmp_path}/good\.png/grid\.png: cannot be written"):
         draw_grid(rows, tmp_path / "good.png" / "grid.png")
     draw_grid(rows, tmp_path / "grid.odd")
@@ -225,6 +225,66 @@ def test_every_file_gets_its_own_prediction_in_order(batch_size: int, workers: i
     assert max(classifier.model.sizes) <= batch_size
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_part_of_the_images_can_be_classified_with_all_values(workers: int, tmp_path: Path) -> None:
+    files = _colors(tmp_path)
+    options: dict[str, Any] = {"top_k": 1, "batch_size": 2, "num_workers": workers, "device": torch.device("cpu")}
+    found = {
+        kind: list(classify(_classifier(), files, indices=[4, 2, 3], output_type=kind, **options))
+        for kind in ("probabilities", "logits")
+    }
+    for kind, rows in found.items():
+        assert [row.path for row in rows] == [files[index] for index in (4, 2, 3)]
+        assert rows[1].values is None
+        assert rows[1].error
+        for row, label in ((rows[0], 0), (rows[2], 2)):
+            assert row.values is not None
+            assert row.values.argmax() == label, kind
+    for row, raw in zip(found["probabilities"], found["logits"], strict=True):
+        if row.values is not None and raw.values is not None:
+            assert np.allclose(torch.from_numpy(raw.values).softmax(0), row.values)
+            assert row.top_k[0][1] == row.values.max()
+
+
+def test_the_forward_pass_takes_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    seen = []
+
+    class Layer(Brightness):
+        def forward(self, pixel_values: Tensor) -> Any:
+            logits = pixel_values.mean(dim=(2, 3)) @ torch.eye(3)
+            seen.append(logits.dtype)
+            return SimpleNamespace(logits=logits)
+
+    classifier = Classifier(Layer(), ViTImageProcessor(size={"height": 8, "width": 8}), ["red", "green", "blue"])
+    options: dict[str, Any] = {"top_k": 3, "batch_size": 8, "num_workers": 0, "device": torch.device("cpu")}
+    for precision in ("fp32", "bf16"):
+        rows = list(classify(classifier, _colors(tmp_path), precision=precision, output_type="logits", **options))
+        assert rows[0].values is not None
+        assert rows[0].values.dtype == np.float32
+        # Or a score could be above 1.
+        assert sum(score for _, score in rows[0].top_k) == pytest.approx(1, abs=1e-6)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_bf16_is_for_the_devices_that_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    devices = [torch.device(name) for name in ("cuda", "cpu", "mps")]
+    assert [choose_precision("auto", device) for device in devices] == ["bf16", "fp32", "fp32"]
+    assert [choose_precision("fp16", device) for device in devices] == ["fp16"] * 3
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert choose_precision("auto", torch.device("cuda")) == "fp32"
+
+
+def test_decoders_fit_the_cores_and_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, batch = torch.device("cuda"), 128 * 3 * 224 * 224
+    monkeypatch.setattr("lora_dist.deployment.classify.cores_per_process", lambda: 8)
+    monkeypatch.setattr("lora_dist.deployment.classify.free_bytes", lambda _: 64 * 2**30)
+    assert choose_workers(torch.device("cpu"), batch) == 1
+    assert choose_workers(cuda, batch) == 7
+    monkeypatch.setattr("lora_dist.deployment.classify.free_bytes", lambda _: 64 * 2**20)
+    assert choose_workers(cuda, batch) == 1
+
+
 def test_logits_that_are_not_finite_end_it_in_words(tmp_path: Path) -> None:
     """NaN is no JSON, and a class that it was rounded to is no prediction."""
     classifier = _classifier()
@@ -250,8 +310,9 @@ def test_the_images_drawn_are_spread_over_all() -> None:
 
 def test_the_grid_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     make_image(0, 0).save(tmp_path / "good.png")
-    good = Row(str(tmp_path / "good.png"), [("a class name much too long for its caption\nand in two lines", 0.5)])
-    bad = Row("bad.png", [], "broken")
+    best = [("a class name much too long for its caption\nand in two lines", 0.5)]
+    good = Row("good.png", best), str(tmp_path / "good.png")
+    bad = Row("bad.png", [], "broken"), "bad.png"
     draw_grid([good, bad], tmp_path / "one.png")
     draw_grid([good, good], tmp_path / "two.png")
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("one", "two")]
@@ -288,7 +349,7 @@ def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path) -> None:
 
 
 def test_a_forward_pass_is_smaller_on_a_cpu_unless_its_size_is_given() -> None:
-    assert [choose_batch_size(None, torch.device(name)) for name in ("cpu", "cuda:1", "mps")] == [8, 32, 32]
+    assert [choose_batch_size(None, torch.device(name)) for name in ("cpu", "cuda:1", "mps")] == [8, 128, 32]
     assert choose_batch_size(100, torch.device("cpu")) == 100
 
 

@@ -2,47 +2,55 @@
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_dist.deployment.classify import Row
+from lora_dist.deployment.inputs import Files
 from lora_dist.deployment.parts import Parts, digest_of
 from lora_dist.errors import UserError
 
 FILES = [f"photo {number}.jpg" for number in range(130)]
 
 
-def _rows(files: object) -> object:
-    return (Row(file, [("émoji 🦊", 1 / 3)], None) for file in files)  # type: ignore[attr-defined]
+def _rows(indices: Sequence[int], **fields: Any) -> Iterator[Row]:
+    return (Row(FILES[index], [("émoji 🦊", 1 / 3)], **fields) for index in indices)
 
 
 def test_rows_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "rows.csv", ["day", "night"], FILES, {"top_k": 1})
-    rows_of = {
-        name: (lambda files, name=name: (row._replace(adapter=name) for row in _rows(files)))
-        for name in ("day", "night")
-    }
-    parts.write_mine(rows_of)  # type: ignore[arg-type]
-    expected = [row._replace(adapter=name) for name in ("day", "night") for row in _rows(FILES)]  # type: ignore[attr-defined]
+    parts = Parts(tmp_path / "rows.csv", ["day", "night"], Files(FILES), {"top_k": 1})
+    parts.write_mine({name: partial(_rows, adapter=name) for name in ("day", "night")})
+    expected = [row for name in ("day", "night") for row in _rows(range(len(FILES)), adapter=name)]
     assert list(parts.rows()) == expected
     parts.remove()
     assert not parts.directory.exists()
 
 
+def test_values_come_back_to_the_bit(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).normal(size=(len(FILES), 7)).astype(np.float32)
+    parts = Parts(tmp_path / "rows.parquet", [None], Files(FILES), {})
+    parts.write_mine({None: lambda indices: (Row(FILES[i], [("a", 0.5)], values=numbers[i]) for i in indices)})
+    assert np.array_equal(np.stack([row.values for row in parts.rows() if row.values is not None]), numbers)
+
+
 @pytest.mark.parametrize("change", [{"top_k": 2}, {"max_image_pixels": 9}, {"labels": ["a"]}, {"files": FILES[1:]}])
 def test_parts_of_another_prediction_are_refused(change: dict[str, object], tmp_path: Path) -> None:
     plan = {"top_k": 1, "max_image_pixels": None, "labels": None}
-    Parts(tmp_path / "rows.jsonl", [None], FILES, dict(plan))
-    Parts(tmp_path / "rows.jsonl", [None], FILES, dict(plan))
-    files = change.pop("files", FILES)
+    Parts(tmp_path / "rows.jsonl", [None], Files(FILES), dict(plan))
+    Parts(tmp_path / "rows.jsonl", [None], Files(FILES), dict(plan))
+    files: Any = change.pop("files", FILES)
     with pytest.raises(UserError, match="parts of a prediction of other images, or by another model"):
-        Parts(tmp_path / "rows.jsonl", [None], files, plan | change)  # type: ignore[arg-type]
+        Parts(tmp_path / "rows.jsonl", [None], Files(files), plan | change)
 
 
 def test_a_part_that_is_missing_is_said(tmp_path: Path) -> None:
     """As on machines that do not share the directory."""
-    parts = Parts(tmp_path / "rows.jsonl", [None], FILES, {})
+    parts = Parts(tmp_path / "rows.jsonl", [None], Files(FILES), {})
     with pytest.raises(UserError, match=r"part-000000.jsonl is missing: do all processes see the same directory"):
         list(parts.rows())
 

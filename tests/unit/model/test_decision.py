@@ -8,7 +8,8 @@ import pytest
 import torch
 from lora_dist_testing.tiny import write_bundle
 
-from lora_dist.deployment.classify import Row, writer
+from lora_dist.deployment.classify import Row
+from lora_dist.deployment.outputs import writer
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_weighted_sum
 from lora_dist.model.bundle import read_decision

@@ -35,6 +35,9 @@ def _parse(line: str) -> PredictSettings:
         "--adapter a --merge_to m --serve --port 80",
         "--onnx f --images x --device cpu",
         "--onnx f --serve",
+        "--adapter a --images x --images_from l --output_type embeddings --output o.parquet --precision bf16",
+        "--adapter a --dataset_name d --dataset_split test[:9] --image_column_name i --output_type logits",
+        "--onnx f --dataset_name d --dataset_split test --streaming --output_type probabilities --precision fp32",
     ],
 )
 def test_valid_combinations_are_accepted(line: str) -> None:
@@ -49,6 +52,7 @@ def test_valid_combinations_are_accepted(line: str) -> None:
         ("--adapter day=a b --weights 0.7 0.3 --serve", "0.7 x day + 0.3 x b"),
         ("--adapter day=a b --serve", "day, b"),
         ("--adapter day=a b --weights 0.7 0.3 --adapter_scale 0.5 --serve", "0.7 x day + 0.3 x b, LoRA scaled by 0.5"),
+        ("--adapter day=a b --images x", "day, b"),
         ("--model m --serve", "m"),
         ("--onnx f --serve", "f"),
     ],
@@ -131,6 +135,19 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--adapter a --serve --format csv", "--serve, --format: the server does not use --format"),
         ("--adapter a --serve --num_workers 0", "--serve, --num_workers: the server does not use --num_workers"),
         ("--onnx f --images x --trust_remote_code", "--onnx, --trust_remote_code: ONNX files contain no code"),
+        ("--onnx f --images x --precision bf16", "--onnx, --precision: ONNX files run in their own precision"),
+        ("--onnx f --images x --output_type embeddings", "--onnx, --output_type: ONNX files give logits only"),
+        ("--adapter a --dataset_name d", "--dataset_name, --dataset_split: which split?"),
+        ("--adapter a --images x --streaming", "--streaming, --dataset_name: --streaming needs --dataset_name"),
+        ("--adapter a --images x --dataset_name d --dataset_split s", "--images, --dataset_name: files or a data set"),
+        ("--adapter a --dataset_name d --dataset_split s[:9] --streaming", "--streaming, --dataset_split: streams do"),
+        ("--adapter a --dataset_name d --dataset_split s --merge_to m", "--merge_to, --dataset_name: --merge_to comp"),
+        ("--adapter a --dataset_name d --dataset_split s --serve", "--serve, --dataset_name: the server does not use"),
+        ("--adapter a --images x --format parquet", "--format, --output: parquet cannot be printed"),
+        ("--adapter a --images x --output_type logits --output o.csv", "--output_type, --format: CSV has no lists"),
+        ("--adapter a --images x --output_type logits --top_k 2", "--top_k, --output_type: --output_type logits has"),
+        ("--adapter a --serve --output_type logits", "--serve, --output_type: the server does not use --output_type"),
+        ("--adapter a --merge_to m --precision fp32", "--precision, --images: --precision needs --images"),
     ],
 )
 def test_a_contradiction_is_one_problem_by_name(line: str, words: str) -> None:

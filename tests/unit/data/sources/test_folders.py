@@ -11,7 +11,7 @@ from lora_dist_testing.tiny import make_folder, make_image
 
 from lora_dist.audit.__main__ import audit
 from lora_dist.data.sources.load import load_data
-from lora_dist.deployment.classify import find_images
+from lora_dist.deployment.inputs import find_images
 from lora_dist.errors import UserError
 from lora_dist.settings.audit import AuditData, AuditSettings
 from lora_dist.settings.train import DataSettings
@@ -195,7 +195,7 @@ def test_heic_is_read_where_its_package_is_installed_and_named_otherwise(tmp_pat
         "import sys; sys.modules['pillow_heif'] = None\n"
         "from lora_dist.audit.scan import scan\n"
         "from lora_dist.data.pixels.images import UnreadableImageError, load_rgb\n"
-        "from lora_dist.deployment.classify import find_images\n"
+        "from lora_dist.deployment.inputs import find_images\n"
         "files = find_images([sys.argv[1]])\n"
         "print(len(files), scan(files[2]).message)\n"
         "try: load_rgb(files[2])\n"
