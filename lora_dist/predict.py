@@ -72,6 +72,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist.deployment.inputs import Files, find_inputs
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model.adapter_set import AdapterSet
+    from lora_dist.model.decision import MULTI_LABEL
     from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
@@ -101,16 +102,21 @@ def predict(argv: list[str] | None) -> None:
         loaded = _load_set(chosen, settings)
         rows_of, conversion = _rows_of_each(loaded, settings, device, precision, inputs), AS_TRANSFORMERS
         labels: Any = {name: one.labels for name, one in loaded.classifiers.items()}
+        decisions = [one.decision for one in loaded.classifiers.values()]
     else:
         classifier = _write(_load(chosen, settings), chosen, files, settings)
         if settings.serving.serve:
             _serve(AdapterSet({settings.title: classifier}), settings, device)
         rows_of = {None: partial(_rows, classifier, settings, device, precision, inputs)}
         conversion, labels = classifier.conversion, classifier.labels
+        decisions = [classifier.decision]
     if not len(inputs):
         return
+    with_labels = any(decision.problem_type == MULTI_LABEL for decision in decisions)
+    if with_labels:
+        _require_one_class(settings)
     classes = {label for one in labels.values() for label in one} if isinstance(labels, dict) else set(labels)
-    evaluation = evaluate.Evaluation(settings.images, files, classes)
+    evaluation = evaluate.Evaluation(settings.images, files, set() if with_labels else classes)
     record = {"model": settings.title, "labels": labels, "precision": precision}
     logger.info("predicting on %s in %s", device, precision)
     if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
@@ -120,12 +126,12 @@ def predict(argv: list[str] | None) -> None:
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return
-        is_whole = _output(evaluation.seen(parts.rows()), inputs, settings, conversion, record, evaluation)
+        is_whole = _output(evaluation.seen(parts.rows()), inputs, settings, conversion, record, evaluation, with_labels)
         parts.remove()
     else:
         rows = evaluation.seen(chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of))
         shown = _with_progress(rows, len(inputs) * len(rows_of), settings)
-        is_whole = _output(shown, inputs, settings, conversion, record, evaluation)
+        is_whole = _output(shown, inputs, settings, conversion, record, evaluation, with_labels)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
 
@@ -338,6 +344,15 @@ def _is_plain_file(output: str | None) -> bool:
     return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
+def _require_one_class(settings: PredictSettings) -> None:
+    """Raises `UserError` for settings that a model of several labels per image cannot have."""
+    from lora_dist.errors import UserError
+
+    for name in ("min_confidence", "labels_file", "compare_to", "explain"):
+        if getattr(settings.images, name) is not None:
+            raise UserError(f"--{name} is for models of one class per image; this one has several labels")
+
+
 def _output(
     rows: Iterator[Row],
     inputs: Inputs,
@@ -345,6 +360,7 @@ def _output(
     conversion: Conversion,
     record: Mapping[str, Any],
     evaluation: Evaluation,
+    with_labels: bool,
 ) -> bool:
     """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable.
 
@@ -361,7 +377,7 @@ def _output(
     bad = 0
     side_by_side = settings.source.side_by_side
     with outputs.writer(
-        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record
+        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record, with_labels
     ) as write:
         for index, row in enumerate(row.known_from(images.min_confidence) for row in rows):
             write(row)

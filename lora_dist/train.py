@@ -132,7 +132,7 @@ def train(settings: Settings, lock: RunLock) -> None:
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run.tracker, run.images, run.plan, progress.step, assembled.data.labels)
+    show_inputs(run.tracker, run.evaluator.problem, run.images, run.plan, progress.step, assembled.data.labels)
     with stopped_on_request(run, progress), watch.watching():
         heads = list(result_writer.base.heads)
         if options.probe and isinstance(assembled.data.train, Split):
@@ -142,11 +142,13 @@ def train(settings: Settings, lock: RunLock) -> None:
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
         out_of_fold = assembled.data.fold is not None
-        evaluation = run.evaluate("the final evaluation", with_probabilities=out_of_fold, keep_logits=True)
+        problem = run.evaluator.problem
+        evaluation = run.evaluate("the final evaluation", None, out_of_fold, keep_logits=problem.is_calibrated)
         test = None
         if assembled.data.test is not None:
-            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", features=None)
-            test = run.evaluate("the evaluation on the test data", evaluator, keep_logits=True)
+            problem = problem.fixed(problem.decision(evaluation))
+            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", problem=problem, features=None)
+            test = run.evaluate("the evaluation on the test data", evaluator, keep_logits=problem.is_calibrated)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
@@ -169,7 +171,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
     from lora_dist.training.launching import launch_run
-    from lora_dist.training.reporting.predictions import write_validation_predictions
+    from lora_dist.training.problem_types import PROBLEM_TYPES
     from lora_dist.training.reporting.report import measured, write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
@@ -185,6 +187,9 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("adapter", accelerator):
         directory = local_directory(settings.model.adapter_name_or_path or "")
     classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
+    if classifier.decision.problem_type != settings.data.problem_type:
+        raise UserError(f"the model was trained with --problem_type {classifier.decision.problem_type}: add it")
+    problem = PROBLEM_TYPES[settings.data.problem_type].fixed(classifier.decision)
     with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
@@ -197,6 +202,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         settings.optimization.per_device_eval_batch_size,
         settings.data,
         temperature=classifier.calibration.temperature,
+        problem=problem,
     )
     with watch.watching():
         evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)
@@ -205,8 +211,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         print(json.dumps(without_nan(metrics)), flush=True)
         try:
             output.root.mkdir(parents=True, exist_ok=True)
-            write_evaluation(output.evaluation, evaluation, classifier.labels)
-            write_validation_predictions(output.predictions, evaluation, split, classifier.labels)
+            write_evaluation(output.evaluation, problem, evaluation, classifier.labels)
+            problem.write_predictions(output.predictions, evaluation, split, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
                 f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."

@@ -18,6 +18,7 @@ from lora_dist.processes.cores import available_cores
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.audit import AuditSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
+from lora_dist.settings.problem_type import MULTI_LABEL
 
 if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
@@ -83,7 +84,7 @@ def audit(settings: AuditSettings) -> Report:
         listed = _listed(data, folders["train"], excluded)
         classes |= dict.fromkeys(listed.classes)
         files += (
-            File(path, "train" if split == "train" else "validation", listed.classes[label])
+            _listed_file(path, "train" if split == "train" else "validation", listed.classes, label)
             for path, label, split in sorted(
                 zip(listed.paths, listed.labels, listed.splits, strict=True), key=lambda one: one[2] != "train"
             )
@@ -126,7 +127,18 @@ def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
         "split": data.split_column_name,
         "group": data.group_column_name,
     }
-    return read_labels_file(folder, data.labels_file or "", columns, excluded)
+    several = data.problem_type == MULTI_LABEL
+    return read_labels_file(folder, data.labels_file or "", columns, excluded, several=several)
+
+
+def _listed_file(path: str, split: str, classes: Sequence[str], label: int | list[int]) -> File:
+    """A file with a class, or with the list of its labels."""
+    from lora_dist.audit.findings import File
+
+    if isinstance(label, int):
+        return File(path, split, classes[label])
+    names = tuple(classes[index] for index in label)
+    return File(path, split, ";".join(names) or "(no label)", names)
 
 
 def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversion:

@@ -49,7 +49,7 @@ def check(
     findings = _with_questions(scanned, findings)
     out = left_out(findings)
     before, after = (
-        Counter((file.split, file.label) for index, file in enumerate(scanned.files) if index not in gone)
+        Counter(part for index, file in enumerate(scanned.files) if index not in gone for part in file.parts)
         for gone in (set(), out)
     )
     findings += _classes(classes, before, after, has_validation, checks)
@@ -170,13 +170,14 @@ def _labels(scanned: Scanned, group: Iterable[int]) -> str:
 
 def _with_questions(scanned: Scanned, findings: Sequence[Finding]) -> list[Finding]:
     """Findings that would leave out more than `SMALL_SHARE` of the readable images of a class only propose it."""
-    readable = Counter((file.split, file.label) for file, facts in zip(*scanned, strict=True) if not facts.fault)
+    files = scanned.files
+    readable = Counter(part for file, facts in zip(*scanned, strict=True) if not facts.fault for part in file.parts)
     judged = [finding for finding in findings if finding.left_out and finding.kind.name not in FAULTS]
-    out = Counter((scanned.files[index].split, scanned.files[index].label) for index in left_out(judged))
+    out = Counter(part for index in left_out(judged) for part in files[index].parts)
     large = {part for part, count in out.items() if count > SMALL_SHARE * readable[part]}
 
     def is_question(finding: Finding) -> bool:
-        return finding in judged and any(scanned.files[index][1:] in large for index in finding.left_out)
+        return finding in judged and any(not large.isdisjoint(files[index].parts) for index in finding.left_out)
 
     asked = [
         finding._replace(left_out=(), proposed=finding.left_out) if is_question(finding) else finding
@@ -186,7 +187,7 @@ def _with_questions(scanned: Scanned, findings: Sequence[Finding]) -> list[Findi
         kinds = Counter(
             finding.kind.title.lower()
             for finding in judged
-            if any(scanned.files[index][1:] == (split, label) for index in finding.left_out)
+            if any((split, label) in files[index].parts for index in finding.left_out)
         )
         named = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.items())
         message = f"{label}: {out[split, label]:,} of {readable[split, label]:,} {split} images; {named}"

@@ -85,11 +85,22 @@ KINDS = {name: Kind(name, Severity.ERROR, *texts) for name, texts in _ERRORS.ite
 
 
 class File(NamedTuple):
-    """An image file; `split` is `train` or `validation`, `label` the name of its class."""
+    """An image file; `split` is `train` or `validation`.
+
+    Attributes:
+        label: the name of its class, or its labels with semicolons between them.
+        names: its labels, if an image can have several; None for one class.
+    """
 
     path: str
     split: str
     label: str
+    names: tuple[str, ...] | None = None
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """Split and name of each class that the file counts for."""
+        return [(self.split, name) for name in ((self.label,) if self.names is None else self.names)]
 
 
 class Scanned(NamedTuple):

@@ -68,15 +68,15 @@ class Report:
 
     def class_counts(self) -> list[dict[str, Any]]:
         """Number of files of each class by split, and of training images that are not left out."""
-        counts = Counter((file.split, file.label) for file in self.scanned.files)
         files = self.scanned.files
-        gone = Counter(files[index].label for index in left_out(self.findings) if files[index].split == "train")
+        counts = Counter(part for file in files for part in file.parts)
+        gone = Counter(part for index in left_out(self.findings) for part in files[index].parts)
         return [
             {
                 "class": name,
                 "train": counts["train", name],
                 "validation": counts["validation", name],
-                "train_kept": counts["train", name] - gone[name],
+                "train_kept": counts["train", name] - gone["train", name],
             }
             for name in self.classes
         ]
@@ -174,7 +174,7 @@ def write_page(report: Report, file: Path, thumbnails: Callable[[Sequence[int]],
 def _shown(report: Report, finding: Finding, pictures: dict[int, str], out: set[int]) -> dict[str, Any]:
     images = []
     for index in finding.files[:SHOWN_FILES]:
-        path, split, _ = report.scanned.files[index]
+        path, split, *_ = report.scanned.files[index]
         images.append(
             {
                 "path": path,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,10 +42,10 @@ class Batch(NamedTuple):
 
     Attributes:
         pixel_values: float32 [B, 3, H, W]; views as `views.stack` gives them while there are `deferred` operations.
-        labels: int64 [B].
+        labels: int64 [B]; of several labels, 0 and 1 as uint8 [B, labels].
         weights: float32 [B], 1 or 0; a sample of weight 0 only keeps the processes in step.
         indices: int64 [B], in the split.
-        partner_labels: int64 [B], labels of the partners; None without mixing.
+        partner_labels: as `labels`, of the partners; None without mixing.
         shares: float32 [B], weight of `labels` against `partner_labels`; None without mixing.
         unreadable: bool [B], samples of weight 0 whose image could not be read; None where such an image ends the run.
         deferred: operations for the device; None once they are applied.
@@ -141,6 +142,7 @@ class TrainImages(_Images):
     ) -> None:
         super().__init__(split, transforms, skip_bad_images)
         self._reader: Reader | None = None
+        self._no_label = np.zeros(split.label_shape, np.uint8) if split.label_shape else 0
         self.mixing = (augmentation.mixup_alpha, augmentation.cutmix_alpha)
         self.seed = seed
 
@@ -167,7 +169,7 @@ class TrainImages(_Images):
         epoch, pairs = samples[0].epoch, any(self.mixing)
         wanted = dict.fromkeys(index for sample in samples for index in (sample.index, sample.partner)[: 1 + pairs])
         if samples[0].index == PADDING_INDEX:
-            encoded: Mapping[int, EncodedSample] = {PADDING_INDEX: EncodedSample(None, "", 0)}
+            encoded: Mapping[int, EncodedSample] = {PADDING_INDEX: EncodedSample(None, "", self._no_label)}
             views: dict[int, View] = {}
         else:
             if self._reader is None:
@@ -192,10 +194,10 @@ class TrainImages(_Images):
         unreadable = [sample.weight > 0 and sample.index not in views for sample in samples]
         return Batch(
             pixel_values=pixels,
-            labels=torch.tensor([encoded[index].label for index in indices]),
+            labels=_stacked([encoded[index].label for index in indices]),
             weights=torch.tensor([sample.weight if sample.index in views else 0.0 for sample in samples]),
             indices=torch.tensor(indices),
-            partner_labels=torch.tensor([encoded[partner].label for partner in partners]) if pairs else None,
+            partner_labels=_stacked([encoded[partner].label for partner in partners]) if pairs else None,
             shares=torch.tensor([mixture.lam for mixture in mixtures]) if pairs else None,
             unreadable=torch.tensor(unreadable) if self._skip else None,
             deferred=deferred,
@@ -219,6 +221,10 @@ class TrainImages(_Images):
         if sample.index == PADDING_INDEX:
             return Mixture(1.0, NOWHERE, 1.0)
         return draw_mixture(*self.mixing, self._size, (self.seed, epoch, sample.index, sample.position))
+
+
+def _stacked(labels: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(labels))
 
 
 class EvaluationImages(_Images):

@@ -15,7 +15,7 @@ class Features(NamedTuple):
 
     Attributes:
         values: [N, …], on the CPU; zeros where the image could not be read.
-        labels: int64 [N].
+        labels: int64 [N]; of several labels, 0 and 1 [N, labels].
         readable: bool [N].
     """
 

@@ -53,6 +53,8 @@ class Row(NamedTuple):
         adapter: name of the adapter, if there are several.
         is_known: whether the prediction is confident enough.
         values: float32 [classes] or [features], if probabilities, logits or embeddings were asked for.
+        labels: of a model of several labels, those above their thresholds with their scores, highest first; None of
+            one class per image, which is the first of `top_k`.
     """
 
     path: str
@@ -61,6 +63,12 @@ class Row(NamedTuple):
     adapter: str | None = None
     is_known: bool = True
     values: np.ndarray | None = None
+    labels: list[tuple[str, float]] | None = None
+
+    @property
+    def answer(self) -> list[tuple[str, float]]:
+        """What the model says about a readable image: its labels, or its class."""
+        return self.top_k[:1] if self.labels is None else self.labels
 
     @property
     def label(self) -> str:
@@ -166,8 +174,8 @@ def classify(
             # Lazy, so that rows of a batch are written before the next batch runs.
             predictions = (prediction for batch in finished for prediction in predict(batch))
             for name, error in zip(decoded.names, decoded.errors, strict=True):
-                best, values = ([], None) if error else next(predictions)
-                yield Row(name, best, error, values=values)
+                best, labels, values = ([], None, None) if error else next(predictions)
+                yield Row(name, best, error, values=values, labels=labels)
 
 
 def choose_workers(device: torch.device, batch_bytes: int) -> int:
@@ -190,22 +198,22 @@ def _predict(
     output_type: OutputType,
     precision: Precision,
     pixel_values: Tensor,
-) -> Iterator[tuple[list[tuple[str, float]], np.ndarray | None]]:
-    """Yields the most likely classes of each image of a batch, and the values that were asked for."""
+) -> Iterator[tuple[list[tuple[str, float]], list[tuple[str, float]] | None, np.ndarray | None]]:
+    """Yields `top_k`, `labels` and `values` of the row of each image of a batch."""
     kind, dtype = pixel_values.device.type, None if precision == "fp32" else DTYPES[precision]
     with torch.autocast(kind, dtype, enabled=dtype is not None):
         logits = classifier.logits(pixel_values)
-    probabilities = logits.softmax(dim=-1)
-    best = classifier.top_k(probabilities, top_k)
+    probabilities = classifier.decision.scores(logits)
+    best, labels = classifier.top_k(probabilities, top_k), classifier.chosen(probabilities)
     if output_type == "top_k":
-        yield from ((classes, None) for classes in best)
+        yield from ((*classes, None) for classes in zip(best, labels, strict=True))
         return
     if output_type == "embeddings":
         assert features is not None
         values = features.last()
     else:
         values = logits if output_type == "logits" else probabilities
-    yield from zip(best, values.cpu().numpy(), strict=True)
+    yield from zip(best, labels, values.cpu().numpy(), strict=True)
 
 
 def _are_slow_to_decode(inputs: Inputs, indices: Sequence[int]) -> bool:

@@ -33,10 +33,13 @@ class ImageClassifier:
 
     Attributes:
         labels: class names in order.
+        thresholds: of a model of several labels per image, by label: an image has the labels whose scores reach them.
+            None of a model of one class per image.
         device: where the model is.
     """
 
     labels: list[str]
+    thresholds: dict[str, float] | None
     device: torch.device
 
     def __init__(self, classifier: Classifier, device: torch.device) -> None:
@@ -46,6 +49,7 @@ class ImageClassifier:
             device: the model is moved there.
         """
         self.labels = classifier.labels
+        self.thresholds = classifier.decision.record(classifier.labels)
         self.device = device
         classifier.model.to(device)
         self._classifier = classifier

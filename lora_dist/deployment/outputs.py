@@ -36,6 +36,7 @@ def writer(
     with_adapter: bool = False,
     output_type: OutputType = "top_k",
     record: Mapping[str, Any] | None = None,
+    with_labels: bool = False,
 ) -> Iterator[Callable[[Row], None]]:
     """Yields a function that writes a row: at once as JSON or CSV, in groups as parquet.
 
@@ -48,6 +49,7 @@ def writer(
         with_adapter: add the column `adapter` to a CSV or parquet file.
         output_type: what rows have beside the most likely class. Only `top_k` for CSV.
         record: what a parquet file says about its origin, as JSON values.
+        with_labels: add the column `labels` to a CSV, with semicolons between the labels, or to a parquet file.
 
     Raises:
         UserError: the file cannot be written.
@@ -55,12 +57,12 @@ def writer(
     chosen = format_of(output, format_)
     if chosen == "parquet":
         assert output is not None
-        schema = _schema(output_type, with_adapter).with_metadata({RECORD: json.dumps(record or {})})
+        schema = _schema(output_type, with_adapter, with_labels).with_metadata({RECORD: json.dumps(record or {})})
         with _parquet_file(Path(output), schema) as write:
             yield lambda row: write(_content(row, output_type))
         return
     if chosen == "csv":
-        to_rows = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter)
+        to_rows = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter, with_labels=with_labels)
     else:
         to_rows = partial(_json_lines, output_type=output_type)
     if output is None:
@@ -91,9 +93,13 @@ def _content(row: Row, output_type: OutputType) -> dict[str, Any]:
     content["path"] = row.path
     if row.error is not None:
         return content | {"error": row.error}
-    content |= {"label": row.label, "score": row.top_k[0][1]}
+    top_k = _scored(row.top_k)
+    if row.labels is None:
+        content |= {"label": row.label, "score": row.top_k[0][1]}
+    else:
+        content["labels"] = _scored(row.labels)
     if output_type == "top_k":
-        return content | {"top_k": [{"label": label, "score": score} for label, score in row.top_k]}
+        return content | {"top_k": top_k}
     assert row.values is not None
     return content | {output_type: row.values}
 
@@ -108,27 +114,44 @@ def _json_lines(file: Any, output_type: OutputType) -> Callable[[Row], None]:
     return write
 
 
-def _csv_rows(file: Any, top_k: int, with_adapter: bool) -> Callable[[Row], None]:
+def _scored(classes: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"label": label, "score": score} for label, score in classes]
+
+
+def _joined(labels: list[tuple[str, float]]) -> str:
+    for label, _ in labels:
+        if ";" in label:
+            raise UserError(f"a CSV has semicolons between labels, and one is called {label!r}: use --format jsonl")
+    return ";".join(label for label, _ in labels)
+
+
+def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
     suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
     columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "score")]
-    lines.writerow([*(["adapter"] if with_adapter else []), "path", *columns, "error"])
+    adapter, labels = ["adapter"] if with_adapter else [], ["labels"] if with_labels else []
+    lines.writerow([*adapter, "path", *labels, *columns, "error"])
 
     def write(row: Row) -> None:
         cells = [cell for label, score in row.top_k for cell in (label, f"{score:.6f}")]
         cells[:1] = [row.label] if cells else []
         cells += [""] * (len(columns) - len(cells))
-        lines.writerow([*([row.adapter] if with_adapter else []), row.path, *cells, row.error or ""])
+        adapter = [row.adapter] if with_adapter else []
+        labels = [_joined(row.labels or [])] if with_labels else []
+        lines.writerow([*adapter, row.path, *labels, *cells, row.error or ""])
         file.flush()
 
     return write
 
 
-def _schema(output_type: OutputType, with_adapter: bool) -> pa.Schema:
+def _schema(output_type: OutputType, with_adapter: bool, with_labels: bool) -> pa.Schema:
     score = ("score", pa.float32())
-    values = pa.list_(pa.struct([("label", pa.string()), score]) if output_type == "top_k" else pa.float32())
-    columns = [("path", pa.string()), ("label", pa.string()), score, (output_type, values), ("error", pa.string())]
-    return pa.schema([("adapter", pa.string()), *columns] if with_adapter else columns)
+    scored = pa.list_(pa.struct([("label", pa.string()), score]))
+    values = scored if output_type == "top_k" else pa.list_(pa.float32())
+    adapter = [("adapter", pa.string())] if with_adapter else []
+    labels = [("labels", scored)] if with_labels else []
+    columns = [("label", pa.string()), score, (output_type, values), ("error", pa.string())]
+    return pa.schema([*adapter, ("path", pa.string()), *labels, *columns])
 
 
 @contextmanager
@@ -179,6 +202,13 @@ def spread(total: int, count: int) -> list[int]:
     return [index * total // chosen for index in range(chosen)]
 
 
+def _caption(row: Row) -> str:
+    if row.labels is None:
+        return f"{row.label}\n{row.top_k[0][1]:.1%}"
+    names = ", ".join(label for label, _ in row.labels) or "(none)"
+    return f"{names}\n{' '.join(f'{score:.1%}' for _, score in row.labels)}"
+
+
 def draw_grid(rows: Sequence[tuple[Row, ImageSource]], path: Path, conversion: Conversion = AS_TRANSFORMERS) -> None:
     """Draws a PNG file with images and their predictions.
 
@@ -188,7 +218,7 @@ def draw_grid(rows: Sequence[tuple[Row, ImageSource]], path: Path, conversion: C
     shown = [(row, source) for row, source in rows if row.error is None]
     if not shown:
         raise UserError("--grid: none of its images can be read")
-    captions = [f"{row.label}\n{row.top_k[0][1]:.1%}" for row, _ in shown]
+    captions = [_caption(row) for row, _ in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
         grid([load_rgb(source, row.path, conversion) for row, source in shown], captions).save(path, "PNG")

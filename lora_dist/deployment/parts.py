@@ -181,9 +181,11 @@ class Parts:
                 raise UserError(f"{self._path(part)} is missing: do all processes see the same directory?")
             for line in self._path(part).read_text(encoding="utf-8").splitlines():
                 fields = json.loads(line)
-                fields["top_k"] = [(label, score) for label, score in fields["top_k"]]
+                fields["top_k"] = _pairs(fields["top_k"])
                 fields["values"] = None if fields["values"] is None else _decoded(fields["values"])
-                yield Row(**fields)
+                # Parts of older releases have no labels.
+                labels = fields.get("labels")
+                yield Row(**fields | {"labels": None if labels is None else _pairs(labels)})
 
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""
@@ -192,6 +194,10 @@ class Parts:
 
     def _path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06d}.jsonl"
+
+
+def _pairs(classes: list[list[Any]]) -> list[tuple[str, float]]:
+    return [(label, score) for label, score in classes]
 
 
 def _encoded(values: np.ndarray) -> str:

@@ -9,6 +9,7 @@ import torch
 from lora_dist.deployment.classify import classify
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
+from lora_dist.model.decision import MULTI_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,10 @@ def accuracy(
     """Returns the share of the readable images in folders named after classes that are classified as such.
 
     Raises:
-        UserError: there is no such image.
+        UserError: there is no such image, or an image has several labels.
     """
+    if classifier.decision.problem_type == MULTI_LABEL:
+        raise UserError("--greedy_soup measures one class per image, and these adapters give several labels: --average")
     labels = set(classifier.labels)
     labelled = [file for file in files if Path(file).parent.name in labels]
     rows = classify(classifier, labelled, top_k=1, batch_size=batch_size, num_workers=num_workers, device=device)

@@ -12,6 +12,7 @@ from lora_dist.model.backbone import Base
 from lora_dist.model.bundle import AdapterBundle, label_map, read_bundle
 from lora_dist.model.calibration import UNCALIBRATED
 from lora_dist.model.classifier import Classifier, attach_adapter, load_base_of_bundle
+from lora_dist.model.decision import mean_decision
 from lora_dist.model.weighted_sum import weighted_sum
 
 logger = logging.getLogger(__name__)
@@ -88,12 +89,15 @@ def load_weighted_sum(
                 f"preprocessor_config.json or conversion.json differs (adapters of older releases have no "
                 f"conversion.json, and ignore transparency)"
             )
+        if classifier.decision.problem_type != first.decision.problem_type:
+            raise UserError(f"{next(iter(directories))} and {name} have different problem types, and cannot be blended")
         loaded.append(replace(adapters.active_adapter(classifier.model), directory=directory))
     blended = adapters.attach_adapter(first.model, weighted_sum(loaded, weights), "blend")
     if any(classifier.calibration != first.calibration for classifier in adapter_set.classifiers.values()):
         logger.warning("the adapters have different temperatures, and their weighted sum none: it is not calibrated")
         first = replace(first, calibration=UNCALIBRATED)
-    return replace(first, model=blended)
+    decisions = [classifier.decision for classifier in adapter_set.classifiers.values()]
+    return replace(first, model=blended, decision=mean_decision(decisions, weights))
 
 
 def _peft_name(index: int) -> str:

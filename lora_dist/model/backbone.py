@@ -14,6 +14,7 @@ from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
+from lora_dist.model.decision import SINGLE_LABEL
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
@@ -66,6 +67,7 @@ def load_base(
     pooling: str | None = None,
     image_size: tuple[int, int] | None = None,
     processor: Any = None,
+    problem_type: str = SINGLE_LABEL,
     drop_path: float | None = None,
 ) -> Base:
     """Loads a base model in fp32 with a head for `labels`, and its processor.
@@ -81,6 +83,7 @@ def load_base(
         pooling: features for a linear head (see `classifier_config`).
         image_size: height and width of the images; None for those of the checkpoint.
         processor: image processor; None for that of the base.
+        problem_type: that of the labels, for `pipeline`.
         drop_path: rate of stochastic depth in training; None for that of the checkpoint.
 
     Raises:
@@ -103,8 +106,8 @@ def load_base(
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
-            # That of the base may be another one: `pipeline` would not compute a softmax.
-            config.problem_type = "single_label_classification"
+            # That of the base may be another one.
+            config.problem_type = problem_type
             rate = None if drop_path is None else with_rate(config, drop_path)
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(place, config, source)
@@ -204,6 +207,7 @@ def load_base_of(
         pooling=settings.model.pooling,
         image_size=settings.model.input_size,
         processor=processor,
+        problem_type=settings.data.problem_type,
         drop_path=settings.model.drop_path,
     )
 

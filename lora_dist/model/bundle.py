@@ -2,8 +2,8 @@
 
 The directory is a PEFT adapter that `PeftModel.from_pretrained` loads, with `config.json` (architecture and label map),
 `preprocessor_config.json`, `base_model.json` (name, revision and fingerprint of the base), `conversion.json` (how
-images become 8-bit RGB), `calibration.json` (temperature, if one was fitted) and `README.md` with its pictures. A run
-with `--tuning full` writes a whole `transformers` model instead.
+images become 8-bit RGB), `calibration.json` (temperature, if one was fitted), `thresholds.json` (only of several labels
+per image) and `README.md` with its pictures. A run with `--tuning full` writes a whole `transformers` model instead.
 """
 
 import json
@@ -22,12 +22,14 @@ from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
 from lora_dist.model.calibration import CALIBRATION, UNCALIBRATED, Calibration, read_calibration
+from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.storage.files import whole_directory
 
 logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"
 CONVERSION = "conversion.json"
+THRESHOLDS = "thresholds.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")
 NO_PICTURES: Mapping[str, Image.Image] = {}
 
@@ -41,12 +43,14 @@ def write_adapter(
     conversion: Conversion = AS_TRANSFORMERS,
     calibration: Calibration = UNCALIBRATED,
     pictures: Mapping[str, Image.Image] = NO_PICTURES,
+    decision: Decision | None = None,
 ) -> None:
     """Writes an adapter bundle; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         adapters.save_adapter(model, temporary, initial)
+        identity = base.identity()
         write_metadata(
-            temporary, base.model.config, base.processor, card, base.identity(), conversion, calibration, pictures
+            temporary, base.model.config, base.processor, card, identity, conversion, calibration, pictures, decision
         )
 
 
@@ -58,11 +62,12 @@ def write_model(
     conversion: Conversion = AS_TRANSFORMERS,
     calibration: Calibration = UNCALIBRATED,
     pictures: Mapping[str, Image.Image] = NO_PICTURES,
+    decision: Decision | None = None,
 ) -> None:
     """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         model.save_pretrained(temporary)
-        write_metadata(temporary, model.config, processor, card, None, conversion, calibration, pictures)
+        write_metadata(temporary, model.config, processor, card, None, conversion, calibration, pictures, decision)
 
 
 def write_metadata(
@@ -74,16 +79,22 @@ def write_metadata(
     conversion: Conversion = AS_TRANSFORMERS,
     calibration: Calibration = UNCALIBRATED,
     pictures: Mapping[str, Image.Image] = NO_PICTURES,
+    decision: Decision | None = None,
 ) -> None:
-    """Writes config, label map, processor, conversion, calibration and model card with its pictures, by file name, into
-    an existing directory; for an adapter, also its base."""
+    """Writes config, label map, processor, conversion, calibration, decision and model card with its pictures, by file
+    name, into an existing directory; for an adapter, also its base."""
+    decision = decision or MostLikely()
     config.save_pretrained(directory)
     path = directory / "config.json"
     # `transformers` leaves the label map out if it is LABEL_0, LABEL_1.
     labels = {"id2label": config.id2label, "label2id": config.label2id}
-    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | labels)
+    # The configuration of a base with several adapters has the problem type of the first one.
+    own = {**labels, "problem_type": decision.problem_type}
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | own)
     processor.save_pretrained(directory)
     _write_json(directory / CONVERSION, conversion.record())
+    if (thresholds := decision.record([config.id2label[index] for index in range(len(config.id2label))])) is not None:
+        _write_json(directory / THRESHOLDS, thresholds)
     if base is not None:
         _write_json(directory / BASE_MODEL, base)
     if calibration != UNCALIBRATED:
@@ -109,6 +120,7 @@ class AdapterBundle:
         trust_remote_code: run code that comes with the processor.
         conversion: how images became 8-bit RGB in training.
         calibration: of the logits.
+        decision: what becomes of the logits.
     """
 
     files: AdapterFiles
@@ -122,6 +134,7 @@ class AdapterBundle:
     trust_remote_code: bool
     conversion: Conversion
     calibration: Calibration
+    decision: Decision
 
 
 def read_bundle(
@@ -163,6 +176,7 @@ def read_bundle(
         trust_remote_code,
         read_conversion(directory),
         read_calibration(directory),
+        read_decision(directory, names),
     )
 
 
@@ -206,9 +220,27 @@ def label_map(directory: Path) -> Any:
     Raises:
         UserError: the file is damaged.
     """
-    path = directory / "config.json"
+    return _entry(directory / "config.json", "id2label")
+
+
+def read_decision(directory: Path, labels: Sequence[str]) -> Decision:
+    """Reads the problem type of a bundle or model, and the thresholds of several labels.
+
+    Raises:
+        UserError: a file is damaged, or has thresholds of other labels.
+    """
+    path, record = directory / THRESHOLDS, None
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("id2label") if path.is_file() else None
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return decision_of(_entry(directory / "config.json", "problem_type"), record, labels)
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _entry(path: Path, name: str) -> Any:
+    """An entry of a JSON file, or None where either is missing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 

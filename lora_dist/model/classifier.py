@@ -1,7 +1,7 @@
 """Loads a trained classifier for prediction: an adapter on its base, or a whole model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, load_base, read_processor
-from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_labels
+from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_decision, read_labels
 from lora_dist.model.calibration import UNCALIBRATED, Calibration, read_calibration
+from lora_dist.model.decision import Decision, MostLikely
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Classifier:
         base: name, revision and fingerprint of an adapter's base.
         conversion: how images become 8-bit RGB.
         calibration: of the logits of the model.
+        decision: what becomes of the logits.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class Classifier:
     base: dict[str, str | None] | None = None
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED
+    decision: Decision = field(default_factory=MostLikely)
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model: its own, divided by
@@ -50,13 +53,21 @@ class Classifier:
 
     def probabilities(self, pixel_values: Tensor) -> Tensor:
         """Computes probabilities [B, classes] in fp32. Arguments and errors as `logits`."""
-        return self.logits(pixel_values).softmax(dim=-1)
+        return self.decision.scores(self.logits(pixel_values))
 
     def top_k(self, probabilities: Tensor, k: int) -> list[list[tuple[str, float]]]:
         """Returns the k most likely classes of each row of [B, classes] with their probabilities."""
         best = probabilities.topk(min(k, len(self.labels)))
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [[(self.labels[i], value) for i, value in zip(indices, values, strict=True)] for values, indices in rows]
+
+    def chosen(self, probabilities: Tensor) -> Sequence[list[tuple[str, float]] | None]:
+        """Returns the labels of each row of [B, classes] with their probabilities; None for one class per image."""
+        rows = self.decision.chosen(probabilities)
+        if rows is None:
+            return [None] * len(probabilities)
+        values = probabilities.tolist()
+        return [[(self.labels[i], row[i]) for i in indices] for indices, row in zip(rows, values, strict=True)]
 
 
 def load_classifier(
@@ -84,7 +95,8 @@ def load_classifier(
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} is not a model: it has no config.json{result_of_run(directory)}")
     names = read_labels(directory)
-    whole = load_base(str(directory), names, trust_remote_code=trust_remote_code)
+    decision = read_decision(directory, names)
+    whole = load_base(str(directory), names, trust_remote_code=trust_remote_code, problem_type=decision.problem_type)
     if whole.missing:
         raise UserError(
             f"{directory} is not a complete {type(whole.model).__name__}: its weights lack "
@@ -96,6 +108,7 @@ def load_classifier(
         names,
         conversion=read_conversion(directory),
         calibration=read_calibration(directory),
+        decision=decision,
     )
 
 
@@ -109,6 +122,7 @@ def load_base_of_bundle(bundle: AdapterBundle) -> Base:
         pooling=bundle.pooling,
         image_size=bundle.image_size,
         processor=own_processor(bundle),
+        problem_type=bundle.decision.problem_type,
     )
 
 
@@ -120,7 +134,9 @@ def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAU
     """
     adapter, processor = check_base(base, bundle)
     model = adapters.attach_adapter(base.model, adapter, name, len(bundle.labels))
-    return Classifier(model, processor, bundle.labels, base.identity(), bundle.conversion, bundle.calibration)
+    return Classifier(
+        model, processor, bundle.labels, base.identity(), bundle.conversion, bundle.calibration, bundle.decision
+    )
 
 
 def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:

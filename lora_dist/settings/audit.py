@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from lora_dist.settings.fields import (
     impossible_output,
     missing_paths,
 )
+from lora_dist.settings.problem_type import MULTI_LABEL
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
@@ -27,13 +28,15 @@ class AuditData(Group):
 
     train_dir: str | None = None
     """Folder of training images with one sub-folder per class."""
+    problem_type: Literal["single_label_classification", "multi_label_classification"] = "single_label_classification"
+    """Whether each image has one class, or any number of labels in --labels_file, as for lora_dist.train."""
     labels_file: str | None = None
     """Text file with the labels of the images in --train_dir, as for lora_dist.train. Its test images are audited as
     validation images."""
     image_column_name: str | None = None
     """Column of paths in --labels_file."""
     label_column_name: str | None = None
-    """Column of labels in --labels_file."""
+    """Column of labels in --labels_file, or its columns of 0 and 1, such as cat,dog,bird."""
     split_column_name: str | None = None
     """Column of --labels_file with train, validation or test."""
     group_column_name: str | None = None
@@ -90,6 +93,11 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     if not data.train_dir:
         yield Problem(("train_dir",), "no data: set a folder of images")
     paths = (data.train_dir, data.validation_dir, data.exclude, None, data.labels_file)
+    if data.problem_type == MULTI_LABEL and not data.labels_file:
+        yield Problem(("problem_type", "labels_file"), "class folders give each image one class: set --labels_file")
+    if data.problem_type == MULTI_LABEL and data.validation_dir:
+        text = "class folders give each image one class: use the column of splits of --labels_file"
+        yield Problem(("problem_type", "validation_dir"), text)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
     if data.predictions and not Path(data.predictions).is_file():
         wrong.append(Problem(("predictions",), f"no such file: {data.predictions}"))

@@ -37,6 +37,8 @@ def contradictions(settings: BenchSettings) -> Iterator[Problem]:
     augmentation = settings.augmentation
     if settings.model.tuning != "lora" or settings.model.adapter_name_or_path:
         yield Problem(("compare", "tuning", "adapter_name_or_path"), "the PEFT guide trains a new LoRA adapter")
+    if settings.data.problem_type != "single_label_classification":
+        yield Problem(("compare", "problem_type"), "the PEFT guide has one class per image: remove one of them")
     if settings.data.streaming:
         yield Problem(("compare", "streaming"), "the PEFT guide does not stream: remove one of them")
     if settings.optimization.auto_batch_size:

@@ -32,6 +32,7 @@ from lora_dist.settings.fields import (
     impossible_output,
     missing_paths,
 )
+from lora_dist.settings.problem_type import problem_type_contradictions
 
 FULL_LEARNING_RATE = 5e-5
 """Default of --learning_rate with --tuning full and pretrained weights."""
@@ -118,6 +119,9 @@ class DataSettings(Group):
 
     train_dir: str | None = None
     """Folder of training images with one sub-folder per class."""
+    problem_type: Literal["single_label_classification", "multi_label_classification"] = "single_label_classification"
+    """single_label_classification: each image has one class. multi_label_classification: each has any number of labels,
+    also none. The model records it."""
     labels_file: str | None = None
     """Text file with the labels of the images in --train_dir: path,label[,split[,group]], with commas, semicolons or
     tabs. Columns of a header are found by their names, or set with --image_column_name and so on."""
@@ -157,7 +161,8 @@ class DataSettings(Group):
     """Image column. Default: the column of type Image, or of paths in --labels_file."""
     label_column_name: str | None = None
     """Label column. Default: a ClassLabel called label, or else the only ClassLabel or column called label, labels or
-    cls."""
+    cls. Of several labels: a column of lists, or of label;label in --labels_file, or its columns of 0 and 1, such as
+    cat,dog,bird."""
     slice_columns: Names = Field(default=[])
     """Columns of --labels_file or of the data set, separated by commas, such as site,camera. The results and the model
     card have the validation and test metrics of the images of each value."""
@@ -267,11 +272,15 @@ class OptimizationSettings(Group):
     no."""
     class_weights: str = "none"
     """Weights of the classes in the loss. balanced: inverse to the number of training images. Or a YAML or JSON file
-    with a weight for each class name. Each update is the weighted mean over all of its samples."""
+    with a weight for each class name. Each update is the weighted mean over all of its samples. Of several labels: the
+    weight of the images that have the label against those without it; balanced: negatives / positives."""
     focal_gamma: NonNegative = 0.0
     """Gamma of focal loss, which lowers the weight of samples that are classified well. 0: cross-entropy."""
-    metric_for_best_model: Literal["accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss"] = "accuracy"
-    """Validation metric that selects the best checkpoint; the loss decides between equal ones."""
+    metric_for_best_model: Literal[
+        "accuracy", "balanced_accuracy", "top5_accuracy", "mAP", "micro_f1", "macro_f1", "loss"
+    ] = "accuracy"
+    """Validation metric that selects the best checkpoint; the loss decides between equal ones. Of several labels: mAP,
+    micro_f1, macro_f1 or loss. The default is then mAP."""
     max_nonfinite_updates: Count = 3
     """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer are skipped."""
     early_stopping_patience: Count | None = None
@@ -350,11 +359,21 @@ class Settings(Group):
         optimization = self.optimization.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
         return self.model_copy(update={"optimization": optimization})
 
+    def with_default_metric(self) -> "Settings":
+        """Returns the settings with the default metric of their problem type, unless a metric was given."""
+        is_given = "metric_for_best_model" in self.optimization.model_fields_set
+        if is_given or self.data.problem_type == "single_label_classification":
+            return self
+        return self.model_copy(
+            update={"optimization": self.optimization.model_copy(update={"metric_for_best_model": "mAP"})}
+        )
+
 
 def contradictions(settings: Settings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
     model, data, optimization = settings.model, settings.data, settings.optimization
     run, hub = settings.run, settings.hub
+    yield from problem_type_contradictions(settings)
     if data.train_dir and data.dataset_name:
         yield Problem(("train_dir", "dataset_name"), "two data sources: use only one of them")
     if not (data.train_dir or data.dataset_name or (run.do_eval_only and data.validation_dir)):

@@ -34,10 +34,10 @@ from lora_dist.processes.workers import require_shared_memory
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
-from lora_dist.training.class_weights import make_loss
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
 from lora_dist.training.optimizer import count_moments, make_optimizer
+from lora_dist.training.problem_types import PROBLEM_TYPES
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
 from lora_dist.training.run import TrainingRun, is_over
@@ -98,7 +98,7 @@ def assemble(
         UserError: something is missing, does not fit, or differs between processes.
     """
     allow_pixels(settings.data.max_image_pixels)
-    settings = as_resumed(settings, resumed).with_default_learning_rate()
+    settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
         data = _load(settings, accelerator, problems)
@@ -142,7 +142,8 @@ def assemble(
         train = OversampledSplit(train)
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
-    loss = make_loss(settings, data)
+    problem = PROBLEM_TYPES[settings.data.problem_type]
+    loss = problem.loss(settings, data)
     images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
     with problems.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -189,6 +190,7 @@ def assemble(
             data.labels,
             optimization.per_device_eval_batch_size,
             settings.data,
+            problem=problem,
         ),
         checkpointer=checkpointer,
         preemption=Preemption(accelerator, output.save_request),

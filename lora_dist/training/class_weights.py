@@ -16,7 +16,7 @@ from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.settings.train import Settings
-from lora_dist.training.loss import Loss
+from lora_dist.training.loss import Loss, SampleLoss
 
 _SHOWN = 5
 
@@ -77,7 +77,7 @@ def describe_weights(setting: str) -> str:
     return f"file {hashlib.sha256(Path(setting).read_bytes()).hexdigest()[:16]}"
 
 
-def planned_weight(loss: Loss, images: TrainImages, plan: BatchPlan, step: int) -> float:
+def planned_weight(loss: SampleLoss, images: TrainImages, plan: BatchPlan, step: int) -> float:
     """The sum of the weights of the samples of this process in update `step`, as if all images could be read."""
     samples = [sample for micro_batch in plan.micro_batches(step) for sample in micro_batch if sample.weight]
     labels = images.split.labels  # type: ignore[attr-defined]  # streams have no class weights

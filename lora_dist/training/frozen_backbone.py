@@ -78,15 +78,18 @@ def collect(run: TrainingRun, model: nn.Module, head: nn.Module, loader: DataLoa
         for batch in batches(loader, accelerator.device):
             model(pixel_values=batch.pixel_values)
             values.append(calls.pop()[0].detach())
-            facts.append(torch.stack([batch.indices, batch.labels, (batch.weights > 0).long()], dim=1))
+            label_shape = batch.labels.shape[1:]
+            labels = batch.labels.long().reshape(len(batch.labels), -1)
+            facts.append(torch.cat([batch.indices[:, None], (batch.weights > 0).long()[:, None], labels], dim=1))
             run.watch.now("computing the features of the frozen backbone")
             run.preemption.check()
     padded = [accelerator.pad_across_processes(torch.cat(part), pad_index=PADDING_INDEX) for part in (values, facts)]
-    rows, (indices, labels, readable) = accelerator.gather(padded[0]).cpu(), accelerator.gather(padded[1]).cpu().T
+    rows, gathered = accelerator.gather(padded[0]).cpu(), accelerator.gather(padded[1]).cpu()
+    indices, readable, labels = gathered[:, 0], gathered[:, 1], gathered[:, 2:].reshape(-1, *label_shape)
     kept = (indices != PADDING_INDEX) & (readable > 0)
     features = Features(
         torch.zeros(count, *rows.shape[1:], dtype=rows.dtype),
-        torch.zeros(count, dtype=torch.int64),
+        torch.zeros(count, *label_shape, dtype=torch.int64),
         torch.zeros(count, dtype=torch.bool),
     )
     at = indices[kept]

@@ -13,8 +13,9 @@ from lora_dist.engines.engine import share_statistics
 from lora_dist.errors import TrainingStoppedError
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
-from lora_dist.training.evaluation import Evaluation, NothingToEvaluateError
+from lora_dist.training.evaluation import NothingToEvaluateError
 from lora_dist.training.failures import saved_on_failure, update_explained
+from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun
@@ -26,7 +27,7 @@ MAX_CONSECUTIVE_SKIPPED = 32
 MAX_CONSECUTIVE_UNREADABLE = 32
 """Consecutive updates without a readable image after which training stops; fewer if an epoch is shorter."""
 
-PushBest = Callable[[TrainingRun, Progress, Evaluation], None]
+PushBest = Callable[[TrainingRun, Progress, Measured], None]
 
 
 def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
@@ -189,7 +190,7 @@ def _evaluate_and_save(
         push_best(run, progress, best)
 
 
-def _evaluate(run: TrainingRun, progress: Progress) -> Evaluation | None:
+def _evaluate(run: TrainingRun, progress: Progress) -> Measured | None:
     """Evaluates the model and logs the result; returns it if it is the best so far.
 
     Raises:
@@ -208,7 +209,9 @@ def _evaluate(run: TrainingRun, progress: Progress) -> Evaluation | None:
     run.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
     evaluator = run.evaluator
     conversion = evaluator.transforms.conversion
-    show_evaluation(run.tracker, evaluation, progress.step, evaluator.split, evaluator.labels, conversion)
+    show_evaluation(
+        run.tracker, evaluator.problem, evaluation, progress.step, evaluator.split, evaluator.labels, conversion
+    )
     return evaluation if best else None
 
 

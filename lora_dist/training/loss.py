@@ -1,6 +1,6 @@
 """The loss of each sample: cross-entropy with label smoothing, class weights and focal loss, also of mixed images."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,8 +9,25 @@ from torch.nn.functional import cross_entropy
 from lora_dist.data.batch import Batch
 
 
+class SampleLoss(Protocol):
+    """The loss of each sample, and its weight in the mean over an update."""
+
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether `weights_of` differs between samples."""
+        ...
+
+    def of_samples(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of each sample, shape [B], towards both labels of mixed images; 0 for samples of weight 0."""
+        ...
+
+    def weights_of(self, labels: Tensor, partner_labels: Tensor | None = None, shares: Tensor | None = None) -> Tensor:
+        """The weight of each sample by its labels, shape [B]."""
+        ...
+
+
 class Loss(NamedTuple):
-    """Settings of the loss.
+    """Settings of the loss of one class per image; a `SampleLoss`.
 
     Attributes:
         label_smoothing: share of the target that is spread over all classes.
@@ -21,6 +38,10 @@ class Loss(NamedTuple):
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
     focal_gamma: float = 0.0
+
+    @property
+    def weighs_samples(self) -> bool:
+        return self.class_weights is not None
 
     def of_samples(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of each sample, shape [B], towards both labels of mixed images; 0 for samples of weight 0."""

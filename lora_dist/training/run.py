@@ -18,8 +18,9 @@ from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
 from lora_dist.training.class_weights import planned_weight
-from lora_dist.training.evaluation import Evaluation, Evaluator
-from lora_dist.training.loss import Loss
+from lora_dist.training.evaluation import Evaluator
+from lora_dist.training.loss import SampleLoss
+from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due
@@ -52,7 +53,7 @@ class TrainingRun:
     average: WeightAverage | None
     images: TrainImages
     plan: BatchPlan
-    loss: Loss
+    loss: SampleLoss
     schedule: Schedule
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -99,7 +100,7 @@ class TrainingRun:
 
     def _total_weight(self, step: int) -> float:
         """The sum of the weights of all samples of an update, over all processes."""
-        if self.loss.class_weights is None:
+        if not self.loss.weighs_samples:
             return self.plan.samples_in(step)
         accelerator = self.engine.accelerator
         own = planned_weight(self.loss, self.images, self.plan, step)
@@ -125,7 +126,7 @@ class TrainingRun:
         evaluator: Evaluator | None = None,
         with_probabilities: bool = False,
         keep_logits: bool = False,
-    ) -> Evaluation:
+    ) -> Measured:
         """Evaluates the current weights; a request to stop ends the evaluation.
 
         Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import seed_of
 from lora_dist.engines.engine import Engine
-from lora_dist.training.loss import Loss
+from lora_dist.training.loss import SampleLoss
 
 
 class Update(NamedTuple):
@@ -80,7 +80,7 @@ class GradientAccumulator:
         micro_batch_count: int,
         total_weight: float,
         learning_rate: float,
-        loss: Loss,
+        loss: SampleLoss,
         dropout_seed: tuple[int, ...],
         padding_batch: Callable[[], Batch] | None = None,
         before_exchange: Callable[[], object] = lambda: None,

@@ -17,8 +17,8 @@ from predict_speed import add_rows
 
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.classification import ClassificationMetric
-from lora_dist.training.evaluation import SCALARS, Evaluation
 from lora_dist.training.reporting.report import write_evaluation
+from lora_dist.training.single_label import SCALARS, Evaluation, SingleLabel
 
 
 def _peak_mb() -> float:
@@ -50,7 +50,7 @@ def evaluate(classes: int, images: int, directory: Path) -> dict[str, object]:
     )
     labels = [f"class {number}" for number in range(classes)]
     confusion_picture(evaluation.confusion, labels)
-    write_evaluation(directory / "evaluation.json", evaluation, labels)
+    write_evaluation(directory / "evaluation.json", SingleLabel(), evaluation, labels)
     seconds = time.process_time() - start
     return {
         "classes": classes,

@@ -238,7 +238,7 @@ class CacheReader:
         if pixels is None:
             # The source raises the error again, with its name.
             return self._split.read(epoch, [index])[index]
-        return EncodedSample(pixels, "", int(self._split.labels[index]))
+        return EncodedSample(pixels, "", self._split.labels[index])
 
 
 def _fingerprint(images: Split, size: tuple[int, int], conversion: Conversion) -> str:

@@ -12,12 +12,12 @@ class EncodedSample(NamedTuple):
     Attributes:
         source: path or bytes of an encoded image, an opened image, or pixels.
         name: of the image in errors.
-        label: index of the class in the label map.
+        label: index of the class in the label map, or 0 and 1 for each of several labels, uint8 [labels].
     """
 
     source: Any
     name: str
-    label: int
+    label: Any
 
 
 class Reader(Protocol):
@@ -36,6 +36,11 @@ class TrainingSplit(Protocol):
     """Training data: a `Split`, or shards that are streamed."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of the label of a sample: () of one class, (labels,) of several labels."""
+        ...
 
     def name(self, index: int) -> str:
         """The file of sample `index`, or its row where the data set has no files."""

@@ -1,4 +1,8 @@
-"""Labels of the images of a folder in a text file: path, label and optionally split and group of one image a line."""
+"""Labels of the images of a folder in a text file: path, label and optionally split and group of one image a line.
+
+The labels of an image are one class, or with `several` any number of labels: in one cell, with a mark between them, or
+in a column of 0 and 1 for each label.
+"""
 
 import csv
 import io
@@ -8,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_dist.data.sources.exclusions import absolute
 from lora_dist.data.sources.files import find_files
 from lora_dist.data.sources.folders import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES
+from lora_dist.data.sources.label_arrays import class_counts, with_unlabelled
+from lora_dist.data.sources.label_cells import delimiter_of, indicated, indicator_columns, labels_in, places_of
 from lora_dist.data.sources.labels import require_distinct, visible_name
 from lora_dist.errors import UserError
 
@@ -58,7 +64,7 @@ class Listed(NamedTuple):
     Attributes:
         classes: names of the classes, sorted.
         paths: image files.
-        labels: class of each as an index of `classes`.
+        labels: class of each as an index of `classes`; with `several`, a list of such indices.
         splits: `train`, `validation` or `test` of each.
         groups: group of each; without a column of groups, all different.
         ignored: files of the folder that are no images, without the file of labels.
@@ -67,7 +73,7 @@ class Listed(NamedTuple):
 
     classes: list[str]
     paths: list[str]
-    labels: list[int]
+    labels: list[Any]
     splits: list[str]
     groups: list[str]
     ignored: list[str]
@@ -77,7 +83,7 @@ class Listed(NamedTuple):
 class _Row(NamedTuple):
     line: int
     path: str
-    label: str
+    labels: tuple[str, ...]
     split: str
     group: str
     slices: tuple[str, ...] = ()
@@ -89,6 +95,7 @@ def read_labels_file(
     columns: Mapping[str, str | None] | None = None,
     excluded: Collection[str] = (),
     slice_columns: Sequence[str] = (),
+    several: bool = False,
 ) -> Listed:
     """Reads the labels of the images of a folder.
 
@@ -98,13 +105,15 @@ def read_labels_file(
         columns: names of columns that were given, by the names in `FIELDS`.
         excluded: absolute paths of folders to leave out.
         slice_columns: further columns to read.
+        several: whether an image has any number of labels, instead of one class.
 
     Raises:
         UserError: names all files that are missing, contradictions and lines without a label at once.
     """
     found = find_files(directory, excluded)
-    rows = list(_rows(file, columns or {}, slice_columns))
     problems: dict[str, list[str]] = defaultdict(list)
+    names = indicator_columns((columns or {}).get("label")) if several else []
+    rows = list(_rows(file, columns or {}, slice_columns, several, names, problems))
     notes: dict[str, list[str]] = defaultdict(list)
     path_of = _Finder(directory, found.images)
     chosen: dict[str, _Row] = {}
@@ -115,7 +124,7 @@ def read_labels_file(
                 hint = _HEADER_HINT if row.line == 1 else ""
                 problems["files that do not exist"].append(f"line {row.line}: {row.path}{hint}")
             continue
-        if not visible_name(row.label):
+        if not row.labels and not several:
             problems["lines without a label"].append(f"line {row.line}: {row.path}")
         if row.split not in ("", *SPLITS):
             problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
@@ -131,16 +140,17 @@ def read_labels_file(
     splits = {path: SPLITS.get(row.split, "train") for path, row in chosen.items()}
     problems["groups in several splits"] += _torn_groups(chosen, splits)
     _tell(f"--labels_file {file}", problems, notes)
-    classes = sorted({row.label for row in chosen.values()})
+    classes = names or sorted({label for row in chosen.values() for label in row.labels})
     require_distinct(classes)
     paths = [path for path in found.images if path in chosen]
     if not paths:
         raise UserError(f"--labels_file {file}: it lists no image of {directory}")
     number = {name: index for index, name in enumerate(classes)}
+    numbered = [[number[label] for label in chosen[path].labels] for path in paths]
     return Listed(
         classes,
         paths,
-        [number[chosen[path].label] for path in paths],
+        [numbers if several else numbers[0] for numbers in numbered],
         [splits[path] for path in paths],
         [chosen[path].group or path for path in paths],
         [path for path in found.ignored if absolute(path) != absolute(file)],
@@ -148,8 +158,15 @@ def read_labels_file(
     )
 
 
-def _rows(file: str, columns: Mapping[str, str | None], slice_columns: Sequence[str] = ()) -> Iterator[_Row]:
-    """The rows of a file, with the number of their line."""
+def _rows(
+    file: str,
+    columns: Mapping[str, str | None],
+    slice_columns: Sequence[str],
+    several: bool,
+    names: Sequence[str],
+    problems: dict[str, list[str]],
+) -> Iterator[_Row]:
+    """The rows of a file, with the number of their line; `names` are its columns of 0 and 1, one for each label."""
     where = f"--labels_file {file}"
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
@@ -158,23 +175,28 @@ def _rows(file: str, columns: Mapping[str, str | None], slice_columns: Sequence[
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not a text file in UTF-8") from error
     some = [line for line in text.splitlines()[:_INSPECTED_LINES] if line.strip()]
-    delimiter = max(",;\t", key=lambda mark: min((line.count(mark) for line in some), default=0))
+    delimiter = delimiter_of(some, several)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
     if not lines:
         raise UserError(f"{where}: the file is empty")
-    places, has_header = _places(lines[0][1], columns, where)
-    if missing := [name for name in slice_columns if not has_header or name not in lines[0][1]]:
-        raise UserError(
-            f"{where}: no column {missing[0]} of --slice_columns; the first line has {', '.join(lines[0][1])}"
-        )
-    sliced = [lines[0][1].index(name) for name in slice_columns]
+    header = lines[0][1]
+    indicators = places_of(names, header, where)
+    places, has_header = _places(header, {**columns, "label": names[0]} if names else columns, where)
+    if missing := [name for name in slice_columns if not has_header or name not in header]:
+        raise UserError(f"{where}: no column {missing[0]} of --slice_columns; the first line has {', '.join(header)}")
+    sliced = [header.index(name) for name in slice_columns]
     for line, cells in lines[has_header:]:
         values = {name: cells[place] if place < len(cells) else "" for name, place in places.items()}
         slices = tuple(cells[place] if place < len(cells) else "" for place in sliced)
-        yield _Row(
-            line, values["path"], values["label"], values.get("split", "").lower(), values.get("group", ""), slices
-        )
+        if names:
+            labels, wrong = indicated(cells, indicators)
+            problems["cells that are neither 0 nor 1"] += [f"line {line}: {one}" for one in wrong]
+        elif several:
+            labels = labels_in(values["label"], delimiter)
+        else:
+            labels = (values["label"],) if visible_name(values["label"]) else ()
+        yield _Row(line, values["path"], labels, values.get("split", "").lower(), values.get("group", ""), slices)
 
 
 def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str) -> tuple[dict[str, int], bool]:
@@ -259,16 +281,17 @@ def grouped_split(
     """Holds out whole groups, with about `fraction` of each class, small classes first.
 
     A group is held out only if each of its classes keeps a sample in another group. Returns the indices to keep and the
-    indices held out, both ascending. `labels` has the class of each sample.
+    indices held out, both ascending. `labels` has the class of each sample, or a row of its labels.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         members[group].append(index)
     names = sorted(members)
     order = [names[place] for place in np.random.default_rng([seed, len(names)]).permutation(len(names))]
-    size = int(labels.max()) + 1 if len(labels) else 0
-    counts = {group: np.bincount(labels[members[group]], minlength=size) for group in order}
-    total, held = np.bincount(labels, minlength=size), np.zeros(size, dtype=np.int64)
+    labels = with_unlabelled(labels)
+    total = class_counts(labels, 0)
+    counts = {group: class_counts(labels[members[group]], len(total)) for group in order}
+    held = np.zeros_like(total)
     wanted = np.maximum(np.round(fraction * total), 1)
     chosen: set[str] = set()
     for label in np.argsort(total, kind="stable").tolist():

@@ -8,29 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
 
 from lora_dist import demo
 from lora_dist.data.sampling.protocol import TrainingSplit
 from lora_dist.data.sources import slices
-from lora_dist.data.sources.columns import (
-    class_names,
-    find_image_column,
-    find_label_column,
-    require_columns,
-    require_labels,
-)
+from lora_dist.data.sources.columns import find_image_column
 from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.folds import fold_numbers
+from lora_dist.data.sources.label_arrays import classes_in
 from lora_dist.data.sources.labels import require_distinct
 from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
+from lora_dist.data.sources.reading_labels import READINGS, LabelReading
 from lora_dist.data.sources.shards import load_alone, reading_data
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
 from lora_dist.settings.fields import fold_and_count
+from lora_dist.settings.problem_type import MULTI_LABEL
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -59,14 +56,15 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     excluded = read_exclusions(settings.exclude) if settings.exclude else frozenset()
     if settings.labels_file:
         return _load_listed(settings, seed, excluded)
+    reading = READINGS[settings.problem_type]
     tables = [_load_table(settings, "train", excluded)]
     column = settings.image_column_name or find_image_column(tables[0].features)
-    labels, train = _labelled(tables[0], column, settings.label_column_name, None, excluded)
+    labels, train = _labelled(reading, tables[0], column, settings.label_column_name, None, excluded)
     if settings.validation_dir or settings.validation_split:
         tables.append(_load_table(settings, "validation", excluded, labels))
     _warn_of_unused(excluded, settings, tables)
     if len(tables) > 1:
-        _, validation = _labelled(tables[1], column, settings.label_column_name, labels, excluded)
+        _, validation = _labelled(reading, tables[1], column, settings.label_column_name, labels, excluded)
         validation = _with_slices(validation, tables[1], settings)
     else:
         train, validation = _held_out(_with_slices(train, tables[0], settings), settings, seed)
@@ -83,17 +81,19 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
         "split": settings.split_column_name,
         "group": settings.group_column_name,
     }
+    reading = READINGS[settings.problem_type]
+    several = settings.problem_type == MULTI_LABEL
     folder = demo.local_path(settings.train_dir)
-    listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns)
+    listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns, several)
     warn_of_ignored(settings.train_dir, listed.ignored)
     for split in ("validation", "test"):
         if split in listed.splits and getattr(settings, f"{split}_dir"):
             raise UserError(f"--{split}_dir and --labels_file {settings.labels_file} both name {split} images: use one")
-    table = _table_of(listed.classes, listed.paths, listed.labels, excluded)
+    table = _table_of(listed.classes, listed.paths, listed.labels, excluded, several)
     # `_table_of` leaves out files whose names cannot be in a table.
     place = {path: index for index, path in enumerate(listed.paths)}
     kept = np.array([place[path] for path in table["image"]], dtype=np.int64)
-    labels, whole = _labelled(table, "image", "label", None, excluded)
+    labels, whole = _labelled(reading, table, "image", "label", None, excluded)
     rows = kept[whole.table_rows]
     splits, groups = np.array(listed.splits)[rows], np.array(listed.groups)[rows]
     if len(set(groups.tolist())) < len(groups):
@@ -137,7 +137,7 @@ def _checked(
     """Checks the splits, and selects the samples that the settings ask for."""
     if not len(train) or not len(validation):
         raise UserError(f"{len(train)} training and {len(validation)} validation images: both need some")
-    check_classes(settings, labels, set(train.labels.tolist()), validation)
+    check_classes(settings, labels, classes_in(train.labels), validation)
     train = _limited(train, labels, settings.max_train_samples, "max_train_samples", seed)
     validation = _limited(validation, labels, settings.max_eval_samples, "max_eval_samples", seed)
     return ImageData(labels, train, validation, test, settings.fold)
@@ -182,7 +182,9 @@ def _load_known(
     image_column = None if is_folder else settings.image_column_name
     label_column = None if is_folder else settings.label_column_name
     column = image_column or find_image_column(table.features)
-    return _with_slices(_labelled(table, column, label_column, labels, excluded, name)[1], table, settings)
+    reading = READINGS[settings.problem_type]
+    split = _labelled(reading, table, column, label_column, labels, excluded, name)[1]
+    return _with_slices(split, table, settings)
 
 
 def _with_slices(split: Split, table: Dataset, settings: DataSettings) -> Split:
@@ -207,8 +209,10 @@ def _load_table(
     return _table_of(classes, paths, labels, excluded)
 
 
-def _table_of(classes: list[str], paths: list[str], labels: list[int], excluded: frozenset[str]) -> Dataset:
-    """A table of files and their labels."""
+def _table_of(
+    classes: list[str], paths: list[str], labels: Sequence[Any], excluded: frozenset[str], several: bool = False
+) -> Dataset:
+    """A table of files and their labels: a class of each, or a list of classes if there are `several`."""
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
@@ -218,7 +222,8 @@ def _table_of(classes: list[str], paths: list[str], labels: list[int], excluded:
         )
     kept = [index for index, path in enumerate(paths) if path not in odd]
     columns = {"image": [paths[index] for index in kept], "label": [labels[index] for index in kept]}
-    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=classes))
+    feature: Any = List(ClassLabel(names=classes)) if several else ClassLabel(names=classes)
+    return Dataset.from_dict(columns).cast_column("label", feature)
 
 
 def _is_utf8(path: str) -> bool:
@@ -280,6 +285,7 @@ def _files(folder: Dataset) -> list[str]:
 
 
 def _labelled(
+    reading: LabelReading,
     table: Dataset,
     image_column: str,
     label_column: str | None,
@@ -291,18 +297,17 @@ def _labelled(
 
     Excluded files stay in the table, so that `table_rows` shows which were excluded.
     """
-    label_column = label_column or find_label_column(table.features)
-    require_columns(table.features, image_column, label_column)
-    values = list(table[label_column])
-    require_labels(values, table.features[label_column], label_column, f"split {table.split or 'train'}")
-    names = class_names(table.features[label_column], set(values))
-    table_rows = np.arange(len(values))
+    label_column = label_column or reading.find_column(table.features)
+    names, rows = reading.read(table, image_column, label_column, f"split {table.split or 'train'}")
+    table_rows = np.arange(len(rows))
     if excluded:
         table_rows = np.flatnonzero([file not in excluded for file in _files(table)])
-    named = [names[values[row]] for row in table_rows]
-    labels = list(known) if known is not None else list(names.values())
+    named = [rows[row] for row in table_rows]
+    labels = list(known) if known is not None else names
+    if rows and not labels:
+        raise UserError(f"split {table.split or 'train'}: no image has a label in column {label_column}")
     index_of = {name: index for index, name in enumerate(labels)}
-    unknown = sorted(set(named) - index_of.keys())
+    unknown = sorted(reading.names_in(named) - index_of.keys())
     require_distinct([*labels, *unknown])
     if unknown:
         raise UserError(
@@ -312,13 +317,21 @@ def _labelled(
     table = table.select_columns([image_column])
     if isinstance(table.features[image_column], Image) or (len(table) and isinstance(table[0][image_column], str)):
         table = table.cast_column(image_column, Image(decode=False))
-    numbers = np.fromiter((index_of[name] for name in named), dtype=np.int64, count=len(named))
-    return labels, Split(table, image_column, table_rows, numbers)
+    encoded = reading.encode(named, index_of)
+    _say_unlabelled(encoded, table.split)
+    return labels, Split(table, image_column, table_rows, encoded)
+
+
+def _say_unlabelled(labels: np.ndarray, split: Any) -> None:
+    """Logs how many images have none of several labels."""
+    if labels.ndim == 2 and (unlabelled := int((labels.sum(axis=1) == 0).sum())):
+        text = "%s%d of %d images have no label: they count as images that show none of the labels"
+        logger.info(text, f"split {split}: " if split else "", unlabelled, len(labels))
 
 
 def check_classes(settings: DataSettings, labels: Sequence[str], in_train: set[int], validation: Split) -> None:
     """Raises `UserError` if a split lacks classes of the other; warns of classes without a training image."""
-    in_validation = set(validation.labels.tolist())
+    in_validation = classes_in(validation.labels)
     for part, absent in (("training", in_validation - in_train), ("validation", in_train - in_validation)):
         if absent and not settings.allow_missing_classes:
             raise UserError(
@@ -327,7 +340,7 @@ def check_classes(settings: DataSettings, labels: Sequence[str], in_train: set[i
             )
     if empty := [label for index, label in enumerate(labels) if index not in in_train]:
         logger.warning("%d of %d classes have no training image: %s", len(empty), len(labels), _some(empty))
-    if len(in_train) == 1:
+    if len(in_train) == 1 and validation.labels.ndim == 1:
         logger.warning("all training images are of one class, so there is nothing to classify")
 
 
@@ -336,9 +349,9 @@ def _limited(split: Split, labels: Sequence[str], limit: int | None, flag: str, 
     if limit is None or limit >= len(split):
         return split
     limited = split.select(stratified_sample(split.labels, limit, seed))
-    if absent := set(split.labels.tolist()) - set(limited.labels.tolist()):
+    if absent := classes_in(split.labels) - classes_in(limited.labels):
         named = _some(labels[index] for index in sorted(absent))
-        present = len(set(split.labels.tolist()))
+        present = len(classes_in(split.labels))
         logger.warning("--%s %d leaves out %d of %d classes: %s", flag, limit, len(absent), present, named)
     return limited
 

@@ -26,6 +26,10 @@ class OversampledSplit:
         """Class of each sample, shape [N]."""
         return self.split.labels
 
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        return self.split.label_shape
+
     def name(self, index: int) -> str:
         return self.split.name(index % len(self.split))
 

@@ -18,6 +18,7 @@ from lora_dist.data.pixels.images import RANGE_IMAGES, find_pixel_range, from_ce
 from lora_dist.data.sampling.order import SampleOrder, ShuffledOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
+from lora_dist.data.sources.iterative_stratification import stratified_halves, stratified_selection
 
 HEAD_BYTES = 2**20
 """Bytes at the start of a file that count for the fingerprint."""
@@ -31,7 +32,8 @@ class Split:
         table: a `datasets` table of the image column alone, undecoded.
         column: name of that column.
         table_rows: row of each sample in the table, shape [N].
-        labels: class of each sample as an index of the label map, shape [N].
+        labels: class of each sample as an index of the label map, shape [N]; or 0 and 1 for each of several labels,
+            shape [N, labels].
         groups: name of the group of each sample, shape [N]; None if groups are not known.
         slices: value of each sample, shape [N], by column of --slice_columns.
     """
@@ -74,11 +76,15 @@ class Split:
         found = {}
         for index, row, cell in zip(indices, table_rows, self.table[table_rows][self.column], strict=True):
             source, name = from_cell(cell)
-            found[index] = EncodedSample(source, name or f"row {row}", int(self.labels[index]))
+            found[index] = EncodedSample(source, name or f"row {row}", self.labels[index])
         return found
 
     def reader(self) -> Reader:
         return self
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        return self.labels.shape[1:]
 
     def sample_order(self, seed: int) -> SampleOrder:
         return ShuffledOrder(len(self), seed)
@@ -140,8 +146,11 @@ def _head(source: Any) -> bytes:
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Holds out `fraction` of each class, and at least one sample of classes with two or more.
 
-    Returns the indices to keep and the indices held out, both ascending. `labels` has the class of each sample.
+    Returns the indices to keep and the indices held out, both ascending. `labels` has the class of each sample, or a
+    row of its labels.
     """
+    if labels.ndim == 2:
+        return stratified_halves(labels, fraction, seed)
     held_out = []
     for label in np.unique(labels):
         indices = np.flatnonzero(labels == label)
@@ -153,6 +162,8 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 
 def stratified_sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Selects `count` indices, ascending, with a share of each class, and at least one of each while they suffice."""
+    if labels.ndim == 2:
+        return stratified_selection(labels, count, seed)
     indices, shares, sizes = [], [], []
     for label in np.unique(labels):
         found = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))

@@ -35,6 +35,10 @@ class StreamedSplit:
     def __len__(self) -> int:
         return self.lanes.num_samples
 
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        return ()
+
     def name(self, index: int) -> str:
         shard = int(np.searchsorted(np.cumsum(self.index.sizes), index, side="right"))
         return self.name_in(shard, index - int(self.index.sizes[:shard].sum()))

@@ -89,7 +89,13 @@ def merge_to(
         card = _card(source, measured, dtype, len(images), calibration, _license(classifier))
         merged.to(dtype).save_pretrained(temporary)
         bundle.write_metadata(
-            temporary, merged.config, classifier.processor, card, None, classifier.conversion, calibration
+            temporary,
+            merged.config,
+            classifier.processor,
+            card,
+            conversion=classifier.conversion,
+            calibration=calibration,
+            decision=classifier.decision,
         )
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured

@@ -76,6 +76,7 @@ def export_legacy_names(
             classifier.base,
             classifier.conversion,
             classifier.calibration,
+            decision=classifier.decision,
         )
         require_same_after_loading(temporary, out, "export_legacy_names", images, expected, trust_remote_code)
 

@@ -16,11 +16,22 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.export.destinations import require_free_file
 from lora_dist.deployment.export.merge import check_images, logits
-from lora_dist.deployment.export.onnx_model import CONVERSION, INPUT, LABELS, OUTPUT, PREPROCESSOR, OnnxModel, load_onnx
+from lora_dist.deployment.export.onnx_model import (
+    CONVERSION,
+    INPUT,
+    LABELS,
+    OUTPUT,
+    PREPROCESSOR,
+    PROBLEM_TYPE,
+    THRESHOLDS,
+    OnnxModel,
+    load_onnx,
+)
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
+from lora_dist.model.decision import MULTI_LABEL
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
 from lora_dist.storage.files import replace_file
 
@@ -33,9 +44,10 @@ QUANTIZED = ["MatMul", "Gemm"]
 
 
 class RoundingCost(NamedTuple):
-    """Counts of images: all, with another class after rounding, in class folders, and of these right before and after.
+    """Counts of images: all, with another answer after rounding, in class folders, and of these right before and after.
 
-    `weights` says to what they were rounded.
+    `weights` says to what they were rounded, `answer` what the model gives: a class, or a set of labels, which class
+    folders do not have.
     """
 
     weights: str
@@ -44,9 +56,10 @@ class RoundingCost(NamedTuple):
     labelled: int
     right_before: int
     right_after: int
+    answer: str = "class"
 
     def __str__(self) -> str:
-        text = f"of {self.images} images, {self.weights} gives {self.changed} another class than fp32"
+        text = f"of {self.images} images, {self.weights} gives {self.changed} another {self.answer} than fp32"
         if self.labelled:
             before, after = self.right_before / self.labelled, self.right_after / self.labelled
             text += f"; accuracy on the {self.labelled} in folders of classes: fp32 {before:.2%}, "
@@ -90,6 +103,8 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
         PREPROCESSOR: classifier.processor.to_json_string(),
         CONVERSION: json.dumps(classifier.conversion.record()),
         "temperature": f"{temperature * classifier.calibration.folded:.6g}, by which the logits are divided already",
+        PROBLEM_TYPE: classifier.decision.problem_type,
+        THRESHOLDS: json.dumps(classifier.decision.record(classifier.labels), ensure_ascii=False),
         "preprocessing": describe(transforms),
         "weights": "fp32",
     }
@@ -215,16 +230,18 @@ def _save(rounded: Any, proto: Any, weights: str, out: Path) -> None:
 def _cost(weights: str, exact: Classifier, rounded: Classifier, files: Sequence[str]) -> RoundingCost:
     settings: dict[str, Any] = {"top_k": 1, "batch_size": 8, "num_workers": None, "device": torch.device("cpu")}
     images = changed = labelled = right_before = right_after = 0
-    names = set(exact.labels)
+    several = exact.decision.problem_type == MULTI_LABEL
+    names = set() if several else set(exact.labels)
     rows = zip(classify(exact, files, **settings), classify(rounded, files, **settings), strict=True)
     for before, after in rows:
         if before.error is not None:
             continue
-        (was, _), (is_, _) = before.top_k[0], after.top_k[0]
+        was, is_ = ([name for name, _ in row.answer] for row in (before, after))
         folder = Path(before.path).parent.name
         images += 1
-        changed += was != is_
+        changed += set(was) != set(is_)
         labelled += folder in names
-        right_before += was == folder
-        right_after += is_ == folder
-    return RoundingCost(weights, images, changed, labelled, right_before, right_after)
+        right_before += folder in names and was == [folder]
+        right_after += folder in names and is_ == [folder]
+    answer = "set of labels" if several else "class"
+    return RoundingCost(weights, images, changed, labelled, right_before, right_after, answer)

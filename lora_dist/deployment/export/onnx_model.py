@@ -14,6 +14,7 @@ from lora_dist import extras
 from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier
+from lora_dist.model.decision import decision_of
 
 INPUT, OUTPUT = "pixel_values", "logits"
 LABELS = "labels"
@@ -22,6 +23,10 @@ PREPROCESSOR = "preprocessor_config"
 """Metadata key of the content of `preprocessor_config.json`."""
 CONVERSION = "conversion"
 """Metadata key of the content of `conversion.json`."""
+PROBLEM_TYPE = "problem_type"
+"""Metadata key of the problem type of `transformers`; files of older releases have none."""
+THRESHOLDS = "thresholds"
+"""Metadata key of the content of `thresholds.json`; `null` for one class per image."""
 
 
 class OnnxModel(nn.Module):
@@ -61,6 +66,7 @@ def load_onnx(path: Path) -> Classifier:
     try:
         labels, config = json.loads(metadata[LABELS]), json.loads(metadata[PREPROCESSOR])
         conversion = Conversion.of(json.loads(metadata.get(CONVERSION, "{}")))
+        decision = decision_of(metadata.get(PROBLEM_TYPE), json.loads(metadata.get(THRESHOLDS, "null")), labels)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"--onnx {path}: its metadata lack labels or preprocessing, so it was not written by lora_dist ({error})"
@@ -78,4 +84,4 @@ def load_onnx(path: Path) -> Classifier:
             processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"--onnx {path}: invalid preprocessing in its metadata: {error}") from error
-    return Classifier(OnnxModel(session).eval(), processor, labels, conversion=conversion)
+    return Classifier(OnnxModel(session).eval(), processor, labels, conversion=conversion, decision=decision)

@@ -64,10 +64,18 @@ class Prediction(BaseModel):
     top_k: list[Score]
 
 
+class LabelSetPrediction(BaseModel):
+    """The prediction for one file of several labels: those above their thresholds, and the highest scores."""
+
+    file: str
+    labels: list[Score]
+    top_k: list[Score]
+
+
 class Predictions(BaseModel):
     """One prediction per file, in the order of the request."""
 
-    predictions: list[Prediction]
+    predictions: list[Prediction] | list[LabelSetPrediction]
 
 
 class Health(BaseModel):
@@ -166,19 +174,7 @@ def make_app(
         except RefusedUploadError as refusal:
             raise HTTPException(refusal.status, str(refusal)) from refusal
         probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(chosen, image)) for image in images))
-        ranked = zip(names, classifiers[chosen].top_k(torch.stack(probabilities), top_k), strict=True)
-        rows = [Row(file, best).known_from(min_confidence) for file, best in ranked]
-        return Predictions(
-            predictions=[
-                Prediction(
-                    file=row.path,
-                    label=row.label,
-                    score=row.top_k[0][1],
-                    top_k=[Score(label=label, score=score) for label, score in row.top_k],
-                )
-                for row in rows
-            ]
-        )
+        return _predictions(classifiers[chosen], names, torch.stack(probabilities), top_k, min_confidence)
 
     @app.post(
         "/explain",
@@ -206,6 +202,27 @@ def make_app(
         return Response(content.getvalue(), media_type="image/png")
 
     return app
+
+
+def _predictions(
+    classifier: Classifier, files: list[str], probabilities: Tensor, top_k: int, min_confidence: float | None
+) -> Predictions:
+    """The answer for files with these probabilities [B, classes]."""
+    best, above = classifier.top_k(probabilities, top_k), classifier.chosen(probabilities)
+    rows = (Row(file, scored, labels=labels) for file, scored, labels in zip(files, best, above, strict=True))
+    # Those of a classifier are of one class.
+    return Predictions(predictions=[_prediction(row.known_from(min_confidence)) for row in rows])  # type: ignore[arg-type]
+
+
+def _prediction(row: Row) -> Prediction | LabelSetPrediction:
+    top_k = _scored(row.top_k)
+    if row.labels is not None:
+        return LabelSetPrediction(file=row.path, labels=_scored(row.labels), top_k=top_k)
+    return Prediction(file=row.path, label=row.label, score=top_k[0].score, top_k=top_k)
+
+
+def _scored(classes: list[tuple[str, float]]) -> list[Score]:
+    return [Score(label=label, score=score) for label, score in classes]
 
 
 def _chosen(adapter: str | None, names: list[str]) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
@@ -18,10 +17,10 @@ from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.deployment.explain import overlays
-from lora_dist.figures import confusion_picture, grid, to_images
+from lora_dist.figures import grid, to_images
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
-from lora_dist.training.evaluation import Evaluation
+from lora_dist.training.problem import Measured, ProblemType
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
 from lora_dist.training.schedule import Schedule
@@ -32,8 +31,6 @@ WORST = 24
 INPUTS = 24
 EXPLAINED_AT_ONCE = 4
 """Images of a forward and backward pass for heat maps, on the CPU."""
-MAX_MATRIX = 100
-"""Classes of which evaluation.json has the whole confusion matrix."""
 
 
 def announce(
@@ -64,25 +61,31 @@ def announce(
 
 
 def show_evaluation(
-    tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str], conversion: Conversion
+    tracker: Tracker,
+    problem: ProblemType,
+    evaluation: Measured,
+    step: int,
+    split: Split,
+    labels: Sequence[str],
+    conversion: Conversion,
 ) -> None:
-    """Adds the confusion matrix and the worst-classified images to TensorBoard.
+    """Adds the pictures of the problem type, such as a confusion matrix, and the worst images to TensorBoard.
 
     A picture that cannot be made is a missing picture and a warning: no reason to stop a run.
     """
     if not tracker.enabled:
         return
     try:
-        _show_evaluation(tracker, evaluation, step, split, labels, conversion)
+        _show_evaluation(tracker, problem, evaluation, step, split, labels, conversion)
     except Exception as error:
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
 
 
-def headline(evaluation: Evaluation) -> str:
-    """Accuracy and macro F1 with their intervals, as text."""
-    metrics, intervals = evaluation.metrics, evaluation.intervals
-    accuracy, macro_f1 = (with_interval(metrics[name], intervals.get(name)) for name in ("accuracy", "macro_f1"))
-    return f"accuracy {accuracy}, macro F1 {macro_f1}"
+def headline(problem: ProblemType, evaluation: Measured) -> str:
+    """The first metric of the problem type and macro F1, with their intervals, as text."""
+    told = {problem.headline: problem.headline, "macro_f1": "macro F1"}
+    texts = {name: with_interval(evaluation.metrics[name], evaluation.intervals.get(name)) for name in told}
+    return ", ".join(f"{words} {texts[name]}" for name, words in told.items())
 
 
 def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
@@ -91,48 +94,48 @@ def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterat
         yield f"{row.column} {row.value}: accuracy {row.accuracy}, macro F1 {row.macro_f1}, {row.images}"
 
 
-def measured(evaluation: Evaluation) -> dict[str, Any]:
+def measured(evaluation: Measured) -> dict[str, Any]:
     """The metrics, their intervals (such as `accuracy_interval`) and, if there are any, `slices`, as JSON values."""
     intervals = {f"{name}_interval": list(interval) for name, interval in evaluation.intervals.items()}
     slices = {"slices": evaluation.slices} if evaluation.slices else {}
     return {**evaluation.metrics, **intervals, **slices}
 
 
-def warn_of_chance_level(evaluation: Evaluation) -> None:
-    """Warns if the model is no better than one that always predicts the largest class."""
-    accuracy, support = evaluation.metrics["accuracy"], [row["support"] for row in evaluation.per_class]
-    share = max(support) / max(1, sum(support))
-    if len(support) > 1 and accuracy <= share:
+def warn_of_chance_level(problem: ProblemType, evaluation: Measured) -> None:
+    """Warns if the model is no better than one that has learned nothing."""
+    reached, (chance, words) = evaluation.metrics[problem.headline], problem.chance_level(evaluation)
+    if reached <= chance:
         logger.warning(
-            "accuracy %.4f is not above the share of the largest class, %.4f: the model has learned little. Try "
-            "another --learning_rate, or more updates",
-            accuracy,
-            share,
+            "%s %.4f is not above %s, %.4f: the model has learned little. Try another --learning_rate, or more updates",
+            problem.headline,
+            reached,
+            words,
+            chance,
         )
 
 
 def _show_evaluation(
-    tracker: Tracker, evaluation: Evaluation, step: int, split: Split, labels: Sequence[str], conversion: Conversion
+    tracker: Tracker,
+    problem: ProblemType,
+    evaluation: Measured,
+    step: int,
+    split: Split,
+    labels: Sequence[str],
+    conversion: Conversion,
 ) -> None:
-    tracker.picture("eval/confusion_matrix", confusion_picture(evaluation.confusion, labels), step)
+    for name, picture in problem.pictures(evaluation, labels).items():
+        tracker.picture(f"eval/{name}", picture, step)
     worst = evaluation.worst(WORST)
-    captions = _captions(worst, evaluation, split, labels)
+    captions = problem.answers(evaluation, split, worst, labels)
     tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
-
-
-def _captions(indices: Sequence[int], evaluation: Evaluation, split: Split, labels: Sequence[str]) -> list[str]:
-    return [
-        f"is {labels[split.labels[index]]}\n"
-        f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
-        for index in indices
-    ]
 
 
 def explain_worst(
     tracker: Tracker,
+    problem: ProblemType,
     model: nn.Module,
     transforms: ImageTransforms,
-    evaluation: Evaluation,
+    evaluation: Measured,
     step: int,
     split: Split,
     labels: Sequence[str],
@@ -150,13 +153,15 @@ def explain_worst(
         for start in range(0, len(worst), EXPLAINED_AT_ONCE):
             images = [split.image(index, transforms.conversion) for index in worst[start : start + EXPLAINED_AT_ONCE]]
             shown += overlays(model, transforms.batch(images))
-        captions = _captions(worst, evaluation, split, labels)
+        captions = problem.answers(evaluation, split, worst, labels)
         tracker.picture("eval/worst_explained", grid(shown, captions), step)
     except Exception as error:
         logger.warning("no heat maps of the worst images: %s: %s", type(error).__name__, error)
 
 
-def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]) -> None:
+def show_inputs(
+    tracker: Tracker, problem: ProblemType, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]
+) -> None:
     """Adds a grid of the next training inputs, as augmented, to TensorBoard.
 
     Raises:
@@ -170,25 +175,15 @@ def show_inputs(tracker: Tracker, images: TrainImages, plan: BatchPlan, step: in
     except UnreadableImageError as error:
         raise unreadable(error) from error
     images.close()
-    tracker.picture(
-        "train/inputs", grid(to_images(batch.pixel_values), [labels[label] for label in batch.labels.tolist()]), step
-    )
+    captions = [problem.caption(label, labels) for label in batch.labels.numpy()]
+    tracker.picture("train/inputs", grid(to_images(batch.pixel_values), captions), step)
 
 
-def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """The whole matrix of up to `MAX_MATRIX` classes; of more, its entries that are not 0."""
-    if len(labels) > MAX_MATRIX:
-        return {"labels": list(labels), "true_predicted_count": confusion.tolist()}
-    matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    matrix[confusion[:, 0], confusion[:, 1]] = confusion[:, 2]
-    return {"labels": list(labels), "rows_true_columns_predicted": matrix.tolist()}
-
-
-def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
-    """Writes the metrics, the report by class and the confusion matrix."""
+def write_evaluation(path: Path, problem: ProblemType, evaluation: Measured, labels: Sequence[str]) -> None:
+    """Writes the metrics, the report by class, and the details of the problem type, such as a confusion matrix."""
     content: dict[str, Any] = {
         "metrics": measured(evaluation),
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
-        "confusion_matrix": _confusion_matrix(evaluation.confusion, labels),
+        **problem.details(evaluation, labels),
     }
     write_json(path, content)

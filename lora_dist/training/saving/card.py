@@ -10,6 +10,7 @@ from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
 from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.license import License
+from lora_dist.training.problem import ProblemType
 
 MOST_CLASSES = 100
 _KINDS = {"lora": "A LoRA adapter", "head": "A classification head", "full": "A model"}
@@ -25,6 +26,7 @@ def model_card(
     data: str,
     data_is_on_hub: bool,
     name_on_hub: str | None,
+    problem: ProblemType,
     labels: Sequence[str],
     per_class: Sequence[Mapping[str, float]],
     results: Mapping[str, Any],
@@ -44,8 +46,9 @@ def model_card(
         data: name or path of the data.
         data_is_on_hub: it is a name there.
         name_on_hub: where this card goes, if it goes there.
+        problem: what the model was trained for.
         labels: class names in order.
-        per_class: precision, recall, F1 and support of each.
+        per_class: metrics of each class.
         results: as in `all_results.json`.
         settings: flat, as used.
         license_: of the base.
@@ -61,7 +64,7 @@ def model_card(
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "lora_dist", *(["lora"] if tuning == "lora" else [])],
-        "metrics": ["accuracy"],
+        "metrics": [problem.headline],
         "model-index": [
             {
                 "name": title,
@@ -69,7 +72,7 @@ def model_card(
                     {
                         "task": {"type": "image-classification"},
                         "dataset": {"name": data, "type": data if data_is_on_hub else "imagefolder"},
-                        "metrics": [{"type": "accuracy", "value": results["eval_accuracy"]}],
+                        "metrics": [{"type": problem.headline, "value": results[f"eval_{problem.headline}"]}],
                     }
                 ],
             }
@@ -84,7 +87,7 @@ def model_card(
         "",
         f"# {title}",
         "",
-        f"{_KINDS[tuning]} for images of {len(labels)} classes, "
+        f"{_KINDS[tuning]} for images of {len(labels)} {problem.labels_word}, "
         f"trained with lora_dist on {_code(data)} from {_code(base_model)}"
         f"{f', going on from the adapter {_code(start)}' if start else ''}.",
         "",
@@ -109,10 +112,10 @@ def model_card(
         *_calibration(results.get("calibration"), calibration, is_adapter, reliability),
         "## Classes",
         "",
-        "| class | precision | recall | F1 | images |",
-        "|---|---|---|---|---|",
+        f"| class | {' | '.join(problem.class_columns.values())} |",
+        f"|---|{'---|' * len(problem.class_columns)}",
         *(
-            f"| {_cell(label)} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['support']} |"
+            f"| {_cell(label)} | {' | '.join(_figure(row[name]) for name in problem.class_columns)} |"
             for label, row in list(zip(labels, per_class, strict=True))[:MOST_CLASSES]
         ),
         "",
@@ -206,6 +209,10 @@ def _effect(calibration: Calibration, is_adapter: bool) -> str:
 def _is_metric(name: str, value: Any) -> bool:
     is_measured = name.startswith(("eval_", "test_")) and not name.endswith("_samples")
     return is_measured and isinstance(value, float) and math.isfinite(value)
+
+
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _code(text: str) -> str:

@@ -30,9 +30,8 @@ from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
-from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.probe import in_words, read_probe
-from lora_dist.training.reporting.predictions import write_validation_predictions
+from lora_dist.training.problem import Measured
 from lora_dist.training.reporting.report import (
     explain_worst,
     headline,
@@ -80,7 +79,7 @@ class ResultWriter:
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
-    def push_best(self, run: TrainingRun, progress: Progress, evaluation: Evaluation) -> None:
+    def push_best(self, run: TrainingRun, progress: Progress, evaluation: Measured) -> None:
         """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
@@ -96,7 +95,7 @@ class ResultWriter:
         self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
     def finalize(
-        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+        self, run: TrainingRun, progress: Progress, evaluation: Measured, test: Measured | None = None
     ) -> None:
         """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
@@ -111,9 +110,10 @@ class ResultWriter:
         """
         run.watch.now("writing the result", first=True)
         accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
+        problem = run.evaluator.problem
         trained = run.engine.trainable_state()
         conversion = run.evaluator.transforms.conversion
-        indices = np.flatnonzero(evaluation.predictions >= 0)[:CHECKED_IMAGES]
+        indices = np.flatnonzero(np.isfinite(evaluation.losses))[:CHECKED_IMAGES]
         images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
@@ -123,8 +123,8 @@ class ResultWriter:
             written = self._result(run)
             try:
                 remaining = self._write(written, run, trained, evaluation, results, report)
-                write_evaluation(self.output.evaluation, evaluation, self.data.labels)
-                write_validation_predictions(self.output.predictions, evaluation, validation, self.data.labels)
+                write_evaluation(self.output.evaluation, problem, evaluation, self.data.labels)
+                problem.write_predictions(self.output.predictions, evaluation, validation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
                 raise ResultNotWrittenError(
@@ -132,7 +132,14 @@ class ResultWriter:
                 ) from error
             _, model = self._fresh_model(run.settings)
             explain_worst(
-                tracker, model, run.evaluator.transforms, evaluation, progress.step, validation, self.data.labels
+                tracker,
+                problem,
+                model,
+                run.evaluator.transforms,
+                evaluation,
+                progress.step,
+                validation,
+                self.data.labels,
             )
             del model
             # The check loads the base once more. Wrapped modules hold each other.
@@ -150,18 +157,18 @@ class ResultWriter:
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            on_test = f"; on the test data {headline(test)}" if test is not None else ""
+            on_test = f"; on the test data {headline(problem, test)}" if test is not None else ""
             if run.settings.run.probe and (found := read_probe(self.output.probe)):
                 tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
-                tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics['accuracy']:.4f}")
+                tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics[problem.headline]:.4f}")
             for line in slice_lines(evaluation.slices):
                 tracker.say(line)
-            tracker.say(f"{headline(evaluation)}{on_test}; wrote {written}")
+            tracker.say(f"{headline(problem, evaluation)}{on_test}; wrote {written}")
             if report is not None:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():
                     tracker.picture("calibration/reliability", picture, progress.step)
-            warn_of_chance_level(evaluation)
+            warn_of_chance_level(problem, evaluation)
             tracker.close()
         accelerator.wait_for_everyone()
 
@@ -175,7 +182,7 @@ class ResultWriter:
         return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
     def _results(
-        self, run: TrainingRun, progress: Progress, evaluation: Evaluation, test: Evaluation | None = None
+        self, run: TrainingRun, progress: Progress, evaluation: Measured, test: Measured | None = None
     ) -> dict[str, Any]:
         trainable, total = self.parameters
         tested: dict[str, Any] = {}
@@ -216,7 +223,7 @@ class ResultWriter:
         directory: Path,
         run: TrainingRun,
         trained: dict[str, Tensor],
-        evaluation: Evaluation,
+        evaluation: Measured,
         results: dict[str, Any],
         report: CalibrationReport | None,
     ) -> Calibration:
@@ -242,6 +249,7 @@ class ResultWriter:
             data=settings.data.dataset_name or settings.data.train_dir or "",
             data_is_on_hub=bool(settings.data.dataset_name) and not Path(settings.data.dataset_name or "").exists(),
             name_on_hub=self.publisher.name if self.publisher else None,
+            problem=run.evaluator.problem,
             labels=self.data.labels,
             per_class=evaluation.per_class,
             results=results,
@@ -250,12 +258,12 @@ class ResultWriter:
             calibration=calibration,
             reliability=next(iter(pictures), None),
         )
-        conversion = run.evaluator.transforms.conversion
+        conversion, decision = run.evaluator.transforms.conversion, run.evaluator.problem.decision(evaluation)
         if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None
-            bundle.write_adapter(directory, model, base, card, initial, conversion, calibration, pictures)
+            bundle.write_adapter(directory, model, base, card, initial, conversion, calibration, pictures, decision)
         else:
-            bundle.write_model(directory, model, base.processor, card, conversion, calibration, pictures)
+            bundle.write_model(directory, model, base.processor, card, conversion, calibration, pictures, decision)
         return calibration
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
@@ -267,10 +275,10 @@ class ResultWriter:
         return self._loaded[0]
 
 
-def _calibrated(evaluation: Evaluation, test: Evaluation | None) -> CalibrationReport | None:
-    if evaluation.scored is None:
-        return None
-    return calibrate(evaluation.scored, test.scored if test is not None else None)
+def _calibrated(evaluation: Any, test: Any) -> CalibrationReport | None:
+    """The temperature of a problem type that has one, whose evaluations keep logits."""
+    scored, on_test = (getattr(one, "scored", None) for one in (evaluation, test))
+    return None if scored is None else calibrate(scored, on_test)
 
 
 def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:

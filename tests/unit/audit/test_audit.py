@@ -25,7 +25,7 @@ from lora_dist_testing.planted import (
     plant_all,
     plant_sound,
 )
-from lora_dist_testing.tiny import make_folder
+from lora_dist_testing.tiny import make_folder, make_image
 from PIL import Image, ImageEnhance, ImageFilter
 
 from lora_dist.audit import pool
@@ -638,3 +638,23 @@ def test_a_decoder_that_crashes_costs_only_its_image(tmp_path: Path) -> None:
     )
     assert result.returncode == 4, result.stderr
     assert "0_deadly.png" in (tmp_path / "out" / "quarantine.txt").read_text()
+
+
+def test_an_image_counts_for_each_of_its_labels(tmp_path: Path) -> None:
+    """The same pixels with different labels are a conflict."""
+    for number in range(6):
+        make_image(number % 3, number).save(tmp_path / f"{number}.png")
+    make_image(0, 0).save(tmp_path / "copy.png")
+    rows = ["0.png,cat;dog", "1.png,cat", "2.png,", "3.png,dog;bird", "4.png,bird", "5.png,cat", "copy.png,cat"]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    data = AuditData(
+        train_dir=str(tmp_path),
+        labels_file=str(tmp_path / "labels.csv"),
+        problem_type="multi_label_classification",
+    )
+    report = audit(AuditSettings(data=data))
+    assert {row["class"]: row["train"] for row in report.class_counts()} == {"bird": 2, "cat": 4, "dog": 2}
+    conflicts = [finding.message for finding in report.findings if finding.kind.name == "conflict"]
+    assert conflicts == ["cat;dog and cat"]
+    refused = AuditSettings(data=AuditData(train_dir=str(tmp_path), problem_type="multi_label_classification"))
+    assert "set --labels_file" in " ".join(problem.message for problem in contradictions(refused))

@@ -22,7 +22,8 @@ from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.train import main
-from lora_dist.training.evaluation import Evaluation, Evaluator
+from lora_dist.training.evaluation import Evaluator
+from lora_dist.training.single_label import Evaluation
 
 CPU = torch.device("cpu")
 

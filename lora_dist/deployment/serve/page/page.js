@@ -14,8 +14,8 @@ function element(name, className, text = "") {
   return made;
 }
 
-function bar({ label, score }) {
-  const row = element("li", "");
+function bar({ label, score }, chosen) {
+  const row = element("li", chosen ? "chosen" : "");
   const track = element("div", "track");
   const filled = element("div", "bar");
   filled.style.width = `${100 * score}%`;
@@ -75,6 +75,14 @@ function explainOnClick(picture, file, chosen, details) {
   });
 }
 
+// Of several labels, those above their thresholds come first; of one class, the most likely one.
+function bars({ labels, top_k }) {
+  const chosen = labels ?? top_k.slice(0, 1);
+  const names = new Set(chosen.map(({ label }) => label));
+  const others = top_k.filter(({ label }) => !names.has(label));
+  return [...chosen.map((entry) => bar(entry, true)), ...others.map((entry) => bar(entry, false))];
+}
+
 async function show(file) {
   const card = element("li", "result");
   const picture = element("img", "");
@@ -87,14 +95,16 @@ async function show(file) {
   card.append(picture, details);
   results.prepend(card);
   try {
-    const bars = element("ol", "bars");
+    const list = element("ol", "bars");
     const chosen = query();
-    const { label, top_k: topK } = await classify(file, chosen);
-    bars.append(...topK.map(bar));
-    if (label !== topK[0].label) {
-      details.append(element("p", "unknown", label));
+    const prediction = await classify(file, chosen);
+    if (prediction.labels?.length === 0) {
+      details.append(element("p", "none", "None of the labels"));
+    } else if (prediction.label !== undefined && prediction.label !== prediction.top_k[0].label) {
+      details.append(element("p", "unknown", prediction.label));
     }
-    details.append(bars);
+    list.append(...bars(prediction));
+    details.append(list);
     if (document.body.dataset.explains === "yes") {
       explainOnClick(picture, file, chosen, details);
     }

@@ -8,6 +8,7 @@ import yaml
 
 from lora_dist.model.license import License, license_of
 from lora_dist.training.saving.card import MOST_CLASSES, model_card
+from lora_dist.training.single_label import SingleLabel
 
 RESULTS: dict[str, Any] = {
     "eval_accuracy": 0.87654,
@@ -31,6 +32,7 @@ def card(labels: list[str], tuning: str = "lora", **more: Any) -> str:
         "data": "ethz/food101",
         "data_is_on_hub": True,
         "name_on_hub": None,
+        "problem": SingleLabel(),
         "labels": labels,
         "per_class": rows,
         "results": RESULTS,

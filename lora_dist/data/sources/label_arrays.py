@@ -1,0 +1,23 @@
+"""Arrays of labels: [N] class indices of one class per image, or [N, labels] of 0 and 1 for several labels.
+
+All that uses the labels of a split tells the two apart by their shape.
+"""
+
+import numpy as np
+
+
+def class_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Samples of each class, or with each label, int64 [classes]; `num_classes` at least, for an array [N]."""
+    if labels.ndim == 2:
+        return labels.sum(axis=0, dtype=np.int64)
+    return np.bincount(labels, minlength=num_classes)
+
+
+def classes_in(labels: np.ndarray) -> set[int]:
+    """The classes that have a sample."""
+    return set(np.flatnonzero(class_counts(labels, 0)).tolist())
+
+
+def with_unlabelled(labels: np.ndarray) -> np.ndarray:
+    """Several labels [N, labels], with a last column for the samples that have none; other labels as they are."""
+    return np.column_stack([labels, labels.sum(axis=1) == 0]) if labels.ndim == 2 else labels

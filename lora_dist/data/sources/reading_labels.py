@@ -1,0 +1,109 @@
+"""Reads the label column of a table, of one class in each row or a list of labels, as an array (see `label_arrays`)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+
+from lora_dist.data.sources.columns import (
+    LABEL_NAMES,
+    NAMED_ROWS,
+    class_names,
+    find_label_column,
+    has_label,
+    require_columns,
+    require_labels,
+)
+from lora_dist.errors import UserError
+
+
+class LabelReading(NamedTuple):
+    """How the label column of a table is read.
+
+    Attributes:
+        find_column: finds the column among the features of a table.
+        read: reads a column of a table, named in errors as from a source. Returns the class names in order, and for
+            each row its name, or a tuple of its names.
+        names_in: the distinct names in rows that were read.
+        encode: the array of rows that were read, by the index of each name.
+    """
+
+    find_column: Callable[[Mapping[str, Any]], str]
+    read: Callable[[Dataset, str, str, str], tuple[list[str], list[Any]]]
+    names_in: Callable[[Iterable[Any]], set[str]]
+    encode: Callable[[Sequence[Any], Mapping[str, int]], np.ndarray]
+
+
+def find_list_column(features: Mapping[str, Any]) -> str:
+    """The only column that holds lists of labels; of several, that called `label`, `labels` or `cls`.
+
+    Raises `UserError` otherwise.
+    """
+    columns = [name for name, feature in features.items() if _label_of(feature) is not None]
+    columns = [name for name in columns if name in LABEL_NAMES] or columns
+    if len(columns) != 1:
+        found = "no column" if not columns else f"columns {', '.join(columns)}"
+        raise UserError(
+            f"{found} of lists of labels in the data set; name one with --label_column_name: {', '.join(features)}"
+        )
+    return columns[0]
+
+
+def _label_of(feature: Any) -> Any:
+    """The feature of one label in a column of lists; None for a column of anything else."""
+    inner = feature.feature if isinstance(feature, List | LargeList) else None
+    return inner if isinstance(inner, ClassLabel | Value) else None
+
+
+def _read_classes(table: Dataset, image_column: str, label_column: str, source: str) -> tuple[list[str], list[Any]]:
+    require_columns(table.features, image_column, label_column)
+    values, feature = list(table[label_column]), table.features[label_column]
+    require_labels(values, feature, label_column, source)
+    names = class_names(feature, set(values))
+    return list(names.values()), [names[value] for value in values]
+
+
+def _read_lists(table: Dataset, image_column: str, label_column: str, source: str) -> tuple[list[str], list[Any]]:
+    for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
+        if column not in table.features:
+            raise UserError(f"--{flag} {column}: the data set has {', '.join(table.features)}")
+    feature = _label_of(table.features[label_column])
+    if feature is None:
+        kind = type(table.features[label_column]).__name__
+        raise UserError(
+            f"column {label_column} holds {kind}, and not a list of labels a sample; with one class a sample, remove "
+            f"--problem_type multi_label_classification"
+        )
+    rows = [tuple(values or ()) for values in table[label_column]]
+    wrong = [row for row, values in enumerate(rows) if not all(has_label(value, feature) for value in values)]
+    if wrong:
+        some = ", ".join(f"row {row} ({list(rows[row])!r})" for row in wrong[:NAMED_ROWS])
+        raise UserError(
+            f"{source}: {len(wrong)} of {len(rows)} rows have a blank or unknown label in the list in column "
+            f"{label_column}, counted from 0: {some}{' …' if len(wrong) > NAMED_ROWS else ''}. Correct these lists; an "
+            f"image without a label has an empty one."
+        )
+    names = class_names(feature, set(chain.from_iterable(rows)))
+    return list(names.values()), [tuple(names[value] for value in values) for values in rows]
+
+
+def _encode_classes(rows: Sequence[str], index_of: Mapping[str, int]) -> np.ndarray:
+    return np.fromiter((index_of[name] for name in rows), dtype=np.int64, count=len(rows))
+
+
+def _encode_sets(rows: Sequence[tuple[str, ...]], index_of: Mapping[str, int]) -> np.ndarray:
+    encoded = np.zeros((len(rows), len(index_of)), dtype=np.uint8)
+    for row, names in enumerate(rows):
+        encoded[row, [index_of[name] for name in names]] = 1
+    return encoded
+
+
+READINGS = {
+    "single_label_classification": LabelReading(find_label_column, _read_classes, set, _encode_classes),
+    "multi_label_classification": LabelReading(
+        find_list_column, _read_lists, lambda rows: set(chain.from_iterable(rows)), _encode_sets
+    ),
+}
+"""By problem type."""

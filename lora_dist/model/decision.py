@@ -1,0 +1,106 @@
+"""How logits become scores, and scores an answer: the most likely class, or the labels above their thresholds."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import mul
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+NEUTRAL = 0.5
+"""Threshold of a model that records none."""
+
+
+class Decision(Protocol):
+    """What a model does with its logits."""
+
+    @property
+    def problem_type(self) -> str:
+        """That of `transformers`, which `config.json` records."""
+        ...
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The score of each class, shape [B, classes], of finite logits in fp32."""
+        ...
+
+    def chosen(self, scores: Tensor) -> list[list[int]] | None:
+        """The labels of each row, the highest score first; None if an image has one class, that of the highest."""
+        ...
+
+    def record(self, labels: Sequence[str]) -> dict[str, float] | None:
+        """What a bundle keeps besides the problem type, as JSON values; None for nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class MostLikely:
+    """One class per image: softmax, and the class of the highest score."""
+
+    problem_type: str = SINGLE_LABEL
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1)
+
+    def chosen(self, scores: Tensor) -> None:
+        return None
+
+    def record(self, labels: Sequence[str]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class AboveThresholds:
+    """Several labels per image: sigmoid, and the labels whose scores reach their `thresholds`, in class order."""
+
+    thresholds: tuple[float, ...]
+    problem_type: str = MULTI_LABEL
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def chosen(self, scores: Tensor) -> list[list[int]]:
+        reached = scores >= torch.tensor(self.thresholds, dtype=scores.dtype, device=scores.device)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        rows = zip(order.tolist(), reached.tolist(), strict=True)
+        return [[label for label in ranked if is_reached[label]] for ranked, is_reached in rows]
+
+    def record(self, labels: Sequence[str]) -> dict[str, float]:
+        return dict(zip(labels, self.thresholds, strict=True))
+
+
+def decision_of(problem_type: str | None, record: Mapping[str, Any] | None, labels: Sequence[str]) -> Decision:
+    """The decision of a problem type and what `Decision.record` gave; thresholds are 0.5 without a record.
+
+    Every problem type but that of several labels means one class per image, as does none.
+
+    Raises:
+        UserError: the record is not one of these labels.
+    """
+    if problem_type != MULTI_LABEL:
+        return MostLikely()
+    if record is None:
+        return AboveThresholds((NEUTRAL,) * len(labels))
+    if not isinstance(record, Mapping) or record.keys() != set(labels):
+        raise UserError("the thresholds are those of other labels than the label map has")
+    try:
+        return AboveThresholds(tuple(float(record[label]) for label in labels))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a threshold is not a number: {error}") from error
+
+
+def mean_decision(decisions: Sequence[Decision], weights: Sequence[float]) -> Decision:
+    """The decision of a weighted sum of adapters of one problem type; says that it has the weighted mean of their
+    thresholds, because no data has been scored by the sum."""
+    thresholds = [decision.thresholds for decision in decisions if isinstance(decision, AboveThresholds)]
+    if len(thresholds) < 2:
+        return decisions[0]
+    logger.warning("the weighted sum has the weighted mean of the thresholds of its adapters, which no data confirms")
+    mean = (sum(map(mul, weights, own)) for own in zip(*thresholds, strict=True))
+    return AboveThresholds(tuple(mean))

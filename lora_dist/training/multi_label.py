@@ -1,0 +1,158 @@
+"""Several labels per image: binary cross-entropy, mean average precision, F1, and a threshold of each label."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from lora_dist.data.batch import Batch
+from lora_dist.data.sources.load import ImageData
+from lora_dist.data.sources.split import Split
+from lora_dist.metrics.multi_label import best_threshold, multi_label_metrics
+from lora_dist.model.decision import AboveThresholds, Decision
+from lora_dist.settings.train import Settings
+from lora_dist.training.binary_loss import BinaryLoss, make_binary_loss
+from lora_dist.training.problem import by_sample, highest
+
+
+@dataclass(frozen=True)
+class LabelSetEvaluation:
+    """Metrics of one evaluation of several labels, and the results of each sample.
+
+    Attributes:
+        metrics: `mAP`, `micro_f1`, `macro_f1` and `loss`.
+        per_class: metrics of each label; see `multi_label_metrics`.
+        thresholds: of each label, float32 [labels].
+        scores: of each sample and label, float32 [N, labels]; NaN where its image could not be read, or its logits are
+            not finite.
+        losses: binary cross-entropy of each sample, shape [N]; NaN there.
+        num_samples: samples that were evaluated: all whose image could be read.
+        intervals: none.
+        slices: none.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, Any]]
+    thresholds: np.ndarray
+    scores: np.ndarray
+    losses: np.ndarray
+    num_samples: int
+    intervals: Mapping[str, Any] = field(default_factory=dict)
+    slices: Mapping[str, Any] = field(default_factory=dict)
+
+    def worst(self, count: int) -> list[int]:
+        """Samples with the highest losses, worst first."""
+        return highest(self.losses, count)
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Several labels per image; a `ProblemType`.
+
+    Attributes:
+        thresholds: of each label, to measure with; None to choose them by F1 on the data that is evaluated.
+    """
+
+    thresholds: tuple[float, ...] | None = None
+    headline: str = "mAP"
+    labels_word: str = "labels"
+    is_calibrated: bool = False
+    class_columns: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "average_precision": "average precision",
+            "precision": "precision",
+            "recall": "recall",
+            "f1": "F1",
+            "threshold": "threshold",
+            "support": "images",
+        }
+    )
+
+    def loss(self, settings: Settings, data: ImageData) -> BinaryLoss:
+        return make_binary_loss(settings, data)
+
+    def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Index [B, 1]; loss and the score of each label [B, 1 + labels], all NaN where a logit is not finite."""
+        losses = binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none").mean(dim=-1)
+        reals = torch.cat([losses[:, None], logits.sigmoid()], dim=1)
+        finite = logits.isfinite().all(dim=-1, keepdim=True)
+        return batch.indices[:, None], reals.where(finite, torch.nan)
+
+    def evaluation(
+        self, split: Split, labels: Sequence[str], integers: np.ndarray, reals: np.ndarray
+    ) -> LabelSetEvaluation:
+        rows = integers[:, 0]
+        positive, scores = split.labels[rows].astype(bool), reals[:, 1:]
+        thresholds = self._thresholds(np.nan_to_num(scores, nan=-1.0), positive)
+        metrics, per_class = multi_label_metrics(scores, positive, thresholds)
+        whole = by_sample(split, rows, reals, np.nan)
+        return LabelSetEvaluation(
+            metrics={**metrics, "loss": float(reals[:, 0].astype(np.float64).mean())},
+            per_class=per_class,
+            thresholds=thresholds,
+            scores=whole[:, 1:],
+            losses=whole[:, 0],
+            num_samples=len(rows),
+        )
+
+    def _thresholds(self, scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+        chosen = self.thresholds or [best_threshold(*columns) for columns in zip(scores.T, positive.T, strict=True)]
+        return np.array(chosen, dtype=np.float32)
+
+    def decision(self, evaluation: LabelSetEvaluation) -> Decision:
+        return AboveThresholds(tuple(evaluation.thresholds.tolist()))
+
+    def fixed(self, decision: Decision) -> "MultiLabel":
+        assert isinstance(decision, AboveThresholds)
+        return MultiLabel(decision.thresholds)
+
+    def caption(self, label: Any, labels: Sequence[str]) -> str:
+        return _names(np.asarray(label), labels)
+
+    def answers(
+        self, evaluation: LabelSetEvaluation, split: Split, indices: Sequence[int], labels: Sequence[str]
+    ) -> list[str]:
+        said = evaluation.scores[list(indices)] >= evaluation.thresholds
+        return [
+            f"is {_names(split.labels[index], labels)}\nsaid {_names(row, labels)}"
+            for index, row in zip(indices, said, strict=True)
+        ]
+
+    def pictures(self, evaluation: LabelSetEvaluation, labels: Sequence[str]) -> dict[str, Image.Image]:
+        """None: a confusion matrix has one class of each image."""
+        return {}
+
+    def details(self, evaluation: LabelSetEvaluation, labels: Sequence[str]) -> dict[str, Any]:
+        return {"thresholds": self.decision(evaluation).record(labels)}
+
+    def write_predictions(
+        self, file: Path, evaluation: LabelSetEvaluation, split: Split, labels: Sequence[str]
+    ) -> None:
+        names, said = split.names(), evaluation.scores >= evaluation.thresholds
+        with file.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
+            for row in np.flatnonzero(np.isfinite(evaluation.losses)).tolist():
+                scores = np.round(evaluation.scores[row].astype(float), 6).tolist()
+                content = {
+                    "path": names[row],
+                    "given_labels": [labels[label] for label in np.flatnonzero(split.labels[row]).tolist()],
+                    "labels": [labels[label] for label in np.flatnonzero(said[row]).tolist()],
+                    "scores": dict(zip(labels, scores, strict=True)),
+                }
+                lines.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+    def chance_level(self, evaluation: LabelSetEvaluation) -> tuple[float, str]:
+        """The mean share of the images that have a label, which is the mAP of random scores."""
+        shares = [row["support"] / max(1, evaluation.num_samples) for row in evaluation.per_class if row["support"]]
+        return float(np.mean(shares)) if shares else math.nan, "that of random scores"
+
+
+def _names(label: np.ndarray, labels: Sequence[str]) -> str:
+    return ", ".join(labels[index] for index in np.flatnonzero(label).tolist()) or "(none)"

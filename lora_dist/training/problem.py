@@ -1,0 +1,143 @@
+"""What training needs to know of the kind of labels: a `ProblemType`, chosen once from the settings.
+
+`single_label.py` has that of one class per image, `multi_label.py` that of several labels, and `problem_types.py` both
+by name. How labels are read is in `data/sources/reading_labels.py`, and what becomes of logits in `model/decision.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lora_dist.data.batch import Batch
+from lora_dist.data.sources.load import ImageData
+from lora_dist.data.sources.split import Split
+from lora_dist.metrics.intervals import Interval
+from lora_dist.model.decision import Decision
+from lora_dist.settings.train import Settings
+from lora_dist.training.loss import SampleLoss
+
+
+class Measured(Protocol):
+    """What all evaluations have: metrics, and the results of each sample."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Scalars by name, such as `loss`."""
+        ...
+
+    @property
+    def per_class(self) -> Sequence[Mapping[str, Any]]:
+        """Metrics of each class."""
+        ...
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The loss of each sample, shape [N]; NaN where its image could not be read, or its logits are not finite."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that were evaluated: all whose image could be read."""
+        ...
+
+    @property
+    def intervals(self) -> Mapping[str, Interval]:
+        """95% intervals by metric; none for metrics without one."""
+        ...
+
+    @property
+    def slices(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """Metrics by column of --slice_columns and its values."""
+        ...
+
+    def worst(self, count: int) -> list[int]:
+        """Samples with the highest losses, worst first."""
+        ...
+
+
+class ProblemType(Protocol):
+    """The loss, the metrics, the decision and the pictures of a kind of labels."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that is told first."""
+        ...
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether results have a temperature."""
+        ...
+
+    @property
+    def class_columns(self) -> Mapping[str, str]:
+        """Titles of the columns of the model card's table of classes, by the name in `Measured.per_class`."""
+        ...
+
+    @property
+    def labels_word(self) -> str:
+        """What the classes are called in the model card."""
+        ...
+
+    def loss(self, settings: Settings, data: ImageData) -> SampleLoss:
+        """The loss of a run; raises `UserError` if the file of class weights cannot be read or lacks a class."""
+        ...
+
+    def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What an evaluation keeps of each sample: integers [B, I], of which the first is its index, and reals [B, R].
+
+        Says with NaN among the reals that a logit is not finite.
+        """
+        ...
+
+    def evaluation(self, split: Split, labels: Sequence[str], integers: np.ndarray, reals: np.ndarray) -> Any:
+        """The `Measured` of the results of all samples that could be read, in order of their indices."""
+        ...
+
+    def decision(self, evaluation: Any) -> Decision:
+        """What the result of a run with this evaluation does with its logits."""
+        ...
+
+    def fixed(self, decision: Decision) -> "ProblemType":
+        """The problem type for measuring a decision that was made on other data."""
+        ...
+
+    def caption(self, label: Any, labels: Sequence[str]) -> str:
+        """The label of a sample in words."""
+        ...
+
+    def answers(self, evaluation: Any, split: Split, indices: Sequence[int], labels: Sequence[str]) -> list[str]:
+        """For each of these samples, what it is and what the model said, in two lines."""
+        ...
+
+    def pictures(self, evaluation: Any, labels: Sequence[str]) -> dict[str, Image.Image]:
+        """Pictures of an evaluation as a whole, by name."""
+        ...
+
+    def details(self, evaluation: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """What evaluation.json has besides metrics, as JSON values."""
+        ...
+
+    def write_predictions(self, file: Path, evaluation: Any, split: Split, labels: Sequence[str]) -> None:
+        """Writes a line of JSON for each sample that could be read: what it is and what the model said."""
+        ...
+
+    def chance_level(self, evaluation: Any) -> tuple[float, str]:
+        """What a model that has learned nothing reaches in `headline`, and the words for it; NaN for no such value."""
+        ...
+
+
+def highest(losses: np.ndarray, count: int) -> list[int]:
+    """Samples with the highest losses, worst first; none whose loss is NaN."""
+    order = np.argsort(-losses, kind="stable")
+    return order[: min(count, int(np.isfinite(losses).sum()))].tolist()
+
+
+def by_sample(split: Split, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
+    """Returns an array with one value, or row of values, per sample of the split; `missing` for those not in `rows`."""
+    whole = np.full((len(split), *values.shape[1:]), missing, dtype=values.dtype)
+    whole[rows] = values
+    return whole

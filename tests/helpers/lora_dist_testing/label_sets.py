@@ -1,0 +1,37 @@
+"""Images with several labels: a stripe for each label, and a file of the labels."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+LABELS = ("bird", "cat", "dog")
+
+
+def make_label_sets(root: Path, train: int = 27, validation: int = 12, test: int = 6, seed: int = 0) -> list[str]:
+    """Writes `photos/` and `labels.csv` below `root`, and returns the flags that train on them.
+
+    Every fifth image has no label, and every seventh all of them.
+    """
+    random = np.random.default_rng(seed)
+    (root / "photos").mkdir(parents=True)
+    rows = []
+    splits = ["train"] * train + ["validation"] * validation + ["test"] * test
+    for number, split in enumerate(splits):
+        pixels = random.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+        shown = random.random(len(LABELS)) < 0.4
+        if number % 7 == 6:
+            shown[:] = True
+        elif number % 5 == 4:
+            shown[:] = False
+        for place in np.flatnonzero(shown):
+            pixels[:, 10 * place : 10 * place + 10, place] = 220
+        Image.fromarray(pixels).save(root / "photos" / f"{number:03d}.png")
+        rows.append((f"{number:03d}.png", ";".join(LABELS[place] for place in np.flatnonzero(shown)), split))
+    with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    return [
+        *("--train_dir", str(root / "photos"), "--labels_file", str(root / "labels.csv")),
+        *("--problem_type", "multi_label_classification"),
+    ]
