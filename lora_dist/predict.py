@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Precision, Row
+    from lora_dist.deployment.evaluate import Evaluation
     from lora_dist.deployment.inputs import Inputs
     from lora_dist.deployment.parts import RowsOf
     from lora_dist.model.adapter_set import AdapterSet
@@ -66,7 +67,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist import extras, hub, logs
     from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
     from lora_dist.data.pixels.limits import allow_pixels
-    from lora_dist.deployment import classify
+    from lora_dist.deployment import classify, evaluate
     from lora_dist.deployment.export import destinations, onnx_export
     from lora_dist.deployment.inputs import Files, find_inputs
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
@@ -108,6 +109,8 @@ def predict(argv: list[str] | None) -> None:
         conversion, labels = classifier.conversion, classifier.labels
     if not len(inputs):
         return
+    classes = {label for one in labels.values() for label in one} if isinstance(labels, dict) else set(labels)
+    evaluation = evaluate.Evaluation(settings.images, files, classes)
     record = {"model": settings.title, "labels": labels, "precision": precision}
     logger.info("predicting on %s in %s", device, precision)
     if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
@@ -117,12 +120,12 @@ def predict(argv: list[str] | None) -> None:
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return
-        is_whole = _output(parts.rows(), inputs, settings, conversion, record)
+        is_whole = _output(evaluation.seen(parts.rows()), inputs, settings, conversion, record, evaluation)
         parts.remove()
     else:
-        rows = chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of)
+        rows = evaluation.seen(chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of))
         shown = _with_progress(rows, len(inputs) * len(rows_of), settings)
-        is_whole = _output(shown, inputs, settings, conversion, record)
+        is_whole = _output(shown, inputs, settings, conversion, record, evaluation)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
 
@@ -341,8 +344,12 @@ def _output(
     settings: PredictSettings,
     conversion: Conversion,
     record: Mapping[str, Any],
+    evaluation: Evaluation,
 ) -> bool:
-    """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable."""
+    """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable.
+
+    `evaluation` has seen the rows; it is printed where no rows are.
+    """
     from lora_dist.deployment import outputs
 
     images = settings.images
@@ -362,8 +369,13 @@ def _output(
             bad += row.error is not None and index < len(inputs)
             if index in drawn:
                 shown.append((row, inputs.read([index])[0].source))
-    if images.grid:
+    if images.compare_to and images.grid:
+        if not evaluation.draw_disagreements(Path(images.grid), conversion):
+            logger.warning("--grid: not drawn, because no prediction differs from --compare_to")
+    elif images.grid:
         outputs.draw_grid(shown, Path(images.grid), conversion)
+    for line in evaluation.lines():
+        print(line, file=sys.stdout if images.output else sys.stderr)
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:

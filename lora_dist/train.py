@@ -141,7 +141,9 @@ def train(settings: Settings, lock: RunLock) -> None:
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
-        evaluation, test = run.evaluate("the final evaluation", keep_logits=True), None
+        out_of_fold = assembled.data.fold is not None
+        evaluation = run.evaluate("the final evaluation", with_probabilities=out_of_fold, keep_logits=True)
+        test = None
         if assembled.data.test is not None:
             evaluator = replace(run.evaluator, split=assembled.data.test, name="test", features=None)
             test = run.evaluate("the evaluation on the test data", evaluator, keep_logits=True)
@@ -167,7 +169,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.storage.writable import require_writable
     from lora_dist.training.evaluation import Evaluator
     from lora_dist.training.launching import launch_run
-    from lora_dist.training.reporting.report import write_evaluation
+    from lora_dist.training.reporting.predictions import write_validation_predictions
+    from lora_dist.training.reporting.report import measured, write_evaluation
     from lora_dist.training.saving.output import Output, find_resume, without_nan
 
     allow_pixels(settings.data.max_image_pixels)
@@ -196,13 +199,14 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         temperature=classifier.calibration.temperature,
     )
     with watch.watching():
-        evaluation = evaluator(after_batch=watch.moved)
+        evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)
     if accelerator.is_main_process:
-        metrics = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        metrics = {f"eval_{name}": value for name, value in measured(evaluation).items()}
         print(json.dumps(without_nan(metrics)), flush=True)
         try:
             output.root.mkdir(parents=True, exist_ok=True)
             write_evaluation(output.evaluation, evaluation, classifier.labels)
+            write_validation_predictions(output.predictions, evaluation, split, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
                 f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."

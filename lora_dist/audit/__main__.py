@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from lora_dist.settings.audit import AuditData
 
 DESCRIPTION = """Check folders of images for problems before training: unreadable files, duplicates, leaks between
-training and validation, classes with too few images. Writes a report, and a list of files to leave out for
-lora_dist.train --exclude. Exit codes: 0 no findings, 2 invalid settings, 3 warnings, 4 errors."""
+training and validation, classes with too few images, labels that are likely wrong. Writes a report, and a list of files
+to leave out for lora_dist.train --exclude. Exit codes: 0 no findings, 2 invalid settings, 3 warnings, 4 errors."""
+
+LIKELY_WRONG = "likely_wrong.txt"
 
 
 @exit_on_user_error
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     require_writable(output)
     allow_pixels(settings.data.max_image_pixels)
     report = audit(settings)
-    _write(report, output, _workers(settings))
+    _write(report, output, _workers(settings), judges_labels=settings.data.predictions is not None)
     sys.exit(exit_code(report.findings))
 
 
@@ -64,6 +66,7 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist import demo
     from lora_dist.audit.checks import check
     from lora_dist.audit.findings import File
+    from lora_dist.audit.labels import label_findings
     from lora_dist.audit.report import Report
     from lora_dist.data.sources.exclusions import absolute, read_exclusions
     from lora_dist.data.sources.folders import read_class_folders
@@ -104,9 +107,14 @@ def audit(settings: AuditSettings) -> Report:
     conversion = _conversion(settings.data, training, _workers(settings))
     scanned = _scan(files, _workers(settings), conversion)
     findings = check(scanned, list(classes), has_validation, settings.checks, ignored, conversion)
+    notes: list[str] = []
+    if data.predictions:
+        found_labels = label_findings(scanned, data.predictions)
+        findings += found_labels.findings
+        notes += found_labels.notes
     if has_validation:
         folders.setdefault("validation", folders["train"])
-    return Report(folders, list(classes), scanned, findings, excluded, conversion)
+    return Report(folders, list(classes), scanned, findings, excluded, conversion, notes)
 
 
 def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
@@ -159,8 +167,8 @@ def _scan(files: Sequence[File], workers: int, conversion: Conversion) -> Scanne
     return Scanned(files, facts)
 
 
-def _write(report: Report, output: Path, workers: int) -> None:
-    """Writes the three files and prints the summary."""
+def _write(report: Report, output: Path, workers: int, judges_labels: bool) -> None:
+    """Writes the files and prints the summary."""
     from lora_dist.audit.findings import left_out
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.report import write_json, write_page, write_quarantine
@@ -178,6 +186,8 @@ def _write(report: Report, output: Path, workers: int) -> None:
         write_page(report, directory / "report.html", thumbnails)
         write_json(report, directory / "report.json")
         write_quarantine(report, directory / "quarantine.txt")
+        if judges_labels:
+            write_quarantine(report, directory / LIKELY_WRONG, also=["label_issue"])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for line in report.lines():
@@ -187,6 +197,9 @@ def _write(report: Report, output: Path, workers: int) -> None:
         print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
     if proposed := report.counts()["proposed"]:
         print(f"{proposed:,} more are proposed behind a # on that list: look at them first")
+    if judges_labels:
+        number = sum(finding.kind.name == "label_issue" for finding in report.findings)
+        print(f"{number:,} labels are likely wrong; to leave these out as well: --exclude {output / LIKELY_WRONG}")
     print(f"report: {output / 'report.html'}")
 
 

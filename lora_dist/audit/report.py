@@ -33,6 +33,7 @@ class Report:
         findings: Ordered by kind, the worst first.
         excluded: Absolute paths from `--exclude`.
         conversion: How the images became 8-bit RGB.
+        notes: What else to say in the terminal.
     """
 
     folders: Mapping[str, str]
@@ -41,6 +42,7 @@ class Report:
     findings: Sequence[Finding]
     excluded: Collection[str] = ()
     conversion: Conversion = AS_TRANSFORMERS
+    notes: Sequence[str] = ()
 
     def by_kind(self) -> dict[Kind, list[Finding]]:
         """Findings of each kind that occurs."""
@@ -91,6 +93,7 @@ class Report:
             yield from (f"    {self._line(finding)}" for finding in findings[:SHOWN_LINES])
             if len(findings) > SHOWN_LINES:
                 yield f"    and {len(findings) - SHOWN_LINES:,} more"
+        yield from self.notes
 
     def _line(self, finding: Finding) -> str:
         names = [visible(self.scanned.files[index].path) for index in finding.files[:SHOWN_LINES]]
@@ -185,16 +188,25 @@ def _shown(report: Report, finding: Finding, pictures: dict[int, str], out: set[
     return {"message": finding.message, "images": images, "more": max(0, len(finding.files) - SHOWN_FILES)}
 
 
-def write_quarantine(report: Report, file: Path) -> None:
+def write_quarantine(report: Report, file: Path, also: Collection[str] = ()) -> None:
     """Writes the list of files to leave out, each under the first kind of finding that leaves it out.
 
     Files from `--exclude` come first, because this list may replace that file.
+
+    Args:
+        also: Names of kinds whose proposed files are left out as well.
     """
     names = report.scanned.files
     listed: set[int] = set()
     sections = [Section("From --exclude", sorted(report.excluded))] if report.excluded else []
-    for attribute, active in (("left_out", True), ("proposed", False)):
-        for kind, findings in report.by_kind().items():
+    chosen = {kind: findings for kind, findings in report.by_kind().items() if kind.name in also}
+    by_kind = report.by_kind()
+    for attribute, active, kinds in (
+        ("left_out", True, by_kind),
+        ("proposed", True, chosen),
+        ("proposed", False, by_kind),
+    ):
+        for kind, findings in kinds.items():
             indices = {index for finding in findings for index in getattr(finding, attribute)} - listed
             listed |= indices
             if indices:

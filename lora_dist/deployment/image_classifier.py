@@ -29,7 +29,7 @@ class Score(TypedDict):
 
 
 class ImageClassifier:
-    """A model that classifies images as `python -m lora_dist.predict` does: same preprocessing, same probabilities.
+    """A model that classifies images as `predict --precision fp32` does: same preprocessing, same probabilities.
 
     Attributes:
         labels: class names in order.
@@ -71,7 +71,7 @@ class ImageClassifier:
         Args:
             images: paths of files, Pillow images, or arrays: uint8 [H, W], [H, W, 3] or [H, W, 4], or uint16 [H, W].
             top_k: number of classes per image.
-            batch_size: images per forward pass; 8 on a CPU and 32 elsewhere by default, as in `predict`.
+            batch_size: images per forward pass; by default as many as in `predict`.
 
         Returns:
             The most likely classes, best first; for a list of images a list of these.

@@ -42,6 +42,8 @@ class AuditData(Group):
     """Folder of validation images with one sub-folder per class, to find images that are also in training."""
     exclude: str | None = None
     """Text file with the paths of images and folders to leave out, one per line, e.g. an earlier quarantine.txt."""
+    predictions: str | None = None
+    """File of out-of-fold predictions that lora_dist.folds writes, to find labels that are likely wrong."""
     transparent_background: Color = "white"
     """Color behind transparent images, as for lora_dist.train: white, black, R,G,B or ignore."""
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
@@ -68,7 +70,8 @@ class AuditRun(Group):
     """Run"""
 
     output_dir: str = "audit"
-    """Directory for report.html, report.json and quarantine.txt. Existing ones are replaced."""
+    """Directory for report.html, report.json and quarantine.txt, and likely_wrong.txt with --predictions. Existing ones
+    are replaced."""
     num_workers: Count | None = None
     """Processes that read images. Default: one per core."""
 
@@ -88,6 +91,8 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
         yield Problem(("train_dir",), "no data: set a folder of images")
     paths = (data.train_dir, data.validation_dir, data.exclude, None, data.labels_file)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
+    if data.predictions and not Path(data.predictions).is_file():
+        wrong.append(Problem(("predictions",), f"no such file: {data.predictions}"))
     yield from wrong
     if wrong:
         return

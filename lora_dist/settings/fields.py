@@ -110,6 +110,19 @@ def _height_and_width(value: Any) -> Any:
     return numbers * 2 if isinstance(numbers, list) and len(numbers) == 1 else numbers
 
 
+def fold_and_count(text: str) -> tuple[int, int]:
+    """The two numbers of a fold such as `2/5`; raises `ValueError` for anything else."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) and int(count) > 1):
+        raise ValueError("expected a fold and the number of folds, such as 2/5")
+    return int(number), int(count)
+
+
+def _fold(text: str) -> str:
+    return "{}/{}".format(*fold_and_count(text))
+
+
+Fold = Annotated[str, AfterValidator(_fold)]
 Color = Annotated[str, AfterValidator(_color)]
 PixelRange = Annotated[list[float], AfterValidator(_ascending)]
 ImageSize = Annotated[list[Count], BeforeValidator(_height_and_width), Field(min_length=2, max_length=2)]

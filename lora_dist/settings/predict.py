@@ -102,6 +102,12 @@ class Images(Group):
     """PNG file for a grid of evenly spaced images with their predictions."""
     explain: str | None = None
     """Directory for a PNG file of each image with a heat map: the parts that speak for its predicted class."""
+    labels_file: str | None = None
+    """Text file with the labels of the images in the folder of --images, as for lora_dist.train, to evaluate the
+    predictions. Default: the names of the images' folders, if all of these are classes of the model."""
+    compare_to: str | None = None
+    """File of predictions for the same images, or the directory of a run: print which ones differ, and a paired test.
+    With --grid: a grid of these images."""
     batch_size: Count | None = None
     """Images per forward pass. Default: 8 on a CPU, 128 on CUDA, else 32."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -177,7 +183,18 @@ class Serving(Group):
     """Largest number of images per request."""
 
 
-FOR_FILES = ("images_from", "output_type", "output", "format", "grid", "explain", "precision", "num_workers")
+FOR_FILES = (
+    "images_from",
+    "output_type",
+    "output",
+    "format",
+    "grid",
+    "explain",
+    "precision",
+    "num_workers",
+    "labels_file",
+    "compare_to",
+)
 """Settings of `Images` that a server does not use."""
 
 
@@ -279,6 +296,8 @@ def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
             yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
         if settings.images.explain:
             yield Problem(("explain", "adapter"), "--explain shows the predictions of one adapter")
+        if settings.images.compare_to:
+            yield Problem(("compare_to", "adapter"), "--compare_to compares the predictions of one adapter")
 
 
 def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
@@ -309,6 +328,10 @@ def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
     elif not settings.has_inputs:
         for name in _set(images, *FOR_FILES, "top_k", "min_confidence", "batch_size", "device"):
             yield Problem((name, "images"), f"--{name} needs --images")
+    if images.compare_to and settings.data.dataset_name:
+        yield Problem(("compare_to", "dataset_name"), "only predictions for files are compared: remove one of them")
+    if images.labels_file and len(images.images) != 1:
+        yield Problem(("labels_file", "images"), "the labels are of images in a folder: give this folder alone")
     if not merging.merge_to:
         for name in _set(merging, "merge_tolerance", "dtype"):
             yield Problem((name, "merge_to"), f"--{name} needs --merge_to")

@@ -14,6 +14,7 @@ from lora_dist.settings.fields import (
     Blocks,
     Color,
     Count,
+    Fold,
     Fraction,
     Group,
     ImageSize,
@@ -147,6 +148,9 @@ class DataSettings(Group):
     """Test split. The best model is evaluated on it once, at the end."""
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the training images to hold out, seeded and stratified by class, without validation data."""
+    fold: Fold | None = None
+    """K/N: cut the training images into N folds, by --seed, stratified by class and with groups kept whole, and
+    validate on fold K. lora_dist.folds gathers the runs of all folds."""
     exclude: str | None = None
     """Text file with the paths of images and folders to leave out, one per line. lora_dist.audit writes one."""
     image_column_name: str | None = None
@@ -154,6 +158,9 @@ class DataSettings(Group):
     label_column_name: str | None = None
     """Label column. Default: a ClassLabel called label, or else the only ClassLabel or column called label, labels or
     cls."""
+    slice_columns: Names = Field(default=[])
+    """Columns of --labels_file or of the data set, separated by commas, such as site,camera. The results and the model
+    card have the validation and test metrics of the images of each value."""
     max_train_samples: Count | None = None
     """Train on a seeded random selection of this many samples, stratified by class."""
     max_eval_samples: Count | None = None
@@ -388,6 +395,19 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("streaming", "train_split"), "streams do not support slices or sums: set one whole split")
     elif data.streaming_lanes:
         yield Problem(("streaming_lanes", "streaming"), "lanes need a stream: add --streaming")
+    if data.slice_columns and data.train_dir:
+        if not data.labels_file:
+            text = "a folder of classes has no columns: name them in --labels_file"
+            yield Problem(("slice_columns", "labels_file"), text)
+        elif data.validation_dir:
+            text = "the validation images are not in --labels_file: add them there, with a column of splits"
+            yield Problem(("slice_columns", "validation_dir"), text)
+    if data.fold:
+        for name in ("validation_dir", "validation_split", "streaming", "max_eval_samples"):
+            if getattr(data, name):
+                yield Problem(("fold", name), "a fold of the training images is the validation data: remove one")
+        if data.train_val_split != DataSettings().train_val_split:
+            yield Problem(("fold", "train_val_split"), "the number of folds decides how many are held out: remove one")
     if data.balanced_sampling and optimization.class_weights == "balanced":
         yield Problem(("balanced_sampling", "class_weights"), "both balance the classes: use only one of them")
     if data.exclude and data.dataset_name:

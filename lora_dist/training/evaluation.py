@@ -1,9 +1,9 @@
 """Exact metrics over the whole validation split: every sample once, for any number of processes and any remainder."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.metrics.classification import ClassificationMetric
+from lora_dist.metrics.intervals import Interval, bootstrap_intervals
+from lora_dist.metrics.slices import slice_metrics
 from lora_dist.processes.workers import worker_loader
 from lora_dist.settings.train import DataSettings
 
@@ -53,6 +55,10 @@ class Evaluation:
         confidences: probability of that class, shape [N]; NaN there.
         losses: cross-entropy of each sample, shape [N]; NaN there.
         num_samples: samples that were evaluated: all whose image could be read.
+        references: class of each sample, shape [N]; -1 where its image could not be read.
+        groups: group of each sample, shape [N], if groups are known.
+        slice_values: value of each sample, shape [N], by column of --slice_columns.
+        probabilities: of every class, shape [N, K], if they were asked for; NaN where there is no prediction.
         scored: logits and labels of these samples, or of evenly spaced ones, if they were asked for.
     """
 
@@ -63,7 +69,28 @@ class Evaluation:
     confidences: np.ndarray
     losses: np.ndarray
     num_samples: int
+    references: np.ndarray
+    groups: np.ndarray | None = None
+    slice_values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    probabilities: np.ndarray | None = None
     scored: ScoredSamples | None = None
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """95% intervals of `accuracy` and `macro_f1`; computed when first asked for."""
+        read = self.references >= 0
+        groups = None if self.groups is None else self.groups[read]
+        return bootstrap_intervals(self.references[read], self.predictions[read], groups)
+
+    @cached_property
+    def slices(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Metrics by column of --slice_columns and its values; computed when first asked for."""
+        read = self.references >= 0
+        groups = None if self.groups is None else self.groups[read]
+        return {
+            column: slice_metrics(self.references[read], self.predictions[read], values[read], groups)
+            for column, values in self.slice_values.items()
+        }
 
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
@@ -118,11 +145,17 @@ class Evaluator:
 
     # Not inference_mode: FSDP2 could not train in the buffers that it makes in its first forward pass.
     @torch.no_grad()
-    def __call__(self, after_batch: Callable[[], object] = lambda: None, keep_logits: bool = False) -> Evaluation:
+    def __call__(
+        self,
+        after_batch: Callable[[], object] = lambda: None,
+        with_probabilities: bool = False,
+        keep_logits: bool = False,
+    ) -> Evaluation:
         """Gathers the result of each sample from all processes, and computes the metrics.
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
+            with_probabilities: keep the probabilities of all classes.
             keep_logits: also return logits (see `Evaluation.scored`).
 
         Raises:
@@ -131,12 +164,15 @@ class Evaluator:
         """
         accelerator = self.accelerator
         self.model.eval()
-        parts, kept_logits = [], []
+        parts: list[tuple[Tensor, ...]] = []
+        kept_logits = []
         spacing = -(-len(self.split) * len(self.labels) // MOST_LOGITS)
         for batch in batches(self.loader, accelerator.device):
             with self._room_named():
                 logits = self.model(pixel_values=batch.pixel_values).logits.float() / self.temperature
-                parts.append(_rows(logits, batch))
+                rows_of_batch = _rows(logits, batch)
+            # Probabilities of many classes take memory.
+            parts.append(rows_of_batch if with_probabilities else rows_of_batch[:2])
             if keep_logits:
                 kept_logits.append(logits[batch.indices % spacing == 0].cpu())
             after_batch()
@@ -146,6 +182,10 @@ class Evaluator:
         integers, reals = integers[kept], reals[kept]
         ascending = np.argsort(integers[:, 0], kind="stable")
         integers, reals = integers[ascending], reals[ascending]
+        probabilities = None
+        if with_probabilities:
+            gathered = _gathered(accelerator, torch.cat([part[2] for part in parts]), 0.0)
+            probabilities = self._by_row(integers[:, 0], gathered[kept][ascending], np.nan)
         rows = integers[:, 0]
         assert np.array_equal(rows, np.unique(rows)), "a sample was counted twice"
         assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
@@ -170,12 +210,16 @@ class Evaluator:
             confidences=self._by_row(rows, reals[:, 0], np.nan),
             losses=self._by_row(rows, reals[:, 1], np.nan),
             num_samples=len(rows),
+            references=self._by_row(rows, integers[:, 1], -1),
+            groups=self.split.groups,
+            slice_values=self.split.slices,
+            probabilities=probabilities,
             scored=self._scored(kept_logits, parts, spacing) if keep_logits else None,
         )
 
-    def _scored(self, logits: list[Tensor], parts: list[tuple[Tensor, Tensor]], spacing: int) -> ScoredSamples:
+    def _scored(self, logits: list[Tensor], parts: list[tuple[Tensor, ...]], spacing: int) -> ScoredSamples:
         """Gathers the logits of every `spacing`-th sample from all processes, in the order of the samples."""
-        own = torch.cat([integers for integers, _ in parts])[:, :2]
+        own = torch.cat([part[0] for part in parts])[:, :2]
         own = own[own[:, 0] % spacing == 0]
         integers = _gathered(self.accelerator, own, PADDING_INDEX)
         values = _gathered(self.accelerator, torch.cat(logits).to(own.device), 0.0)
@@ -211,15 +255,15 @@ class Evaluator:
 
     def _by_row(self, rows: np.ndarray, values: np.ndarray, missing: float) -> np.ndarray:
         """Returns an array with one value per sample of the split; `missing` for those not evaluated."""
-        whole = np.full(len(self.split), missing, dtype=values.dtype)
+        whole = np.full((len(self.split), *values.shape[1:]), missing, dtype=values.dtype)
         whole[rows] = values
         return whole
 
 
-def _rows(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
+def _rows(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2]; probabilities [B, K].
 
-    Where a logit is not finite the prediction is -1, the rank `NO_RANK`, confidence and loss NaN.
+    Where a logit is not finite the prediction is -1, the rank `NO_RANK`, the others are NaN.
     """
     log_probabilities = logits.log_softmax(dim=-1)
     confidence, prediction = log_probabilities.max(dim=-1)
@@ -229,7 +273,9 @@ def _rows(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     finite = log_probabilities.isfinite().all(dim=-1)
     prediction, rank = prediction.where(finite, -1), rank.where(finite, NO_RANK)
     confidence, loss = confidence.exp().where(finite, torch.nan), (-own[:, 0]).where(finite, torch.nan)
-    return torch.stack([batch.indices, batch.labels, prediction, rank], dim=1), torch.stack([confidence, loss], dim=1)
+    integers = torch.stack([batch.indices, batch.labels, prediction, rank], dim=1)
+    probabilities = log_probabilities.exp().where(finite[:, None], torch.nan)
+    return integers, torch.stack([confidence, loss], dim=1), probabilities
 
 
 def _gathered(accelerator: Accelerator, rows: Tensor, padding_batch: float) -> np.ndarray:

@@ -32,6 +32,7 @@ _BEFORE = {
     "focal_gamma": 0.0,
     "base_dtype": "float32",
     "optim": "adamw_torch",
+    "fold": None,
     **_LATER,
 }
 """What checkpoints of releases without these entries were trained with."""
@@ -71,6 +72,7 @@ def identity_of(
         "ema_decay": settings.optimization.ema_decay,
         "optim": settings.optimization.optim,
         "effective_batch": plan.effective_batch,
+        "fold": data.fold,
         "train_data": data.train.fingerprint(),
         "order": plan.sample_order.description,
         "classes": list(data.labels),

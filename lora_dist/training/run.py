@@ -119,12 +119,19 @@ class TrainingRun:
         """A context in which the model has the weights of `result_weights`."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def evaluate(self, name: str, evaluator: Evaluator | None = None, keep_logits: bool = False) -> Evaluation:
+    def evaluate(
+        self,
+        name: str,
+        evaluator: Evaluator | None = None,
+        with_probabilities: bool = False,
+        keep_logits: bool = False,
+    ) -> Evaluation:
         """Evaluates the current weights; a request to stop ends the evaluation.
 
         Args:
             name: of this evaluation, for the watch.
             evaluator: that of other data than the validation split.
+            with_probabilities: keep the probabilities of all classes.
             keep_logits: as for `Evaluator`.
 
         Raises:
@@ -140,7 +147,7 @@ class TrainingRun:
             self.preemption.check()
 
         self.watch.now(f"{name}: batch 1", first=True)
-        return (evaluator or self.evaluator)(after_batch, keep_logits)
+        return (evaluator or self.evaluator)(after_batch, with_probabilities, keep_logits)
 
     def save(self, progress: Progress) -> None:
         """Saves a checkpoint."""

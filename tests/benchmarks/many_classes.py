@@ -46,6 +46,7 @@ def evaluate(classes: int, images: int, directory: Path) -> dict[str, object]:
         confidences=random.random(images),
         losses=random.random(images),
         num_samples=images,
+        references=true,
     )
     labels = [f"class {number}" for number in range(classes)]
     confusion_picture(evaluation.confusion, labels)

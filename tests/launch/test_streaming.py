@@ -72,6 +72,7 @@ def test_a_streamed_run_leaves_what_any_run_does(single: Path) -> None:
         "evaluation.json",
         "metrics.jsonl",
         "split.json",
+        "validation_predictions.jsonl",
     }
     results = results_of(single)
     assert (results["step"], results["epoch"], results["train_samples"]) == (12, 3, 32)

@@ -54,6 +54,7 @@ def test_a_run_leaves_what_the_readme_says(single: Path) -> None:
         "evaluation.json",
         "metrics.jsonl",
         "split.json",
+        "validation_predictions.jsonl",
     }
     assert {path.name for path in (single / "adapter").iterdir()} == {
         "README.md",

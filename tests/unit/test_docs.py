@@ -34,12 +34,12 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "lora_dist.bench.compare": BenchSettings,
 }
 TAKES_CONFIG = {"lora_dist.train", "lora_dist.bench", "lora_dist.bench.compare"}
-BATCH_SCRIPTS = {"slurm/train.sbatch", "slurm/sweep.sbatch"}
+BATCH_SCRIPTS = {"slurm/train.sbatch", "slurm/sweep.sbatch", "slurm/folds.sbatch"}
 """Scripts that pass their flags to lora_dist.train."""
 
 ACCELERATE_FLAGS = {flag.lstrip("-") for flag in launch_command_parser()._option_string_actions}
 OTHER_PROGRAMS = {
-    *("batch", "cpus-per-task", "dependency", "no-requeue", "nodes", "signal", "wrap"),  # Slurm
+    *("array", "batch", "cpus-per-task", "dependency", "no-requeue", "nodes", "signal", "wrap"),  # Slurm
     *("check", "help"),
 }
 """Flags of programs other than ours and accelerate's that the text may name."""

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Listed(NamedTuple):
         splits: `train`, `validation` or `test` of each.
         groups: group of each; without a column of groups, all different.
         ignored: files of the folder that are no images, without the file of labels.
+        slices: value of each by column of `slice_columns`.
     """
 
     classes: list[str]
@@ -69,6 +71,7 @@ class Listed(NamedTuple):
     splits: list[str]
     groups: list[str]
     ignored: list[str]
+    slices: Mapping[str, list[str]] = MappingProxyType({})
 
 
 class _Row(NamedTuple):
@@ -77,6 +80,7 @@ class _Row(NamedTuple):
     label: str
     split: str
     group: str
+    slices: tuple[str, ...] = ()
 
 
 def read_labels_file(
@@ -84,6 +88,7 @@ def read_labels_file(
     file: str,
     columns: Mapping[str, str | None] | None = None,
     excluded: Collection[str] = (),
+    slice_columns: Sequence[str] = (),
 ) -> Listed:
     """Reads the labels of the images of a folder.
 
@@ -92,12 +97,13 @@ def read_labels_file(
         file: text file with commas, semicolons or tabs.
         columns: names of columns that were given, by the names in `FIELDS`.
         excluded: absolute paths of folders to leave out.
+        slice_columns: further columns to read.
 
     Raises:
         UserError: names all files that are missing, contradictions and lines without a label at once.
     """
     found = find_files(directory, excluded)
-    rows = list(_rows(file, columns or {}))
+    rows = list(_rows(file, columns or {}, slice_columns))
     problems: dict[str, list[str]] = defaultdict(list)
     notes: dict[str, list[str]] = defaultdict(list)
     path_of = _Finder(directory, found.images)
@@ -138,10 +144,11 @@ def read_labels_file(
         [splits[path] for path in paths],
         [chosen[path].group or path for path in paths],
         [path for path in found.ignored if absolute(path) != absolute(file)],
+        {name: [chosen[path].slices[place] for path in paths] for place, name in enumerate(slice_columns)},
     )
 
 
-def _rows(file: str, columns: Mapping[str, str | None]) -> Iterator[_Row]:
+def _rows(file: str, columns: Mapping[str, str | None], slice_columns: Sequence[str] = ()) -> Iterator[_Row]:
     """The rows of a file, with the number of their line."""
     where = f"--labels_file {file}"
     try:
@@ -157,9 +164,17 @@ def _rows(file: str, columns: Mapping[str, str | None]) -> Iterator[_Row]:
     if not lines:
         raise UserError(f"{where}: the file is empty")
     places, has_header = _places(lines[0][1], columns, where)
+    if missing := [name for name in slice_columns if not has_header or name not in lines[0][1]]:
+        raise UserError(
+            f"{where}: no column {missing[0]} of --slice_columns; the first line has {', '.join(lines[0][1])}"
+        )
+    sliced = [lines[0][1].index(name) for name in slice_columns]
     for line, cells in lines[has_header:]:
         values = {name: cells[place] if place < len(cells) else "" for name, place in places.items()}
-        yield _Row(line, values["path"], values["label"], values.get("split", "").lower(), values.get("group", ""))
+        slices = tuple(cells[place] if place < len(cells) else "" for place in sliced)
+        yield _Row(
+            line, values["path"], values["label"], values.get("split", "").lower(), values.get("group", ""), slices
+        )
 
 
 def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str) -> tuple[dict[str, int], bool]:

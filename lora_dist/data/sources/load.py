@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load
 
 from lora_dist import demo
 from lora_dist.data.sampling.protocol import TrainingSplit
+from lora_dist.data.sources import slices
 from lora_dist.data.sources.columns import (
     class_names,
     find_image_column,
@@ -23,11 +24,13 @@ from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
+from lora_dist.data.sources.folds import fold_numbers
 from lora_dist.data.sources.labels import require_distinct
 from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
 from lora_dist.data.sources.shards import load_alone, reading_data
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
+from lora_dist.settings.fields import fold_and_count
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -42,11 +45,13 @@ class ImageData:
     train: TrainingSplit
     validation: Split
     test: Split | None = None
+    fold: str | None = None
 
     def describe_splits(self) -> dict[str, Any]:
         """Number and digest of the samples of each split, with their table rows or their shards, as JSON."""
         test = {"test": self.test.describe()} if self.test is not None else {}
-        return {"train": self.train.describe(), "validation": self.validation.describe(), **test}
+        fold = {"fold": self.fold} if self.fold is not None else {}
+        return {"train": self.train.describe(), "validation": self.validation.describe(), **test, **fold}
 
 
 def load_data(settings: DataSettings, seed: int) -> ImageData:
@@ -62,9 +67,9 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
     _warn_of_unused(excluded, settings, tables)
     if len(tables) > 1:
         _, validation = _labelled(tables[1], column, settings.label_column_name, labels, excluded)
+        validation = _with_slices(validation, tables[1], settings)
     else:
-        kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
-        train, validation = train.select(kept), train.select(held_out)
+        train, validation = _held_out(_with_slices(train, tables[0], settings), settings, seed)
     return _checked(settings, labels, train, validation, load_test(settings, labels), seed)
 
 
@@ -78,7 +83,8 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
         "split": settings.split_column_name,
         "group": settings.group_column_name,
     }
-    listed = read_labels_file(demo.local_path(settings.train_dir), settings.labels_file, columns, excluded)
+    folder = demo.local_path(settings.train_dir)
+    listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns)
     warn_of_ignored(settings.train_dir, listed.ignored)
     for split in ("validation", "test"):
         if split in listed.splits and getattr(settings, f"{split}_dir"):
@@ -89,21 +95,40 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     kept = np.array([place[path] for path in table["image"]], dtype=np.int64)
     labels, whole = _labelled(table, "image", "label", None, excluded)
     rows = kept[whole.table_rows]
-    splits = np.array(listed.splits)[rows]
+    splits, groups = np.array(listed.splits)[rows], np.array(listed.groups)[rows]
+    if len(set(groups.tolist())) < len(groups):
+        whole = replace(whole, groups=groups)
+    whole = replace(whole, slices={name: slices.named(name, values)[rows] for name, values in listed.slices.items()})
     train = whole.select(np.flatnonzero(splits == "train"))
     test = whole.select(np.flatnonzero(splits == "test")) if "test" in listed.splits else None
     if settings.validation_dir:
         validation = _load_known(settings, "validation", excluded, labels)
     elif (splits == "validation").any():
+        if settings.fold:
+            raise UserError(
+                f"--fold {settings.fold} and --labels_file {settings.labels_file} both choose the validation images: "
+                f"remove one, or the validation images from the column of splits"
+            )
         validation = whole.select(np.flatnonzero(splits == "validation"))
     else:
-        groups = np.array(listed.groups)[rows[splits == "train"]].tolist()
-        if len(set(groups)) == len(groups):
-            kept_rows, held_out = stratified_split(train.labels, settings.train_val_split, seed)
-        else:
-            kept_rows, held_out = grouped_split(train.labels, groups, settings.train_val_split, seed)
-        train, validation = train.select(kept_rows), train.select(held_out)
+        train, validation = _held_out(train, settings, seed)
     return _checked(settings, labels, train, validation, load_test(settings, labels) if test is None else test, seed)
+
+
+def _held_out(train: Split, settings: DataSettings, seed: int) -> tuple[Split, Split]:
+    """Returns the training images without those that are held out, and the latter; groups stay whole."""
+    groups = None if train.groups is None else train.groups.tolist()
+    if groups is not None and len(set(groups)) == len(groups):
+        groups = None
+    if settings.fold:
+        number, count = fold_and_count(settings.fold)
+        numbers = fold_numbers(train.labels, groups, count, seed)
+        kept, held_out = np.flatnonzero(numbers != number - 1), np.flatnonzero(numbers == number - 1)
+    elif groups is None:
+        kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
+    else:
+        kept, held_out = grouped_split(train.labels, groups, settings.train_val_split, seed)
+    return train.select(kept), train.select(held_out)
 
 
 def _checked(
@@ -115,7 +140,7 @@ def _checked(
     check_classes(settings, labels, set(train.labels.tolist()), validation)
     train = _limited(train, labels, settings.max_train_samples, "max_train_samples", seed)
     validation = _limited(validation, labels, settings.max_eval_samples, "max_eval_samples", seed)
-    return ImageData(labels, train, validation, test)
+    return ImageData(labels, train, validation, test, settings.fold)
 
 
 def load_validation(settings: DataSettings, seed: int, labels: Sequence[str]) -> Split:
@@ -157,7 +182,15 @@ def _load_known(
     image_column = None if is_folder else settings.image_column_name
     label_column = None if is_folder else settings.label_column_name
     column = image_column or find_image_column(table.features)
-    return _labelled(table, column, label_column, labels, excluded, name)[1]
+    return _with_slices(_labelled(table, column, label_column, labels, excluded, name)[1], table, settings)
+
+
+def _with_slices(split: Split, table: Dataset, settings: DataSettings) -> Split:
+    """Adds the values of --slice_columns to a split of a data set; a folder of classes has none."""
+    if settings.dataset_name is None or not settings.slice_columns:
+        return split
+    found = slices.read_slices(table, settings.slice_columns)
+    return replace(split, slices={name: values[split.table_rows] for name, values in found.items()})
 
 
 def _load_table(

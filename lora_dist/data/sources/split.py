@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,16 @@ class Split:
         column: name of that column.
         table_rows: row of each sample in the table, shape [N].
         labels: class of each sample as an index of the label map, shape [N].
+        groups: name of the group of each sample, shape [N]; None if groups are not known.
+        slices: value of each sample, shape [N], by column of --slice_columns.
     """
 
     table: Dataset
     column: str
     table_rows: np.ndarray
     labels: np.ndarray
+    groups: np.ndarray | None = field(default=None, kw_only=True)
+    slices: Mapping[str, np.ndarray] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.table_rows)
@@ -54,6 +58,16 @@ class Split:
 
     def name(self, index: int) -> str:
         return self.read(0, [index])[index].name
+
+    def names(self) -> list[str]:
+        """The path of each sample's file; the number of its row for images inside a table, of which none is read."""
+        if not holds_files(self.table, self.column):
+            return [f"row {row}" for row in self.table_rows]
+        files = list(files_of(self.table, self.column))
+        return [
+            path if path and length is None else f"row {row}{f': {path}' if path else ''}"
+            for row, (path, length) in ((row, files[row]) for row in self.table_rows.tolist())
+        ]
 
     def read(self, epoch: int, indices: Sequence[int]) -> Mapping[int, EncodedSample]:
         table_rows = self.table_rows[list(indices)].tolist()
@@ -74,7 +88,13 @@ class Split:
 
     def select(self, indices: np.ndarray) -> "Split":
         """The samples at `indices`, in that order."""
-        return replace(self, table_rows=self.table_rows[indices], labels=self.labels[indices])
+        return replace(
+            self,
+            table_rows=self.table_rows[indices],
+            labels=self.labels[indices],
+            groups=None if self.groups is None else self.groups[indices],
+            slices={name: values[indices] for name, values in self.slices.items()},
+        )
 
     def fingerprint(self) -> str:
         """Digest of the rows, labels and file sizes of all samples, and of the names and first bytes of some, as they

@@ -1,7 +1,7 @@
 """A run as people see it: what is about to run, the inputs and the worst images as pictures, the numbers as JSON."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.deployment.explain import overlays
 from lora_dist.figures import confusion_picture, grid, to_images
+from lora_dist.metrics.intervals import with_interval
+from lora_dist.metrics.slices import slice_rows
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
@@ -46,7 +48,8 @@ def announce(
     trainable, total = parameters
     precision = "fp32" if precision == "no" else precision
     logger.info(
-        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes\n"
+        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes"
+        f"{f'; fold {data.fold}' if data.fold else ''}\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
         f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} a process x "
         f"{plan.accumulation} accumulated x {plan.world_size} processes; {precision} on {accelerator.device}"
@@ -73,6 +76,26 @@ def show_evaluation(
         _show_evaluation(tracker, evaluation, step, split, labels, conversion)
     except Exception as error:
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
+
+
+def headline(evaluation: Evaluation) -> str:
+    """Accuracy and macro F1 with their intervals, as text."""
+    metrics, intervals = evaluation.metrics, evaluation.intervals
+    accuracy, macro_f1 = (with_interval(metrics[name], intervals.get(name)) for name in ("accuracy", "macro_f1"))
+    return f"accuracy {accuracy}, macro F1 {macro_f1}"
+
+
+def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Yields a line for each value of each column."""
+    for row in slice_rows(slices):
+        yield f"{row.column} {row.value}: accuracy {row.accuracy}, macro F1 {row.macro_f1}, {row.images}"
+
+
+def measured(evaluation: Evaluation) -> dict[str, Any]:
+    """The metrics, their intervals (such as `accuracy_interval`) and, if there are any, `slices`, as JSON values."""
+    intervals = {f"{name}_interval": list(interval) for name, interval in evaluation.intervals.items()}
+    slices = {"slices": evaluation.slices} if evaluation.slices else {}
+    return {**evaluation.metrics, **intervals, **slices}
 
 
 def warn_of_chance_level(evaluation: Evaluation) -> None:
@@ -164,7 +187,7 @@ def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str,
 def write_evaluation(path: Path, evaluation: Evaluation, labels: Sequence[str]) -> None:
     """Writes the metrics, the report by class and the confusion matrix."""
     content: dict[str, Any] = {
-        "metrics": evaluation.metrics,
+        "metrics": measured(evaluation),
         "per_class": dict(zip(labels, evaluation.per_class, strict=True)),
         "confusion_matrix": _confusion_matrix(evaluation.confusion, labels),
     }

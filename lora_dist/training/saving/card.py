@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from lora_dist.metrics.intervals import with_interval
+from lora_dist.metrics.slices import slice_rows
 from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.license import License
 
@@ -88,7 +90,11 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {results[name]:.4f} |" for name in sorted(results) if _is_metric(name, results[name])),
+        *(
+            f"| {name} | {with_interval(results[name], results.get(f'{name}_interval'))} |"
+            for name in sorted(results)
+            if _is_metric(name, results[name])
+        ),
         f"| validation images | {results['eval_samples']:,} |",
         *([f"| test images | {results['test_samples']:,} |"] if "test_samples" in results else []),
         f"| training images | {results['train_samples']:,} |",
@@ -111,6 +117,7 @@ def model_card(
         ),
         "",
         *([f"… and {len(labels) - MOST_CLASSES} more.", ""] if len(labels) > MOST_CLASSES else []),
+        *_slices(results),
         "## Settings",
         "",
         "```yaml",
@@ -162,6 +169,17 @@ def _calibration(
         ),
         "",
     ]
+
+
+def _slices(results: Mapping[str, Any]) -> list[str]:
+    """The metrics of each slice of --slice_columns."""
+    lines = []
+    for split, title in (("eval", "validation"), ("test", "test")):
+        rows = list(slice_rows(results.get(f"{split}_slices", {})))
+        if rows:
+            lines += [f"## Slices of the {title} images", "", "| column | value | accuracy | macro F1 | images |"]
+            lines += ["|---|---|---|---|---|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+    return lines
 
 
 def _merge_first(source: str) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from lora_dist.errors import UserError
+from lora_dist.metrics.predictions import FILE
 from lora_dist.model import adapters
 from lora_dist.processes.run_lock import LOCK
 from lora_dist.storage.files import replace_file, unused, whole_directory
@@ -84,6 +85,11 @@ class Output:
         return self.root / "evaluation.json"
 
     @property
+    def predictions(self) -> Path:
+        """The prediction of the result for each validation image."""
+        return self.root / FILE
+
+    @property
     def probe(self) -> Path:
         """Accuracies of a linear probe and of nearest neighbours before training."""
         return self.root / "probe.json"
@@ -95,7 +101,8 @@ class Output:
 
     def results_found(self) -> list[Path]:
         """Returns the existing results of a finished run."""
-        return [path for path in (self.adapter, self.model, self.results, self.evaluation) if path.exists()]
+        found = (self.adapter, self.model, self.results, self.evaluation, self.predictions)
+        return [path for path in found if path.exists()]
 
     def begin(
         self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int, is_over: bool

@@ -32,7 +32,15 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
 from lora_dist.training.evaluation import Evaluation
 from lora_dist.training.probe import in_words, read_probe
-from lora_dist.training.reporting.report import explain_worst, warn_of_chance_level, write_evaluation
+from lora_dist.training.reporting.predictions import write_validation_predictions
+from lora_dist.training.reporting.report import (
+    explain_worst,
+    headline,
+    measured,
+    slice_lines,
+    warn_of_chance_level,
+    write_evaluation,
+)
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
@@ -116,6 +124,7 @@ class ResultWriter:
             try:
                 remaining = self._write(written, run, trained, evaluation, results, report)
                 write_evaluation(self.output.evaluation, evaluation, self.data.labels)
+                write_validation_predictions(self.output.predictions, evaluation, validation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
                 raise ResultNotWrittenError(
@@ -141,11 +150,13 @@ class ResultWriter:
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            on_test = f", on the test data {test.metrics['accuracy']:.4f}" if test is not None else ""
+            on_test = f"; on the test data {headline(test)}" if test is not None else ""
             if run.settings.run.probe and (found := read_probe(self.output.probe)):
                 tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
                 tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics['accuracy']:.4f}")
-            tracker.say(f"accuracy {evaluation.metrics['accuracy']:.4f}{on_test}; wrote {written}")
+            for line in slice_lines(evaluation.slices):
+                tracker.say(line)
+            tracker.say(f"{headline(evaluation)}{on_test}; wrote {written}")
             if report is not None:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():
@@ -169,11 +180,11 @@ class ResultWriter:
         trainable, total = self.parameters
         tested: dict[str, Any] = {}
         if test is not None and self.data.test is not None:
-            tested = {f"test_{name}": value for name, value in test.metrics.items()}
+            tested = {f"test_{name}": value for name, value in measured(test).items()}
             tested |= {"test_samples": test.num_samples, "test_fingerprint": self.data.test.fingerprint()}
             tested["test_per_class"] = dict(zip(self.data.labels, test.per_class, strict=True))
         return {
-            **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
+            **{f"eval_{name}": value for name, value in measured(evaluation).items()},
             "eval_samples": evaluation.num_samples,
             **tested,
             **(read_probe(self.output.probe) if run.settings.run.probe else {}),

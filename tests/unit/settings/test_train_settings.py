@@ -294,7 +294,7 @@ def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Pat
         (["--eval_steps", "sometimes"], "--eval_steps: 'sometimes' is not valid"),
         (["--learn", "1e-3"], "--learn: unknown flag"),
         (["-c", "demo"], "-c: unknown flag"),
-        (["--config"], "--config: needs a path or a recipe: demo"),
+        (["--config"], "--config: needs a path or a recipe: cars"),
         (["--early_stopping_patience", "many", "--eval_steps", "no"], "--early_stopping_patience: 'many' is not valid"),
         (["--init_from_config", "--tuning", "ful"], "--tuning: 'ful' is not valid"),
         (["--adapter_name_or_path", "y", "--tuning", "full"], "adapters continue as LoRA"),
@@ -309,7 +309,7 @@ def test_a_wrong_setting_is_one_problem_by_name(words: list[str], part: str) -> 
 
 
 def test_a_missing_config_is_refused_with_the_names_of_recipes() -> None:
-    assert "nowhere.yaml: no such file or recipe. Recipes: demo" in problems_of("--config", "nowhere.yaml")
+    assert "nowhere.yaml: no such file or recipe. Recipes: cars" in problems_of("--config", "nowhere.yaml")
 
 
 def test_a_file_named_like_a_recipe_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,3 +36,19 @@ def test_a_quote_that_is_not_closed_ends_the_job(line: str, tmp_path: Path) -> N
     result = _task(tmp_path, line)
     assert (result.returncode, result.stdout) == (2, "")
     assert f"{tmp_path / 'grid.txt'}, line 1: a quote is not closed: {line}" in result.stderr
+
+
+@pytest.mark.parametrize(("task", "code"), [("3", 0), ("6", 2)])
+def test_a_task_trains_its_fold(task: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "train.sbatch").write_text("printf '<%s>\\n' \"$@\"\n", encoding="utf-8")
+    result = subprocess.run(
+        ["bash", SWEEP.with_name("folds.sbatch"), "5", "runs/x", "--train_dir", "my photos"],
+        env={"PATH": "/usr/bin:/bin", "PROJECT_DIR": str(tmp_path), "SLURM_ARRAY_TASK_ID": task},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    words = flags(train_dir="my photos", fold="3/5", output_dir="runs/x/fold-3")
+    assert result.stdout.splitlines() == ([] if code else [f"<{word}>" for word in words])
+    assert result.returncode == code

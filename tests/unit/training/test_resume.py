@@ -431,6 +431,7 @@ def test_no_results_are_overwritten(vit: Path, photos: Path, tmp_path: Path, cap
         "evaluation.json",
         "metrics.jsonl",
         "split.json",
+        "validation_predictions.jsonl",
     }
     assert results_of(one)["step"] == 3
     _run(vit, photos, one, *RESUME, "--max_train_steps", 4)

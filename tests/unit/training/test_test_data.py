@@ -42,7 +42,7 @@ def test_test_data_is_evaluated_at_the_end_and_chooses_nothing(
     assert sum(row["support"] for row in tested["test_per_class"].values()) == 6
     assert not any("test" in name for line in lines_of(tmp_path / "tested") for name in line)
     card = (tmp_path / "tested" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert f"| test_accuracy | {tested['test_accuracy']:.4f} |" in card
+    assert f"| test_accuracy | {tested['test_accuracy']:.4f} (95% interval 0.0000 to " in card
     assert "| test images | 6 |" in card
 
 

@@ -1,0 +1,47 @@
+"""Cuts samples into folds for cross-validation: a function of labels, groups and seed alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def fold_numbers(labels: np.ndarray, groups: Sequence[str] | None, folds: int, seed: int) -> np.ndarray:
+    """Returns the fold of each sample, from 0, shape [N]; each class is spread as evenly as possible.
+
+    Args:
+        labels: class of each sample, shape [N].
+        groups: group of each sample; all samples of a group are in one fold.
+        folds: number of folds.
+        seed: of the shuffle.
+    """
+    return _by_sample(labels, folds, seed) if groups is None else _by_group(labels, groups, folds, seed)
+
+
+def _by_sample(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Deals the shuffled samples of one class after the other, as cards."""
+    order = [
+        np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        for label in np.unique(labels)
+    ]
+    numbers = np.empty(len(labels), dtype=np.int64)
+    numbers[np.concatenate(order)] = np.arange(len(labels)) % folds
+    return numbers
+
+
+def _by_group(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """Puts one group after the other, the largest first, where the classes of all folds then differ least.
+
+    As scikit-learn's StratifiedGroupKFold, with rarer classes counting as much as frequent ones.
+    """
+    names, members = np.unique(np.array(groups), return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1))
+    np.add.at(counts, (members, labels), 1)
+    share = counts / np.maximum(counts.sum(axis=0), 1)
+    shuffled = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    held, fold_of = np.zeros((folds, counts.shape[1])), np.empty(len(names), dtype=np.int64)
+    for group in shuffled[np.argsort(-share[shuffled].max(axis=1), kind="stable")]:
+        # The sum of squares of a fold's shares grows least where the fold has least of the group's classes.
+        costs = ((held + share[group]) ** 2 - held**2).sum(axis=1)
+        fold_of[group] = np.argmin(costs)
+        held[fold_of[group]] += share[group]
+    return fold_of[members]

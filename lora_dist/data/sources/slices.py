@@ -1,0 +1,40 @@
+"""Values of the columns of --slice_columns, by which metrics are taken apart."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from lora_dist.errors import UserError
+
+MAX_VALUES = 200
+"""Values of a column. More are not slices, but names of images."""
+NO_VALUE = "(none)"
+
+
+def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """The values of each row of a table, shape [rows], by column.
+
+    Raises:
+        UserError: there is no such column, it does not hold one value a row, or it has too many.
+    """
+    found = {}
+    for name in columns:
+        if name not in table.features:
+            raise UserError(f"--slice_columns {name}: the data set has {', '.join(table.features)}")
+        values, feature = list(table[name]), table.features[name]
+        if any(isinstance(value, list | dict) for value in values[:1]):
+            raise UserError(f"--slice_columns {name}: it does not hold one value a sample")
+        if isinstance(feature, ClassLabel):
+            values = [None if value is None or value < 0 else feature.names[value] for value in values]
+        found[name] = named(name, values)
+    return found
+
+
+def named(column: str, values: Sequence[Any]) -> np.ndarray:
+    """The values of a column as text, shape [N]; raises `UserError` if they are too many."""
+    texts = np.array([NO_VALUE if value is None or value == "" else str(value) for value in values])
+    if (count := len(np.unique(texts))) > MAX_VALUES:
+        raise UserError(f"--slice_columns {column}: it has {count:,} values; slices need at most {MAX_VALUES}")
+    return texts

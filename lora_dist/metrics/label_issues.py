@@ -1,0 +1,43 @@
+"""Finds labels that are likely wrong, by confident learning.
+
+Northcutt, Jiang, Chuang: "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR 70 (2021),
+https://arxiv.org/abs/1911.00068: the off-diagonal entries of the confident joint (section 3.2).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class LabelIssue(NamedTuple):
+    """An image whose label is likely wrong: its row, the class that is likely right, and how sure that is.
+
+    `margin` is the probability of this class minus that of the given label.
+    """
+
+    row: int
+    suggested: int
+    margin: float
+
+
+def find_label_issues(given: np.ndarray, probabilities: np.ndarray) -> list[LabelIssue]:
+    """Returns the images whose label is likely wrong, the surest first.
+
+    An image is taken for one of class j if the probability of j is at least the mean probability that images labelled j
+    have; of several such classes, for the one with the highest probability.
+
+    Args:
+        given: label of each image as a column of `probabilities`, shape [N].
+        probabilities: of every class, shape [N, K], by a model that was not trained on the image. Rows that are not
+            finite are left out.
+    """
+    finite = np.isfinite(probabilities).all(axis=1)
+    thresholds = np.full(probabilities.shape[1], np.inf)
+    for label in np.unique(given[finite]):
+        thresholds[label] = probabilities[finite & (given == label), label].mean()
+    confident = np.where(probabilities >= thresholds, probabilities, -np.inf)
+    found = confident.argmax(axis=1)
+    wrong = np.flatnonzero(finite & (confident.max(axis=1) > -np.inf) & (found != given))
+    margins = probabilities[wrong, found[wrong]] - probabilities[wrong, given[wrong]]
+    order = np.argsort(-margins, kind="stable")
+    return [LabelIssue(int(wrong[place]), int(found[wrong[place]]), float(margins[place])) for place in order]

@@ -1,0 +1,91 @@
+"""Folds: every sample in one, each class spread evenly, groups whole, and the same on every machine."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lora_dist_testing.tiny import make_folder
+
+from lora_dist.data.sources.folds import fold_numbers
+from lora_dist.data.sources.load import load_data
+from lora_dist.errors import UserError
+from lora_dist.settings.train import DataSettings, Settings, contradictions
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_classes_and_folds_are_even(folds: int) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 23, 7]))
+    numbers = fold_numbers(labels, None, folds, seed=1)
+    for label in range(3):
+        counts = np.bincount(numbers[labels == label], minlength=folds)
+        assert counts.max() - counts.min() <= 1
+    sizes = np.bincount(numbers)
+    assert sizes.max() - sizes.min() <= 1
+    np.testing.assert_array_equal(numbers, fold_numbers(labels, None, folds, seed=1))
+    assert (numbers != fold_numbers(labels, None, folds, seed=2)).any()
+
+
+def test_groups_are_whole_and_classes_nearly_even() -> None:
+    random = np.random.default_rng(3)
+    labels, groups = random.choice(3, 600, p=[0.7, 0.25, 0.05]), random.integers(0, 90, 600).astype(str)
+    numbers = fold_numbers(labels, groups.tolist(), 5, seed=1)
+    assert all(len(set(numbers[groups == group])) == 1 for group in set(groups))
+    for label in range(3):
+        counts = np.bincount(numbers[labels == label], minlength=5)
+        assert counts.min() >= 0.5 * counts.mean()
+    order = random.permutation(600)
+    np.testing.assert_array_equal(fold_numbers(labels[order], groups[order].tolist(), 5, seed=1), numbers[order])
+
+
+def test_the_folds_are_these() -> None:
+    """Runs of other folds, on other machines and of later releases, have to fit together with these."""
+    labels, groups = np.arange(12) % 3, list("aabbccddeeff")
+    assert fold_numbers(labels, None, 3, seed=42).tolist() == [0, 1, 2, 2, 1, 1, 1, 0, 2, 0, 2, 0]
+    assert fold_numbers(labels, groups, 3, seed=42).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_each_image_of_a_folder_is_validated_once(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", per_class=(6, 5, 4))
+    names: list[str] = []
+    for number in (1, 2, 3):
+        data = load_data(DataSettings(train_dir=str(tmp_path / "photos"), fold=f"{number}/3"), seed=1)
+        assert len(data.train) + len(data.validation) == 15
+        assert data.describe_splits()["fold"] == f"{number}/3"
+        names += data.validation.names()
+    assert sorted(names) == sorted(map(str, (tmp_path / "photos").rglob("*.png")))
+
+
+def test_groups_of_a_file_of_labels_stay_whole_and_its_validation_images_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", per_class=8)
+    lines = [f"{label}/{number:03d}.png,{label},{label}{number // 2}" for label in "abc" for number in range(8)]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["path,label,group", *lines]))
+    settings = {"train_dir": str(tmp_path / "photos"), "labels_file": str(table), "fold": "1/2"}
+    data = load_data(DataSettings(**settings), seed=1)
+    assert data.validation.groups is not None
+    assert not set(data.validation.groups) & set(data.train.groups)  # type: ignore[union-attr]
+    assert len(data.validation) == 12
+    splits = ("val" if "7.png" in line else "train" for line in lines)
+    rows = [f"{line.rpartition(',')[0]},{split}" for line, split in zip(lines, splits, strict=True)]
+    table.write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(UserError, match="both choose the validation images"):
+        load_data(DataSettings(**settings), seed=1)
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "a/b", "2/", "-1/5"])
+def test_impossible_folds_are_refused(fold: str) -> None:
+    with pytest.raises(ValueError, match="expected a fold and the number of folds, such as 2/5"):
+        DataSettings(fold=fold)
+
+
+def test_wrong_combinations_are_named(tmp_path: Path) -> None:
+    for name, value in (
+        ("validation_dir", "."),
+        ("streaming", True),
+        ("max_eval_samples", 5),
+        ("train_val_split", 0.2),
+    ):
+        settings = Settings(data=DataSettings(train_dir=".", fold="1/5", **{name: value}))  # type: ignore[arg-type]
+        assert ("fold", name) in [problem.names for problem in contradictions(settings)]
+    recorded = Settings(data=DataSettings(train_dir=".", fold="1/5", train_val_split=0.1))
+    assert not list(contradictions(recorded)), "the record of a run has all defaults"

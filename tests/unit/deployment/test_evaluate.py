@@ -1,0 +1,111 @@
+"""Predictions of the command against labels and other predictions, with an adapter whose classes are folders."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lora_dist_testing.launching import flags
+from lora_dist_testing.tiny import write_bundle
+from PIL import Image
+from sklearn import metrics as sklearn
+
+from lora_dist.compare import main as compare
+from lora_dist.errors import UserError
+from lora_dist.predict import predict
+
+
+@pytest.fixture(scope="module")
+def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "adapter"
+    write_bundle(directory, vit, ("a", "b", "c"), seed=3, scale=0.5, lora_r=4)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(adapter: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Predictions for the 27 training photos."""
+    out = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    predict(["--adapter", str(adapter), "--images", str(photos / "train"), "--output", str(out)])
+    return out
+
+
+def _pairs(rows: Path) -> tuple[list[str], list[str]]:
+    """Folder and prediction of each row."""
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    return [Path(row["path"]).parent.name for row in content], [row["label"] for row in content]
+
+
+def test_folders_of_classes_are_evaluated(
+    adapter: Path, photos: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.csv"
+    predict(["--adapter", str(adapter), "--images", str(photos / "train"), "--output", str(out)])
+    said = capsys.readouterr().out
+    true, predicted = _pairs(rows)
+    accuracy = sklearn.accuracy_score(true, predicted)
+    assert f"27 images: accuracy {accuracy:.4f} (95% interval " in said
+    assert f"macro F1 {sklearn.f1_score(true, predicted, average='macro', zero_division=0):.4f} (95% interval" in said
+    names = sorted({*true, *predicted})
+    matrix = sklearn.confusion_matrix(true, predicted, labels=names)
+    shown = [line.split() for line in said[said.index("confusion matrix") :].splitlines()[2 : 2 + len(names)]]
+    assert shown == [[name, *map(str, row)] for name, row in zip(names, matrix.tolist(), strict=True)]
+    report = sklearn.precision_recall_fscore_support(true, predicted, labels=names, zero_division=0)
+    assert f"{names[0]}          {report[0][0]:.3f}   {report[1][0]:.3f}  {report[2][0]:.3f}" in said
+    with out.open(newline="") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == predicted
+
+
+def test_a_single_folder_is_no_set_of_labels(adapter: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predict(["--adapter", str(adapter), "--images", str(photos / "train" / "a")])
+    assert "accuracy" not in "".join(capsys.readouterr())
+
+
+def test_labels_of_a_file(adapter: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows go to the standard output and nothing else, so the evaluation goes beside it."""
+    for label, place in (("a", 0), ("b", 4)):
+        Image.open(photos / "train" / label / f"{place:03d}.png").save(tmp_path / f"{place}.png")
+    (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n4.png,b\n")
+    images = ["--adapter", str(adapter), "--images", str(tmp_path), "--labels_file", str(tmp_path / "labels.csv")]
+    predict(images)
+    said = capsys.readouterr()
+    assert [json.loads(line)["path"] for line in said.out.splitlines()] == [str(tmp_path / f"{n}.png") for n in (0, 4)]
+    assert "2 images: accuracy" in said.err
+    (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n4.png,rose\n")
+    with pytest.raises(UserError, match="labels that are no classes of the model: rose"):
+        predict(images)
+
+
+def test_other_predictions_are_compared(
+    adapter: Path, photos: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other file is right on all images, so only images on which this model is wrong differ."""
+    true, predicted = _pairs(rows)
+    wrong = sum(one != other for one, other in zip(true, predicted, strict=True))
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    right = [{"path": row["path"], "label": label} for row, label in zip(content, true, strict=True)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in right[1:]))
+    left = wrong - (true[0] != predicted[0])
+    predict(
+        flags(
+            adapter=adapter,
+            images=photos / "train",
+            compare_to=other,
+            output=tmp_path / "rows.jsonl",
+            grid=tmp_path / "grid.png",
+        )
+    )
+    said = capsys.readouterr().out
+    assert "1 images are in one of the two sets alone, and are left out" in said
+    assert f"this model and {other} predict different classes for {left} of 26 images" in said
+    assert f"only this model is right on 0, only {other} on {left}: p = {2 * 0.5**left:.4g} by McNemar" in said
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert np.asarray(grid).std() > 5
+    compare([str(rows), str(other)])
+    assert f"{rows} and {other} predict different classes for {left} of 26 images" in capsys.readouterr().out
+    (tmp_path / "elsewhere.jsonl").write_text('{"path": "x.png", "label": "a"}\n')
+    with pytest.raises(SystemExit):
+        compare([str(rows), str(tmp_path / "elsewhere.jsonl")])
+    assert "no image in common" in capsys.readouterr().err

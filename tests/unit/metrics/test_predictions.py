@@ -1,0 +1,81 @@
+"""Files of predictions: what is written is read, and what cannot be read is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_dist.errors import UserError
+from lora_dist.metrics.predictions import (
+    FILE,
+    Predictions,
+    folder_label,
+    folder_label_by_predictions,
+    predictions_of,
+    read_predictions,
+    write_predictions,
+)
+
+SOME = Predictions(
+    ["a/1.png", "b/ü \n.png"], ["a", None], ["a", "b"], ["p1", None], ["a", "b"], np.array([[0.75, 0.25], [0.5, 0.5]])
+)
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_predictions(tmp_path / FILE, SOME, [0.75, None])
+    found = read_predictions(tmp_path)
+    assert (found.paths, found.predicted, found.given) == (SOME.paths, SOME.predicted, SOME.given)
+    assert (found.groups, found.classes) == (SOME.groups, SOME.classes)
+    np.testing.assert_array_equal(found.probabilities, SOME.probabilities)
+    assert found.select([1]).paths == SOME.paths[1:]
+
+
+def test_rows_of_predict_are_read_without_those_that_have_an_error(tmp_path: Path) -> None:
+    lines = ['{"path": "1.png", "label": "a", "score": 0.9, "top_k": []}', '{"path": "2.png", "error": "empty"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "rows.csv").write_text("path,label,score,error\n1.png,a,0.9,\n2.png,,,empty\n")
+    table = {"path": ["1.png", "2.png"], "label": ["a", None], "error": [None, "empty"]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        found = read_predictions(tmp_path / name)
+        assert (found.paths, found.predicted, found.given) == (["1.png"], ["a"], [None])
+        assert found.probabilities is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "it has no predictions"),
+        ("no JSON", "not a file of predictions"),
+        ('{"label": "a"}', "entry 1 has no path"),
+        ('{"path": "1", "adapter": "x"}\n{"path": "1", "adapter": "y"}', "twice: predict with one adapter at a time"),
+    ],
+)
+def test_other_files_are_refused(text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "file.jsonl").write_text(text)
+    with pytest.raises(UserError, match=problem):
+        read_predictions(tmp_path / "file.jsonl")
+    with pytest.raises(UserError, match="No such file"):
+        read_predictions(tmp_path / "none.jsonl")
+
+
+def _rows(**predicted: str) -> Predictions:
+    rows = ({"path": path.replace("_", "/") + ".png", "label": label} for path, label in predicted.items())
+    return predictions_of(rows)
+
+
+def test_folders_are_labels_if_they_are_classes() -> None:
+    two = _rows(a_1="a", b_1="a")
+    assert folder_label(two.paths, ["a", "b", "c"])("b/1.png") == "b"
+    assert folder_label(two.paths, ["a", "c"])("a/1.png") is None
+    assert folder_label(two.paths[:1], ["a", "b"])("a/1.png") is None
+
+
+def test_a_class_that_is_never_predicted_counts_as_one() -> None:
+    """Without it, only images of predicted classes would be compared."""
+    label_of = folder_label_by_predictions(_rows(a_1="a", b_1="a", c_1="b"), _rows(a_1="a", b_1="a", c_1="a"))
+    assert label_of("c/1.png") == "c"
+    label_of = folder_label_by_predictions(_rows(a_1="a", misc_1="b"), _rows(a_1="a", misc_1="a"))
+    assert label_of("a/1.png") is None
