@@ -72,7 +72,13 @@ def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> Traini
         read = from_keywords(Settings, config, settings, prog="lora_dist.fit", contradictions=contradictions)
         if read.run.dry_run or read.run.do_eval_only:
             raise UserError("lora_dist.fit trains: for --dry_run and --do_eval_only use python -m lora_dist.train")
-        train(read, lock)
+        import torch
+
+        before = torch.get_deterministic_debug_mode()
+        try:
+            train(read, lock)
+        finally:
+            torch.set_deterministic_debug_mode(before)
 
     from lora_dist.training.saving.output import Output
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -74,6 +75,9 @@ def launch(
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Named only where there is a group to join: a backend makes accelerate expect one.
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=timeout)
+    if engine_launched() != "DEEPSPEED" and is_initialized() and AcceleratorState().mixed_precision != precision:
+        # An earlier run in this process had another precision. The process group stays.
+        AcceleratorState._reset_state()
     with preflight.connecting():
         accelerator = Accelerator(
             mixed_precision=precision,

@@ -414,7 +414,7 @@ def contradictions(settings: Settings) -> Iterator[Problem]:
             yield Problem(("streaming", "train_split"), "streams do not support slices or sums: set one whole split")
     elif data.streaming_lanes:
         yield Problem(("streaming_lanes", "streaming"), "lanes need a stream: add --streaming")
-    if data.slice_columns and data.train_dir:
+    if data.slice_columns and (data.train_dir or data.validation_dir):
         if not data.labels_file:
             text = "a folder of classes has no columns: name them in --labels_file"
             yield Problem(("slice_columns", "labels_file"), text)

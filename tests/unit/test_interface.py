@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from lora_dist_testing.launching import results_of
 
 import lora_dist
@@ -45,7 +46,9 @@ def test_a_run_returns_its_results(vit: Path, photos: Path, tmp_path: Path) -> N
         gradient_accumulation_steps=1,
         lora_target_modules=["query", "value"],
         test_dir=None,
+        deterministic=True,
     )
+    assert not torch.are_deterministic_algorithms_enabled(), "what follows in the process is not of the run"
     assert result.path == tmp_path / "run" / "adapter"
     assert result.output_dir == tmp_path / "run"
     assert result.metrics == results_of(tmp_path / "run")

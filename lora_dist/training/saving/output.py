@@ -23,7 +23,8 @@ from lora_dist.training.saving.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 MEASURED_BY = (
-    "validation_dir", "validation_split", "max_eval_samples", "metric_for_best_model", "test_dir", "test_split"
+    "validation_dir", "validation_split", "max_eval_samples", "metric_for_best_model", "test_dir", "test_split",
+    "slice_columns",
 )  # fmt: skip
 """Settings that also apply when a finished run is resumed, because they affect only selection and evaluation."""
 

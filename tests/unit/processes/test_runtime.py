@@ -202,3 +202,7 @@ def test_the_commit_on_record_is_that_of_the_code_and_not_of_where_it_runs(
     before = environment(launch("no"))["git_commit"]
     monkeypatch.chdir(tmp_path)
     assert environment(launch("no"))["git_commit"] == before
+
+
+def test_a_later_run_in_the_process_has_its_own_precision() -> None:
+    assert [launch(precision).mixed_precision for precision in ("no", "bf16", "no")] == ["no", "bf16", "no"]

@@ -54,9 +54,10 @@ def test_columns_of_a_data_set(tmp_path: Path) -> None:
 
 def test_wrong_combinations_are_named(tmp_path: Path) -> None:
     def problems(**settings: str) -> list[tuple[str, ...]]:
-        data = DataSettings(train_dir=".", slice_columns=["site"], **settings)
+        data = DataSettings(**{"train_dir": ".", "slice_columns": ["site"], **settings})
         return [problem.names for problem in contradictions(Settings(data=data))]
 
     (tmp_path / "labels.csv").touch()
     assert ("slice_columns", "labels_file") in problems()
+    assert ("slice_columns", "labels_file") in problems(train_dir="", validation_dir="."), "an evaluation alone"
     assert ("slice_columns", "validation_dir") in problems(labels_file=str(tmp_path / "labels.csv"), validation_dir=".")

@@ -227,6 +227,8 @@ def test_a_finished_run_keeps_the_settings_that_it_was_made_with(
     assert "is now 0.1; ignored, because no update is left" in capsys.readouterr().err
     assert output.config.read_bytes() == written
     assert output.begin(settings | {"learning_rate": 0.1}, SPLITS, model(vit), 20, False)["learning_rate"] == 0.1
+    assert output.begin(settings | {"slice_columns": ["site"]}, SPLITS, model(vit), 20, True) != first
+    assert yaml.safe_load(output.config.read_text(encoding="utf-8"))["slice_columns"] == ["site"]
 
 
 def test_the_start_of_pissa_is_kept_and_never_overwritten(vit: Path, tmp_path: Path) -> None:
