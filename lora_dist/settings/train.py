@@ -212,7 +212,7 @@ class AugmentationSettings(Group):
     cutmix_alpha: NonNegative = 0.0
     """Alpha of CutMix: pastes a rectangle from another image. With mixup, each pair randomly uses one of the two."""
     label_smoothing_factor: Fraction = 0.0
-    """Fraction of the target that is spread evenly over all classes. Of several labels: over yes and no of each label."""
+    """Fraction of the target that is spread evenly over all classes. Of several labels: over yes and no."""
 
 
 class OptimizationSettings(Group):
