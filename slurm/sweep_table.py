@@ -5,8 +5,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-METRICS = ("eval_accuracy", "eval_macro_f1", "eval_loss", "best_step", "train_runtime")
+METRICS = ("eval_macro_f1", "eval_loss", "best_step", "train_runtime")
+OF_SEVERAL_LABELS = "eval_mAP"
+"""Stands in the place of `eval_accuracy` in runs with --problem_type multi_label_classification."""
 
 
 def grid_of(path: Path) -> list[dict[str, str]]:
@@ -31,14 +34,21 @@ def _flags(words: list[str]) -> dict[str, str]:
 def rows_of(grid: list[dict[str, str]], output_dir: Path) -> list[list[str]]:
     """Returns the header and one row per run; the results of unfinished runs are blank."""
     names = list(dict.fromkeys(name for flags in grid for name in flags))
-    rows = [["run", *names, *METRICS]]
-    for number, flags in enumerate(grid, start=1):
-        results = output_dir / str(number) / "all_results.json"
-        values = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-        rows.append(
-            [str(number), *(flags.get(name, "") for name in names), *(_shown(values.get(name)) for name in METRICS)]
-        )
-    return rows
+    found = [_results(output_dir / str(number)) for number in range(1, len(grid) + 1)]
+    several = any(OF_SEVERAL_LABELS in values for values in found)
+    metrics = (OF_SEVERAL_LABELS if several else "eval_accuracy", *METRICS)
+    return [
+        ["run", *names, *metrics],
+        *(
+            [str(number), *(flags.get(name, "") for name in names), *(_shown(values.get(name)) for name in metrics)]
+            for number, (flags, values) in enumerate(zip(grid, found, strict=True), start=1)
+        ),
+    ]
+
+
+def _results(run: Path) -> dict[str, Any]:
+    file = run / "all_results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _shown(value: float | None) -> str:

@@ -1,6 +1,8 @@
 """A line of a grid becomes the flags of a run, or the job ends: without Slurm, and with a script in place of it."""
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,18 @@ def test_a_task_trains_its_fold(task: str, code: int, tmp_path: Path) -> None:
     words = flags(train_dir="my photos", fold="3/5", output_dir="runs/x/fold-3")
     assert result.stdout.splitlines() == ([] if code else [f"<{word}>" for word in words])
     assert result.returncode == code
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mAP"])
+def test_the_table_has_the_metric_of_the_problem_type(metric: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.txt").write_text("--lora_r 8\n--lora_r 16\n", encoding="utf-8")
+    (tmp_path / "2").mkdir()
+    results = {f"eval_{metric}": 0.5, "eval_macro_f1": 0.25, "eval_loss": None, "best_step": 3, "train_runtime": 1.0}
+    (tmp_path / "2" / "all_results.json").write_text(json.dumps(results), encoding="utf-8")
+    command = [sys.executable, SWEEP.with_name("sweep_table.py"), tmp_path / "grid.txt", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines() == [
+        f"run,lora_r,eval_{metric},eval_macro_f1,eval_loss,best_step,train_runtime",
+        "1,8,,,,,",
+        "2,16,0.5000,0.2500,,3,1.0000",
+    ]
