@@ -105,7 +105,9 @@ def predict(argv: list[str] | None) -> None:
     record = {"model": settings.title, "labels": shown_labels, "precision": precision}
     conversion = next(iter(models.classifiers.values())).conversion
     rows_of = _rows_of(models, settings, device, precision, inputs)
-    logger.info("predicting on %s in %s", device, precision)
+    # Rows on the terminal stay alone, unless they are those of a lower precision.
+    if settings.images.output or precision != "fp32":
+        logger.info("predicting on %s in %s", device, precision)
     if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         parts = Parts(
             Path(settings.images.output or ""), list(rows_of), inputs, _plan(adapters, settings) | {"record": record}
@@ -197,6 +199,7 @@ def _plan(adapters: Mapping[str, Path], settings: PredictSettings) -> dict[str, 
         "model": [digest_of(root) for root in (*adapters.values(), *whole, *onnx)],
         "top_k": settings.images.top_k or 1,
         "output_type": settings.images.output_type,
+        "explain": settings.images.explain,
         "max_image_pixels": settings.images.max_image_pixels,
     }
 

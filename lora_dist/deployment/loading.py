@@ -4,9 +4,11 @@ They are an adapter, a checkpoint, a weighted sum or a greedy soup of adapters, 
 model, or an ONNX file.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +21,12 @@ from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.inputs import find_images
 from lora_dist.model import adapter_io, adapters, checkpoint_adapter, infer_metadata
 from lora_dist.model.adapter_set import AdapterSet, load_adapter_set, load_weighted_sum
+from lora_dist.model.calibration import UNCALIBRATED
 from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.processes.lifetime import at_end
 from lora_dist.settings.predict import ModelSource, PredictSettings
+
+logger = logging.getLogger(__name__)
 
 
 def choose_adapters(settings: PredictSettings, device: torch.device) -> tuple[PredictSettings, dict[str, Path]]:
@@ -89,9 +94,18 @@ def load(settings: PredictSettings, found: Mapping[str, Path]) -> AdapterSet:
         loaded = load_adapter_set(found, source.base_model, source.trust_remote_code, read_labels(source))
     else:
         loaded = AdapterSet({settings.title: _load_one(settings, found)})
-    if source.adapter_scale != 1:
-        adapters.scale_update(next(iter(loaded.classifiers.values())).model, source.adapter_scale)
-    return loaded
+    return loaded if source.adapter_scale == 1 else _scaled(loaded, source.adapter_scale)
+
+
+def _scaled(loaded: AdapterSet, factor: float) -> AdapterSet:
+    """Scales the updates of LoRA, and says what was fitted to the unscaled ones."""
+    classifiers = loaded.classifiers
+    adapters.scale_update(next(iter(classifiers.values())).model, factor)
+    if any(one.calibration.temperature != 1 for one in classifiers.values()):
+        logger.warning("the temperature was fitted without --adapter_scale: probabilities are not calibrated")
+    if any(one.decision.record(one.labels) for one in classifiers.values()):
+        logger.warning("the thresholds were chosen without --adapter_scale, and no data confirms them with it")
+    return AdapterSet({name: replace(one, calibration=UNCALIBRATED) for name, one in classifiers.items()})
 
 
 def _load_one(settings: PredictSettings, found: Mapping[str, Path]) -> Classifier:

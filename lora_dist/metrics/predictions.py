@@ -95,7 +95,7 @@ def read_predictions(name: str | Path) -> Predictions:
 
 
 def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
-    """Returns the predictions of rows of a file; probabilities in a list, which have no names of classes, are left out."""
+    """Returns the predictions of rows of a file, without probabilities that have no names of classes."""
     rows = list(rows)
     named = [row["probabilities"] for row in rows if isinstance(row.get("probabilities"), Mapping)]
     classes = sorted({name for by_class in named for name in by_class})
