@@ -30,8 +30,9 @@ def write(
     if merging.export_legacy_names:
         out = Path(merging.export_legacy_names)
         card = older_peft.card_of(list(adapters.values()), settings.title, settings.source.adapter_scale != 1)
+        pictures = older_peft.pictures_of(card, next(iter(adapters.values())))
         with writing(out, "export_legacy_names"):
-            older_peft.export_legacy_names(classifier, card, out, files, trusted)
+            older_peft.export_legacy_names(classifier, card, out, files, trusted, pictures)
         logger.info("exported to %s, with the names of transformers 4", out)
     if merging.merge_to:
         out = Path(merging.merge_to)
