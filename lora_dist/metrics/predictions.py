@@ -104,12 +104,19 @@ def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
         probabilities = np.array([[by_class.get(name, 0.0) for name in classes] for by_class in named])
     return Predictions(
         [row["path"] for row in rows],
-        [row.get("label") or None for row in rows],
+        [_class_of(row) for row in rows],
         [row.get("given_label") for row in rows],
         [row.get("group") for row in rows],
         classes,
         probabilities,
     )
+
+
+def _class_of(row: Mapping[str, Any]) -> str | None:
+    """The predicted class, also of an image whose label is 'unknown' because of --min_confidence."""
+    likely = row.get("top_k")
+    scored = likely[0] if isinstance(likely, list) and likely else row
+    return (scored.get("label") if isinstance(scored, Mapping) else row.get("label")) or None
 
 
 def _rows(file: Path) -> Iterator[Any]:

@@ -96,3 +96,13 @@ def test_probabilities_without_names_of_classes_are_left_out(tmp_path: Path) -> 
     (tmp_path / "rows.jsonl").write_text('{"path": "1.png", "label": "a", "probabilities": [0.9, 0.1]}')
     found = read_predictions(tmp_path / "rows.jsonl")
     assert (found.predicted, found.classes, found.probabilities) == (["a"], [], None)
+
+
+def test_an_unknown_image_keeps_its_most_likely_class(tmp_path: Path) -> None:
+    """That of `predict --min_confidence`, whose evaluation is of the classes as well."""
+    line = '{"path": "1.png", "label": "unknown", "score": 0.4, "top_k": [{"label": "a", "score": 0.4}]}'
+    (tmp_path / "rows.jsonl").write_text(line)
+    top_k = [[{"label": "a", "score": 0.4}]]
+    pq.write_table(pa.table({"path": ["1.png"], "label": ["unknown"], "top_k": top_k}), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert read_predictions(tmp_path / name).predicted == ["a"]
