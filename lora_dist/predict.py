@@ -128,7 +128,10 @@ def predict(argv: list[str] | None) -> None:
 def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
+    from lora_dist.model.decision import MULTI_LABEL
 
+    if any(one.decision.problem_type == MULTI_LABEL for one in served.classifiers.values()):
+        _require_one_class(settings)
     serving = settings.serving
     limits = uploads.Limits(
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files

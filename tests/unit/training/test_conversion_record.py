@@ -136,10 +136,12 @@ def test_the_server_shows_an_upload_on_the_recorded_background(trained: Path, ic
 
     from lora_dist.deployment.serve.server import make_app
     from lora_dist.deployment.serve.uploads import Limits
+    from lora_dist.model.adapter_set import AdapterSet
 
     file = icons / "validation" / "a" / "0.png"
     classifier = load_classifier(trained / "adapter")
-    app = make_app(classifier, "x", Limits(10**7, 10**7, 4), top_k=2, batch_size=2, device=torch.device("cpu"))
+    served = AdapterSet({"x": classifier})
+    app = make_app(served, "x", Limits(10**7, 10**7, 4), top_k=2, batch_size=2, device=torch.device("cpu"))
     with TestClient(app) as client:
         answer = client.post("/predict", files=[("files", ("0.png", file.read_bytes(), "image/png"))]).json()
         assert client.post("/predict", files=[("files", ("p.png", encoded(), "image/png"))]).status_code == 200
