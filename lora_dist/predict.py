@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
-from lora_dist.processes.lifetime import at_end, exit_on_user_error, run_command
+from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
 from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
@@ -64,11 +62,10 @@ def predict(argv: list[str] | None) -> None:
     if __name__ == "__main__":
         move_to_huge_pages()
     # Settings errors are reported before torch is imported.
-    from lora_dist import extras, hub, logs
-    from lora_dist.data.pixels.conversion import AS_TRANSFORMERS
+    from lora_dist import extras, logs
     from lora_dist.data.pixels.limits import allow_pixels
-    from lora_dist.deployment import classify, evaluate
-    from lora_dist.deployment.export import destinations, onnx_export
+    from lora_dist.deployment import classify, evaluate, loading
+    from lora_dist.deployment.export import destinations, exports, onnx_export
     from lora_dist.deployment.inputs import Files, find_inputs
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model.adapter_set import AdapterSet
@@ -88,40 +85,32 @@ def predict(argv: list[str] | None) -> None:
     precision = classify.choose_precision(settings.images.precision, device)
     inputs = find_inputs(settings)
     files = list(inputs.paths) if isinstance(inputs, Files) else []
-    chosen = {name: hub.local_directory(location) for name, location in settings.source.named_adapters}
-    chosen = {name: _adapter_of(directory) for name, directory in chosen.items()}
-    if settings.source.average or settings.source.greedy_soup:
-        members = _soup(chosen, settings, device) if settings.source.greedy_soup else list(chosen)
-        settings = settings.model_copy(update={"source": settings.source.averaged_over(members)})
-        chosen = {name: chosen[name] for name in members}
-    if settings.source.side_by_side and settings.serving.serve:
-        _serve(_load_set(chosen, settings), settings, device)
-        return
-    rows_of: RowsOf
-    if settings.source.side_by_side:
-        loaded = _load_set(chosen, settings)
-        rows_of, conversion = _rows_of_each(loaded, settings, device, precision, inputs), AS_TRANSFORMERS
-        labels: Any = {name: one.labels for name, one in loaded.classifiers.items()}
-        decisions = [one.decision for one in loaded.classifiers.values()]
-    else:
-        classifier = _write(_load(chosen, settings), chosen, files, settings)
-        if settings.serving.serve:
-            _serve(AdapterSet({settings.title: classifier}), settings, device)
-        rows_of = {None: partial(_rows, classifier, settings, device, precision, inputs)}
-        conversion, labels = classifier.conversion, classifier.labels
-        decisions = [classifier.decision]
-    if not len(inputs):
-        return
-    with_labels = any(decision.problem_type == MULTI_LABEL for decision in decisions)
+    settings, adapters = loading.choose_adapters(settings, device)
+    models = loading.load(settings, adapters)
+    with_labels = any(one.decision.problem_type == MULTI_LABEL for one in models.classifiers.values())
     if with_labels:
         _require_one_class(settings)
-    classes = {label for one in labels.values() for label in one} if isinstance(labels, dict) else set(labels)
-    evaluation = evaluate.Evaluation(settings.images, files, set() if with_labels else classes)
-    record = {"model": settings.title, "labels": labels, "precision": precision}
-    logger.info("predicting on %s in %s", device, precision)
+    models = AdapterSet(
+        {name: exports.write(one, adapters, files, settings) for name, one in models.classifiers.items()}
+    )
+    if settings.serving.serve:
+        _serve(models, settings, device)
+        return
+    if not len(inputs):
+        return
+    labels = {name: one.labels for name, one in models.classifiers.items()}
+    classes = set() if with_labels else set(chain.from_iterable(labels.values()))
+    evaluation = evaluate.Evaluation(settings.images, files, classes)
+    shown_labels = labels if settings.source.side_by_side else next(iter(labels.values()))
+    record = {"model": settings.title, "labels": shown_labels, "precision": precision}
+    conversion = next(iter(models.classifiers.values())).conversion
+    rows_of = _rows_of(models, settings, device, precision, inputs)
+    # Rows on the terminal stay alone, unless they are those of a lower precision.
+    if settings.images.output or precision != "fp32":
+        logger.info("predicting on %s in %s", device, precision)
     if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         parts = Parts(
-            Path(settings.images.output or ""), list(rows_of), inputs, _plan(chosen, settings) | {"record": record}
+            Path(settings.images.output or ""), list(rows_of), inputs, _plan(adapters, settings) | {"record": record}
         )
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
@@ -134,112 +123,6 @@ def predict(argv: list[str] | None) -> None:
         is_whole = _output(shown, inputs, settings, conversion, record, evaluation, with_labels)
     if not is_whole:
         sys.exit(EXIT_BAD_IMAGES)
-
-
-def _adapter_of(directory: Path) -> Path:
-    """Returns the directory of an adapter, or of one that is made of a checkpoint."""
-    from lora_dist.model import adapter_io, checkpoint_adapter
-
-    if not checkpoint_adapter.is_checkpoint(directory):
-        adapter_io.require_adapter(directory)
-        return directory
-    made = Path(tempfile.mkdtemp(prefix="lora_dist-")) / directory.name
-    at_end(partial(shutil.rmtree, made.parent, ignore_errors=True))
-    checkpoint_adapter.write_adapter_of_checkpoint(directory, made)
-    return made
-
-
-def _soup(chosen: Mapping[str, Path], settings: PredictSettings, device: torch.device) -> list[str]:
-    """Returns the names of the adapters that are most accurate together."""
-    from lora_dist import demo
-    from lora_dist.deployment import classify, soup
-    from lora_dist.deployment.inputs import find_images
-    from lora_dist.model import adapter_set
-
-    source, images = settings.source, settings.images
-    files = find_images([demo.local_path(source.greedy_soup or "")])
-    blend = partial(
-        adapter_set.load_weighted_sum,
-        base_model=source.base_model,
-        trust_remote_code=source.trust_remote_code,
-        labels=_labels(settings),
-    )
-    accuracy = partial(
-        soup.accuracy,
-        files=files,
-        batch_size=classify.choose_batch_size(images.batch_size, device),
-        num_workers=images.num_workers,
-        device=device,
-    )
-    return soup.greedy(chosen, blend, accuracy)
-
-
-def _load(chosen: Mapping[str, Path], settings: PredictSettings) -> Classifier:
-    """Loads an adapter, a weighted sum of adapters, a whole model, or an ONNX file."""
-    from lora_dist import hub
-    from lora_dist.deployment.export import onnx_model
-    from lora_dist.model import adapter_set, adapters
-    from lora_dist.model.classifier import load_classifier
-
-    source = settings.source
-    if not chosen and not source.model:
-        return onnx_model.load_onnx(Path(settings.exporting.onnx or ""))
-    labels = _labels(settings)
-    if len(chosen) > 1:
-        classifier = adapter_set.load_weighted_sum(
-            chosen, source.weights, source.base_model, source.trust_remote_code, labels
-        )
-    else:
-        directory = next(iter(chosen.values())) if chosen else hub.local_directory(source.model or "")
-        classifier = load_classifier(directory, source.base_model, source.trust_remote_code, labels)
-    if source.adapter_scale != 1:
-        adapters.scale_update(classifier.model, source.adapter_scale)
-    return classifier
-
-
-def _labels(settings: PredictSettings) -> list[str] | None:
-    from lora_dist.model import infer_metadata
-
-    return infer_metadata.read_labels_file(settings.source.labels) if settings.source.labels else None
-
-
-def _write(
-    classifier: Classifier, chosen: Mapping[str, Path], files: list[str], settings: PredictSettings
-) -> Classifier:
-    """Writes the requested exports, and returns the classifier to use: the merged or ONNX model if one was written."""
-    from lora_dist.deployment.export import merge, older_peft, onnx_export, onnx_model
-    from lora_dist.model.classifier import load_classifier
-    from lora_dist.storage.writable import writing
-
-    merging, exporting, trusted = settings.merging, settings.exporting, settings.source.trust_remote_code
-    if merging.export_legacy_names:
-        out = Path(merging.export_legacy_names)
-        card = older_peft.card_of(list(chosen.values()), settings.title, settings.source.adapter_scale != 1)
-        with writing(out, "export_legacy_names"):
-            older_peft.export_legacy_names(classifier, card, out, files, trusted)
-        logger.info("exported to %s, with the names of transformers 4", out)
-    if merging.merge_to:
-        out = Path(merging.merge_to)
-        tolerance, dtype = merging.merge_tolerance, merging.dtype
-        with writing(out, "merge_to"):
-            merged = merge.merge_to(classifier, settings.title, out, files, tolerance, dtype, trusted)
-        logger.info("merged into %s; its logits differ by %.1e, relative to the largest", out, merged.merge)
-        if merged.rounding is not None:
-            logger.info("with weights rounded to %s they differ by %.1e", dtype, merged.rounding)
-        classifier = load_classifier(out, trust_remote_code=trusted)
-    if settings.onnx_to_write:
-        out = Path(settings.onnx_to_write)
-        with writing(out, "onnx"):
-            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16)
-        what = ", before rounding," if exporting.int8 or exporting.fp16 else ""
-        logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
-        if exported.fp16 is not None:
-            logger.info("in fp16 they differ by %.1e", exported.fp16)
-        if what:
-            hint = "pass --images, best in class folders, to count the predictions that change"
-            logger.info("%s", exported.cost or hint)
-        classifier = onnx_model.load_onnx(out)
-    return classifier
 
 
 def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
@@ -292,42 +175,34 @@ def _rows(
     return explain.explained(rows, inputs, indices, classifier, Path(settings.images.explain), batch_size, device)
 
 
-def _load_set(chosen: Mapping[str, Path], settings: PredictSettings) -> AdapterSet:
-    """Loads several adapters on a shared base."""
-    from lora_dist.model import adapter_set, adapters
-
-    source = settings.source
-    loaded = adapter_set.load_adapter_set(chosen, source.base_model, source.trust_remote_code, _labels(settings))
-    if source.adapter_scale != 1:
-        adapters.scale_update(next(iter(loaded.classifiers.values())).model, source.adapter_scale)
-    return loaded
-
-
-def _rows_of_each(
-    loaded: AdapterSet, settings: PredictSettings, device: torch.device, precision: Precision, inputs: Inputs
+def _rows_of(
+    models: AdapterSet, settings: PredictSettings, device: torch.device, precision: Precision, inputs: Inputs
 ) -> RowsOf:
-    """Returns what classifies images with each adapter."""
+    """Returns what classifies images with each model, by its name if there are several."""
 
-    def rows(name: str, indices: Sequence[int]) -> Iterator[Row]:
-        for row in _rows(loaded.set_adapter(name), settings, device, precision, inputs, indices):
-            yield row._replace(adapter=name)
+    def rows(name: str, shown: str | None, indices: Sequence[int]) -> Iterator[Row]:
+        for row in _rows(models.set_adapter(name), settings, device, precision, inputs, indices):
+            yield row._replace(adapter=shown)
 
-    return {name: partial(rows, name) for name in loaded.classifiers}
+    shown = {name: name if settings.source.side_by_side else None for name in models.classifiers}
+    return {shown[name]: partial(rows, name, shown[name]) for name in models.classifiers}
 
 
-def _plan(chosen: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
+def _plan(adapters: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
     """Returns what identifies the model and the rows of a prediction that is continued."""
     from lora_dist import hub
+    from lora_dist.deployment import loading
     from lora_dist.deployment.parts import digest_of
 
     whole = [hub.local_directory(settings.source.model)] if settings.source.model else []
     onnx = [Path(settings.exporting.onnx)] if settings.exporting.onnx else []
     return {
         "source": settings.source.model_dump(),
-        "labels": _labels(settings),
-        "model": [digest_of(root) for root in (*chosen.values(), *whole, *onnx)],
+        "labels": loading.read_labels(settings.source),
+        "model": [digest_of(root) for root in (*adapters.values(), *whole, *onnx)],
         "top_k": settings.images.top_k or 1,
         "output_type": settings.images.output_type,
+        "explain": settings.images.explain,
         "max_image_pixels": settings.images.max_image_pixels,
     }
 

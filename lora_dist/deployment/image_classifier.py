@@ -1,6 +1,7 @@
 """From Python: loads anything that `predict` takes, and classifies paths, Pillow images and arrays."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, overload
@@ -14,6 +15,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import MIN_DECODED, choose_batch_size, choose_device
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
+from lora_dist.model import checkpoint_adapter
 from lora_dist.model.classifier import Classifier, load_classifier
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -110,11 +112,11 @@ def load(
     trust_remote_code: bool = False,
     device: str = "auto",
 ) -> ImageClassifier:
-    """Loads an adapter, a merged or full model, or an ONNX file.
+    """Loads an adapter, a checkpoint of a finished run, a merged or full model, or an ONNX file.
 
     Args:
-        path: directory of an adapter or model, its name on the Hub (`org/name` or `org/name@revision`), or an ONNX file
-            that `predict` wrote.
+        path: directory of an adapter, checkpoint or model, its name on the Hub (`org/name` or `org/name@revision`), or
+            an ONNX file that `predict` wrote.
         base_model: where an adapter's base is, if it is no longer where it was in training.
         labels: class names of an adapter that has no label map.
         trust_remote_code: run code that comes with the model. Use only with sources that you trust.
@@ -130,7 +132,12 @@ def load(
         if device not in ("auto", "cpu"):
             raise UserError(f"{name}: ONNX files run on the CPU: leave device out")
         return ImageClassifier(load_onnx(Path(name)), choose_device("cpu"))
-    classifier = load_classifier(hub.local_directory(name), base_model, trust_remote_code, labels)
+    directory = hub.local_directory(name)
+    with tempfile.TemporaryDirectory(prefix="lora_dist-") as made:
+        if checkpoint_adapter.is_checkpoint(directory):
+            checkpoint, directory = directory, Path(made) / directory.name
+            checkpoint_adapter.write_adapter_of_checkpoint(checkpoint, directory)
+        classifier = load_classifier(directory, base_model, trust_remote_code, labels)
     return ImageClassifier(classifier, choose_device(device))
 
 

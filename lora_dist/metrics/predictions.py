@@ -78,6 +78,8 @@ def read_predictions(name: str | Path) -> Predictions:
         for number, row in enumerate(_rows(file), start=1):
             if not isinstance(row, Mapping) or not isinstance(row.get("path"), str):
                 raise UserError(f"{file}: entry {number} has no path; expected a file that lora_dist.predict writes")
+            if row.get("labels") is not None:
+                raise UserError(f"{file}: images have several labels; only predictions of one class can be compared")
             if row["path"] in rows:
                 advice = ": predict with one adapter at a time" if row.get("adapter") else ""
                 raise UserError(f"{file}: {row['path']} is in it twice{advice}")
@@ -93,20 +95,28 @@ def read_predictions(name: str | Path) -> Predictions:
 
 
 def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
-    """Returns the predictions of rows of a file."""
+    """Returns the predictions of rows of a file, without probabilities that have no names of classes."""
     rows = list(rows)
-    classes = sorted({name for row in rows for name in row.get("probabilities") or ()})
+    named = [row["probabilities"] for row in rows if isinstance(row.get("probabilities"), Mapping)]
+    classes = sorted({name for by_class in named for name in by_class})
     probabilities = None
-    if all(row.get("probabilities") for row in rows):
-        probabilities = np.array([[row["probabilities"].get(name, 0.0) for name in classes] for row in rows])
+    if named and len(named) == len(rows):
+        probabilities = np.array([[by_class.get(name, 0.0) for name in classes] for by_class in named])
     return Predictions(
         [row["path"] for row in rows],
-        [row.get("label") or None for row in rows],
+        [_class_of(row) for row in rows],
         [row.get("given_label") for row in rows],
         [row.get("group") for row in rows],
         classes,
         probabilities,
     )
+
+
+def _class_of(row: Mapping[str, Any]) -> str | None:
+    """The predicted class, also of an image whose label is 'unknown' because of --min_confidence."""
+    likely = row.get("top_k")
+    scored = likely[0] if isinstance(likely, list) and likely else row
+    return (scored.get("label") if isinstance(scored, Mapping) else row.get("label")) or None
 
 
 def _rows(file: Path) -> Iterator[Any]:

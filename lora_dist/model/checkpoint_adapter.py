@@ -1,15 +1,21 @@
 """Makes an adapter of a checkpoint, with the records of its finished run."""
 
+import logging
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, PREFIX, WEIGHTS, plain_name
 from lora_dist.model.adapters import DEFAULT, plain_state
+from lora_dist.model.bundle import THRESHOLDS
+from lora_dist.model.calibration import CALIBRATION
 from lora_dist.storage.checkpoint_files import TRAINED, find_damage, read_weights
+
+logger = logging.getLogger(__name__)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -19,6 +25,8 @@ def is_checkpoint(directory: Path) -> bool:
 
 def write_adapter_of_checkpoint(checkpoint: Path, out: Path) -> None:
     """Writes the adapter that the run would have as its result, if this checkpoint were its best.
+
+    It has the temperature of the result only if it has its weights.
 
     Args:
         checkpoint: in `checkpoints/` of a run that has finished.
@@ -40,9 +48,21 @@ def write_adapter_of_checkpoint(checkpoint: Path, out: Path) -> None:
     if initial.is_dir():
         trained = plain_state(trained, _plain(load_file(initial / WEIGHTS)))
     # What does not train but stands in the file, such as copies of norms, is the same in all checkpoints of a run.
-    state = _plain(load_file(result / WEIGHTS)) | trained
+    of_result = _plain(load_file(result / WEIGHTS))
+    state = of_result | trained
     shutil.copytree(result, out, ignore=shutil.ignore_patterns(WEIGHTS, "README.md"))
+    if not all(name in of_result and torch.equal(tensor, of_result[name]) for name, tensor in trained.items()):
+        _drop_what_was_fitted(checkpoint, out)
     save_file({PREFIX + name: tensor for name, tensor in state.items()}, out / WEIGHTS, metadata={"format": "pt"})
+
+
+def _drop_what_was_fitted(checkpoint: Path, out: Path) -> None:
+    """Leaves out the temperature of a run's result, which has other weights, and says that the thresholds are its."""
+    if (out / CALIBRATION).is_file():
+        (out / CALIBRATION).unlink()
+        logger.warning("%s is not calibrated: the temperature of its run is that of the result", checkpoint)
+    if (out / THRESHOLDS).is_file():
+        logger.warning("%s has the thresholds of the result of its run, which no data confirms", checkpoint)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

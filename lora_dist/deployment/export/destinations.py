@@ -20,6 +20,7 @@ def require_destinations(settings: PredictSettings) -> None:
         "export_legacy_names": (merging.export_legacy_names, require_free_directory),
         "merge_to": (merging.merge_to, require_free_directory),
         "onnx": (settings.onnx_to_write, require_free_file),
+        "explain": (images.explain, _require_directory),
         "output": (images.output, _require_file),
         "grid": (images.grid, _require_file),
     }
@@ -37,7 +38,7 @@ def require_destinations(settings: PredictSettings) -> None:
             problems += [
                 f"--{flag} {name}: --{other} is written there first; choose another path"
                 for other, earlier in before.items()
-                if path == earlier or path in earlier.parents
+                if path == earlier or (path in earlier.parents and check is not _require_directory)
             ]
         before[flag] = path
     if problems:
@@ -64,6 +65,14 @@ def require_free_file(path: Path, flag: str) -> None:
                 f"--{flag} {path} exists; choose another file, or run this one without --adapter and --model"
             )
         require_writable(path.parent, f"--{flag}")
+
+
+def _require_directory(path: Path, flag: str) -> None:
+    """The path may be an existing directory, which gets more files."""
+    with writing(path, flag):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--{flag} {path} is no directory; choose another path")
+        require_writable(path, f"--{flag}")
 
 
 def _require_file(path: Path, flag: str) -> None:

@@ -3,11 +3,13 @@
 import copy
 import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,8 +33,19 @@ def card_of(directories: Sequence[Path], title: str, is_scaled: bool = False) ->
     return f"# {title}\n\n{what}, with the names of transformers 4. Written by lora_dist.\n"
 
 
+def pictures_of(card: str, directory: Path) -> dict[str, Image.Image]:
+    """Returns the pictures beside a card that it shows, by file name."""
+    shown = re.findall(r"!\[[^]]*\]\(([^()/]+\.png)\)", card)
+    return {name: Image.open(directory / name) for name in shown if (directory / name).is_file()}
+
+
 def export_legacy_names(
-    classifier: Classifier, card: str, out: Path, files: Sequence[str], trust_remote_code: bool = False
+    classifier: Classifier,
+    card: str,
+    out: Path,
+    files: Sequence[str],
+    trust_remote_code: bool = False,
+    pictures: Mapping[str, Image.Image] = bundle.NO_PICTURES,
 ) -> None:
     """Writes the active adapter as a bundle that transformers 4 and PEFT from 0.2 on read as well.
 
@@ -44,6 +57,7 @@ def export_legacy_names(
         out: new or empty directory.
         files: images to compare logits on; packaged photographs if none is readable.
         trust_remote_code: run code that comes with the base.
+        pictures: of the card, by file name.
 
     Raises:
         UserError: `out` cannot be written, or the exported adapter gives other logits after loading.
@@ -76,6 +90,7 @@ def export_legacy_names(
             classifier.base,
             classifier.conversion,
             classifier.calibration,
+            pictures,
             decision=classifier.decision,
         )
         require_same_after_loading(temporary, out, "export_legacy_names", images, expected, trust_remote_code)

@@ -29,6 +29,7 @@ from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import Classifier
+from lora_dist.model.decision import MULTI_LABEL
 from lora_dist.processes.cores import available_cores
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,7 @@ def make_app(
     `/metrics`."""
     metrics, classifiers = Metrics(), served.classifiers
     batcher = Batcher(served, batch_size, device, metrics.add_batch)
-    # ONNX Runtime computes no gradients.
-    can_explain = all(any(True for _ in one.model.parameters()) for one in classifiers.values())
+    unexplained = _unexplained(classifiers)
     # An image of the largest allowed size needs about 600 MB while it is decoded and resized.
     decoders = ThreadPoolExecutor(min(MAX_DECODERS, available_cores()), thread_name_prefix="decoder")
 
@@ -121,7 +121,7 @@ def make_app(
         choice=_choice(classifiers), adapter="adapter=NAME&amp;" if len(classifiers) > 1 else "",
         top_k=min(top_k, max(len(one.labels) for one in classifiers.values())),
         megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
-        explains="yes" if can_explain else "no",
+        explains="no" if unexplained else "yes",
     )  # fmt: skip
 
     @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False)
@@ -189,8 +189,8 @@ def make_app(
         adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
     ) -> Response:
         """Returns a PNG file of the image as the model sees it, with a heat map of what speaks for its class."""
-        if not can_explain:
-            raise HTTPException(501, "predictions of an ONNX file cannot be explained: serve the adapter or model")
+        if unexplained:
+            raise HTTPException(501, unexplained)
         chosen = _chosen(adapter, list(classifiers))
         try:
             name = check_name(file.filename or "")
@@ -223,6 +223,16 @@ def _prediction(row: Row) -> Prediction | LabelSetPrediction:
 
 def _scored(classes: list[tuple[str, float]]) -> list[Score]:
     return [Score(label=label, score=score) for label, score in classes]
+
+
+def _unexplained(classifiers: Mapping[str, Classifier]) -> str | None:
+    """Why predictions cannot be explained, or None."""
+    # ONNX Runtime computes no gradients.
+    if not all(any(True for _ in one.model.parameters()) for one in classifiers.values()):
+        return "predictions of an ONNX file cannot be explained: serve the adapter or model"
+    if any(one.decision.problem_type == MULTI_LABEL for one in classifiers.values()):
+        return "only predictions of one class per image are explained, and this model has several labels"
+    return None
 
 
 def _chosen(adapter: str | None, names: list[str]) -> str:

@@ -79,3 +79,30 @@ def test_a_class_that_is_never_predicted_counts_as_one() -> None:
     assert label_of("c/1.png") == "c"
     label_of = folder_label_by_predictions(_rows(a_1="a", misc_1="b"), _rows(a_1="a", misc_1="a"))
     assert label_of("a/1.png") is None
+
+
+def test_predictions_of_several_labels_are_refused(tmp_path: Path) -> None:
+    """Nothing but a class per image can be compared."""
+    (tmp_path / "rows.jsonl").write_text('{"path": "1.png", "labels": [], "top_k": []}')
+    (tmp_path / "rows.csv").write_text("path,labels,label,score,error\n1.png,,a,0.9,\n")
+    pq.write_table(pa.table({"path": ["1.png"], "labels": [["a"]], "label": [None]}), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        with pytest.raises(UserError, match=f"{name}: images have several labels"):
+            read_predictions(tmp_path / name)
+
+
+def test_probabilities_without_names_of_classes_are_left_out(tmp_path: Path) -> None:
+    """Those that `predict --output_type probabilities` writes."""
+    (tmp_path / "rows.jsonl").write_text('{"path": "1.png", "label": "a", "probabilities": [0.9, 0.1]}')
+    found = read_predictions(tmp_path / "rows.jsonl")
+    assert (found.predicted, found.classes, found.probabilities) == (["a"], [], None)
+
+
+def test_an_unknown_image_keeps_its_most_likely_class(tmp_path: Path) -> None:
+    """That of `predict --min_confidence`, whose evaluation is of the classes as well."""
+    line = '{"path": "1.png", "label": "unknown", "score": 0.4, "top_k": [{"label": "a", "score": 0.4}]}'
+    (tmp_path / "rows.jsonl").write_text(line)
+    top_k = [[{"label": "a", "score": 0.4}]]
+    pq.write_table(pa.table({"path": ["1.png"], "label": ["unknown"], "top_k": top_k}), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert read_predictions(tmp_path / name).predicted == ["a"]

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.old_adapters import logits
-from lora_dist_testing.tiny import perturb, write_bundle
+from lora_dist_testing.tiny import make_image, perturb, write_bundle
 
+import lora_dist
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import mutates_base, save_adapter
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
+from lora_dist.model.calibration import Calibration
 from lora_dist.model.checkpoint_adapter import is_checkpoint, write_adapter_of_checkpoint
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import host_copy, load_trained, make_trainable, trained_tensors
@@ -61,6 +63,29 @@ def test_an_adapter_of_a_checkpoint_has_its_logits(
     write_adapter_of_checkpoint(path, tmp_path / "made")
     torch.testing.assert_close(logits(load_classifier(tmp_path / "made").model, 32), expected, rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "made" / "README.md").exists()
+
+
+def test_only_the_checkpoint_of_the_result_has_its_temperature(
+    vit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was fitted to the logits of these weights."""
+    model, base = write_bundle(tmp_path / "adapter", vit, LABELS, lora_r=4)
+    write_adapter(tmp_path / "adapter", model, base, "card\n", calibration=Calibration(2.5))
+    paths = [checkpoint.write(tmp_path / "checkpoints", 7, Checkpoint(_trained(model), {}, {}))]
+    perturb(model, 2, 0.2)
+    paths.append(checkpoint.write(tmp_path / "checkpoints", 9, Checkpoint(_trained(model), {}, {})))
+    for path, temperature in zip(paths, (2.5, 1), strict=True):
+        assert not caplog.text
+        write_adapter_of_checkpoint(path, tmp_path / path.name)
+        assert load_classifier(tmp_path / path.name).calibration.temperature == temperature
+    assert "not calibrated" in caplog.text
+
+
+def test_a_checkpoint_is_loaded_from_python(vit: Path, tmp_path: Path) -> None:
+    model, _ = write_bundle(tmp_path / "adapter", vit, LABELS, lora_r=4)
+    path = checkpoint.write(tmp_path / "checkpoints", 7, Checkpoint(_trained(model), {}, {}))
+    image = make_image(0, 0)
+    assert lora_dist.load(path, device="cpu")(image) == lora_dist.load(tmp_path / "adapter", device="cpu")(image)
 
 
 def test_a_checkpoint_without_a_result_or_a_whole_file_is_refused(vit: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lora_dist.storage.writable import writing
 
 def _settings(**destinations: Path | str) -> PredictSettings:
     merging = {name: str(destinations[name]) for name in ("merge_to", "export_legacy_names") if name in destinations}
-    images = {name: str(destinations[name]) for name in ("output", "grid") if name in destinations}
+    images = {name: str(destinations[name]) for name in ("output", "grid", "explain") if name in destinations}
     onnx = {"onnx": str(destinations["onnx"])} if "onnx" in destinations else {}
     return PredictSettings.model_validate(
         {"source": {"adapter": ["a"]}, "merging": merging, "images": images, "exporting": onnx}
@@ -59,7 +59,7 @@ def test_all_that_is_taken_is_listed_at_once(tmp_path: Path) -> None:
     assert [problem.partition(";")[0] for problem in problems] == expected
 
 
-@pytest.mark.parametrize("flag", ["merge_to", "export_legacy_names", "onnx", "output", "grid"])
+@pytest.mark.parametrize("flag", ["merge_to", "export_legacy_names", "onnx", "explain", "output", "grid"])
 def test_what_cannot_be_made_is_refused(flag: str, tmp_path: Path) -> None:
     """Below a file, and below what takes no files even from root."""
     (tmp_path / "file").touch()
@@ -74,6 +74,8 @@ def test_what_cannot_be_made_is_refused(flag: str, tmp_path: Path) -> None:
         ({"merge_to": "x", "export_legacy_names": "x"}, "--merge_to x: --export_legacy_names is written there first"),
         ({"merge_to": "x", "export_legacy_names": "x/y"}, "--merge_to x: --export_legacy_names is written there first"),
         ({"merge_to": "x", "onnx": "y/../x"}, "--onnx y/../x: --merge_to is written there first"),
+        ({"merge_to": "x", "explain": "x"}, "--explain x: --merge_to is written there first"),
+        ({"explain": "x", "output": "x"}, "--output x: --explain is written there first"),
         ({"output": "x", "grid": "x"}, "--grid x: --output is written there first"),
     ],
 )
@@ -106,3 +108,13 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path) -> None:
         writing(disk / "x", "output"),
     ):
         (disk / "x").write_bytes(bytes(100_000))
+
+
+def test_heat_maps_may_lie_beside_other_outputs(tmp_path: Path) -> None:
+    """Their directory is not replaced."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old.png").touch()
+    inside = {"onnx": tmp_path / "x" / "model.onnx", "output": tmp_path / "x" / "rows.csv"}
+    require_destinations(_settings(explain=tmp_path / "x", **inside))
+    (problem,) = _problems(explain=tmp_path / "x" / "old.png")
+    assert "is no directory" in problem

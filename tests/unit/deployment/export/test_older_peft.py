@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.disks import small_disk
+from lora_dist_testing.launching import flags
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
-from lora_dist_testing.tiny import write_bundle
+from lora_dist_testing.tiny import make_image, write_bundle
 from safetensors.torch import load_file
 
 from lora_dist.deployment.export.older_peft import card_of, export_legacy_names
@@ -19,6 +20,7 @@ from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable
+from lora_dist.predict import predict
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
 KINDS: list[dict[str, Any]] = [
@@ -44,6 +46,16 @@ def test_an_export_comes_back_with_its_logits_labels_and_base(lora: dict[str, An
     pickled = torch.load(tmp_path / "old" / "adapter_model.bin", weights_only=True)
     assert state.keys() == pickled.keys()
     assert all(torch.equal(state[name], pickled[name]) for name in state)
+
+
+def test_the_pictures_of_the_card_come_along(vit: Path, tmp_path: Path) -> None:
+    adapter, card = tmp_path / "adapter", "![Reliability diagram](reliability.png)\n![gone](gone.png)\n"
+    write_bundle(adapter, vit, ["x", "y", "z"], card=card)
+    make_image(0, 0).save(adapter / "reliability.png")
+    make_image(0, 0).save(adapter / "other.png")
+    predict(flags(adapter=adapter, export_legacy_names=tmp_path / "old"))
+    assert (tmp_path / "old" / "README.md").read_text() == card
+    assert [file.name for file in (tmp_path / "old").glob("*.png")] == ["reliability.png"]
 
 
 def test_the_names_are_those_of_the_guide(vit: Path, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Options and kinds of models that meet in one prediction."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from lora_dist_testing.launching import flags
+from lora_dist_testing.tiny import write_bundle
+from lora_dist_testing.uploads import encoded
+
+from lora_dist.deployment import parts
+from lora_dist.deployment.serve import server
+from lora_dist.deployment.serve.uploads import Limits
+from lora_dist.errors import UserError
+from lora_dist.model.adapter_set import AdapterSet
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.calibration import Calibration
+from lora_dist.model.classifier import load_classifier
+from lora_dist.model.decision import AboveThresholds
+from lora_dist.predict import predict
+
+LABELS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated, of one class per image."""
+    directory = tmp_path_factory.mktemp("bundles") / "adapter"
+    model, base = write_bundle(directory, vit, LABELS, seed=3, scale=0.5, lora_r=4)
+    write_adapter(directory, model, base, "card\n", calibration=Calibration(2.0))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def several(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of several labels per image."""
+    directory = tmp_path_factory.mktemp("bundles") / "several"
+    model, base = write_bundle(directory, vit, LABELS, seed=3, scale=0.5, lora_r=4)
+    write_adapter(directory, model, base, "card\n", decision=AboveThresholds((0.4, 0.5, 0.6)))
+    return directory
+
+
+@pytest.fixture
+def images(photos: Path) -> Path:
+    """Seven images of one folder."""
+    return photos / "train" / "c"
+
+
+def test_rows_on_the_terminal_in_fp32_come_alone(
+    adapter: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(flags(adapter=adapter, images=images, device="cpu"))
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 7
+    assert said.err == ""
+
+
+def test_parts_without_heat_maps_are_not_continued_with_them(
+    adapter: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their images would have none."""
+    monkeypatch.setattr(parts, "MAX_IMAGES", 3)
+    out = flags(adapter=adapter, images=images, output=tmp_path / "rows.jsonl")
+    with monkeypatch.context() as killed:
+        killed.setattr(parts.Parts, "remove", lambda _: None)
+        predict(out)
+    with pytest.raises(UserError, match="another model or settings"):
+        predict([*out, "--explain", str(tmp_path / "maps")])
+
+
+def test_a_server_of_several_labels_has_no_unknown_images(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "run", lambda *_: None)
+    with pytest.raises(UserError, match="--min_confidence is for models of one class per image"):
+        predict([*flags(adapter=several, min_confidence=0.5), "--serve"])
+
+
+def test_a_server_of_several_labels_explains_no_single_one(several: Path) -> None:
+    """As `--explain` does not."""
+    models = AdapterSet({"x": load_classifier(several)})
+    app = server.make_app(models, "x", Limits(10**6, 10**6, 9), top_k=2, batch_size=4, device=torch.device("cpu"))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        answer = client.post("/explain", files={"file": ("a.png", encoded())})
+        assert 'data-explains="no"' in client.get("/").text
+    assert answer.status_code == 501
+    assert "several labels" in answer.json()["detail"]
+
+
+def test_a_scaled_update_has_no_temperature_and_unconfirmed_thresholds(
+    adapter: Path, several: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both were fitted to the update as it was."""
+    logits = {}
+    for scale in (1.0, 1.0000001):
+        out = tmp_path / f"{scale}.jsonl"
+        predict(flags(adapter=adapter, images=images, adapter_scale=scale, output_type="logits", output=out))
+        logits[scale] = torch.tensor([json.loads(line)["logits"] for line in out.read_text().splitlines()])
+    torch.testing.assert_close(logits[1.0000001], 2 * logits[1.0], rtol=1e-3, atol=1e-4)
+    assert "probabilities are not calibrated" in capsys.readouterr().err
+    predict(flags(adapter=several, images=images, adapter_scale=0.5, output=tmp_path / "rows.jsonl"))
+    assert "the thresholds were chosen without --adapter_scale" in capsys.readouterr().err
