@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 TARGETS = "lora_target_modules"
 _LATER: dict[str, Any] = {
-    "lora_rank_pattern": {}, "lora_alpha_pattern": {}, "layers_to_transform": None, "train_norms": False
-}  # fmt: skip
+    "lora_rank_pattern": {},
+    "lora_alpha_pattern": {},
+    "layers_to_transform": None,
+    "train_norms": False,
+}
 LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", "init_lora_weights", *_LATER)
 """Settings that decide the shapes of the trained tensors and what the model computes with them."""
 _BEFORE = {
@@ -40,9 +43,19 @@ _BEFORE = {
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
 _BOOKKEEPING = {
-    "architectures", "auto_map", "dtype", "id2label", "image_processor_type", "label2id", "output_attentions",
-    "output_hidden_states", "problem_type", "processor_class", "return_dict", "transformers_version",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "image_processor_type",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "processor_class",
+    "return_dict",
+    "transformers_version",
+}
 """Entries of a model's configuration and processor that do not change what the model computes."""
 _SHOWN = 5
 """Classes that an error names."""

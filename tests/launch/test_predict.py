@@ -364,5 +364,9 @@ def test_ten_thousand_files_survive_kills_at_any_moment(adapter: Path, many: Pat
     numbers = [np.array(table["embeddings"].drop_null().to_pylist()) for table in (found, wanted)]
     assert np.allclose(*numbers, atol=1e-5), seen
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "expected.parquet", "list.txt", "log", "rows.parquet", "ten thousand",
-    ]  # fmt: skip
+        "expected.parquet",
+        "list.txt",
+        "log",
+        "rows.parquet",
+        "ten thousand",
+    ]

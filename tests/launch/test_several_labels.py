@@ -98,8 +98,12 @@ def test_two_processes_go_on_from_the_middle(
 def test_the_results_say_what_applies(whole: Path) -> None:
     results = results_of(whole)
     assert {name for name in results if name.startswith("eval_")} == {
-        "eval_mAP", "eval_micro_f1", "eval_macro_f1", "eval_loss", "eval_samples"
-    }  # fmt: skip
+        "eval_mAP",
+        "eval_micro_f1",
+        "eval_macro_f1",
+        "eval_loss",
+        "eval_samples",
+    }
     assert 0 < results["test_mAP"] <= 1
     evaluation = json.loads((whole / "evaluation.json").read_text())
     assert "confusion_matrix" not in evaluation

@@ -118,11 +118,13 @@ def make_app(
     app.add_middleware(Measured, metrics=metrics)
     page = Template((PAGE / "index.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(name),
-        choice=_choice(classifiers), adapter="adapter=NAME&amp;" if len(classifiers) > 1 else "",
+        choice=_choice(classifiers),
+        adapter="adapter=NAME&amp;" if len(classifiers) > 1 else "",
         top_k=min(top_k, max(len(one.labels) for one in classifiers.values())),
-        megabytes=f"{limits.body / 1e6:g}", megapixels=f"{limits.pixels / 1e6:g}",
+        megabytes=f"{limits.body / 1e6:g}",
+        megapixels=f"{limits.pixels / 1e6:g}",
         explains="no" if unexplained else "yes",
-    )  # fmt: skip
+    )
 
     @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False)
     async def index() -> str:

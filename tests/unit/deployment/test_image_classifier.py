@@ -66,8 +66,10 @@ def test_paths_images_and_arrays_are_the_same(deployed: Deployed) -> None:
     expected = classifier(deployed.files, top_k=3)
     assert classifier([Path(file) for file in deployed.files], top_k=3) == expected
     assert classifier([Image.open(file) for file in deployed.files], top_k=3) == expected
-    unpacked = [Image.open(file).convert("RGB") if number % 4 == 3 else Image.open(file)
-                for number, file in enumerate(deployed.files)]  # fmt: skip
+    unpacked = [
+        Image.open(file).convert("RGB") if number % 4 == 3 else Image.open(file)
+        for number, file in enumerate(deployed.files)
+    ]
     assert classifier([np.asarray(image) for image in unpacked], top_k=3) == expected
     mixed = [deployed.files[0], Path(deployed.files[1]), Image.open(deployed.files[2])]
     assert classifier(mixed, top_k=3) == expected[:3]
