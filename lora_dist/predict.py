@@ -56,20 +56,17 @@ def predict(argv: list[str] | None) -> None:
         contradictions=contradictions,
         takes_config=False,
     )
-    shares = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if shares:
+    if _is_shared():
         require_shareable(settings)
     if __name__ == "__main__":
         move_to_huge_pages()
     # Settings errors are reported before torch is imported.
     from lora_dist import extras, logs
     from lora_dist.data.pixels.limits import allow_pixels
-    from lora_dist.deployment import classify, evaluate, loading
+    from lora_dist.deployment import classify, loading
     from lora_dist.deployment.export import destinations, exports, onnx_export
     from lora_dist.deployment.inputs import Files, find_inputs
-    from lora_dist.deployment.parts import MAX_IMAGES, Parts
     from lora_dist.model.adapter_set import AdapterSet
-    from lora_dist.model.decision import MULTI_LABEL
     from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")
@@ -87,8 +84,7 @@ def predict(argv: list[str] | None) -> None:
     files = list(inputs.paths) if isinstance(inputs, Files) else []
     settings, adapters = loading.choose_adapters(settings, device)
     models = loading.load(settings, adapters)
-    with_labels = any(one.decision.problem_type == MULTI_LABEL for one in models.classifiers.values())
-    if with_labels:
+    if _has_label_sets(models):
         _require_one_class(settings)
     models = AdapterSet(
         {name: exports.write(one, adapters, files, settings) for name, one in models.classifiers.items()}
@@ -98,40 +94,73 @@ def predict(argv: list[str] | None) -> None:
         return
     if not len(inputs):
         return
-    labels = {name: one.labels for name, one in models.classifiers.items()}
+    if not _classify(models, adapters, inputs, settings, device, precision):
+        sys.exit(EXIT_BAD_IMAGES)
+
+
+def _classify(
+    models: AdapterSet,
+    adapters: Mapping[str, Path],
+    inputs: Inputs,
+    settings: PredictSettings,
+    device: torch.device,
+    precision: Precision,
+) -> bool:
+    """Classifies and evaluates the images of this process; returns False if one of the output is unreadable."""
+    from lora_dist.deployment import evaluate
+    from lora_dist.deployment.inputs import Files
+    from lora_dist.deployment.parts import MAX_IMAGES, Parts
+
+    classifiers = models.classifiers
+    labels = {name: one.labels for name, one in classifiers.items()}
+    with_labels = _has_label_sets(models)
     classes = set() if with_labels else set(chain.from_iterable(labels.values()))
+    files = list(inputs.paths) if isinstance(inputs, Files) else []
     evaluation = evaluate.Evaluation(settings.images, files, classes)
     shown_labels = labels if settings.source.side_by_side else next(iter(labels.values()))
     record = {"model": settings.title, "labels": shown_labels, "precision": precision}
-    conversion = next(iter(models.classifiers.values())).conversion
+    write = partial(
+        _output,
+        inputs=inputs,
+        settings=settings,
+        conversion=next(iter(classifiers.values())).conversion,
+        record=record,
+        evaluation=evaluation,
+        with_labels=with_labels,
+    )
     rows_of = _rows_of(models, settings, device, precision, inputs)
     # Rows on the terminal stay alone, unless they are those of a lower precision.
     if settings.images.output or precision != "fp32":
         logger.info("predicting on %s in %s", device, precision)
-    if shares or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
-        parts = Parts(
-            Path(settings.images.output or ""), list(rows_of), inputs, _plan(adapters, settings) | {"record": record}
-        )
+    if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
+        plan = _plan(adapters, settings) | {"record": record}
+        parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
-            return
-        is_whole = _output(evaluation.seen(parts.rows()), inputs, settings, conversion, record, evaluation, with_labels)
+            return True
+        is_whole = write(evaluation.seen(parts.rows()))
         parts.remove()
-    else:
-        rows = evaluation.seen(chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of))
-        shown = _with_progress(rows, len(inputs) * len(rows_of), settings)
-        is_whole = _output(shown, inputs, settings, conversion, record, evaluation, with_labels)
-    if not is_whole:
-        sys.exit(EXIT_BAD_IMAGES)
+        return is_whole
+    rows = evaluation.seen(chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of))
+    return write(_with_progress(rows, len(inputs) * len(rows_of), settings))
+
+
+def _is_shared() -> bool:
+    """Whether several processes share the images."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _has_label_sets(models: AdapterSet) -> bool:
+    """Whether a model has several labels per image."""
+    from lora_dist.model.decision import MULTI_LABEL
+
+    return any(one.decision.problem_type == MULTI_LABEL for one in models.classifiers.values())
 
 
 def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
     from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
-    from lora_dist.model.decision import MULTI_LABEL
 
-    if any(one.decision.problem_type == MULTI_LABEL for one in served.classifiers.values()):
-        _require_one_class(settings)
     serving = settings.serving
     limits = uploads.Limits(
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files

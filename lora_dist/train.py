@@ -90,8 +90,6 @@ def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> Traini
 def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and writes the adapter."""
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
-    from dataclasses import replace
-
     from lora_dist.data.sources import streaming
     from lora_dist.data.sources.split import Split
     from lora_dist.processes.watch import Watch
@@ -100,6 +98,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
+    from lora_dist.training.final_evaluation import final_evaluations
     from lora_dist.training.frozen_backbone import on_features
     from lora_dist.training.launching import launch_run
     from lora_dist.training.loop import fit
@@ -147,14 +146,7 @@ def train(settings: Settings, lock: RunLock) -> None:
         reselect_best(run, progress)
         fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
-        out_of_fold = assembled.data.fold is not None
-        problem = run.evaluator.problem
-        evaluation = run.evaluate("the final evaluation", None, out_of_fold, keep_logits=problem.is_calibrated)
-        test = None
-        if assembled.data.test is not None:
-            problem = problem.fixed(problem.decision(evaluation))
-            evaluator = replace(run.evaluator, split=assembled.data.test, name="test", problem=problem, features=None)
-            test = run.evaluate("the evaluation on the test data", evaluator, keep_logits=problem.is_calibrated)
+        evaluation, test = final_evaluations(run, assembled.data)
         result_writer.finalize(run, progress, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
