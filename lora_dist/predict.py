@@ -84,8 +84,8 @@ def predict(argv: list[str] | None) -> None:
     files = list(inputs.paths) if isinstance(inputs, Files) else []
     settings, adapters = loading.choose_adapters(settings, device)
     models = loading.load(settings, adapters)
-    if _has_label_sets(models):
-        _require_one_class(settings)
+    if _is_multi_label(models):
+        _require_single_label(settings)
     models = AdapterSet(
         {name: exports.write(one, adapters, files, settings) for name, one in models.classifiers.items()}
     )
@@ -106,15 +106,15 @@ def _classify(
     device: torch.device,
     precision: Precision,
 ) -> bool:
-    """Classifies and evaluates the images of this process; returns False if one of the output is unreadable."""
+    """Classifies and evaluates the images of this process; returns False if an image of the output cannot be read."""
     from lora_dist.deployment import evaluate
     from lora_dist.deployment.inputs import Files
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
 
     classifiers = models.classifiers
     labels = {name: one.labels for name, one in classifiers.items()}
-    with_labels = _has_label_sets(models)
-    classes = set() if with_labels else set(chain.from_iterable(labels.values()))
+    multi_label = _is_multi_label(models)
+    classes = set() if multi_label else set(chain.from_iterable(labels.values()))
     files = list(inputs.paths) if isinstance(inputs, Files) else []
     evaluation = evaluate.Evaluation(settings.images, files, classes)
     shown_labels = labels if settings.source.side_by_side else next(iter(labels.values()))
@@ -126,10 +126,10 @@ def _classify(
         conversion=next(iter(classifiers.values())).conversion,
         record=record,
         evaluation=evaluation,
-        with_labels=with_labels,
+        multi_label=multi_label,
     )
     rows_of = _rows_of(models, settings, device, precision, inputs)
-    # Rows on the terminal stay alone, unless they are those of a lower precision.
+    # No log line stands between rows on the terminal, unless the precision is reduced.
     if settings.images.output or precision != "fp32":
         logger.info("predicting on %s in %s", device, precision)
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
@@ -150,7 +150,7 @@ def _is_shared() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _has_label_sets(models: AdapterSet) -> bool:
+def _is_multi_label(models: AdapterSet) -> bool:
     """Whether a model has several labels per image."""
     from lora_dist.model.decision import MULTI_LABEL
 
@@ -251,7 +251,7 @@ def _is_plain_file(output: str | None) -> bool:
     return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
-def _require_one_class(settings: PredictSettings) -> None:
+def _require_single_label(settings: PredictSettings) -> None:
     """Raises `UserError` for settings that a model of several labels per image cannot have."""
     from lora_dist.errors import UserError
 
@@ -267,7 +267,7 @@ def _output(
     conversion: Conversion,
     record: Mapping[str, Any],
     evaluation: Evaluation,
-    with_labels: bool,
+    multi_label: bool,
 ) -> bool:
     """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable.
 
@@ -284,7 +284,7 @@ def _output(
     bad = 0
     side_by_side = settings.source.side_by_side
     with outputs.writer(
-        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record, with_labels
+        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record, multi_label
     ) as write:
         for index, row in enumerate(row.known_from(images.min_confidence) for row in rows):
             write(row)

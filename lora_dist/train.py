@@ -95,13 +95,13 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.files import finish_replacing
     from lora_dist.storage.writable import require_writable
+    from lora_dist.training import loop
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
     from lora_dist.training.failures import stopped_on_request
     from lora_dist.training.final_evaluation import final_evaluations
     from lora_dist.training.frozen_backbone import on_features
     from lora_dist.training.launching import launch_run
-    from lora_dist.training.loop import fit
     from lora_dist.training.probe import probe
     from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
@@ -144,7 +144,7 @@ def train(settings: Settings, lock: RunLock) -> None:
             probe(run, heads, assembled.data.train, output.probe, progress.step)
         run = on_features(run, heads)
         reselect_best(run, progress)
-        fit(run, progress, result_writer.push_best)
+        loop.fit(run, progress, result_writer.push_best)
         run.checkpointer.restore_best(progress)
         evaluation, test = final_evaluations(run, assembled.data)
         result_writer.finalize(run, progress, evaluation, test)

@@ -36,7 +36,7 @@ def writer(
     with_adapter: bool = False,
     output_type: OutputType = "top_k",
     record: Mapping[str, Any] | None = None,
-    with_labels: bool = False,
+    multi_label: bool = False,
 ) -> Iterator[Callable[[Row], None]]:
     """Yields a function that writes a row: at once as JSON or CSV, in groups as parquet.
 
@@ -49,7 +49,7 @@ def writer(
         with_adapter: add the column `adapter` to a CSV or parquet file.
         output_type: what rows have beside the most likely class. Only `top_k` for CSV.
         record: what a parquet file says about its origin, as JSON values.
-        with_labels: add the column `labels` to a CSV, with semicolons between the labels, or to a parquet file.
+        multi_label: add the column `labels` to a CSV, with semicolons between the labels, or to a parquet file.
 
     Raises:
         UserError: the file cannot be written.
@@ -57,12 +57,12 @@ def writer(
     chosen = format_of(output, format_)
     if chosen == "parquet":
         assert output is not None
-        schema = _schema(output_type, with_adapter, with_labels).with_metadata({RECORD: json.dumps(record or {})})
+        schema = _schema(output_type, with_adapter, multi_label).with_metadata({RECORD: json.dumps(record or {})})
         with _parquet_file(Path(output), schema) as write:
             yield lambda row: write(_content(row, output_type))
         return
     if chosen == "csv":
-        to_rows = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter, with_labels=with_labels)
+        to_rows = partial(_csv_rows, top_k=top_k, with_adapter=with_adapter, multi_label=multi_label)
     else:
         to_rows = partial(_json_lines, output_type=output_type)
     if output is None:
@@ -125,11 +125,11 @@ def _joined(labels: list[tuple[str, float]]) -> str:
     return ";".join(label for label, _ in labels)
 
 
-def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> Callable[[Row], None]:
+def _csv_rows(file: Any, top_k: int, with_adapter: bool, multi_label: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
     suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
     columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "score")]
-    adapter, labels = ["adapter"] if with_adapter else [], ["labels"] if with_labels else []
+    adapter, labels = ["adapter"] if with_adapter else [], ["labels"] if multi_label else []
     lines.writerow([*adapter, "path", *labels, *columns, "error"])
 
     def write(row: Row) -> None:
@@ -137,19 +137,19 @@ def _csv_rows(file: Any, top_k: int, with_adapter: bool, with_labels: bool) -> C
         cells[:1] = [row.label] if cells else []
         cells += [""] * (len(columns) - len(cells))
         adapter = [row.adapter] if with_adapter else []
-        labels = [_joined(row.labels or [])] if with_labels else []
+        labels = [_joined(row.labels or [])] if multi_label else []
         lines.writerow([*adapter, row.path, *labels, *cells, row.error or ""])
         file.flush()
 
     return write
 
 
-def _schema(output_type: OutputType, with_adapter: bool, with_labels: bool) -> pa.Schema:
+def _schema(output_type: OutputType, with_adapter: bool, multi_label: bool) -> pa.Schema:
     score = ("score", pa.float32())
     scored = pa.list_(pa.struct([("label", pa.string()), score]))
     values = scored if output_type == "top_k" else pa.list_(pa.float32())
     adapter = [("adapter", pa.string())] if with_adapter else []
-    labels = [("labels", scored)] if with_labels else []
+    labels = [("labels", scored)] if multi_label else []
     columns = [("label", pa.string()), score, (output_type, values), ("error", pa.string())]
     return pa.schema([*adapter, ("path", pa.string()), *labels, *columns])
 

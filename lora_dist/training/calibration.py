@@ -42,8 +42,8 @@ class CalibrationReport:
     images: int
     reason: str | None
     measured_on: str
-    before: "Measured"
-    after: "Measured"
+    before: "ConfidenceMeasurement"
+    after: "ConfidenceMeasurement"
     coverage: list[Coverage]
 
     def record(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ConfidenceMeasurement:
     """Calibration error, mean loss, and reliability in intervals of confidence."""
 
     calibration_error: float
@@ -79,7 +79,7 @@ class Measured:
     reliability: list[ReliabilityBin]
 
     @classmethod
-    def of(cls, scored: Confidences) -> "Measured":
+    def of(cls, scored: Confidences) -> "ConfidenceMeasurement":
         """From the confidences of samples."""
         return cls(scored.calibration_error(), float(scored.loss.mean(dtype="float64")), reliability(scored))
 
@@ -104,8 +104,8 @@ def calibrate(validation: ScoredSamples, test: ScoredSamples | None = None) -> C
         images,
         reason,
         ON_TEST if on_test else CROSS_FITTED if crossed is not None else "validation",
-        Measured.of(before),
-        Measured.of(after),
+        ConfidenceMeasurement.of(before),
+        ConfidenceMeasurement.of(after),
         coverage(confidences(validation, temperature), THRESHOLDS),
     )
 

@@ -102,7 +102,7 @@ class Evaluator:
             keep_logits: also return logits (see `Evaluation.scored`), of one class per image.
 
         Returns:
-            The `Measured` of the problem type.
+            The `EvaluationResult` of the problem type.
 
         Raises:
             NothingToEvaluateError: no image can be read.

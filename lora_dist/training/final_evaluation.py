@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from lora_dist.data.sources.load import ImageData
-from lora_dist.training.problem import Measured
+from lora_dist.training.problem import EvaluationResult
 from lora_dist.training.run import TrainingRun
 
 
-def final_evaluations(run: TrainingRun, data: ImageData) -> tuple[Measured, Measured | None]:
+def final_evaluations(run: TrainingRun, data: ImageData) -> tuple[EvaluationResult, EvaluationResult | None]:
     """Evaluates the current weights on the validation data, and on the test data if there are any.
 
     Both keep what the result is made of: logits for the temperature, and probabilities for out-of-fold predictions.

@@ -15,7 +15,7 @@ from lora_dist.model.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.evaluation import NothingToEvaluateError
 from lora_dist.training.failures import saved_on_failure, update_explained
-from lora_dist.training.problem import Measured
+from lora_dist.training.problem import EvaluationResult
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun
@@ -27,7 +27,7 @@ MAX_CONSECUTIVE_SKIPPED = 32
 MAX_CONSECUTIVE_UNREADABLE = 32
 """Consecutive updates without a readable image after which training stops; fewer if an epoch is shorter."""
 
-PushBest = Callable[[TrainingRun, Progress, Measured], None]
+PushBest = Callable[[TrainingRun, Progress, EvaluationResult], None]
 
 
 def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
@@ -190,7 +190,7 @@ def _evaluate_and_save(
         push_best(run, progress, best)
 
 
-def _evaluate(run: TrainingRun, progress: Progress) -> Measured | None:
+def _evaluate(run: TrainingRun, progress: Progress) -> EvaluationResult | None:
     """Evaluates the model and logs the result; returns it if it is the best so far.
 
     Raises:

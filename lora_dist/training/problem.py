@@ -21,7 +21,7 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.loss import SampleLoss
 
 
-class Measured(Protocol):
+class EvaluationResult(Protocol):
     """What all evaluations have: metrics, and the results of each sample."""
 
     @property
@@ -74,7 +74,7 @@ class ProblemType(Protocol):
 
     @property
     def class_columns(self) -> Mapping[str, str]:
-        """Titles of the columns of the model card's table of classes, by the name in `Measured.per_class`."""
+        """Titles of the columns of the model card's table of classes, by the name in `EvaluationResult.per_class`."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class ProblemType(Protocol):
         ...
 
     def evaluation(self, split: Split, labels: Sequence[str], integers: np.ndarray, reals: np.ndarray) -> Any:
-        """The `Measured` of the results of all samples that could be read, in order of their indices."""
+        """The `EvaluationResult` of the results of all samples that could be read, in order of their indices."""
         ...
 
     def decision(self, evaluation: Any) -> Decision:

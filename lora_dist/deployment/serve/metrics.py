@@ -63,7 +63,7 @@ class Metrics:
         yield f"lora_dist_waiting_images {waiting}"
 
 
-class Measured:
+class MetricsMiddleware:
     """ASGI middleware that counts the requests to `/predict`, with those that another middleware refuses."""
 
     def __init__(self, app: Any, metrics: Metrics) -> None:

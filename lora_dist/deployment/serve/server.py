@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.serve.batching import Batcher
-from lora_dist.deployment.serve.metrics import CONTENT_TYPE, Measured, Metrics
+from lora_dist.deployment.serve.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
 from lora_dist.deployment.serve.request_limits import Guard
 from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
@@ -115,7 +115,7 @@ def make_app(
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, max_bytes=limits.body)
-    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     page = Template((PAGE / "index.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(name),
         choice=_choice(classifiers),

@@ -20,7 +20,7 @@ from lora_dist.deployment.explain import overlays
 from lora_dist.figures import grid, to_images
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
-from lora_dist.training.problem import Measured, ProblemType
+from lora_dist.training.problem import EvaluationResult, ProblemType
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.output import write_json
 from lora_dist.training.schedule import Schedule
@@ -63,7 +63,7 @@ def announce(
 def show_evaluation(
     tracker: Tracker,
     problem: ProblemType,
-    evaluation: Measured,
+    evaluation: EvaluationResult,
     step: int,
     split: Split,
     labels: Sequence[str],
@@ -81,7 +81,7 @@ def show_evaluation(
         logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
 
 
-def headline(problem: ProblemType, evaluation: Measured) -> str:
+def headline(problem: ProblemType, evaluation: EvaluationResult) -> str:
     """The first metric of the problem type and macro F1, with their intervals, as text."""
     told = {problem.headline: problem.headline, "macro_f1": "macro F1"}
     texts = {name: with_interval(evaluation.metrics[name], evaluation.intervals.get(name)) for name in told}
@@ -94,14 +94,14 @@ def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterat
         yield f"{row.column} {row.value}: accuracy {row.accuracy}, macro F1 {row.macro_f1}, {row.images}"
 
 
-def measured(evaluation: Measured) -> dict[str, Any]:
+def measured(evaluation: EvaluationResult) -> dict[str, Any]:
     """The metrics, their intervals (such as `accuracy_interval`) and, if there are any, `slices`, as JSON values."""
     intervals = {f"{name}_interval": list(interval) for name, interval in evaluation.intervals.items()}
     slices = {"slices": evaluation.slices} if evaluation.slices else {}
     return {**evaluation.metrics, **intervals, **slices}
 
 
-def warn_of_chance_level(problem: ProblemType, evaluation: Measured) -> None:
+def warn_of_chance_level(problem: ProblemType, evaluation: EvaluationResult) -> None:
     """Warns if the model is no better than one that has learned nothing."""
     reached, (chance, words) = evaluation.metrics[problem.headline], problem.chance_level(evaluation)
     if reached <= chance:
@@ -117,7 +117,7 @@ def warn_of_chance_level(problem: ProblemType, evaluation: Measured) -> None:
 def _show_evaluation(
     tracker: Tracker,
     problem: ProblemType,
-    evaluation: Measured,
+    evaluation: EvaluationResult,
     step: int,
     split: Split,
     labels: Sequence[str],
@@ -135,7 +135,7 @@ def explain_worst(
     problem: ProblemType,
     model: nn.Module,
     transforms: ImageTransforms,
-    evaluation: Measured,
+    evaluation: EvaluationResult,
     step: int,
     split: Split,
     labels: Sequence[str],
@@ -179,7 +179,7 @@ def show_inputs(
     tracker.picture("train/inputs", grid(to_images(batch.pixel_values), captions), step)
 
 
-def write_evaluation(path: Path, problem: ProblemType, evaluation: Measured, labels: Sequence[str]) -> None:
+def write_evaluation(path: Path, problem: ProblemType, evaluation: EvaluationResult, labels: Sequence[str]) -> None:
     """Writes the metrics, the report by class, and the details of the problem type, such as a confusion matrix."""
     content: dict[str, Any] = {
         "metrics": measured(evaluation),

@@ -31,7 +31,7 @@ from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
 from lora_dist.training.probe import in_words, read_probe
-from lora_dist.training.problem import Measured
+from lora_dist.training.problem import EvaluationResult
 from lora_dist.training.reporting.report import (
     explain_worst,
     headline,
@@ -79,7 +79,7 @@ class ResultWriter:
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
-    def push_best(self, run: TrainingRun, progress: Progress, evaluation: Measured) -> None:
+    def push_best(self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult) -> None:
         """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
@@ -95,7 +95,7 @@ class ResultWriter:
         self.publisher.push(Push(directory, _message(run, progress), passes=True))
 
     def finalize(
-        self, run: TrainingRun, progress: Progress, evaluation: Measured, test: Measured | None = None
+        self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult, test: EvaluationResult | None = None
     ) -> None:
         """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
@@ -182,7 +182,7 @@ class ResultWriter:
         return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
     def _results(
-        self, run: TrainingRun, progress: Progress, evaluation: Measured, test: Measured | None = None
+        self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult, test: EvaluationResult | None = None
     ) -> dict[str, Any]:
         trainable, total = self.parameters
         tested: dict[str, Any] = {}
@@ -223,7 +223,7 @@ class ResultWriter:
         directory: Path,
         run: TrainingRun,
         trained: dict[str, Tensor],
-        evaluation: Measured,
+        evaluation: EvaluationResult,
         results: dict[str, Any],
         report: CalibrationReport | None,
     ) -> Calibration:

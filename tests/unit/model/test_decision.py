@@ -73,7 +73,7 @@ def test_bundles_keep_their_problem_type(vit: Path, tmp_path: Path) -> None:
 
 def test_a_csv_cannot_hold_a_label_with_a_semicolon(tmp_path: Path) -> None:
     with (
-        writer(str(tmp_path / "rows.csv"), None, 1, with_labels=True) as write,
+        writer(str(tmp_path / "rows.csv"), None, 1, multi_label=True) as write,
         pytest.raises(UserError, match="use --format jsonl"),
     ):
         write(Row("1.png", [("a;b", 0.9)], labels=[("a;b", 0.9)]))
