@@ -1,6 +1,7 @@
 """The scripts of slurm/ on a real cluster of two nodes."""
 
 import csv
+import json
 import subprocess
 import sys
 import urllib.request
@@ -184,3 +185,36 @@ def test_tensorboard_answers_where_the_job_says(cluster: Cluster, directory: Pat
     cluster.wait_for(answers, lambda: log_of(job, directory), START_UP)
     assert f"ssh -N -L {port}:localhost:{port} " in log_of(job, directory)
     cluster.call("scancel", job)
+
+
+@pytest.mark.slow
+def test_an_array_runs_the_folds_and_they_are_gathered(
+    cluster: Cluster, vit: Path, photos: Path, directory: Path
+) -> None:
+    array = cluster.submit(
+        "--array=1-2",
+        "--time=10",
+        SCRIPTS / "folds.sbatch",
+        "2",
+        "runs/my folds",
+        *flags(model_name_or_path=vit, train_dir=photos / "train", max_train_steps=2),
+        cwd=directory,
+        **user_environment(PROJECT_DIR=str(ROOT), LAUNCH_FILE=str(ROOT / "accelerate_configs" / "single.yaml")),
+    )
+    tasks = [f"{array}_{number}" for number in (1, 2)]
+    cluster.wait_for(
+        lambda: all(cluster.field(task, "JobState") in ("COMPLETED", "FAILED") for task in tasks),
+        lambda: "\n".join(log_of(task, directory) for task in tasks),
+        START_UP,
+    )
+    logs = "\n".join(log_of(task, directory) for task in tasks)
+    assert [cluster.field(task, "JobState") for task in tasks] == ["COMPLETED", "COMPLETED"], logs
+    subprocess.run(
+        [sys.executable, "-m", "lora_dist.folds", "runs/my folds/fold-1", "runs/my folds/fold-2"],
+        cwd=directory,
+        check=True,
+        timeout=60,
+    )
+    lines = (directory / "runs" / "my folds" / "out_of_fold.jsonl").read_text(encoding="utf-8").splitlines()
+    images = [str(path) for path in sorted((photos / "train").rglob("*.*"))]
+    assert sorted(json.loads(line)["path"] for line in lines) == images
