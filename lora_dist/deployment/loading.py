@@ -121,4 +121,4 @@ def _load_one(settings: PredictSettings, found: Mapping[str, Path]) -> Classifie
 
 def read_labels(source: ModelSource) -> list[str] | None:
     """Reads the class names of --labels, if it is set."""
-    return infer_metadata.read_labels_file(source.labels) if source.labels else None
+    return infer_metadata.read_class_names(source.labels) if source.labels else None

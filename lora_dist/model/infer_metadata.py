@@ -71,7 +71,7 @@ def class_count(files: AdapterFiles, config: Any, trust_remote_code: bool) -> in
     return counts.pop() if counts else None
 
 
-def read_labels_file(path: str) -> list[str]:
+def read_class_names(path: str) -> list[str]:
     """Reads class names from a text file, one per line; the first is class 0.
 
     Raises:

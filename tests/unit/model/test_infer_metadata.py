@@ -17,7 +17,7 @@ from lora_dist.model import adapter_io, adapters
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.infer_metadata import read_labels_file
+from lora_dist.model.infer_metadata import read_class_names
 from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
@@ -171,17 +171,17 @@ def test_a_whole_model_is_not_taken_for_an_adapter(vit: Path) -> None:
 def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("rose\n tulip, red \n\némoji 🦊\n", encoding="utf-8")
-    assert read_labels_file(str(path)) == ["rose", "tulip, red", "émoji 🦊"]
+    assert read_class_names(str(path)) == ["rose", "tulip, red", "émoji 🦊"]
     path.write_text("rose\ntulip\n", encoding="utf-8-sig")  # as editors on Windows write it
-    assert read_labels_file(str(path)) == ["rose", "tulip"]
+    assert read_class_names(str(path)) == ["rose", "tulip"]
     path.write_text("a\nb\na\n")
     with pytest.raises(UserError, match="duplicates: a"):
-        read_labels_file(str(path))
+        read_class_names(str(path))
     path.write_text("\n")
     with pytest.raises(UserError, match="is empty"):
-        read_labels_file(str(path))
+        read_class_names(str(path))
     with pytest.raises(UserError, match="nowhere"):
-        read_labels_file(str(tmp_path / "nowhere"))
+        read_class_names(str(tmp_path / "nowhere"))
 
 
 def test_an_adapter_without_labels_on_a_base_without_a_classifier_is_an_error_of_the_user(tmp_path: Path) -> None:
