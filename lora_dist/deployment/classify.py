@@ -16,6 +16,7 @@ from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.inputs import Files, Inputs
 from lora_dist.errors import UserError
+from lora_dist.metrics.predictions import UNKNOWN
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.features import PooledFeatures
 from lora_dist.processes.cores import cores_per_process
@@ -30,15 +31,12 @@ from lora_dist.processes.workers import (
 from lora_dist.settings.predict import OutputType
 from lora_dist.storage.disk import free_bytes
 
-UNKNOWN = "unknown"
-"""Label of an image whose prediction is less confident than --min_confidence."""
 TINY_FILE = 8_000
 """Bytes of a file below which a decoding process costs more than it saves."""
 MIN_DECODED = 32
 """Images, at least, that a decoding process returns at once, because each return has a fixed cost."""
-
-
 MAX_WORKERS = 16
+"""Decoding processes, at most, where `--num_workers` is not set."""
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,7 +65,7 @@ class Row(NamedTuple):
 
     @property
     def answer(self) -> list[tuple[str, float]]:
-        """What the model says about a readable image: its labels, or its class."""
+        """The labels of a readable image, or its most likely class; with scores."""
         return self.top_k[:1] if self.labels is None else self.labels
 
     @property
@@ -76,7 +74,7 @@ class Row(NamedTuple):
         return self.top_k[0][0] if self.is_known else UNKNOWN
 
     def known_from(self, min_confidence: float | None) -> "Row":
-        """The row, which is known if its highest probability is at least `min_confidence`."""
+        """Returns this row as known or not: its highest probability is at least `min_confidence`, or less."""
         if min_confidence is None or not self.top_k:
             return self
         return self._replace(is_known=self.top_k[0][1] >= min_confidence)

@@ -23,6 +23,8 @@ from lora_dist.errors import UserError
 
 FILE = "validation_predictions.jsonl"
 """Name of the file in the directory of a run."""
+UNKNOWN = "unknown"
+"""Label of an image whose prediction is less confident than --min_confidence."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ def read_predictions(name: str | Path) -> Predictions:
     kept = {path: row for path, row in rows.items() if not row.get("error")}
     if not kept:
         raise UserError(f"{file}: it has no predictions")
+    if hidden := next((path for path, row in kept.items() if _hides_class(row)), None):
+        raise UserError(
+            f"{file}: {hidden} is labelled {UNKNOWN!r}, and its most likely class is not in the file: predict without "
+            f"--min_confidence, or into JSON Lines or parquet with --output_type top_k"
+        )
     return predictions_of(kept.values())
 
 
@@ -110,6 +117,11 @@ def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
         classes,
         probabilities,
     )
+
+
+def _hides_class(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `predict` may have lost its class to --min_confidence, as in a CSV. Rows of a run have not."""
+    return row.get("label") == UNKNOWN and not row.get("top_k") and "given_label" not in row
 
 
 def _class_of(row: Mapping[str, Any]) -> str | None:

@@ -106,3 +106,14 @@ def test_an_unknown_image_keeps_its_most_likely_class(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": ["1.png"], "label": ["unknown"], "top_k": top_k}), tmp_path / "rows.parquet")
     for name in ("rows.jsonl", "rows.parquet"):
         assert read_predictions(tmp_path / name).predicted == ["a"]
+
+
+def test_an_unknown_image_without_its_class_is_refused(tmp_path: Path) -> None:
+    """As a class of its own it would count as wrong. In the file of a run, "unknown" is a class of the data."""
+    (tmp_path / "rows.csv").write_text("path,label,score,error\n1.png,a,0.9,\n2.png,unknown,0.4,\n")
+    (tmp_path / "rows.jsonl").write_text('{"path": "1.png", "label": "unknown", "score": 0.4, "logits": [0.1, 0.2]}')
+    for name in ("rows.csv", "rows.jsonl"):
+        with pytest.raises(UserError, match=r"png is labelled 'unknown'.* without --min_confidence"):
+            read_predictions(tmp_path / name)
+    (tmp_path / FILE).write_text('{"path": "1.png", "given_label": "unknown", "label": "unknown", "score": 0.4}')
+    assert read_predictions(tmp_path).predicted == ["unknown"]
