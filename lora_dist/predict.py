@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lora_dist.data.pixels.conversion import Conversion
     from lora_dist.deployment.classify import Precision, Row
-    from lora_dist.deployment.evaluate import Evaluation
+    from lora_dist.deployment.evaluate import Evaluation, Reference
     from lora_dist.deployment.inputs import Inputs
     from lora_dist.deployment.parts import RowsOf
     from lora_dist.model.adapter_set import AdapterSet
@@ -63,9 +63,9 @@ def predict(argv: list[str] | None) -> None:
     # Settings errors are reported before torch is imported.
     from lora_dist import extras, logs
     from lora_dist.data.pixels.limits import allow_pixels
-    from lora_dist.deployment import classify, loading
+    from lora_dist.deployment import classify, evaluate, loading
     from lora_dist.deployment.export import destinations, exports, onnx_export
-    from lora_dist.deployment.inputs import Files, find_inputs
+    from lora_dist.deployment.inputs import files_of, find_inputs
     from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.processes.threads import share_cores
 
@@ -81,20 +81,20 @@ def predict(argv: list[str] | None) -> None:
         share_cores()
     precision = classify.choose_precision(settings.images.precision, device)
     inputs = find_inputs(settings)
-    files = list(inputs.paths) if isinstance(inputs, Files) else []
+    reference = evaluate.read_reference(settings.images)
     settings, adapters = loading.choose_adapters(settings, device)
     models = loading.load(settings, adapters)
     if _is_multi_label(models):
         _require_single_label(settings)
     models = AdapterSet(
-        {name: exports.write(one, adapters, files, settings) for name, one in models.classifiers.items()}
+        {name: exports.write(one, adapters, files_of(inputs), settings) for name, one in models.classifiers.items()}
     )
     if settings.serving.serve:
         _serve(models, settings, device)
         return
     if not len(inputs):
         return
-    if not _classify(models, adapters, inputs, settings, device, precision):
+    if not _classify(models, adapters, inputs, reference, settings, device, precision):
         sys.exit(EXIT_BAD_IMAGES)
 
 
@@ -102,23 +102,26 @@ def _classify(
     models: AdapterSet,
     adapters: Mapping[str, Path],
     inputs: Inputs,
+    reference: Reference,
     settings: PredictSettings,
     device: torch.device,
     precision: Precision,
 ) -> bool:
     """Classifies and evaluates the images of this process; returns False if an image of the output cannot be read."""
-    from lora_dist.deployment import evaluate
-    from lora_dist.deployment.inputs import Files
+    from lora_dist.deployment.evaluate import Evaluation
+    from lora_dist.deployment.inputs import files_of
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
 
     classifiers = models.classifiers
     labels = {name: one.labels for name, one in classifiers.items()}
     multi_label = _is_multi_label(models)
     classes = set() if multi_label else set(chain.from_iterable(labels.values()))
-    files = list(inputs.paths) if isinstance(inputs, Files) else []
-    evaluation = evaluate.Evaluation(settings.images, files, classes)
-    shown_labels = labels if settings.source.side_by_side else next(iter(labels.values()))
-    record = {"model": settings.title, "labels": shown_labels, "precision": precision}
+    evaluation = Evaluation(settings.images, reference, files_of(inputs), classes)
+    record = {
+        "model": settings.title,
+        "labels": labels if settings.source.side_by_side else next(iter(labels.values())),
+        "precision": precision,
+    }
     write = partial(
         _output,
         inputs=inputs,
@@ -133,14 +136,14 @@ def _classify(
     if settings.images.output or precision != "fp32":
         logger.info("predicting on %s in %s", device, precision)
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
-        plan = _plan(adapters, settings) | {"record": record}
+        plan = _identity(adapters, settings) | {"record": record}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
             return True
-        is_whole = write(evaluation.seen(parts.rows()))
+        all_readable = write(evaluation.seen(parts.rows()))
         parts.remove()
-        return is_whole
+        return all_readable
     rows = evaluation.seen(chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of))
     return write(_with_progress(rows, len(inputs) * len(rows_of), settings))
 
@@ -207,27 +210,25 @@ def _rows(
 def _rows_of(
     models: AdapterSet, settings: PredictSettings, device: torch.device, precision: Precision, inputs: Inputs
 ) -> RowsOf:
-    """Returns what classifies images with each model, by its name if there are several."""
+    """Returns functions that classify images with one model each: by its name, or under None if there is only one."""
 
-    def rows(name: str, shown: str | None, indices: Sequence[int]) -> Iterator[Row]:
+    def rows(name: str, adapter: str | None, indices: Sequence[int]) -> Iterator[Row]:
         for row in _rows(models.set_adapter(name), settings, device, precision, inputs, indices):
-            yield row._replace(adapter=shown)
+            yield row._replace(adapter=adapter)
 
-    shown = {name: name if settings.source.side_by_side else None for name in models.classifiers}
-    return {shown[name]: partial(rows, name, shown[name]) for name in models.classifiers}
+    adapters = {name: name if settings.source.side_by_side else None for name in models.classifiers}
+    return {adapter: partial(rows, name, adapter) for name, adapter in adapters.items()}
 
 
-def _plan(adapters: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
-    """Returns what identifies the model and the rows of a prediction that is continued."""
+def _identity(adapters: Mapping[str, Path], settings: PredictSettings) -> dict[str, Any]:
+    """Returns the settings and files on which rows depend: a prediction is continued only if they are the same."""
     from lora_dist import hub
-    from lora_dist.deployment import loading
     from lora_dist.deployment.parts import digest_of
 
     whole = [hub.local_directory(settings.source.model)] if settings.source.model else []
     onnx = [Path(settings.exporting.onnx)] if settings.exporting.onnx else []
     return {
         "source": settings.source.model_dump(),
-        "labels": loading.read_labels(settings.source),
         "model": [digest_of(root) for root in (*adapters.values(), *whole, *onnx)],
         "top_k": settings.images.top_k or 1,
         "output_type": settings.images.output_type,
@@ -237,7 +238,7 @@ def _plan(adapters: Mapping[str, Path], settings: PredictSettings) -> dict[str, 
 
 
 def _with_progress(rows: Iterator[Row], total: int, settings: PredictSettings) -> Iterator[Row]:
-    """Yields the rows and says how far they are, if they do not go to the terminal themselves."""
+    """Yields the rows and reports how many are done, if the rows themselves are not printed."""
     from lora_dist.deployment.progress import Progress
 
     with Progress(total, silent=settings.images.output is None) as progress:
@@ -269,9 +270,16 @@ def _output(
     evaluation: Evaluation,
     multi_label: bool,
 ) -> bool:
-    """Writes the rows, and a grid of images as `conversion` shows them; returns False if an image is unreadable.
+    """Writes the rows and a grid of images, and prints the evaluation; returns False if an image is unreadable.
 
-    `evaluation` has seen the rows; it is printed where no rows are.
+    Args:
+        rows: of all images; `evaluation` sees them on their way.
+        inputs: the images.
+        settings: name the outputs.
+        conversion: how the images of the grid become RGB.
+        record: of the model, for a parquet file.
+        evaluation: printed to the standard output, or to the error stream if the rows are printed.
+        multi_label: whether rows have labels instead of one class.
     """
     from lora_dist.deployment import outputs
 
@@ -279,8 +287,11 @@ def _output(
     if hasattr(signal, "SIGPIPE"):
         # Ends `… | head` without a traceback. Not set earlier: a lost connection to the Hub is an error.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    drawn = set(outputs.spread(len(inputs), outputs.GRID_IMAGES)) if images.grid else set()
-    shown = []
+    shows_disagreements = images.compare_to is not None
+    drawn: set[int] = set()
+    if images.grid and not shows_disagreements:
+        drawn.update(outputs.spread(len(inputs), outputs.GRID_IMAGES))
+    in_grid = []
     bad = 0
     side_by_side = settings.source.side_by_side
     with outputs.writer(
@@ -291,12 +302,14 @@ def _output(
             # The adapters of a set have the same unreadable images.
             bad += row.error is not None and index < len(inputs)
             if index in drawn:
-                shown.append((row, inputs.read([index])[0].source))
-    if images.compare_to and images.grid:
-        if not evaluation.draw_disagreements(Path(images.grid), conversion):
-            logger.warning("--grid: not drawn, because no prediction differs from --compare_to")
+                in_grid.append((row, inputs.read([index])[0].source))
+    if images.grid and not shows_disagreements:
+        outputs.draw_grid(in_grid, Path(images.grid), conversion)
+    elif images.grid and evaluation.disagreements:
+        pairs = [(row, row.path) for row in evaluation.disagreements]
+        outputs.draw_grid(pairs, Path(images.grid), conversion, evaluation.caption)
     elif images.grid:
-        outputs.draw_grid(shown, Path(images.grid), conversion)
+        logger.warning("--grid: not drawn, because no prediction differs from --compare_to")
     for line in evaluation.lines():
         print(line, file=sys.stdout if images.output else sys.stderr)
     if images.output:

@@ -2,16 +2,13 @@
 
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 from lora_dist import demo
-from lora_dist.data.pixels.conversion import Conversion
-from lora_dist.data.pixels.images import load_rgb
-from lora_dist.data.sources.labels_file import read_labels_file
+from lora_dist.data.sources.labels_file import Listed, read_labels_file
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.outputs import GRID_IMAGES
 from lora_dist.errors import UserError
-from lora_dist.figures import grid
 from lora_dist.metrics.predictions import (
     Predictions,
     folder_label,
@@ -21,31 +18,59 @@ from lora_dist.metrics.predictions import (
 )
 from lora_dist.metrics.report import comparison_lines, evaluation_lines, paired
 from lora_dist.settings.predict import Images
-from lora_dist.storage.writable import writing
 
 _UNREADABLE = -1
+
+
+class Reference(NamedTuple):
+    """Labels of --labels_file and predictions of --compare_to, as far as they are set, to evaluate predictions against."""
+
+    labels: Listed | None
+    predictions: Predictions | None
+
+
+def read_reference(settings: Images) -> Reference:
+    """Reads the files of --labels_file and --compare_to.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    return Reference(
+        read_labels_file(demo.local_path(settings.images[0]), settings.labels_file) if settings.labels_file else None,
+        read_predictions(settings.compare_to) if settings.compare_to else None,
+    )
 
 
 class Evaluation:
     """Collects the predicted class of each image, and compares it with labels and with other predictions.
 
     Labels are those of --labels_file, or the names of the images' folders if all of these are classes, at least two.
+
+    Attributes:
+        disagreements: the first rows whose class differs from that of --compare_to, as many as a grid shows.
     """
 
-    def __init__(self, settings: Images, files: Sequence[str], classes: Collection[str]) -> None:
-        """Reads the labels and the other predictions.
+    def __init__(
+        self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str]
+    ) -> None:
+        """
+        Args:
+            settings: name the files of `reference`.
+            reference: of `read_reference`.
+            files: the images, in order.
+            classes: of the model.
 
         Raises:
-            UserError: they cannot be read, or a label is no class of the model.
+            UserError: a label of --labels_file is no class of the model.
         """
         self._settings = settings
         self._files = files
-        self._label_of = _labels_of(settings, files, classes)
-        self._other = read_predictions(settings.compare_to) if settings.compare_to else None
-        self._said_before = dict(zip(self._other.paths, self._other.predicted, strict=True)) if self._other else {}
+        self._label_of = _labels_of(settings.labels_file, reference.labels, files, classes)
+        self._other = reference.predictions
+        self._other_class = dict(zip(self._other.paths, self._other.predicted, strict=True)) if self._other else {}
         self._names: dict[str, int] = {}
         self._predicted: dict[str | None, array] = {}
-        self._shown: list[Row] = []
+        self.disagreements: list[Row] = []
 
     def seen(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yields the rows, which are those of all files in order, for one adapter after the other."""
@@ -54,8 +79,9 @@ class Evaluation:
                 label = row.top_k[0][0] if row.error is None else None
                 number = _UNREADABLE if label is None else self._names.setdefault(label, len(self._names))
                 self._predicted.setdefault(row.adapter, array("i")).append(number)
-                if label is not None and label != self._said_before.get(row.path, label):
-                    self._shown = [*self._shown, row][:GRID_IMAGES]
+                differs = label is not None and label != self._other_class.get(row.path, label)
+                if differs and len(self.disagreements) < GRID_IMAGES:
+                    self.disagreements.append(row)
             yield row
 
     def lines(self) -> Iterator[str]:
@@ -84,29 +110,18 @@ class Evaluation:
             if number != _UNREADABLE
         )
 
-    def draw_disagreements(self, path: Path, conversion: Conversion) -> bool:
-        """Draws images for which the predictions differ, with both classes; returns False if there are none."""
-        if not self._shown:
-            return False
-        captions = [
-            f"{label} {score:.0%}\nother: {self._said_before[row.path]}"
-            for row in self._shown
-            for label, score in row.top_k[:1]
-        ]
-        with writing(path, "grid"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid([load_rgb(row.path, conversion=conversion) for row in self._shown], captions).save(path, "PNG")
-        return True
+    def caption(self, row: Row) -> str:
+        """Returns the predicted class of an image, and that of --compare_to."""
+        label, score = row.top_k[0]
+        return f"{label} {score:.0%}\nother: {self._other_class[row.path]}"
 
 
-def _labels_of(settings: Images, files: Sequence[str], classes: Collection[str]) -> Callable[[str], str | None]:
-    """Returns what finds the label of an image by its path."""
-    if settings.labels_file:
-        listed = read_labels_file(demo.local_path(settings.images[0]), settings.labels_file)
-        unknown = sorted(set(listed.classes) - set(classes))
-        if unknown:
-            raise UserError(
-                f"--labels_file {settings.labels_file}: labels that are no classes of the model: {', '.join(unknown)}"
-            )
-        return {path: listed.classes[label] for path, label in zip(listed.paths, listed.labels, strict=True)}.get
-    return folder_label(files, classes)
+def _labels_of(
+    name: str | None, listed: Listed | None, files: Sequence[str], classes: Collection[str]
+) -> Callable[[str], str | None]:
+    """Returns a function that finds the label of an image by its path; `name` is that of the file of labels."""
+    if listed is None:
+        return folder_label(files, classes)
+    if unknown := sorted(set(listed.classes) - set(classes)):
+        raise UserError(f"--labels_file {name}: labels that are no classes of the model: {', '.join(unknown)}")
+    return {path: listed.classes[label] for path, label in zip(listed.paths, listed.labels, strict=True)}.get

@@ -151,6 +151,11 @@ class StreamedRows:
         return self.__dict__ | {"_open": None}
 
 
+def files_of(inputs: Inputs) -> Sequence[str]:
+    """Returns the paths of images that are files; none for the rows of a data set."""
+    return inputs.paths if isinstance(inputs, Files) else []
+
+
 def find_inputs(settings: PredictSettings) -> Inputs:
     """Finds the images that the settings name; there are none without such a setting.
 

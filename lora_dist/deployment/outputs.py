@@ -202,15 +202,21 @@ def spread(total: int, count: int) -> list[int]:
     return [index * total // chosen for index in range(chosen)]
 
 
-def _caption(row: Row) -> str:
+def caption(row: Row) -> str:
+    """Returns the label or labels of an image with their scores, for a grid."""
     if row.labels is None:
         return f"{row.label}\n{row.top_k[0][1]:.1%}"
     names = ", ".join(label for label, _ in row.labels) or "(none)"
     return f"{names}\n{' '.join(f'{score:.1%}' for _, score in row.labels)}"
 
 
-def draw_grid(rows: Sequence[tuple[Row, ImageSource]], path: Path, conversion: Conversion = AS_TRANSFORMERS) -> None:
-    """Draws a PNG file with images and their predictions.
+def draw_grid(
+    rows: Sequence[tuple[Row, ImageSource]],
+    path: Path,
+    conversion: Conversion = AS_TRANSFORMERS,
+    caption: Callable[[Row], str] = caption,
+) -> None:
+    """Draws a PNG file with images and their captions, by default their predictions.
 
     Raises:
         UserError: no image is readable, or the file cannot be written.
@@ -218,7 +224,7 @@ def draw_grid(rows: Sequence[tuple[Row, ImageSource]], path: Path, conversion: C
     shown = [(row, source) for row, source in rows if row.error is None]
     if not shown:
         raise UserError("--grid: none of its images can be read")
-    captions = [_caption(row) for row, _ in shown]
+    captions = [caption(row) for row, _ in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)
         grid([load_rgb(source, row.path, conversion) for row, source in shown], captions).save(path, "PNG")

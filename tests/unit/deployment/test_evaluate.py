@@ -109,3 +109,9 @@ def test_other_predictions_are_compared(
     with pytest.raises(SystemExit):
         compare([str(rows), str(tmp_path / "elsewhere.jsonl")])
     assert "no image in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compare_to", "labels_file"])
+def test_what_cannot_be_read_is_named_before_a_model_is_loaded(name: str, photos: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.csv: No such file"):
+        predict(["--adapter", "no_model", "--images", str(photos / "train"), f"--{name}", "nowhere.csv"])
