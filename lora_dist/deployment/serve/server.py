@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Query, UploadFile
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from fastapi import FastAPI, HTTPException, Query, Request, UploadFile
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -146,6 +146,10 @@ def make_app(
         """Returns counts of requests, images and batches, and durations, in the text format of Prometheus."""
         return PlainTextResponse(metrics.text(batcher.waiting), media_type=CONTENT_TYPE)
 
+    @app.exception_handler(RefusedUploadError)
+    async def refuse(_: Request, refusal: RefusedUploadError) -> JSONResponse:
+        return JSONResponse({"detail": str(refusal)}, refusal.status)
+
     def prepare(chosen: str, data: bytes, file: str) -> Tensor:
         transforms = batcher.transforms[chosen]
         image = decode(data, file, limits.pixels, transforms.conversion)
@@ -165,26 +169,20 @@ def make_app(
         """Returns the most likely classes of each file. A request with a bad file is refused as a whole."""
         loop = asyncio.get_running_loop()
         chosen = _chosen(adapter, list(classifiers))
-        try:
-            if len(files) > limits.files:
-                raise RefusedUploadError(413, f"{len(files)} files; at most {limits.files} are allowed")
-            names = [check_name(file.filename or "") for file in files]
-            contents = [(await file.read(), name) for file, name in zip(files, names, strict=True)]
-            images = await asyncio.gather(
-                *(loop.run_in_executor(decoders, prepare, chosen, *content) for content in contents)
-            )
-        except RefusedUploadError as refusal:
-            raise HTTPException(refusal.status, str(refusal)) from refusal
+        if len(files) > limits.files:
+            raise RefusedUploadError(413, f"{len(files)} files; at most {limits.files} are allowed")
+        names = [check_name(file.filename or "") for file in files]
+        contents = [(await file.read(), name) for file, name in zip(files, names, strict=True)]
+        images = await asyncio.gather(
+            *(loop.run_in_executor(decoders, prepare, chosen, *content) for content in contents)
+        )
         probabilities = await asyncio.gather(*(asyncio.wrap_future(batcher.submit(chosen, image)) for image in images))
         return _predictions(classifiers[chosen], names, torch.stack(probabilities), top_k, min_confidence)
 
     @app.post(
         "/explain",
         response_class=Response,
-        responses={
-            200: {"content": {"image/png": {}}},
-            **{status: {"description": REFUSALS[status]} for status in REFUSALS},
-        },
+        responses={200: {"content": {"image/png": {}}}, **refusals},
     )
     async def explain(
         file: UploadFile,
@@ -194,11 +192,8 @@ def make_app(
         if unexplained:
             raise HTTPException(501, unexplained)
         chosen = _chosen(adapter, list(classifiers))
-        try:
-            name = check_name(file.filename or "")
-            image = await asyncio.get_running_loop().run_in_executor(decoders, prepare, chosen, await file.read(), name)
-        except RefusedUploadError as refusal:
-            raise HTTPException(refusal.status, str(refusal)) from refusal
+        name = check_name(file.filename or "")
+        image = await asyncio.get_running_loop().run_in_executor(decoders, prepare, chosen, await file.read(), name)
         content = io.BytesIO()
         (await asyncio.wrap_future(batcher.explain(chosen, image))).save(content, "PNG")
         return Response(content.getvalue(), media_type="image/png")
