@@ -26,7 +26,7 @@ def find_blocks(model: nn.Module, heads: Sequence[str], pixel_values: Tensor, fl
     Raises:
         UserError: the backbone has no such list.
     """
-    return _blocks(model, heads, _first_calls(model, pixel_values), flag)
+    return _blocks(model, heads, first_calls(model, pixel_values), flag)
 
 
 def choose_blocks(blocks: Sequence[str], wanted: Sequence[int] | str) -> list[str]:
@@ -55,7 +55,7 @@ def steps_from_head(model: Any, heads: Sequence[str], pixel_values: Tensor) -> d
     """
     if model.config.model_type == MODEL_TYPE:
         return _steps_in_timm(model)
-    calls = _first_calls(model, pixel_values)
+    calls = first_calls(model, pixel_values)
     blocks = _blocks(model, heads, calls, "layer_decay")
     return {name: _steps(name, heads, blocks, calls) for name, _ in model.named_parameters()}
 
@@ -83,14 +83,17 @@ def _steps_in_timm(model: Any) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
-    """Returns when a forward pass first calls each module."""
+def first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
+    """Returns the modules that a forward pass calls, by name, with the order of their first calls.
+
+    A model may use other modules by reading their weights. Arguments as `find_blocks`.
+    """
     calls: dict[str, int] = {}
 
     def note(name: str) -> None:
         calls.setdefault(name, len(calls))
 
-    # What the hook of a module returns would replace its input: `note` returns nothing.
+    # A value that a hook returns replaces the input of its module, so `note` returns none.
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: note(name)) for name, module in model.named_modules()
     ]

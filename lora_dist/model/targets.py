@@ -3,8 +3,7 @@
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_dist.errors import UserError
@@ -42,7 +41,7 @@ def resolve_targets(
         model: the classifier, without adapters.
         names: suffixes of module names, `["auto"]` or `["all-linear"]`.
         heads: modules that are trained in full and get no LoRA.
-        called: layers that the model calls (see `called_layers`); None for all. LoRA has no effect on others.
+        called: layers that the model calls (see `depth.first_calls`); None for all. LoRA has no effect on others.
 
     Raises:
         UserError: the model lacks one of the names, or LoRA on it could not be merged.
@@ -165,21 +164,6 @@ def is_mergeable(layer: nn.Module) -> bool:
         plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
         return plain and type(layer).forward is nn.Conv2d.forward
     return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-
-
-@torch.no_grad()
-def called_layers(model: nn.Module, pixel_values: Tensor) -> set[str]:
-    """Returns the names of the modules that a forward pass calls; others may be used by reading their weights."""
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
-    ]
-    try:
-        model(pixel_values=pixel_values)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return called
 
 
 def patterns(names: Iterable[str]) -> list[str]:

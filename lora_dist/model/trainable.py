@@ -13,8 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
 from lora_dist.model.backbone import Base
-from lora_dist.model.depth import choose_blocks, find_blocks, steps_from_head
-from lora_dist.model.targets import called_layers
+from lora_dist.model.depth import choose_blocks, find_blocks, first_calls, steps_from_head
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     model.eval()
     if settings.tuning == "lora":
         blocks = None if lora.layers_to_transform is None else blocks_of(base, lora.layers_to_transform)
-        model = adapters.inject(model, lora, base.heads, called_layers(model, blank), blocks)
+        model = adapters.inject(model, lora, base.heads, first_calls(model, blank), blocks)
     elif settings.tuning == "head":
         model = adapters.inject_head_only(model, base.heads)
     else:
@@ -114,7 +113,7 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 def layers_called(base: Base) -> set[str]:
     """Returns the names of the modules that a base model calls for an image."""
-    return called_layers(base.model, _blank(base.processor))
+    return set(first_calls(base.model, _blank(base.processor)))
 
 
 def blocks_of(base: Base, wanted: Sequence[int] | str) -> list[str]:

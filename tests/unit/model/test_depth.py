@@ -98,7 +98,7 @@ def test_what_is_found_by_structure_is_what_timm_says(name: str, arguments: dict
     model = timm.create_model(name, num_classes=3, **arguments).eval()
     layers = timm.models.group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     called = _Called(model)
-    calls = depth._first_calls(called, PIXELS)
+    calls = depth.first_calls(called, PIXELS)
     blocks = depth._blocks(called, [f"model.{head}"], calls, "layer_decay")
     found = {name: depth._steps(f"model.{name}", [f"model.{head}"], blocks, calls) for name in layers}
     assert found == {name: max(layers.values()) - layer for name, layer in layers.items()}
