@@ -63,8 +63,9 @@ def export_legacy_names(
         UserError: `out` cannot be written, or the exported adapter gives other logits after loading.
     """
     require_free_directory(out, "export_legacy_names")
-    images = check_images(files, ImageTransforms(classifier.processor, conversion=classifier.conversion))
-    expected = logits(classifier.model, ImageTransforms(classifier.processor).batch(images))
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    images = check_images(files, transforms)
+    expected = logits(classifier.model, transforms.batch(images))
     adapter = adapters.active_adapter(classifier.model)
     names = LegacyNames.of(adapters.base_of(classifier.model))
     assert classifier.base is not None
