@@ -23,7 +23,7 @@ _UNREADABLE = -1
 
 
 class Reference(NamedTuple):
-    """Labels of --labels_file and predictions of --compare_to, as far as they are set, to evaluate predictions against."""
+    """Labels of --labels_file and predictions of --compare_to; None where the setting is missing."""
 
     labels: Listed | None
     predictions: Predictions | None
@@ -50,9 +50,7 @@ class Evaluation:
         disagreements: the first rows whose class differs from that of --compare_to, as many as a grid shows.
     """
 
-    def __init__(
-        self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str]
-    ) -> None:
+    def __init__(self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str]) -> None:
         """
         Args:
             settings: name the files of `reference`.

@@ -10,7 +10,6 @@ Reads both, and writes the first: a line of JSON for each image:
 
 import csv
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,4 +186,4 @@ def folder_label_by_predictions(first: Predictions, second: Predictions) -> Call
 
 def folder_of(path: str) -> str:
     """The name of the folder that a file lies in."""
-    return path.rpartition(os.sep)[0].rpartition(os.sep)[2]
+    return Path(path).parent.name

@@ -29,6 +29,7 @@ from lora_dist.deployment.export.onnx_model import (
 )
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
+from lora_dist.metrics.predictions import folder_of
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
@@ -236,12 +237,12 @@ def _cost(weights: str, exact: Classifier, rounded: Classifier, files: Sequence[
     for before, after in rows:
         if before.error is not None:
             continue
-        was, is_ = ([name for name, _ in row.answer] for row in (before, after))
-        folder = Path(before.path).parent.name
+        answer_before, answer_after = ([name for name, _ in row.answer] for row in (before, after))
+        folder = folder_of(before.path)
         images += 1
-        changed += set(was) != set(is_)
+        changed += set(answer_before) != set(answer_after)
         labelled += folder in names
-        right_before += folder in names and was == [folder]
-        right_after += folder in names and is_ == [folder]
+        right_before += folder in names and answer_before == [folder]
+        right_after += folder in names and answer_after == [folder]
     answer = "set of labels" if several else "class"
     return RoundingCost(weights, images, changed, labelled, right_before, right_after, answer)

@@ -69,6 +69,7 @@ def _rows(**predicted: str) -> Predictions:
 def test_folders_are_labels_if_they_are_classes() -> None:
     two = _rows(a_1="a", b_1="a")
     assert folder_label(two.paths, ["a", "b", "c"])("b/1.png") == "b"
+    assert folder_label(["a//1.png", "b//1.png"], ["a", "b"])("a//1.png") == "a"
     assert folder_label(two.paths, ["a", "c"])("a/1.png") is None
     assert folder_label(two.paths[:1], ["a", "b"])("a/1.png") is None
 
