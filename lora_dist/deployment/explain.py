@@ -1,4 +1,4 @@
-"""Draws what speaks for the prediction of an image over the image: files for `--explain`, pictures for the server."""
+"""Draws heat maps of predicted classes over images: files for `--explain`, pictures for the server."""
 
 import hashlib
 import logging
@@ -51,14 +51,14 @@ def explained(
     remaining, places = iter(rows), iter(indices)
     while batch := list(islice(remaining, batch_size)):
         images = inputs.read(list(islice(places, len(batch))))
-        _write(batch, images, classifier.model, transforms, directory, device)
+        _write(batch, images, classifier, transforms, directory, device)
         yield from batch
 
 
 def _write(
     rows: list[Row],
     images: list[NamedImage],
-    model: nn.Module,
+    classifier: Classifier,
     transforms: ImageTransforms,
     directory: Path,
     device: torch.device,
@@ -73,7 +73,10 @@ def _write(
     if not readable:
         return
     pixels = transforms.finished(transforms.resized([image for _, image in readable]).to(device))
-    for (row, _), *pair in zip(readable, to_images(pixels), overlays(model, pixels), strict=True):
+    # Another precision may have given these classes.
+    classes = [classifier.labels.index(row.top_k[0][0]) for row, _ in readable]
+    drawn = overlays(classifier.model, pixels, classes)
+    for (row, _), *pair in zip(readable, to_images(pixels), drawn, strict=True):
         captions = [Path(row.path).name, f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}"]
         with writing(directory, "explain"):
             grid(pair, captions, columns=2, cell=SIDE).save(file_of(directory, row.path))
@@ -85,9 +88,9 @@ def file_of(directory: Path, path: str) -> Path:
     return directory / f"{Path(path).stem[:100]}-{digest}.png"
 
 
-def overlays(model: nn.Module, pixel_values: Tensor) -> list[Image.Image]:
-    """Returns model inputs [B, 3, H, W] as images, coloured from yellow to red by what speaks for their class."""
-    maps = heat_maps(model, pixel_values)
+def overlays(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | None = None) -> list[Image.Image]:
+    """Returns images with their heat maps, from yellow to red. Arguments as `heat_maps`."""
+    maps = heat_maps(model, pixel_values, classes)
     return [_overlay(image, heat.numpy()) for image, heat in zip(to_images(pixel_values), maps, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Heat maps of what a prediction rests on: the gradient of its logit at the last feature map before pooling."""
+"""Heat maps that explain a class: the gradient of its logit at the last feature map before pooling."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ MOST_PREFIX_TOKENS = 16
 """Class and register tokens that may come before those of the patches."""
 
 
-def heat_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Returns how much each part of an image speaks for its predicted class.
+def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | None = None) -> Tensor:
+    """Returns how much each part of an image speaks for its class.
 
     This is Grad-CAM (https://arxiv.org/abs/1610.02391): the positive part of the channels of a feature map, each
     weighted by the mean gradient of the logit at it. The feature map is the output of the last block of layers whose
@@ -25,6 +25,7 @@ def heat_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
     Args:
         model: a classifier in evaluation mode.
         pixel_values: inputs [B, 3, H, W] on its device.
+        classes: number of the class of each image. Default: the predicted class.
 
     Returns:
         Maps [B, H, W] from 0 to 1, interpolated bilinearly; all 0 where nothing speaks for the class.
@@ -36,11 +37,12 @@ def heat_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
     with torch.enable_grad(), _block_outputs(model) as outputs:
         # The parameters of a model for prediction need no gradient.
         logits = model(pixel_values=pixel_values.detach().clone().requires_grad_()).logits
-        predicted = logits.max(dim=-1).values.sum()
+        chosen = logits.argmax(dim=-1) if classes is None else torch.tensor(classes, device=logits.device)
+        total = logits.gather(-1, chosen[:, None]).sum()
         features = [output for output in outputs if len(output) == len(pixel_values) and _grid(output, size)]
         gradients: Sequence[Tensor | None] = []
         if features:
-            gradients = torch.autograd.grad(predicted, features, allow_unused=True)
+            gradients = torch.autograd.grad(total, features, allow_unused=True)
     for feature, gradient in reversed(list(zip(features, gradients, strict=True))):
         if gradient is None:
             continue

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lora_dist_testing.tiny import make_config, make_image, make_model, write_bundle
@@ -43,6 +44,8 @@ def test_the_map_is_where_the_class_is(size: tuple[int, int]) -> None:
     assert maps[0, :12, :12].sum() > 0.99 * maps[0].sum()
     assert maps[1, 12:28, -12:].sum() > 0.99 * maps[1].sum()
     assert maps.amax(dim=(1, 2)).tolist() == [1, 1]
+    images[0] += images[1]
+    assert heat_maps(Red(), images[:1], classes=[1])[0, 12:28, -12:].sum() > 0.99 * maps[1].sum()
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "dinov2", "swin", "convnext", "resnet", "mobilevit"])
@@ -83,10 +86,17 @@ def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) ->
     rows = list(classify(classifier, files, top_k=1, batch_size=2, num_workers=0, device=device))
     found = list(explained(iter(rows), Files(files), range(3), classifier, tmp_path / "maps", 2, device))
     assert found == rows
+    other = {"a": "b", "b": "a"}
+    swapped = [row._replace(top_k=[(other[label], score) for label, score in row.top_k]) for row in rows]
+    list(explained(swapped, Files(files), range(3), classifier, tmp_path / "others", 2, device))
+    others = [file_of(tmp_path / "others", str(path)) for path in paths]
     written = sorted((tmp_path / "maps").iterdir())
     assert written == sorted(file_of(tmp_path / "maps", str(path)) for path in paths)
-    for file in written:
+    for file, swapped_file in zip(written, sorted(others), strict=True):
         picture = Image.open(file)
         assert picture.width > 2 * SIDE
+        # Only the maps, on the right above the captions: of the class of the row, whatever is predicted here.
+        maps = [np.asarray(Image.open(one))[:SIDE, SIDE:] for one in (file, swapped_file)]
+        assert (maps[0] != maps[1]).any()
     with pytest.raises(UserError, match="--explain"):
         list(explained(rows, Files(files), range(3), classifier, paths[0], 2, device))
