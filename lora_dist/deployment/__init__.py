@@ -1,1 +1,1 @@
-"""What is done with a trained adapter: classify, merge, export, serve."""
+"""Uses trained models: classifies, merges, exports and serves."""

@@ -46,7 +46,7 @@ def choose_adapters(settings: PredictSettings, device: torch.device) -> tuple[Pr
 
 
 def adapter_of(directory: Path) -> Path:
-    """Returns the directory of an adapter; of a checkpoint, that of an adapter made of it, which lasts for the command.
+    """Returns the directory of an adapter. For a checkpoint, this is a new adapter, which is deleted after the command.
 
     Raises:
         UserError: there is no adapter, or none can be made.
@@ -98,7 +98,7 @@ def load(settings: PredictSettings, found: Mapping[str, Path]) -> AdapterSet:
 
 
 def _scaled(loaded: AdapterSet, factor: float) -> AdapterSet:
-    """Scales the updates of LoRA, and says what was fitted to the unscaled ones."""
+    """Scales the updates of LoRA, drops the temperature, and warns of values that were fitted without the scale."""
     classifiers = loaded.classifiers
     adapters.scale_update(next(iter(classifiers.values())).model, factor)
     if any(one.calibration.temperature != 1 for one in classifiers.values()):

@@ -1,4 +1,4 @@
-"""Says how far a prediction is: a bar on a terminal, otherwise a log line from time to time."""
+"""Reports the progress of a prediction: a bar on a terminal, otherwise a log line from time to time."""
 
 import logging
 import sys
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The rows that are done, with rows per second and the time left; a context that ends the bar."""
+    """Shows the number of finished rows, rows per second and the time left. As a context manager, it ends the bar."""
 
     def __init__(self, total: int, done: int = 0, silent: bool = False) -> None:
         """
         Args:
             total: rows in all.
             done: rows that an earlier run has made.
-            silent: say nothing.
+            silent: show nothing.
         """
         self._total, self._first, self._done = total, done, done
         self._silent = silent

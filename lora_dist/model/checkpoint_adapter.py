@@ -26,7 +26,7 @@ def is_checkpoint(directory: Path) -> bool:
 def write_adapter_of_checkpoint(checkpoint: Path, out: Path) -> None:
     """Writes the adapter that the run would have as its result, if this checkpoint were its best.
 
-    It has the temperature of the result only if it has its weights.
+    The temperature of the result is written only if the weights are those of the result.
 
     Args:
         checkpoint: in `checkpoints/` of a run that has finished.
@@ -47,17 +47,17 @@ def write_adapter_of_checkpoint(checkpoint: Path, out: Path) -> None:
     trained = _plain(read_weights(checkpoint))
     if initial.is_dir():
         trained = plain_state(trained, _plain(load_file(initial / WEIGHTS)))
-    # What does not train but stands in the file, such as copies of norms, is the same in all checkpoints of a run.
+    # The file also holds tensors that are not trained, such as copies of norms: all checkpoints of a run share them.
     of_result = _plain(load_file(result / WEIGHTS))
     state = of_result | trained
     shutil.copytree(result, out, ignore=shutil.ignore_patterns(WEIGHTS, "README.md"))
     if not all(name in of_result and torch.equal(tensor, of_result[name]) for name, tensor in trained.items()):
-        _drop_what_was_fitted(checkpoint, out)
+        _drop_temperature(checkpoint, out)
     save_file({PREFIX + name: tensor for name, tensor in state.items()}, out / WEIGHTS, metadata={"format": "pt"})
 
 
-def _drop_what_was_fitted(checkpoint: Path, out: Path) -> None:
-    """Leaves out the temperature of a run's result, which has other weights, and says that the thresholds are its."""
+def _drop_temperature(checkpoint: Path, out: Path) -> None:
+    """Removes the temperature, which was fitted to other weights, and warns of thresholds that were chosen for them."""
     if (out / CALIBRATION).is_file():
         (out / CALIBRATION).unlink()
         logger.warning("%s is not calibrated: the temperature of its run is that of the result", checkpoint)

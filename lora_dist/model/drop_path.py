@@ -1,4 +1,4 @@
-"""Sets the stochastic depth of a base model (`--drop_path`), which its configuration records as before."""
+"""Sets the stochastic depth of a base model (`--drop_path`); its configuration keeps the rate that it had."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ RATE = "drop_path_rate"
 
 
 def with_rate(config: Any, rate: float) -> Any:
-    """Changes the rate in a configuration of which a model is built, and returns what was there.
+    """Changes the rate in a configuration of which a model is built, and returns the value that was there.
 
     Raises:
         UserError: the architecture has no stochastic depth.

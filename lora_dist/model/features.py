@@ -1,4 +1,4 @@
-"""The pooled features of images: what goes into the last layer of a classifier."""
+"""The pooled features of images: the inputs of the last layer of a classifier."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from lora_dist.model.adapters import base_of
 from lora_dist.model.head import class_dimensions
 
 _WRAPPERS = re.compile(r"\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
-"""What PEFT inserts into the name of a module that it wraps."""
+"""Parts that PEFT inserts into the name of a module that it wraps."""
 
 
 class PooledFeatures:

@@ -131,7 +131,7 @@ def resolve_pattern(pattern: Mapping[str, int], layers: Sequence[str], flag: str
 
 
 def pattern_value(pattern: Mapping[str, int], layer: str) -> int | None:
-    """Returns what a pattern of `LoraConfig` says of a layer: the value of the first name that fits, as in PEFT."""
+    """Returns the value of a layer in a pattern of `LoraConfig`: that of the first name that fits, as in PEFT."""
     return next((value for key, value in pattern.items() if _fits(key, layer)), None)
 
 
@@ -188,7 +188,7 @@ def _weights(layers: Iterable[nn.Module]) -> int:
 
 
 def _why_not(layers: Mapping[str, nn.Module]) -> str:
-    """Why these layers are not useful, by type."""
+    """Returns the reason why LoRA cannot adapt these layers."""
     uncalled = [name for name, layer in layers.items() if is_mergeable(layer)]
     if uncalled:
         return f"it reads the weights of {', '.join(patterns(uncalled)[:3])} without calling these layers"

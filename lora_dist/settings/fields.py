@@ -1,4 +1,4 @@
-"""What the settings of all commands share: groups, value types, and checks of paths."""
+"""Groups, value types and checks of paths that the settings of all commands share."""
 
 import math
 import stat

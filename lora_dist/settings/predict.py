@@ -91,9 +91,9 @@ class Images(Group):
     """Label images 'unknown' whose highest probability is below this. The scores stay. The table in the model card says
     what a threshold costs."""
     output_type: OutputType = "top_k"
-    """What each image gets beside its most likely class: the most likely classes, the probabilities or logits of all
-    classes in the order of the label map, or embeddings, the pooled features that go into the head. Lists of numbers
-    need JSON Lines or parquet."""
+    """Further values of each image: the most likely classes, the probabilities or logits of all classes in the order of
+    the label map, or embeddings, the pooled features that go into the head. Lists of numbers need JSON Lines or
+    parquet."""
     output: str | None = None
     """File for the predictions. Default: print them."""
     format: Format | None = None

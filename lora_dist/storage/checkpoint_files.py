@@ -17,7 +17,7 @@ AVERAGE = "average/"
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Returns the fault of a checkpoint; None if it has none."""
     try:
         manifest = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         for name in (TRAINED, OPTIMIZER, STATE):

@@ -1,4 +1,4 @@
-"""Says in words how an image becomes model input, for users of an ONNX file without this package."""
+"""Describes in words how an image becomes model input, for users of an ONNX file without this package."""
 
 import logging
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class Colors(NamedTuple):
 def describe(transforms: ImageTransforms) -> str:
     """Describes the preprocessing, after comparing the described steps with the processor on two images.
 
-    Says so, and logs it, where no such steps give what the processor gives.
+    If no such steps give the output of the processor, the text says so, and a warning is logged.
     """
     colors = _colors(transforms)
     geometry = next((one for one in _geometries(transforms) if colors is not None and _fits(one, transforms)), None)

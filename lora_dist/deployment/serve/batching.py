@@ -21,7 +21,7 @@ class _Request(NamedTuple):
     name: str
     pixels: Tensor
     future: Future[Any]
-    explains: bool = False
+    explains: bool
 
 
 class Batcher:
@@ -65,14 +65,15 @@ class Batcher:
             name: of the adapter.
             pixels: [1, 3, H, W] from `resized` of its transforms.
         """
-        future: Future[Tensor] = Future()
-        self._queue.put(_Request(name, pixels, future))
-        return future
+        return self._queued(name, pixels, explains=False)
 
     def explain(self, name: str, pixels: Tensor) -> Future[Image.Image]:
         """Queues an image as `submit`; the future gives it with a heat map (see `overlays`)."""
-        future: Future[Image.Image] = Future()
-        self._queue.put(_Request(name, pixels, future, explains=True))
+        return self._queued(name, pixels, explains=True)
+
+    def _queued(self, name: str, pixels: Tensor, explains: bool) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._queue.put(_Request(name, pixels, future, explains))
         return future
 
     @property

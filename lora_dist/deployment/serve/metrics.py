@@ -1,4 +1,4 @@
-"""What the server has done, in the text format of Prometheus."""
+"""Counts requests, images and batches of the server, and writes the counts in the text format of Prometheus."""
 
 import threading
 import time
@@ -64,7 +64,7 @@ class Metrics:
 
 
 class MetricsMiddleware:
-    """ASGI middleware that counts the requests to `/predict`, with those that another middleware refuses."""
+    """ASGI middleware that counts the requests to `/predict`, including those that another middleware refuses."""
 
     def __init__(self, app: Any, metrics: Metrics) -> None:
         self.app = app

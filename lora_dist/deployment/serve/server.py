@@ -56,8 +56,10 @@ class Score(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The prediction for one file, with the fields of a JSON line of `predict`: the label is 'unknown' if the score is
-    below the server's --min_confidence."""
+    """The prediction for one file, with the fields of a JSON line of `predict`.
+
+    The label is 'unknown' if the score is below the server's --min_confidence.
+    """
 
     file: str
     label: str
@@ -66,7 +68,7 @@ class Prediction(BaseModel):
 
 
 class LabelSetPrediction(BaseModel):
-    """The prediction for one file of several labels: those above their thresholds, and the highest scores."""
+    """The prediction of several labels for one file: labels above their thresholds, and the highest scores."""
 
     file: str
     labels: list[Score]
@@ -80,7 +82,7 @@ class Predictions(BaseModel):
 
 
 class Health(BaseModel):
-    """That the server can classify, and the names of its adapters."""
+    """The answer of a server that can classify: its state and the names of its adapters."""
 
     status: Literal["ok"]
     adapters: list[str]
@@ -136,7 +138,7 @@ def make_app(
 
     @app.get("/health", responses={503: {"description": "the model has stopped"}})
     async def health() -> Health:
-        """Says whether the server can classify, and with which adapters."""
+        """Returns the names of the adapters that can classify, or 503 if the model has stopped."""
         if not batcher.is_alive:
             raise HTTPException(503, "the model has stopped")
         return Health(status="ok", adapters=list(classifiers))
@@ -188,7 +190,7 @@ def make_app(
         file: UploadFile,
         adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
     ) -> Response:
-        """Returns a PNG file of the image as the model sees it, with a heat map of what speaks for its class."""
+        """Returns a PNG file: the image as the model sees it, with a heat map of the parts that speak for its class."""
         if unexplained:
             raise HTTPException(501, unexplained)
         chosen = _chosen(adapter, list(classifiers))
@@ -204,10 +206,10 @@ def make_app(
 def _predictions(
     classifier: Classifier, files: list[str], probabilities: Tensor, top_k: int, min_confidence: float | None
 ) -> Predictions:
-    """The answer for files with these probabilities [B, classes]."""
+    """Returns the answer for files with these probabilities [B, classes]."""
     best, above = classifier.top_k(probabilities, top_k), classifier.chosen(probabilities)
     rows = (Row(file, scored, labels=labels) for file, scored, labels in zip(files, best, above, strict=True))
-    # Those of a classifier are of one class.
+    # All predictions of a classifier are of the same type.
     return Predictions(predictions=[_prediction(row.known_from(min_confidence)) for row in rows])  # type: ignore[arg-type]
 
 
@@ -223,7 +225,7 @@ def _scored(classes: list[tuple[str, float]]) -> list[Score]:
 
 
 def _unexplained(classifiers: Mapping[str, Classifier]) -> str | None:
-    """Why predictions cannot be explained, or None."""
+    """Returns the reason why predictions cannot be explained; None if they can."""
     # ONNX Runtime computes no gradients.
     if not all(any(True for _ in one.model.parameters()) for one in classifiers.values()):
         return "predictions of an ONNX file cannot be explained: serve the adapter or model"
@@ -243,7 +245,7 @@ def _chosen(adapter: str | None, names: list[str]) -> str:
 
 
 def _choice(classifiers: Mapping[str, Classifier]) -> str:
-    """Says in HTML how many classes there are; of several adapters, the page lets one choose."""
+    """Returns HTML: the number of classes, or for several adapters a choice of one of them."""
     if len(classifiers) == 1:
         return f"<p>{len(next(iter(classifiers.values())).labels)} classes</p>"
     options = (
