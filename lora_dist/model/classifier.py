@@ -12,8 +12,16 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapters, parameter_names
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, load_base, read_processor
-from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_decision, read_labels
-from lora_dist.model.calibration import UNCALIBRATED, Calibration, read_calibration
+from lora_dist.model.bundle import (
+    BASE_MODEL,
+    AdapterBundle,
+    read_bundle,
+    read_calibration,
+    read_conversion,
+    read_decision,
+    read_labels,
+)
+from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.decision import Decision, MostLikely
 
 
