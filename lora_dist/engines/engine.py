@@ -57,7 +57,7 @@ class Engine(Protocol):
             read: what `clip_gradient` returned, read from the device.
 
         Raises:
-            ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
+            NonFiniteGradientError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
         """
 
     def drop_update(self) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.engines.half_precision import compute_in
+from lora_dist.errors import NonFiniteGradientError
 from lora_dist.model import adapters
 from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
@@ -71,7 +72,7 @@ class TorchEngine:
         (norm,) = read
         finite = math.isfinite(norm)
         if self.accelerator.scaler is None and not finite:
-            raise ArithmeticError
+            raise NonFiniteGradientError
         self._optimizer.step()
         # accelerate (1.15) does not notice that a fused optimizer has left the update out.
         self._skipped = not finite
