@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from lora_dist.data.features import Features
 from lora_dist.data.sources.split import Split
 from lora_dist.model.adapters import base_of
 from lora_dist.storage.files import replace_file
-from lora_dist.training.frozen_backbone import collect, split_loader
+from lora_dist.training.frozen_backbone import collect
 from lora_dist.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: in
     accelerator, validation = run.engine.accelerator, run.evaluator.split
     head = base_of(run.engine.unwrapped).get_submodule(heads[0])
     known, asked = (
-        collect(run, run.engine.model, head, split_loader(run, split), len(split)) for split in (train, validation)
+        collect(run, run.engine.model, head, split, replace(run.evaluator, split=split).loader)
+        for split in (train, validation)
     )
     run.watch.now("fitting the linear probe", first=True)
     found: list[dict[str, float]] = [{}]
