@@ -3,8 +3,10 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -116,6 +118,6 @@ def read_probe(path: Path) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def in_words(found: dict[str, float]) -> str:
-    """The accuracies as part of a sentence."""
+def in_words(found: Mapping[str, Any]) -> str:
+    """The accuracies that `probe` found as part of a sentence."""
     return f"linear probe {found['probe_accuracy']:.4f}, kNN {found['knn_accuracy']:.4f}"
