@@ -128,7 +128,6 @@ class SingleLabel:
             ranks=integers[:, 3],
             losses=reals[:, 1],
         )
-
         return Evaluation(
             metrics={name: results[name] for name in SCALARS},
             per_class=results["per_class"],
