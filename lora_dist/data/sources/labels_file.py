@@ -80,6 +80,16 @@ class Listed(NamedTuple):
     slices: Mapping[str, list[str]] = MappingProxyType({})
 
 
+def given_columns(settings: Any) -> dict[str, str | None]:
+    """Returns the names of columns in the settings of a command, by the names in `FIELDS`; None for those not set."""
+    return {
+        "path": settings.image_column_name,
+        "label": settings.label_column_name,
+        "split": settings.split_column_name,
+        "group": settings.group_column_name,
+    }
+
+
 class _Row(NamedTuple):
     line: int
     path: str
