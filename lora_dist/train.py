@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run leaves.
+    """The result of a finished run.
 
     Attributes:
         path: the adapter, or the model with `tuning="full"`; `lora_dist.load` takes it.

@@ -1,7 +1,7 @@
 """Features of a frozen backbone: computed once for each image, so that a head trains on them many times faster.
 
-The features are those that the head gets in training, and the head computes from them what it computes otherwise. A run
-therefore trains on the same numbers, up to the rounding of sums in batches of other sizes.
+The features are the inputs that the head has in training on images. A run therefore trains on the same numbers, up to
+the rounding of sums in batches of other sizes.
 """
 
 import logging
@@ -32,7 +32,7 @@ MAX_BYTES = 2**31
 
 
 def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
-    """Returns a run that trains and evaluates the head on features, or the run itself where that is not the same.
+    """Returns a run that trains and evaluates the head on features, or the run itself where features would change it.
 
     Must be called on every process, in the watch's context.
     """
@@ -65,7 +65,7 @@ def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
 
 @torch.no_grad()
 def collect(run: TrainingRun, model: nn.Module, head: nn.Module, split: Split, loader: DataLoader) -> Features:
-    """Returns what the head gets for all samples of a split, on every process.
+    """Returns the inputs of the head for all samples of a split, on every process.
 
     Args:
         run: whose watch and requests to stop are served after each batch.
@@ -156,7 +156,7 @@ def _calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _accept_features(base: nn.Module, head: nn.Module, shape: torch.Size) -> None:
-    """Makes a classifier take what its head gets, [B, *shape], in place of images as well."""
+    """Makes a classifier take the inputs of its head, [B, *shape], in place of images as well."""
     whole = base.forward
 
     def forward(pixel_values: Tensor, **options: object) -> object:

@@ -1,4 +1,4 @@
-"""Yardsticks before training (`--probe`): a linear probe and nearest neighbours on the features of the base."""
+"""Accuracies before training (`--probe`): of a linear probe and of nearest neighbours on the features of the base."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ ROWS = 1024
 
 
 def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: int) -> None:
-    """Measures the yardsticks and writes them to a file, unless a resumed run has changed the features already.
+    """Measures both accuracies and writes them to a file, unless a resumed run has changed the features already.
 
     Must be called on every process, in the watch's context.
 

@@ -74,7 +74,7 @@ def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: Evaluati
 
 @contextmanager
 def _optional(missing: str) -> Iterator[None]:
-    """Makes a picture that cannot be made a missing picture and a warning: it is no reason to stop a run."""
+    """Logs a warning in place of an error, because a missing picture is no reason to stop a run."""
     try:
         yield
     except Exception as error:
@@ -117,7 +117,7 @@ def warn_of_chance_level(problem: ProblemType, evaluation: EvaluationResult) -> 
 def explain_worst(
     tracker: Tracker, evaluator: Evaluator, model: nn.Module, evaluation: EvaluationResult, step: int
 ) -> None:
-    """Adds heat maps of the worst-classified images to TensorBoard, computed by a model that no engine has wrapped."""
+    """Adds heat maps of the worst-classified images to TensorBoard. No engine has wrapped the model."""
     split, transforms, worst = evaluator.split, evaluator.transforms, evaluation.worst(WORST)
     if not tracker.enabled or not worst:
         return
