@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-NEUTRAL = 0.5
-"""Threshold of a label that no sample has."""
+from lora_dist.model.decision import NEUTRAL
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -22,7 +21,8 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 def best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
     """Returns the threshold with the highest F1 of `scores >= threshold`; of several, the one nearest to 0.5.
 
-    The threshold is a float32 between two scores, so that rounding elsewhere changes no decision about these samples.
+    The threshold is a float32 between two scores, so that rounding elsewhere changes no decision about these samples. A
+    label that no sample has gets `NEUTRAL`.
     """
     if not positive.any():
         return NEUTRAL
