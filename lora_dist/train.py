@@ -213,8 +213,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
             problem.write_predictions(output.predictions, evaluation, split, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
-                f"cannot write {error.filename or output.root}: {error.strerror or error}. The metrics are those "
-                f"printed above."
+                f"cannot write {output.predictions} or {output.evaluation}: {error.strerror or error}. The metrics are "
+                f"those printed above."
             ) from error
     accelerator.end_training()
 

@@ -41,7 +41,7 @@ class LabelReading(NamedTuple):
 
 
 def find_list_column(features: Mapping[str, Any]) -> str:
-    """The only column that holds lists of labels; of several, that called `label`, `labels` or `cls`.
+    """The only column that holds lists of labels; of several, the one called `label`, `labels` or `cls`.
 
     Raises `UserError` otherwise.
     """
