@@ -101,9 +101,9 @@ def cross_fitted(samples: ScoredSamples) -> Confidences | None:
     return Confidences(*(np.concatenate(values) for values in zip(*found, strict=True)))
 
 
-def reliability(scored: Confidences, bins: int = CALIBRATION_BINS) -> list[ReliabilityBin]:
+def reliability(scored: Confidences) -> list[ReliabilityBin]:
     """Returns confidence and accuracy in equal intervals of confidence, those of the calibration error."""
-    counts, *sums = binned(scored.confidence, scored.correct, bins)
+    counts, *sums = binned(scored.confidence, scored.correct, CALIBRATION_BINS)
     means = (total / np.maximum(counts, 1) for total in sums)
     return [ReliabilityBin(float(a), float(b), int(n)) for a, b, n in zip(*means, counts, strict=True)]
 
