@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run leaves.
+    """The result of a finished run.
 
     Attributes:
         path: the adapter, or the model with `tuning="full"`; `lora_dist.load` takes it.
@@ -138,7 +138,7 @@ def train(settings: Settings, lock: RunLock) -> None:
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run.tracker, run.evaluator.problem, run.images, run.plan, progress.step, assembled.data.labels)
+    show_inputs(run, progress.step)
     with stopped_on_request(run, progress), watch.watching():
         heads = list(result_writer.base.heads)
         if options.probe and isinstance(assembled.data.train, Split):
@@ -214,7 +214,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
             problem.write_predictions(output.predictions, evaluation, split, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
-                f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."
+                f"cannot write {output.predictions} or {output.evaluation}: {error.strerror or error}. The metrics are "
+                f"those printed above."
             ) from error
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""Keeps the frozen base in bf16 and what trains in fp32, without autocast (`--base_dtype bfloat16`)."""
+"""Keeps the frozen base in bf16 and the trained parameters in fp32, without autocast (`--base_dtype bfloat16`)."""
 
 from collections.abc import Sequence
 from typing import Any

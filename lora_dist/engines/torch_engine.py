@@ -201,7 +201,7 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def order_for_convolutions(model: nn.Module) -> None:
-    """Puts the weights of a convolutional network into channels-last order, in place: cuDNN computes it faster so.
+    """Puts the weights of a convolutional network into channels-last order, in place, in which cuDNN is faster.
 
     Convolutions then hand on their output in this order. A transformer with one convolution, for its patches, stays.
     """
@@ -210,7 +210,7 @@ def order_for_convolutions(model: nn.Module) -> None:
 
 
 def leave_frozen_out(model: nn.Module) -> None:
-    """Keeps DDP from sending what is frozen: parameters at the start, and buffers before each forward pass.
+    """Keeps DDP from sending frozen parameters at the start and frozen buffers before each forward pass.
 
     Each process has read the same ones.
 

@@ -39,7 +39,7 @@ _BEFORE = {
     "fold": None,
     **_LATER,
 }
-"""What checkpoints of releases without these entries were trained with."""
+"""Values of these entries for checkpoints of releases that did not record them."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
 _BOOKKEEPING = {

@@ -15,7 +15,7 @@ from lora_dist.training.loss import SampleLoss
 
 
 class Update(NamedTuple):
-    """What one update did.
+    """The results of one update.
 
     Attributes:
         loss: weighted mean over all its samples, on all processes.
