@@ -17,7 +17,8 @@ from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.settings.cli import argv_or, flatten, from_keywords, parse
-from lora_dist.settings.train import Settings, contradictions
+from lora_dist.settings.train import Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 
 @exit_on_user_error

@@ -18,7 +18,7 @@ from lora_dist.processes.cores import available_cores
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.audit import AuditSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
-from lora_dist.settings.problem_type import MULTI_LABEL
+from lora_dist.settings.fields import MULTI_LABEL
 
 if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned

@@ -23,7 +23,7 @@ from lora_dist.data.sources.split import Split
 from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import fuses, make_engine
 from lora_dist.errors import Problems, UserError
-from lora_dist.model.adapters import adapted_layers
+from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement

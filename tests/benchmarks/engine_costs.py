@@ -23,7 +23,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import Engine, engine_name, make_engine
-from lora_dist.model.adapters import inject
+from lora_dist.model.injection import inject
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings

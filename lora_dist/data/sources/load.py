@@ -26,8 +26,7 @@ from lora_dist.data.sources.reading_labels import READINGS, LabelReading
 from lora_dist.data.sources.shards import load_alone, reading_data
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
-from lora_dist.settings.fields import fold_and_count
-from lora_dist.settings.problem_type import MULTI_LABEL
+from lora_dist.settings.fields import MULTI_LABEL, fold_and_count
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)

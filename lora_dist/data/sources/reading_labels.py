@@ -17,6 +17,7 @@ from lora_dist.data.sources.columns import (
     require_labels,
 )
 from lora_dist.errors import UserError
+from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 
 
 class LabelReading(NamedTuple):
@@ -101,9 +102,7 @@ def _encode_sets(rows: Sequence[tuple[str, ...]], index_of: Mapping[str, int]) -
 
 
 READINGS = {
-    "single_label_classification": LabelReading(find_label_column, _read_classes, set, _encode_classes),
-    "multi_label_classification": LabelReading(
-        find_list_column, _read_lists, lambda rows: set(chain.from_iterable(rows)), _encode_sets
-    ),
+    SINGLE_LABEL: LabelReading(find_label_column, _read_classes, set, _encode_classes),
+    MULTI_LABEL: LabelReading(find_list_column, _read_lists, lambda rows: set(chain.from_iterable(rows)), _encode_sets),
 }
 """By problem type."""

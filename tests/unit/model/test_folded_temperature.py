@@ -16,8 +16,8 @@ from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter, write_model
-from lora_dist.model.calibration import CALIBRATION, UNCALIBRATED, Calibration, fold, read_calibration
+from lora_dist.model.bundle import CALIBRATION, read_calibration, write_adapter, write_model
+from lora_dist.model.calibration import UNCALIBRATED, Calibration, fold
 from lora_dist.model.classifier import Classifier, load_classifier
 
 LABELS = ["x", "y", "z"]
