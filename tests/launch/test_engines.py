@@ -361,8 +361,8 @@ def test_a_base_in_bf16_trains_under_each_engine_but_deepspeed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "reads"), [("ddp", 1), ("fsdp2", 1), ("zero1", 5)])
-def test_an_update_of_several_processes_reads_from_the_device_once(engine: str, reads: int) -> None:
-    """DeepSpeed reads more often itself."""
+def test_an_update_of_several_processes_reads_from_the_device_as_often_as_documented(engine: str, reads: int) -> None:
+    """Once, but for DeepSpeed's own reads."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     script = ROOT / "tests" / "benchmarks" / "collectives.py"
