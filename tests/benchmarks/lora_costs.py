@@ -17,7 +17,8 @@ from statistics import median
 
 import peft
 import torch
-from predict_speed import add_rows, make_classifier
+from predict_speed import make_classifier
+from result_files import add_rows
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
