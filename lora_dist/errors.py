@@ -1,4 +1,4 @@
-"""Exceptions for errors that a user can fix."""
+"""Exceptions that several packages raise or handle; a `UserError` is one that a user can fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +29,10 @@ class PreemptedError(UserError):
 
     exit_code = 75
     label = "stopped"
+
+
+class NonFiniteGradientError(Exception):
+    """The gradient of an update is not finite, and not because of fp16 loss scaling; no update is made."""
 
 
 class Problems:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and writes the predictions.
 
     Raises:
-        UserError: a run is not finished, is none of a fold, or does not belong to the others.
+        UserError: a run is not finished, was trained without --fold, or does not belong to the others.
     """
     parser = argparse.ArgumentParser(prog="lora_dist.folds", description="Gather the runs of the folds of --fold.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Directory of the run of a fold.")
@@ -79,7 +79,7 @@ def read_run(directory: Path) -> Run:
     """Reads a finished run of a fold.
 
     Raises:
-        UserError: the directory has none.
+        UserError: the directory has no such run.
     """
     import json
 
@@ -100,7 +100,7 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory}: the run has no --fold")
     predictions = read_predictions(directory)
     if predictions.probabilities is None:
-        raise UserError(f"{directory}: its predictions have no probabilities; evaluate the run again")
+        raise UserError(f"{directory}: its predictions have no probabilities; resume the run, which writes them anew")
     return Run(directory, *fold_and_count(settings["fold"]), settings, results, predictions)
 
 
@@ -108,13 +108,15 @@ def require_together(runs: Sequence[Run]) -> None:
     """Warns of missing folds and of settings that differ.
 
     Raises:
-        UserError: the folds are not those of the same cut of the same images.
+        UserError: the runs are not of different folds of the same images, cut in the same way, with the same classes.
     """
     first = runs[0]
     seen: dict[str, Run] = {}
     for run in runs:
-        for name in ("folds", "seed"):
-            one, other = ((got.folds if name == "folds" else got.settings.get("seed")) for got in (first, run))
+        for name, one, other in (
+            ("folds", first.folds, run.folds),
+            ("seed", first.settings.get("seed"), run.settings.get("seed")),
+        ):
             if one != other:
                 raise UserError(f"{first.directory} has {name} {one} and {run.directory} {other}: not the same folds")
         for path in run.predictions.paths:

@@ -17,7 +17,8 @@ from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.settings.cli import argv_or, flatten, from_keywords, parse
-from lora_dist.settings.train import Settings, contradictions
+from lora_dist.settings.train import Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 
 @exit_on_user_error
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run leaves.
+    """The result of a finished run.
 
     Attributes:
         path: the adapter, or the model with `tuning="full"`; `lora_dist.load` takes it.
@@ -137,7 +138,7 @@ def train(settings: Settings, lock: RunLock) -> None:
                 dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run.tracker, run.evaluator.problem, run.images, run.plan, progress.step, assembled.data.labels)
+    show_inputs(run, progress.step)
     with stopped_on_request(run, progress), watch.watching():
         heads = list(result_writer.base.heads)
         if options.probe and isinstance(assembled.data.train, Split):
@@ -213,7 +214,8 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
             problem.write_predictions(output.predictions, evaluation, split, classifier.labels)
         except OSError as error:
             raise TrainingStoppedError(
-                f"cannot write {output.evaluation}: {error.strerror or error}. The metrics are those printed above."
+                f"cannot write {output.predictions} or {output.evaluation}: {error.strerror or error}. The metrics are "
+                f"those printed above."
             ) from error
     accelerator.end_training()
 

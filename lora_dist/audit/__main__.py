@@ -18,7 +18,7 @@ from lora_dist.processes.cores import available_cores
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.audit import AuditSettings, contradictions
 from lora_dist.settings.cli import argv_or, parse
-from lora_dist.settings.problem_type import MULTI_LABEL
+from lora_dist.settings.fields import MULTI_LABEL
 
 if TYPE_CHECKING:
     from lora_dist.audit.findings import File, Scanned
@@ -119,16 +119,10 @@ def audit(settings: AuditSettings) -> Report:
 
 
 def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
-    from lora_dist.data.sources.labels_file import read_labels_file
+    from lora_dist.data.sources.labels_file import given_columns, read_labels_file
 
-    columns = {
-        "path": data.image_column_name,
-        "label": data.label_column_name,
-        "split": data.split_column_name,
-        "group": data.group_column_name,
-    }
     several = data.problem_type == MULTI_LABEL
-    return read_labels_file(folder, data.labels_file or "", columns, excluded, several=several)
+    return read_labels_file(folder, data.labels_file or "", given_columns(data), excluded, several=several)
 
 
 def _listed_file(path: str, split: str, classes: Sequence[str], label: int | list[int]) -> File:

@@ -1,4 +1,4 @@
-"""Labels that are likely wrong, from out-of-fold predictions."""
+"""Finds labels that are likely wrong, from a file of out-of-fold predictions."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -33,7 +33,7 @@ class Report:
         findings: Ordered by kind, the worst first.
         excluded: Absolute paths from `--exclude`.
         conversion: How the images became 8-bit RGB.
-        notes: What else to say in the terminal.
+        notes: Further lines for the terminal.
     """
 
     folders: Mapping[str, str]

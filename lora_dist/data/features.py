@@ -1,4 +1,4 @@
-"""Batches of features, which a frozen backbone has computed once for each image, in place of images."""
+"""Batches of features in place of images: a frozen backbone has computed them once for each image."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from lora_dist.data.sampling.order import PADDING_INDEX, Sample
 
 
 class Features(NamedTuple):
-    """What the head of a model gets for each sample of a split.
+    """The inputs of a model's head, one for each sample of a split, with the labels.
 
     Attributes:
-        values: [N, …], on the CPU; zeros where the image could not be read.
+        values: inputs [N, …], on the CPU; zeros where the image could not be read.
         labels: int64 [N]; of several labels, 0 and 1 [N, labels].
         readable: bool [N].
     """

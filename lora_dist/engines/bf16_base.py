@@ -1,4 +1,4 @@
-"""Keeps the frozen base in bf16 and what trains in fp32, without autocast (`--base_dtype bfloat16`)."""
+"""Keeps the frozen base in bf16 and the trained parameters in fp32, without autocast (`--base_dtype bfloat16`)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
-from lora_dist.model.adapters import is_head, lora_layer_of
+from lora_dist.model.parameter_names import is_head, lora_layer_of
 
 
 def cast_base(model: nn.Module, heads: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ class Engine(Protocol):
             read: what `clip_gradient` returned, read from the device.
 
         Raises:
-            ArithmeticError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
+            NonFiniteGradientError: the gradient is not finite, and not because of fp16 loss scaling; no update is made.
         """
 
     def drop_update(self) -> bool:
@@ -110,9 +110,10 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def fuses(accelerator: Accelerator) -> bool:
-    """Whether the optimizer of this launch is to be a fused one: on CUDA, where it makes no more than one kernel.
+    """Whether the optimizer of this launch is a fused one: on CUDA, where one kernel then makes the whole update.
 
-    On a CPU it would give other bits than it did. DeepSpeed has its own way of restoring the optimizer's state.
+    On a CPU, a fused optimizer gives other bits than earlier releases. DeepSpeed restores the state of an optimizer in
+    its own way.
     """
     return accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
 

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.engines.half_precision import compute_in
+from lora_dist.errors import NonFiniteGradientError
 from lora_dist.model import adapters
 from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
 
@@ -71,7 +72,7 @@ class TorchEngine:
         (norm,) = read
         finite = math.isfinite(norm)
         if self.accelerator.scaler is None and not finite:
-            raise ArithmeticError
+            raise NonFiniteGradientError
         self._optimizer.step()
         # accelerate (1.15) does not notice that a fused optimizer has left the update out.
         self._skipped = not finite
@@ -200,7 +201,7 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def order_for_convolutions(model: nn.Module) -> None:
-    """Puts the weights of a convolutional network into channels-last order, in place: cuDNN computes it faster so.
+    """Puts the weights of a convolutional network into channels-last order, in place, in which cuDNN is faster.
 
     Convolutions then hand on their output in this order. A transformer with one convolution, for its patches, stays.
     """
@@ -209,7 +210,7 @@ def order_for_convolutions(model: nn.Module) -> None:
 
 
 def leave_frozen_out(model: nn.Module) -> None:
-    """Keeps DDP from sending what is frozen: parameters at the start, and buffers before each forward pass.
+    """Keeps DDP from sending frozen parameters at the start and frozen buffers before each forward pass.
 
     Each process has read the same ones.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.engines.half_precision import compute_in
-from lora_dist.errors import UserError
+from lora_dist.errors import NonFiniteGradientError, UserError
 from lora_dist.model.trainable import clear_cached, host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings
 
@@ -70,7 +70,7 @@ class ZeroEngine:
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         # DeepSpeed reports a norm that it cannot compute as -1.
         if not self._engine.fp16_enabled() and (norm < 0 or not math.isfinite(norm)):
-            raise ArithmeticError
+            raise NonFiniteGradientError
         self._statistics.keep()
         return norm
 

@@ -1,4 +1,4 @@
-"""Calibration of confidences: the temperature, its effect, and what a threshold of confidence costs."""
+"""Calibration of confidences: the temperature, its effect, and the images above a threshold of confidence."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_dist.metrics.classification import CALIBRATION_BINS, expected_calibration_error
+from lora_dist.metrics.classification import CALIBRATION_BINS, binned, expected_calibration_error
 
 TEMPERATURES = (0.1, 10.0)
-"""A temperature is looked for between these."""
+"""Lowest and highest temperature that is tried."""
 _HALVINGS = 24
-"""Of the interval in which the temperature lies; they leave an error of less than one millionth."""
+"""Halvings of the interval that contains the temperature, which leave an error of less than one millionth."""
 
 
 class ScoredSamples(NamedTuple):
@@ -64,7 +64,7 @@ def fit_temperature(samples: ScoredSamples) -> float | None:
     own = samples.logits.gather(1, samples.labels[:, None])[:, 0].double()
 
     def slope(log_scale: float) -> float:
-        """Derivative of the cross-entropy, which is convex in the inverse of the temperature, by this inverse."""
+        """Derivative of the cross-entropy by the inverse of the temperature, in which the cross-entropy is convex."""
         probabilities = (samples.logits * math.exp(log_scale)).softmax(dim=-1)
         return float(((probabilities * samples.logits).sum(dim=-1).double() - own).mean())
 
@@ -101,17 +101,15 @@ def cross_fitted(samples: ScoredSamples) -> Confidences | None:
     return Confidences(*(np.concatenate(values) for values in zip(*found, strict=True)))
 
 
-def reliability(scored: Confidences, bins: int = CALIBRATION_BINS) -> list[ReliabilityBin]:
+def reliability(scored: Confidences) -> list[ReliabilityBin]:
     """Returns confidence and accuracy in equal intervals of confidence, those of the calibration error."""
-    index = np.minimum((scored.confidence.astype(np.float64) * bins).astype(int), bins - 1)
-    counts = np.bincount(index, minlength=bins)
-    sums = (np.bincount(index, weights=values, minlength=bins) for values in (scored.confidence, scored.correct))
+    counts, *sums = binned(scored.confidence, scored.correct, CALIBRATION_BINS)
     means = (total / np.maximum(counts, 1) for total in sums)
     return [ReliabilityBin(float(a), float(b), int(n)) for a, b, n in zip(*means, counts, strict=True)]
 
 
 def coverage(scored: Confidences, thresholds: Sequence[float]) -> list[Coverage]:
-    """Returns what each threshold of confidence leaves, and how accurate that is."""
+    """Returns the share of the samples above each threshold of confidence, and their accuracy."""
     rows = []
     for threshold in thresholds:
         answered = scored.confidence >= threshold

@@ -72,6 +72,18 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray, bin
     """
     if not np.isfinite(confidences).all():
         return math.nan
+    _, confidence_sums, correct_sums = binned(confidences, correct, bins)
+    return float(np.abs(confidence_sums - correct_sums).sum() / len(confidences))
+
+
+def binned(confidences: np.ndarray, correct: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the samples in each of equal bins of confidence, and the sums of their confidences and of `correct`.
+
+    All three have the shape [bins].
+    """
     index = np.minimum((np.asarray(confidences, dtype=np.float64) * bins).astype(int), bins - 1)
-    gap = np.bincount(index, weights=confidences, minlength=bins) - np.bincount(index, weights=correct, minlength=bins)
-    return float(np.abs(gap).sum() / len(confidences))
+    counts = np.bincount(index, minlength=bins)
+    confidence_sums, correct_sums = (
+        np.bincount(index, weights=values, minlength=bins) for values in (confidences, correct)
+    )
+    return counts, confidence_sums, correct_sums

@@ -8,7 +8,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 _SEED = 0
 _HELD = 2**22
-"""Weights that are in memory at the same time."""
+"""Most weights that are in memory at the same time."""
 
 Interval = tuple[float, float]
 
@@ -42,7 +42,7 @@ def bootstrap_intervals(
 
 
 def units_of(size: int, groups: np.ndarray | None) -> np.ndarray:
-    """Number of what is resampled, from 0, of each of `size` images: of its group, or its own."""
+    """Returns a number from 0 for each of `size` images: that of its group, or its own without groups."""
     return np.arange(size) if groups is None else np.unique(groups, return_inverse=True)[1]
 
 

@@ -23,8 +23,8 @@ class LabelIssue(NamedTuple):
 def find_label_issues(given: np.ndarray, probabilities: np.ndarray) -> list[LabelIssue]:
     """Returns the images whose label is likely wrong, the surest first.
 
-    An image is taken for one of class j if the probability of j is at least the mean probability that images labelled j
-    have; of several such classes, for the one with the highest probability.
+    An image counts as one of class j if its probability of j is at least the mean probability of j over the images
+    labelled j. Of several such classes, the one with the highest probability counts.
 
     Args:
         given: label of each image as a column of `probabilities`, shape [N].

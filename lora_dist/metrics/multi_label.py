@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-NEUTRAL = 0.5
-"""Threshold of a label that no sample has."""
+from lora_dist.model.decision import NEUTRAL
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -20,9 +19,10 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The threshold with the highest F1 of `scores >= threshold`; of several, that nearest to 0.5.
+    """Returns the threshold with the highest F1 of `scores >= threshold`; of several, the one nearest to 0.5.
 
-    It lies between two scores, so that rounding elsewhere changes no decision about these samples. It is a float32.
+    The threshold is a float32 between two scores, so that rounding elsewhere changes no decision about these samples. A
+    label that no sample has gets `NEUTRAL`.
     """
     if not positive.any():
         return NEUTRAL
@@ -37,7 +37,8 @@ def best_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def _curve(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision and recall of the samples at or above each distinct score, and the scores, descending."""
+    """Precision and recall of the samples at or above each distinct score, and the scores, descending; NaN as -1."""
+    scores = np.nan_to_num(scores, nan=-1.0)
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order].astype(np.float64), np.cumsum(positive[order])
     last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
@@ -50,8 +51,8 @@ def multi_label_metrics(
     """Metrics over all samples, and those of each label.
 
     Args:
-        scores: of each label, float32 [N, labels]. A row of NaN, from logits that are not finite, ranks last and has no
-            label.
+        scores: of each label, float32 [N, labels]. NaN, from logits that are not finite, ranks last and reaches no
+            threshold.
         positive: the labels of the samples, bool [N, labels].
         thresholds: of each label, float32 [labels].
 
@@ -60,10 +61,9 @@ def multi_label_metrics(
         the mean F1 of the labels that a sample has or is said to have. And for each label average precision, precision,
         recall, F1, threshold, support and the counts of right and wrong decisions.
     """
-    ranked = np.nan_to_num(scores, nan=-1.0)
-    said = ranked >= thresholds
+    said = scores >= thresholds
     right, claimed, support = (said & positive).sum(axis=0), said.sum(axis=0), positive.sum(axis=0)
-    precisions = [average_precision(*columns) for columns in zip(ranked.T, positive.T, strict=True)]
+    precisions = [average_precision(*columns) for columns in zip(scores.T, positive.T, strict=True)]
     f1 = 2 * right / np.maximum(support + claimed, 1)
     seen = (support + claimed) > 0
     known = [value for value in precisions if not math.isnan(value)]

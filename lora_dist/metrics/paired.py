@@ -29,10 +29,15 @@ class Comparison(NamedTuple):
 
 
 def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None) -> Comparison:
-    """Compares which images two models are right on, bool [N] each.
+    """Compares two models by McNemar's exact test.
 
-    The test is McNemar's exact one. With `groups` [N] of images that are not independent, whole groups are resampled
-    for the interval, and the test flips the signs of the differences of whole groups (a permutation test).
+    With groups, the interval comes from resamples of whole groups, and a permutation test flips the signs of the
+    differences of whole groups.
+
+    Args:
+        first: whether the first model is right on each image, bool [N].
+        second: the same for the second model.
+        groups: group of each image, shape [N], of images that are not independent.
     """
     difference = second.astype(np.int64) - first.astype(np.int64)
     only_first, only_second = int((difference < 0).sum()), int((difference > 0).sum())

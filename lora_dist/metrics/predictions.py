@@ -10,7 +10,7 @@ Reads both, and writes the first: a line of JSON for each image:
 
 import csv
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def predictions_file(name: str | Path) -> Path:
 
 
 def read_predictions(name: str | Path) -> Predictions:
-    """Reads a file of JSON lines, CSV or parquet, or that of a run's directory. Images that were not read are left out.
+    """Reads a file of JSON lines, CSV or parquet, or that of a run's directory, without images that could not be read.
 
     Raises:
         UserError: the file cannot be read, is none of predictions, or names an image twice.
@@ -86,7 +86,7 @@ def read_predictions(name: str | Path) -> Predictions:
                 raise UserError(f"{file}: {row['path']} is in it twice{advice}")
             rows[row["path"]] = row
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
+        raise UserError(f"{file}: {error.strerror or error}") from error
     except (UnicodeDecodeError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: not a file of predictions ({error})") from error
     kept = {path: row for path, row in rows.items() if not row.get("error")}
@@ -144,40 +144,52 @@ def _rows(file: Path) -> Iterator[Any]:
 
 def write_predictions(file: Path, predictions: Predictions, scores: Iterable[float | None]) -> None:
     """Writes predictions, with the probability of each predicted class."""
+    write_rows(file, (_content(predictions, row, score) for row, score in enumerate(scores)))
+
+
+def _content(predictions: Predictions, row: int, score: float | None) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "path": predictions.paths[row],
+        "given_label": predictions.given[row],
+        "label": predictions.predicted[row],
+        "score": score,
+    }
+    if predictions.groups[row] is not None:
+        content["group"] = predictions.groups[row]
+    if predictions.probabilities is not None:
+        content["probabilities"] = rounded(predictions.classes, predictions.probabilities[row])
+    return content
+
+
+def rounded(classes: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Returns a row of scores by class, with six decimals."""
+    return dict(zip(classes, np.round(values.astype(float), 6).tolist(), strict=True))
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a line of JSON for each row."""
     with file.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
-        for row, score in enumerate(scores):
-            content: dict[str, Any] = {
-                "path": predictions.paths[row],
-                "given_label": predictions.given[row],
-                "label": predictions.predicted[row],
-                "score": score,
-            }
-            if predictions.groups[row] is not None:
-                content["group"] = predictions.groups[row]
-            if predictions.probabilities is not None:
-                values = np.round(predictions.probabilities[row].astype(float), 6).tolist()
-                content["probabilities"] = dict(zip(predictions.classes, values, strict=True))
-            lines.write(json.dumps(content, ensure_ascii=False) + "\n")
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def no_label(_: str) -> None:
-    """What finds the label of an image where none is known."""
+    """Returns None: no label is known for any image."""
     return None
 
 
 def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[str], str | None]:
-    """Returns what finds the label of an image by its path: the name of its folder.
+    """Returns the function that gives the label of an image by its path: the name of its folder.
 
-    Folders are labels if there are at least two, and all of them are classes.
+    Folders are labels if there are at least two, and all of them are classes; otherwise, the function is `no_label`.
     """
     folders = {folder_of(path) for path in paths}
     return folder_of if len(folders) > 1 and folders <= set(classes) else no_label
 
 
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
-    """As `folder_label`, of models whose classes are known by their predictions alone.
+    """Returns `folder_label` for two models of which only the predictions are known.
 
-    A class that is never predicted is known by its folder, if all predicted classes have folders.
+    The classes are the predicted ones. If all of these have folders, the other folders are classes as well.
     """
     predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
     folders = {folder_of(path) for path in first.paths}

@@ -11,9 +11,9 @@ from lora_dist.metrics.paired import compare
 from lora_dist.metrics.predictions import Predictions
 
 MOST_CLASSES = 100
-"""Classes of which the report by class is printed."""
+"""Most classes in the report by class."""
 MATRIX_CLASSES = 20
-"""Classes of which the whole confusion matrix is printed; of more, the most frequent confusions."""
+"""Most classes whose whole confusion matrix is printed; of more, the most frequent confusions are."""
 _CONFUSIONS = 20
 _DISAGREEMENTS = 20
 

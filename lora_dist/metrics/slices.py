@@ -8,7 +8,7 @@ import numpy as np
 from lora_dist.metrics.intervals import accuracy_and_macro_f1, bootstrap_intervals, with_interval
 
 FEW = 30
-"""Images below which the numbers of a slice say little; such a slice is marked."""
+"""A slice of fewer images is marked, because its numbers say little."""
 
 
 def slice_metrics(

@@ -14,11 +14,11 @@ from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
-from lora_dist.model.decision import SINGLE_LABEL
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.input_check import require_fit
+from lora_dist.settings.fields import SINGLE_LABEL
 from lora_dist.settings.train import Settings
 
 

@@ -8,10 +8,10 @@ per image) and `README.md` with its pictures. A run with `--tuning full` writes 
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import nn
@@ -21,7 +21,7 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
-from lora_dist.model.calibration import CALIBRATION, UNCALIBRATED, Calibration, read_calibration
+from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.storage.files import whole_directory
@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"
 CONVERSION = "conversion.json"
 THRESHOLDS = "thresholds.json"
+CALIBRATION = "calibration.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")
+Record = TypeVar("Record")
 NO_PICTURES: Mapping[str, Image.Image] = {}
 
 
@@ -186,11 +188,24 @@ def read_conversion(directory: Path) -> Conversion:
     Raises:
         UserError: the record is damaged.
     """
-    path = directory / CONVERSION
+    return _read_record(directory / CONVERSION, Conversion.of, AS_TRANSFORMERS)
+
+
+def read_calibration(directory: Path) -> Calibration:
+    """Reads the temperature of a bundle or model, which is 1 without a record.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    return _read_record(directory / CALIBRATION, Calibration.of, UNCALIBRATED)
+
+
+def _read_record(path: Path, parse: Callable[[Any], Record], missing: Record) -> Record:
+    """Reads a JSON object with a function that raises `ValueError`, `TypeError` or `AttributeError` for a wrong one."""
     if not path.is_file():
-        return AS_TRANSFORMERS
+        return missing
     try:
-        return Conversion.of(json.loads(path.read_text(encoding="utf-8")))
+        return parse(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -229,20 +244,17 @@ def read_decision(directory: Path, labels: Sequence[str]) -> Decision:
     Raises:
         UserError: a file is damaged, or has thresholds of other labels.
     """
-    path, record = directory / THRESHOLDS, None
+    path, problem_type = directory / THRESHOLDS, _entry(directory / "config.json", "problem_type")
+    record = _read_record(path, lambda content: content, None)
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return decision_of(_entry(directory / "config.json", "problem_type"), record, labels)
-    except (ValueError, UserError) as error:
+        return decision_of(problem_type, record, labels)
+    except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _entry(path: Path, name: str) -> Any:
-    """An entry of a JSON file, or None where either is missing."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    """Returns an entry of a JSON file, or None where either is missing."""
+    return _read_record(path, lambda content: content.get(name), None)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

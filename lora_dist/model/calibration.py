@@ -1,18 +1,13 @@
-"""The temperature of a classifier: its record in a bundle, and its folding into the head."""
+"""The temperature of a classifier, and its folding into the head."""
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lora_dist.errors import UserError
 from lora_dist.model.head import class_dimensions
-
-CALIBRATION = "calibration.json"
 
 
 class Calibration(NamedTuple):
@@ -42,21 +37,6 @@ class Calibration(NamedTuple):
 
 UNCALIBRATED = Calibration()
 """That of bundles without a record, and of models of other programs."""
-
-
-def read_calibration(directory: Path) -> Calibration:
-    """Reads the calibration of a bundle or model.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    path = directory / CALIBRATION
-    if not path.is_file():
-        return UNCALIBRATED
-    try:
-        return Calibration.of(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, PREFIX, WEIGHTS, plain_name
-from lora_dist.model.adapters import DEFAULT, plain_state
-from lora_dist.model.bundle import THRESHOLDS
-from lora_dist.model.calibration import CALIBRATION
+from lora_dist.model.adapters import plain_state
+from lora_dist.model.bundle import CALIBRATION, THRESHOLDS
+from lora_dist.model.parameter_names import DEFAULT
 from lora_dist.storage.checkpoint_files import TRAINED, find_damage, read_weights
 
 logger = logging.getLogger(__name__)

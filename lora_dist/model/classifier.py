@@ -9,11 +9,19 @@ from torch import Tensor, nn
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model import adapters, parameter_names
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
 from lora_dist.model.backbone import Base, load_base, read_processor
-from lora_dist.model.bundle import BASE_MODEL, AdapterBundle, read_bundle, read_conversion, read_decision, read_labels
-from lora_dist.model.calibration import UNCALIBRATED, Calibration, read_calibration
+from lora_dist.model.bundle import (
+    BASE_MODEL,
+    AdapterBundle,
+    read_bundle,
+    read_calibration,
+    read_conversion,
+    read_decision,
+    read_labels,
+)
+from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.decision import Decision, MostLikely
 
 
@@ -126,7 +134,7 @@ def load_base_of_bundle(bundle: AdapterBundle) -> Base:
     )
 
 
-def attach_adapter(base: Base, bundle: AdapterBundle, name: str = adapters.DEFAULT) -> Classifier:
+def attach_adapter(base: Base, bundle: AdapterBundle, name: str = parameter_names.DEFAULT) -> Classifier:
     """Puts an adapter under a name on its base, which may already have other adapters.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model import adapters, injection, parameter_names
 from lora_dist.model.backbone import Base
 from lora_dist.model.depth import choose_blocks, find_blocks, first_calls, steps_from_head
 from lora_dist.settings.train import LoraSettings, ModelSettings
@@ -29,9 +29,9 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     model.eval()
     if settings.tuning == "lora":
         blocks = None if lora.layers_to_transform is None else blocks_of(base, lora.layers_to_transform)
-        model = adapters.inject(model, lora, base.heads, first_calls(model, blank), blocks)
+        model = injection.inject(model, lora, base.heads, first_calls(model, blank), blocks)
     elif settings.tuning == "head":
-        model = adapters.inject_head_only(model, base.heads)
+        model = injection.inject_head_only(model, base.heads)
     else:
         model.requires_grad_(True)
     if settings.gradient_checkpointing:
@@ -96,7 +96,7 @@ def host_copy(tensor: Tensor) -> Tensor:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Counts trainable and all parameters, without PEFT's untrained copies of the heads."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for name, parameter in model.named_parameters() if adapters.is_counted(name))
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if parameter_names.is_counted(name))
     return trainable, total
 
 
@@ -156,7 +156,7 @@ def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
     unused: set[str | None] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (unused if parameter.grad is None else used).add(adapters.lora_layer_of(name))
+            (unused if parameter.grad is None else used).add(parameter_names.lora_layer_of(name))
             parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
     layers = ", ".join(sorted(layer for layer in unused if layer)[:3])

@@ -1,4 +1,4 @@
-"""How many CPU cores a process may use: those of its affinity, limited by the CPU quota of its container."""
+"""The CPU cores that a process may use: those of its affinity, limited by the CPU quota of its container."""
 
 import os
 from collections.abc import Iterator

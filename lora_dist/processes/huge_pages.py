@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 GPU_DRIVERS = [Path("/dev/nvidiactl"), Path("/dev/kfd")]
-"""What is there where the driver of an NVIDIA or AMD GPU is loaded."""
+"""Files that exist where the driver of an NVIDIA or AMD GPU is loaded."""
 
 _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.mmap_threshold=1073741824"
 _ADDED = {"GLIBC_TUNABLES": _TUNABLES, "LORA_DIST_ON_HUGE_PAGES": "1"}

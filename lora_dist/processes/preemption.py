@@ -80,8 +80,8 @@ class Preemption:
         """Acts on the requests of all processes. Collective: must be called on every process at the same step.
 
         Args:
-            summed: sums of `requests` over all processes, if they have been made with other sums; None to make them. A
-                single process needs none, and acts on its present requests.
+            summed: sums of `requests` over all processes, if the caller has computed them; None to compute them here. A
+                single process ignores them, and acts on its present requests.
 
         Returns:
             Whether a checkpoint was requested.

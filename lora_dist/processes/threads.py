@@ -1,4 +1,4 @@
-"""How many threads torch uses on a CPU: the process's share of the cores, unless the user has set a number."""
+"""The number of threads of torch on a CPU: the process's share of the cores, unless the user has set a number."""
 
 import logging
 import os

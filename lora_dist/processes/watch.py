@@ -47,7 +47,7 @@ STORE_SECONDS = 2.0
 
 
 class Activity(NamedTuple):
-    """What the main thread is doing.
+    """The present activity of the main thread.
 
     Attributes:
         name: such as `update 12: waiting for micro-batch 3`.

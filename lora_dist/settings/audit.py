@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from lora_dist.settings.fields import (
+    MULTI_LABEL,
     SEVERAL,
     Color,
     Count,
@@ -15,10 +16,10 @@ from lora_dist.settings.fields import (
     NonNegative,
     PixelRange,
     Problem,
+    ProblemType,
     impossible_output,
     missing_paths,
 )
-from lora_dist.settings.problem_type import MULTI_LABEL
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
@@ -28,7 +29,7 @@ class AuditData(Group):
 
     train_dir: str | None = None
     """Folder of training images with one sub-folder per class."""
-    problem_type: Literal["single_label_classification", "multi_label_classification"] = "single_label_classification"
+    problem_type: ProblemType = "single_label_classification"
     """Whether each image has one class, or any number of labels in --labels_file, as for lora_dist.train."""
     labels_file: str | None = None
     """Text file with the labels of the images in --train_dir, as for lora_dist.train. Its test images are audited as

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from lora_dist.settings import train
-from lora_dist.settings.fields import Count, Group, Problem
+from lora_dist.settings import train, train_contradictions
+from lora_dist.settings.fields import SINGLE_LABEL, Count, Group, Problem
 
 
 class BenchmarkSettings(Group):
@@ -28,7 +28,7 @@ class BenchSettings(train.Settings):
 
 def contradictions(settings: BenchSettings) -> Iterator[Problem]:
     """Yields every combination of settings that cannot work."""
-    yield from train.contradictions(settings)
+    yield from train_contradictions.contradictions(settings)
     for name in ("do_eval_only", "dry_run"):
         if getattr(settings.run, name):
             yield Problem((name,), "it leaves nothing to measure: remove it")
@@ -37,7 +37,7 @@ def contradictions(settings: BenchSettings) -> Iterator[Problem]:
     augmentation = settings.augmentation
     if settings.model.tuning != "lora" or settings.model.adapter_name_or_path:
         yield Problem(("compare", "tuning", "adapter_name_or_path"), "the PEFT guide trains a new LoRA adapter")
-    if settings.data.problem_type != "single_label_classification":
+    if settings.data.problem_type != SINGLE_LABEL:
         yield Problem(("compare", "problem_type"), "the PEFT guide has one class per image: remove one of them")
     if settings.data.streaming:
         yield Problem(("compare", "streaming"), "the PEFT guide does not stream: remove one of them")

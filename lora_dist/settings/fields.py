@@ -10,6 +10,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lora_dist.demo import is_packaged
 
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+ProblemType = Literal["single_label_classification", "multi_label_classification"]
+"""Of `transformers`: one class per image, or any number of labels."""
+
 SEVERAL: dict[str, Any] = {"several": True}
 """`json_schema_extra` of a list setting whose flag takes several values, separated by spaces."""
 

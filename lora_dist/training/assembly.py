@@ -22,8 +22,9 @@ from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import fuses, make_engine
+from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import Problems, UserError
-from lora_dist.model.adapters import adapted_layers
+from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
@@ -36,7 +37,7 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
-from lora_dist.training.optimizer import count_moments, make_optimizer
+from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.problem_types import PROBLEM_TYPES
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
@@ -121,22 +122,21 @@ def assemble(
     if settings.optimization.auto_batch_size:
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})
-    parameters = count_parameters(model)
+    optimization, parameters = settings.optimization, count_parameters(model)
+    optimizer = make_optimizer(
+        model, optimization, settings.lora.loraplus_lr_ratio, base.heads, steps, fused=fuses(accelerator)
+    )
     sizes = Sizes.of(
         model,
         settings.model.tuning == "full",
         options.save_total_limit,
-        settings.optimization.ema_decay is not None,
-        count_moments(settings.optimization),
+        optimization.ema_decay is not None,
+        len(moments_of(optimizer)),
     )
     with problems.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
-    optimization = settings.optimization
-    optimizer = make_optimizer(
-        model, optimization, settings.lora.loraplus_lr_ratio, base.heads, steps, fused=fuses(accelerator)
-    )
     train = data.train
     if settings.data.balanced_sampling and isinstance(train, Split):
         train = OversampledSplit(train)

@@ -59,7 +59,7 @@ def make_binary_loss(settings: Settings, data: ImageData) -> BinaryLoss:
 
 
 def balanced_positive_weights(labels: np.ndarray) -> Tensor:
-    """Samples without the label / samples with it, float32 [labels]; 1 for a label that all or none have."""
+    """Returns the ratio of samples without each label to samples with it, float32 [labels]; 1 without either."""
     positives = labels.sum(axis=0, dtype=np.int64)
     negatives = len(labels) - positives
     weights = np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)

@@ -1,4 +1,4 @@
-"""Fits the temperature of a result at the end of training, and measures what it does."""
+"""Fits the temperature of a result at the end of training, and measures its effect."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +26,16 @@ ON_TEST = "test"
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The temperature of a result, and what it does.
+    """The temperature of a result, and its effect.
 
     Attributes:
         temperature: of the result; 1 if none was fitted.
         images: validation images that it was fitted on.
-        reason: why no temperature was fitted; None if one was.
-        measured_on: data of the two next attributes.
+        reason: for which no temperature was fitted; None if one was.
+        measured_on: the data from which `before` and `after` come.
         before: calibration error, loss and reliability of the raw probabilities.
         after: the same at the temperature.
-        coverage: what thresholds of confidence leave of the validation images, at the temperature.
+        coverage: share and accuracy of the validation images above thresholds of confidence, at the temperature.
     """
 
     temperature: float
@@ -87,8 +87,8 @@ class ConfidenceMeasurement:
 def calibrate(validation: ScoredSamples, test: ScoredSamples | None = None) -> CalibrationReport | None:
     """Fits a temperature on validation samples, and measures it on test samples or by cross-fitting.
 
-    It is 1 if the samples are too few, or if the temperature of one half does not lower the loss of the other half.
-    Returns None without any sample.
+    The temperature is 1 if the samples are too few, or if the temperature of one half does not lower the loss of the
+    other half. Returns None if no sample has finite logits.
     """
     validation, test = _finite(validation), None if test is None else _finite(test)
     images = len(validation.labels)
@@ -111,7 +111,7 @@ def calibrate(validation: ScoredSamples, test: ScoredSamples | None = None) -> C
 
 
 def _fitted(validation: ScoredSamples) -> tuple[float, str | None, Confidences | None]:
-    """The temperature, why it is 1 without a fit, and with a fit the cross-fitted confidences."""
+    """Returns the temperature and the cross-fitted confidences; or 1, the reason, and no confidences."""
     images = len(validation.labels)
     if images < MIN_IMAGES:
         return 1.0, f"of {MIN_IMAGES} validation images, the fewest for it, there are only {images}", None

@@ -17,7 +17,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches
 from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import Problems, UserError
-from lora_dist.model.adapters import is_counted
+from lora_dist.model.parameter_names import is_counted
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable

@@ -14,7 +14,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dist.data.batch import Batch
 from lora_dist.data.features import EvaluationFeatures, Features
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 8
 MOST_LOGITS = 2**25
-"""Of more logits of a split, those of evenly spaced samples are kept, for 128 MB on each process."""
+"""Most logits of a split that are kept, in 128 MB on each process: those of evenly spaced samples."""
 
 
 class NothingToEvaluateError(UserError):
@@ -51,8 +50,8 @@ class Evaluator:
         batch_size: samples in a forward pass of one process.
         settings: of the loader.
         name: of the split.
-        temperature: that the logits are divided by; 1 in training.
-        problem: what is measured.
+        temperature: the logits are divided by it; 1 in training.
+        problem: decides which metrics are computed.
         features: of the split, to evaluate the head on in place of the images.
     """
 
@@ -98,8 +97,8 @@ class Evaluator:
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
-            with_probabilities: also return the probabilities of all classes, of one class per image.
-            keep_logits: also return logits (see `Evaluation.scored`), of one class per image.
+            with_probabilities: also return the probabilities of all classes; only for one class per image.
+            keep_logits: also return logits (see `Evaluation.scored`); only for one class per image.
 
         Returns:
             The `EvaluationResult` of the problem type.
@@ -110,24 +109,19 @@ class Evaluator:
         """
         accelerator = self.accelerator
         self.model.eval()
-        parts: list[tuple[Tensor, ...]] = []
-        kept_logits: list[Tensor] = []
-        spacing = -(-len(self.split) * len(self.labels) // MOST_LOGITS)
+        parts: list[tuple[Tensor, Tensor]] = []
+        kept_logits: list[tuple[Tensor, Tensor]] = []
+        spacing = 1 if with_probabilities else self._spacing
         for batch in batches(self.loader, accelerator.device):
             with self._room_named():
-                logits = _logits(self.model, batch) / self.temperature
-                results = self.problem.results(logits, batch)
-            # Probabilities of many classes take memory.
-            parts.append((*results, _probabilities(logits)) if with_probabilities else results)
-            if keep_logits:
-                kept_logits.append(logits[batch.indices % spacing == 0].cpu())
+                logits = self.model(pixel_values=batch.pixel_values).logits.float() / self.temperature
+                parts.append(self.problem.results(logits, batch))
+            if with_probabilities or keep_logits:
+                kept = batch.indices % spacing == 0
+                # Logits of many classes take memory.
+                kept_logits.append((batch.indices[kept, None], logits[kept].cpu()))
             after_batch()
-        integers = _gathered(accelerator, torch.cat([part[0] for part in parts]), PADDING_INDEX)
-        reals = _gathered(accelerator, torch.cat([part[1] for part in parts]), 0.0)
-        kept = integers[:, 0] != PADDING_INDEX
-        integers, reals = integers[kept], reals[kept]
-        ascending = np.argsort(integers[:, 0], kind="stable")
-        integers, reals = integers[ascending], reals[ascending]
+        integers, reals = _gathered_rows(accelerator, parts)
         rows = integers[:, 0]
         assert np.array_equal(rows, np.unique(rows)), "a sample was counted twice"
         assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
@@ -138,23 +132,22 @@ class Evaluator:
             )
         self._warn_of_non_finite(rows[~np.isfinite(reals).all(axis=1)])
         evaluation = self.problem.evaluation(self.split, self.labels, integers, reals)
+        if not kept_logits:
+            return evaluation
+        indices, gathered = _gathered_rows(accelerator, kept_logits)
+        rows, values = indices[:, 0], torch.from_numpy(gathered)
         if with_probabilities:
-            gathered = _gathered(accelerator, torch.cat([part[2] for part in parts]), 0.0)
-            probabilities = by_sample(self.split, rows, gathered[kept][ascending], np.nan)
+            probabilities = by_sample(self.split, rows, _probabilities(values).numpy(), np.nan)
             evaluation = replace(evaluation, probabilities=probabilities)
         if keep_logits:
-            evaluation = replace(evaluation, scored=self._scored(kept_logits, parts, spacing))
+            scored = ScoredSamples(values, torch.from_numpy(self.split.labels[rows]))
+            evaluation = replace(evaluation, scored=scored.part(torch.from_numpy(rows) % self._spacing == 0))
         return evaluation
 
-    def _scored(self, logits: list[Tensor], parts: list[tuple[Tensor, ...]], spacing: int) -> ScoredSamples:
-        """Gathers the logits of every `spacing`-th sample from all processes, in the order of the samples."""
-        own = torch.cat([part[0] for part in parts])[:, :2]
-        own = own[own[:, 0] % spacing == 0]
-        integers = _gathered(self.accelerator, own, PADDING_INDEX)
-        values = _gathered(self.accelerator, torch.cat(logits).to(own.device), 0.0)
-        kept = np.flatnonzero(integers[:, 0] != PADDING_INDEX)
-        kept = kept[np.argsort(integers[kept, 0], kind="stable")]
-        return ScoredSamples(torch.from_numpy(values[kept]), torch.from_numpy(integers[kept, 1]))
+    @property
+    def _spacing(self) -> int:
+        """Logits of every sample at a multiple of this index are kept."""
+        return -(-len(self.split) * len(self.labels) // MOST_LOGITS)
 
     def _warn_of_non_finite(self, rows: np.ndarray) -> None:
         """Logs the samples whose logits are not finite. They count as wrong, and the loss is NaN."""
@@ -183,16 +176,29 @@ class Evaluator:
             raise
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(pixel_values=batch.pixel_values).logits.float()
-
-
 def _probabilities(logits: Tensor) -> Tensor:
-    """Of every class, shape [B, K]; NaN where a logit is not finite."""
+    """Probability of every class, shape [N, K]; NaN where a logit is not finite."""
     return logits.softmax(dim=-1).where(logits.isfinite().all(dim=-1, keepdim=True), torch.nan)
 
 
-def _gathered(accelerator: Accelerator, rows: Tensor, padding_batch: float) -> np.ndarray:
-    """Gathers rows from all processes, which have different numbers of them."""
-    padded = accelerator.pad_across_processes(rows, dim=0, pad_index=padding_batch)
-    return accelerator.gather(padded).cpu().numpy()
+def _gathered_rows(accelerator: Accelerator, parts: list[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """Gathers the results of samples from all processes, which have different numbers of them.
+
+    Args:
+        accelerator: of the launch.
+        parts: integers [B, I], of which the first is the index of the sample, and other values [B, …].
+
+    Returns:
+        Both for all samples, in the order of their indices, without padding.
+    """
+    integers, values = (
+        accelerator.gather(
+            accelerator.pad_across_processes(torch.cat(part).to(accelerator.device), dim=0, pad_index=PADDING_INDEX)
+        )
+        .cpu()
+        .numpy()
+        for part in zip(*parts, strict=True)
+    )
+    kept = np.flatnonzero(integers[:, 0] != PADDING_INDEX)
+    kept = kept[np.argsort(integers[kept, 0], kind="stable")]
+    return integers[kept], values[kept]

@@ -1,4 +1,4 @@
-"""How a training run ends early: what is saved, and what the error says about resuming."""
+"""Ends a training run early: saves its state, and raises an error that says how to resume."""
 
 import logging
 from collections.abc import Iterator

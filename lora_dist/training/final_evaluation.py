@@ -10,9 +10,9 @@ from lora_dist.training.run import TrainingRun
 def final_evaluations(run: TrainingRun, data: ImageData) -> tuple[EvaluationResult, EvaluationResult | None]:
     """Evaluates the current weights on the validation data, and on the test data if there are any.
 
-    Both keep what the result is made of: logits for the temperature, and probabilities for out-of-fold predictions.
-    What was decided on the validation data, such as thresholds, is measured on the test data. Must be called on every
-    process.
+    Both evaluations keep logits if a temperature is fitted from them; the first one of a run with --fold keeps
+    probabilities, for out-of-fold predictions. Thresholds that are chosen on the validation data are measured on the
+    test data. Must be called on every process.
     """
     problem = run.evaluator.problem
     evaluation = run.evaluate(

@@ -1,7 +1,7 @@
 """Features of a frozen backbone: computed once for each image, so that a head trains on them many times faster.
 
-The features are those that the head gets in training, and the head computes from them what it computes otherwise. A run
-therefore trains on the same numbers, up to the rounding of sums in batches of other sizes.
+The features are the inputs that the head has in training on images. A run therefore trains on the same numbers, up to
+the rounding of sums in batches of other sizes.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from lora_dist.data.features import Features, TrainFeatures
-from lora_dist.data.loader import WorkerBatchSampler, batches, evaluation_loader, workers_of
+from lora_dist.data.loader import WorkerBatchSampler, batches, workers_of
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.model.adapters import base_of
@@ -32,7 +32,7 @@ MAX_BYTES = 2**31
 
 
 def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
-    """Returns a run that trains and evaluates the head on features, or the run itself where that is not the same.
+    """Returns a run that trains and evaluates the head on features, or the run itself where features would change it.
 
     Must be called on every process, in the watch's context.
     """
@@ -47,8 +47,11 @@ def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
     model = run.engine.unwrapped
     head = base_of(model).get_submodule(heads[0])
     run.watch.now("computing the features of the frozen backbone", first=True)
-    train = collect(run, model, head, _train_loader(run), len(run.images.split))
-    validation = collect(run, model, head, split_loader(run, run.evaluator.split), len(run.evaluator.split))
+    split, evaluator = run.images.split, run.evaluator
+    assert isinstance(split, Split)
+    train = collect(run, model, head, split, _train_loader(run))
+    # Of a copy, whose worker processes end with it.
+    validation = collect(run, model, head, evaluator.split, replace(evaluator).loader)
     _accept_features(base_of(model), head, train.values.shape[1:])
     skip = settings.data.on_bad_image == "skip"
     logger.info(
@@ -57,48 +60,44 @@ def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
         len(train.values) + len(validation.values),
         time.perf_counter() - start,
     )
-    return replace(run, features=TrainFeatures(train, skip), evaluator=replace(run.evaluator, features=validation))
+    return replace(run, features=TrainFeatures(train, skip), evaluator=replace(evaluator, features=validation))
 
 
 @torch.no_grad()
-def collect(run: TrainingRun, model: nn.Module, head: nn.Module, loader: DataLoader, count: int) -> Features:
-    """Returns what the head gets for all samples of a loader, on every process.
+def collect(run: TrainingRun, model: nn.Module, head: nn.Module, split: Split, loader: DataLoader) -> Features:
+    """Returns the inputs of the head for all samples of a split, on every process.
 
     Args:
         run: whose watch and requests to stop are served after each batch.
         model: to call; left in evaluation mode.
         head: a module in it.
-        loader: of this process's share of the samples.
-        count: samples of the split.
+        split: the samples.
+        loader: of this process's share of them.
     """
     accelerator = run.engine.accelerator
     model.eval()
-    values, facts = [], []
+    values, found = [], []
     with _calls_of(head) as calls:
         for batch in batches(loader, accelerator.device):
             model(pixel_values=batch.pixel_values)
             values.append(calls.pop()[0].detach())
-            label_shape = batch.labels.shape[1:]
-            labels = batch.labels.long().reshape(len(batch.labels), -1)
-            facts.append(torch.cat([batch.indices[:, None], (batch.weights > 0).long()[:, None], labels], dim=1))
+            found.append(batch.indices.where(batch.weights > 0, PADDING_INDEX))
             run.watch.now("computing the features of the frozen backbone")
             run.preemption.check()
-    padded = [accelerator.pad_across_processes(torch.cat(part), pad_index=PADDING_INDEX) for part in (values, facts)]
-    rows, gathered = accelerator.gather(padded[0]).cpu(), accelerator.gather(padded[1]).cpu()
-    indices, readable, labels = gathered[:, 0], gathered[:, 1], gathered[:, 2:].reshape(-1, *label_shape)
-    kept = (indices != PADDING_INDEX) & (readable > 0)
+    padded = (accelerator.pad_across_processes(torch.cat(part), pad_index=PADDING_INDEX) for part in (values, found))
+    rows, indices = (accelerator.gather(part).cpu() for part in padded)
+    is_read = indices != PADDING_INDEX
     features = Features(
-        torch.zeros(count, *rows.shape[1:], dtype=rows.dtype),
-        torch.zeros(count, *label_shape, dtype=torch.int64),
-        torch.zeros(count, dtype=torch.bool),
+        torch.zeros(len(split), *rows.shape[1:], dtype=rows.dtype),
+        torch.from_numpy(split.labels).long(),
+        torch.zeros(len(split), dtype=torch.bool),
     )
-    at = indices[kept]
-    features.values[at], features.labels[at], features.readable[at] = rows[kept], labels[kept], True
+    features.values[indices[is_read]], features.readable[indices[is_read]] = rows[is_read], True
     return features
 
 
 def _obstacle(run: TrainingRun, heads: list[str]) -> str | None:
-    """Why features cannot stand for the images; None if they can."""
+    """Returns the reason for which features cannot stand for the images; None if they can."""
     accelerator, split = run.engine.accelerator, run.images.split
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return "FSDP and DeepSpeed own the model"
@@ -110,11 +109,14 @@ def _obstacle(run: TrainingRun, heads: list[str]) -> str | None:
         return "images are mixed"
     if len(heads) != 1:
         return f"several modules train: {', '.join(heads)}"
-    return _is_fixed(run, heads[0])
+    return _obstacle_in_model(run, heads[0])
 
 
-def _is_fixed(run: TrainingRun, head_name: str) -> str | None:
-    """Why the head's input is not a fixed function of the image, or the logits not the head's output; None if so."""
+def _obstacle_in_model(run: TrainingRun, head_name: str) -> str | None:
+    """Returns the reason for which a head cannot train on its inputs alone; None if it can.
+
+    The inputs must be a fixed function of the image and fit into memory, and the logits the output of the head.
+    """
     model, transforms = run.engine.unwrapped, run.evaluator.transforms
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, transforms.height, transforms.width, generator=generator)
@@ -154,7 +156,7 @@ def _calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _accept_features(base: nn.Module, head: nn.Module, shape: torch.Size) -> None:
-    """Makes a classifier take what its head gets, [B, *shape], in place of images as well."""
+    """Makes a classifier take the inputs of its head, [B, *shape], in place of images as well."""
     whole = base.forward
 
     def forward(pixel_values: Tensor, **options: object) -> object:
@@ -182,18 +184,4 @@ def _train_loader(run: TrainingRun) -> DataLoader:
         workers=workers,
         prefetch_factor=settings.data.dataloader_prefetch_factor,
         pin_memory=accelerator.device.type == "cuda",
-    )
-
-
-def split_loader(run: TrainingRun, split: Split) -> DataLoader:
-    """This process's share of a split, as an evaluation sees it."""
-    accelerator, settings = run.engine.accelerator, run.settings
-    return evaluation_loader(
-        split,
-        run.evaluator.transforms,
-        settings.optimization.per_device_eval_batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-        settings.data,
-        accelerator.device,
     )

@@ -13,7 +13,7 @@ from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.model.backbone import Base
 from lora_dist.model.warm_start import WarmStart
-from lora_dist.settings.fields import color_name, color_of
+from lora_dist.settings.fields import SINGLE_LABEL, color_name, color_of
 from lora_dist.settings.train import DataSettings, Settings
 from lora_dist.training.class_weights import describe_weights
 from lora_dist.training.saving.checkpoint import Checkpoint
@@ -33,13 +33,13 @@ LORA = ("lora_r", "lora_alpha", TARGETS, "lora_bias", "use_rslora", "use_dora", 
 _BEFORE = {
     "class_weights": "none",
     "focal_gamma": 0.0,
-    "problem_type": "single_label_classification",
+    "problem_type": SINGLE_LABEL,
     "base_dtype": "float32",
     "optim": "adamw_torch",
     "fold": None,
     **_LATER,
 }
-"""What checkpoints of releases without these entries were trained with."""
+"""Values of these entries for checkpoints of releases that did not record them."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
 _BOOKKEEPING = {

@@ -207,11 +207,7 @@ def _evaluate(run: TrainingRun, progress: Progress) -> EvaluationResult | None:
     run.tracker.scalars(progress.step, run.epoch(progress.step), metrics)
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())
     run.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
-    evaluator = run.evaluator
-    conversion = evaluator.transforms.conversion
-    show_evaluation(
-        run.tracker, evaluator.problem, evaluation, progress.step, evaluator.split, evaluator.labels, conversion
-    )
+    show_evaluation(run.tracker, run.evaluator, evaluation, progress.step)
     return evaluation if best else None
 
 

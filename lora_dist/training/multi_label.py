@@ -1,6 +1,5 @@
 """Several labels per image: binary cross-entropy, mean average precision, F1, and a threshold of each label."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.metrics.multi_label import best_threshold, multi_label_metrics
+from lora_dist.metrics.predictions import rounded, write_rows
 from lora_dist.model.decision import AboveThresholds, Decision
 from lora_dist.settings.train import Settings
 from lora_dist.training.binary_loss import BinaryLoss, make_binary_loss
@@ -37,6 +37,7 @@ class LabelSetEvaluation:
         num_samples: samples that were evaluated: all whose image could be read.
         intervals: none.
         slices: none.
+        scored: none.
     """
 
     metrics: dict[str, float]
@@ -47,6 +48,7 @@ class LabelSetEvaluation:
     num_samples: int
     intervals: Mapping[str, Any] = field(default_factory=dict)
     slices: Mapping[str, Any] = field(default_factory=dict)
+    scored: None = None
 
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
@@ -91,7 +93,7 @@ class MultiLabel:
     ) -> LabelSetEvaluation:
         rows = integers[:, 0]
         positive, scores = split.labels[rows].astype(bool), reals[:, 1:]
-        thresholds = self._thresholds(np.nan_to_num(scores, nan=-1.0), positive)
+        thresholds = self._thresholds(scores, positive)
         metrics, per_class = multi_label_metrics(scores, positive, thresholds)
         whole = by_sample(split, rows, reals, np.nan)
         return LabelSetEvaluation(
@@ -137,16 +139,16 @@ class MultiLabel:
         self, file: Path, evaluation: LabelSetEvaluation, split: Split, labels: Sequence[str]
     ) -> None:
         names, said = split.names(), evaluation.scores >= evaluation.thresholds
-        with file.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
-            for row in np.flatnonzero(np.isfinite(evaluation.losses)).tolist():
-                scores = np.round(evaluation.scores[row].astype(float), 6).tolist()
-                content = {
-                    "path": names[row],
-                    "given_labels": [labels[label] for label in np.flatnonzero(split.labels[row]).tolist()],
-                    "labels": [labels[label] for label in np.flatnonzero(said[row]).tolist()],
-                    "scores": dict(zip(labels, scores, strict=True)),
-                }
-                lines.write(json.dumps(content, ensure_ascii=False) + "\n")
+        rows = (
+            {
+                "path": names[row],
+                "given_labels": _labels(split.labels[row], labels),
+                "labels": _labels(said[row], labels),
+                "scores": rounded(labels, evaluation.scores[row]),
+            }
+            for row in np.flatnonzero(np.isfinite(evaluation.losses)).tolist()
+        )
+        write_rows(file, rows)
 
     def chance_level(self, evaluation: LabelSetEvaluation) -> tuple[float, str]:
         """The mean share of the images that have a label, which is the mAP of random scores."""
@@ -154,5 +156,9 @@ class MultiLabel:
         return float(np.mean(shares)) if shares else math.nan, "that of random scores"
 
 
-def _names(label: np.ndarray, labels: Sequence[str]) -> str:
-    return ", ".join(labels[index] for index in np.flatnonzero(label).tolist()) or "(none)"
+def _labels(row: np.ndarray, labels: Sequence[str]) -> list[str]:
+    return [labels[index] for index in np.flatnonzero(row).tolist()]
+
+
+def _names(row: np.ndarray, labels: Sequence[str]) -> str:
+    return ", ".join(_labels(row, labels)) or "(none)"

@@ -1,17 +1,12 @@
-"""The optimizer of what trains, with groups for weight decay, LoRA+, the head's learning rate and layer decay."""
+"""The optimizer, with parameter groups for weight decay, LoRA+, the head's learning rate and layer decay."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lora_dist.model.adapters import is_head, is_lora_b, plain_parameter
+from lora_dist.model.parameter_names import is_head, is_lora_b, plain_parameter
 from lora_dist.settings.train import OptimizationSettings
-
-
-def count_moments(settings: OptimizationSettings) -> int:
-    """Returns how many tensors the optimizer keeps for each parameter."""
-    return 2 if settings.optim == "adamw_torch" else int(settings.momentum > 0)
 
 
 def make_optimizer(

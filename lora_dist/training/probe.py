@@ -1,9 +1,12 @@
-"""Yardsticks before training (`--probe`): a linear probe and nearest neighbours on the features of the base."""
+"""Accuracies before training (`--probe`): of a linear probe and of nearest neighbours on the features of the base."""
 
 import json
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -14,7 +17,7 @@ from lora_dist.data.features import Features
 from lora_dist.data.sources.split import Split
 from lora_dist.model.adapters import base_of
 from lora_dist.storage.files import replace_file
-from lora_dist.training.frozen_backbone import collect, split_loader
+from lora_dist.training.frozen_backbone import collect
 from lora_dist.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -28,7 +31,7 @@ ROWS = 1024
 
 
 def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: int) -> None:
-    """Measures the yardsticks and writes them to a file, unless a resumed run has changed the features already.
+    """Measures both accuracies and writes them to a file, unless a resumed run has changed the features already.
 
     Must be called on every process, in the watch's context.
 
@@ -49,7 +52,8 @@ def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: in
     accelerator, validation = run.engine.accelerator, run.evaluator.split
     head = base_of(run.engine.unwrapped).get_submodule(heads[0])
     known, asked = (
-        collect(run, run.engine.model, head, split_loader(run, split), len(split)) for split in (train, validation)
+        collect(run, run.engine.model, head, split, replace(run.evaluator, split=split).loader)
+        for split in (train, validation)
     )
     run.watch.now("fitting the linear probe", first=True)
     found: list[dict[str, float]] = [{}]
@@ -114,6 +118,6 @@ def read_probe(path: Path) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def in_words(found: dict[str, float]) -> str:
-    """The accuracies as part of a sentence."""
+def in_words(found: Mapping[str, Any]) -> str:
+    """The accuracies that `probe` found as part of a sentence."""
     return f"linear probe {found['probe_accuracy']:.4f}, kNN {found['knn_accuracy']:.4f}"

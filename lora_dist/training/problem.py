@@ -1,4 +1,4 @@
-"""What training needs to know of the kind of labels: a `ProblemType`, chosen once from the settings.
+"""`ProblemType`: the interface of a kind of labels to training. The settings choose one once.
 
 `single_label.py` has that of one class per image, `multi_label.py` that of several labels, and `problem_types.py` both
 by name. How labels are read is in `data/sources/reading_labels.py`, and what becomes of logits in `model/decision.py`.
@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_dist.data.batch import Batch
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
+from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.metrics.intervals import Interval
 from lora_dist.model.decision import Decision
 from lora_dist.settings.train import Settings
@@ -22,7 +23,7 @@ from lora_dist.training.loss import SampleLoss
 
 
 class EvaluationResult(Protocol):
-    """What all evaluations have: metrics, and the results of each sample."""
+    """The interface of all evaluations: metrics, and the results of each sample."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -54,6 +55,11 @@ class EvaluationResult(Protocol):
         """Metrics by column of --slice_columns and its values."""
         ...
 
+    @property
+    def scored(self) -> ScoredSamples | None:
+        """Logits and labels of samples, from which a temperature is fitted; None if they were not asked for."""
+        ...
+
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
         ...
@@ -64,7 +70,7 @@ class ProblemType(Protocol):
 
     @property
     def headline(self) -> str:
-        """The metric that is told first."""
+        """The metric that reports name first."""
         ...
 
     @property
@@ -79,7 +85,7 @@ class ProblemType(Protocol):
 
     @property
     def labels_word(self) -> str:
-        """What the classes are called in the model card."""
+        """The word for classes in the model card."""
         ...
 
     def loss(self, settings: Settings, data: ImageData) -> SampleLoss:
@@ -87,9 +93,9 @@ class ProblemType(Protocol):
         ...
 
     def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What an evaluation keeps of each sample: integers [B, I], of which the first is its index, and reals [B, R].
+        """Returns the results of each sample: integers [B, I], of which the first is its index, and reals [B, R].
 
-        Says with NaN among the reals that a logit is not finite.
+        NaN among the reals means that a logit is not finite.
         """
         ...
 
@@ -98,11 +104,11 @@ class ProblemType(Protocol):
         ...
 
     def decision(self, evaluation: Any) -> Decision:
-        """What the result of a run with this evaluation does with its logits."""
+        """Returns the decision that the result of a run with this evaluation makes by its logits."""
         ...
 
     def fixed(self, decision: Decision) -> "ProblemType":
-        """The problem type for measuring a decision that was made on other data."""
+        """Returns the problem type that measures a decision which was chosen on other data."""
         ...
 
     def caption(self, label: Any, labels: Sequence[str]) -> str:
@@ -110,7 +116,7 @@ class ProblemType(Protocol):
         ...
 
     def answers(self, evaluation: Any, split: Split, indices: Sequence[int], labels: Sequence[str]) -> list[str]:
-        """For each of these samples, what it is and what the model said, in two lines."""
+        """Returns two lines for each of these samples: its label, and the model's answer."""
         ...
 
     def pictures(self, evaluation: Any, labels: Sequence[str]) -> dict[str, Image.Image]:
@@ -118,15 +124,15 @@ class ProblemType(Protocol):
         ...
 
     def details(self, evaluation: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """What evaluation.json has besides metrics, as JSON values."""
+        """Returns the entries of evaluation.json besides metrics, as JSON values."""
         ...
 
     def write_predictions(self, file: Path, evaluation: Any, split: Split, labels: Sequence[str]) -> None:
-        """Writes a line of JSON for each sample that could be read: what it is and what the model said."""
+        """Writes a line of JSON for each sample that could be read: its label, and the model's answer."""
         ...
 
     def chance_level(self, evaluation: Any) -> tuple[float, str]:
-        """What a model that has learned nothing reaches in `headline`, and the words for it; NaN for no such value."""
+        """Returns the `headline` of a model that has learned nothing, or NaN, and the words for this value."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The problem types by name; `problem.py` says what they are."""
 
-from lora_dist.model.decision import MULTI_LABEL, SINGLE_LABEL
+from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 from lora_dist.training.multi_label import MultiLabel
 from lora_dist.training.problem import ProblemType
 from lora_dist.training.single_label import SingleLabel

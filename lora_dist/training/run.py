@@ -108,7 +108,7 @@ class TrainingRun:
 
     @property
     def precision(self) -> str:
-        """What the model computes in: no (fp32), bf16, fp16, or bf16_base (all but what trains in bf16)."""
+        """The precision of the model: no (fp32), bf16, fp16, or bf16_base (bf16, with trained parameters in fp32)."""
         in_bf16 = self.settings.model.base_dtype == "bfloat16"
         return "bf16_base" if in_bf16 else self.engine.accelerator.mixed_precision
 

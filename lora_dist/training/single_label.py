@@ -31,7 +31,7 @@ NO_RANK = 2**31
 """The rank of a label if logits are not finite: outside the top k of any number of classes."""
 SCALARS = ("accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 MAX_MATRIX = 100
-"""Classes of which evaluation.json has the whole confusion matrix."""
+"""Most classes whose whole confusion matrix is in evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,19 @@ class Evaluation:
     def intervals(self) -> dict[str, Interval]:
         """95% intervals of `accuracy` and `macro_f1`; computed when first asked for."""
         read = self.references >= 0
-        groups = None if self.groups is None else self.groups[read]
-        return bootstrap_intervals(self.references[read], self.predictions[read], groups)
+        return bootstrap_intervals(self.references[read], self.predictions[read], self._groups_of(read))
 
     @cached_property
     def slices(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Metrics by column of --slice_columns and its values; computed when first asked for."""
         read = self.references >= 0
-        groups = None if self.groups is None else self.groups[read]
         return {
-            column: slice_metrics(self.references[read], self.predictions[read], values[read], groups)
+            column: slice_metrics(self.references[read], self.predictions[read], values[read], self._groups_of(read))
             for column, values in self.slice_values.items()
         }
+
+    def _groups_of(self, chosen: np.ndarray) -> np.ndarray | None:
+        return None if self.groups is None else self.groups[chosen]
 
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
@@ -128,7 +129,6 @@ class SingleLabel:
             ranks=integers[:, 3],
             losses=reals[:, 1],
         )
-
         return Evaluation(
             metrics={name: results[name] for name in SCALARS},
             per_class=results["per_class"],

@@ -10,11 +10,12 @@ from torch import Tensor
 from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import seed_of
 from lora_dist.engines.engine import Engine
+from lora_dist.errors import NonFiniteGradientError
 from lora_dist.training.loss import SampleLoss
 
 
 class Update(NamedTuple):
-    """What one update did.
+    """The results of one update.
 
     Attributes:
         loss: weighted mean over all its samples, on all processes.
@@ -182,7 +183,7 @@ class GradientAccumulator:
             raise NonFiniteLossError("loss", found, unreadable, asked)
         try:
             grad_norm = engine.step(clipped)
-        except ArithmeticError as error:
+        except NonFiniteGradientError as error:
             found = [int(index) for indices, _ in self._suspects for index in indices]
             raise NonFiniteLossError("gradient", found, unreadable, asked) from error
         except Exception as error:

@@ -8,21 +8,19 @@ of the cost: the weights of the base are rounded to bf16, and everything is comp
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import torch
-from predict_speed import add_rows
+from result_files import add_rows
+from training_runs import accuracies, train
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist.demo import local_path
 
 BASE = "demo:vit"
-SEEDS = (1, 2, 3)
 WAYS = ("float32", "bfloat16", "rounded")
 
 
@@ -36,17 +34,10 @@ def rounded_base(directory: Path) -> Path:
     return directory
 
 
-def accuracy(root: Path, way: str, seed: int, epochs: int) -> float:
-    """Held-out accuracy of a run."""
-    output = root / f"{way}-{seed}"
-    settings = {"config": "demo", "output_dir": output, "seed": seed, "num_train_epochs": epochs, "eval_steps": "no"}
-    if way == "rounded":
-        settings |= {"model_name_or_path": root / "rounded"}
-    else:
-        settings |= {"base_dtype": way}
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    subprocess.run([sys.executable, "-m", "lora_dist.train", *arguments], check=True, capture_output=True)
-    return float(json.loads((output / "all_results.json").read_text(encoding="utf-8"))["eval_accuracy"])
+def run(root: Path, way: str, epochs: int, seed: int) -> dict[str, Any]:
+    """Results of a run."""
+    base: dict[str, object] = {"model_name_or_path": root / "rounded"} if way == "rounded" else {"base_dtype": way}
+    return train(root / f"{way}-{seed}", config="demo", seed=seed, num_train_epochs=epochs, eval_steps="no", **base)
 
 
 def main() -> None:
@@ -60,9 +51,8 @@ def main() -> None:
         root = Path(folder)
         rounded_base(root / "rounded")
         for way in arguments.ways:
-            found = [accuracy(root, way, seed, arguments.epochs) for seed in SEEDS]
-            row: dict[str, object] = {"base": way, "epochs": arguments.epochs, "mean": round(mean(found), 4)}
-            rows.append(row | {f"seed_{seed}": round(one, 4) for seed, one in zip(SEEDS, found, strict=True)})
+            found = accuracies(partial(run, root, way, arguments.epochs))
+            rows.append({"base": way, "epochs": arguments.epochs, **found})
             print(rows[-1], flush=True)
     add_rows("base_dtype.csv", rows)
 

@@ -9,7 +9,6 @@ only imported the same modules. The rows are written to `results/base_memory.csv
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from PIL import Image
+from result_files import add_rows
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
-RESULTS = Path(__file__).parent / "results" / "base_memory.csv"
 LARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -76,12 +75,7 @@ def main() -> None:
             ],
         }
         rows = [row for name, words in commands.items() for row in measure(name, words, weights, arguments.dtype)]
-    exists = RESULTS.is_file()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        if not exists:
-            table.writeheader()
-        table.writerows(rows)
+    add_rows("base_memory.csv", rows)
 
 
 def make_base(directory: Path, dtype: torch.dtype) -> int:

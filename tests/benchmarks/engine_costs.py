@@ -7,7 +7,6 @@ gradients and moments, not activations. Traffic is read from the loopback interf
 over it; `make engine-costs`, which runs every launch file, sees to that.
 """
 
-import csv
 import gc
 import json
 import sys
@@ -19,11 +18,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from result_files import add_rows
 from transformers import ViTConfig, ViTForImageClassification
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import Engine, engine_name, make_engine
-from lora_dist.model.adapters import inject
+from lora_dist.model.injection import inject
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
@@ -40,11 +40,10 @@ IMAGE_SIZE = 64
 """Small, because neither figure depends on the number of tokens."""
 CLASSES = 101
 UPDATES = 4
-RESULTS = Path(__file__).parent / "results" / "engine_costs.csv"
 
 
 def main(shape: str) -> None:
-    """Measures the engine of this launch and adds a row to `RESULTS`."""
+    """Measures the engine of this launch and adds a row to `results/engine_costs.csv`."""
     accelerator = launch("auto")
     torch.manual_seed(0)
     config = ViTConfig(**SHAPES[shape] | {"image_size": IMAGE_SIZE, "num_labels": CLASSES})
@@ -81,12 +80,7 @@ def main(shape: str) -> None:
             "torch": torch.__version__,
         }
         print(json.dumps(row))
-        new = not RESULTS.exists()
-        with RESULTS.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, row.keys())
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        add_rows("engine_costs.csv", [row])
     accelerator.end_training()
 
 

@@ -7,25 +7,22 @@ run adds a row to `results/imbalance.csv`.
 """
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
 
-from predict_speed import add_rows
+from result_files import add_rows
+from training_runs import SEEDS, train
 
 from lora_dist.demo import local_path
 
-SEEDS = (1, 2, 3)
 MANY, FEW = 100, 2
-WAYS: dict[str, list[str]] = {
-    "plain": [],
-    "class weights": ["--class_weights", "balanced"],
-    "focal loss": ["--focal_gamma", "2"],
-    "balanced sampling": ["--balanced_sampling"],
+WAYS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "class weights": {"class_weights": "balanced"},
+    "focal loss": {"focal_gamma": 2},
+    "balanced sampling": {"balanced_sampling": "true"},
 }
 
 
@@ -40,14 +37,11 @@ def write_digits(directory: Path, seed: int) -> None:
             shutil.copy(file, directory / str(label) / file.name)
 
 
-def metrics(train: Path, output: Path, seed: int, epochs: int, flags: list[str]) -> dict[str, float]:
+def metrics(digits: Path, output: Path, seed: int, epochs: int, more: dict[str, object]) -> dict[str, float]:
     """Metrics of a run on the validation images."""
-    command = [
-        *(sys.executable, "-m", "lora_dist.train", "--config", "demo", "--train_dir", train, "--output_dir", output),
-        *("--seed", seed, "--num_train_epochs", epochs, "--eval_steps", "no", *flags),
-    ]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    results = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
+    results = train(
+        output, config="demo", train_dir=digits, seed=seed, num_train_epochs=epochs, eval_steps="no", **more
+    )
     return {name: results[f"eval_{name}"] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
 
 

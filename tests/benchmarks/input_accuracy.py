@@ -7,19 +7,17 @@ train with the same seeds, settings and order. Each run adds its rows to `result
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 from PIL import Image
-from predict_speed import add_rows
+from result_files import add_rows
+from training_runs import accuracies, train
 
 from lora_dist.demo import local_path
 
-SEEDS = (1, 2, 3)
 SIZE = (96, 96)
 
 
@@ -33,24 +31,21 @@ def write_digits(directory: Path) -> None:
             Image.open(file).convert("RGB").resize(SIZE, Image.Resampling.BICUBIC).save(target, quality=90)
 
 
-def accuracy(root: Path, seed: int, epochs: int, *more: str) -> float:
-    """Held-out accuracy of a run."""
-    output = root / f"run-{seed}-{len(more)}"
-    settings = {
-        "config": "demo",
-        "train_dir": root / "train",
-        "validation_dir": root / "validation",
-        "output_dir": output,
-        "seed": seed,
-        "num_train_epochs": epochs,
-        "augmentation": "basic",
-        "crop_scale_min": 0.5,
-        "horizontal_flip": 0,
-        "eval_steps": "no",
-    }
-    arguments = [*(f"--{name}={value}" for name, value in settings.items()), *more]
-    subprocess.run([sys.executable, "-m", "lora_dist.train", *map(str, arguments)], check=True, capture_output=True)
-    return float(json.loads((output / "all_results.json").read_text(encoding="utf-8"))["eval_accuracy"])
+def run(root: Path, epochs: int, more: dict[str, object], seed: int) -> dict[str, Any]:
+    """Results of a run."""
+    return train(
+        root / f"run-{seed}-{len(more)}",
+        config="demo",
+        train_dir=root / "train",
+        validation_dir=root / "validation",
+        seed=seed,
+        num_train_epochs=epochs,
+        augmentation="basic",
+        crop_scale_min=0.5,
+        horizontal_flip=0,
+        eval_steps="no",
+        **more,
+    )
 
 
 def main() -> None:
@@ -62,11 +57,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_digits(root)
-        ways = {"files": (), "cache, augment_on_device": ("--cache_dir", str(root / "cache"), "--augment_on_device")}
-        for name, flags in ways.items():
-            found = [accuracy(root, seed, arguments.epochs, *flags) for seed in SEEDS]
-            row: dict[str, object] = {"input": name, "epochs": arguments.epochs, "mean": round(mean(found), 4)}
-            rows.append(row | {f"seed_{seed}": round(one, 4) for seed, one in zip(SEEDS, found, strict=True)})
+        cached: dict[str, object] = {"cache_dir": root / "cache", "augment_on_device": "true"}
+        for name, more in {"files": {}, "cache, augment_on_device": cached}.items():
+            found = accuracies(partial(run, root, arguments.epochs, more))
+            rows.append({"input": name, "epochs": arguments.epochs, **found})
             print(rows[-1], flush=True)
     add_rows("input_accuracy.csv", rows)
 

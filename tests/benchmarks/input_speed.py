@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 import torch
 from PIL import Image
-from predict_speed import add_rows, make_jpegs
+from predict_speed import make_jpegs
+from result_files import add_rows
 from torchvision import transforms as torchvision_transforms
 from transformers import ViTImageProcessor
 

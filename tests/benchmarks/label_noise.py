@@ -16,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+from training_runs import train
 
 from lora_dist.demo import local_path
 from lora_dist.metrics.predictions import read_predictions
@@ -52,20 +53,20 @@ def found_by_audit(directory: Path, folds: int, epochs: float) -> list[str]:
     """Trains on each fold, gathers the predictions, and returns the paths whose labels the audit finds likely wrong,
     the surest first."""
     data, runs = directory / "digits", [directory / f"fold-{number}" for number in range(1, folds + 1)]
-    flags = (
-        "--model_name_or_path",
-        "demo:vit",
-        "--train_dir",
-        data,
-        "--augmentation",
-        "none",
-        "--learning_rate",
-        "8e-3",
-    )
-    batch = ("--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 1, "--lr_scheduler_type", "cosine")
     for number, run in enumerate(runs, start=1):
-        fold = ("--fold", f"{number}/{folds}", "--output_dir", run, "--num_train_epochs", epochs, "--eval_steps", "no")
-        _run("lora_dist.train", *flags, *batch, *fold)
+        train(
+            run,
+            model_name_or_path="demo:vit",
+            train_dir=data,
+            fold=f"{number}/{folds}",
+            num_train_epochs=epochs,
+            eval_steps="no",
+            augmentation="none",
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=1,
+            learning_rate=8e-3,
+            lr_scheduler_type="cosine",
+        )
     _run("lora_dist.folds", *runs)
     predictions = ("--predictions", directory / "out_of_fold.jsonl", "--output_dir", directory / "audit")
     _run("lora_dist.audit", "--train_dir", data, *predictions, codes=(3, 4))

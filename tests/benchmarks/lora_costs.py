@@ -17,11 +17,12 @@ from statistics import median
 
 import peft
 import torch
-from predict_speed import add_rows, make_classifier
+from predict_speed import make_classifier
+from result_files import add_rows
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lora_dist.model.adapters import inject, without_lora
+from lora_dist.model.injection import inject, without_lora
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.settings.train import LoraSettings
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from predict_speed import add_rows
+from result_files import add_rows
 
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.classification import ClassificationMetric

@@ -25,7 +25,8 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from predict_speed import JPEG_SIZE, add_rows, make_classifier, make_jpegs
+from predict_speed import JPEG_SIZE, make_classifier, make_jpegs
+from result_files import add_rows
 
 from lora_dist.processes.cores import available_cores
 

@@ -12,7 +12,6 @@ written to `results/predict_memory.csv` on the way.
 """
 
 import argparse
-import csv
 import os
 import resource
 import tempfile
@@ -26,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from result_files import add_rows
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -45,7 +45,6 @@ from lora_dist.processes.huge_pages import move_to_huge_pages
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
 JPEG_SIZE = (500, 375)
 JPEG_QUALITY = 90
-RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
 
@@ -126,17 +125,6 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 def _cpu_seconds() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def add_rows(name: str, rows: Sequence[dict[str, object]], anew: bool = False) -> None:
-    """Adds rows to a file of results, or writes it anew."""
-    path = RESULTS / name
-    new = anew or not path.exists()
-    with path.open("w" if new else "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def watch_memory(classifier: Classifier, files: Sequence[str], batch_size: int) -> None:

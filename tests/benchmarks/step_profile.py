@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import make_engine
-from lora_dist.model.adapters import inject
+from lora_dist.model.injection import inject
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.runtime import launch

@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from lora_dist_testing.launching import (
+    EVERY_UPDATE,
     ROOT,
     TIMEOUT,
     command,
@@ -45,12 +48,10 @@ RUNNING = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero
 DISTRIBUTED = tuple(engine for engine in LAUNCH_FILES if engine != "single")
 ELASTIC = ("single", "ddp", "zero2", "zero3")
 ALWAYS = [
-    ("single", "ddp"),
+    ("single", "zero3"),
+    ("zero3", "ddp"),
     ("ddp", "zero2"),
     ("zero2", "single"),
-    ("zero2", "zero3"),
-    ("zero3", "ddp"),
-    ("single", "zero3"),
     ("single", "fsdp2"),
     ("fsdp2", "single"),
 ]
@@ -81,12 +82,6 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             out,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
-            num_train_epochs=2,
-            logging_steps=1,
-            checkpointing_steps=1,
-            save_total_limit=99,
-            lora_dropout=0,
-            learning_rate=1e-3,
             class_weights=weights,
             focal_gamma=1,
             mixup_alpha=1,
@@ -96,6 +91,7 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
             layer_decay=0.7,
             lora_rank_pattern="layers.1.attention.q_proj=2",
             train_norms="true",
+            **EVERY_UPDATE,
         ),
         "--balanced_sampling",
         *more,
@@ -104,15 +100,14 @@ def _train(engine: str, accumulation: int, vit: Path, photos: Path, out: Path, *
     return out
 
 
+Runs = Callable[[str, int], Path]
+
+
 @pytest.fixture(scope="module")
-def runs(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
-    """A whole run of each engine, with accumulation 4 and 1."""
+def run_of(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Gives a whole run of an engine with an accumulation, which is made when it is first asked for."""
     root = tmp_path_factory.mktemp("engines")
-    return {
-        (engine, accumulation): _train(engine, accumulation, vit, photos, root / f"{engine}_{accumulation}")
-        for accumulation in (4, 1)
-        for engine in LAUNCH_FILES
-    }
+    return cache(lambda engine, steps: _train(engine, steps, vit, photos, root / f"{engine}_{steps}"))
 
 
 def _losses(out: Path, name: str = "train/loss") -> list[float]:
@@ -127,10 +122,16 @@ def _averages(out: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(checkpoint.path_of(out / "checkpoints", STEPS)).average
 
 
-@pytest.mark.parametrize("accumulation", [4, 1])
-@pytest.mark.parametrize("engine", DISTRIBUTED)
-def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engine: str, accumulation: int) -> None:
-    reference, out = runs["single", 4], runs[engine, accumulation]
+@pytest.mark.parametrize(
+    ("engine", "accumulation"),
+    [
+        *((engine, 4) for engine in DISTRIBUTED),
+        *((engine, 1) for engine in ("ddp", "zero2", "fsdp2")),
+        *(pytest.param(engine, 1, marks=pytest.mark.slow) for engine in ("zero1", "zero3")),
+    ],
+)
+def test_every_engine_computes_the_same(run_of: Runs, engine: str, accumulation: int) -> None:
+    reference, out = run_of("single", 4), run_of(engine, accumulation)
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         assert _losses(out, name) == pytest.approx(_losses(reference, name), rel=1e-5, abs=1e-5), name
     assert len(_losses(out)) == STEPS
@@ -141,31 +142,31 @@ def test_every_engine_computes_the_same(runs: dict[tuple[str, int], Path], engin
 
 
 @pytest.mark.parametrize("engine", DISTRIBUTED)
-def test_adapters_are_complete_and_of_one_format(runs: dict[tuple[str, int], Path], engine: str) -> None:
-    expected = load_file(runs["single", 4] / "adapter" / "adapter_model.safetensors")
-    found = load_file(runs[engine, 4] / "adapter" / "adapter_model.safetensors")
+def test_adapters_are_complete_and_of_one_format(run_of: Runs, engine: str) -> None:
+    expected = load_file(run_of("single", 4) / "adapter" / "adapter_model.safetensors")
+    found = load_file(run_of(engine, 4) / "adapter" / "adapter_model.safetensors")
     assert {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in expected.items()
     }
     assert all(tensor.numel() and tensor.dtype == torch.float32 for tensor in found.values())
-    files = [{path.name for path in (runs[key, 4] / "adapter").iterdir()} for key in ("single", engine)]
+    files = [{path.name for path in (run_of(key, 4) / "adapter").iterdir()} for key in ("single", engine)]
     assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("engine", DISTRIBUTED)
-def test_checkpoints_are_of_one_size(runs: dict[tuple[str, int], Path], engine: str) -> None:
+def test_checkpoints_are_of_one_size(run_of: Runs, engine: str) -> None:
     checkpoint = f"checkpoints/step-{STEPS:08d}"
     for name in ("trained.safetensors", "optimizer.safetensors"):
-        sizes = {(runs[key, 4] / checkpoint / name).stat().st_size for key in ("single", engine)}
+        sizes = {(run_of(key, 4) / checkpoint / name).stat().st_size for key in ("single", engine)}
         assert len(sizes) == 1, name
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_checkpoint_goes_on_under_any_engine(
-    runs: dict[tuple[str, int], Path], source: str, target: str, vit: Path, photos: Path, tmp_path: Path
+    run_of: Runs, source: str, target: str, vit: Path, photos: Path, tmp_path: Path
 ) -> None:
     """From the middle of an epoch; on the same engine to the same bits, elsewhere to float error."""
-    whole, out = runs[source, 4], tmp_path / "run"
+    whole, out = run_of(source, 4), tmp_path / "run"
     checkpoints = f"checkpoints/step-{MIDDLE:08d}"
     shutil.copytree(whole / checkpoints, out / checkpoints)
     _train(target, 4, vit, photos, out, "--resume_from_checkpoint", "auto")
@@ -360,8 +361,8 @@ def test_a_base_in_bf16_trains_under_each_engine_but_deepspeed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "reads"), [("ddp", 1), ("fsdp2", 1), ("zero1", 5)])
-def test_an_update_of_several_processes_reads_from_the_device_once(engine: str, reads: int) -> None:
-    """DeepSpeed reads more often itself."""
+def test_an_update_of_several_processes_reads_from_the_device_as_often_as_documented(engine: str, reads: int) -> None:
+    """Once, but for DeepSpeed's own reads."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     script = ROOT / "tests" / "benchmarks" / "collectives.py"

@@ -60,9 +60,9 @@ def test_help_comes_from_the_wheel(installed: Path) -> None:
 
 def test_a_recipe_is_read_from_the_wheel(installed: Path) -> None:
     code = (
-        "from lora_dist.settings import cli, train\n"
+        "from lora_dist.settings import cli, train, train_contradictions\n"
         "settings = cli.parse(train.Settings, ['--config', 'demo'], prog='', description='', "
-        "contradictions=train.contradictions)\nprint(settings.run.output_dir)"
+        "contradictions=train_contradictions.contradictions)\nprint(settings.run.output_dir)"
     )
     assert _python(installed, "-c", code) == "runs/demo\n"
 

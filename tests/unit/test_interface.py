@@ -81,5 +81,5 @@ def test_another_thread_is_refused_before_anything_is_loaded() -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert "main thread" in str(caught[0])

@@ -46,7 +46,7 @@ def combine(values: Tensor, deferred: DeferredOps) -> Tensor:
 
 
 def _mask(areas: Tensor, size: Sequence[int]) -> Tensor:
-    """Which pixels lie in the area of each image, bool [N, 1, H, W]."""
+    """Returns a mask of the pixels in the area of each image, bool [N, 1, H, W]."""
     spans = []
     for axis in (0, 1):
         indices = torch.arange(size[axis], device=areas.device)
@@ -67,8 +67,10 @@ def resize(pixels: Tensor, crop_sizes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _weights(lengths: Tensor, padded: int, size: int) -> Tensor:
-    """Weight of each of `padded` source pixels, of which the first `lengths` [V] count, in each of `size` pixels: [V,
-    size, padded], a triangle kernel of half-width max(scale, 1)."""
+    """Returns the weight of each source pixel in each resized pixel, [V, size, padded].
+
+    The kernel is a triangle of half-width max(scale, 1). Of the `padded` source pixels, the first `lengths` [V] count.
+    """
     scale = (lengths / size)[:, None, None]
     centres = (torch.arange(size, device=lengths.device) + 0.5)[:, None] * scale
     indices = torch.arange(padded, device=lengths.device) + 0.5

@@ -11,7 +11,7 @@ NOWHERE: Area = (0, 0, 0, 0)
 
 
 class Mixture(NamedTuple):
-    """How an image is mixed with its partner: mixup (https://arxiv.org/abs/1710.09412) or CutMix
+    """The numbers by which an image is mixed with its partner, in mixup (https://arxiv.org/abs/1710.09412) or CutMix
     (https://arxiv.org/abs/1905.04899).
 
     Attributes:
@@ -26,10 +26,10 @@ class Mixture(NamedTuple):
 
 
 def draw_mixture(mixup_alpha: float, cutmix_alpha: float, size: tuple[int, int], seed: tuple[int, ...]) -> Mixture:
-    """Draws a mixture of images of `size` (height, width) from the seed alone: torchvision's transforms mix within the
-    batch, which changes with the number of processes.
+    """Draws a mixture of images of `size` (height, width) from the seed alone.
 
-    An alpha of the Beta distribution is 0 for no mixup or no CutMix; with both, each is drawn half of the time.
+    The transforms of torchvision mix within the batch, which changes with the number of processes. An alpha of the Beta
+    distribution is 0 for no mixup or no CutMix; with both, each is drawn half of the time.
     """
     random = np.random.default_rng(seed)
     cut = bool(cutmix_alpha) and (not mixup_alpha or random.random() < 0.5)

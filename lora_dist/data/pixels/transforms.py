@@ -126,7 +126,7 @@ class ImageTransforms:
         return torch.empty(values.shape, device=values.device).copy_(values).sub_(mean).div_(deviation)
 
     def _last_steps(self, pixels: Tensor) -> Tensor:
-        """What the processor does with 8-bit images of the right size, float32 [B, 3, H, W]."""
+        """Applies the processor to 8-bit images of the right size; returns float32 [B, 3, H, W]."""
         if self._takes_options:
             return self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
         matrix, offset = (numbers.to(pixels.device) for numbers in self.affine_map)

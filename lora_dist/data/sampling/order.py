@@ -1,4 +1,4 @@
-"""Which samples each process sees in each update: a pure function of (seed, epoch, position), for any world size.
+"""The samples of each process in each update: a pure function of (seed, epoch, position), for any world size.
 
 An epoch visits every sample once. Each update takes the next `effective_batch` samples, the last update of an epoch
 takes the rest. Every way of splitting one effective batch therefore trains on the same samples in the same update.
@@ -46,7 +46,7 @@ class SampleOrder(Protocol):
 
     @property
     def description(self) -> str:
-        """What decides the order besides the data and the seed."""
+        """The facts that decide the order besides the data and the seed."""
         ...
 
     def micro_batch_count(self, epoch: int, window: range, batch: int, world_size: int) -> int:

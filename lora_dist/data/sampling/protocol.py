@@ -1,4 +1,4 @@
-"""What training needs from its data: a split whose samples are read in the order that the split chooses."""
+"""The interface of the data to training: a split whose samples are read in the order that the split chooses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol

@@ -19,9 +19,14 @@ def find_image_column(features: Mapping[str, Any]) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not columns and "image" in features:
         columns = ["image"]
+    return only(columns, features, "images", "image_column_name")
+
+
+def only(columns: Sequence[str], features: Mapping[str, Any], content: str, flag: str) -> str:
+    """The only one of `columns`; raises `UserError`, which names the flag to choose one with, unless there is one."""
     if len(columns) != 1:
         found = "no column" if not columns else f"columns {', '.join(columns)}"
-        raise UserError(f"{found} of images in the data set; name one with --image_column_name: {', '.join(features)}")
+        raise UserError(f"{found} of {content} in the data set; name one with --{flag}: {', '.join(features)}")
     return columns[0]
 
 
@@ -46,23 +51,24 @@ def find_label_column(features: Mapping[str, Any]) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name in LABEL_NAMES]
     if isinstance(features.get("label"), ClassLabel):
         columns = ["label"]
-    if len(columns) != 1:
-        found = "no column" if not columns else f"columns {', '.join(columns)}"
-        raise UserError(f"{found} of labels in the data set; name one with --label_column_name: {', '.join(features)}")
-    return columns[0]
+    return only(columns, features, "labels", "label_column_name")
+
+
+def require_column(features: Mapping[str, Any], column: str, flag: str) -> None:
+    """Raises `UserError`, which names the flag that asks for the column, unless the column exists."""
+    if column not in features:
+        raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")
 
 
 def require_image_column(features: Mapping[str, Any], column: str) -> None:
     """Raises `UserError` unless the column exists."""
-    if column not in features:
-        raise UserError(f"--image_column_name {column}: the data set has {', '.join(features)}")
+    require_column(features, column, "image_column_name")
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
     """Raises `UserError` unless both columns exist and the second holds one label a sample."""
     require_image_column(features, image_column)
-    if label_column not in features:
-        raise UserError(f"--label_column_name {label_column}: the data set has {', '.join(features)}")
+    require_column(features, label_column, "label_column_name")
     feature = features[label_column]
     if not isinstance(feature, ClassLabel | Value):
         raise UserError(

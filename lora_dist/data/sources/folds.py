@@ -1,4 +1,4 @@
-"""Cuts samples into folds for cross-validation: a function of labels, groups and seed alone."""
+"""Cuts samples into folds for cross-validation, as a function of labels, groups and seed alone."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def fold_numbers(labels: np.ndarray, groups: Sequence[str] | None, folds: int, s
 
 
 def _by_sample(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Deals the shuffled samples of one class after the other, as cards."""
+    """Assigns the shuffled samples of one class after the other to the folds in turn."""
     order = [
         np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
         for label in np.unique(labels)

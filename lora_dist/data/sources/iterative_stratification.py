@@ -11,9 +11,10 @@ from lora_dist.data.sources.label_arrays import with_unlabelled
 
 
 def iterative_stratification(labels: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """The part of each sample, int64 [N]: rare labels are distributed first, and samples without a label as one label.
+    """Returns the part of each sample, int64 [N]. Rare labels are distributed first.
 
-    A label with as many samples as there are parts has one in each part where the other labels allow it.
+    Samples without a label count as samples of one more label. A label with as many samples as there are parts has one
+    in each part where the other labels allow that.
 
     Args:
         labels: of the samples, 0 or 1 [N, labels].
@@ -44,7 +45,7 @@ def iterative_stratification(labels: np.ndarray, shares: Sequence[float], seed: 
 
 
 def _repair(columns: np.ndarray, parts: np.ndarray, num_parts: int) -> None:
-    """Moves a sample of each label that a part lacks there, if no part loses the last sample of a label by that."""
+    """Moves a sample of each label to each part without one, unless another part loses its last sample of a label."""
     present = np.stack([columns[parts == part].sum(axis=0) for part in range(num_parts)])
     total = columns.sum(axis=0)
     for label in np.argsort(total, kind="stable"):

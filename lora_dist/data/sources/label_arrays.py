@@ -1,13 +1,13 @@
 """Arrays of labels: [N] class indices of one class per image, or [N, labels] of 0 and 1 for several labels.
 
-All that uses the labels of a split tells the two apart by their shape.
+Code that uses the labels of a split tells the two apart by their shape.
 """
 
 import numpy as np
 
 
 def class_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Samples of each class, or with each label, int64 [classes]; `num_classes` at least, for an array [N]."""
+    """Returns the number of samples of each class or label, int64; of at least `num_classes` for an array [N]."""
     if labels.ndim == 2:
         return labels.sum(axis=0, dtype=np.int64)
     return np.bincount(labels, minlength=num_classes)

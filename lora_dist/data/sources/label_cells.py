@@ -6,11 +6,11 @@ from lora_dist.data.sources.labels import visible_name
 from lora_dist.errors import UserError
 
 _VALUES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-"""Cells of a column that says whether an image has a label, in lower case."""
+"""Meaning of the cells of a column of 0 and 1, in lower case."""
 
 
 def delimiter_of(lines: Sequence[str], several: bool) -> str:
-    """The delimiter of a file: comma, semicolon or tab. With `several` labels, semicolons may stand between those."""
+    """The delimiter of a file: comma, semicolon or tab. With `several`, a semicolon may separate labels of a cell."""
     counts = {mark: min((line.count(mark) for line in lines), default=0) for mark in ",;\t"}
     if several and (counts[","] or counts["\t"]):
         del counts[";"]

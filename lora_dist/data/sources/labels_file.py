@@ -1,7 +1,7 @@
 """Labels of the images of a folder in a text file: path, label and optionally split and group of one image a line.
 
-The labels of an image are one class, or with `several` any number of labels: in one cell, with a mark between them, or
-in a column of 0 and 1 for each label.
+An image has one class, or with `several` any number of labels: in one cell, with a mark between them, or in a column of
+0 and 1 for each label.
 """
 
 import csv
@@ -78,6 +78,16 @@ class Listed(NamedTuple):
     groups: list[str]
     ignored: list[str]
     slices: Mapping[str, list[str]] = MappingProxyType({})
+
+
+def given_columns(settings: Any) -> dict[str, str | None]:
+    """Returns the names of columns in the settings of a command, by the names in `FIELDS`; None for those not set."""
+    return {
+        "path": settings.image_column_name,
+        "label": settings.label_column_name,
+        "split": settings.split_column_name,
+        "group": settings.group_column_name,
+    }
 
 
 class _Row(NamedTuple):

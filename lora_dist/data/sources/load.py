@@ -21,13 +21,12 @@ from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.folds import fold_numbers
 from lora_dist.data.sources.label_arrays import classes_in
 from lora_dist.data.sources.labels import require_distinct
-from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
+from lora_dist.data.sources.labels_file import given_columns, grouped_split, read_labels_file
 from lora_dist.data.sources.reading_labels import READINGS, LabelReading
 from lora_dist.data.sources.shards import load_alone, reading_data
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
-from lora_dist.settings.fields import fold_and_count
-from lora_dist.settings.problem_type import MULTI_LABEL
+from lora_dist.settings.fields import MULTI_LABEL, fold_and_count
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -75,15 +74,10 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     """Loads a folder with a file of labels; its columns of splits and groups decide what is held out."""
     assert settings.train_dir is not None
     assert settings.labels_file is not None
-    columns = {
-        "path": settings.image_column_name,
-        "label": settings.label_column_name,
-        "split": settings.split_column_name,
-        "group": settings.group_column_name,
-    }
     reading = READINGS[settings.problem_type]
     several = settings.problem_type == MULTI_LABEL
     folder = demo.local_path(settings.train_dir)
+    columns = given_columns(settings)
     listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns, several)
     warn_of_ignored(settings.train_dir, listed.ignored)
     for split in ("validation", "test"):

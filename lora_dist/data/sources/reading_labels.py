@@ -1,4 +1,4 @@
-"""Reads the label column of a table, of one class in each row or a list of labels, as an array (see `label_arrays`)."""
+"""Reads the label column of a table, with a class or a list of labels in each row, as an array (see `label_arrays`)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -13,21 +13,25 @@ from lora_dist.data.sources.columns import (
     class_names,
     find_label_column,
     has_label,
+    only,
+    require_column,
     require_columns,
+    require_image_column,
     require_labels,
 )
 from lora_dist.errors import UserError
+from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 
 
 class LabelReading(NamedTuple):
-    """How the label column of a table is read.
+    """Functions that find and read the label column of a table, for one problem type.
 
     Attributes:
         find_column: finds the column among the features of a table.
-        read: reads a column of a table, named in errors as from a source. Returns the class names in order, and for
-            each row its name, or a tuple of its names.
-        names_in: the distinct names in rows that were read.
-        encode: the array of rows that were read, by the index of each name.
+        read: reads the labels of a table. Takes the table, its image column, its label column, and the source that
+            errors name. Returns the class names in order, and for each row its name, or a tuple of its names.
+        names_in: returns the distinct names in rows that were read.
+        encode: returns the array of rows that were read; takes the index of each name.
     """
 
     find_column: Callable[[Mapping[str, Any]], str]
@@ -37,18 +41,13 @@ class LabelReading(NamedTuple):
 
 
 def find_list_column(features: Mapping[str, Any]) -> str:
-    """The only column that holds lists of labels; of several, that called `label`, `labels` or `cls`.
+    """The only column that holds lists of labels; of several, the one called `label`, `labels` or `cls`.
 
     Raises `UserError` otherwise.
     """
     columns = [name for name, feature in features.items() if _label_of(feature) is not None]
     columns = [name for name in columns if name in LABEL_NAMES] or columns
-    if len(columns) != 1:
-        found = "no column" if not columns else f"columns {', '.join(columns)}"
-        raise UserError(
-            f"{found} of lists of labels in the data set; name one with --label_column_name: {', '.join(features)}"
-        )
-    return columns[0]
+    return only(columns, features, "lists of labels", "label_column_name")
 
 
 def _label_of(feature: Any) -> Any:
@@ -66,9 +65,8 @@ def _read_classes(table: Dataset, image_column: str, label_column: str, source: 
 
 
 def _read_lists(table: Dataset, image_column: str, label_column: str, source: str) -> tuple[list[str], list[Any]]:
-    for column, flag in ((image_column, "image_column_name"), (label_column, "label_column_name")):
-        if column not in table.features:
-            raise UserError(f"--{flag} {column}: the data set has {', '.join(table.features)}")
+    require_image_column(table.features, image_column)
+    require_column(table.features, label_column, "label_column_name")
     feature = _label_of(table.features[label_column])
     if feature is None:
         kind = type(table.features[label_column]).__name__
@@ -101,9 +99,7 @@ def _encode_sets(rows: Sequence[tuple[str, ...]], index_of: Mapping[str, int]) -
 
 
 READINGS = {
-    "single_label_classification": LabelReading(find_label_column, _read_classes, set, _encode_classes),
-    "multi_label_classification": LabelReading(
-        find_list_column, _read_lists, lambda rows: set(chain.from_iterable(rows)), _encode_sets
-    ),
+    SINGLE_LABEL: LabelReading(find_label_column, _read_classes, set, _encode_classes),
+    MULTI_LABEL: LabelReading(find_list_column, _read_lists, lambda rows: set(chain.from_iterable(rows)), _encode_sets),
 }
 """By problem type."""

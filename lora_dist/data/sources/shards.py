@@ -45,7 +45,7 @@ THREADS = 16
 
 
 class Row(NamedTuple):
-    """One row of a shard: the undecoded image cell, and the label value, None where labels are not read."""
+    """One row of a shard: the undecoded image cell, and the label value, or None where labels are not read."""
 
     cell: Any
     label: Any = None
@@ -110,9 +110,10 @@ def _parquet(opened: Any) -> pq.ParquetFile:
 
 
 def find_source(settings: DataSettings, with_labels: bool = True) -> ShardSource:
-    """Finds the files of the training split, and reads their features only. `with_labels`: the rows have labels.
+    """Finds the files of the training split, and reads their features only.
 
-    Raises `UserError` if the data set or split does not exist, cannot be streamed, or lacks a column.
+    Raises `UserError` if the data set or split does not exist, cannot be streamed, or lacks a column. Without
+    `with_labels`, no column of labels is needed.
     """
     name, config_name, split = settings.dataset_name, settings.dataset_config_name, settings.train_split
     file_format, files, _ = _find_files(settings, split)

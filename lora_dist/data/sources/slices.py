@@ -1,4 +1,4 @@
-"""Values of the columns of --slice_columns, by which metrics are taken apart."""
+"""Reads the columns of --slice_columns: metrics are computed for the images of each value."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from lora_dist.data.sources.columns import require_column
 from lora_dist.errors import UserError
 
 MAX_VALUES = 200
-"""Values of a column. More are not slices, but names of images."""
+"""Most values of a column of slices. A column with more has names of images."""
 NO_VALUE = "(none)"
 
 
@@ -21,8 +22,7 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
     """
     found = {}
     for name in columns:
-        if name not in table.features:
-            raise UserError(f"--slice_columns {name}: the data set has {', '.join(table.features)}")
+        require_column(table.features, name, "slice_columns")
         values, feature = list(table[name]), table.features[name]
         if any(isinstance(value, list | dict) for value in values[:1]):
             raise UserError(f"--slice_columns {name}: it does not hold one value a sample")

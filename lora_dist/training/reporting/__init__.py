@@ -1,1 +1,1 @@
-"""What a run shows: log lines, TensorBoard and reports."""
+"""The output of a run for people: log lines, TensorBoard and reports."""

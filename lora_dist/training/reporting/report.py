@@ -2,26 +2,25 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from lora_dist.data.batch import TrainImages
 from lora_dist.data.loader import unreadable
-from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import UnreadableImageError
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
-from lora_dist.data.sources.split import Split
 from lora_dist.deployment.explain import overlays
 from lora_dist.figures import grid, to_images
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
+from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.problem import EvaluationResult, ProblemType
 from lora_dist.training.reporting.tracking import Tracker
+from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import write_json
 from lora_dist.training.schedule import Schedule
 
@@ -60,25 +59,26 @@ def announce(
         )
 
 
-def show_evaluation(
-    tracker: Tracker,
-    problem: ProblemType,
-    evaluation: EvaluationResult,
-    step: int,
-    split: Split,
-    labels: Sequence[str],
-    conversion: Conversion,
-) -> None:
-    """Adds the pictures of the problem type, such as a confusion matrix, and the worst images to TensorBoard.
-
-    A picture that cannot be made is a missing picture and a warning: no reason to stop a run.
-    """
+def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: EvaluationResult, step: int) -> None:
+    """Adds the pictures of the problem type, such as a confusion matrix, and the worst images to TensorBoard."""
     if not tracker.enabled:
         return
+    problem, split, labels = evaluator.problem, evaluator.split, evaluator.labels
+    with _optional(f"no pictures of the evaluation after update {step}"):
+        for name, picture in problem.pictures(evaluation, labels).items():
+            tracker.picture(f"eval/{name}", picture, step)
+        worst, conversion = evaluation.worst(WORST), evaluator.transforms.conversion
+        captions = problem.answers(evaluation, split, worst, labels)
+        tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
+
+
+@contextmanager
+def _optional(missing: str) -> Iterator[None]:
+    """Logs a warning in place of an error, because a missing picture is no reason to stop a run."""
     try:
-        _show_evaluation(tracker, problem, evaluation, step, split, labels, conversion)
+        yield
     except Exception as error:
-        logger.warning("no pictures of the evaluation after update %d: %s: %s", step, type(error).__name__, error)
+        logger.warning("%s: %s: %s", missing, type(error).__name__, error)
 
 
 def headline(problem: ProblemType, evaluation: EvaluationResult) -> str:
@@ -114,69 +114,39 @@ def warn_of_chance_level(problem: ProblemType, evaluation: EvaluationResult) -> 
         )
 
 
-def _show_evaluation(
-    tracker: Tracker,
-    problem: ProblemType,
-    evaluation: EvaluationResult,
-    step: int,
-    split: Split,
-    labels: Sequence[str],
-    conversion: Conversion,
-) -> None:
-    for name, picture in problem.pictures(evaluation, labels).items():
-        tracker.picture(f"eval/{name}", picture, step)
-    worst = evaluation.worst(WORST)
-    captions = problem.answers(evaluation, split, worst, labels)
-    tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
-
-
 def explain_worst(
-    tracker: Tracker,
-    problem: ProblemType,
-    model: nn.Module,
-    transforms: ImageTransforms,
-    evaluation: EvaluationResult,
-    step: int,
-    split: Split,
-    labels: Sequence[str],
+    tracker: Tracker, evaluator: Evaluator, model: nn.Module, evaluation: EvaluationResult, step: int
 ) -> None:
-    """Adds heat maps of the worst-classified images to TensorBoard, computed by a model that no engine has wrapped.
-
-    As `show_evaluation`, it does not stop a run.
-    """
-    worst = evaluation.worst(WORST)
+    """Adds heat maps of the worst-classified images to TensorBoard. No engine has wrapped the model."""
+    split, transforms, worst = evaluator.split, evaluator.transforms, evaluation.worst(WORST)
     if not tracker.enabled or not worst:
         return
-    try:
+    with _optional("no heat maps of the worst images"):
         model.eval()
         shown = []
         for start in range(0, len(worst), EXPLAINED_AT_ONCE):
             images = [split.image(index, transforms.conversion) for index in worst[start : start + EXPLAINED_AT_ONCE]]
             shown += overlays(model, transforms.batch(images))
-        captions = problem.answers(evaluation, split, worst, labels)
+        captions = evaluator.problem.answers(evaluation, split, worst, evaluator.labels)
         tracker.picture("eval/worst_explained", grid(shown, captions), step)
-    except Exception as error:
-        logger.warning("no heat maps of the worst images: %s: %s", type(error).__name__, error)
 
 
-def show_inputs(
-    tracker: Tracker, problem: ProblemType, images: TrainImages, plan: BatchPlan, step: int, labels: Sequence[str]
-) -> None:
-    """Adds a grid of the next training inputs, as augmented, to TensorBoard.
+def show_inputs(run: TrainingRun, step: int) -> None:
+    """Adds a grid of the training inputs of update `step`, as augmented, to TensorBoard.
 
     Raises:
-        ProcessError: names one that cannot be read.
+        ProcessError: names an image that cannot be read.
     """
-    if not tracker.enabled:
+    if not run.tracker.enabled:
         return
-    samples = next(plan.micro_batches(step))[:INPUTS]
+    samples = next(run.plan.micro_batches(step))[:INPUTS]
     try:
-        batch = images.batch(samples)
+        batch = run.images.batch(samples)
     except UnreadableImageError as error:
         raise unreadable(error) from error
-    images.close()
-    captions = [problem.caption(label, labels) for label in batch.labels.numpy()]
-    tracker.picture("train/inputs", grid(to_images(batch.pixel_values), captions), step)
+    run.images.close()
+    captions = [run.evaluator.problem.caption(label, run.evaluator.labels) for label in batch.labels.numpy()]
+    run.tracker.picture("train/inputs", grid(to_images(batch.pixel_values), captions), step)
 
 
 def write_evaluation(path: Path, problem: ProblemType, evaluation: EvaluationResult, labels: Sequence[str]) -> None:

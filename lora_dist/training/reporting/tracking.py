@@ -1,4 +1,4 @@
-"""What people watch: TensorBoard, other trackers, JSON lines and a progress bar, written by one process."""
+"""Metrics while a run goes on: TensorBoard, other trackers, JSON lines and a progress bar, from one process."""
 
 import json
 import logging

@@ -1,1 +1,1 @@
-"""What a run writes: its state, checkpoints and the result."""
+"""The files of a run: its state, checkpoints and the result."""

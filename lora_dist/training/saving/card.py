@@ -186,7 +186,7 @@ def _calibration(
 
 
 def _merge_first(source: str) -> list[str]:
-    """How to get from an adapter to what `pipeline` takes."""
+    """Lines on merging an adapter, because `pipeline` takes whole models."""
     return [
         "This is a PEFT adapter, not a whole model. `pipeline` and `AutoModelForImageClassification.from_pretrained` "
         "take the merged model; of the adapter alone they take the classes of the base, or raise an error:",

@@ -72,7 +72,7 @@ class Output:
 
     @property
     def split(self) -> Path:
-        """Which rows of the data train and which validate."""
+        """The rows of the data that train, and those that validate."""
         return self.root / "split.json"
 
     @property

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 WAITS = (1.0, 4.0, 15.0)
 """Seconds before each further try, of something that may go away."""
 FINAL_SECONDS = 300.0
-"""How long the end of a run may wait for the Hub, at least."""
+"""Seconds that the end of a run may wait for the Hub, at least."""
 SLOWEST = 1e6
 """Bytes a second of the slowest connection that the end of a run waits for."""
 

@@ -117,7 +117,9 @@ class ResultWriter:
         images = [validation.image(index, conversion) for index in indices]
         expected = _logits(run, images) if images else None
         if accelerator.is_main_process:
-            report = _calibrated(evaluation, test)
+            report = None
+            if evaluation.scored is not None:
+                report = calibrate(evaluation.scored, None if test is None else test.scored)
             results = self._results(run, progress, evaluation, test)
             results |= {} if report is None else {"calibration": report.record()}
             written = self._result(run)
@@ -131,16 +133,7 @@ class ResultWriter:
                     f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
             _, model = self._fresh_model(run.settings)
-            explain_worst(
-                tracker,
-                problem,
-                model,
-                run.evaluator.transforms,
-                evaluation,
-                progress.step,
-                validation,
-                self.data.labels,
-            )
+            explain_worst(tracker, run.evaluator, model, evaluation, progress.step)
             del model
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
@@ -158,9 +151,9 @@ class ResultWriter:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
             on_test = f"; on the test data {headline(problem, test)}" if test is not None else ""
-            if run.settings.run.probe and (found := read_probe(self.output.probe)):
+            if "probe_accuracy" in results:
                 tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
-                tracker.say(f"{in_words(found)}, {tuning} {evaluation.metrics[problem.headline]:.4f}")
+                tracker.say(f"{in_words(results)}, {tuning} {evaluation.metrics[problem.headline]:.4f}")
             for line in slice_lines(evaluation.slices):
                 tracker.say(line)
             tracker.say(f"{headline(problem, evaluation)}{on_test}; wrote {written}")
@@ -273,12 +266,6 @@ class ResultWriter:
             base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
-
-
-def _calibrated(evaluation: Any, test: Any) -> CalibrationReport | None:
-    """The temperature of a problem type that has one, whose evaluations keep logits."""
-    scored, on_test = (getattr(one, "scored", None) for one in (evaluation, test))
-    return None if scored is None else calibrate(scored, on_test)
 
 
 def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:

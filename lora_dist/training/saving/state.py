@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_dist.engines.engine import Engine, share_statistics
 from lora_dist.errors import UserError
-from lora_dist.model.adapters import lora_layer_of
+from lora_dist.model.parameter_names import lora_layer_of
 from lora_dist.model.trainable import trained_tensors
 from lora_dist.processes.runtime import versions
 from lora_dist.training.identity import differences

@@ -9,15 +9,15 @@ from PIL import Image
 LABELS = ("bird", "cat", "dog")
 
 
-def make_label_sets(root: Path, train: int = 27, validation: int = 12, test: int = 6, seed: int = 0) -> list[str]:
-    """Writes `photos/` and `labels.csv` below `root`, and returns the flags that train on them.
+def make_label_sets(root: Path) -> dict[str, object]:
+    """Writes `photos/` and `labels.csv` below `root`, and returns the settings that train on them alone.
 
     Every fifth image has no label, and every seventh all of them.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     (root / "photos").mkdir(parents=True)
     rows = []
-    splits = ["train"] * train + ["validation"] * validation + ["test"] * test
+    splits = ["train"] * 27 + ["validation"] * 12 + ["test"] * 6
     for number, split in enumerate(splits):
         pixels = random.integers(0, 60, (32, 32, 3), dtype=np.uint8)
         shown = random.random(len(LABELS)) < 0.4
@@ -31,7 +31,9 @@ def make_label_sets(root: Path, train: int = 27, validation: int = 12, test: int
         rows.append((f"{number:03d}.png", ";".join(LABELS[place] for place in np.flatnonzero(shown)), split))
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "label", "split"), *rows])
-    return [
-        *("--train_dir", str(root / "photos"), "--labels_file", str(root / "labels.csv")),
-        *("--problem_type", "multi_label_classification"),
-    ]
+    return {
+        "train_dir": root / "photos",
+        "validation_dir": None,
+        "labels_file": root / "labels.csv",
+        "problem_type": "multi_label_classification",
+    }

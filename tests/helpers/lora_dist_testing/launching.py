@@ -63,6 +63,17 @@ def run_flags(model: Path, data: Path, output_dir: Path, **settings: object) -> 
     return flags(**common | settings)
 
 
+EVERY_UPDATE: dict[str, object] = {
+    "num_train_epochs": 2,
+    "logging_steps": 1,
+    "checkpointing_steps": 1,
+    "save_total_limit": 99,
+    "lora_dropout": 0,
+    "learning_rate": 1e-3,
+}
+"""Settings of a run of two epochs whose updates can be compared with those of another run: all are logged and saved."""
+
+
 def command(module: str, arguments: Sequence[object], launch_file: str | None = None) -> list[str]:
     """The command line of a module, plain or through `accelerate launch` with a file of `accelerate_configs/`."""
     words = [str(argument) for argument in arguments]

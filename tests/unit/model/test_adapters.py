@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model import adapters, injection, parameter_names
 from lora_dist.model.backbone import Base, load_base
 from lora_dist.model.targets import resolve_targets
 from lora_dist.model.trainable import make_trainable
@@ -66,7 +66,7 @@ def _trained(directory: Path, model: ModelSettings | None = None, **lora: Any) -
 def _without_lora(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if adapters.is_lora_b(name):
+            if parameter_names.is_lora_b(name):
                 parameter.zero_()
 
 
@@ -576,7 +576,7 @@ def test_without_lora_a_pass_is_that_of_the_base_and_goes_back_as_far(vit: Path)
     first = next(module for module in model.modules() if isinstance(module, LoraLayer))
     reached: list[Tensor] = []
     before = model(pixel_values=pixels).logits
-    with adapters.without_lora(model):
+    with injection.without_lora(model):
         hook = first.register_forward_hook(lambda _module, _inputs, output: reached.append(output))
         logits = model(pixel_values=pixels).logits
         logits.sum().backward()

@@ -22,7 +22,7 @@ from transformers import (
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model import adapters, parameter_names
 from lora_dist.model.backbone import Base, cannot_load, load_base
 from lora_dist.model.head import find_heads, fingerprint
 from lora_dist.model.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
@@ -186,7 +186,7 @@ def test_a_layer_missing_from_the_checkpoint_trains_and_travels(name: str, tunin
     frozen = {
         key
         for key, parameter in model.named_parameters()
-        if _is_of_first_layer(key) and not parameter.requires_grad and adapters.is_counted(key)
+        if _is_of_first_layer(key) and not parameter.requires_grad and parameter_names.is_counted(key)
     }
     assert not frozen
     assert any(_is_of_first_layer(key) for key in _training(model))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.tiny import ARCHITECTURES, make_image, make_model, perturb, write_bundle
-from transformers import pipeline
+from transformers import ViTConfig, ViTForImageClassification, pipeline
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.merge import merge_to
@@ -16,8 +16,8 @@ from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter, write_model
-from lora_dist.model.calibration import CALIBRATION, UNCALIBRATED, Calibration, fold, read_calibration
+from lora_dist.model.bundle import CALIBRATION, read_calibration, write_adapter, write_model
+from lora_dist.model.calibration import UNCALIBRATED, Calibration, fold
 from lora_dist.model.classifier import Classifier, load_classifier
 
 LABELS = ["x", "y", "z"]
@@ -100,16 +100,18 @@ def test_each_of_several_adapters_has_its_own_and_their_sum_none(
     assert load_weighted_sum(same, (0.5, 0.5)).calibration == CALIBRATED
 
 
-def test_a_head_that_cannot_be_divided_stays_as_it_is(vit: Path, tmp_path: Path) -> None:
-    base = load_base(str(vit), LABELS)
-    base.model.classifier = torch.nn.Sequential(base.model.classifier, torch.nn.Softmax(-1))
-    assert fold(base.model, UNCALIBRATED) == UNCALIBRATED
-    scaled = torch.nn.LayerNorm(3)
-    base.model.classifier = scaled
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_dist.model.calibration.class_dimensions", lambda *_: {"classifier.weight": 0})
-        assert fold(base.model, CALIBRATED) == CALIBRATED
-    assert torch.equal(scaled.weight, torch.ones(3))
+class _Scaled(ViTForImageClassification):
+    """Its last layer is no linear one, and has weights for each class all the same."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.classifier = torch.nn.LayerNorm(config.num_labels)
+
+
+def test_a_head_that_cannot_be_divided_stays_as_it_is(vit: Path) -> None:
+    model = _Scaled(ViTConfig.from_pretrained(vit, num_labels=3))
+    assert fold(model, CALIBRATED) == CALIBRATED
+    assert torch.equal(model.classifier.weight, torch.ones(3))
 
 
 def test_a_whole_model_has_its_temperature_in_its_head(vit: Path, tmp_path: Path) -> None:

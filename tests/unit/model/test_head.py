@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model import adapters, injection
 from lora_dist.model.backbone import Base, load_base, load_base_of
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
@@ -103,7 +103,7 @@ def test_an_adapter_whose_head_was_the_whole_model_still_loads(
     """Earlier versions trained both and recorded the fingerprint of nothing."""
     directory = _make("clip", tmp_path)
     base = load_base(str(directory), LABELS)
-    model = adapters.inject_head_only(base.model, ["vision_model", "classifier"])
+    model = injection.inject_head_only(base.model, ["vision_model", "classifier"])
     perturb(model)
     expected = _logits(model, base)
     write_adapter(tmp_path / "adapter", model, base, "card\n")

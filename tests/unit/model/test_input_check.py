@@ -13,10 +13,10 @@ from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImage
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.adapters import adapted_layers
 from lora_dist.model.backbone import load_base, load_base_of
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
+from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import make_trainable
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings, Settings

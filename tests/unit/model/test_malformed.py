@@ -28,7 +28,8 @@ from lora_dist.model.classifier import load_classifier
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.audit import contradictions as audit_contradictions
 from lora_dist.settings.cli import flat_fields, parse
-from lora_dist.settings.train import Settings, contradictions
+from lora_dist.settings.train import Settings
+from lora_dist.settings.train_contradictions import contradictions
 from lora_dist.storage.writable import require_writable
 
 EXAMPLES = 200

@@ -74,7 +74,7 @@ def test_a_pipeline_of_the_base_with_the_config_of_the_directory(trained: Traine
 
 
 def test_auto_peft_model_has_the_logits_but_not_the_names(trained: Trained) -> None:
-    """It loads the base with the config of the base; `docs/deployment.md` says so."""
+    """It loads the base with the config of the base; `docs/python.md` says so."""
     model = AutoPeftModel.from_pretrained(str(trained.adapter))
     assert _logits(model, trained.pixels).equal(_logits(trained.classifier.model, trained.pixels))
     assert list(model.config.id2label.values()) == ["LABEL_0", "LABEL_1"]

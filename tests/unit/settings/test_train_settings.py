@@ -16,7 +16,8 @@ from lora_dist.settings import cli, trainer_flags
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.predict import PredictSettings
-from lora_dist.settings.train import Settings, contradictions
+from lora_dist.settings.train import Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 ROOT = Path(__file__).parents[3]
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]

@@ -56,8 +56,15 @@ def _fails(
     return end.value.code
 
 
-@pytest.mark.parametrize(("part", "after", "saved"), [("validation", 5, 6), ("train", 5, 5)])
-@pytest.mark.parametrize(("architecture", "tuning"), [("vit", "lora"), ("resnet", "full")])
+@pytest.mark.parametrize(
+    ("part", "after", "saved", "architecture", "tuning"),
+    [
+        ("train", 5, 5, "vit", "lora"),
+        ("validation", 5, 6, "resnet", "full"),
+        pytest.param("validation", 5, 6, "vit", "lora", marks=pytest.mark.slow),
+        pytest.param("train", 5, 5, "resnet", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_images_that_go_away_cost_no_update(
     part: str,
     after: int,

@@ -101,19 +101,28 @@ def _after(
     return getattr(end.value, "code", None)
 
 
+LOGGED = ("--logging_steps", 4, "--eval_steps", 3, "--checkpointing_steps", "no")
+
+
+@pytest.fixture(scope="module")
+def whole(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    _run(vit, photos, out, *LOGGED)
+    return out
+
+
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("step", "logged"), [(3, 0), (4, 4), (6, 4), (9, 8)])
 def test_a_run_that_was_told_to_stop_goes_on_as_if_it_had_not_been(
-    step: int, logged: int, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, logged: int, vit: Path, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two logs, at one, in an epoch and at its end; and after the last update, which is logged nevertheless."""
-    more = ("--logging_steps", 4, "--eval_steps", 3, "--checkpointing_steps", "no")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _run(vit, photos, whole, *more)
-    code = _after(monkeypatch, Tracker, "advance", {step: _sigterm}, (vit, photos, broken, *more))
+    broken = tmp_path / "broken"
+    code = _after(monkeypatch, Tracker, "advance", {step: _sigterm}, (vit, photos, broken, *LOGGED))
     assert code == 75
     assert (saved_in(broken)["step"], saved_in(broken)["logged_step"]) == (step, logged)
-    _run(vit, photos, broken, *more, "--resume_from_checkpoint", "auto")
+    _run(vit, photos, broken, *LOGGED, "--resume_from_checkpoint", "auto")
     assert_same_run(broken, whole)
 
 

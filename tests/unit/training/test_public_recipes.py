@@ -8,7 +8,8 @@ from lora_dist_testing.tiny import make_image
 
 from lora_dist import train
 from lora_dist.settings import cli
-from lora_dist.settings.train import Settings, contradictions
+from lora_dist.settings.train import Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 CLASSES = ClassLabel(names=["x", "y", "z"])
 COLUMNS = {

@@ -60,10 +60,11 @@ def _assert_same_adapter(out: Path, expected: Path) -> None:
     assert one == other
 
 
-LORA: list[tuple[object, ...]] = [
-    ("--lora_alpha", 64),
-    ("--use_rslora", "true"),
-    ("--init_lora_weights", "pissa"),
+LORA: list[Any] = [
+    *(
+        pytest.param(one, marks=pytest.mark.slow)
+        for one in (("--lora_alpha", 64), ("--use_rslora", "true"), ("--init_lora_weights", "pissa"))
+    ),
     flags(init_lora_weights="pissa", use_rslora="true", lora_alpha=8, lora_bias="all"),
     ("--lora_r", 4, "--lora_target_modules", "all-linear", "--use_dora", "true"),
     ("--tuning", "head"),

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from lora_dist_testing.launching import flags, results_of
+from lora_dist_testing.launching import results_of, run_flags
 from lora_dist_testing.launching import train as launched
 
 from lora_dist import folds, train
@@ -21,20 +21,8 @@ def _flags(vit: Path, photos: Path, out: Path, fold: str) -> list[str]:
     images = sorted((photos / "train").rglob("*.png"))
     rows = [f"{path.relative_to(photos / 'train')},{path.parent.name},{SITES[n % 3]}" for n, path in enumerate(images)]
     labels.write_text("\n".join(["path,label,site", *rows]))
-    return flags(
-        model_name_or_path=vit,
-        train_dir=photos / "train",
-        labels_file=labels,
-        slice_columns="site",
-        output_dir=out,
-        fold=fold,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        mixed_precision="no",
-        max_train_steps=2,
-        lora_r=4,
-        lora_dropout=0.0,
-    )
+    data = {"validation_dir": None, "labels_file": labels, "slice_columns": "site", "fold": fold}
+    return run_flags(vit, photos, out, **data, max_train_steps=2, lora_r=4, lora_dropout=0.0)
 
 
 def _run(vit: Path, photos: Path, out: Path, fold: str, *more: object) -> Path:

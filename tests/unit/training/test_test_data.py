@@ -9,7 +9,8 @@ from PIL import Image
 
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
-from lora_dist.settings.train import DataSettings, Settings, contradictions
+from lora_dist.settings.train import DataSettings, Settings
+from lora_dist.settings.train_contradictions import contradictions
 from lora_dist.train import main
 
 

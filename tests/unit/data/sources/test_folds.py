@@ -9,7 +9,8 @@ from lora_dist_testing.tiny import make_folder
 from lora_dist.data.sources.folds import fold_numbers
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
-from lora_dist.settings.train import DataSettings, Settings, contradictions
+from lora_dist.settings.train import DataSettings, Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 
 @pytest.mark.parametrize("folds", [2, 3, 5])

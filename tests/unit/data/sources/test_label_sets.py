@@ -17,7 +17,8 @@ from lora_dist.data.sources.iterative_stratification import (
 from lora_dist.data.sources.labels_file import grouped_split
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.errors import UserError
-from lora_dist.settings.train import DataSettings, OptimizationSettings, Settings, contradictions
+from lora_dist.settings.train import DataSettings, OptimizationSettings, Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 SETS = [("cat",), ("dog", "cat"), (), ("bird",), ("bird", "dog"), ("cat",), ("dog",), ()]
 ENCODED = [[0, 1, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]]

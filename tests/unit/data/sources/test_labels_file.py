@@ -12,7 +12,8 @@ from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
 from lora_dist.data.sources.load import ImageData, load_data, load_validation
 from lora_dist.errors import UserError
 from lora_dist.settings.audit import AuditData, AuditSettings
-from lora_dist.settings.train import DataSettings, Settings, contradictions
+from lora_dist.settings.train import DataSettings, Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 
 @pytest.fixture

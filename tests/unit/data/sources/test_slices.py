@@ -8,7 +8,8 @@ from lora_dist_testing.tiny import make_folder, make_image
 
 from lora_dist.data.sources.load import load_data, load_validation
 from lora_dist.errors import UserError
-from lora_dist.settings.train import DataSettings, Settings, contradictions
+from lora_dist.settings.train import DataSettings, Settings
+from lora_dist.settings.train_contradictions import contradictions
 
 
 def test_columns_of_a_file_of_labels(tmp_path: Path) -> None:

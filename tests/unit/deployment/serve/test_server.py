@@ -452,8 +452,16 @@ def test_metrics_count_what_was_answered_and_refused(classifier: Classifier, mod
 
 
 def test_a_server_whose_model_has_stopped_is_not_healthy(classifier: Classifier, monkeypatch: Any) -> None:
-    monkeypatch.setattr(Batcher, "is_alive", False)
+    made: list[Batcher] = []
+
+    def recorded(*arguments: Any) -> Batcher:
+        made.append(Batcher(*arguments))
+        return made[0]
+
+    monkeypatch.setattr("lora_dist.deployment.serve.server.Batcher", recorded)
     with _serving(classifier) as url:
+        assert _get(f"{url}/health")[0] == 200
+        made[0].close()
         assert _get(f"{url}/health") == (503, '{"detail":"the model has stopped"}')
 
 
