@@ -101,9 +101,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_batch_size(given: int | None, device: torch.device) -> int:
-    """Returns the batch size. On a CPU, batches of 8 took a seventh less time than of 32 with a ViT-S."""
-    return given or {"cpu": 8, "cuda": 128}.get(device.type, 32)
+def choose_batch_size(given: int | None, device: torch.device, transforms: ImageTransforms) -> int:
+    """Returns the batch size: the given one, or a default for the device and the size of its images.
+
+    On a CPU, batches of 8 images of 224 x 224 took a seventh less time than of 32 with a ViT-S. Smaller images come in
+    larger batches, up to 32, because each operator has a fixed cost.
+    """
+    if given:
+        return given
+    if device.type == "cpu":
+        return min(32, max(8, 8 * 224 * 224 // (transforms.height * transforms.width)))
+    return 128 if device.type == "cuda" else 32
 
 
 def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
@@ -120,7 +128,7 @@ def classify(
     images: Sequence[str] | Inputs,
     *,
     top_k: int,
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int | None,
     device: torch.device,
     indices: Sequence[int] | None = None,
@@ -133,7 +141,7 @@ def classify(
         classifier: moved to `device`.
         images: paths, or other inputs.
         top_k: number of classes in a row.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None as in `choose_batch_size`.
         num_workers: decoding processes; None for what suits the device, none if the files are few or tiny.
         device: where the model runs.
         indices: of the images to classify. Default: all.
@@ -146,8 +154,9 @@ def classify(
     classifier.model.to(device)
     inputs = Files(images) if isinstance(images, Sequence) else images
     chosen = range(len(inputs)) if indices is None else indices
-    size = max(batch_size, MIN_DECODED)
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    batch_size = choose_batch_size(batch_size, device, transforms)
+    size = max(batch_size, MIN_DECODED)
     if num_workers is not None:
         workers = num_workers
     elif len(chosen) <= size or not _are_slow_to_decode(inputs, chosen[:size]):

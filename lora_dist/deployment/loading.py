@@ -16,7 +16,6 @@ import torch
 
 from lora_dist import demo, hub
 from lora_dist.deployment import soup
-from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.inputs import find_images
 from lora_dist.model import adapter_io, adapters, checkpoint_adapter, infer_metadata
@@ -72,7 +71,7 @@ def _soup(settings: PredictSettings, found: Mapping[str, Path], device: torch.de
     accuracy = partial(
         soup.accuracy,
         files=find_images([demo.local_path(source.greedy_soup or "")]),
-        batch_size=choose_batch_size(images.batch_size, device),
+        batch_size=images.batch_size,
         num_workers=images.num_workers,
         device=device,
     )

@@ -109,7 +109,7 @@ class Images(Group):
     explain: str | None = None
     """Directory for a PNG file of each image with a heat map: the parts that speak for its predicted class."""
     batch_size: Count | None = None
-    """Images per forward pass. Default: 8 on a CPU, 128 on CUDA, else 32."""
+    """Images per forward pass. Default: on a CPU 8 of 224 x 224, and up to 32 smaller ones; 128 on CUDA, else 32."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the forward pass: fp32, or autocast to bf16 or fp16. auto: bf16 on CUDA devices that compute in it,
     otherwise fp32."""
