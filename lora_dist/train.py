@@ -165,6 +165,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.engines.engine import unsharded
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
+    from lora_dist.processes.devices import inference_batch_size
     from lora_dist.processes.preflight import Preflight
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.writable import require_writable
@@ -192,11 +193,15 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    settings = settings.with_default_eval_batch_size(
+        inference_batch_size(accelerator.device, transforms.height, transforms.width)
+    )
     evaluator = Evaluator(
         accelerator,
         unsharded(accelerator, classifier.model),
         split,
-        ImageTransforms(classifier.processor, conversion=classifier.conversion),
+        transforms,
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,

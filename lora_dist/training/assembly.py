@@ -28,6 +28,7 @@ from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
+from lora_dist.processes.devices import inference_batch_size
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.watch import Watch
@@ -109,6 +110,9 @@ def assemble(
         conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
+    settings = settings.with_default_eval_batch_size(
+        inference_batch_size(accelerator.device, transforms.height, transforms.width)
+    )
     with problems.collect():
         data = _cached(data, settings, transforms, build=not problems.dry_run)
     steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
