@@ -20,8 +20,8 @@ from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.inputs import find_images
 from lora_dist.model import adapter_io, adapters, checkpoint_adapter, infer_metadata
 from lora_dist.model.adapter_set import AdapterSet, load_adapter_set, load_weighted_sum
-from lora_dist.model.calibration import UNCALIBRATED
 from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.temperature import UNCALIBRATED
 from lora_dist.processes.lifetime import at_end
 from lora_dist.settings.predict import ModelSource, PredictSettings
 
