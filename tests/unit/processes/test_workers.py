@@ -124,6 +124,7 @@ def test_a_small_dev_shm_is_said_before_training_with_both_sizes(vit: Path, phot
             per_device_train_batch_size=8,
             max_train_steps=1,
             dataloader_num_workers=2,
+            per_device_eval_batch_size=128,
         ),
         "--output_dir",
     ]
