@@ -96,9 +96,6 @@ def contradictions(settings: AuditSettings) -> Iterator[Problem]:
     paths = (data.train_dir, data.validation_dir, data.exclude, None, data.labels_file)
     if data.problem_type == MULTI_LABEL and not data.labels_file:
         yield Problem(("problem_type", "labels_file"), "class folders give each image one class: set --labels_file")
-    if data.problem_type == MULTI_LABEL and data.predictions:
-        text = "likely wrong labels are found among images of one class each: remove --predictions"
-        yield Problem(("problem_type", "predictions"), text)
     if data.problem_type == MULTI_LABEL and data.validation_dir:
         text = "class folders give each image one class: use the column of splits of --labels_file"
         yield Problem(("problem_type", "validation_dir"), text)
