@@ -79,6 +79,12 @@ def percentiles(values: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
+def symmetric(value: float, interval: Interval) -> Interval:
+    """The interval that reaches as far to both sides of a value as the farther end of another interval."""
+    reach = max(value - interval[0], interval[1] - value)
+    return value - reach, value + reach
+
+
 def resampled(units: np.ndarray, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
     """Yields resamples, [R, N] at a time: how often each image is in each of them.
 

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_dist.metrics.intervals import RESAMPLES, Measure, Measured, bootstrap, whole
+from lora_dist.metrics.intervals import RESAMPLES, Measure, Measured, bootstrap, symmetric, whole
 
-_MOST_WEIGHTS = 2**32
+_MOST_WEIGHTS = 2**31
 """Weights of images in all resamples, for all labels, above which there are fewer resamples."""
 _FEWEST_RESAMPLES = 100
 
@@ -16,6 +16,9 @@ def measure_label_sets(
 ) -> Measured:
     """`mAP`, `micro_f1` and `macro_f1`, as `multi_label_metrics`, with their intervals (see `bootstrap`).
 
+    Resamples repeat images, which raises the mAP of rare labels and lowers their macro F1. So an interval reaches as far
+    to both sides of the value as the farther percentile.
+
     Args:
         said: whether an image is said to have a label, bool [N, labels].
         positive: whether it has the label, bool [N, labels].
@@ -23,8 +26,10 @@ def measure_label_sets(
         groups: group of each image, shape [N], if groups are known.
     """
     measure = label_set_measure(said, positive, scores)
-    resamples = label_set_resamples(said)
-    return Measured(whole(measure, len(said)), bootstrap(measure, len(said), groups, resamples))
+    metrics = whole(measure, len(said))
+    intervals = bootstrap(measure, len(said), groups, label_set_resamples(said))
+    around = {name: symmetric(metrics[name], interval) for name, interval in intervals.items()}
+    return Measured(metrics, {name: (max(low, 0.0), min(high, 1.0)) for name, (low, high) in around.items()})
 
 
 def label_set_resamples(said: np.ndarray) -> int:
@@ -55,21 +60,22 @@ class _Ranking(NamedTuple):
 
     Attributes:
         order: images, shape [n].
-        positive: whether they have the label, shape [n].
         starts: place in `order` at which a step begins; a step ends with images of one score that have the label.
+        holders: the images of `order` that have the label.
+        holder_starts: place in `holders` at which a step begins.
     """
 
     order: np.ndarray
-    positive: np.ndarray
     starts: np.ndarray
+    holders: np.ndarray
+    holder_starts: np.ndarray
 
     def precisions(self, weights: np.ndarray) -> np.ndarray:
         """The average precision of each resample, shape [R]; NaN for those in which no image has the label."""
         if not len(self.starts):
             return np.full(len(weights), np.nan)
-        taken = weights[:, self.order]
-        claimed = np.add.reduceat(taken, self.starts, axis=1).cumsum(axis=1, dtype=np.float64)
-        gains = np.add.reduceat(taken * self.positive, self.starts, axis=1).astype(np.float64)
+        claimed = _sums(weights, self.order, self.starts).cumsum(axis=1, dtype=np.float64)
+        gains = _sums(weights, self.holders, self.holder_starts).astype(np.float64)
         hits = gains.cumsum(axis=1)
         total = hits[:, -1]
         areas = (gains * hits / np.maximum(claimed, 1)).sum(axis=1) / np.maximum(total, 1)
@@ -82,9 +88,15 @@ def _ranking(scores: np.ndarray, positive: np.ndarray) -> _Ranking:
     ranked, own = scores[order], positive[order]
     ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
     ends = ends[np.diff(np.cumsum(own)[ends], prepend=0) > 0]
-    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
     size = int(ends[-1]) + 1 if len(ends) else 0
-    return _Ranking(order[:size].astype(np.int32), own[:size], starts)
+    order, own = order[:size].astype(np.int32), own[:size]
+    starts = np.append(0, ends + 1)[:-1]
+    return _Ranking(order, starts, order[own], np.append(0, np.cumsum(own)[ends])[:-1])
+
+
+def _sums(weights: np.ndarray, images: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of the weights [R, N] of images from each start to the next one, shape [R, starts]."""
+    return np.add.reduceat(np.take(weights, images, axis=1), starts, axis=1)
 
 
 def _mean_known(rows: list[np.ndarray]) -> np.ndarray:

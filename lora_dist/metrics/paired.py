@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_dist.metrics.intervals import Interval, bootstrap, percentiles, resampled, units_of, whole
+from lora_dist.metrics.intervals import Interval, bootstrap, percentiles, resampled, symmetric, units_of, whole
 from lora_dist.metrics.multi_label_intervals import label_set_measure, label_set_resamples
 
 FLIPS = 10_000
@@ -99,7 +99,9 @@ def compare_label_sets(
         return {name: second[name] - first[name] for name in first}
 
     size = len(positive)
-    intervals = bootstrap(differences, size, groups, label_set_resamples(positive))
+    measured = whole(differences, size)
+    found = bootstrap(differences, size, groups, label_set_resamples(positive))
+    intervals = {name: symmetric(measured[name], interval) for name, interval in found.items()}
     # Right labels, and labels said or given: their sums make up the micro F1.
     counts = [np.stack([(one & positive).sum(axis=1), one.sum(axis=1) + positive.sum(axis=1)], axis=1) for one in said]
     total = (counts[0] + counts[1]).sum(axis=0)
