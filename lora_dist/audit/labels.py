@@ -11,6 +11,9 @@ from lora_dist.errors import UserError
 from lora_dist.metrics.label_issues import find_label_issues, find_label_set_issues
 from lora_dist.metrics.predictions import Predictions, label_matrix, read_predictions
 
+MOST_LISTED = 0.2
+"""Largest share of the images with labels that are likely wrong which may be the fault of the labels."""
+
 
 class LabelFindings(NamedTuple):
     """Findings, the surest first, and notes about images that could not be judged."""
@@ -62,7 +65,14 @@ def label_findings(scanned: Scanned, file: str) -> LabelFindings:
     find = _of_several if predictions.several else _of_one_class
     chosen = predictions.select([row for _, row in judged])
     assert chosen.probabilities is not None
-    return LabelFindings(list(find([index for index, _ in judged], chosen, chosen.probabilities)), notes)
+    findings = list(find([index for index, _ in judged], chosen, chosen.probabilities))
+    listed = {index for finding in findings for index in finding.files}
+    if len(listed) > MOST_LISTED * len(judged):
+        notes.append(
+            f"{len(listed):,} of {len(judged):,} judged images are listed for their labels: so many that the model of "
+            f"the predictions may be wrong rather than the labels. Look at the first ones only, or train it better"
+        )
+    return LabelFindings(findings, notes)
 
 
 def _answer(file: File) -> str | tuple[str, ...]:

@@ -16,8 +16,8 @@ def measure_label_sets(
 ) -> Measured:
     """`mAP`, `micro_f1` and `macro_f1`, as `multi_label_metrics`, with their intervals (see `bootstrap`).
 
-    Resamples repeat images, which raises the mAP of rare labels and lowers their macro F1. So an interval reaches as far
-    to both sides of the value as the farther percentile.
+    Resamples repeat images, which raises the mAP of rare labels and lowers their macro F1. So an interval reaches as
+    far to both sides of the value as the farther percentile.
 
     Args:
         said: whether an image is said to have a label, bool [N, labels].

@@ -63,6 +63,13 @@ def test_likely_wrong_labels_are_shown_and_listed(photos: Path, capsys: pytest.C
     assert section[: section.index("</section>")].count("data:image/jpeg") == 2
 
 
+def test_a_poor_model_is_named_as_such(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a list of a third of the images, most are mistakes of the model."""
+    wrong = {f"{label}/{number:03d}.png": "c" for label in "ab" for number in range(5)}
+    _audit(photos, 3, "--predictions", _predictions(photos, wrong))
+    assert "10 of 35 judged images are listed for their labels" in capsys.readouterr().out
+
+
 def test_other_files_are_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = photos.parent / "predictions.jsonl"
     file.write_text('{"path": "x.png", "label": "a"}\n')
@@ -99,6 +106,7 @@ def test_labels_that_are_likely_missing_or_too_many_are_shown_and_listed(
     out = _audit(photos, 3, *several, "--problem_type", "multi_label_classification")
     said = capsys.readouterr().out
     assert "warning: labels that are likely wrong: 4" in said
+    assert "judged images are listed" not in said
     assert "4 labels are likely wrong" in said
     found = json.loads((out / "report.json").read_text())["findings"]
     assert [(Path(one["files"][0]["path"]).name, one["message"]) for one in found if one["kind"] == "label_issue"] == [
