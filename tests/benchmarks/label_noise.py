@@ -137,7 +137,8 @@ def main() -> None:
     print(f"| listed | {'labels' if arguments.several else 'images'} | precision | recall |\n|---|---|---|---|")
     print(row("likely wrong", found, flipped))
     print(row(f"the {SUREST} surest of these", found[:SUREST], flipped))
-    print(row("all whose predicted class is another one", other_answers(predictions), flipped))
+    others = "that the thresholds decide otherwise" if arguments.several else "whose predicted class is another one"
+    print(row(f"all {others}", other_answers(predictions), flipped))
 
 
 if __name__ == "__main__":
