@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dist.errors import Problems, TrainingStoppedError, UserError
+from lora_dist.errors import ErrorCollector, TrainingStoppedError, UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
@@ -110,32 +110,32 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
-    options, problems = settings.run, Problems(settings.run.dry_run)
+    options, errors = settings.run, ErrorCollector(settings.run.dry_run)
     watch = Watch(options.stall_timeout, patient=settings.data.streaming)
-    with problems.raise_all():
+    with errors.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
         accelerator = launch_run(settings)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
-        with problems.collect():
+        with errors.collect():
             require_writable(output.root)
             if not options.dry_run:
                 lock.take(output.root, accelerator, options.ddp_timeout)
                 finish_replacing(output.checkpoints)
             resumed = find_resume(output, options.resume_from_checkpoint)
-        with problems.collect():
+        with errors.collect():
             require_token(settings.hub)
             require_trackers(options.report_to)
         if not options.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-        assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
+        assembled = assemble(settings, accelerator, output, resumed, publisher, errors, watch)
         run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
         announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator, run.precision)
         if options.dry_run:
             with watch.watching():
-                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
+                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, errors)
             return
     run.tracker.settings(flatten(run.settings))
     show_inputs(run, progress.step)
@@ -165,6 +165,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     from lora_dist.engines.engine import unsharded
     from lora_dist.hub import local_directory
     from lora_dist.model.classifier import load_classifier
+    from lora_dist.processes.devices import inference_batch_size
     from lora_dist.processes.preflight import Preflight
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.writable import require_writable
@@ -192,11 +193,15 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("loaded", accelerator):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    settings = settings.with_default_eval_batch_size(
+        inference_batch_size(accelerator.device, transforms.height, transforms.width)
+    )
     evaluator = Evaluator(
         accelerator,
         unsharded(accelerator, classifier.model),
         split,
-        ImageTransforms(classifier.processor, conversion=classifier.conversion),
+        transforms,
         classifier.labels,
         settings.optimization.per_device_eval_batch_size,
         settings.data,
