@@ -8,7 +8,7 @@ from lora_dist.settings.cli import argv_or
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Prints the disagreements, the accuracies and a paired test.
+    """Prints the disagreements, the metrics and a paired test.
 
     Raises:
         UserError: a file cannot be read, or the two have no image in common.
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="lora_dist.compare",
         description="Compare two models on the same images: which ones they classify differently, and whether the "
-        "difference of their accuracies may be chance.",
+        "difference of their accuracies, or of the F1 of several labels, may be chance.",
     )
     what = "Directory of a run, or a file of predictions (JSONL, CSV or parquet)."
     parser.add_argument("first", metavar="FIRST", help=what)

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dist.errors import UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
@@ -81,11 +82,13 @@ def predict(argv: list[str] | None) -> None:
         share_cores()
     precision = classify.choose_precision(settings.images.precision, device)
     inputs = find_inputs(settings)
-    reference = evaluate.read_reference(settings.images)
+    other = evaluate.read_other_predictions(settings.images)
     settings, adapters = loading.choose_adapters(settings, device)
     models = loading.load(settings, adapters)
-    if _is_multi_label(models):
+    several = _is_multi_label(models)
+    if several:
         _require_single_label(settings)
+    reference = evaluate.Reference(evaluate.read_labels(settings, several), other)
     models = AdapterSet(
         {name: exports.write(one, adapters, files_of(inputs), settings) for name, one in models.classifiers.items()}
     )
@@ -114,9 +117,13 @@ def _classify(
 
     classifiers = models.classifiers
     labels = {name: one.labels for name, one in classifiers.items()}
-    multi_label = _is_multi_label(models)
-    classes = set() if multi_label else set(chain.from_iterable(labels.values()))
-    evaluation = Evaluation(settings.images, reference, files_of(inputs), classes)
+    several = _is_multi_label(models)
+    classes = set(chain.from_iterable(labels.values()))
+    evaluation = Evaluation(settings.images, reference, files_of(inputs), classes, several)
+    if evaluation.is_needed and len({one.decision.problem_type for one in classifiers.values()}) > 1:
+        raise UserError("adapters of one class and of several labels per image cannot be evaluated together")
+    # The mAP needs the scores of all labels.
+    top_k = len(classes) if several and evaluation.is_needed else settings.images.top_k or 1
     record = {
         "model": settings.title,
         "labels": labels if settings.source.side_by_side else next(iter(labels.values())),
@@ -129,14 +136,14 @@ def _classify(
         conversion=next(iter(classifiers.values())).conversion,
         record=record,
         evaluation=evaluation,
-        multi_label=multi_label,
+        several=several,
     )
-    rows_of = _rows_of(models, settings, device, precision, inputs)
+    rows_of = _rows_of(models, settings, device, precision, inputs, top_k)
     # No log line stands between rows on the terminal, unless the precision is reduced.
     if settings.images.output or precision != "fp32":
         logger.info("predicting on %s in %s", device, precision)
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
-        plan = _identity(adapters, settings) | {"record": record}
+        plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
         parts.write_mine(rows_of)
         if not parts.wait_for_others():
@@ -185,6 +192,7 @@ def _rows(
     device: torch.device,
     precision: Precision,
     inputs: Inputs,
+    top_k: int,
     indices: Sequence[int],
 ) -> Iterator[Row]:
     from lora_dist.deployment import classify, explain
@@ -192,7 +200,7 @@ def _rows(
     rows = classify.classify(
         classifier,
         inputs,
-        top_k=settings.images.top_k or 1,
+        top_k=top_k,
         batch_size=settings.images.batch_size,
         num_workers=settings.images.num_workers,
         device=device,
@@ -207,12 +215,17 @@ def _rows(
 
 
 def _rows_of(
-    models: AdapterSet, settings: PredictSettings, device: torch.device, precision: Precision, inputs: Inputs
+    models: AdapterSet,
+    settings: PredictSettings,
+    device: torch.device,
+    precision: Precision,
+    inputs: Inputs,
+    top_k: int,
 ) -> RowsOf:
     """Returns functions that classify images with one model each: by its name, or under None if there is only one."""
 
     def rows(name: str, adapter: str | None, indices: Sequence[int]) -> Iterator[Row]:
-        for row in _rows(models.set_adapter(name), settings, device, precision, inputs, indices):
+        for row in _rows(models.set_adapter(name), settings, device, precision, inputs, top_k, indices):
             yield row._replace(adapter=adapter)
 
     adapters = {name: name if settings.source.side_by_side else None for name in models.classifiers}
@@ -229,7 +242,6 @@ def _identity(adapters: Mapping[str, Path], settings: PredictSettings) -> dict[s
     return {
         "source": settings.source.model_dump(),
         "model": [digest_of(root) for root in (*adapters.values(), *whole, *onnx)],
-        "top_k": settings.images.top_k or 1,
         "output_type": settings.images.output_type,
         "explain": settings.images.explain,
         "max_image_pixels": settings.images.max_image_pixels,
@@ -253,11 +265,11 @@ def _is_plain_file(output: str | None) -> bool:
 
 def _require_single_label(settings: PredictSettings) -> None:
     """Raises `UserError` for settings that a model of several labels per image cannot have."""
-    from lora_dist.errors import UserError
-
-    for name in ("min_confidence", "labels_file", "compare_to", "explain"):
-        if getattr(settings.images, name) is not None:
-            raise UserError(f"--{name} is for models of one class per image; this one has several labels")
+    if settings.images.min_confidence is not None:
+        raise UserError(
+            "--min_confidence is for models of one class per image. This one has several labels, each with a threshold "
+            "of its own: edit thresholds.json of the adapter or model"
+        )
 
 
 def _output(
@@ -267,7 +279,7 @@ def _output(
     conversion: Conversion,
     record: Mapping[str, Any],
     evaluation: Evaluation,
-    multi_label: bool,
+    several: bool,
 ) -> bool:
     """Writes the rows and a grid of images, and prints the evaluation; returns False if an image is unreadable.
 
@@ -278,7 +290,7 @@ def _output(
         conversion: how the images of the grid become RGB.
         record: of the model, for a parquet file.
         evaluation: printed to the standard output, or to the error stream if the rows are printed.
-        multi_label: whether rows have labels instead of one class.
+        several: whether rows have labels instead of one class.
     """
     from lora_dist.deployment import outputs
 
@@ -292,12 +304,12 @@ def _output(
         drawn.update(outputs.spread(len(inputs), outputs.GRID_IMAGES))
     in_grid = []
     bad = 0
-    side_by_side = settings.source.side_by_side
+    side_by_side, top_k = settings.source.side_by_side, images.top_k or 1
     with outputs.writer(
-        images.output, images.format, images.top_k or 1, side_by_side, images.output_type, record, multi_label
+        images.output, images.format, top_k, side_by_side, images.output_type, record, several
     ) as write:
         for index, row in enumerate(row.known_from(images.min_confidence) for row in rows):
-            write(row)
+            write(row._replace(top_k=row.top_k[:top_k]))
             # The adapters of a set have the same unreadable images.
             bad += row.error is not None and index < len(inputs)
             if index in drawn:

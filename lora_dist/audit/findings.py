@@ -53,8 +53,9 @@ _WARNINGS = {
     "near_conflict": ("Near duplicates in several classes", "Almost the same image has different labels. Not left out, "
                       "because one label may be right."),
     "label_issue": ("Labels that are likely wrong", "A model that did not train on the image is confident of another "
-                    "class (--predictions); the surest come first. Not left out, because the model may be wrong: "
-                    "correct the labels that are, or leave all of them out with --exclude likely_wrong.txt."),
+                    "class, or that a label is missing or wrong (--predictions); the surest come first. Not left out, "
+                    "because the model may be wrong: correct the labels that are, or leave all of them out with "
+                    "--exclude likely_wrong.txt."),
     "duplicate": ("Duplicates", "The same pixels are in a class several times. All but the first are left out."),
     "near_duplicate": ("Near duplicates", "Almost the same image is in a class several times. Not left out; the list "
                        "proposes all copies except the first, commented out with #."),

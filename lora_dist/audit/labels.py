@@ -1,15 +1,18 @@
 """Finds labels that are likely wrong, from a file of out-of-fold predictions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from lora_dist.audit.findings import KINDS, Finding, Scanned
+from lora_dist.audit.findings import KINDS, File, Finding, Scanned
 from lora_dist.data.sources.exclusions import absolute
 from lora_dist.errors import UserError
-from lora_dist.metrics.label_issues import find_label_issues
-from lora_dist.metrics.predictions import Predictions, read_predictions
+from lora_dist.metrics.label_issues import find_label_issues, find_label_set_issues
+from lora_dist.metrics.predictions import Predictions, label_matrix, read_predictions
+
+MOST_LISTED = 0.2
+"""Largest share of the images with labels that are likely wrong which may be the fault of the labels."""
 
 
 class LabelFindings(NamedTuple):
@@ -23,21 +26,29 @@ def label_findings(scanned: Scanned, file: str) -> LabelFindings:
     """Judges the labels of the files of an audit by a file of predictions with the probabilities of every class.
 
     Raises:
-        UserError: the file has no probabilities, or none of its images is among the files.
+        UserError: the file has no probabilities, none of its images is among the files, or it is of another problem
+            type.
     """
     predictions = read_predictions(file)
+    if predictions.several != any(one.names is not None for one in scanned.files):
+        kind, advice = ("several labels", "add") if predictions.several else ("one class", "remove")
+        raise UserError(
+            f"--predictions {file}: it has {kind} per image: {advice} --problem_type multi_label_classification"
+        )
     if predictions.probabilities is None:
         raise UserError(
             f"--predictions {file}: it has no probabilities of every class; lora_dist.folds writes such a file from "
             f"runs with --fold"
         )
     rows = {absolute(path): row for row, path in enumerate(predictions.paths)}
+    known = set(predictions.classes)
     judged, relabelled, unknown = [], 0, 0
     for index, one in enumerate(scanned.files):
         row = rows.get(absolute(one.path))
+        names = {one.label} if one.names is None else set(one.names)
         if row is None:
             unknown += 1
-        elif predictions.given[row] != one.label or one.label not in predictions.classes:
+        elif predictions.given[row] != _answer(one) or not names <= known:
             relabelled += 1
         else:
             judged.append((index, row))
@@ -51,18 +62,41 @@ def label_findings(scanned: Scanned, file: str) -> LabelFindings:
         f"images have another label than in {file}": relabelled,
     }
     notes = [f"{count:,} {what}: their labels are not judged" for what, count in counts.items() if count]
-    return LabelFindings(list(_findings(judged, predictions)), notes)
+    find = _of_several if predictions.several else _of_one_class
+    chosen = predictions.select([row for _, row in judged])
+    assert chosen.probabilities is not None
+    findings = list(find([index for index, _ in judged], chosen, chosen.probabilities))
+    listed = {index for finding in findings for index in finding.files}
+    if len(listed) > MOST_LISTED * len(judged):
+        notes.append(
+            f"{len(listed):,} of {len(judged):,} judged images are listed for their labels: so many that the model of "
+            f"the predictions may be wrong rather than the labels. Look at the first ones only, or train it better"
+        )
+    return LabelFindings(findings, notes)
 
 
-def _findings(judged: list[tuple[int, int]], predictions: Predictions) -> Iterator[Finding]:
-    assert predictions.probabilities is not None
-    number = {name: place for place, name in enumerate(predictions.classes)}
-    given = np.array([number[predictions.given[row] or ""] for _, row in judged])
-    probabilities = predictions.probabilities[[row for _, row in judged]]
+def _answer(file: File) -> str | tuple[str, ...]:
+    """The label of a file, or its labels, as predictions have them."""
+    return file.label if file.names is None else tuple(sorted(file.names))
+
+
+def _of_one_class(files: Sequence[int], predictions: Predictions, probabilities: np.ndarray) -> Iterator[Finding]:
+    names = predictions.classes
+    number = {name: place for place, name in enumerate(names)}
+    given = np.array([number[label] for label in predictions.given])
     for issue in find_label_issues(given, probabilities):
-        index = judged[issue.row][0]
         shares = probabilities[issue.row]
         old, new = given[issue.row], issue.suggested
-        names = predictions.classes
         message = f"given {names[old]} ({shares[old]:.0%}), predicted {names[new]} ({shares[new]:.0%})"
-        yield Finding(KINDS["label_issue"], message, [index], proposed=[index])
+        yield _finding(message, files[issue.row])
+
+
+def _of_several(files: Sequence[int], predictions: Predictions, probabilities: np.ndarray) -> Iterator[Finding]:
+    names = predictions.classes
+    for issue in find_label_set_issues(label_matrix(predictions.given, names), probabilities):
+        what = "given, but not predicted" if issue.is_given else "not given, but predicted"
+        yield _finding(f"{names[issue.label]} ({probabilities[issue.row, issue.label]:.0%}): {what}", files[issue.row])
+
+
+def _finding(message: str, index: int) -> Finding:
+    return Finding(KINDS["label_issue"], message, [index], proposed=[index])

@@ -1,25 +1,20 @@
 """Evaluates what is deployed: predictions against the labels of the images, and against another file of predictions."""
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lora_dist import demo
 from lora_dist.data.sources.labels_file import Listed, read_labels_file
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.outputs import GRID_IMAGES
 from lora_dist.errors import UserError
-from lora_dist.metrics.predictions import (
-    Predictions,
-    folder_label,
-    no_label,
-    predictions_of,
-    read_predictions,
-)
-from lora_dist.metrics.report import comparison_lines, evaluation_lines, paired
-from lora_dist.settings.predict import Images
-
-_UNREADABLE = -1
+from lora_dist.metrics.predictions import Predictions, folder_label, no_label, read_predictions
+from lora_dist.metrics.report import comparison_lines, evaluation_lines, paired, shown
+from lora_dist.settings.predict import Images, PredictSettings
 
 
 class Reference(NamedTuple):
@@ -29,62 +24,116 @@ class Reference(NamedTuple):
     predictions: Predictions | None
 
 
-def read_reference(settings: Images) -> Reference:
-    """Reads the files of --labels_file and --compare_to.
+def read_other_predictions(settings: Images) -> Predictions | None:
+    """Reads the file of --compare_to, and looks whether there is one of --labels_file.
 
     Raises:
         UserError: one of them cannot be read.
     """
-    return Reference(
-        read_labels_file(demo.local_path(settings.images[0]), settings.labels_file) if settings.labels_file else None,
-        read_predictions(settings.compare_to) if settings.compare_to else None,
-    )
+    if settings.labels_file:
+        try:
+            Path(settings.labels_file).open("rb").close()
+        except OSError as error:
+            raise UserError(f"--labels_file {settings.labels_file}: {error.strerror}") from error
+    return read_predictions(settings.compare_to) if settings.compare_to else None
+
+
+def read_labels(settings: PredictSettings, several: bool) -> Listed | None:
+    """Reads the file of --labels_file for a model of `several` labels per image, or of one class.
+
+    Raises:
+        UserError: the file is wrong.
+    """
+    images = settings.images
+    if not images.labels_file:
+        return None
+    columns = {
+        "path": settings.data.image_column_name,
+        "label": images.label_column_name,
+        "group": images.group_column_name,
+    }
+    return read_labels_file(demo.local_path(images.images[0]), images.labels_file, columns, several=several)
 
 
 class Evaluation:
-    """Collects the predicted class of each image, and compares it with labels and with other predictions.
+    """Collects the answer for each image, and compares it with labels and with other predictions.
 
-    Labels are those of --labels_file, or the names of the images' folders if all of these are classes, at least two.
+    Labels are those of --labels_file, or, of one class per image, the names of the images' folders if all of these are
+    classes, at least two.
 
     Attributes:
-        disagreements: the first rows whose class differs from that of --compare_to, as many as a grid shows.
+        disagreements: the first rows whose answer differs from that of --compare_to, as many as a grid shows.
     """
 
-    def __init__(self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str]) -> None:
+    def __init__(
+        self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str], several: bool
+    ) -> None:
         """
         Args:
             settings: name the files of `reference`.
-            reference: of `read_reference`.
+            reference: what to compare with.
             files: the images, in order.
             classes: of the model.
+            several: whether an image has any number of labels, instead of one class.
 
         Raises:
-            UserError: a label of --labels_file is no class of the model.
+            UserError: a label of --labels_file is no class of the model, or --compare_to is of another problem type.
         """
         self._settings = settings
         self._files = files
-        self._label_of = _labels_of(settings.labels_file, reference.labels, files, classes)
-        self._other = reference.predictions
-        self._other_class = dict(zip(self._other.paths, self._other.predicted, strict=True)) if self._other else {}
-        self._names: dict[str, int] = {}
-        self._predicted: dict[str | None, array] = {}
+        self._several = several
+        listed, self._other = reference
+        if listed is None:
+            self._label_of: Callable[[str], Any] = no_label if several else folder_label(files, classes)
+            self._groups: Mapping[str, str] = {}
+        else:
+            _require_classes(settings, listed, classes)
+            self._label_of = _labels_of(listed, several).get
+            self._groups = _groups_of(listed)
+        if self._other and self._other.several != several:
+            kinds = ("several labels", "one class") if several else ("one class", "several labels")
+            raise UserError(
+                f"--compare_to {settings.compare_to}: this model has {kinds[0]} per image, and those predictions "
+                f"{kinds[1]}"
+            )
+        self._other_answer = dict(zip(self._other.paths, self._other.predicted, strict=True)) if self._other else {}
+        self._known: dict[Any, Any] = {}
+        self._answers: dict[str | None, list[Any]] = {}
+        self._scores: dict[str | None, array] = {}
+        self._labels: dict[str | None, list[str]] = {}
         self.disagreements: list[Row] = []
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to compare with."""
+        return self._label_of is not no_label or self._other is not None
+
     def seen(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yields the rows, which are those of all files in order, for one adapter after the other."""
+        """Yields the rows, which are those of all files in order, for one adapter after the other.
+
+        Of several labels, `top_k` of the rows has the scores of all of them.
+        """
         for row in rows:
-            if self._label_of is not no_label or self._other:
-                label = row.top_k[0][0] if row.error is None else None
-                number = _UNREADABLE if label is None else self._names.setdefault(label, len(self._names))
-                self._predicted.setdefault(row.adapter, array("i")).append(number)
-                differs = label is not None and label != self._other_class.get(row.path, label)
-                if differs and len(self.disagreements) < GRID_IMAGES:
-                    self.disagreements.append(row)
+            if self.is_needed:
+                self._add(row)
             yield row
+
+    def _add(self, row: Row) -> None:
+        answer = _answer(row)
+        # One object for all equal answers takes less memory.
+        self._answers.setdefault(row.adapter, []).append(self._known.setdefault(answer, answer))
+        if answer is None:
+            return
+        if self._several:
+            scored = sorted(row.top_k)
+            self._labels.setdefault(row.adapter, [label for label, _ in scored])
+            self._scores.setdefault(row.adapter, array("f")).extend(score for _, score in scored)
+        if answer != self._other_answer.get(row.path, answer) and len(self.disagreements) < GRID_IMAGES:
+            self.disagreements.append(row)
 
     def lines(self) -> Iterator[str]:
         """Yields the results as text, for each adapter."""
-        for adapter in self._predicted:
+        for adapter in self._answers:
             found = self._predictions(adapter)
             if not len(found):
                 continue
@@ -94,32 +143,54 @@ class Evaluation:
             if len(labelled):
                 yield from evaluation_lines(labelled)
             if len(labelled) < len(found) and self._settings.labels_file:
-                yield f"{len(found) - len(labelled):,} images have no label in {self._settings.labels_file}"
+                yield f"{len(found) - len(labelled):,} images are not in {self._settings.labels_file}"
             if self._other:
                 yield ""
                 names = ("this model", self._settings.compare_to or "")
                 yield from comparison_lines(paired(found, self._other), names, self._label_of)
 
     def _predictions(self, adapter: str | None) -> Predictions:
-        names = list(self._names)
-        return predictions_of(
-            {"path": path, "label": names[number], "given_label": self._label_of(path)}
-            for path, number in zip(self._files, self._predicted[adapter], strict=True)
-            if number != _UNREADABLE
+        answers, labels = self._answers[adapter], self._labels.get(adapter, [])
+        rows = [row for row, answer in enumerate(answers) if answer is not None]
+        paths = [self._files[row] for row in rows]
+        return Predictions(
+            paths=paths,
+            predicted=[answers[row] for row in rows],
+            given=[self._label_of(path) for path in paths],
+            groups=[self._groups.get(path) for path in paths],
+            classes=labels,
+            probabilities=np.array(self._scores[adapter]).reshape(-1, len(labels)) if labels else None,
+            several=self._several,
         )
 
     def caption(self, row: Row) -> str:
-        """Returns the predicted class of an image, and that of --compare_to."""
-        label, score = row.top_k[0]
-        return f"{label} {score:.0%}\nother: {self._other_class[row.path]}"
+        """Returns the answer for an image, and that of --compare_to."""
+        said = ", ".join(f"{label} {score:.0%}" for label, score in row.answer) or "(none)"
+        return f"{said}\nother: {shown(self._other_answer[row.path])}"
 
 
-def _labels_of(
-    name: str | None, listed: Listed | None, files: Sequence[str], classes: Collection[str]
-) -> Callable[[str], str | None]:
-    """Returns a function that finds the label of an image by its path; `name` is that of the file of labels."""
-    if listed is None:
-        return folder_label(files, classes)
+def _answer(row: Row) -> Any:
+    """The class of an image, or its labels in order; None for one that cannot be read."""
+    if row.error is not None:
+        return None
+    return row.top_k[0][0] if row.labels is None else tuple(sorted(label for label, _ in row.labels))
+
+
+def _require_classes(settings: Images, listed: Listed, classes: Collection[str]) -> None:
     if unknown := sorted(set(listed.classes) - set(classes)):
-        raise UserError(f"--labels_file {name}: labels that are no classes of the model: {', '.join(unknown)}")
-    return {path: listed.classes[label] for path, label in zip(listed.paths, listed.labels, strict=True)}.get
+        raise UserError(
+            f"--labels_file {settings.labels_file}: labels that are no classes of the model: {', '.join(unknown)}"
+        )
+
+
+def _labels_of(listed: Listed, several: bool) -> dict[str, Any]:
+    """The class of each image by its path, or the tuple of its labels in order."""
+    names = listed.classes
+    answers = (tuple(sorted(names[index] for index in label)) if several else names[label] for label in listed.labels)
+    return dict(zip(listed.paths, answers, strict=True))
+
+
+def _groups_of(listed: Listed) -> dict[str, str]:
+    """The group of each image by its path; none if all are different."""
+    is_grouped = len(set(listed.groups)) < len(listed.groups)
+    return dict(zip(listed.paths, listed.groups, strict=True)) if is_grouped else {}

@@ -38,7 +38,8 @@ def explained(
     device: torch.device,
 ) -> Iterator[Row]:
     """Yields the rows of `indices` of the inputs, after writing for each a PNG file of the model's view of its image
-    without and with the heat map.
+    without and with the heat map of its class; of several labels, of each that it has, or of the one with the highest
+    score if it has none.
 
     Raises:
         UserError: a file cannot be written, or the model has no feature map.
@@ -75,12 +76,25 @@ def _write(
         return
     pixels = transforms.finished(transforms.resized([image for _, image in readable]).to(device))
     # Another precision may have given these classes.
-    classes = [classifier.labels.index(row.top_k[0][0]) for row, _ in readable]
-    drawn = overlays(classifier.model, pixels, classes)
-    for (row, _), *pair in zip(readable, to_images(pixels), drawn, strict=True):
-        captions = [Path(row.path).name, f"{row.top_k[0][0]}\n{row.top_k[0][1]:.1%}"]
+    answers = [row.answer or row.top_k[:1] for row, _ in readable]
+    drawn = _overlays_of(answers, classifier, pixels)
+    for (row, _), answer, picture, maps in zip(readable, answers, to_images(pixels), drawn, strict=True):
+        captions = [Path(row.path).name, *(f"{label}\n{score:.1%}" for label, score in answer)]
         with writing(directory, "explain"):
-            grid(pair, captions, columns=2, cell=SIDE).save(file_of(directory, row.path))
+            grid([picture, *maps], captions, columns=len(captions), cell=SIDE).save(file_of(directory, row.path))
+
+
+def _overlays_of(
+    answers: Sequence[Sequence[tuple[str, float]]], classifier: Classifier, pixels: Tensor
+) -> list[list[Image.Image]]:
+    """Returns the heat map of each label of each image; `answers` has the labels with their scores."""
+    drawn: list[list[Image.Image]] = [[] for _ in answers]
+    for place in range(max(map(len, answers))):
+        chosen = [index for index, answer in enumerate(answers) if len(answer) > place]
+        classes = [classifier.labels.index(answers[index][place][0]) for index in chosen]
+        for index, picture in zip(chosen, overlays(classifier.model, pixels[chosen], classes), strict=True):
+            drawn[index].append(picture)
+    return drawn
 
 
 def file_of(directory: Path, path: str) -> Path:

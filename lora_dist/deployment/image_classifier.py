@@ -9,6 +9,7 @@ from typing import TypedDict, overload
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lora_dist import demo, hub
 from lora_dist.data.pixels.transforms import ImageTransforms
@@ -20,11 +21,13 @@ from lora_dist.model.classifier import Classifier, load_classifier
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """Path of an image file, a Pillow image, or an array of `ARRAYS`."""
+DEFAULT_TOP_K = 5
+"""Classes per image, of one class each, as in a pipeline of transformers."""
 ARRAYS = "uint8 [H, W], [H, W, 3] (RGB) or [H, W, 4] (RGBA), or uint16 [H, W]"
 
 
 class Score(TypedDict):
-    """A class and its probability, as a pipeline of transformers returns them."""
+    """A class or label and its probability, as a pipeline of transformers returns them."""
 
     label: str
     score: float
@@ -60,48 +63,56 @@ class ImageClassifier:
     # A str is a sequence of str as well; the first overload that fits counts.
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, images: ImageLike, *, top_k: int = 5, batch_size: int | None = None
+        self, images: ImageLike, *, top_k: int | None = None, batch_size: int | None = None
     ) -> list[Score]: ...
 
     @overload
     def __call__(
-        self, images: Sequence[ImageLike], *, top_k: int = 5, batch_size: int | None = None
+        self, images: Sequence[ImageLike], *, top_k: int | None = None, batch_size: int | None = None
     ) -> list[list[Score]]: ...
 
     @torch.inference_mode()
     def __call__(
-        self, images: ImageLike | Sequence[ImageLike], *, top_k: int = 5, batch_size: int | None = None
+        self, images: ImageLike | Sequence[ImageLike], *, top_k: int | None = None, batch_size: int | None = None
     ) -> list[Score] | list[list[Score]]:
         """Classifies one image, or a list of images.
 
         Args:
             images: paths of files, Pillow images, or arrays: uint8 [H, W], [H, W, 3] or [H, W, 4], or uint16 [H, W].
-            top_k: number of classes per image.
+            top_k: number of classes per image. By default, those that are the answer: of one class per image the 5 most
+                likely ones, and of several labels all whose scores reach their thresholds, which may be none.
             batch_size: images per forward pass; by default as many as in `predict`.
 
         Returns:
-            The most likely classes, best first; for a list of images a list of these.
+            The classes or labels with the highest scores first; for a list of images a list of these.
 
         Raises:
             UnreadableImageError: a file cannot be decoded.
             UserError: an array is no image, `top_k` is not positive, or a logit is not finite.
         """
-        if top_k < 1:
+        if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}, but must be positive")
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             return self._scores([images], top_k, 1)[0]
         return self._scores(images, top_k, choose_batch_size(batch_size, self.device, self._transforms))
 
-    def _scores(self, images: Sequence[ImageLike], top_k: int, batch_size: int) -> list[list[Score]]:
+    def _scores(self, images: Sequence[ImageLike], top_k: int | None, batch_size: int) -> list[list[Score]]:
         scores: list[list[Score]] = []
         at_once = max(batch_size, MIN_DECODED)
         for start in range(0, len(images), at_once):
             decoded = (self._transforms.load(_source(image)) for image in images[start : start + at_once])
             for pixels in self._transforms.resized(decoded).split(batch_size):
                 probabilities = self._classifier.probabilities(self._transforms.finished(pixels.to(self.device)))
-                for row in self._classifier.top_k(probabilities, top_k):
+                for row in self._answers(probabilities, top_k):
                     scores.append([Score(label=label, score=score) for label, score in row])
         return scores
+
+    def _answers(self, probabilities: Tensor, top_k: int | None) -> list[list[tuple[str, float]]]:
+        likely = self._classifier.top_k(probabilities, top_k or DEFAULT_TOP_K)
+        if top_k is not None:
+            return likely
+        chosen = self._classifier.chosen(probabilities)
+        return [best if labels is None else labels for best, labels in zip(likely, chosen, strict=True)]
 
 
 def load(

@@ -127,7 +127,7 @@ def _joined(labels: list[tuple[str, float]]) -> str:
 
 def _csv_rows(file: Any, top_k: int, with_adapter: bool, multi_label: bool) -> Callable[[Row], None]:
     lines = csv.writer(file)
-    suffixes = ["", *(f"_{index}" for index in range(2, top_k + 1))]
+    suffixes = ["_1" if multi_label else "", *(f"_{index}" for index in range(2, top_k + 1))]
     columns = [f"{name}{suffix}" for suffix in suffixes for name in ("label", "score")]
     adapter, labels = ["adapter"] if with_adapter else [], ["labels"] if multi_label else []
     lines.writerow([*adapter, "path", *labels, *columns, "error"])

@@ -1,44 +1,64 @@
-"""95% intervals of accuracy and macro F1, by a seeded bootstrap of the images or of their groups."""
+"""95% intervals of metrics, by a seeded bootstrap of the images or of their groups."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 RESAMPLES = 1000
 LEVEL = 0.95
+NAMES = {"accuracy": "accuracy", "mAP": "mAP", "micro_f1": "micro F1", "macro_f1": "macro F1"}
+"""Metrics with intervals, in the order in which they are told, and their names in a text."""
 _SEED = 0
 _HELD = 2**22
 """Most weights that are in memory at the same time."""
 
 Interval = tuple[float, float]
+Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""Takes resamples as weights [R, N]: how often each image is in each of them. Returns each metric, by name, of each
+resample, shape [R]; NaN where a resample has none."""
 
 
-def bootstrap_intervals(
-    true: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None = None
+class Measured(NamedTuple):
+    """Metrics of some images by name, and the intervals of those that have one."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{NAMES[name]} {with_interval(value, self.intervals.get(name))}" for name, value in self.metrics.items()
+        )
+
+
+def bootstrap(
+    measure: Measure, size: int, groups: np.ndarray | None = None, resamples: int = RESAMPLES
 ) -> dict[str, Interval]:
-    """Returns the interval of `accuracy` and of `macro_f1`: the percentiles of their values in `RESAMPLES` resamples.
+    """Returns the interval of each metric of `size` images: the percentiles of its values in resamples.
 
-    A resample of a model without a mistake shows none either. Its accuracy, like that of a model that is always wrong,
-    gets the exact binomial interval (Clopper-Pearson), and macro F1 gets none.
+    A metric that is the same in all resamples has no interval, as have all metrics of a single group.
 
     Args:
-        true: class of each image, shape [N].
-        predicted: predicted class, shape [N]; -1 for none, which is wrong.
-        groups: group of each image, shape [N], of images that are not independent, such as those of a patient. Whole
-            groups are resampled then. One group alone has no interval.
+        measure: computes the metrics.
+        size: number of images.
+        groups: group of each image, shape [size], of images that are not independent, such as those of a patient.
+            Whole groups are resampled then.
+        resamples: their number.
     """
-    units = units_of(len(true), groups)
-    right, count = true == predicted, int(units.max(initial=-1)) + 1
-    if count < 2 and groups is not None:
-        return {}
-    if right.all() or not right.any():
-        bound = ((1 - LEVEL) / 2) ** (1 / max(1, count))
-        return {"accuracy": (bound, 1.0) if right.all() else (0.0, 1 - bound)}
-    classes = np.union1d(true, predicted[predicted >= 0])
-    true, predicted = np.searchsorted(classes, true), np.where(predicted < 0, -1, np.searchsorted(classes, predicted))
-    values = [accuracy_and_macro_f1(weights, true, predicted) for weights in resampled(units)]
-    accuracy, macro_f1 = np.concatenate(values, axis=1)
-    return {"accuracy": percentiles(accuracy), "macro_f1": percentiles(macro_f1)}
+    values = [measure(weights) for weights in resampled(units_of(size, groups), resamples)]
+    found = {}
+    for name in values[0]:
+        known = np.concatenate([one[name] for one in values])
+        known = known[~np.isnan(known)]
+        if len(known) and known.min() < known.max():
+            found[name] = percentiles(known)
+    return found
+
+
+def whole(measure: Measure, size: int) -> dict[str, float]:
+    """Returns each metric of all images."""
+    return {name: float(values[0]) for name, values in measure(np.ones((1, size))).items()}
 
 
 def units_of(size: int, groups: np.ndarray | None) -> np.ndarray:
@@ -48,6 +68,8 @@ def units_of(size: int, groups: np.ndarray | None) -> np.ndarray:
 
 def with_interval(value: float, interval: Interval | None) -> str:
     """A metric and its interval, as text."""
+    if math.isnan(value):
+        return "undefined"
     return f"{value:.4f}" + (f" (95% interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
 
 
@@ -57,36 +79,22 @@ def percentiles(values: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def resampled(units: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields `RESAMPLES` resamples, [R, N] at a time: how often each image is in each of them.
+def symmetric(value: float, interval: Interval) -> Interval:
+    """The interval that reaches as far to both sides of a value as the farther end of another interval."""
+    reach = max(value - interval[0], interval[1] - value)
+    return value - reach, value + reach
+
+
+def resampled(units: np.ndarray, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """Yields resamples, [R, N] at a time: how often each image is in each of them.
 
     Args:
         units: number of the group of each image, from 0, shape [N]; groups are drawn with replacement.
+        resamples: their number.
     """
     random, count = np.random.default_rng(_SEED), int(units.max()) + 1
     at_once = max(1, _HELD // len(units))
-    for start in range(0, RESAMPLES, at_once):
-        rows = min(at_once, RESAMPLES - start)
+    for start in range(0, resamples, at_once):
+        rows = min(at_once, resamples - start)
         drawn = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)[:, units]
-
-
-def accuracy_and_macro_f1(weights: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Accuracy and macro F1 of each resample, shape [2, R]. Classes that a resample lacks do not count, as in both
-    metrics of the whole."""
-    right, size = true == predicted, int(max(true.max(), predicted.max())) + 1
-    hits = _by_class(weights[:, right], true[right], size)
-    support = _by_class(weights, true, size)
-    claimed = _by_class(weights[:, predicted >= 0], predicted[predicted >= 0], size)
-    f1 = 2 * hits / np.maximum(support + claimed, 1)
-    return np.stack([hits.sum(axis=1) / weights.sum(axis=1), f1.sum(axis=1) / (support + claimed > 0).sum(axis=1)])
-
-
-def _by_class(weights: np.ndarray, classes: np.ndarray, size: int) -> np.ndarray:
-    """Sums of the weights [R, N] of the images of each class, shape [R, size]."""
-    order = np.argsort(classes, kind="stable")
-    found, starts = np.unique(classes[order], return_index=True)
-    sums = np.zeros((len(weights), size))
-    if len(found):
-        sums[:, found] = np.add.reduceat(weights[:, order], starts, axis=1)
-    return sums

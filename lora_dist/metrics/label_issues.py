@@ -41,3 +41,37 @@ def find_label_issues(given: np.ndarray, probabilities: np.ndarray) -> list[Labe
     margins = probabilities[wrong, found[wrong]] - probabilities[wrong, given[wrong]]
     order = np.argsort(-margins, kind="stable")
     return [LabelIssue(int(wrong[place]), int(found[wrong[place]]), float(margins[place])) for place in order]
+
+
+class MissedLabel(NamedTuple):
+    """A label that an image likely has and was not given, or was given and likely has not.
+
+    Attributes:
+        row: of the image.
+        label: column of the label.
+        is_given: whether the image was given the label.
+        margin: the probability that this is wrong, minus that it is right.
+    """
+
+    row: int
+    label: int
+    is_given: bool
+    margin: float
+
+
+def find_label_set_issues(given: np.ndarray, probabilities: np.ndarray) -> list[MissedLabel]:
+    """Returns the labels of images that are likely wrong, the surest first.
+
+    Each label is a problem of two classes of its own: images that have it, and images that do not.
+
+    Args:
+        given: whether each image was given each label, bool [N, labels].
+        probabilities: of each label, shape [N, labels], by a model that was not trained on the image. Rows that are not
+            finite are left out.
+    """
+    found = [
+        MissedLabel(issue.row, label, bool(column[issue.row]), issue.margin)
+        for label, (column, likely) in enumerate(zip(given.T, probabilities.T, strict=True))
+        for issue in find_label_issues(column.astype(np.int64), np.stack([1 - likely, likely], axis=1))
+    ]
+    return sorted(found, key=lambda issue: -issue.margin)

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_dist.model.decision import NEUTRAL
+NEUTRAL = 0.5
+"""Threshold of a label that no image has, and of a model that records none."""
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:

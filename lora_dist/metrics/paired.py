@@ -1,10 +1,12 @@
-"""Compares two models on the same images: the difference of their accuracies, and whether it may be chance."""
+"""Compares two models on the same images: the difference of their metrics, and whether it may be chance."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from lora_dist.metrics.intervals import Interval, percentiles, resampled, units_of
+from lora_dist.metrics.intervals import Interval, bootstrap, percentiles, resampled, symmetric, units_of, whole
+from lora_dist.metrics.multi_label_intervals import label_set_measure, label_set_resamples
 
 FLIPS = 10_000
 _SEED = 0
@@ -46,7 +48,7 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = N
     if difference.any() and units.max() > 0:
         values = [weights @ difference / weights.sum(axis=1) for weights in resampled(units)]
         interval = percentiles(np.concatenate(values))
-    p_value = mcnemar(only_first, only_second) if groups is None else _flipped(np.bincount(units, weights=difference))
+    p_value = mcnemar(only_first, only_second) if groups is None else _flipped(difference[:, None], units, _size)
     return Comparison(float(first.mean()), float(second.mean()), interval, only_first, only_second, p_value)
 
 
@@ -59,12 +61,82 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(min(1.0, 2 * np.exp(log_terms).sum()))
 
 
-def _flipped(differences: np.ndarray) -> float:
-    """The two-sided p-value of the sum of the differences [G] of groups, under random signs."""
-    random, changed = np.random.default_rng(_SEED), differences[differences != 0]
-    observed = abs(differences.sum())
+class LabelSetComparison(NamedTuple):
+    """Two models that give several labels to the same images.
+
+    Attributes:
+        first: metrics of the first one by name, and `second` of the second one.
+        intervals: 95% intervals of the differences `second - first`; none of metrics that are the same.
+        p_value: how likely a difference of the micro F1 as large as this one is if both are equally good.
+    """
+
+    first: dict[str, float]
+    second: dict[str, float]
+    intervals: dict[str, Interval]
+    p_value: float
+
+
+def compare_label_sets(
+    said: tuple[np.ndarray, np.ndarray],
+    positive: np.ndarray,
+    scores: tuple[np.ndarray, np.ndarray] | None,
+    groups: np.ndarray | None = None,
+) -> LabelSetComparison:
+    """Compares two models by a permutation test of their micro F1, which exchanges their answers for random images, or
+    for all images of random groups.
+
+    Args:
+        said: whether each model says that an image has a label, bool [N, labels].
+        positive: whether the image has it, bool [N, labels].
+        scores: of each model, float [N, labels]; without them, the mAP is not compared.
+        groups: group of each image, shape [N], of images that are not independent.
+    """
+    known = (None, None) if scores is None else scores
+    measures = [label_set_measure(one, positive, score) for one, score in zip(said, known, strict=True)]
+
+    def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
+        first, second = (measure(weights) for measure in measures)
+        return {name: second[name] - first[name] for name in first}
+
+    size = len(positive)
+    measured = whole(differences, size)
+    found = bootstrap(differences, size, groups, label_set_resamples(positive))
+    intervals = {name: symmetric(measured[name], interval) for name, interval in found.items()}
+    # Right labels, and labels said or given: their sums make up the micro F1.
+    counts = [np.stack([(one & positive).sum(axis=1), one.sum(axis=1) + positive.sum(axis=1)], axis=1) for one in said]
+    total = (counts[0] + counts[1]).sum(axis=0)
+
+    def distance(change: np.ndarray) -> np.ndarray:
+        """Between the F1 of both models, if `change` is the counts of the second less those of the first."""
+        return np.abs(_micro_f1(total + change) - _micro_f1(total - change))
+
+    p_value = _flipped(counts[1] - counts[0], units_of(size, groups), distance)
+    return LabelSetComparison(whole(measures[0], size), whole(measures[1], size), intervals, p_value)
+
+
+def _flipped(differences: np.ndarray, units: np.ndarray, distance: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The two-sided p-value of differences between two models under random signs of images, or of whole groups.
+
+    Args:
+        differences: of counts, [N, counts].
+        units: number of the group of each image, from 0, shape [N].
+        distance: between the models by the sum of the differences, [..., counts].
+    """
+    random = np.random.default_rng(_SEED)
+    changed = np.stack([np.bincount(units, weights=column) for column in differences.T], axis=1)
+    changed = changed[changed.any(axis=1)]
+    # Equal distances may differ by a rounding.
+    observed = distance(changed.sum(axis=0)) - 1e-12
     as_large = sum(
-        int((np.abs(random.choice([-1, 1], (100, len(changed))) @ changed) >= observed).sum())
+        int((distance(random.choice([-1, 1], (100, len(changed))) @ changed) >= observed).sum())
         for _ in range(FLIPS // 100)
     )
     return (as_large + 1) / (FLIPS + 1)
+
+
+def _micro_f1(counts: np.ndarray) -> np.ndarray:
+    return 2 * counts[..., 0] / np.maximum(counts[..., 1], 1)
+
+
+def _size(change: np.ndarray) -> np.ndarray:
+    return np.abs(change[..., 0])

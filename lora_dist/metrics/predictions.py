@@ -5,11 +5,14 @@ Reads both, and writes the first: a line of JSON for each image:
     {"path": "photos/rose/1.jpg", "given_label": "rose", "label": "rose", "score": 0.97}
 
 `label` is the predicted class, null if the logits are not finite. `group` is there where groups are known, and
-`probabilities`, by class, in the files of runs with --fold.
+`probabilities`, by class, in the files of runs with --fold. Of several labels:
+
+    {"path": "photos/1.jpg", "given_labels": ["cat"], "labels": ["cat", "dog"], "scores": {"cat": 0.93, "dog": 0.71}}
 """
 
 import csv
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,19 +35,21 @@ class Predictions:
 
     Attributes:
         paths: of the images, each once.
-        predicted: class of each; None if the model gave none.
-        given: label of each in the data; None where it is not known.
+        predicted: class of each, None if the model gave none; of several labels, the tuple of them.
+        given: label or labels of each in the data; None where they are not known.
         groups: group of each; None where there is none.
-        classes: names of the columns of `probabilities`.
+        classes: names of the columns of `probabilities`; of several labels, at least these.
         probabilities: of every class, shape [N, K]; None unless the file has them for all images.
+        several: whether an image has any number of labels, instead of one class.
     """
 
     paths: list[str]
-    predicted: list[str | None]
-    given: list[str | None]
+    predicted: list[Any]
+    given: list[Any]
     groups: list[str | None]
     classes: list[str]
     probabilities: np.ndarray | None
+    several: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -79,8 +84,6 @@ def read_predictions(name: str | Path) -> Predictions:
         for number, row in enumerate(_rows(file), start=1):
             if not isinstance(row, Mapping) or not isinstance(row.get("path"), str):
                 raise UserError(f"{file}: entry {number} has no path; expected a file that lora_dist.predict writes")
-            if row.get("labels") is not None:
-                raise UserError(f"{file}: images have several labels; only predictions of one class can be compared")
             if row["path"] in rows:
                 advice = ": predict with one adapter at a time" if row.get("adapter") else ""
                 raise UserError(f"{file}: {row['path']} is in it twice{advice}")
@@ -97,30 +100,59 @@ def read_predictions(name: str | Path) -> Predictions:
             f"{file}: {hidden} is labelled {UNKNOWN!r}, and its most likely class is not in the file: predict without "
             f"--min_confidence, or into JSON Lines or parquet with --output_type top_k"
         )
-    return predictions_of(kept.values())
+    try:
+        return predictions_of(kept.values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a file of predictions ({error!r})") from error
 
 
 def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
     """Returns the predictions of rows of a file, without probabilities that have no names of classes."""
     rows = list(rows)
-    named = [row["probabilities"] for row in rows if isinstance(row.get("probabilities"), Mapping)]
-    classes = sorted({name for by_class in named for name in by_class})
+    several = any(row.get("labels") is not None for row in rows)
+    named = [_scores_of(row, several) for row in rows]
+    classes = sorted({name for by_class in named for name in by_class or ()})
     probabilities = None
-    if named and len(named) == len(rows):
-        probabilities = np.array([[by_class.get(name, 0.0) for name in classes] for by_class in named])
+    # Of several labels, `top_k` may have the scores of some of them.
+    if rows and all(by_class is not None and not (several and len(by_class) < len(classes)) for by_class in named):
+        values = [[(by_class or {}).get(name, 0.0) for name in classes] for by_class in named]
+        probabilities = np.array(values, dtype=np.float64)
     return Predictions(
         [row["path"] for row in rows],
-        [_class_of(row) for row in rows],
-        [row.get("given_label") for row in rows],
+        [_names_of(row.get("labels")) if several else _class_of(row) for row in rows],
+        [_given_of(row, several) for row in rows],
         [row.get("group") for row in rows],
         classes,
         probabilities,
+        several,
     )
+
+
+def _scores_of(row: Mapping[str, Any], several: bool) -> Mapping[str, float] | None:
+    """The scores of a row by class, if they have names. A label whose logits are not finite has none."""
+    found = row.get("scores" if several else "probabilities")
+    if several and found is None and isinstance(row.get("top_k"), list):
+        found = {entry["label"]: entry["score"] for entry in row["top_k"]}
+    return found if isinstance(found, Mapping) else None
+
+
+def _names_of(labels: Any) -> tuple[str, ...]:
+    """The labels of a cell in order: names with semicolons between them, a list of names, or one with scores."""
+    if isinstance(labels, str):
+        labels = labels.split(";")
+    return tuple(sorted(one["label"] if isinstance(one, Mapping) else one for one in labels or () if one))
+
+
+def _given_of(row: Mapping[str, Any], several: bool) -> Any:
+    if not several:
+        return row.get("given_label")
+    return None if row.get("given_labels") is None else _names_of(row["given_labels"])
 
 
 def _hides_class(row: Mapping[str, Any]) -> bool:
     """Whether a row of `predict` may have lost its class to --min_confidence, as in a CSV. Rows of a run have not."""
-    return row.get("label") == UNKNOWN and not row.get("top_k") and "given_label" not in row
+    is_complete = row.get("top_k") or "given_label" in row or row.get("labels") is not None
+    return row.get("label") == UNKNOWN and not is_complete
 
 
 def _class_of(row: Mapping[str, Any]) -> str | None:
@@ -142,34 +174,35 @@ def _rows(file: Path) -> Iterator[Any]:
             yield from (json.loads(line) for line in lines if line.strip())
 
 
-def write_predictions(file: Path, predictions: Predictions, scores: Iterable[float | None]) -> None:
-    """Writes predictions, with the probability of each predicted class."""
-    write_rows(file, (_content(predictions, row, score) for row, score in enumerate(scores)))
+def write_predictions(file: Path, predictions: Predictions, scores: Iterable[float | None] | None = None) -> None:
+    """Writes a line of JSON for each image. `scores` has the probability of each predicted class, of one class each."""
+    with file.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
+        for row, score in enumerate([None] * len(predictions) if scores is None else scores):
+            lines.write(json.dumps(_content(predictions, row, score), ensure_ascii=False) + "\n")
 
 
 def _content(predictions: Predictions, row: int, score: float | None) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "path": predictions.paths[row],
-        "given_label": predictions.given[row],
-        "label": predictions.predicted[row],
-        "score": score,
-    }
+    several = predictions.several
+    given, predicted = predictions.given[row], predictions.predicted[row]
+    content: dict[str, Any] = {"path": predictions.paths[row]}
+    content |= {"given_labels": given, "labels": predicted} if several else {"given_label": given, "label": predicted}
+    content |= {} if several else {"score": score}
     if predictions.groups[row] is not None:
         content["group"] = predictions.groups[row]
     if predictions.probabilities is not None:
-        content["probabilities"] = rounded(predictions.classes, predictions.probabilities[row])
+        rounded = np.round(predictions.probabilities[row].astype(float), 6).tolist()
+        values = (value if math.isfinite(value) else None for value in rounded)
+        content["scores" if several else "probabilities"] = dict(zip(predictions.classes, values, strict=True))
     return content
 
 
-def rounded(classes: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    """Returns a row of scores by class, with six decimals."""
-    return dict(zip(classes, np.round(values.astype(float), 6).tolist(), strict=True))
-
-
-def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a line of JSON for each row."""
-    with file.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def label_matrix(answers: Sequence[Collection[str]], classes: Sequence[str]) -> np.ndarray:
+    """Returns whether each image has each of these labels, bool [N, labels], by the names of its labels."""
+    number = {name: index for index, name in enumerate(classes)}
+    found = np.zeros((len(answers), len(classes)), dtype=bool)
+    for row, names in enumerate(answers):
+        found[row, [number[name] for name in names]] = True
+    return found
 
 
 def no_label(_: str) -> None:
@@ -189,8 +222,11 @@ def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[st
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
     """Returns `folder_label` for two models of which only the predictions are known.
 
-    The classes are the predicted ones. If all of these have folders, the other folders are classes as well.
+    The classes are the predicted ones. If all of these have folders, the other folders are classes as well. Images with
+    several labels have none by their folders.
     """
+    if first.several or second.several:
+        return no_label
     predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
     folders = {folder_of(path) for path in first.paths}
     return folder_label(first.paths, predicted | folders if predicted <= folders else predicted)

@@ -1,14 +1,16 @@
 """Predictions against labels, and two sets of predictions against each other, as lines of text."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_dist.errors import UserError
-from lora_dist.metrics.intervals import accuracy_and_macro_f1, bootstrap_intervals, with_interval
-from lora_dist.metrics.paired import compare
-from lora_dist.metrics.predictions import Predictions
+from lora_dist.metrics.intervals import NAMES, Interval
+from lora_dist.metrics.multi_label_intervals import measure_label_sets
+from lora_dist.metrics.paired import compare, compare_label_sets
+from lora_dist.metrics.predictions import Predictions, label_matrix
+from lora_dist.metrics.single_label import measure_classes
 
 MOST_CLASSES = 100
 """Most classes in the report by class."""
@@ -19,35 +21,59 @@ _DISAGREEMENTS = 20
 
 
 def evaluation_lines(predictions: Predictions) -> Iterator[str]:
-    """Yields accuracy and macro F1 with intervals, the report by class and the confusion matrix of labelled images."""
+    """Yields the metrics of labelled images with intervals, and the report by class.
+
+    Of one class per image, these are accuracy, macro F1 and the confusion matrix; of several labels, mAP if all scores
+    are known, micro and macro F1.
+    """
+    yield from (_label_set_lines if predictions.several else _one_class_lines)(predictions)
+
+
+def _one_class_lines(predictions: Predictions) -> Iterator[str]:
     names = sorted({name for name in (*predictions.given, *predictions.predicted) if name is not None})
     number = {name: index for index, name in enumerate(names)}
-    true = np.array([number[name] for name in predictions.given if name is not None])
+    true = np.array([number[name] for name in predictions.given])
     predicted = np.array([-1 if name is None else number[name] for name in predictions.predicted])
-    values = accuracy_and_macro_f1(np.ones((1, len(true))), true, predicted)[:, 0]
-    intervals = bootstrap_intervals(true, predicted, groups_of(predictions))
-    accuracy, macro_f1 = (
-        with_interval(float(value), intervals.get(name))
-        for name, value in zip(("accuracy", "macro_f1"), values, strict=True)
-    )
-    yield f"{len(true):,} images: accuracy {accuracy}, macro F1 {macro_f1}"
+    yield f"{len(true):,} images: {measure_classes(true, predicted, groups_of(predictions))}"
     matrix = np.zeros((len(names), len(names) + 1), dtype=np.int64)
     np.add.at(matrix, (true, predicted), 1)
-    yield from _class_lines(names, matrix)
+    # The last column counts images without a prediction.
+    yield from _class_lines(names, np.diag(matrix), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0))
     yield from _confusion_lines(names, matrix)
 
 
-def _class_lines(names: Sequence[str], matrix: np.ndarray) -> Iterator[str]:
-    """Precision, recall and F1 of each class; the last column of the matrix counts images without a prediction."""
-    hits, support, claimed = np.diag(matrix), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0)
-    rows = [["class", "precision", "recall", "F1", "images"]]
+def _label_set_lines(predictions: Predictions) -> Iterator[str]:
+    names = _all_labels(predictions)
+    said, positive = label_matrix(predictions.predicted, names), label_matrix(predictions.given, names)
+    measured = measure_label_sets(said, positive, _scores(predictions, names), groups_of(predictions))
+    yield f"{len(said):,} images: {measured}"
+    yield from _class_lines(names, (said & positive).sum(axis=0), positive.sum(axis=0), said.sum(axis=0), "label")
+
+
+def _all_labels(*several: Predictions) -> list[str]:
+    """The labels that images have, or are said to have, and those with scores."""
+    found = {name for one in several for names in (*one.given, *one.predicted) for name in names or ()}
+    return sorted(found.union(*(one.classes for one in several)))
+
+
+def _scores(predictions: Predictions, names: Sequence[str]) -> np.ndarray | None:
+    """The score of each of these labels, if all are known."""
+    return predictions.probabilities if predictions.classes == list(names) else None
+
+
+def _class_lines(
+    names: Sequence[str], hits: np.ndarray, support: np.ndarray, claimed: np.ndarray, word: str = "class"
+) -> Iterator[str]:
+    """Precision, recall and F1 of each class, by its images that are right, that have it, and that are said to."""
+    rows = [[word, "precision", "recall", "F1", "images"]]
     for index, name in enumerate(names[:MOST_CLASSES]):
-        shares = (hits / np.maximum(claimed, 1), hits / np.maximum(support, 1), 2 * hits / (support + claimed))
+        f1 = 2 * hits / np.maximum(support + claimed, 1)
+        shares = (hits / np.maximum(claimed, 1), hits / np.maximum(support, 1), f1)
         rows.append([name, *(f"{values[index]:.3f}" for values in shares), str(support[index])])
     yield ""
     yield from _aligned(rows)
     if len(names) > MOST_CLASSES:
-        yield f"… and {len(names) - MOST_CLASSES:,} more classes"
+        yield f"… and {len(names) - MOST_CLASSES:,} more"
 
 
 def _confusion_lines(names: Sequence[str], matrix: np.ndarray) -> Iterator[str]:
@@ -115,57 +141,95 @@ def paired(first: Predictions, second: Predictions) -> Pair:
     return Pair(first.select(common), second.select(others), left_out)
 
 
-def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str], str | None]) -> Iterator[str]:
+def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str], Any]) -> Iterator[str]:
     """Yields the disagreements of two models, and a paired test where labels are known.
 
     Args:
         names: of the two models.
-        label_of: the label of an image by its path, for images whose label is in neither set.
+        label_of: the label or labels of an image by its path, for images whose labels are in neither set.
 
     Raises:
-        UserError: the two sets have different labels for an image.
+        UserError: the two sets have different labels for an image, or one is of several labels per image.
     """
     first, second, left_out = pair
+    if first.several != second.several:
+        raise UserError(
+            f"{names[0] if first.several else names[1]} has several labels per image, and the other one class: they "
+            f"cannot be compared"
+        )
     if left_out:
         yield f"{left_out:,} images are in one of the two sets alone, and are left out"
-    given = [
-        _same(path, one, other) or label_of(path)
-        for path, one, other in zip(first.paths, first.given, second.given, strict=True)
-    ]
+    given: list[Any] = []
+    for path, one, other in zip(first.paths, first.given, second.given, strict=True):
+        known = _same(path, one, other)
+        given.append(label_of(path) if known is None else known)
     different = pair.disagreements()
-    yield f"{names[0]} and {names[1]} predict different classes for {len(different):,} of {len(first):,} images"
+    kind = "labels" if first.several else "classes"
+    yield f"{names[0]} and {names[1]} predict different {kind} for {len(different):,} of {len(first):,} images"
     for row in different[:_DISAGREEMENTS]:
-        label = f" (is {given[row]})" if given[row] is not None else ""
-        yield f"    {first.paths[row]}: {first.predicted[row]}, {second.predicted[row]}{label}"
+        label = f" (is {shown(given[row])})" if given[row] is not None else ""
+        mark = "; " if first.several else ", "
+        yield f"    {first.paths[row]}: {shown(first.predicted[row])}{mark}{shown(second.predicted[row])}{label}"
     if len(different) > _DISAGREEMENTS:
         yield f"    and {len(different) - _DISAGREEMENTS:,} more"
     labelled = [row for row, label in enumerate(given) if label is not None]
     if not labelled:
-        yield "no paired test: no label is known, and the images' folders are not named after the predicted classes"
+        why = (
+            ": compare with the directory of a run, or by lora_dist.predict with --labels_file"
+            if first.several
+            else ", and the images' folders are not named after the predicted classes"
+        )
+        yield f"no paired test: no label is known{why}"
         return
-    yield from _test_lines(first.select(labelled), second.select(labelled), [given[row] for row in labelled], names)
+    test_lines = _label_set_test_lines if first.several else _test_lines
+    yield from test_lines(first.select(labelled), second.select(labelled), [given[row] for row in labelled], names)
 
 
-def _same(path: str, one: str | None, other: str | None) -> str | None:
+def shown(answer: Any) -> str:
+    """A class, or the labels of an image, as text."""
+    return (", ".join(answer) or "(none)") if isinstance(answer, tuple) else str(answer)
+
+
+def _same(path: str, one: Any, other: Any) -> Any:
     if one is not None and other is not None and one != other:
-        raise UserError(f"{path} has the label {one} in one set of predictions and {other} in the other one")
+        raise UserError(
+            f"{path} has the label {shown(one)} in one set of predictions and {shown(other)} in the other one"
+        )
     return one if one is not None else other
 
 
-def _test_lines(
-    first: Predictions, second: Predictions, given: Sequence[str | None], names: tuple[str, str]
-) -> Iterator[str]:
+def _test_lines(first: Predictions, second: Predictions, given: Sequence[Any], names: tuple[str, str]) -> Iterator[str]:
     truth = np.array(given)
     right = [np.array(one.predicted, dtype=object) == truth for one in (first, second)]
     groups = groups_of(first)
     found = compare(right[0], right[1], groups)
     test = "McNemar's exact test" if groups is None else "a permutation test of groups"
-    change = f" (95% interval {found.interval[0]:+.4f} to {found.interval[1]:+.4f})" if found.interval else ""
-    yield (
-        f"accuracy on {len(truth):,} labelled images: {found.first:.4f} and {found.second:.4f}, a difference of "
-        f"{found.second - found.first:+.4f}{change}"
-    )
+    yield (f"accuracy on {len(truth):,} labelled images: {_difference(found.first, found.second, found.interval)}")
     yield (
         f"only {names[0]} is right on {found.only_first:,}, only {names[1]} on {found.only_second:,}: "
         f"p = {found.p_value:.4g} by {test}"
     )
+
+
+def _label_set_test_lines(
+    first: Predictions, second: Predictions, given: Sequence[Any], names: tuple[str, str]
+) -> Iterator[str]:
+    labels = sorted({*_all_labels(first, second), *(name for some in given for name in some)})
+    scores = [_scores(one, labels) for one in (first, second)]
+    groups = groups_of(first)
+    found = compare_label_sets(
+        (label_matrix(first.predicted, labels), label_matrix(second.predicted, labels)),
+        label_matrix(given, labels),
+        None if scores[0] is None or scores[1] is None else (scores[0], scores[1]),
+        groups,
+    )
+    yield f"{names[0]} and {names[1]} on {len(given):,} labelled images:"
+    for name, value in found.first.items():
+        yield f"    {NAMES[name]} {_difference(value, found.second[name], found.intervals.get(name))}"
+    units = "images" if groups is None else "groups"
+    yield f"p = {found.p_value:.4g} by a permutation test of the micro F1, which exchanges the answers for {units}"
+
+
+def _difference(first: float, second: float, interval: Interval | None) -> str:
+    change = f" (95% interval {interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
+    return f"{first:.4f} and {second:.4f}, a difference of {second - first:+.4f}{change}"

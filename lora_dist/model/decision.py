@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_dist.errors import UserError
+from lora_dist.metrics.multi_label import NEUTRAL
 from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 
 logger = logging.getLogger(__name__)
-
-NEUTRAL = 0.5
-"""Threshold of a model that records none."""
 
 
 class Decision(Protocol):

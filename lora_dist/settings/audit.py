@@ -98,9 +98,6 @@ def contradictions(settings: AuditSettings) -> Iterator[Contradiction]:
         yield Contradiction(
             ("problem_type", "labels_file"), "class folders give each image one class: set --labels_file"
         )
-    if data.problem_type == MULTI_LABEL and data.predictions:
-        text = "likely wrong labels are found among images of one class each: remove --predictions"
-        yield Contradiction(("problem_type", "predictions"), text)
     if data.problem_type == MULTI_LABEL and data.validation_dir:
         text = "class folders give each image one class: use the column of splits of --labels_file"
         yield Contradiction(("problem_type", "validation_dir"), text)

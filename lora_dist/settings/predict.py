@@ -103,6 +103,10 @@ class Images(Group):
     labels_file: str | None = None
     """Text file with the labels of the images in the folder of --images, as for lora_dist.train, to evaluate the
     predictions. Default: the names of the images' folders, if all of these are classes of the model."""
+    label_column_name: str | None = None
+    """Column of labels in --labels_file, or its columns of 0 and 1, such as cat,dog,bird."""
+    group_column_name: str | None = None
+    """Column of groups in --labels_file, such as patients, of which intervals and tests resample whole groups."""
     compare_to: str | None = None
     """File of predictions for the same images, or the directory of a run: print which ones differ, and a paired test.
     With --grid: a grid of these images."""
@@ -133,7 +137,7 @@ class DataSet(Group):
     dataset_split: str | None = None
     """Split to classify, such as test or test[:1000]."""
     image_column_name: str | None = None
-    """Column of images. Default: the only one of type Image."""
+    """Column of images. Default: the only one of type Image. Without a data set: column of paths in --labels_file."""
     streaming: bool = False
     """Read parquet and tar files where they are, without a copy in the cache of `datasets`."""
 
@@ -193,6 +197,8 @@ FOR_FILES = (
     "precision",
     "num_workers",
     "labels_file",
+    "label_column_name",
+    "group_column_name",
     "compare_to",
 )
 """Settings of `Images` that a server does not use."""
@@ -346,8 +352,11 @@ def _task_problems(settings: PredictSettings) -> Iterator[Contradiction]:
 
 def _input_problems(settings: PredictSettings) -> Iterator[Contradiction]:
     data, images = settings.data, settings.images
+    for name in () if images.labels_file else _set(images, "label_column_name", "group_column_name"):
+        yield Contradiction((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
     if not data.dataset_name:
-        for name in _set(data, "dataset_config_name", "dataset_split", "image_column_name", "streaming"):
+        of_data = ["dataset_config_name", "dataset_split", "streaming"]
+        for name in _set(data, *of_data, *([] if images.labels_file else ["image_column_name"])):
             yield Contradiction((name, "dataset_name"), f"--{name} needs --dataset_name")
         return
     if not data.dataset_split:

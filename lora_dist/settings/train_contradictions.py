@@ -42,8 +42,6 @@ def _problem_type(settings: Settings) -> Iterator[Contradiction]:
             data.balanced_sampling,
             "an image counts for several labels, so no order shows all equally often: use --class_weights balanced",
         ),
-        "fold": (data.fold, "folds are those of one class per image: remove --fold"),
-        "slice_columns": (data.slice_columns, "slices are those of one class per image: remove --slice_columns"),
         "probe": (settings.run.probe, "the probe is that of one class per image: remove --probe"),
         "focal_gamma": (
             optimization.focal_gamma,

@@ -98,7 +98,7 @@ class Evaluator:
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.
-            with_probabilities: also return the probabilities of all classes; only for one class per image.
+            with_probabilities: also return the probabilities of all classes, if the problem type does not keep them.
             keep_logits: also return logits (see `Evaluation.scored`); only for one class per image.
 
         Returns:
@@ -109,6 +109,7 @@ class Evaluator:
             ProcessError: the device has no memory left.
         """
         accelerator = self.accelerator
+        with_probabilities = with_probabilities and not self.problem.keeps_scores
         self.model.eval()
         parts: list[tuple[Tensor, Tensor]] = []
         kept_logits: list[tuple[Tensor, Tensor]] = []

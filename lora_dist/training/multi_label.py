@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lora_dist.data.batch import Batch
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
+from lora_dist.metrics.intervals import Interval, Measured
 from lora_dist.metrics.multi_label import best_threshold, multi_label_metrics
-from lora_dist.metrics.predictions import rounded, write_rows
+from lora_dist.metrics.multi_label_intervals import measure_label_sets
+from lora_dist.metrics.predictions import Predictions, write_predictions
+from lora_dist.metrics.slices import slice_metrics
 from lora_dist.model.decision import AboveThresholds, Decision
 from lora_dist.settings.train import Settings
 from lora_dist.training.binary_loss import BinaryLoss, make_binary_loss
@@ -34,10 +38,11 @@ class LabelSetEvaluation:
         scores: of each sample and label, float32 [N, labels]; NaN where its image could not be read, or its logits are
             not finite.
         losses: binary cross-entropy of each sample, shape [N]; NaN there.
-        num_samples: samples that were evaluated: all whose image could be read.
-        intervals: none.
-        slices: none.
-        scored: none.
+        read: samples that were evaluated, ascending: all whose image could be read.
+        references: the labels of each sample, bool [N, labels].
+        groups: group of each sample, shape [N], if groups are known.
+        slice_values: value of each sample, shape [N], by column of --slice_columns.
+        scored: none, because no temperature is fitted.
     """
 
     metrics: dict[str, float]
@@ -45,10 +50,38 @@ class LabelSetEvaluation:
     thresholds: np.ndarray
     scores: np.ndarray
     losses: np.ndarray
-    num_samples: int
-    intervals: Mapping[str, Any] = field(default_factory=dict)
-    slices: Mapping[str, Any] = field(default_factory=dict)
+    read: np.ndarray
+    references: np.ndarray
+    groups: np.ndarray | None = None
+    slice_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     scored: None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that were evaluated."""
+        return len(self.read)
+
+    @cached_property
+    def said(self) -> np.ndarray:
+        """Whether the score of each label reaches its threshold, bool [N, labels]."""
+        return self.scores >= self.thresholds
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """95% intervals of `mAP`, `micro_f1` and `macro_f1`; computed when first asked for."""
+        return self._measured(self.read).intervals
+
+    @cached_property
+    def slices(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Metrics by column of --slice_columns and its values; computed when first asked for."""
+        return {
+            column: slice_metrics(values[self.read], lambda own: self._measured(self.read[own]))
+            for column, values in self.slice_values.items()
+        }
+
+    def _measured(self, chosen: np.ndarray) -> Measured:
+        groups = None if self.groups is None else self.groups[chosen]
+        return measure_label_sets(self.said[chosen], self.references[chosen], self.scores[chosen], groups)
 
     def worst(self, count: int) -> list[int]:
         """Samples with the highest losses, worst first."""
@@ -67,6 +100,7 @@ class MultiLabel:
     headline: str = "mAP"
     labels_word: str = "labels"
     is_calibrated: bool = False
+    keeps_scores: bool = True
     class_columns: Mapping[str, str] = field(
         default_factory=lambda: {
             "average_precision": "average precision",
@@ -92,9 +126,9 @@ class MultiLabel:
         self, split: Split, labels: Sequence[str], integers: np.ndarray, reals: np.ndarray
     ) -> LabelSetEvaluation:
         rows = integers[:, 0]
-        positive, scores = split.labels[rows].astype(bool), reals[:, 1:]
-        thresholds = self._thresholds(scores, positive)
-        metrics, per_class = multi_label_metrics(scores, positive, thresholds)
+        references, scores = split.labels.astype(bool), reals[:, 1:]
+        thresholds = self._thresholds(scores, references[rows])
+        metrics, per_class = multi_label_metrics(scores, references[rows], thresholds)
         whole = by_sample(split, rows, reals, np.nan)
         return LabelSetEvaluation(
             metrics={**metrics, "loss": float(reals[:, 0].astype(np.float64).mean())},
@@ -102,7 +136,10 @@ class MultiLabel:
             thresholds=thresholds,
             scores=whole[:, 1:],
             losses=whole[:, 0],
-            num_samples=len(rows),
+            read=rows,
+            references=references,
+            groups=split.groups,
+            slice_values=split.slices,
         )
 
     def _thresholds(self, scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -122,11 +159,8 @@ class MultiLabel:
     def answers(
         self, evaluation: LabelSetEvaluation, split: Split, indices: Sequence[int], labels: Sequence[str]
     ) -> list[str]:
-        said = evaluation.scores[list(indices)] >= evaluation.thresholds
-        return [
-            f"is {_names(split.labels[index], labels)}\nsaid {_names(row, labels)}"
-            for index, row in zip(indices, said, strict=True)
-        ]
+        said = evaluation.said
+        return [f"is {_names(split.labels[index], labels)}\nsaid {_names(said[index], labels)}" for index in indices]
 
     def pictures(self, evaluation: LabelSetEvaluation, labels: Sequence[str]) -> dict[str, Image.Image]:
         """None: a confusion matrix has one class of each image."""
@@ -138,17 +172,17 @@ class MultiLabel:
     def write_predictions(
         self, file: Path, evaluation: LabelSetEvaluation, split: Split, labels: Sequence[str]
     ) -> None:
-        names, said = split.names(), evaluation.scores >= evaluation.thresholds
-        rows = (
-            {
-                "path": names[row],
-                "given_labels": _labels(split.labels[row], labels),
-                "labels": _labels(said[row], labels),
-                "scores": rounded(labels, evaluation.scores[row]),
-            }
-            for row in np.flatnonzero(np.isfinite(evaluation.losses)).tolist()
+        names, said, groups, read = split.names(), evaluation.said, split.groups, evaluation.read.tolist()
+        predictions = Predictions(
+            paths=[names[row] for row in read],
+            predicted=[_labels(said[row], labels) for row in read],
+            given=[_labels(split.labels[row], labels) for row in read],
+            groups=[None if groups is None else str(groups[row]) for row in read],
+            classes=list(labels),
+            probabilities=evaluation.scores[read],
+            several=True,
         )
-        write_rows(file, rows)
+        write_predictions(file, predictions)
 
     def chance_level(self, evaluation: LabelSetEvaluation) -> tuple[float, str]:
         """The mean share of the images that have a label, which is the mAP of random scores."""
@@ -156,8 +190,8 @@ class MultiLabel:
         return float(np.mean(shares)) if shares else math.nan, "that of random scores"
 
 
-def _labels(row: np.ndarray, labels: Sequence[str]) -> list[str]:
-    return [labels[index] for index in np.flatnonzero(row).tolist()]
+def _labels(row: np.ndarray, labels: Sequence[str]) -> tuple[str, ...]:
+    return tuple(labels[index] for index in np.flatnonzero(row).tolist())
 
 
 def _names(row: np.ndarray, labels: Sequence[str]) -> str:

@@ -79,6 +79,11 @@ class ProblemType(Protocol):
         ...
 
     @property
+    def keeps_scores(self) -> bool:
+        """Whether an evaluation has the score of every class, without being asked for probabilities."""
+        ...
+
+    @property
     def class_columns(self) -> Mapping[str, str]:
         """Titles of the columns of the model card's table of classes, by the name in `EvaluationResult.per_class`."""
         ...

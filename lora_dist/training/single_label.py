@@ -18,8 +18,9 @@ from lora_dist.data.sources.split import Split
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.metrics.classification import ClassificationMetric
-from lora_dist.metrics.intervals import Interval, bootstrap_intervals
+from lora_dist.metrics.intervals import Interval, Measured
 from lora_dist.metrics.predictions import Predictions, write_predictions
+from lora_dist.metrics.single_label import bootstrap_intervals, measure_classes
 from lora_dist.metrics.slices import slice_metrics
 from lora_dist.model.decision import Decision, MostLikely
 from lora_dist.settings.train import Settings
@@ -76,11 +77,12 @@ class Evaluation:
     @cached_property
     def slices(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Metrics by column of --slice_columns and its values; computed when first asked for."""
-        read = self.references >= 0
-        return {
-            column: slice_metrics(self.references[read], self.predictions[read], values[read], self._groups_of(read))
-            for column, values in self.slice_values.items()
-        }
+        read = np.flatnonzero(self.references >= 0)
+
+        def measured(own: np.ndarray) -> Measured:
+            return measure_classes(self.references[read[own]], self.predictions[read[own]], self._groups_of(read[own]))
+
+        return {column: slice_metrics(values[read], measured) for column, values in self.slice_values.items()}
 
     def _groups_of(self, chosen: np.ndarray) -> np.ndarray | None:
         return None if self.groups is None else self.groups[chosen]
@@ -97,6 +99,7 @@ class SingleLabel:
     headline: str = "accuracy"
     labels_word: str = "classes"
     is_calibrated: bool = True
+    keeps_scores: bool = False
     class_columns: Mapping[str, str] = field(
         default_factory=lambda: {"precision": "precision", "recall": "recall", "f1": "F1", "support": "images"}
     )

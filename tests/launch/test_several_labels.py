@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from lora_dist import predict, train
+from lora_dist import folds, predict, train
+from lora_dist.audit.__main__ import main as audit
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.serve.server import make_app
 from lora_dist.deployment.serve.uploads import Limits
+from lora_dist.metrics.predictions import label_matrix, read_predictions
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import load_classifier
 
@@ -40,6 +43,7 @@ def _flags(vit: Path, data: dict[str, object], out: Path, batch: int, accumulati
         "class_weights": "balanced",
         "label_smoothing_factor": 0.1,
         "mixup_alpha": 1,
+        "slice_columns": "site",
         **data,
     }
     return run_flags(vit, Path(), out, **EVERY_UPDATE | given)
@@ -93,7 +97,16 @@ def test_the_results_say_what_applies(whole: Path) -> None:
         "eval_macro_f1",
         "eval_loss",
         "eval_samples",
+        "eval_mAP_interval",
+        "eval_micro_f1_interval",
+        "eval_macro_f1_interval",
+        "eval_slices",
     }
+    for name in ("mAP", "micro_f1", "macro_f1"):
+        low, high = results[f"eval_{name}_interval"]
+        assert low <= results[f"eval_{name}"] <= high
+    sites = results["eval_slices"]["site"]
+    assert {site: row["num_samples"] for site, row in sites.items()} == {"north": 6, "south": 6}
     assert 0 < results["test_mAP"] <= 1
     evaluation = json.loads((whole / "evaluation.json").read_text())
     assert "confusion_matrix" not in evaluation
@@ -104,6 +117,9 @@ def test_the_results_say_what_applies(whole: Path) -> None:
     card = (whole / "adapter" / "README.md").read_text()
     assert "| class | average precision | precision | recall | F1 | threshold | images |" in card
     assert "accuracy" not in card.partition("## Settings")[0]
+    assert f"| eval_mAP | {results['eval_mAP']:.4f} (95% interval " in card
+    assert "| column | value | mAP | micro F1 | macro F1 | images |" in card
+    assert "| 6 images, fewer than 30 |" in card
 
 
 def test_the_answer_is_the_same_everywhere(whole: Path, data: dict[str, object], tmp_path: Path) -> None:
@@ -144,8 +160,40 @@ def test_an_evaluation_alone_uses_the_thresholds_of_the_model(
     arguments = flags(adapter_name_or_path=whole / "adapter", output_dir=tmp_path / "again", mixed_precision="no")
     train.main([*flags(**data), *arguments, "--do_eval_only"])
     metrics = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert metrics == pytest.approx({name: results_of(whole)[name] for name in metrics}, rel=1e-5)
+    assert metrics.keys() >= {"eval_mAP", "eval_mAP_interval"}
+    for name, value in metrics.items():
+        assert value == pytest.approx(results_of(whole)[name], rel=1e-5)
     one_class = data | {"problem_type": None, "output_dir": tmp_path / "other"}
     with pytest.raises(SystemExit):
         train.main([*flags(**one_class, adapter_name_or_path=whole / "adapter"), "--do_eval_only"])
     assert "was trained with --problem_type multi_label_classification: add it" in capfd.readouterr().err
+
+
+def test_folds_are_gathered_judged_and_compared(
+    vit: Path, data: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every image is validated once, and the audit takes the predictions."""
+    unsplit = data | {"labels_file": Path(str(data["labels_file"])).with_name("unsplit.csv")}
+    runs = [tmp_path / f"fold-{number}" for number in (1, 2)]
+    for number, out in enumerate(runs, start=1):
+        train.main(run_flags(vit, Path(), out, **unsplit, fold=f"{number}/2", max_train_steps=2))
+    capsys.readouterr()
+    folds.main([str(run) for run in runs])
+    said = capsys.readouterr().out
+    values = [results_of(run)["eval_mAP"] for run in runs]
+    assert f"| mAP | {mean(values):.4f} | {stdev(values):.4f} | {values[0]:.4f} | {values[1]:.4f} |" in said
+    assert "out of fold, 45 images: mAP 0." in said
+    gathered = read_predictions(tmp_path / "out_of_fold.jsonl")
+    assert sorted(gathered.paths) == sorted(map(str, Path(str(data["train_dir"])).glob("*.png")))
+    for run in runs:
+        held = label_matrix(read_predictions(run).given, LABELS).sum(axis=0)
+        assert held == pytest.approx(label_matrix(gathered.given, LABELS).sum(axis=0) / 2, abs=1)
+    with pytest.raises(SystemExit):
+        audit(flags(**unsplit, predictions=tmp_path / "out_of_fold.jsonl", output_dir=tmp_path / "audit"))
+    assert "labels are likely wrong" in capsys.readouterr().out
+    predict.main(
+        flags(adapter=runs[0] / "adapter", images=data["train_dir"], compare_to=runs[0], output=tmp_path / "rows.jsonl")
+    )
+    said = capsys.readouterr().out
+    assert f"this model and {runs[0]} predict different labels for 0 of" in said
+    assert "p = 1 by a permutation test of the micro F1" in said

@@ -4,17 +4,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_dist.data.sources.iterative_stratification import iterative_stratification
+from lora_dist.data.sources.label_arrays import with_unlabelled
+
 
 def fold_numbers(labels: np.ndarray, groups: Sequence[str] | None, folds: int, seed: int) -> np.ndarray:
-    """Returns the fold of each sample, from 0, shape [N]; each class is spread as evenly as possible.
+    """Returns the fold of each sample, from 0, shape [N]; each class or label is spread as evenly as possible.
 
     Args:
-        labels: class of each sample, shape [N].
+        labels: class of each sample, shape [N], or 0 and 1 for each of several labels, [N, labels].
         groups: group of each sample; all samples of a group are in one fold.
         folds: number of folds.
         seed: of the shuffle.
     """
-    return _by_sample(labels, folds, seed) if groups is None else _by_group(labels, groups, folds, seed)
+    if groups is not None:
+        return _by_group(labels, groups, folds, seed)
+    if labels.ndim == 2:
+        return iterative_stratification(labels, [1 / folds] * folds, seed)
+    return _by_sample(labels, folds, seed)
 
 
 def _by_sample(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -31,11 +38,17 @@ def _by_sample(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 def _by_group(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """Puts one group after the other, the largest first, where the classes of all folds then differ least.
 
-    As scikit-learn's StratifiedGroupKFold, with rarer classes counting as much as frequent ones.
+    As scikit-learn's StratifiedGroupKFold, with rarer classes counting as much as frequent ones. Several labels are as
+    many classes, to which an image counts; images without a label are those of one more.
     """
     names, members = np.unique(np.array(groups), return_inverse=True)
-    counts = np.zeros((len(names), int(labels.max()) + 1))
-    np.add.at(counts, (members, labels), 1)
+    labels = with_unlabelled(labels)
+    if labels.ndim == 2:
+        counts = np.zeros((len(names), labels.shape[1]))
+        np.add.at(counts, members, labels)
+    else:
+        counts = np.zeros((len(names), int(labels.max()) + 1))
+        np.add.at(counts, (members, labels), 1)
     share = counts / np.maximum(counts.sum(axis=0), 1)
     shuffled = np.random.default_rng([seed, len(names)]).permutation(len(names))
     held, fold_of = np.zeros((folds, counts.shape[1])), np.empty(len(names), dtype=np.int64)

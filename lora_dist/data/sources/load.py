@@ -80,6 +80,9 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     columns = given_columns(settings)
     listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns, several)
     warn_of_ignored(settings.train_dir, listed.ignored)
+    if not several and (joined := next((name for name in listed.classes if ";" in name), None)):
+        text = "classes have a semicolon, such as %s: if these are several labels, add --problem_type %s"
+        logger.warning(text, joined, MULTI_LABEL)
     for split in ("validation", "test"):
         if split in listed.splits and getattr(settings, f"{split}_dir"):
             raise UserError(f"--{split}_dir and --labels_file {settings.labels_file} both name {split} images: use one")

@@ -191,7 +191,8 @@ def make_app(
         file: UploadFile,
         adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
     ) -> Response:
-        """Returns a PNG file: the image as the model sees it, with a heat map of the parts that speak for its class."""
+        """Returns a PNG file: the image as the model sees it, with a heat map of the parts that speak for its class, or
+        of several labels for the one with the highest score."""
         if unexplained:
             raise HTTPException(501, unexplained)
         chosen = _chosen(adapter, list(classifiers))
@@ -230,8 +231,6 @@ def _unexplained(classifiers: Mapping[str, Classifier]) -> str | None:
     # ONNX Runtime computes no gradients.
     if not all(any(True for _ in one.model.parameters()) for one in classifiers.values()):
         return "predictions of an ONNX file cannot be explained: serve the adapter or model"
-    if any(one.decision.problem_type == MULTI_LABEL for one in classifiers.values()):
-        return "only predictions of one class per image are explained, and this model has several labels"
     return None
 
 
@@ -248,12 +247,16 @@ def _chosen(adapter: str | None, names: list[str]) -> str:
 def _choice(classifiers: Mapping[str, Classifier]) -> str:
     """Returns HTML: the number of classes, or for several adapters a choice of one of them."""
     if len(classifiers) == 1:
-        return f"<p>{len(next(iter(classifiers.values())).labels)} classes</p>"
+        return f"<p>{_size(next(iter(classifiers.values())))}</p>"
     options = (
-        f'<option value="{html.escape(name)}">{html.escape(name)} ({len(one.labels)} classes)</option>'
+        f'<option value="{html.escape(name)}">{html.escape(name)} ({_size(one)})</option>'
         for name, one in classifiers.items()
     )
     return f'<p><label>Adapter <select id="adapter">{"".join(options)}</select></label></p>'
+
+
+def _size(classifier: Classifier) -> str:
+    return f"{len(classifier.labels)} {'labels' if classifier.decision.problem_type == MULTI_LABEL else 'classes'}"
 
 
 def run(app: FastAPI, host: str, port: int) -> None:

@@ -15,7 +15,7 @@ from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.deployment.explain import overlays
 from lora_dist.figures import grid, to_images
-from lora_dist.metrics.intervals import with_interval
+from lora_dist.metrics.intervals import NAMES, Measured
 from lora_dist.metrics.slices import slice_rows
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.problem import EvaluationResult, ProblemType
@@ -43,8 +43,9 @@ def announce(
     """Says what is about to run: the data, what trains, and the size of an update."""
     trainable, total = parameters
     precision = "fp32" if precision == "no" else precision
+    word = "labels" if data.train.label_shape else "classes"
     logger.info(
-        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} classes"
+        f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} {word}"
         f"{f'; fold {data.fold}' if data.fold else ''}\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
         f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} a process x "
@@ -81,17 +82,17 @@ def _optional(missing: str) -> Iterator[None]:
         logger.warning("%s: %s: %s", missing, type(error).__name__, error)
 
 
-def headline(problem: ProblemType, evaluation: EvaluationResult) -> str:
-    """The first metric of the problem type and macro F1, with their intervals, as text."""
-    told = {problem.headline: problem.headline, "macro_f1": "macro F1"}
-    texts = {name: with_interval(evaluation.metrics[name], evaluation.intervals.get(name)) for name in told}
-    return ", ".join(f"{words} {texts[name]}" for name, words in told.items())
+def headline(evaluation: EvaluationResult) -> str:
+    """The metrics that have intervals, with these, as text."""
+    told = {name: evaluation.metrics[name] for name in NAMES if name in evaluation.metrics}
+    return str(Measured(told, dict(evaluation.intervals)))
 
 
 def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
     """Yields a line for each value of each column."""
     for row in slice_rows(slices):
-        yield f"{row.column} {row.value}: accuracy {row.accuracy}, macro F1 {row.macro_f1}, {row.images}"
+        metrics = ", ".join(f"{name} {text}" for name, text in row.metrics.items())
+        yield f"{row.column} {row.value}: {metrics}, {row.images}"
 
 
 def measured(evaluation: EvaluationResult) -> dict[str, Any]:

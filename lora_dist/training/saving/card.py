@@ -139,8 +139,10 @@ def _slices(results: Mapping[str, Any]) -> list[str]:
     for split, title in (("eval", "validation"), ("test", "test")):
         rows = list(slice_rows(results.get(f"{split}_slices", {})))
         if rows:
-            lines += [f"## Slices of the {title} images", "", "| column | value | accuracy | macro F1 | images |"]
-            lines += ["|---|---|---|---|---|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+            names = ["column", "value", *rows[0].metrics, "images"]
+            cells = ([row.column, row.value, *row.metrics.values(), row.images] for row in rows)
+            lines += [f"## Slices of the {title} images", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+            lines += [*(f"| {' | '.join(map(_cell, row))} |" for row in cells), ""]
     return lines
 
 

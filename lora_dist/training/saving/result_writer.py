@@ -150,13 +150,13 @@ class ResultWriter:
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            on_test = f"; on the test data {headline(problem, test)}" if test is not None else ""
+            on_test = f"; on the test data {headline(test)}" if test is not None else ""
             if "probe_accuracy" in results:
                 tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
                 tracker.say(f"{in_words(results)}, {tuning} {evaluation.metrics[problem.headline]:.4f}")
             for line in slice_lines(evaluation.slices):
                 tracker.say(line)
-            tracker.say(f"{headline(problem, evaluation)}{on_test}; wrote {written}")
+            tracker.say(f"{headline(evaluation)}{on_test}; wrote {written}")
             if report is not None:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():

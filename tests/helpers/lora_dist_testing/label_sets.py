@@ -7,10 +7,13 @@ import numpy as np
 from PIL import Image
 
 LABELS = ("bird", "cat", "dog")
+HEADER = ("path", "label", "split", "site")
 
 
 def make_label_sets(root: Path) -> dict[str, object]:
     """Writes `photos/` and `labels.csv` below `root`, and returns the settings that train on them alone.
+
+    `unsplit.csv` is `labels.csv` without the column of splits.
 
     Every fifth image has no label, and every seventh all of them.
     """
@@ -28,9 +31,12 @@ def make_label_sets(root: Path) -> dict[str, object]:
         for place in np.flatnonzero(shown):
             pixels[:, 10 * place : 10 * place + 10, place] = 220
         Image.fromarray(pixels).save(root / "photos" / f"{number:03d}.png")
-        rows.append((f"{number:03d}.png", ";".join(LABELS[place] for place in np.flatnonzero(shown)), split))
+        labels = ";".join(LABELS[place] for place in np.flatnonzero(shown))
+        rows.append((f"{number:03d}.png", labels, split, ("north", "south")[number % 2]))
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("path", "label", "split"), *rows])
+        csv.writer(file).writerows([HEADER, *rows])
+    with (root / "unsplit.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows((path, labels, site) for path, labels, _, site in [HEADER, *rows])
     return {
         "train_dir": root / "photos",
         "validation_dir": None,

@@ -63,6 +63,13 @@ def test_likely_wrong_labels_are_shown_and_listed(photos: Path, capsys: pytest.C
     assert section[: section.index("</section>")].count("data:image/jpeg") == 2
 
 
+def test_a_poor_model_is_named_as_such(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a list of a third of the images, most are mistakes of the model."""
+    wrong = {f"{label}/{number:03d}.png": "c" for label in "ab" for number in range(5)}
+    _audit(photos, 3, "--predictions", _predictions(photos, wrong))
+    assert "10 of 35 judged images are listed for their labels" in capsys.readouterr().out
+
+
 def test_other_files_are_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = photos.parent / "predictions.jsonl"
     file.write_text('{"path": "x.png", "label": "a"}\n')
@@ -73,3 +80,46 @@ def test_other_files_are_refused(photos: Path, capsys: pytest.CaptureFixture[str
     assert "it has no image of this data" in capsys.readouterr().err
     _audit(photos, 2, "--predictions", photos / "none.jsonl")
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sets(photos: Path) -> Path:
+    """A file of labels for the photos: `a` shows a, `b` shows a and b, and `c` none of them."""
+    shown = {"a": "a", "b": "a;b", "c": ""}
+    paths = sorted(photos.rglob("*.png"))
+    rows = [f"{path.relative_to(photos)},{shown[path.parent.name]}" for path in paths]
+    (photos.parent / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    return photos.parent / "labels.csv"
+
+
+def test_labels_that_are_likely_missing_or_too_many_are_shown_and_listed(
+    photos: Path, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(map(str, photos.rglob("*.png")))
+    given = [{"a": ("a",), "b": ("a", "b"), "c": ()}[Path(path).parent.name] for path in paths]
+    scores = np.where([["a" in own, "b" in own] for own in given], 0.9, 0.05)
+    for end, values in {"a/003.png": (0.9, 0.97), "b/005.png": (0.02, 0.07), "c/007.png": (0.95, 0.05)}.items():
+        scores[[path.endswith(end) for path in paths]] = values
+    file = photos.parent / "out_of_fold.jsonl"
+    write_predictions(file, Predictions(paths, given, given, [None] * len(paths), ["a", "b"], scores, True))
+    several = ("--labels_file", sets, "--predictions", file)
+    out = _audit(photos, 3, *several, "--problem_type", "multi_label_classification")
+    said = capsys.readouterr().out
+    assert "warning: labels that are likely wrong: 4" in said
+    assert "judged images are listed" not in said
+    assert "4 labels are likely wrong" in said
+    found = json.loads((out / "report.json").read_text())["findings"]
+    assert [(Path(one["files"][0]["path"]).name, one["message"]) for one in found if one["kind"] == "label_issue"] == [
+        ("005.png", "a (2%): given, but not predicted"),
+        ("003.png", "b (97%): not given, but predicted"),
+        ("007.png", "a (95%): not given, but predicted"),
+        ("005.png", "b (7%): given, but not predicted"),
+    ]
+    wrong = {str(photos / name) for name in ("a/003.png", "b/005.png", "c/007.png")}
+    assert read_exclusions(out / "likely_wrong.txt") == wrong
+    page = (out / "report.html").read_text()
+    section = page[page.index('id="label_issue"') :]
+    assert section[: section.index("</section>")].count("data:image/jpeg") == 4
+    sets.write_text("path,label\na/000.png,a\nb/000.png,b\n")
+    _audit(photos, 2, *several)
+    assert "several labels per image: add --problem_type multi_label_classification" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from sklearn import metrics as sklearn
 
 from lora_dist.compare import main as compare
 from lora_dist.errors import UserError
+from lora_dist.model.bundle import write_adapter
+from lora_dist.model.decision import AboveThresholds
 from lora_dist.predict import predict
 
 
@@ -115,3 +117,83 @@ def test_other_predictions_are_compared(
 def test_what_cannot_be_read_is_named_before_a_model_is_loaded(name: str, photos: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.csv: No such file"):
         predict(["--adapter", "no_model", "--images", str(photos / "train"), f"--{name}", "nowhere.csv"])
+
+
+@pytest.fixture(scope="module")
+def several(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of several labels per image."""
+    directory = tmp_path_factory.mktemp("bundles") / "several"
+    model, base = write_bundle(directory, vit, ("a", "b", "c"), seed=3, scale=0.5, lora_r=4)
+    write_adapter(directory, model, base, "card\n", decision=AboveThresholds((0.45, 0.5, 0.55)))
+    return directory
+
+
+def test_several_labels_are_evaluated_by_group_and_compared(
+    several: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scores of all labels are measured, and the rows have as many as they were asked for."""
+    images = sorted((photos / "train").rglob("*.png"))
+    names = [path.relative_to(photos / "train") for path in images]
+    given = [("a", "b") if number % 3 else ("c",) if number % 2 else () for number in range(len(images))]
+    rows = [
+        f"{name},{int('a' in own)},{int('c' in own)},p{n // 3}"
+        for n, (name, own) in enumerate(zip(names, given, strict=True))
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["photo,a,c,person", *rows]))
+    out = tmp_path / "rows.jsonl"
+    command = flags(
+        adapter=several,
+        images=photos / "train",
+        labels_file=tmp_path / "labels.csv",
+        image_column_name="photo",
+        label_column_name="a,c",
+        output=out,
+    )
+    predict([*command, "--group_column_name", "person"])
+    by_group = capsys.readouterr().out
+    whole = tmp_path / "whole.jsonl"
+    predict(flags(adapter=several, images=photos / "train", top_k=3, output=whole))
+    assert capsys.readouterr().out == ""
+    content = [json.loads(line) for line in whole.read_text().splitlines()]
+    scores = [{entry["label"]: entry["score"] for entry in row["top_k"]} for row in content]
+    true = np.array([["a" in own, False, "c" in own] for own in given])
+    likely = np.array([[by_label[name] for name in "abc"] for by_label in scores])
+    chosen = np.array([[name in {entry["label"] for entry in row["labels"]} for name in "abc"] for row in content])
+    known = [0, 2]
+    mean = sklearn.average_precision_score(true[:, known], likely[:, known], average="macro")
+    micro = sklearn.f1_score(true, chosen, average="micro")
+    assert f"27 images: mAP {mean:.4f} (95% interval " in by_group
+    assert f"micro F1 {micro:.4f} (95% interval " in by_group
+    assert "confusion" not in by_group
+    assert [len(json.loads(line)["top_k"]) for line in out.read_text().splitlines()] == [1] * 27
+    predict(command)
+    by_image = capsys.readouterr().out
+    assert by_image.splitlines()[0] != by_group.splitlines()[0], "intervals of single images"
+
+    other = tmp_path / "other.jsonl"
+    others = [{"path": row["path"], "labels": list(own)} for row, own in zip(content, given, strict=True)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in others))
+    predict([*command, "--compare_to", str(other), "--grid", str(tmp_path / "grid.png")])
+    compared = capsys.readouterr().out
+    different = sum(
+        {entry["label"] for entry in row["labels"]} != {*own} for row, own in zip(content, given, strict=True)
+    )
+    assert f"this model and {other} predict different labels for {different} of 27 images" in compared
+    assert "by a permutation test of the micro F1, which exchanges the answers for images" in compared
+    assert (tmp_path / "grid.png").is_file()
+    compare([str(whole), str(other)])
+    assert "no paired test: no label is known: compare with the directory of a run" in capsys.readouterr().out
+
+
+def test_one_class_and_several_labels_are_not_compared(
+    adapter: Path, several: Path, photos: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = flags(adapter=several, images=photos / "train" / "a", output=tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match="several labels per image, and those predictions one class"):
+        predict([*command, "--compare_to", str(rows)])
+    predict(command)
+    with pytest.raises(SystemExit):
+        compare([str(rows), str(tmp_path / "rows.jsonl")])
+    assert "rows.jsonl has several labels per image, and the other one class" in capsys.readouterr().err
+    with pytest.raises(UserError, match="edit thresholds"):
+        predict([*command, "--min_confidence", "0.5"])

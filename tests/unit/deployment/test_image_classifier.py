@@ -1,5 +1,6 @@
 """Images from Python get the scores of the prediction command, whatever they are passed as and whatever is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.classify import classify
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.onnx_export import export
+from lora_dist.deployment.image_classifier import ImageClassifier
 from lora_dist.errors import UserError
 from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.decision import AboveThresholds
 
 LABELS = ["rose", "tulip", "daisy"]
 
@@ -115,3 +118,20 @@ def test_what_cannot_be_classified_or_loaded_is_named(deployed: Deployed, tmp_pa
         lora_dist.load(deployed.things["model.onnx"], labels=LABELS)
     with pytest.raises(UserError, match="run on the CPU"):
         lora_dist.load(deployed.things["model.onnx"], device="cuda")
+
+
+def test_a_model_of_several_labels_answers_with_those_above_their_thresholds(deployed: Deployed) -> None:
+    """As `predict` does; `top_k` asks for the highest scores instead."""
+    loaded = load_classifier(deployed.things["adapter"])
+    classifier = ImageClassifier(replace(loaded, decision=AboveThresholds((0.0, 0.5, 0.6))), torch.device("cpu"))
+    for file in deployed.files[:4]:
+        every = classifier(file, top_k=3)
+        assert [entry["score"] for entry in every] == sorted((entry["score"] for entry in every), reverse=True)
+        limits = classifier.thresholds
+        assert limits is not None
+        assert classifier(file) == [entry for entry in every if entry["score"] >= limits[entry["label"]]]
+    names = [[entry["label"] for entry in classifier(file)] for file in deployed.files[:4]]
+    assert [[entry["label"] for entry in row] for row in classifier(deployed.files[:4])] == names
+    nothing = ImageClassifier(replace(loaded, decision=AboveThresholds((1.0, 1.0, 1.0))), torch.device("cpu"))
+    assert nothing(deployed.files[0]) == []
+    assert len(nothing(deployed.files[0], top_k=2)) == 2

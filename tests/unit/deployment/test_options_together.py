@@ -1,6 +1,7 @@
 """Options and kinds of models that meet in one prediction."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from fastapi.testclient import TestClient
 from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import write_bundle
 from lora_dist_testing.uploads import encoded
+from PIL import Image
 
 from lora_dist.deployment import parts
 from lora_dist.deployment.serve import server
@@ -76,15 +78,29 @@ def test_a_server_of_several_labels_has_no_unknown_images(several: Path, monkeyp
         predict([*flags(adapter=several, min_confidence=0.5), "--serve"])
 
 
-def test_a_server_of_several_labels_explains_no_single_one(several: Path) -> None:
-    """As `--explain` does not."""
+def test_a_server_of_several_labels_explains_the_highest_score(several: Path) -> None:
     models = AdapterSet({"x": load_classifier(several)})
     app = server.make_app(models, "x", Limits(10**6, 10**6, 9), top_k=2, batch_size=4, device=torch.device("cpu"))
     with TestClient(app, base_url="http://127.0.0.1") as client:
         answer = client.post("/explain", files={"file": ("a.png", encoded())})
-        assert 'data-explains="no"' in client.get("/").text
-    assert answer.status_code == 501
-    assert "several labels" in answer.json()["detail"]
+        page = client.get("/").text
+    assert 'data-explains="yes"' in page
+    assert "<p>3 labels</p>" in page
+    assert answer.headers["content-type"] == "image/png"
+
+
+def test_each_label_of_an_image_is_explained(several: Path, images: Path, tmp_path: Path) -> None:
+    """A picture is as wide as the image and its heat maps: one of each label, or of the highest score without any."""
+    shutil.copytree(several, tmp_path / "adapter")
+    widths = []
+    for limit in (0.0, 1.0):
+        (tmp_path / "adapter" / "thresholds.json").write_text(json.dumps({"a": limit, "b": 1, "c": limit}))
+        maps = tmp_path / f"maps {limit}"
+        predict(flags(adapter=tmp_path / "adapter", images=images / "000.png", explain=maps))
+        (file,) = maps.iterdir()
+        with Image.open(file) as picture:
+            widths.append(picture.width)
+    assert widths[0] == pytest.approx(1.5 * widths[1], rel=0.05)
 
 
 def test_a_scaled_update_has_no_temperature_and_unconfirmed_thresholds(

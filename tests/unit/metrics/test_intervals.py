@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from lora_dist.metrics.intervals import accuracy_and_macro_f1, bootstrap_intervals, with_interval
+from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.paired import compare, mcnemar
+from lora_dist.metrics.single_label import accuracy_and_macro_f1, bootstrap_intervals, measure_classes
 from lora_dist.metrics.slices import slice_metrics
 
 
@@ -22,12 +23,12 @@ def test_macro_f1_of_a_resample_is_that_of_the_repeated_images() -> None:
     true, predicted = draw(40, seed=1)
     predicted[3] = -1
     weights = np.random.default_rng(2).integers(0, 3, (4, 40))
-    accuracy, macro_f1 = accuracy_and_macro_f1(weights, true, predicted)
+    found = accuracy_and_macro_f1(weights, true, predicted)
     for row in range(4):
         a, b = np.repeat(true, weights[row]), np.repeat(predicted, weights[row])
         labels = np.setdiff1d(np.union1d(a, b), [-1])
-        assert accuracy[row] == pytest.approx(accuracy_score(a, b))
-        assert macro_f1[row] == pytest.approx(f1_score(a, b, labels=labels, average="macro", zero_division=0))
+        assert found["accuracy"][row] == pytest.approx(accuracy_score(a, b))
+        assert found["macro_f1"][row] == pytest.approx(f1_score(a, b, labels=labels, average="macro", zero_division=0))
 
 
 def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
@@ -68,6 +69,7 @@ def test_a_model_without_a_mistake_has_the_exact_interval() -> None:
 def test_intervals_as_text() -> None:
     assert with_interval(0.9, (0.85, 0.95)) == "0.9000 (95% interval 0.8500 to 0.9500)"
     assert with_interval(0.9, None) == "0.9000"
+    assert with_interval(float("nan"), None) == "undefined"
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(1, 9), (0, 0), (5, 5), (0, 6), (300, 340), (9000, 9300)])
@@ -102,7 +104,7 @@ def test_a_test_of_groups_is_that_of_single_images_where_groups_are_images() -> 
 def test_slices_have_the_metrics_of_their_images() -> None:
     true, predicted = draw(100, seed=6)
     sites = np.where(np.arange(100) < 80, "north", "south")
-    found = slice_metrics(true, predicted, sites)
+    found = slice_metrics(sites, lambda own: measure_classes(true[own], predicted[own]))
     assert list(found) == ["north", "south"]
     for site, row in found.items():
         own = sites == site

@@ -1,5 +1,6 @@
 """Files of predictions: what is written is read, and what cannot be read is named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +83,43 @@ def test_a_class_that_is_never_predicted_counts_as_one() -> None:
     assert label_of("a/1.png") is None
 
 
-def test_predictions_of_several_labels_are_refused(tmp_path: Path) -> None:
-    """Nothing but a class per image can be compared."""
-    (tmp_path / "rows.jsonl").write_text('{"path": "1.png", "labels": [], "top_k": []}')
-    (tmp_path / "rows.csv").write_text("path,labels,label,score,error\n1.png,,a,0.9,\n")
-    pq.write_table(pa.table({"path": ["1.png"], "labels": [["a"]], "label": [None]}), tmp_path / "rows.parquet")
+def test_several_labels_are_read_from_every_format(tmp_path: Path) -> None:
+    """With scores where the rows have those of all labels, and without a score of some."""
+    scored = [{"label": "dog", "score": 0.9}, {"label": "cat", "score": 0.6}]
+    rows = [{"path": "1.png", "labels": scored, "top_k": scored}, {"path": "2.png", "labels": [], "top_k": scored[1:]}]
+    rows += [{"path": "3.png", "error": "empty"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.csv").write_text("path,labels,label_1,score_1,error\n1.png,dog;cat,dog,0.9,\n2.png,,cat,0.2,\n")
+    table = {"path": ["1.png", "2.png"], "labels": [scored, []], "label": [None, None], "error": [None, None]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
-        with pytest.raises(UserError, match=f"{name}: images have several labels"):
-            read_predictions(tmp_path / name)
+        found = read_predictions(tmp_path / name)
+        assert found.several
+        assert (found.paths, found.predicted, found.given) == (["1.png", "2.png"], [("cat", "dog"), ()], [None, None])
+        assert found.probabilities is None
+    whole = [{"path": f"{number}.png", "labels": [], "top_k": scored[::step]} for number, step in enumerate((1, -1))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, whole)))
+    found = read_predictions(tmp_path / "rows.jsonl")
+    assert found.classes == ["cat", "dog"]
+    np.testing.assert_array_equal(found.probabilities, [[0.6, 0.9]] * 2)
+
+
+def test_a_file_of_several_labels_is_read_as_it_was_written(tmp_path: Path) -> None:
+    scores = np.array([[0.75, 0.5], [np.nan, np.nan]])
+    written = Predictions(
+        ["1.png", "2.png"], [("cat", "dog"), ()], [(), ("dog",)], ["p", None], ["cat", "dog"], scores, True
+    )
+    write_predictions(tmp_path / FILE, written)
+    assert "NaN" not in (tmp_path / FILE).read_text(), "which is no JSON"
+    found = read_predictions(tmp_path)
+    assert (found.predicted, found.given, found.groups) == (written.predicted, written.given, written.groups)
+    np.testing.assert_array_equal(found.probabilities, scores)
+
+
+def test_what_is_no_row_of_several_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"path": "1.png", "labels": [{"name": "cat"}]}')
+    with pytest.raises(UserError, match="not a file of predictions"):
+        read_predictions(tmp_path / "rows.jsonl")
 
 
 def test_probabilities_without_names_of_classes_are_left_out(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Several labels: the loss is that of torch and exact however it is split, and evaluations are whole."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lora_dist.data.batch import Batch
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
+from lora_dist.metrics.predictions import read_predictions
 from lora_dist.model.decision import AboveThresholds
 from lora_dist.settings.train import AugmentationSettings, DataSettings, OptimizationSettings, Settings
 from lora_dist.training.binary_loss import BinaryLoss, balanced_positive_weights
@@ -93,9 +96,9 @@ LOGITS = torch.tensor([[3.0, -3.0, -1.0], [2.0, -2.0, -2.0], [-2.0, torch.nan, 1
 TRUE = [[1, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 1, 1]]
 
 
-def _evaluated(problem: MultiLabel) -> Any:
+def _evaluated(problem: MultiLabel, sites: np.ndarray | None = None, groups: np.ndarray | None = None) -> Any:
     """Of five images, the last of which could not be read, and the third has no finite logits."""
-    split = _split(TRUE)
+    split = replace(_split(TRUE), groups=groups, slices={} if sites is None else {"site": sites})
     batch = Batch(torch.empty(4, 0), torch.from_numpy(split.labels[:4]), torch.ones(4), torch.arange(4))
     integers, reals = problem.results(LOGITS, batch)
     return split, problem.evaluation(split, NAMES, integers.numpy(), reals.numpy())
@@ -118,6 +121,21 @@ def test_an_evaluation_chooses_thresholds_and_keeps_the_scores() -> None:
     assert problem.pictures(found, NAMES) == {}
     chance, _ = problem.chance_level(found)
     assert chance == pytest.approx((2 + 2 + 1) / 12)
+
+
+def test_intervals_slices_and_predictions_are_of_the_images_that_could_be_read(tmp_path: Path) -> None:
+    split, found = _evaluated(MultiLabel(), np.array(["x", "x", "y", "y", "y"]), np.array(["p", "p", "q", "r", "r"]))
+    assert set(found.intervals) == {"mAP", "micro_f1", "macro_f1"}
+    assert {site: row["num_samples"] for site, row in found.slices["site"].items()} == {"x": 2, "y": 2}
+    assert found.slices["site"]["x"]["mAP"] == 1
+    MultiLabel().write_predictions(tmp_path / "rows.jsonl", found, split, NAMES)
+    written = read_predictions(tmp_path / "rows.jsonl")
+    assert written.paths == ["row 0", "row 1", "row 2", "row 3"]
+    assert written.given == [("bird", "dog"), ("bird",), ("cat",), ("cat",)]
+    assert written.predicted[2] == ()
+    assert written.groups == ["p", "p", "q", "r"]
+    assert written.probabilities is not None
+    np.testing.assert_allclose(written.probabilities, found.scores[:4], atol=1e-6)
 
 
 def test_test_data_is_measured_with_the_thresholds_of_validation() -> None:

@@ -53,12 +53,13 @@ async function heatMap(file, chosen) {
   return URL.createObjectURL(await response.blob());
 }
 
-// A click on a picture shows what speaks for its class, and the next click the picture again.
-function explainOnClick(picture, file, chosen, details) {
+// A click on a picture shows what speaks for its class, or for the label with the highest score, and the next click the
+// picture again.
+function explainOnClick(picture, label, file, chosen, details) {
   const shown = { image: URL.createObjectURL(file), map: null };
   const button = element("button", "explain");
   button.type = "button";
-  button.title = "Show what speaks for this class";
+  button.title = `Show what speaks for ${label}`;
   button.setAttribute("aria-pressed", "false");
   picture.onload = null;
   picture.replaceWith(button);
@@ -106,7 +107,7 @@ async function show(file) {
     list.append(...bars(prediction));
     details.append(list);
     if (document.body.dataset.explains === "yes") {
-      explainOnClick(picture, file, chosen, details);
+      explainOnClick(picture, prediction.top_k[0].label, file, chosen, details);
     }
   } catch (error) {
     details.append(element("p", "error", error.message));

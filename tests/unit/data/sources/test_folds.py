@@ -38,6 +38,41 @@ def test_groups_are_whole_and_classes_nearly_even() -> None:
     np.testing.assert_array_equal(fold_numbers(labels[order], groups[order].tolist(), 5, seed=1), numbers[order])
 
 
+def _sets(samples: int, shares: list[float], seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).random((samples, len(shares))) < shares).astype(np.uint8)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_each_of_several_labels_is_spread_evenly(folds: int) -> None:
+    labels = _sets(400, [0.5, 0.2, 0.03, 0.3], seed=0)
+    numbers = fold_numbers(labels, None, folds, seed=1)
+    np.testing.assert_array_equal(numbers, fold_numbers(labels, None, folds, seed=1))
+    assert (numbers != fold_numbers(labels, None, folds, seed=2)).any()
+    for own in (*labels.T.astype(bool), labels.sum(axis=1) == 0):
+        counts = np.bincount(numbers[own], minlength=folds)
+        assert counts.max() - counts.min() <= 3
+        assert counts.min() > 0
+    assert np.bincount(numbers) == pytest.approx(400 / folds, abs=3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_several_labels_are_whole_and_the_labels_nearly_even(seed: int) -> None:
+    """With groups of all sizes, each of which has mostly the same labels."""
+    random = np.random.default_rng(seed)
+    members = np.sort(random.integers(0, 80, 600))
+    own = random.random((80, 4)) < [0.6, 0.4, 0.3, 0.2]
+    labels = (own[members] & (random.random((600, 4)) < 0.8)).astype(np.uint8)
+    groups = np.char.add("patient ", members.astype(str))
+    numbers = fold_numbers(labels, groups.tolist(), 5, seed)
+    assert all(len(set(numbers[groups == group])) == 1 for group in set(groups.tolist()))
+    for column in (*labels.T.astype(bool), labels.sum(axis=1) == 0):
+        counts = np.bincount(numbers[column], minlength=5)
+        assert counts.min() >= 0.5 * counts.mean()
+    assert np.bincount(numbers).min() > 0.6 * 120
+    order = random.permutation(600)
+    np.testing.assert_array_equal(fold_numbers(labels[order], groups[order].tolist(), 5, seed), numbers[order])
+
+
 def test_the_folds_are_these() -> None:
     """Runs of other folds, on other machines and of later releases, have to fit together with these."""
     labels, groups = np.arange(12) % 3, list("aabbccddeeff")

@@ -85,6 +85,14 @@ def test_what_is_wrong_is_named(lines: list[str], column: str | None, message: s
         _load(photos, lines, label_column_name=column)
 
 
+def test_a_cell_of_several_labels_is_no_class_without_a_word(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without --problem_type, `cat;dog` is the name of one class."""
+    lines = ["path,label", "0.png,cat;dog", "1.png,cat;dog", "2.png,cat", "3.png,cat"]
+    data = _load(photos, lines, problem_type="single_label_classification")
+    assert data.labels == ["cat", "cat;dog"]
+    assert "such as cat;dog: if these are several labels, add --problem_type multi_label_classification" in caplog.text
+
+
 ANIMALS = ClassLabel(names=["dog", "cow", "cat", "bird"])
 
 
