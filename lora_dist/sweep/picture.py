@@ -103,7 +103,7 @@ def sweep_picture(sweep: Sweep) -> Image.Image:
     picture = Image.new("RGB", (max(2, columns) * WIDTH, (1 + -(-len(axes) // columns)) * HEIGHT), PAPER)
     draw = ImageDraw.Draw(picture)
     order = _Scale(-0.5, last + 0.5, range(0, last + 1, 1 + last // MOST_TICKS))
-    history = _Panel(draw, (0, 0, picture.width), f"{sweep.metric} by trial", order, y)
+    history = _Panel(draw, (0, 0, picture.width), f"{sweep.metric} by trial, and the best so far", order, y)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     so_far = accumulate((trial.values[0] for trial in complete), min if sweep.metric == "loss" else max)
     line = [history.at(trial.number, value) for trial, value in zip(complete, so_far, strict=True)]

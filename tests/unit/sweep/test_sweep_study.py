@@ -82,9 +82,7 @@ def test_the_best_is_the_earlier_of_equal_trials_and_the_lowest_loss(tmp_path: P
 def test_other_settings_are_refused_and_more_trials_are_not(tmp_path: Path) -> None:
     _open(tmp_path, trials=3)
     _open(tmp_path, trials=5, workers=2)
-    with pytest.raises(
-        UserError, match=r"sweep with other settings: --num_train_epochs was 8.0 and is now 3.0"
-    ):
+    with pytest.raises(UserError, match=r"sweep with other settings: --num_train_epochs was 8.0 and is now 3.0"):
         _open(tmp_path, num_train_epochs=3)
     with pytest.raises(UserError, match=r"--search was \['learning_rate=.* and is now \['lora_r=4,8'\]"):
         _open(tmp_path, "lora_r=4,8")
