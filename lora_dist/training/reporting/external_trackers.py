@@ -59,9 +59,9 @@ class ExternalTrackers:
         if started:
             output_dir.mkdir(parents=True, exist_ok=True)
             replace_file(output_dir / _RUN_IDS, json.dumps({name: id for name, id in started.items() if id}).encode())
-        # MLflow refuses to change the parameters of a run.
-        new = [name for name in self._trackers if name not in ids]
-        self._call(lambda tracker: tracker.store_init_configuration(dict(settings)), new)
+        # MLflow refuses to change the parameters of a run; trackio forgets them when it resumes one.
+        told = [name for name in self._trackers if name == "trackio" or name not in ids]
+        self._call(lambda tracker: tracker.store_init_configuration(dict(settings)), told)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs numbers, without those that are not finite, which some trackers refuse."""

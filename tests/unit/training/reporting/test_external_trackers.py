@@ -127,11 +127,14 @@ def test_a_tracker_that_fails_is_logged_once_and_not_called_again(
 def test_runs_in_directories_of_one_name_stay_apart_in_trackio_and_a_resumed_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """trackio finds a run by its name alone, and would add the curves of one to those of the other."""
+    """trackio finds a run by its name alone, and forgets the settings of a run that is resumed without any."""
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Recorder)
 
     def name_of(output_dir: Path, resumes: bool) -> str:
-        return ExternalTrackers(["trackio"], output_dir, resumes, {})._trackers["trackio"].name
+        recorder = ExternalTrackers(["trackio"], output_dir, resumes, {"lora_r": 4})._trackers["trackio"]
+        assert isinstance(recorder, Recorder)
+        assert recorder.given[1:] == [{"lora_r": 4}]
+        return recorder.name
 
     first, other = (name_of(tmp_path / sweep / "trial-0000", resumes=False) for sweep in ("first", "other"))
     assert first != other
