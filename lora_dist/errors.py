@@ -35,12 +35,12 @@ class NonFiniteGradientError(Exception):
     """The gradient of an update is not finite, and not because of fp16 loss scaling; no update is made."""
 
 
-class Problems:
-    """Collects the problems of a dry run, which reports all of them. Any other run ends at the first one.
+class ErrorCollector:
+    """Collects the errors of a dry run, which reports all of them. Any other run ends at the first one.
 
     Attributes:
         dry_run: whether this is a dry run.
-        found: messages of the problems found so far in a dry run.
+        found: messages of the errors found so far in a dry run.
     """
 
     def __init__(self, dry_run: bool) -> None:
@@ -59,7 +59,7 @@ class Problems:
 
     @contextmanager
     def raise_all(self) -> Iterator[None]:
-        """Raises one `UserError` that lists the problems collected in this block and the error that ended it."""
+        """Raises one `UserError` that lists the errors collected in this block and the error that ended it."""
         try:
             yield
         except UserError as error:

@@ -161,7 +161,6 @@ def _is_multi_label(models: AdapterSet) -> bool:
 
 
 def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
-    from lora_dist.deployment import classify
     from lora_dist.deployment.serve import server, uploads
 
     serving = settings.serving
@@ -174,7 +173,7 @@ def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) 
         limits,
         top_k=settings.images.top_k or 5,
         min_confidence=settings.images.min_confidence,
-        batch_size=classify.choose_batch_size(settings.images.batch_size, device),
+        batch_size=settings.images.batch_size,
         device=device,
     )
     server.run(app, serving.host, serving.port)
@@ -190,12 +189,11 @@ def _rows(
 ) -> Iterator[Row]:
     from lora_dist.deployment import classify, explain
 
-    batch_size = classify.choose_batch_size(settings.images.batch_size, device)
     rows = classify.classify(
         classifier,
         inputs,
         top_k=settings.images.top_k or 1,
-        batch_size=batch_size,
+        batch_size=settings.images.batch_size,
         num_workers=settings.images.num_workers,
         device=device,
         indices=indices,
@@ -204,7 +202,8 @@ def _rows(
     )
     if settings.images.explain is None:
         return rows
-    return explain.explained(rows, inputs, indices, classifier, Path(settings.images.explain), batch_size, device)
+    directory, batch_size = Path(settings.images.explain), settings.images.batch_size
+    return explain.explained(rows, inputs, indices, classifier, directory, batch_size, device)
 
 
 def _rows_of(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dist.errors import Problems, TrainingStoppedError, UserError
+from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         if __name__ == "__main__":
             move_to_huge_pages()
         if settings.run.do_eval_only:
+            from lora_dist.training.evaluate_only import evaluate_only
+
             evaluate_only(settings, lock)
         else:
             train(settings, lock)
@@ -110,32 +112,32 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
-    options, problems = settings.run, Problems(settings.run.dry_run)
+    options, errors = settings.run, ErrorCollector(settings.run.dry_run)
     watch = Watch(options.stall_timeout, patient=settings.data.streaming)
-    with problems.raise_all():
+    with errors.raise_all():
         if settings.data.streaming:
             streaming.prepare(settings.data)
         accelerator = launch_run(settings)
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
-        with problems.collect():
+        with errors.collect():
             require_writable(output.root)
             if not options.dry_run:
                 lock.take(output.root, accelerator, options.ddp_timeout)
                 finish_replacing(output.checkpoints)
             resumed = find_resume(output, options.resume_from_checkpoint)
-        with problems.collect():
+        with errors.collect():
             require_token(settings.hub)
             require_trackers(options.report_to)
         if not options.dry_run:
             publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
 
-        assembled = assemble(settings, accelerator, output, resumed, publisher, problems, watch)
+        assembled = assemble(settings, accelerator, output, resumed, publisher, errors, watch)
         run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
         announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator, run.precision)
         if options.dry_run:
             with watch.watching():
-                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, problems)
+                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, errors)
             return
     run.tracker.settings(flatten(run.settings))
     show_inputs(run, progress.step)
@@ -153,71 +155,6 @@ def train(settings: Settings, lock: RunLock) -> None:
     accelerator.end_training()
     # No process waits for another one any more, and all files of the run are written.
     result_writer.publish(run, progress)
-
-
-def evaluate_only(settings: Settings, lock: RunLock) -> None:
-    """Evaluates an adapter, or a whole model, on the validation data; prints the metrics as JSON."""
-    from datetime import timedelta
-
-    from lora_dist.data.pixels.limits import allow_pixels
-    from lora_dist.data.pixels.transforms import ImageTransforms
-    from lora_dist.data.sources.load import load_validation
-    from lora_dist.engines.engine import unsharded
-    from lora_dist.hub import local_directory
-    from lora_dist.model.classifier import load_classifier
-    from lora_dist.processes.preflight import Preflight
-    from lora_dist.processes.watch import Watch
-    from lora_dist.storage.writable import require_writable
-    from lora_dist.training.evaluation import Evaluator
-    from lora_dist.training.launching import launch_run
-    from lora_dist.training.problem_types import PROBLEM_TYPES
-    from lora_dist.training.reporting.report import measured, write_evaluation
-    from lora_dist.training.saving.output import Output, find_resume, without_nan
-
-    allow_pixels(settings.data.max_image_pixels)
-    accelerator = launch_run(settings)
-    watch = Watch(settings.run.stall_timeout)
-    watch.watch_peers()
-    output = Output(Path(settings.run.output_dir))
-    require_writable(output.root)
-    lock.take(output.root, accelerator, settings.run.ddp_timeout)
-    find_resume(output, None)
-    preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
-    with preflight.first_process_first("adapter", accelerator):
-        directory = local_directory(settings.model.adapter_name_or_path or "")
-    classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
-    if classifier.decision.problem_type != settings.data.problem_type:
-        raise UserError(f"the model was trained with --problem_type {classifier.decision.problem_type}: add it")
-    problem = PROBLEM_TYPES[settings.data.problem_type].fixed(classifier.decision)
-    with preflight.first_process_first("loaded", accelerator):
-        split = load_validation(settings.data, settings.run.seed, classifier.labels)
-    preflight.arrive("ready")
-    evaluator = Evaluator(
-        accelerator,
-        unsharded(accelerator, classifier.model),
-        split,
-        ImageTransforms(classifier.processor, conversion=classifier.conversion),
-        classifier.labels,
-        settings.optimization.per_device_eval_batch_size,
-        settings.data,
-        temperature=classifier.calibration.temperature,
-        problem=problem,
-    )
-    with watch.watching():
-        evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)
-    if accelerator.is_main_process:
-        metrics = {f"eval_{name}": value for name, value in measured(evaluation).items()}
-        print(json.dumps(without_nan(metrics)), flush=True)
-        try:
-            output.root.mkdir(parents=True, exist_ok=True)
-            write_evaluation(output.evaluation, problem, evaluation, classifier.labels)
-            problem.write_predictions(output.predictions, evaluation, split, classifier.labels)
-        except OSError as error:
-            raise TrainingStoppedError(
-                f"cannot write {output.predictions} or {output.evaluation}: {error.strerror or error}. The metrics are "
-                f"those printed above."
-            ) from error
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

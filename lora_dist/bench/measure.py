@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import workers_of
-from lora_dist.errors import Problems
+from lora_dist.errors import ErrorCollector
 from lora_dist.model.injection import without_lora
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.bench import BenchSettings
@@ -63,7 +63,7 @@ def assemble_unwritten(settings: BenchSettings, accelerator: Accelerator, direct
     """Assembles the run as training does, but writes only to `directory`."""
     unwritten = settings.model_copy(update={"run": settings.run.model_copy(update={"dry_run": True})})
     watch = Watch(settings.run.stall_timeout, patient=settings.data.streaming)
-    return assemble(unwritten, accelerator, Output(directory), None, None, Problems(dry_run=False), watch).run
+    return assemble(unwritten, accelerator, Output(directory), None, None, ErrorCollector(dry_run=False), watch).run
 
 
 def warmup_updates(workers: int, accumulation: int) -> int:

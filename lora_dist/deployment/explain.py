@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.classify import Row
+from lora_dist.deployment.classify import Row, choose_batch_size
 from lora_dist.deployment.inputs import Inputs, NamedImage
 from lora_dist.figures import grid, to_images
 from lora_dist.model.classifier import Classifier
@@ -34,7 +34,7 @@ def explained(
     indices: Sequence[int],
     classifier: Classifier,
     directory: Path,
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device,
 ) -> Iterator[Row]:
     """Yields the rows of `indices` of the inputs, after writing for each a PNG file of the model's view of its image
@@ -46,10 +46,11 @@ def explained(
     # Not in the inference mode of `classify`, whose tensors have no gradients.
     classifier.model.to(device)
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    size = choose_batch_size(batch_size, device, transforms)
     with writing(directory, "explain"):
         directory.mkdir(parents=True, exist_ok=True)
     remaining, places = iter(rows), iter(indices)
-    while batch := list(islice(remaining, batch_size)):
+    while batch := list(islice(remaining, size)):
         images = inputs.read(list(islice(places, len(batch))))
         _write(batch, images, classifier, transforms, directory, device)
         yield from batch

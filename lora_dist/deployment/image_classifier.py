@@ -90,7 +90,7 @@ class ImageClassifier:
             raise UserError(f"top_k is {top_k}, but must be positive")
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             return self._scores([images], top_k, 1)[0]
-        return self._scores(images, top_k, choose_batch_size(batch_size, self.device))
+        return self._scores(images, top_k, choose_batch_size(batch_size, self.device, self._transforms))
 
     def _scores(self, images: Sequence[ImageLike], top_k: int, batch_size: int) -> list[list[Score]]:
         scores: list[list[Score]] = []

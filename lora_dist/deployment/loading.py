@@ -16,13 +16,12 @@ import torch
 
 from lora_dist import demo, hub
 from lora_dist.deployment import soup
-from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.inputs import find_images
 from lora_dist.model import adapter_io, adapters, checkpoint_adapter, infer_metadata
 from lora_dist.model.adapter_set import AdapterSet, load_adapter_set, load_weighted_sum
-from lora_dist.model.calibration import UNCALIBRATED
 from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.temperature import UNCALIBRATED
 from lora_dist.processes.lifetime import at_end
 from lora_dist.settings.predict import ModelSource, PredictSettings
 
@@ -72,7 +71,7 @@ def _soup(settings: PredictSettings, found: Mapping[str, Path], device: torch.de
     accuracy = partial(
         soup.accuracy,
         files=find_images([demo.local_path(source.greedy_soup or "")]),
-        batch_size=choose_batch_size(images.batch_size, device),
+        batch_size=images.batch_size,
         num_workers=images.num_workers,
         device=device,
     )

@@ -49,7 +49,7 @@ def greedy(directories: Mapping[str, Path], blend: Blend, accuracy: Callable[[Cl
 
 
 def accuracy(
-    classifier: Classifier, files: Sequence[str], batch_size: int, num_workers: int | None, device: torch.device
+    classifier: Classifier, files: Sequence[str], batch_size: int | None, num_workers: int | None, device: torch.device
 ) -> float:
     """Returns the share of the readable images in folders named after classes that are classified as such.
 

@@ -10,9 +10,9 @@ from lora_dist.model import adapters, infer_metadata
 from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base
 from lora_dist.model.bundle import AdapterBundle, label_map, read_bundle
-from lora_dist.model.calibration import UNCALIBRATED
 from lora_dist.model.classifier import Classifier, attach_adapter, load_base_of_bundle
 from lora_dist.model.decision import mean_decision
+from lora_dist.model.temperature import UNCALIBRATED
 from lora_dist.model.weighted_sum import weighted_sum
 
 logger = logging.getLogger(__name__)

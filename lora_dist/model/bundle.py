@@ -21,9 +21,9 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
-from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
+from lora_dist.model.temperature import UNCALIBRATED, Calibration
 from lora_dist.storage.files import whole_directory
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from lora_dist.model.bundle import (
     read_decision,
     read_labels,
 )
-from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.decision import Decision, MostLikely
+from lora_dist.model.temperature import UNCALIBRATED, Calibration
 
 
 @dataclass(frozen=True)

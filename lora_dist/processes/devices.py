@@ -1,4 +1,4 @@
-"""Where a process computes, by its devices and the launcher's variables. Needs no accelerate."""
+"""Where a process computes, and in batches of which size. Needs no accelerate."""
 
 import os
 
@@ -9,3 +9,19 @@ def computes_on_cpu() -> bool:
     """Whether this process computes on the CPU, for want of an accelerator or because ACCELERATE_USE_CPU says so."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "t", "yes", "y", "on")
     return asked or not torch.accelerator.is_available()
+
+
+def inference_batch_size(device: torch.device, height: int, width: int) -> int:
+    """Returns the default number of images in a forward pass without gradients.
+
+    On a CPU, batches of 8 images of 224 x 224 took a seventh less time than of 32 with a ViT-S. Smaller images come in
+    larger batches, up to 32, because each operator has a fixed cost.
+
+    Args:
+        device: where the model runs.
+        height: of an image, in pixels.
+        width: of an image, in pixels.
+    """
+    if device.type == "cpu":
+        return min(32, max(8, 8 * 224 * 224 // (height * width)))
+    return 128 if device.type == "cuda" else 32

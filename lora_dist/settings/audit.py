@@ -10,12 +10,12 @@ from lora_dist.settings.fields import (
     MULTI_LABEL,
     SEVERAL,
     Color,
+    Contradiction,
     Count,
     Group,
     MaxPixels,
     NonNegative,
     PixelRange,
-    Problem,
     ProblemType,
     impossible_output,
     missing_paths,
@@ -88,30 +88,32 @@ class AuditSettings(Group):
     run: AuditRun = AuditRun()
 
 
-def contradictions(settings: AuditSettings) -> Iterator[Problem]:
+def contradictions(settings: AuditSettings) -> Iterator[Contradiction]:
     """Yields every combination of settings that cannot work."""
     data = settings.data
     if not data.train_dir:
-        yield Problem(("train_dir",), "no data: set a folder of images")
+        yield Contradiction(("train_dir",), "no data: set a folder of images")
     paths = (data.train_dir, data.validation_dir, data.exclude, None, data.labels_file)
     if data.problem_type == MULTI_LABEL and not data.labels_file:
-        yield Problem(("problem_type", "labels_file"), "class folders give each image one class: set --labels_file")
+        yield Contradiction(
+            ("problem_type", "labels_file"), "class folders give each image one class: set --labels_file"
+        )
     if data.problem_type == MULTI_LABEL and data.predictions:
         text = "likely wrong labels are found among images of one class each: remove --predictions"
-        yield Problem(("problem_type", "predictions"), text)
+        yield Contradiction(("problem_type", "predictions"), text)
     if data.problem_type == MULTI_LABEL and data.validation_dir:
         text = "class folders give each image one class: use the column of splits of --labels_file"
-        yield Problem(("problem_type", "validation_dir"), text)
+        yield Contradiction(("problem_type", "validation_dir"), text)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
     if data.predictions and not Path(data.predictions).is_file():
-        wrong.append(Problem(("predictions",), f"no such file: {data.predictions}"))
+        wrong.append(Contradiction(("predictions",), f"no such file: {data.predictions}"))
     yield from wrong
     if wrong:
         return
     for name in ("image_column_name", "label_column_name", "split_column_name", "group_column_name"):
         if getattr(data, name) and not data.labels_file:
-            yield Problem((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
+            yield Contradiction((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
     output = Path(settings.run.output_dir).resolve()
     for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
         if directory and output.is_relative_to(Path(directory).resolve()):
-            yield Problem(("output_dir", name), "the report would become part of the data: use another directory")
+            yield Contradiction(("output_dir", name), "the report would become part of the data: use another directory")

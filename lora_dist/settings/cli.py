@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from lora_dist.errors import UserError
 from lora_dist.settings import trainer_flags
-from lora_dist.settings.fields import SEVERAL, Problem
+from lora_dist.settings.fields import SEVERAL, Contradiction
 
 S = TypeVar("S", bound=BaseModel)
 RECIPES = resources.files("lora_dist") / "recipes"
@@ -92,7 +92,7 @@ def parse(
     *,
     prog: str,
     description: str,
-    contradictions: Callable[[S], Iterable[Problem]],
+    contradictions: Callable[[S], Iterable[Contradiction]],
     takes_config: bool = True,
 ) -> S:
     """Builds settings from defaults, the YAML of `--config`, and flags; later ones override earlier ones.
@@ -114,7 +114,7 @@ def from_keywords(
     keywords: Mapping[str, Any],
     *,
     prog: str,
-    contradictions: Callable[[S], Iterable[Problem]],
+    contradictions: Callable[[S], Iterable[Contradiction]],
 ) -> S:
     """Builds settings as `parse` does, from a YAML file or recipe and values by flat name; None is the default.
 
@@ -136,7 +136,7 @@ def _combined(
     given: dict[str, Any],
     problems: list[str],
     prog: str,
-    contradictions: Callable[[S], Iterable[Problem]],
+    contradictions: Callable[[S], Iterable[Contradiction]],
 ) -> S:
     """Adds the YAML of `config` to the values that were given, and reports its problems with those found before."""
     fields = flat_fields(settings_class)
@@ -169,9 +169,10 @@ def _combined(
     settings, invalid = _validate(settings_class, fields, values)
     problems += [f"--{name}: {message}{origin[name]}" for name, message in invalid.items()]
     # If the file is unreadable, settings may only seem to be missing.
-    for problem in () if unread else contradictions(settings):
-        if not invalid.keys() & set(problem.names):
-            problems.append(f"{', '.join('--' + name for name in problem.names)}: {problem.message}")
+    for contradiction in () if unread else contradictions(settings):
+        if not invalid.keys() & set(contradiction.names):
+            flags = ", ".join("--" + name for name in contradiction.names)
+            problems.append(f"{flags}: {contradiction.message}")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError("\n  ".join([f"{count} with the settings of {prog}", *problems]))

@@ -136,8 +136,8 @@ MAX_IMAGE_PIXELS = 178_956_970
 """Pillow's limit."""
 
 
-class Problem(NamedTuple):
-    """A contradiction between settings: their flat names, and a message that says how to resolve it."""
+class Contradiction(NamedTuple):
+    """Settings that cannot be combined: their flat names, and a message that says how to resolve it."""
 
     names: tuple[str, ...]
     message: str
@@ -149,25 +149,25 @@ def missing_paths(
     exclude: str | None,
     test_dir: str | None = None,
     labels_file: str | None = None,
-) -> Iterator[Problem]:
-    """Yields a problem for each input path that does not exist."""
+) -> Iterator[Contradiction]:
+    """Yields a contradiction for each input path that does not exist."""
     for name, path in {"train_dir": train_dir, "validation_dir": validation_dir, "test_dir": test_dir}.items():
         if path and not is_packaged(path):
             mode, why = _mode(path)
             if not stat.S_ISDIR(mode):
-                yield Problem((name,), f"{why or 'no such directory'}: {path}")
+                yield Contradiction((name,), f"{why or 'no such directory'}: {path}")
     for name, path in {"exclude": exclude, "labels_file": labels_file}.items():
         if path:
             mode, why = _mode(path)
             if not stat.S_ISREG(mode):
-                yield Problem((name,), f"{why or 'no such file'}: {path}")
+                yield Contradiction((name,), f"{why or 'no such file'}: {path}")
 
 
-def impossible_output(output_dir: str) -> Iterator[Problem]:
-    """Yields a problem if `output_dir` is not a possible path."""
+def impossible_output(output_dir: str) -> Iterator[Contradiction]:
+    """Yields a contradiction if `output_dir` is not a possible path."""
     _, why = _mode(output_dir)
     if why:
-        yield Problem(("output_dir",), f"{why}: {output_dir}")
+        yield Contradiction(("output_dir",), f"{why}: {output_dir}")
 
 
 def _mode(path: str) -> tuple[int, str]:

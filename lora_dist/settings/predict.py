@@ -13,6 +13,7 @@ from lora_dist.errors import UserError
 from lora_dist.settings.fields import (
     MAX_IMAGE_PIXELS,
     SEVERAL,
+    Contradiction,
     Count,
     Group,
     MaxPixels,
@@ -20,7 +21,6 @@ from lora_dist.settings.fields import (
     NonNegative,
     NonNegativeInt,
     Positive,
-    Problem,
 )
 
 Format = Literal["jsonl", "csv", "parquet"]
@@ -109,7 +109,7 @@ class Images(Group):
     explain: str | None = None
     """Directory for a PNG file of each image with a heat map: the parts that speak for its predicted class."""
     batch_size: Count | None = None
-    """Images per forward pass. Default: 8 on a CPU, 128 on CUDA, else 32."""
+    """Images per forward pass. Default: on a CPU 8 of 224 x 224, and up to 32 smaller ones; 128 on CUDA, else 32."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the forward pass: fp32, or autocast to bf16 or fp16. auto: bf16 on CUDA devices that compute in it,
     otherwise fp32."""
@@ -248,7 +248,7 @@ def require_shareable(settings: PredictSettings) -> None:
         raise UserError("several processes write their rows into one file: set --output")
 
 
-def contradictions(settings: PredictSettings) -> Iterator[Problem]:
+def contradictions(settings: PredictSettings) -> Iterator[Contradiction]:
     """Yields every combination of settings that cannot work."""
     yield from _model_problems(settings)
     yield from _task_problems(settings)
@@ -256,118 +256,126 @@ def contradictions(settings: PredictSettings) -> Iterator[Problem]:
     yield from _output_problems(settings)
 
 
-def _model_problems(settings: PredictSettings) -> Iterator[Problem]:
+def _model_problems(settings: PredictSettings) -> Iterator[Contradiction]:
     source, merging, onnx = settings.source, settings.merging, settings.exporting.onnx
     if source.adapter and source.model:
-        yield Problem(("adapter", "model"), "use only one of them")
+        yield Contradiction(("adapter", "model"), "use only one of them")
     if not (source.adapter or source.model or onnx):
-        yield Problem(("adapter", "model", "onnx"), "no model: set one of them")
+        yield Contradiction(("adapter", "model", "onnx"), "no model: set one of them")
     if not source.adapter and (source.model or onnx):
         full = "model" if source.model else "onnx"
         for name in ("merge_to", "export_legacy_names"):
             if getattr(merging, name):
-                yield Problem((full, name), "only adapters can be merged or converted: use --adapter")
+                yield Contradiction((full, name), "only adapters can be merged or converted: use --adapter")
         for name in _set(source, "base_model", "labels", "weights", "average", "greedy_soup", "adapter_scale"):
-            yield Problem((full, name), f"--{name} needs an adapter: use --adapter")
+            yield Contradiction((full, name), f"--{name} needs an adapter: use --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
-        yield Problem(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
+        yield Contradiction(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
     names = [name for name, _ in source.named_adapters]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        yield Problem(("adapter",), f"two adapters are named {name}: use NAME=DIRECTORY")
+        yield Contradiction(("adapter",), f"two adapters are named {name}: use NAME=DIRECTORY")
     if source.weights and source.adapter and len(source.weights) != len(source.adapter):
-        yield Problem(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
+        yield Contradiction(("weights", "adapter"), f"{len(source.weights)} weights for {len(source.adapter)} adapters")
     if source.weights and not math.isclose(sum(source.weights), 1, abs_tol=1e-6):
-        yield Problem(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
+        yield Contradiction(("weights",), f"the weights add up to {sum(source.weights):g} instead of 1")
     ways = [name for name in ("weights", "average", "greedy_soup") if getattr(source, name)]
     if len(ways) > 1:
-        yield Problem(tuple(ways), "several ways to merge adapters: use only one of them")
+        yield Contradiction(tuple(ways), "several ways to merge adapters: use only one of them")
     for name in ways:
         if len(source.adapter) == 1 and name != "weights":
-            yield Problem((name, "adapter"), f"--{name} needs several adapters")
+            yield Contradiction((name, "adapter"), f"--{name} needs several adapters")
     if source.greedy_soup and not is_packaged(source.greedy_soup) and not Path(source.greedy_soup).is_dir():
-        yield Problem(("greedy_soup",), f"no such directory: {source.greedy_soup}")
+        yield Contradiction(("greedy_soup",), f"no such directory: {source.greedy_soup}")
     if source.side_by_side:
         single = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names, "onnx": onnx}
         for name in (name for name, value in single.items() if value):
-            yield Problem(
+            yield Contradiction(
                 ("adapter", name), f"--{name} needs one model: merge the adapters with --average or --weights"
             )
         if settings.images.grid:
-            yield Problem(("grid", "adapter"), "--grid shows the predictions of one adapter")
+            yield Contradiction(("grid", "adapter"), "--grid shows the predictions of one adapter")
         if settings.images.compare_to:
-            yield Problem(("compare_to", "adapter"), "--compare_to compares the predictions of one adapter")
+            yield Contradiction(("compare_to", "adapter"), "--compare_to compares the predictions of one adapter")
         if settings.images.explain:
-            yield Problem(("explain", "adapter"), "--explain shows the predictions of one adapter")
+            yield Contradiction(("explain", "adapter"), "--explain shows the predictions of one adapter")
 
 
-def _task_problems(settings: PredictSettings) -> Iterator[Problem]:
+def _task_problems(settings: PredictSettings) -> Iterator[Contradiction]:
     images, merging, exporting = settings.images, settings.merging, settings.exporting
     for name in ("int8", "fp16"):
         if getattr(exporting, name) and not settings.onnx_to_write:
-            yield Problem((name, "onnx"), f"--{name} applies to an export: set --onnx, and --adapter or --model")
+            yield Contradiction((name, "onnx"), f"--{name} applies to an export: set --onnx, and --adapter or --model")
     if exporting.int8 and exporting.fp16:
-        yield Problem(("int8", "fp16"), "use only one of them")
+        yield Contradiction(("int8", "fp16"), "use only one of them")
     if exporting.onnx and images.explain:
-        yield Problem(("onnx", "explain"), "ONNX files cannot be explained: remove one of them")
+        yield Contradiction(("onnx", "explain"), "ONNX files cannot be explained: remove one of them")
     if exporting.onnx and images.device not in ("auto", "cpu"):
-        yield Problem(("onnx", "device"), "ONNX files run on the CPU: remove --device")
+        yield Contradiction(("onnx", "device"), "ONNX files run on the CPU: remove --device")
     if exporting.onnx and images.precision not in ("auto", "fp32"):
-        yield Problem(("onnx", "precision"), "ONNX files run in their own precision: remove --precision")
+        yield Contradiction(("onnx", "precision"), "ONNX files run in their own precision: remove --precision")
     if exporting.onnx and images.output_type == "embeddings":
-        yield Problem(("onnx", "output_type"), "ONNX files give logits only: use the adapter or the merged model")
+        yield Contradiction(("onnx", "output_type"), "ONNX files give logits only: use the adapter or the merged model")
     if settings.serving.max_megapixels * 1e6 > (images.max_image_pixels or MAX_IMAGE_PIXELS):
-        yield Problem(("max_megapixels", "max_image_pixels"), "no image can be that large: raise --max_image_pixels")
+        yield Contradiction(
+            ("max_megapixels", "max_image_pixels"), "no image can be that large: raise --max_image_pixels"
+        )
     if settings.serving.serve:
         for name in _set(images, "images", *FOR_FILES):
-            yield Problem(("serve", name), f"the server does not use --{name}: remove one of them")
+            yield Contradiction(("serve", name), f"the server does not use --{name}: remove one of them")
         if settings.data.dataset_name:
-            yield Problem(("serve", "dataset_name"), "the server does not use --dataset_name: remove one of them")
+            yield Contradiction(("serve", "dataset_name"), "the server does not use --dataset_name: remove one of them")
     elif not (settings.has_inputs or merging.merge_to or merging.export_legacy_names or settings.onnx_to_write):
-        yield Problem(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
+        yield Contradiction(("images", "merge_to", "onnx", "serve"), "nothing to do: set at least one of them")
         return
     elif not settings.has_inputs:
         for name in _set(images, *FOR_FILES, "top_k", "min_confidence", "batch_size", "device"):
-            yield Problem((name, "images"), f"--{name} needs --images")
+            yield Contradiction((name, "images"), f"--{name} needs --images")
     if images.compare_to and settings.data.dataset_name:
-        yield Problem(("compare_to", "dataset_name"), "only predictions for files are compared: remove one of them")
+        yield Contradiction(
+            ("compare_to", "dataset_name"), "only predictions for files are compared: remove one of them"
+        )
     if images.labels_file and len(images.images) != 1:
-        yield Problem(("labels_file", "images"), "the labels are of images in a folder: give this folder alone")
+        yield Contradiction(("labels_file", "images"), "the labels are of images in a folder: give this folder alone")
     if not merging.merge_to:
         for name in _set(merging, "merge_tolerance", "dtype"):
-            yield Problem((name, "merge_to"), f"--{name} needs --merge_to")
+            yield Contradiction((name, "merge_to"), f"--{name} needs --merge_to")
     if not settings.serving.serve:
         for name in _set(settings.serving, "host", "port", "max_upload_mb", "max_megapixels", "max_files"):
-            yield Problem((name, "serve"), f"--{name} needs --serve")
+            yield Contradiction((name, "serve"), f"--{name} needs --serve")
 
 
-def _input_problems(settings: PredictSettings) -> Iterator[Problem]:
+def _input_problems(settings: PredictSettings) -> Iterator[Contradiction]:
     data, images = settings.data, settings.images
     if not data.dataset_name:
         for name in _set(data, "dataset_config_name", "dataset_split", "image_column_name", "streaming"):
-            yield Problem((name, "dataset_name"), f"--{name} needs --dataset_name")
+            yield Contradiction((name, "dataset_name"), f"--{name} needs --dataset_name")
         return
     if not data.dataset_split:
-        yield Problem(("dataset_name", "dataset_split"), "which split? Set --dataset_split, e.g. test")
+        yield Contradiction(("dataset_name", "dataset_split"), "which split? Set --dataset_split, e.g. test")
     elif data.streaming and not data.dataset_split.isidentifier():
-        yield Problem(("streaming", "dataset_split"), "streams do not support slices or sums: set one whole split")
+        yield Contradiction(
+            ("streaming", "dataset_split"), "streams do not support slices or sums: set one whole split"
+        )
     for name in _set(images, "images", "images_from"):
-        yield Problem((name, "dataset_name"), "files or a data set: use only one of them")
+        yield Contradiction((name, "dataset_name"), "files or a data set: use only one of them")
     merging = settings.merging
     exports = {"merge_to": merging.merge_to, "export_legacy_names": merging.export_legacy_names}
     for name in (name for name, value in (exports | {"onnx": settings.onnx_to_write}).items() if value):
-        yield Problem((name, "dataset_name"), f"--{name} compares logits on files: use --images, or none")
+        yield Contradiction((name, "dataset_name"), f"--{name} compares logits on files: use --images, or none")
 
 
-def _output_problems(settings: PredictSettings) -> Iterator[Problem]:
+def _output_problems(settings: PredictSettings) -> Iterator[Contradiction]:
     images = settings.images
     chosen = format_of(images.output, images.format)
     if chosen == "parquet" and not images.output:
-        yield Problem(("format", "output"), "parquet cannot be printed: set --output")
+        yield Contradiction(("format", "output"), "parquet cannot be printed: set --output")
     if images.output_type != "top_k":
         if chosen == "csv":
-            yield Problem(("output_type", "format"), "CSV has no lists of numbers: use a .jsonl or .parquet file")
+            yield Contradiction(("output_type", "format"), "CSV has no lists of numbers: use a .jsonl or .parquet file")
         for name in _set(images, "top_k"):
-            yield Problem((name, "output_type"), f"--output_type {images.output_type} has all values: remove --top_k")
+            yield Contradiction(
+                (name, "output_type"), f"--output_type {images.output_type} has all values: remove --top_k"
+            )
 
 
 def _set(group: Group, *names: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from lora_dist.settings import train, train_contradictions
 from lora_dist.settings.cli import did_you_mean, flat_fields
-from lora_dist.settings.fields import SEVERAL, Count, Group, Problem
+from lora_dist.settings.fields import SEVERAL, Contradiction, Count, Group
 
 _FIELDS = flat_fields(train.Settings)
 _SEARCHED_GROUPS = {"model", "lora", "augmentation", "optimization"}
@@ -129,7 +129,7 @@ def as_given(settings: SweepSettings, axes: list[Axis]) -> dict[str, Any] | None
     return found
 
 
-def contradictions(settings: SweepSettings) -> Iterator[Problem]:
+def contradictions(settings: SweepSettings) -> Iterator[Contradiction]:
     """Yields every combination of settings that cannot work."""
     own = list(train_contradictions.contradictions(settings))
     yield from own
@@ -140,19 +140,19 @@ def contradictions(settings: SweepSettings) -> Iterator[Problem]:
         "push_to_hub": "a sweep pushes nothing: train with its best.yaml and --push_to_hub",
     }.items():
         if getattr(settings.hub if name == "push_to_hub" else settings.run, name):
-            yield Problem((name,), reason)
+            yield Contradiction((name,), reason)
     if settings.run.eval_steps == "no" and settings.sweep.pruner != "none":
-        yield Problem(("eval_steps", "pruner"), "nothing is evaluated to prune by: add --pruner none")
+        yield Contradiction(("eval_steps", "pruner"), "nothing is evaluated to prune by: add --pruner none")
     try:
         axes = axes_of(settings)
     except ValueError as error:
-        yield Problem(("search",), str(error))
+        yield Contradiction(("search",), str(error))
         return
     for axis in axes:
         for value in axis.ends:
-            for problem in train_contradictions.contradictions(with_values(settings, {axis.name: value})):
-                if problem not in own:
-                    yield Problem(("search", *problem.names), f"with {axis.name} {value}: {problem.message}")
+            for found in train_contradictions.contradictions(with_values(settings, {axis.name: value})):
+                if found not in own:
+                    yield Contradiction(("search", *found.names), f"with {axis.name} {value}: {found.message}")
 
 
 def _axis(text: str, settings: SweepSettings) -> Axis:

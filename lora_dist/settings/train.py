@@ -227,7 +227,8 @@ class OptimizationSettings(Group):
     """Halve --per_device_train_batch_size until it fits into the memory of all processes, and raise
     --gradient_accumulation_steps to match."""
     per_device_eval_batch_size: Count = 128
-    """Samples per process in one forward pass of evaluation."""
+    """Samples per process in one forward pass of evaluation. Default on a CPU: 8 of 224 x 224, and up to 32 smaller
+    ones."""
     learning_rate: Positive = 5e-3
     """Peak learning rate. The default with --tuning full and pretrained weights is 5e-5."""
     head_learning_rate: Positive | None = None
@@ -354,6 +355,13 @@ class Settings(Group):
         if not is_pretrained_in_full or "learning_rate" in self.optimization.model_fields_set:
             return self
         optimization = self.optimization.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
+        return self.model_copy(update={"optimization": optimization})
+
+    def with_default_eval_batch_size(self, size: int) -> "Settings":
+        """Returns the settings with this batch size of evaluations, unless one was given."""
+        if "per_device_eval_batch_size" in self.optimization.model_fields_set:
+            return self
+        optimization = self.optimization.model_copy(update={"per_device_eval_batch_size": size})
         return self.model_copy(update={"optimization": optimization})
 
     def with_default_metric(self) -> "Settings":

@@ -23,11 +23,12 @@ from lora_dist.data.sources.split import Split
 from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import fuses, make_engine
 from lora_dist.engines.zero_engine import moments_of
-from lora_dist.errors import Problems, UserError
+from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
+from lora_dist.processes.devices import inference_batch_size
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.watch import Watch
@@ -81,7 +82,7 @@ def assemble(
     output: Output,
     resumed: Checkpoint | None,
     publisher: Publisher | None,
-    problems: Problems,
+    errors: ErrorCollector,
     watch: Watch,
 ) -> Assembled:
     """Loads, checks and connects the parts of a run. Must be called on every process.
@@ -92,7 +93,7 @@ def assemble(
         output: directory of the run.
         resumed: checkpoint to resume from.
         publisher: pushes to the Hub; None except on the main process of a run with --push_to_hub.
-        problems: collects the errors of a dry run.
+        errors: collects the errors of a dry run.
         watch: is informed of what the run is doing.
 
     Raises:
@@ -102,15 +103,18 @@ def assemble(
     settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("loaded", accelerator):
-        data = _load(settings, accelerator, problems)
+        data = _load(settings, accelerator, errors)
         settings, base, start = load_warm_start(settings, data.labels)
     settings = with_pooling(settings, base)
     with watch.watching_step("reading images to find the pixel range"):
         conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
-    with problems.collect():
-        data = _cached(data, settings, transforms, build=not problems.dry_run)
+    settings = settings.with_default_eval_batch_size(
+        inference_batch_size(accelerator.device, transforms.height, transforms.width)
+    )
+    with errors.collect():
+        data = _cached(data, settings, transforms, build=not errors.dry_run)
     steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
     model = make_trainable(base, settings.model, settings.lora)
     if settings.model.tuning == "lora":
@@ -133,7 +137,7 @@ def assemble(
         optimization.ema_decay is not None,
         len(moments_of(optimizer)),
     )
-    with problems.collect():
+    with errors.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
@@ -145,7 +149,7 @@ def assemble(
     problem = PROBLEM_TYPES[settings.data.problem_type]
     loss = problem.loss(settings, data)
     images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
-    with problems.collect():
+    with errors.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
         # An evaluation's batches come on top, of as many bytes a sample or fewer.
@@ -164,7 +168,7 @@ def assemble(
     average = None if optimization.ema_decay is None else WeightAverage(engine, optimization.ema_decay)
     checkpointer = Checkpointer(output.checkpoints, engine, identity, options.save_total_limit, watch.writing, average)
     progress = Progress()
-    with problems.collect():
+    with errors.collect():
         progress = checkpointer.restore(resumed) if resumed is not None else progress
     writes = accelerator.is_main_process and not options.dry_run
     made_with = flatten(settings)
@@ -208,15 +212,15 @@ def assemble(
     return Assembled(run, progress, result_writer, data, parameters, sizes)
 
 
-def _load(settings: Settings, accelerator: Accelerator, problems: Problems) -> ImageData:
+def _load(settings: Settings, accelerator: Accelerator, errors: ErrorCollector) -> ImageData:
     """Loads the data. A dry run checks the model even if the data cannot be loaded."""
     try:
         if settings.data.streaming:
             return streaming.load_streamed(settings.data, settings.run.seed, accelerator.num_processes)
         return load_data(settings.data, settings.run.seed)
     except UserError:
-        if problems.dry_run:
-            with problems.collect():
+        if errors.dry_run:
+            with errors.collect():
                 load_warm_start(settings, ["unknown", "unknown too"])
         raise
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches
 from lora_dist.data.sources.load import ImageData
-from lora_dist.errors import Problems, UserError
+from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.model.parameter_names import is_counted
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
@@ -50,7 +50,12 @@ class Measurement:
 
 
 def dry_run(
-    run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, first_step: int, problems: Problems
+    run: TrainingRun,
+    data: ImageData,
+    parameters: tuple[int, int],
+    sizes: Sizes,
+    first_step: int,
+    errors: ErrorCollector,
 ) -> None:
     """Prints the settings as YAML and the plan of the run. Must be called on every process.
 
@@ -60,7 +65,7 @@ def dry_run(
         parameters: trainable and all.
         sizes: of what it writes.
         first_step: updates that are done.
-        problems: that were found so far.
+        errors: errors that were found so far.
 
     Raises:
         UserError: an update cannot be made.
@@ -70,7 +75,7 @@ def dry_run(
         print(yaml.safe_dump(flatten(run.settings), sort_keys=False, allow_unicode=True))
         print(describe(run, data, parameters, sizes, measured, first_step), flush=True)
     run.engine.accelerator.end_training()
-    if not problems.found:
+    if not errors.found:
         logger.info("nothing was written")
 
 

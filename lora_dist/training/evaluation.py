@@ -14,6 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lora_dist.data.batch import Batch
 from lora_dist.data.features import EvaluationFeatures, Features
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
@@ -114,7 +115,7 @@ class Evaluator:
         spacing = 1 if with_probabilities else self._spacing
         for batch in batches(self.loader, accelerator.device):
             with self._room_named():
-                logits = self.model(pixel_values=batch.pixel_values).logits.float() / self.temperature
+                logits = _logits(self.model, batch) / self.temperature
                 parts.append(self.problem.results(logits, batch))
             if with_probabilities or keep_logits:
                 kept = batch.indices % spacing == 0
@@ -174,6 +175,11 @@ class Evaluator:
                     f"is {self.batch_size}; a training goes on by --resume_from_checkpoint auto."
                 ) from error
             raise
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns logits in fp32, shape [B, K]."""
+    return model(pixel_values=batch.pixel_values).logits.float()
 
 
 def _probabilities(logits: Tensor) -> Tensor:

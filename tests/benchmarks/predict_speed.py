@@ -147,13 +147,15 @@ def main() -> None:
     parser.add_argument("model", choices=["vit_s", "dinov2_s", "demo"])
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--images", type=int, default=192)
-    parser.add_argument("--batch_size", type=int, default=choose_batch_size(None, CPU))
+    parser.add_argument("--batch_size", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, metavar="FILES")
     arguments = parser.parse_args()
     if arguments.memory:
         move_to_huge_pages()  # as the command does
     classifier = make_classifier(arguments.model, arguments.image_size)
+    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    arguments.batch_size = choose_batch_size(arguments.batch_size, CPU, transforms)
     size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
     with tempfile.TemporaryDirectory() as folder:
         if arguments.memory:

@@ -46,7 +46,7 @@ class Load(NamedTuple):
 def bare_rate(classifier: Classifier, files: list[Path], seconds: float) -> tuple[float, float]:
     """Images per second, and CPU seconds per image, of the model alone."""
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
-    size = choose_batch_size(None, CPU)
+    size = choose_batch_size(None, CPU, transforms)
     batches = transforms.batch([transforms.load(str(file)) for file in files[: 16 * size]]).split(size)
     done, start, cpu = 0, time.perf_counter(), time.process_time()
     with torch.inference_mode():

@@ -17,10 +17,10 @@ from lora_dist.demo import photographs
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
-from lora_dist.model.calibration import Calibration, fold
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.license import License, license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
+from lora_dist.model.temperature import Calibration, fold
 from lora_dist.storage.files import whole_directory
 
 MAX_IMAGES = 16

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
+from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.deployment.explain import overlays
 from lora_dist.model.adapter_set import AdapterSet
 
@@ -34,14 +35,14 @@ class Batcher:
     def __init__(
         self,
         served: AdapterSet,
-        max_batch_size: int,
+        max_batch_size: int | None,
         device: torch.device,
         after_batch: Callable[[str, int, float], object] = lambda *_: None,
     ) -> None:
         """
         Args:
             served: the model, with one or several adapters.
-            max_batch_size: images per forward pass.
+            max_batch_size: images per forward pass; None as in `choose_batch_size`.
             device: the model is moved there.
             after_batch: called with the name of an adapter, the number of its images, and the seconds they took.
         """
@@ -52,7 +53,7 @@ class Batcher:
             classifier.model.to(device)
         self._served = served
         self._device = device
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = choose_batch_size(max_batch_size, device, next(iter(self.transforms.values())))
         self._after_batch = after_batch
         self._queue: SimpleQueue[_Request | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)

@@ -8,8 +8,8 @@ import yaml
 
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
-from lora_dist.model.calibration import UNCALIBRATED, Calibration
 from lora_dist.model.license import License
+from lora_dist.model.temperature import UNCALIBRATED, Calibration
 from lora_dist.training.problem import ProblemType
 
 MOST_CLASSES = 100

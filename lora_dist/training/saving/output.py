@@ -178,26 +178,33 @@ class Output:
             return bool(checkpoint.listed_after(self.checkpoints, step))
 
 
+def require_empty(root: Path) -> None:
+    """Raises `UserError` if the directory of a run has files of another run."""
+    if _is_in_use(root):
+        raise UserError(
+            f"--output_dir {root} is not empty. Resume its run with --resume_from_checkpoint auto, or choose another "
+            f"directory."
+        )
+
+
+def _is_in_use(root: Path) -> bool:
+    return root.exists() and (not root.is_dir() or any(entry.name != LOCK for entry in root.iterdir()))
+
+
 def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoint | None:
     """Returns the checkpoint to resume from, or None to start from scratch.
 
     Raises:
         UserError: the run would overwrite files of another run, or the given checkpoint is damaged.
     """
-    root = output.root
     if resume_from_checkpoint == "auto":
         return _find_newest(output)
-    in_use = root.exists() and (not root.is_dir() or any(entry.name != LOCK for entry in root.iterdir()))
     if resume_from_checkpoint is None:
-        if in_use:
-            raise UserError(
-                f"--output_dir {root} is not empty. Resume its run with --resume_from_checkpoint auto, or choose "
-                f"another directory."
-            )
+        require_empty(output.root)
         return None
-    path = Path(resume_from_checkpoint)
+    root, path = output.root, Path(resume_from_checkpoint)
     content = checkpoint.read(path)
-    if in_use and path.resolve().parent != output.checkpoints.resolve():
+    if _is_in_use(root) and path.resolve().parent != output.checkpoints.resolve():
         raise UserError(
             f"{path} is not a checkpoint of the run in --output_dir {root}, which is not empty. Resume the run in "
             f"that directory with --resume_from_checkpoint auto, or choose an empty --output_dir to resume "

@@ -22,14 +22,13 @@ from lora_dist.errors import ProcessError, UserError
 from lora_dist.figures import reliability_picture
 from lora_dist.model import adapters, bundle
 from lora_dist.model.backbone import Base, load_base_of
-from lora_dist.model.calibration import Calibration, fold
 from lora_dist.model.license import license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
+from lora_dist.model.temperature import Calibration, fold
 from lora_dist.model.trainable import load_trained, make_trainable
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
-from lora_dist.training.calibration import MIN_IMAGES, CalibrationReport, calibrate
 from lora_dist.training.probe import in_words, read_probe
 from lora_dist.training.problem import EvaluationResult
 from lora_dist.training.reporting.report import (
@@ -45,6 +44,7 @@ from lora_dist.training.saving.card import model_card
 from lora_dist.training.saving.output import Output, write_json
 from lora_dist.training.saving.publisher import Publisher, Push
 from lora_dist.training.saving.state import Progress
+from lora_dist.training.temperature_fit import MIN_IMAGES, CalibrationReport, calibrate
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import (
     Row,
     choose_batch_size,
@@ -364,9 +365,13 @@ def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path) -> None:
     assert find_images([str(tmp_path)]) == [str(tmp_path / "one.png")]
 
 
-def test_a_forward_pass_is_smaller_on_a_cpu_unless_its_size_is_given() -> None:
-    assert [choose_batch_size(None, torch.device(name)) for name in ("cpu", "cuda:1", "mps")] == [8, 128, 32]
-    assert choose_batch_size(100, torch.device("cpu")) == 100
+def test_a_forward_pass_is_smaller_on_a_cpu_if_images_are_large_and_its_size_is_not_given() -> None:
+    large, small, middle = (
+        ImageTransforms(ViTImageProcessor(size={"height": side, "width": side})) for side in (384, 32, 160)
+    )
+    assert [choose_batch_size(None, torch.device(name), large) for name in ("cpu", "cuda:1", "mps")] == [8, 128, 32]
+    assert [choose_batch_size(None, torch.device("cpu"), one) for one in (small, middle)] == [32, 15]
+    assert choose_batch_size(100, torch.device("cpu"), large) == 100
 
 
 @pytest.mark.parametrize(("size", "workers"), [(20, 0), (200, 1)])

@@ -16,9 +16,9 @@ from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.bundle import write_adapter
-from lora_dist.model.calibration import Calibration
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.decision import AboveThresholds
+from lora_dist.model.temperature import Calibration
 from lora_dist.predict import predict
 
 LABELS = ("a", "b", "c")

@@ -15,7 +15,7 @@ from lora_dist.metrics.calibration import (
     fit_temperature,
     reliability,
 )
-from lora_dist.training.calibration import CROSS_FITTED, MIN_IMAGES, ON_TEST, calibrate
+from lora_dist.training.temperature_fit import CROSS_FITTED, MIN_IMAGES, ON_TEST, calibrate
 
 
 def drawn(count: int, factor: float = 1.0, seed: int = 0, classes: int = 5) -> ScoredSamples:

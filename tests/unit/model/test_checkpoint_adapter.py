@@ -13,9 +13,9 @@ from lora_dist.errors import UserError
 from lora_dist.model.adapters import mutates_base, save_adapter
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import write_adapter
-from lora_dist.model.calibration import Calibration
 from lora_dist.model.checkpoint_adapter import is_checkpoint, write_adapter_of_checkpoint
 from lora_dist.model.classifier import load_classifier
+from lora_dist.model.temperature import Calibration
 from lora_dist.model.trainable import host_copy, load_trained, make_trainable, trained_tensors
 from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.training.saving import checkpoint

@@ -17,8 +17,8 @@ from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
 from lora_dist.model.backbone import load_base
 from lora_dist.model.bundle import CALIBRATION, read_calibration, write_adapter, write_model
-from lora_dist.model.calibration import UNCALIBRATED, Calibration, fold
 from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.temperature import UNCALIBRATED, Calibration, fold
 
 LABELS = ["x", "y", "z"]
 CALIBRATED = Calibration(2.5)

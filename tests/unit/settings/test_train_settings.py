@@ -486,3 +486,11 @@ def test_one_number_is_height_and_width(folder: Path, tmp_path: Path) -> None:
 
 def test_other_channels_than_rgb_are_refused_in_a_sentence(folder: Path) -> None:
     assert "models see RGB images" in problems_of("--train_dir", folder, "--num_channels", 1)
+
+
+def test_the_batch_size_of_evaluations_has_a_default_unless_given() -> None:
+    sizes = [
+        parse("--train_dir", ".", *flags).with_default_eval_batch_size(8).optimization.per_device_eval_batch_size
+        for flags in ((), ("--per_device_eval_batch_size", "64"), ("--per_device_train_batch_size", "64"))
+    ]
+    assert sizes == [8, 64, 8]
