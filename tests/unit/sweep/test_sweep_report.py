@@ -18,6 +18,7 @@ from lora_dist.settings.train_contradictions import contradictions as of_trainin
 from lora_dist.sweep import picture
 from lora_dist.sweep.report import report, table
 from lora_dist.sweep.study import REASON, SECONDS, Sweep
+from lora_dist.sweep.trials import remove_unneeded
 
 RATE, RANK = FloatDistribution(1e-4, 1e-1, log=True), CategoricalDistribution(("4", "16"))
 
@@ -86,6 +87,18 @@ def test_the_best_settings_are_a_file_for_training(sweep: Sweep) -> None:
         "# Trial 1, the best of 6: accuracy 0.9000 in validation.\n# accelerate launch -m lora_dist."
     )
     assert "output_dir" not in yaml.safe_load(text)
+
+
+def test_checkpoints_of_trials_that_have_ended_go_and_the_best_model_stays(sweep: Sweep) -> None:
+    sweep.study.ask()
+    for number in range(7):
+        for name in ("checkpoints", "model", "adapter"):
+            (sweep.output_of(number) / name).mkdir(parents=True)
+    remove_unneeded(sweep)
+    assert sorted(str(path.relative_to(sweep.root)) for path in sweep.root.glob("*/[cm]*")) == [
+        "trial-0001/model", "trial-0006/checkpoints", "trial-0006/model",
+    ]  # fmt: skip
+    assert len(list(sweep.root.glob("*/adapter"))) == 7
 
 
 def test_without_a_complete_trial_there_is_no_best(sweep: Sweep) -> None:

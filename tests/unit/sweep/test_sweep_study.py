@@ -97,8 +97,10 @@ def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_half_a_line_at_the_end_of_the_file_is_left_out(tmp_path: Path) -> None:
+def test_what_a_command_that_died_while_writing_leaves_is_no_hindrance(tmp_path: Path) -> None:
+    """Half a line, and the lock of the file, for which Optuna would wait half a minute."""
     _run(_open(tmp_path), 2)
+    (tmp_path / f"{JOURNAL}.lock").symlink_to(JOURNAL)
     content = (tmp_path / JOURNAL).read_bytes()
     (tmp_path / JOURNAL).write_bytes(content + content.splitlines()[-1][:-5])
     _run(_open(tmp_path), 1)
