@@ -61,5 +61,5 @@ clean:
 
 # deepspeed builds against the torch that is there, so it comes after it.
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,deepspeed,heif,onnx,serve,timm,wandb]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,deepspeed,heif,onnx,serve,sweep,timm,wandb]'
 	touch $@

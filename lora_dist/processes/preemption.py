@@ -14,12 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from lora_dist.processes.lifetime import owns_process
-from lora_dist.processes.signals import STOP_SIGNALS
+from lora_dist.processes.signals import SAME_REQUEST_SECONDS, STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
-
-SAME_REQUEST_SECONDS = 3.0
-"""Signals within this time count as one request: on Ctrl-C, both the terminal and the launcher send a signal."""
 
 
 class StopRequested(Exception):  # noqa: N818  (not an error)

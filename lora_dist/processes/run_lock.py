@@ -68,8 +68,18 @@ class RunLock:
         preflight = Preflight(timedelta(seconds=ddp_timeout))
         with preflight.first_process_first("locked", accelerator):
             if accelerator.is_main_process:
-                self._wait_for(root, min(OTHER_HOST_SECONDS, ddp_timeout / 2))
+                seconds = min(OTHER_HOST_SECONDS, ddp_timeout / 2)
+                self._wait_for(root, seconds, "resume with --resume_from_checkpoint auto")
                 at_end(self.release)
+
+    def take_alone(self, root: Path) -> None:
+        """Takes the lock of a directory in a command of one process, whose repetition goes on with its work.
+
+        Raises:
+            UserError: another process holds the lock.
+        """
+        self._wait_for(root, OTHER_HOST_SECONDS, "give its command again")
+        at_end(self.release)
 
     def release(self) -> None:
         """Releases the lock and removes its file, and the directory as well if this run made it and left it empty."""
@@ -86,7 +96,7 @@ class RunLock:
                 directory.rmdir()
         self._made = []
 
-    def _wait_for(self, root: Path, other_host_seconds: float) -> None:
+    def _wait_for(self, root: Path, other_host_seconds: float, to_go_on: str) -> None:
         self._made = [directory for directory in (root, *root.parents) if not directory.exists()]
         start, said = time.monotonic(), False
         while not self._try(root):
@@ -96,8 +106,7 @@ class RunLock:
             seconds = SAME_HOST_SECONDS if is_here else other_host_seconds
             if time.monotonic() - start > seconds:
                 raise UserError(
-                    f"{in_use} Wait until that run ends, or stop it and resume with --resume_from_checkpoint auto, or "
-                    f"choose another --output_dir."
+                    f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or choose another --output_dir."
                 )
             if not said:
                 logger.warning("%s Waiting up to %.0f s for that process to end", in_use, seconds)

@@ -39,6 +39,10 @@ class _Field:
         shown = ",".join(default) if isinstance(default, list) else str(default).lower() if self.is_bool else default
         return f"{text} (default: {shown})"
 
+    def number_type(self) -> type[int] | type[float] | None:
+        """The type of the numbers that the setting takes; None if it takes none."""
+        return next((kind for kind in (int, float) if kind in _members(self.info.annotation)), None)
+
     def metavar(self) -> str:
         words: list[str] = []
         choices: list[str] = []
@@ -118,7 +122,7 @@ def from_keywords(
         UserError: as `parse`.
     """
     fields = flat_fields(settings_class)
-    problems = [f"{name}: unknown setting{_help_with(name, fields)}" for name in keywords if name not in fields]
+    problems = [f"{name}: unknown setting{did_you_mean(name, fields)}" for name in keywords if name not in fields]
     given = {
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in {**keywords, "config": config}.items()
@@ -153,7 +157,7 @@ def _combined(
                 inner = ", ".join(map(str, value))
                 problems.append(f"{name}: settings have no sections; move {inner} to the top level (in {config})")
             else:
-                problems.append(f"{name}: unknown setting (in {config}){_help_with(str(name), fields)}")
+                problems.append(f"{name}: unknown setting (in {config}){did_you_mean(str(name), fields)}")
     elif config is _NO_VALUE:
         problems.append(f"--config: needs a path or a recipe: {', '.join(recipe_names())}")
     for name, value in given.items():
@@ -217,7 +221,7 @@ def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]
     for token in leftover:
         if token.startswith("-"):
             name = token.lstrip("-").partition("=")[0]
-            yield f"{token.partition('=')[0]}: unknown flag{_help_with(name, known)}"
+            yield f"{token.partition('=')[0]}: unknown flag{did_you_mean(name, known)}"
             after_flag = True
         elif not after_flag:
             yield f"{token}: value without a flag"
@@ -225,7 +229,8 @@ def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]
             after_flag = False
 
 
-def _help_with(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """What to write instead of an unknown setting, as the end of a sentence; empty if nothing is close to it."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return trainer_flags.hint(name, known) or (f"; did you mean --{close[0]}?" if close else "")
 

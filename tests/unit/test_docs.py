@@ -17,6 +17,7 @@ from lora_dist.settings import cli, trainer_flags
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.sweep import SweepSettings
 from lora_dist.settings.train import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +33,9 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "lora_dist.audit": AuditSettings,
     "lora_dist.bench": BenchSettings,
     "lora_dist.bench.compare": BenchSettings,
+    "lora_dist.sweep": SweepSettings,
 }
-TAKES_CONFIG = {"lora_dist.train", "lora_dist.bench", "lora_dist.bench.compare"}
+TAKES_CONFIG = {"lora_dist.train", "lora_dist.bench", "lora_dist.bench.compare", "lora_dist.sweep"}
 BATCH_SCRIPTS = {"slurm/train.sbatch", "slurm/sweep.sbatch", "slurm/folds.sbatch"}
 """Scripts that pass their flags to lora_dist.train."""
 

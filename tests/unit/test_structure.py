@@ -16,6 +16,7 @@ from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.fields import Group
 from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.sweep import SweepSettings
 from lora_dist.settings.train import Settings
 
 PACKAGE = Path(__file__).parents[2] / "lora_dist"
@@ -114,7 +115,8 @@ def test_data_imports_go_down() -> None:
 
 
 def test_no_module_imports_a_command() -> None:
-    commands = {"lora_dist.train", "lora_dist.predict", "lora_dist.audit.__main__", "lora_dist.bench.__main__"}
+    commands = {"lora_dist.train", "lora_dist.predict"}
+    commands |= {f"lora_dist.{name}.__main__" for name in ("audit", "bench", "sweep")}
     importers = {module for module, tree in TREES.items() if _internal(_imports(tree)) & commands}
     assert not importers - commands
 
@@ -124,7 +126,7 @@ def test_no_module_imports_a_command() -> None:
     [
         *("settings.train", "settings.cli", "settings.predict", "settings.audit", "settings.bench", "errors", "demo"),
         *("train", "predict", "training.schedule", "audit.__main__"),
-        *("bench.__main__", "bench.compare", "bench.results"),
+        *("bench.__main__", "bench.compare", "bench.results", "settings.sweep", "sweep.__main__"),
     ],
 )
 def test_what_reads_settings_imports_nothing_heavy(name: str) -> None:
@@ -187,7 +189,7 @@ def test_everything_public_is_described(module: str) -> None:
     assert ast.get_docstring(tree)
 
 
-@pytest.mark.parametrize("settings", [Settings, PredictSettings, AuditSettings, BenchSettings])
+@pytest.mark.parametrize("settings", [Settings, PredictSettings, AuditSettings, BenchSettings, SweepSettings])
 def test_names_of_settings_are_unique(settings: type[BaseModel]) -> None:
     names = [name for group in settings.model_fields.values() for name in group.annotation.model_fields]
     assert len(names) == len(set(names)) > 5
@@ -232,7 +234,7 @@ def test_an_audit_needs_no_torch() -> None:
     assert not {_root(name) for name in found} & {"torch", "torchvision", "transformers", "datasets", "accelerate"}
 
 
-@pytest.mark.parametrize("settings", [PredictSettings, AuditSettings, BenchSettings])
+@pytest.mark.parametrize("settings", [PredictSettings, AuditSettings, BenchSettings, SweepSettings])
 def test_every_setting_of_a_command_is_read(settings: type[BaseModel]) -> None:
     names = [name for _, group in _groups(settings) for name in group.model_fields]
     read = {node.attr for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

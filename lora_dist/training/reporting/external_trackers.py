@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from PIL import Image
@@ -58,9 +59,9 @@ class ExternalTrackers:
         if started:
             output_dir.mkdir(parents=True, exist_ok=True)
             replace_file(output_dir / _RUN_IDS, json.dumps({name: id for name, id in started.items() if id}).encode())
-        # MLflow refuses to change the parameters of a run.
-        new = [name for name in self._trackers if name not in ids]
-        self._call(lambda tracker: tracker.store_init_configuration(dict(settings)), new)
+        # MLflow refuses to change the parameters of a run; trackio forgets them when it resumes one.
+        told = [name for name in self._trackers if name == "trackio" or name not in ids]
+        self._call(lambda tracker: tracker.store_init_configuration(dict(settings)), told)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs numbers, without those that are not finite, which some trackers refuse."""
@@ -96,7 +97,9 @@ def _start(name: str, output_dir: Path, run_id: str | None) -> GeneralTracker:
     elif name == "mlflow":
         tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, run_id=run_id, run_name=run_name)
     elif name == "trackio":
-        tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, name=run_name, resume="allow")
+        # It finds a run by its name alone, and other directories may have the same name.
+        own = run_id or f"{run_name}-{uuid4().hex[:8]}"
+        tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, name=own, resume="allow")
     elif LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
         tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, logging_dir=str(output_dir))
     else:
@@ -109,6 +112,8 @@ def _run_id(name: str, tracker: GeneralTracker) -> str | None:
     """Returns the id with which a later process continues this run, if the tracker has one."""
     if name == "wandb":
         return str(tracker.tracker.id)
+    if name == "trackio":
+        return str(tracker.tracker.name)
     return str(tracker.tracker.info.run_id) if name == "mlflow" else None
 
 

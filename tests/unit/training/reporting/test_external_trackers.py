@@ -44,7 +44,8 @@ class Recorder(GeneralTracker):
         self.given: list[Any] = [(project, options)]
 
     def start(self) -> None:
-        if self.given[0][1]["name"] == "refused":
+        self.name = self.given[0][1]["name"]
+        if self.name.startswith("refused"):
             raise RuntimeError("not logged in")
 
     @property
@@ -114,13 +115,31 @@ def test_a_tracker_that_fails_is_logged_once_and_not_called_again(
         trackers.close()
     assert isinstance(recorder, Recorder)
     assert recorder.given == [
-        ("lora_dist", {"name": "mine", "resume": "allow"}),
+        ("lora_dist", {"name": recorder.name, "resume": "allow"}),
         {"lora_r": 4},
         (1, {"train/loss": 0.5}),
     ]
     assert [record.message for record in caplog.records] == [
         "trackio failed and gets nothing more from this run: no network"
     ]
+
+
+def test_runs_in_directories_of_one_name_stay_apart_in_trackio_and_a_resumed_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """trackio finds a run by its name alone, and forgets the settings of a run that is resumed without any."""
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Recorder)
+
+    def name_of(output_dir: Path, resumes: bool) -> str:
+        recorder = ExternalTrackers(["trackio"], output_dir, resumes, {"lora_r": 4})._trackers["trackio"]
+        assert isinstance(recorder, Recorder)
+        assert recorder.given[1:] == [{"lora_r": 4}]
+        return recorder.name
+
+    first, other = (name_of(tmp_path / sweep / "trial-0000", resumes=False) for sweep in ("first", "other"))
+    assert first != other
+    assert first.startswith("trial-0000-")
+    assert name_of(tmp_path / "first" / "trial-0000", resumes=True) == first
 
 
 def test_a_tracker_that_does_not_start_or_is_not_installed_is_an_error(
