@@ -114,7 +114,7 @@ def _fitted(validation: ScoredSamples) -> tuple[float, str | None, Confidences |
     """Returns the temperature and the cross-fitted confidences; or 1, the reason, and no confidences."""
     images = len(validation.labels)
     if images < MIN_IMAGES:
-        return 1.0, f"of {MIN_IMAGES} validation images, the fewest for it, there are only {images}", None
+        return 1.0, f"the fit takes at least {MIN_IMAGES} validation images, and there are only {images}", None
     temperature, crossed = fit_temperature(validation), cross_fitted(validation)
     if temperature is None or crossed is None:
         low, high = TEMPERATURES

@@ -96,7 +96,7 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
         cause = f"its folders {', '.join(folder.name for folder in inner)} are splits, not classes"
     elif wanted and _holds_classes(wanted) and (beside := [one for one in inner if not _holds_classes(one)]):
         others = ", ".join(folder.name for folder in beside)
-        cause, right = f"its folder {wanted.name} contains class folders, and {others} beside it none", {flag: wanted}
+        cause, right = f"its folder {wanted.name} contains class folders; these do not: {others}", {flag: wanted}
     elif directory != root:
         cause, right = f"its only folder {folders[0].name} contains the class folders", {flag: directory}
     else:

@@ -58,7 +58,7 @@ def test_a_folder_of_images_beside_a_split_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, classes=("train/cat", "train/dog", "new"), per_class=2)
     for message in refusals(train_dir=tmp_path):
         assert message.endswith(
-            f"its folder train contains class folders, and new beside it none; use --train_dir {tmp_path / 'train'}"
+            f"its folder train contains class folders; these do not: new; use --train_dir {tmp_path / 'train'}"
         )
 
 
