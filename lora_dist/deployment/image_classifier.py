@@ -16,6 +16,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import MIN_DECODED, choose_batch_size, choose_device
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
+from lora_dist.logs import quiet_transformers
 from lora_dist.model import checkpoint_adapter
 from lora_dist.model.classifier import Classifier, load_classifier
 
@@ -144,7 +145,7 @@ def load(
             raise UserError(f"{name}: ONNX files run on the CPU: leave device out")
         return ImageClassifier(load_onnx(Path(name)), choose_device("cpu"))
     directory = hub.local_directory(name)
-    with tempfile.TemporaryDirectory(prefix="lora_dist-") as made:
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="lora_dist-") as made:
         if checkpoint_adapter.is_checkpoint(directory):
             checkpoint, directory = directory, Path(made) / directory.name
             checkpoint_adapter.write_adapter_of_checkpoint(checkpoint, directory)

@@ -42,6 +42,8 @@ _BEFORE = {
 """Values of these entries for checkpoints of releases that did not record them."""
 MODEL = ("pooling", "image_size")
 """Settings that decide how the base is loaded."""
+BASE = ("model_name_or_path", "model_revision")
+"""Settings that say where the base is. They are no part of the identity, since a base may move."""
 _BOOKKEEPING = {
     "architectures",
     "auto_map",
@@ -150,9 +152,12 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
     if resumed is None or settings.model.adapter_name_or_path:
         return settings
     given = settings.model.model_fields_set | settings.lora.model_fields_set
-    values = {**settings.model.model_dump(include={"tuning", *MODEL}), **settings.lora.model_dump()}
+    values = {**settings.model.model_dump(include={"tuning", *BASE, *MODEL}), **settings.lora.model_dump()}
     taken, problems = {}, []
-    for name, before in _saved_settings(resumed).items():
+    saved = _saved_settings(resumed)
+    if "model_name_or_path" not in given:
+        saved |= {name: value for name, value in _settings_of_run(resumed).items() if name in BASE}
+    for name, before in saved.items():
         if before == values[name]:
             continue
         if name not in given:
@@ -165,7 +170,7 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
     if taken:
         flags = (f"--{name} {_words(value)}" for name, value in taken.items())
         logger.info("settings taken from the checkpoint: %s", ", ".join(flags))
-    of_model = {name: taken.pop(name) for name in ("tuning", *MODEL) if name in taken}
+    of_model = {name: taken.pop(name) for name in ("tuning", *BASE, *MODEL) if name in taken}
     model = settings.model.model_copy(update=of_model)
     return settings.model_copy(update={"model": model, "lora": settings.lora.model_copy(update=taken)})
 
@@ -232,10 +237,17 @@ def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
     saved: Mapping[str, Any] = resumed.state["identity"]
     found = {name: saved[name] for name in ("tuning", *MODEL) if name in saved}
     if saved["tuning"] == "lora":
-        if resumed.directory is not None and "lora_r" not in saved:
-            saved = read_settings(Output(resumed.directory.absolute().parents[1]).config)
+        if "lora_r" not in saved:
+            saved = _settings_of_run(resumed) or saved
         found.update({name: saved[name] for name in LORA if name in saved})
     return found
+
+
+def _settings_of_run(resumed: Checkpoint) -> Mapping[str, Any]:
+    """Returns the settings in the `config.yaml` of the checkpoint's run; empty if there is none."""
+    if resumed.directory is None:
+        return {}
+    return read_settings(Output(resumed.directory.absolute().parents[1]).config)
 
 
 def _words(value: Any) -> str:

@@ -1,5 +1,7 @@
 """Images from Python get the scores of the prediction command, whatever they are passed as and whatever is loaded."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +53,20 @@ def _of_predict(classifier: Classifier, files: list[str]) -> list[list[dict[str,
     cpu = torch.device("cpu")
     rows = classify(classifier, files, top_k=3, batch_size=4, num_workers=0, device=cpu)
     return [[{"label": label, "score": score} for label, score in row.top_k] for row in rows]
+
+
+def test_nothing_is_printed_of_a_new_head_for_which_the_adapter_has_the_weights(deployed: Deployed) -> None:
+    """In a process of its own, since other tests quieten transformers. Its settings are the caller's again."""
+    code = (
+        "import sys, lora_dist, transformers.utils.logging as logging\n"
+        "before = logging.get_verbosity(), logging.is_progress_bar_enabled()\n"
+        "lora_dist.load(sys.argv[1])\n"
+        "assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(deployed.things["adapter"])], capture_output=True, text=True, check=True
+    )
+    assert result.stdout + result.stderr == ""
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "model.onnx", "int8.onnx"])

@@ -101,6 +101,21 @@ def test_a_run_goes_on_with_its_own_lora_where_none_is_given(
     assert results_of(out)["eval_loss"] == results_of(whole)["eval_loss"]
 
 
+def test_a_run_goes_on_with_its_own_base_where_none_is_given(
+    vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The default is another base; one that is given stays an error if it is another."""
+    out = _run(vit, photos, tmp_path / "run", "--max_train_steps", 2)
+    capfd.readouterr()
+    words = list(map(str, run_flags(vit, photos, out, max_train_steps=3)))
+    place = words.index("--model_name_or_path")
+    train.main([*words[:place], *words[place + 2 :], *RESUME])
+    assert f"settings taken from the checkpoint: --model_name_or_path {vit}\n" in capfd.readouterr().err
+    assert saved_in(out)["step"] == 3
+    other = make_model(tmp_path / "other", seed=9)
+    assert "base was" in _refused(capfd, other, photos, out, *RESUME, "--max_train_steps", 5)
+
+
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_stochastic_depth_layer_decay_and_sgd_go_on_to_the_bit(
     tuning: str, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
