@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import yaml
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -92,11 +93,12 @@ def environment_of(worker: int, workers: int, gpus: Sequence[str]) -> dict[str, 
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
     # In another process, because torch starts threads, and this one forks.
-    counted = subprocess.run([sys.executable, "-c", _COUNT], stdout=subprocess.PIPE, check=True)
-    return [str(number) for number in range(int(counted.stdout))]
+    count = int(subprocess.run([sys.executable, "-c", _COUNT], stdout=subprocess.PIPE, check=True).stdout)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if named is None else (name.strip() for name in named.split(","))
+    # CUDA stops at the first name that is no GPU.
+    return list(islice(names, count))
 
 
 def shown(value: object) -> str:
@@ -109,7 +111,7 @@ def _start(sweep: Sweep, trial: Trial, environment: dict[str, str]) -> Job:
     logger.info("trial %d: %s", trial.number, ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
     flags = ["--config", str(sweep.root / SETTINGS)]
     for name, value in with_alpha(sweep.settings, values).items():
-        flags += [f"--{name}", str(value)]
+        flags.append(f"--{name}={value}")
     return Job(sweep.output_of(trial.number), flags, environment)
 
 

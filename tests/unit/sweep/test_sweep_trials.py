@@ -18,13 +18,13 @@ def _code_of(job: Job) -> int:
 
 
 def test_workers_have_gpus_of_their_own_or_share_them_and_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-1a")
-    assert visible_gpus() == ["3", "GPU-1a"]
-    shared = [environment_of(worker, 3, visible_gpus()) for worker in range(3)]
+    shared = [environment_of(worker, 3, ["3", "GPU-1a"]) for worker in range(3)]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in shared] == ["3", "GPU-1a", "3"]
     assert {one["LOCAL_WORLD_SIZE"] for one in shared} == {"3"}
-    for none in ("", "-1"):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    for none in ("", "-1", "0,1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert visible_gpus() == []
         assert environment_of(0, 2, visible_gpus()) == os.environ | {"LOCAL_WORLD_SIZE": "2"}
 
 
