@@ -317,7 +317,7 @@ def test_a_failure_before_the_end_does_not_end_the_pushing(
     pushing = _publisher()
     pushing.push(Push(_files(tmp_path / "old"), "Step 3", passes=True))
     _until(lambda: "not pushed to the Hub: Step 3" in caplog.text)
-    assert not (tmp_path / "old").exists()
+    _until(lambda: not (tmp_path / "old").exists())
     assert pushing.finish(Push(_files(tmp_path / "new"), "new", passes=False))
     assert server.messages("ada/flowers") == ["new"]
 

@@ -271,15 +271,16 @@ def run(app: FastAPI, host: str, port: int) -> None:
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; --port 0 takes a free port") from error
     with listener:
-        shown, port = listener.getsockname()[:2]
-        if not ipaddress.ip_address(shown).is_loopback:
-            logger.warning("listening on %s: anyone who reaches this machine can use it, without a password", shown)
-        logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
+        config.load()
         # The objects of the model and its libraries stay. Without this, the garbage collector looks through all of them
         # at every few hundred requests, and the model waits.
         gc.collect()
         gc.freeze()
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
+        shown, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(shown).is_loopback:
+            logger.warning("listening on %s: anyone who reaches this machine can use it, without a password", shown)
+        logger.info("serving on http://%s:%d (stop with Ctrl+C)", f"[{shown}]" if ":" in shown else shown, port)
         # uvicorn raises the interrupt again after its shutdown.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
