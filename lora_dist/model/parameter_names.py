@@ -1,4 +1,4 @@
-"""What the name of a parameter in an adapted model says about it."""
+"""Tests on names of parameters of an adapted model: B matrices, parts of a head, copies that PEFT adds."""
 
 from collections.abc import Sequence
 

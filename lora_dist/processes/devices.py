@@ -1,4 +1,4 @@
-"""Where a process computes, and in batches of which size. Needs no accelerate."""
+"""The device of a process, and the default size of its inference batches. Needs no accelerate."""
 
 import os
 

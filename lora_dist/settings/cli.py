@@ -230,7 +230,7 @@ def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """What to write instead of an unknown setting, as the end of a sentence; empty if nothing is close to it."""
+    """Returns the end of a sentence that suggests a known setting for an unknown one; empty if none is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return trainer_flags.hint(name, known) or (f"; did you mean --{close[0]}?" if close else "")
 

@@ -12,7 +12,7 @@ from lora_dist.demo import is_packaged
 
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 ProblemType = Literal["single_label_classification", "multi_label_classification"]
-"""Of `transformers`: one class per image, or any number of labels."""
+"""Values of `problem_type` in `transformers`: one class per image, or any number of labels."""
 
 SEVERAL: dict[str, Any] = {"several": True}
 """`json_schema_extra` of a list setting whose flag takes several values, separated by spaces."""

@@ -21,7 +21,7 @@ _DEFAULT = {
     "head": ("learning_rate=log:1e-4..1e-1", "weight_decay=0,0.01,0.1"),
     "full": ("learning_rate=log:5e-6..5e-4", "head_learning_rate=log:5e-5..1e-2", "weight_decay=0,0.01,0.1"),
 }
-"""What is searched with each `--tuning`, and with an adapter to continue, which has its own LoRA settings."""
+"""Default ranges for each `--tuning`, and for an adapter to continue, whose LoRA settings are fixed."""
 
 
 def _split_words(value: Any) -> Any:
@@ -32,9 +32,9 @@ class SweepGroup(Group):
     """Sweep"""
 
     search: Annotated[list[str], BeforeValidator(_split_words)] = Field(default=[], json_schema_extra=SEVERAL)
-    """What to search: NAME=LOW..HIGH for a range of numbers, NAME=log:LOW..HIGH for a range in powers, or
-    NAME=VALUE,VALUE for a choice, each with the name of a training setting and separated by spaces. lora_alpha keeps
-    its ratio to lora_r. Default: learning_rate, head_learning_rate, weight_decay, lora_r and lora_dropout."""
+    """Training settings to search, separated by spaces: NAME=LOW..HIGH for a range, NAME=log:LOW..HIGH for a
+    logarithmic range, or NAME=VALUE,VALUE for a choice. lora_alpha keeps its ratio to lora_r. Default: learning_rate,
+    head_learning_rate, weight_decay, lora_r and lora_dropout."""
     trials: Count = 20
     """Number of training runs, with those that fail or are pruned."""
     workers: Count | None = None
@@ -66,13 +66,13 @@ class Axis(NamedTuple):
 
 
 def searched(settings: SweepSettings) -> list[str]:
-    """What is searched, in the words of `--search`."""
+    """Returns the given `--search`, or the default for the tuning."""
     kind = "adapter" if settings.model.adapter_name_or_path else settings.model.tuning
     return settings.sweep.search or list(_DEFAULT[kind])
 
 
 def axes_of(settings: SweepSettings) -> list[Axis]:
-    """Returns what is searched. Raises `ValueError` if the first wrong one of `--search` cannot be."""
+    """Returns the axes of the search. Raises `ValueError` for the first one that is wrong."""
     axes = [_axis(text, settings) for text in searched(settings)]
     names = [axis.name for axis in axes]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -95,7 +95,7 @@ def with_values(settings: SweepSettings, values: Mapping[str, Any]) -> train.Set
 
 
 def value_of(settings: train.Settings, name: str) -> Any:
-    """The value of a setting by its flat name; that of the head's rate is the rate of all weights if it has none."""
+    """Returns the value of a setting by its flat name. A head rate that is not set equals the learning rate."""
     value = getattr(getattr(settings, _FIELDS[name].group), name)
     if value is None and name == "head_learning_rate":
         return settings.with_default_learning_rate().optimization.learning_rate
@@ -114,7 +114,7 @@ def with_alpha(settings: SweepSettings, values: dict[str, Any]) -> dict[str, Any
 
 
 def as_given(settings: SweepSettings, axes: list[Axis]) -> dict[str, Any] | None:
-    """The values on all axes that the settings have without a search; None if one of them is outside of its axis."""
+    """Returns the values of the settings without a search, by axis; None if one of them is outside its axis."""
     found: dict[str, Any] = {}
     with_rate = settings.with_default_learning_rate()
     for axis in axes:
@@ -176,7 +176,7 @@ def _axis(text: str, settings: SweepSettings) -> Axis:
         raise ValueError(f"{text}: a range is two ascending numbers")
     log = values.startswith("log:")
     if log and ends[0] <= 0:
-        raise ValueError(f"{text}: a range in powers begins above 0")
+        raise ValueError(f"{text}: a logarithmic range begins above 0")
     return Axis(name, (), *ends, log)
 
 

@@ -20,7 +20,7 @@ trains in a process of its own, on one GPU or the CPU. The same command goes on 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Runs the sweep, or what is left of it, and reports.
+    """Trains the trials that are missing, and reports all of them.
 
     Raises:
         UserError: a setting is wrong, another sweep uses the directory, or no trial is complete.
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"} & os.environ.keys():
         raise UserError("a sweep starts its runs itself, each in one process: start it by python -m lora_dist.sweep")
-    require("sweep", "lora_dist.sweep", "optuna")
+    require("sweep", "lora_dist.sweep", "optuna", "matplotlib")
     root = Path(settings.run.output_dir)
     require_writable(root)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 from lora_dist.processes.parent_death import end_with_parent
 
 PRUNED_SECONDS = 60.0
-"""How long a run that is pruned may take to end before it is killed."""
+"""Seconds that a pruned run may take to end before it is killed."""
 LOG = "log.txt"
 _LOG_BYTES = 65_536
 _REASON_LINES = 4
@@ -50,7 +50,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C is for the sweep, which passes it on.
                 start_new_session=True,
-                # Or a run would outlive a sweep that is killed, and hold its GPU and the lock of its directory.
+                # Otherwise a run outlives a killed sweep, and holds its GPU and the lock of its directory.
                 preexec_fn=end_with_parent,
             )
 
@@ -61,7 +61,7 @@ class Job:
         return self._process.poll()
 
     def evaluations(self, metric: str) -> list[float]:
-        """All evaluations so far, NaN where one is not finite; nothing if no line was logged since the last call."""
+        """Returns the metric of all evaluations so far, NaN if it is not finite; empty if nothing is new in the log."""
         try:
             content = (self.output / "metrics.jsonl").read_bytes()
         except FileNotFoundError:
@@ -96,7 +96,7 @@ class Job:
         self._process.wait()
 
     def failure(self) -> str:
-        """Why the run has failed, on one line: its error, or the end of its log."""
+        """Returns the reason of a failure on one line: the error in the log, or else the last line of the log."""
         code = self._process.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"

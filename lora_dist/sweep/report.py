@@ -1,4 +1,4 @@
-"""What a sweep ends with: a table, trials.csv, a picture, and the best settings as a file for `--config`."""
+"""Reports a sweep: prints a table, and writes trials.csv, a picture and the best settings for `--config`."""
 
 import csv
 import io
@@ -42,7 +42,7 @@ def report(sweep: Sweep) -> bool:
     if not complete:
         return False
     picture = io.BytesIO()
-    sweep_picture(sweep).save(picture, "PNG")
+    sweep_picture(sweep).savefig(picture, format="png")
     replace_file(root / "sweep.png", picture.getvalue())
     _write_best(sweep, complete[0])
     print(f"best: trial {complete[0].number}, in {sweep.output_of(complete[0].number)}")

@@ -21,7 +21,7 @@ from lora_dist.settings.sweep import Axis, SweepSettings, as_given, axes_of, giv
 
 JOURNAL, NAME = "study.journal", "sweep"
 REASON, SECONDS = "reason", "train_runtime"
-"""Attributes of a trial: why it failed, and how long it trained."""
+"""Attributes of a trial: the reason of its failure, and its seconds of training."""
 _RECORD = "settings"
 _PRUNERS = {"median": MedianPruner(n_startup_trials=5, n_warmup_steps=1), "none": NopPruner()}
 
@@ -33,8 +33,8 @@ class Sweep:
     Attributes:
         root: the directory.
         settings: of the sweep and of its runs.
-        axes: what is searched.
-        metric: of validation, that is searched for.
+        axes: the settings to search.
+        metric: the validation metric to optimize.
         study: of Optuna.
     """
 
@@ -64,7 +64,7 @@ class Sweep:
         return [Trial(self.study, trial._trial_id) for trial in running]
 
     def ask(self) -> Trial:
-        """Returns a new trial. Its values depend on --seed, its number and what is known of the other trials."""
+        """Returns a new trial. Its values depend on --seed, its number and the results of the other trials."""
         begun = [one for one in self.study.get_trials(deepcopy=False) if one.state != TrialState.WAITING]
         self._seed(len(begun))
         return self.study.ask()
@@ -118,7 +118,7 @@ def open_sweep(root: Path, settings: SweepSettings) -> Sweep:
 
 
 def ended_as(trial: FrozenTrial) -> str:
-    """How a trial has ended, in one word."""
+    """Returns the state of a trial that has ended, in one word."""
     return {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}[trial.state]
 
 
@@ -131,7 +131,7 @@ def _value(trial: Trial, axis: Axis) -> Any:
 
 
 def _mend(journal: Path) -> None:
-    """Removes what a command that died leaves: its lock, and half a line at the end, at which Optuna would stop."""
+    """Removes the remains of a killed command: its lock, and an incomplete last line, which Optuna cannot read."""
     journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
     if journal.exists():
         content = journal.read_bytes()

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.3
 FAILURES_AT_START = 3
-"""The sweep ends if so many trials fail before one does not."""
+"""Number of trials after which a sweep ends if all of them have failed."""
 SETTINGS = "settings.yaml"
 _COUNT = """
 import torch
@@ -86,7 +86,7 @@ def remove_unneeded(sweep: Sweep) -> None:
 
 def environment_of(worker: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
     """The environment of the runs of a worker: a GPU of its own where there are enough, and a share of the cores."""
-    # By this number, training processes on one machine share its cores and its shared memory.
+    # Training processes on one machine divide its cores and its shared memory by this number.
     own = {"LOCAL_WORLD_SIZE": str(workers)}
     return os.environ | own | ({"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {})
 

@@ -8,6 +8,7 @@ import optuna
 import pytest
 import yaml
 from lora_dist_testing.launching import flags
+from matplotlib.axes import Axes
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
@@ -124,17 +125,28 @@ def test_a_narrow_window_gets_the_columns_in_blocks() -> None:
     assert [line.split()[3:] for line in narrow if line.startswith("    1")] == [["0.001"], ["0.002"], ["16"]]
 
 
+def _dots(panel: Axes) -> dict[str, list[list[float]]]:
+    """Places of the dots of each group."""
+    return {str(dots.get_label()): np.asarray(dots.get_offsets()).tolist() for dots in panel.collections}
+
+
 def test_the_picture_has_the_trials_in_each_panel_and_the_best_on_top(sweep: Sweep) -> None:
-    pixels = np.asarray(picture.sweep_picture(sweep))
-    width, height = picture.WIDTH, picture.HEIGHT
-    assert pixels.shape == (2 * height, 2 * width, 3)
-    for left, top, right in ((0, 0, 2 * width), (0, height, width), (width, height, 2 * width)):
-        panel = pixels[top + picture._TOP : top + height - picture._LOW, left + picture._LEFT : right - picture._RIGHT]
-        rows = {
-            style: np.nonzero((panel == color).all(axis=2))[0] for style, (color, _) in picture._STYLES.items()
-        }  # fmt: skip
-        assert rows["complete"].size
-        assert rows["best"].min() < rows["complete"].max() < rows["pruned"].max()
+    history, rate, rank = picture.sweep_picture(sweep).axes
+    complete, pruned = [0.5, 0.25, 0.9], [0.125]
+    assert _dots(history) == {
+        "best": [[1, 0.9]],
+        "complete": [[number, value] for number, value in zip((0, 2, 3), complete, strict=True)],
+        "pruned": [[4, *pruned]],
+    }
+    (line,) = history.lines
+    assert list(line.get_ydata()) == [0.5, 0.9, 0.9, 0.9]
+    assert rate.get_xscale() == "log"
+    assert _dots(rate)["best"] == [[2e-4, 0.9]]
+    assert [label.get_text() for label in rank.get_xticklabels()] == ["4", "16"]
+    assert _dots(rank)["complete"] == [[number % 2, value] for number, value in zip((0, 2, 3), complete, strict=True)]
+    for panel in (history, rate, rank):
+        order = sorted(panel.collections, key=lambda dots: dots.get_zorder())
+        assert [dots.get_label() for dots in order] == ["pruned", "complete", "best"]
 
 
 def test_many_trials_and_settings_have_room(tmp_path: Path, sweep: Sweep) -> None:
@@ -144,5 +156,6 @@ def test_many_trials_and_settings_have_room(tmp_path: Path, sweep: Sweep) -> Non
         ranges = {name: FloatDistribution(0, 9) for name in params}
         study.add_trial(create_trial(value=1.0, params=params, distributions=ranges))
     axes = [Axis(f"setting_{axis}", low=0.0, high=9.0) for axis in range(7)]
-    drawn = picture.sweep_picture(Sweep(tmp_path, sweep.settings, axes, "loss", study))
-    assert drawn.size == (3 * picture.WIDTH, 4 * picture.HEIGHT)
+    figure = picture.sweep_picture(Sweep(tmp_path, sweep.settings, axes, "loss", study))
+    assert figure.get_size_inches().tolist() == [3 * picture.WIDTH, 4 * picture.HEIGHT]
+    assert [panel.get_xlabel() for panel in figure.axes] == ["trial", *(axis.name for axis in axes)]
