@@ -35,7 +35,13 @@ def sweep_picture(sweep: Sweep) -> Figure:
     history = figure.add_subplot(places[0, :])
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     so_far = accumulate((trial.values[0] for trial in complete), min if sweep.metric == "loss" else max)
-    history.plot([trial.number for trial in complete], list(so_far), color=_COLORS["best"], label="best so far")
+    history.plot(
+        [trial.number for trial in complete],
+        list(so_far),
+        color=_COLORS["best"],
+        label="best so far",
+        drawstyle="steps-post",
+    )
     _scatter(history, trials, [trial.number for trial in trials], best)
     history.set(xlabel="trial", ylabel=sweep.metric)
     history.legend()
