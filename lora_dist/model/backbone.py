@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
@@ -112,8 +112,11 @@ def load_base(
             model, missing = (
                 _random(config, trust_remote_code) if init_from_config else _pretrained(place, config, source)
             )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        # For a missing name, an unreachable Hub, an unsupported architecture, a missing package or a truncated file.
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # A missing name, an unreachable Hub, a missing package, a truncated file, or a configuration that a library
+        # does not take: each model has its own exception.
         if drop_path is not None and RATE in str(error):
             raise UserError(f"--drop_path: {name} has no stochastic depth; leave it out ({error})") from error
         raise cannot_load(place, error) from error
@@ -168,7 +171,7 @@ def read_processor(name: str | Path, trust_remote_code: bool) -> Any:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ImportError as error:
         raise cannot_load(str(name), error) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise cannot_load(str(name), error) from error
         raise UserError(f"{name}/preprocessor_config.json is missing or damaged: {error}") from error
@@ -225,7 +228,9 @@ def cannot_load(name: str, error: Exception) -> UserError:
         )
     message = f"cannot load the base model {name!r} as an image classifier: "
     # `transformers` goes on with the names of all models that it has.
-    reason = str(error).partition("\nModel type should be one of")[0]
+    reason = str(error).partition("\nModel type should be one of")[0] or type(error).__name__
+    if isinstance(error, StrictDataclassError):
+        reason = f"config.json is damaged: {' '.join(reason.split())}"
     lacks_processor = "load image processor" in reason
     if lacks_processor and Path(name).is_dir():
         return UserError(

@@ -6,13 +6,17 @@ import torch
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModel,
     AutoModelForImageClassification,
     ViTConfig,
     ViTMAEConfig,
 )
 
-from lora_dist.model.pooled_backbone import PooledBackboneConfig, PooledBackboneForImageClassification, pooled
+from lora_dist.model.pooled_backbone import (
+    PooledBackboneConfig,
+    PooledBackboneForImageClassification,
+    make_backbone,
+    pooled,
+)
 from lora_dist.model.without_data import outputs_without_data
 
 AUTO_MAP = {
@@ -61,8 +65,10 @@ def prefixes_to_remove(config: Any) -> dict[str, str] | None:
     if not isinstance(config, PooledBackboneConfig):
         return None
     with torch.device("meta"):
-        prefix = AutoModel.from_config(config.backbone_config).base_model_prefix
-    return {f"^(?:vision_model|{prefix})\\.": ""} if prefix else {r"^vision_model\.": ""}
+        backbone = make_backbone(config.backbone_config)
+    # GroupViT and others have a module of such a name inside the backbone.
+    prefixes = [name for name in ("vision_model", backbone.base_model_prefix) if name and not hasattr(backbone, name)]
+    return {rf"^(?:{'|'.join(prefixes)})\.": ""} if prefixes else None
 
 
 def _as_vit(config: ViTMAEConfig) -> ViTConfig:
@@ -104,7 +110,7 @@ def _output_shapes(config: Any, size: tuple[int, int]) -> Any:
     """The outputs of a backbone for one image, without data."""
     why = f"transformers has no image classifier of type {config.model_type}, "
     try:
-        outputs = outputs_without_data(AutoModel.from_config, config, size)
+        outputs = outputs_without_data(make_backbone, config, size)
     except ImportError:
         raise
     except Exception as error:

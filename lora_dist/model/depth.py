@@ -48,12 +48,12 @@ def steps_from_head(model: Any, heads: Sequence[str], pixel_values: Tensor) -> d
 
     The layers are those of timm's `param_groups_layer_decay`: everything before the first block is one layer, which is
     farthest from the head; what comes between two blocks belongs to the second of them, what follows the last block to
-    this one. For a model of timm they come from timm itself. Arguments as `find_blocks`.
+    this one. For a model of timm they come from timm itself, where it has them. Arguments as `find_blocks`.
 
     Raises:
         UserError: the backbone has no list of blocks.
     """
-    if model.config.model_type == MODEL_TYPE:
+    if model.config.model_type == MODEL_TYPE and hasattr(model.timm_model, "group_matcher"):
         return _steps_in_timm(model)
     calls = first_calls(model, pixel_values)
     blocks = _blocks(model, heads, calls, "layer_decay")
@@ -103,6 +103,32 @@ def first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+@torch.no_grad()
+def layer_positions(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
+    """Returns the linear layers and convolutions that a forward pass calls, with the positions that each computes.
+
+    That is 1 after pooling, as in squeeze-and-excitation. Arguments as `find_blocks`.
+    """
+    positions: dict[str, int] = {}
+
+    def note(name: str, layer: Any, output: Tensor) -> None:
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        positions[name] = max(positions.get(name, 1), output.numel() // (channels * len(pixel_values)))
+
+    # A value that a hook returns replaces the output of its module, so `note` returns none.
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, output, name=name: note(name, layer, output))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    try:
+        model(pixel_values=pixel_values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return positions
 
 
 def _blocks(model: nn.Module, heads: Sequence[str], calls: Mapping[str, int], flag: str) -> list[str]:

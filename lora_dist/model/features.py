@@ -55,8 +55,13 @@ class PooledFeatures:
         return keep
 
     def last(self) -> Tensor:
-        """Returns the features [B, C] of the last forward pass in fp32; of two heads, as of DeiT's, the mean."""
+        """Returns the features [B, C] of the last forward pass in fp32.
+
+        Of two heads, as of DeiT's, it is the mean; where their widths differ, as CrossViT's, both one after the other.
+        """
         features = [inputs.float() for inputs in self._inputs.values()]
         # [B, C, H, W] or [B, N, C] where the last layer comes before pooling.
         pooled = [x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1) if x.dim() == 3 else x for x in features]
+        if len({x.shape for x in pooled}) > 1:
+            return torch.cat(pooled, dim=-1)
         return torch.stack(pooled).mean(dim=0)

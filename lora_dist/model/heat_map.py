@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lora_dist.errors import UserError
+from lora_dist.model.adapters import base_of
 
 MOST_PREFIX_TOKENS = 16
 """Class and register tokens that may come before those of the patches."""
@@ -20,7 +21,8 @@ def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | N
 
     This is Grad-CAM (https://arxiv.org/abs/1610.02391): the positive part of the channels of a feature map, each
     weighted by the mean gradient of the logit at it. The feature map is the output of the last block of layers whose
-    positions all have a gradient. With a class token, that is the block before the last one.
+    positions all have a gradient. With a class token, that is the block before the last one. In a model without such
+    blocks, it is the output of any module.
 
     Args:
         model: a classifier in evaluation mode.
@@ -33,8 +35,19 @@ def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | N
     Raises:
         UserError: no block of the model has a feature map.
     """
+    for modules in (_blocks(model), list(model.modules())):
+        found = _heat_maps(model, modules, pixel_values, classes)
+        if found is not None:
+            return found
+    raise UserError(f"{type(base_of(model)).__name__} has no feature map to explain its predictions by")
+
+
+def _heat_maps(
+    model: nn.Module, modules: Sequence[nn.Module], pixel_values: Tensor, classes: Sequence[int] | None
+) -> Tensor | None:
+    """The maps, of the output of one of these modules; None if none of them has a feature map."""
     size = (int(pixel_values.shape[2]), int(pixel_values.shape[3]))
-    with torch.enable_grad(), _block_outputs(model) as outputs:
+    with torch.enable_grad(), _outputs_of(modules) as outputs:
         # The parameters of a model for prediction need no gradient.
         logits = model(pixel_values=pixel_values.detach().clone().requires_grad_()).logits
         chosen = logits.argmax(dim=-1) if classes is None else torch.tensor(classes, device=logits.device)
@@ -52,12 +65,18 @@ def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | N
             found = (weights * values).sum(dim=1, keepdim=True).relu().float().nan_to_num()
             found = interpolate(found, size, mode="bilinear")[:, 0]
             return (found / found.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).cpu()
-    raise UserError(f"{type(model).__name__} has no feature map to explain its predictions by")
+    return None
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """All modules in lists and sequences of a model."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return list(dict.fromkeys(block for modules in lists for block in modules))
 
 
 @contextmanager
-def _block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the outputs of all modules in lists and sequences of a model, in the order of computation.
+def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects the outputs of modules, in the order of computation.
 
     Forward passes without gradients, such as those of other threads, are left out.
     """
@@ -68,9 +87,7 @@ def _block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             outputs.append(tensor)
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    blocks = dict.fromkeys(block for modules in lists for block in modules)
-    hooks = [block.register_forward_hook(keep) for block in blocks]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield outputs
     finally:

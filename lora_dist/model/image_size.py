@@ -108,7 +108,7 @@ def resize_processor(processor: Any, size: Size) -> Any:
     try:
         resized = type(processor).from_dict(content)
         after = output_size(resized)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _cannot_resize(processor, size) from error
     if after != size:
         raise _cannot_resize(processor, size)

@@ -1,6 +1,6 @@
 """Puts LoRA into an image classifier, and decides what trains."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,19 +24,20 @@ def inject(
     model: nn.Module,
     settings: LoraSettings,
     heads: Sequence[str],
-    called: Container[str] | None = None,
+    positions: Mapping[str, int] | None = None,
     blocks: Sequence[str] | None = None,
 ) -> PeftModel:
     """Freezes the model, adds LoRA to its target modules and makes the `heads` trainable in full.
 
     Args:
-        called: layers that the model calls, as in `resolve_targets`.
+        positions: layers that the model calls, as in `resolve_targets`.
         blocks: modules to which LoRA is confined; None for the whole model.
 
     Raises:
         UserError: PEFT does not support these settings for the target modules.
     """
-    targets = resolve_targets(model, settings.lora_target_modules, heads, called)
+    _require_own_names(model)
+    targets = resolve_targets(model, settings.lora_target_modules, heads, positions)
     if blocks is not None:
         targets = targets_in(targets, blocks, model)
     layers = selected(targets, model)
@@ -73,6 +74,7 @@ def inject(
 
 def inject_head_only(model: nn.Module, heads: Sequence[str]) -> PeftModel:
     """Freezes all but the heads; a linear probe is saved and loaded like a LoRA adapter."""
+    _require_own_names(model)
     adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
     _freeze_others(adapted, heads)
     return adapted
@@ -99,6 +101,16 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
         for hook in hooks:
             hook.remove()
+
+
+def _require_own_names(model: nn.Module) -> None:
+    """Raises a `UserError` if a module has the name by which PEFT recognises its own layers, as in timm's DLA."""
+    found = next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == "base_layer"), None)
+    if found:
+        raise UserError(
+            f"PEFT takes the module {found} of {type(model).__name__} for a part of its own layers, so LoRA cannot be "
+            f"merged; train with --tuning full, or take another base model"
+        )
 
 
 def _freeze_others(model: PeftModel, heads: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from lora_dist.errors import UserError
 
 @torch.no_grad()
 def require_fit(model: Any, processor: Any) -> None:
-    """Classifies one black image.
+    """Classifies two black images.
 
     Raises:
         UserError: the processor does not make images of one size, or the model does not take them as they are, or
@@ -19,7 +19,12 @@ def require_fit(model: Any, processor: Any) -> None:
     """
     transforms = ImageTransforms(processor)
     size, kind = f"{transforms.height} x {transforms.width}", type(model).__name__
-    pixels = transforms.evaluation(Image.new("RGB", (transforms.width, transforms.height)))[None]
+    pixels = transforms.evaluation(Image.new("RGB", (transforms.width, transforms.height))).expand(2, -1, -1, -1)
+    if not pixels.isfinite().all():
+        raise UserError(
+            f"the image processor {type(processor).__name__} makes values of an image that are not finite: correct "
+            f"image_mean and image_std in its configuration"
+        )
     was_training = model.training
     model.eval()
     try:
@@ -28,17 +33,21 @@ def require_fit(model: Any, processor: Any) -> None:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        advice = "Change size or crop_size in preprocessor_config.json, or take another base model"
+        if _channels(model.config) != 3:
+            advice = "Take a base model for RGB images"
         raise UserError(
-            f"{kind} takes {_expected(model.config)}, and its image processor gives 3 x {size}: {reason}. Change size "
-            f"or crop_size in preprocessor_config.json, or take another base model"
+            f"{kind} takes {_expected(model.config)}, and its image processor gives 3 x {size}: {reason}. {advice}"
         ) from error
     finally:
         model.train(was_training)
     if logits is None:
         raise UserError(f"{kind} returns no logits and cannot be trained as a classifier")
-    if list(logits.shape) != [1, model.config.num_labels]:
+    expected = [2, model.config.num_labels]
+    if list(logits.shape) != expected:
         raise UserError(
-            f"{kind} returns logits of shape {list(logits.shape)} for one image, not [1, {model.config.num_labels}]"
+            f"{kind} returns logits of shape {list(logits.shape)} for two images, not {expected}: take a base model "
+            f"that classifies each image by itself, and whose head pools its features (global_pool of timm)"
         )
 
 
@@ -47,5 +56,10 @@ def _expected(config: Any) -> str:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
     sides = list(size) if isinstance(size, list | tuple) else [size, size]
-    numbers = [getattr(vision, "num_channels", 3), *(side or "any" for side in sides)]
-    return " x ".join(map(str, numbers))
+    return " x ".join(map(str, [_channels(config), *(side or "any" for side in sides)]))
+
+
+def _channels(config: Any) -> int:
+    """Channels of the images that a model of transformers or timm takes."""
+    of_timm = getattr(config, "model_args", None) or {}
+    return int(of_timm.get("in_chans") or getattr(getattr(config, "vision_config", config), "num_channels", 3))

@@ -6,8 +6,9 @@ Imports only torch and transformers: `save_pretrained` writes a copy of this fil
 
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 
@@ -49,7 +50,7 @@ class PooledBackboneForImageClassification(PreTrainedModel):
 
     def __init__(self, config: PooledBackboneConfig) -> None:
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config)
+        self.backbone = make_backbone(config.backbone_config)
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.classifier = nn.Linear(config.feature_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
@@ -60,6 +61,14 @@ class PooledBackboneForImageClassification(PreTrainedModel):
         logits = self.classifier(pooled(outputs, self.config.pooling, self.config.prefix_tokens))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def make_backbone(config: Any) -> Any:
+    """Builds the model of a configuration as `AutoModel` does, which lacks some vision towers, such as BLIP's."""
+    own = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    if own is None or type(config) in MODEL_MAPPING:
+        return AutoModel.from_config(config)
+    return own._from_config(config)
 
 
 def pooled(outputs: Any, pooling: str, prefix_tokens: int) -> Tensor:

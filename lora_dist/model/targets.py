@@ -1,7 +1,8 @@
 """Resolves `--lora_target_modules`: auto, all-linear, or module names of transformers 4 or 5."""
 
+import logging
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -26,14 +27,15 @@ AUTO: tuple[tuple[str, ...], ...] = (
     ("projection_query", "projection_value"),
 )
 """Targets of `auto`: the first group that the model has, if it is not too small, else all its linear layers or all its
-convolutions, whichever hold more weights."""
+convolutions, whichever hold more weights before pooling."""
+logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.08
 """Least share of the backbone's weights that a group of `AUTO` must hold: an eighth in SegFormer, a sixth in ViT."""
 
 
 def resolve_targets(
-    model: nn.Module, names: Sequence[str], heads: Sequence[str], called: Container[str] | None = None
+    model: nn.Module, names: Sequence[str], heads: Sequence[str], positions: Mapping[str, int] | None = None
 ) -> list[str]:
     """Returns names for `LoraConfig.target_modules` that exist in this model.
 
@@ -41,7 +43,7 @@ def resolve_targets(
         model: the classifier, without adapters.
         names: suffixes of module names, `["auto"]` or `["all-linear"]`.
         heads: modules that are trained in full and get no LoRA.
-        called: layers that the model calls (see `depth.first_calls`); None for all. LoRA has no effect on others.
+        positions: layers that the model calls (see `depth.layer_positions`); None for all. LoRA on others is in vain.
 
     Raises:
         UserError: the model lacks one of the names, or LoRA on it could not be merged.
@@ -52,7 +54,7 @@ def resolve_targets(
         if isinstance(module, nn.Linear | nn.Conv2d) and not is_in(name, heads)
     }
     adaptable = {name: module for name, module in layers.items() if is_mergeable(module)}
-    useful = {name: module for name, module in adaptable.items() if called is None or name in called}
+    useful = {name: module for name, module in adaptable.items() if positions is None or name in positions}
     if list(names) == ["all-linear"]:
         linear = [name for name, module in useful.items() if isinstance(module, nn.Linear)]
         if not linear:
@@ -67,7 +69,7 @@ def resolve_targets(
                 f"{type(model).__name__} has no layer that LoRA can adapt and merge: {_why_not(layers)}. "
                 f"Train with --tuning head or --tuning full"
             )
-        return shortest(_automatic(useful, model, heads), model)
+        return shortest(_automatic(useful, model, heads, positions), model)
     resolved: list[str] = []
     for name in names:
         found = _matches(name, adaptable)
@@ -171,14 +173,26 @@ def patterns(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
 
 
-def _automatic(useful: Mapping[str, nn.Module], model: nn.Module, heads: Sequence[str]) -> list[str]:
+def _automatic(
+    useful: Mapping[str, nn.Module], model: nn.Module, heads: Sequence[str], positions: Mapping[str, int] | None
+) -> list[str]:
     backbone = sum(weight.numel() for name, weight in model.named_parameters() if not is_in(name, heads))
     for group in AUTO:
         found = [match for name in group for match in _matches(name, useful)]
         if found and _weights(useful[name] for name in found) >= SMALLEST_SHARE * backbone:
             return found
     kinds = [[name for name, layer in useful.items() if isinstance(layer, kind)] for kind in (nn.Linear, nn.Conv2d)]
-    return max(kinds, key=lambda names: _weights(useful[name] for name in names))
+    # Layers after pooling, such as squeeze-and-excitation, do not decide.
+    before = {name: layer for name, layer in useful.items() if positions is None or positions[name] > 1}
+    if not before:
+        logger.warning(
+            "LoRA can adapt only layers of %s that come after pooling (%s), and few features will change; "
+            "compare with --tuning head and full",
+            type(model).__name__,
+            ", ".join(patterns(useful)[:3]),
+        )
+    counted = before or useful
+    return max(kinds, key=lambda names: _weights(counted[name] for name in names if name in counted))
 
 
 def _weights(layers: Iterable[nn.Module]) -> int:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, injection, parameter_names
 from lora_dist.model.backbone import Base
-from lora_dist.model.depth import choose_blocks, find_blocks, first_calls, steps_from_head
+from lora_dist.model.depth import choose_blocks, find_blocks, layer_positions, steps_from_head
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     model.eval()
     if settings.tuning == "lora":
         blocks = None if lora.layers_to_transform is None else blocks_of(base, lora.layers_to_transform)
-        model = injection.inject(model, lora, base.heads, first_calls(model, blank), blocks)
+        model = injection.inject(model, lora, base.heads, layer_positions(model, blank), blocks)
     elif settings.tuning == "head":
         model = injection.inject_head_only(model, base.heads)
     else:
@@ -111,9 +111,9 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
         norm.train()
 
 
-def layers_called(base: Base) -> set[str]:
-    """Returns the names of the modules that a base model calls for an image."""
-    return set(first_calls(base.model, _blank(base.processor)))
+def layers_called(base: Base) -> dict[str, int]:
+    """Returns the layers that a base model calls for an image, as `layer_positions`."""
+    return layer_positions(base.model, _blank(base.processor))
 
 
 def blocks_of(base: Base, wanted: Sequence[int] | str) -> list[str]:

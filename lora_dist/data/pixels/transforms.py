@@ -264,7 +264,7 @@ def output_size(processor: Any) -> tuple[int, int]:
     """
     name, sizes = type(processor).__name__, []
     for shape in ((48, 64, 3), (64, 48, 3)):
-        made = processor(Image.fromarray(np.zeros(shape, dtype=np.uint8)), return_tensors="pt")
+        made = _prepared(processor, Image.fromarray(np.zeros(shape, dtype=np.uint8)))
         if "pixel_values" not in made:
             raise UserError(
                 f"the image processor {name} makes {', '.join(made)} of an image, not pixel_values: such models are "
@@ -284,6 +284,20 @@ def output_size(processor: Any) -> tuple[int, int]:
             f"images cannot be batched; set a height and width, or a crop size, in its preprocessor_config.json"
         )
     return sizes[0]
+
+
+def _prepared(processor: Any, image: Image.Image) -> Any:
+    try:
+        return processor(image, return_tensors="pt")
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # Each processor has its own for settings that it does not take.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the image processor {type(processor).__name__} cannot prepare an RGB image: {reason}. Correct its "
+            f"configuration, or take a base model and an image processor for RGB images"
+        ) from error
 
 
 def interpolated(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from transformers import (
     Aimv2VisionConfig,
-    AutoModel,
+    BlipConfig,
+    BlipVisionConfig,
     CLIPConfig,
     CLIPVisionConfig,
     DINOv3ConvNextConfig,
     DINOv3ViTConfig,
+    GroupViTConfig,
     PixioConfig,
+    PixtralVisionConfig,
     PreTrainedConfig,
     RadioConfig,
     SamVisionConfig,
@@ -22,6 +25,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from lora_dist.model.pooled_backbone import make_backbone as build
 from lora_dist_testing.architectures import PLAIN
 
 _TEXT = {**PLAIN, "vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
@@ -45,10 +49,21 @@ _CONFIGS = {
         decoder_num_attention_heads=2,
         decoder_intermediate_size=16,
     ),
+    "blip_vision": lambda: BlipVisionConfig(**PLAIN),
+    "pixtral": lambda: PixtralVisionConfig(**PLAIN),
+    "blip": lambda: BlipConfig(text_config=_TEXT | {"encoder_hidden_size": 32}, vision_config=PLAIN, projection_dim=16),
+    "groupvit": lambda: GroupViTConfig(
+        text_config=_TEXT,
+        vision_config=PLAIN | {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 0]},
+        projection_dim=16,
+        projection_intermediate_dim=16,
+    ),
     "clip": lambda: CLIPConfig(**_TOWERS, projection_dim=16),
     "siglip": lambda: SiglipConfig(**_TOWERS),
 }
-BACKBONES = tuple(name for name in _CONFIGS if name not in ("clip", "siglip"))
+TOWERS = ("blip", "groupvit", "clip", "siglip")
+"""Checkpoints of an image and a text tower."""
+BACKBONES = tuple(name for name in _CONFIGS if name not in (*TOWERS, "pixtral"))
 """Checkpoints without a classifier class in `transformers`."""
 
 
@@ -61,7 +76,7 @@ def make_backbone(directory: Path, name: str, seed: int = 0) -> Path:
     """Writes a checkpoint of the backbone alone, or of both towers, with a processor; returns the directory."""
     torch.manual_seed(seed)
     config = make_backbone_config(name)
-    made = ViTMAEForPreTraining(config) if name == "vit_mae" else AutoModel.from_config(config)
+    made = ViTMAEForPreTraining(config) if name == "vit_mae" else build(config)
     made.save_pretrained(directory)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
     return directory

@@ -1,6 +1,7 @@
 """The classifier: what of it trains, in which precision, what the base is recognised by, and memory savers."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,25 @@ def test_what_is_no_image_classifier_is_refused_by_name(content: str | None, vit
     name = tmp_path if content is not None else tmp_path / "nowhere"
     with pytest.raises(UserError, match=f"cannot load the base model '{name}'"):
         _base(name)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "head"])
+def test_a_module_that_peft_takes_for_its_own_is_refused(tuning: Any, vit: Path) -> None:
+    """timm's DLA has a module of this name, and PEFT would fail when the adapter is merged."""
+    base = _base(vit)
+    base.model.vit.base_layer = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"takes the module vit.base_layer .* train with --tuning full"):
+        make_trainable(base, ModelSettings(tuning=tuning), LoraSettings())
+
+
+def test_a_damaged_configuration_is_refused_in_a_sentence(vit: Path, tmp_path: Path) -> None:
+    shutil.copytree(vit, tmp_path, dirs_exist_ok=True)
+    config = json.loads((vit / "config.json").read_text()) | {"hidden_size": "many"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reason = "config.json is damaged: .*hidden_size"
+    with pytest.raises(UserError, match=f"cannot load the base model '{tmp_path}'.*{reason}") as caught:
+        _base(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -104,17 +104,16 @@ def test_what_is_found_by_structure_is_what_timm_says(name: str, arguments: dict
     assert found == {name: max(layers.values()) - layer for name, layer in layers.items()}
 
 
-def _timm_vit(directory: Path) -> Base:
+def _timm_base(directory: Path, name: str, arguments: dict[str, Any]) -> Base:
     timm = pytest.importorskip("timm")
-    arguments = TIMM[0][1]
-    model = timm.create_model(TIMM[0][0], num_classes=2, **arguments)
+    model = timm.create_model(name, num_classes=2, **arguments)
     model.pretrained_cfg |= {"input_size": (3, 32, 32), "num_classes": 2}
     timm.models.save_for_hf(model, directory, model_args=arguments, safe_serialization=True)
     return load_base(str(directory), ["x", "y"])
 
 
 def test_the_groups_of_a_timm_model_are_those_of_timm(tmp_path: Path) -> None:
-    base = _timm_vit(tmp_path)
+    base = _timm_base(tmp_path, *TIMM[0][:2])
     steps = parameter_steps(base)
     model: Any = make_trainable(base, ModelSettings(tuning="full"), LoraSettings())
     settings = OptimizationSettings(weight_decay=0.05, layer_decay=0.75)
@@ -132,6 +131,14 @@ def test_the_groups_of_a_timm_model_are_those_of_timm(tmp_path: Path) -> None:
     for name, values in wanted.items():
         assert found[name] == pytest.approx(values), name
     assert len({scale for scale, _ in wanted.values()}) == 5
+
+
+def test_where_timm_has_no_groups_they_follow_the_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in PiT and PoolFormer v2."""
+    base = _timm_base(tmp_path, *TIMM[0][:2])
+    expected = parameter_steps(base)
+    monkeypatch.delattr(type(base.model.timm_model), "group_matcher")
+    assert parameter_steps(base) == expected
 
 
 def test_lora_in_a_block_trains_at_the_rate_of_the_block(vit: Path) -> None:

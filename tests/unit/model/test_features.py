@@ -40,6 +40,25 @@ def test_of_two_heads_there_is_the_mean(tmp_path: Path) -> None:
     assert torch.allclose((model.head(features) + model.dist_head(features)) / 2, logits, atol=1e-5)
 
 
+def test_of_two_heads_of_other_widths_there_are_both(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    tiny = {
+        "img_size": 48,
+        "img_scale": [1.0, 1.0],
+        "depth": [[1, 1, 0]],
+        "embed_dim": [8, 16],
+        "num_heads": [1, 1],
+        "mlp_ratio": [2, 2, 1],
+    }
+    model = timm.create_model("crossvit_9_240", num_classes=3, **tiny)
+    model.pretrained_cfg |= {"input_size": (3, 48, 48), "num_classes": 3}
+    timm.models.save_for_hf(model, tmp_path, model_args=tiny, safe_serialization=True)
+    base = load_base(str(tmp_path), LABELS)
+    features, logits = _features(Classifier(base.model.eval(), base.processor, LABELS))
+    small, large = base.model.timm_model.head
+    assert torch.allclose((small(features[:, :8]) + large(features[:, 8:])) / 2, logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
 def test_adapters_have_their_own(architecture: str, tmp_path: Path) -> None:
     """Of several on one base, the active one; a head inside a sequence of layers too."""

@@ -63,6 +63,23 @@ def test_each_architecture_has_a_map_of_its_own_for_each_image(name: str) -> Non
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_blocks_in_no_list_have_maps_too() -> None:
+    """As the stages of timm's RegNet."""
+
+    class Stages(Red):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = self.blocks[0]
+            del self.blocks, self.end
+
+        def forward(self, pixel_values: Tensor) -> Any:
+            return SimpleNamespace(logits=self.stage(pixel_values).mean(dim=(2, 3)))
+
+    images = torch.zeros(1, 3, 32, 32)
+    images[0, 0, :8, :8] = 1
+    assert torch.equal(heat_maps(Stages(), images), heat_maps(Red(), images))
+
+
 def test_a_model_without_feature_maps_is_named() -> None:
     class Means(nn.Module):
         def forward(self, pixel_values: Tensor) -> Any:

@@ -28,10 +28,17 @@ PROCESSORS = [
     (ViTImageProcessor(size={"height": 48, "width": 40}), r"takes 3 x 32 x 32, and its image processor gives 3 x 48 x"),
     (Siglip2ImageProcessor(patch_size=8, max_num_patches=16), r"makes \[16, 192\] of an image, not \[3, height, width"),
     (TextNetImageProcessor(size={"shortest_edge": 32}), r"keeps each image's own shape \(32 x 64 or 64 x 32\)"),
+    (ViTImageProcessor(size={"longest_edge": 32}), r"ViTImageProcessor cannot prepare an RGB image: .*Size must"),
+    (
+        ViTImageProcessor(size={"height": 32, "width": 32}, image_std=[0.5, 0.0, 0.5]),
+        r"ViTImageProcessor makes values of an image that are not finite: correct image_mean and image_std",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("processor", "message"), PROCESSORS, ids=["size", "patches", "own shape"])
+@pytest.mark.parametrize(
+    ("processor", "message"), PROCESSORS, ids=["size", "patches", "own shape", "edge", "no deviation"]
+)
 def test_a_processor_that_does_not_fit_is_said_when_the_base_is_loaded(
     processor: ViTImageProcessor, message: str, tmp_path: Path
 ) -> None:
@@ -48,6 +55,30 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     type(model)(model.config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"takes 1 x 32 x 32, and its image processor gives 3 x 32 x 32"):
         load_base(str(tmp_path), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (1, r"takes 1 x any x any, and its image processor gives 3 x 32 x 32: .*Take a base model for RGB images"),
+        (4, r"TimmWrapperImageProcessor cannot prepare an RGB image: .*take a base model .* for RGB images"),
+    ],
+)
+def test_a_timm_model_of_other_channels_is_refused(channels: int, message: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "timm resnet")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["model_args"]["in_chans"] = channels
+    config["pretrained_cfg"] |= {"input_size": [channels, 32, 32], "mean": [0.5] * channels, "std": [0.5] * channels}
+    path.write_text(json.dumps(config))
+    timm.models.save_for_hf(
+        timm.create_model("test_resnet", in_chans=channels, num_classes=2),
+        tmp_path / "weights",
+        safe_serialization=True,
+    )
+    (tmp_path / "weights" / "model.safetensors").replace(directory / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_base(str(directory), LABELS)
 
 
 def test_models_of_tokens_are_refused(tmp_path: Path) -> None:
@@ -80,6 +111,15 @@ def test_a_checkpoint_that_timm_saved_is_a_base(tmp_path: Path) -> None:
     base = load_base(str(directory), LABELS)
     assert base.heads == ["timm_model.head"]
     assert base.missing == ["timm_model.head.bias", "timm_model.head.weight"]
+
+
+def test_an_architecture_that_timm_does_not_have_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """As of a release that is newer than the installed one."""
+    directory = make_checkpoint(tmp_path, "timm resnet")
+    config = json.loads((directory / "config.json").read_text()) | {"architecture": "resnet_of_next_year"}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="package that is not installed: pip install -U timm"):
+        load_base(str(directory), LABELS)
 
 
 def test_lora_goes_to_layers_that_are_called(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dist_testing.backbones import BACKBONES, make_backbone
+from lora_dist_testing.backbones import BACKBONES, TOWERS, make_backbone
 from lora_dist_testing.launching import environment
 from lora_dist_testing.tiny import make_image, make_model, perturb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, BeitConfig, BertConfig, ViTImageProcessor
+from transformers import AutoModel, BeitConfig, BertConfig, BlipVisionModel, ViTImageProcessor
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from lora_dist.data.pixels.transforms import ImageTransforms
@@ -64,7 +64,8 @@ def test_the_checkpoint_of_a_backbone_is_loaded_whole(backbone: Path) -> None:
     if backbone.name == "vit_mae":
         assert torch.equal(_logits(base.model, _pixels(base)), _logits(base.model, _pixels(base))), "patches are masked"
         return
-    expected = AutoModel.from_pretrained(backbone).eval()
+    kind = BlipVisionModel if backbone.name == "blip_vision" else AutoModel
+    expected = kind.from_pretrained(backbone).eval()
     with torch.no_grad():
         found, wanted = (model(_pixels(base)) for model in (base.model.backbone.eval(), expected))
     assert torch.equal(found["last_hidden_state"], wanted["last_hidden_state"])
@@ -144,10 +145,11 @@ def test_the_default_is_the_pooler_or_else_the_mean(tmp_path: Path) -> None:
     assert load_base(str(make_model(tmp_path / "vit")), LABELS).pooling is None
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("name", TOWERS)
 def test_pooling_takes_the_vision_tower_of_two(name: str, tmp_path: Path) -> None:
+    """That of BLIP and GroupViT is none of `AutoModel`, and GroupViT's has a module of the name of the tower."""
     directory = make_backbone(tmp_path, name)
-    assert load_base(str(directory), LABELS).pooling is None
+    assert load_base(str(directory), LABELS).pooling == ("pooler" if name in ("blip", "groupvit") else None)
     base = load_base(str(directory), LABELS, pooling="pooler")
     assert not any("text" in parameter for parameter, _ in base.model.named_parameters())
     assert sorted(base.missing) == ["classifier.bias", "classifier.weight"]
@@ -191,7 +193,7 @@ def test_a_bundle_records_the_pooling(tmp_path: Path) -> None:
     assert load_classifier(tmp_path / "adapter").model.get_base_model().config.pooling == "mean"
 
 
-@pytest.mark.parametrize("name", ["dinov3_convnext", "radio", "clip_vision", "vit_mae", "siglip", "vit"])
+@pytest.mark.parametrize("name", ["dinov3_convnext", "radio", "clip_vision", "vit_mae", "siglip", "blip", "vit"])
 def test_a_merged_backbone_is_a_plain_checkpoint(name: str, tmp_path: Path) -> None:
     """Also of a base whose weights have a prefix, which is taken away."""
     make = make_model(tmp_path / "base") if name == "vit" else make_backbone(tmp_path / "base", name)
@@ -213,6 +215,11 @@ def test_what_takes_no_images_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image classifier of type bert, and its backbone cannot be used") as caught:
         load_base(str(tmp_path), LABELS)
     assert len(str(caught.value)) < 400
+
+
+def test_a_backbone_that_joins_the_images_of_a_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logits of shape \[1, 3\] for two images, not \[2, 3\]"):
+        load_base(str(make_backbone(tmp_path, "pixtral")), LABELS)
 
 
 _WITHOUT_LORA_DIST = """

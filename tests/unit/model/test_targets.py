@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from lora_dist.model.depth import layer_positions
 from lora_dist.model.targets import is_mergeable, patterns, resolve_targets
 
 QUERY_VALUE = {"q_proj", "v_proj"}
@@ -80,3 +81,29 @@ def test_only_layers_that_compute_with_their_weights_alone_are_mergeable() -> No
     ]
     assert all(is_mergeable(layer) for layer in mergeable)
     assert not any(is_mergeable(layer) for layer in others)
+
+
+class _Gated(nn.Module):
+    """Convolutions with squeeze-and-excitation, and a wide layer between pooling and the head."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, padding_mode="zeros" if plain else "circular")
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.wide = nn.Linear(8, 512)
+        self.head = nn.Linear(512, 2)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        maps = self.conv(pixel_values)
+        gated = maps * self.gate(maps.mean(dim=(2, 3), keepdim=True)).sigmoid()
+        return self.head(self.wide(gated.mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_layers_after_pooling_do_not_decide_what_auto_adapts(plain: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """As the layer before CPUBone's classifier, and squeeze-and-excitation beside NFNet's own convolutions."""
+    model = _Gated(plain)
+    positions = layer_positions(model, torch.zeros(2, 3, 8, 8))
+    assert positions == {"conv": 64, "gate": 1, "wide": 1, "head": 1}
+    assert resolve_targets(model, ["auto"], ["head"], positions) == (["conv", "gate"] if plain else ["wide"])
+    assert ("after pooling (gate, wide)" in caplog.text) != plain
