@@ -61,5 +61,7 @@ def _expected(config: Any) -> str:
 
 def _channels(config: Any) -> int:
     """Channels of the images that a model of transformers or timm takes."""
-    of_timm = getattr(config, "model_args", None) or {}
-    return int(of_timm.get("in_chans") or getattr(getattr(config, "vision_config", config), "num_channels", 3))
+    of_timm: dict[str, int] = getattr(config, "model_args", None) or {}
+    vision: Any = getattr(config, "vision_config", config)
+    channels: int = getattr(vision, "num_channels", 3)
+    return of_timm.get("in_chans", channels)
