@@ -1,4 +1,4 @@
-"""What reaches the terminal or the log file: this package's messages from one process, the libraries' errors alone."""
+"""Sets up logging: this package's messages from one process, and only errors from the libraries."""
 
 import logging
 import os

@@ -140,7 +140,7 @@ def _joined(shards: list[WorkerShard], device: torch.device) -> Batch:
 
 
 def workers_of(settings: DataSettings, device: torch.device) -> int:
-    """Worker processes of a loader: as set, or the process's share of the cores, and none where the CPU trains."""
+    """Returns the number of worker processes of a loader: as set, or 0 on a CPU, and else the share of the cores."""
     if settings.dataloader_num_workers is not None:
         return settings.dataloader_num_workers
     if device.type == "cpu":

@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
     @property
     def answer(self) -> list[tuple[str, float]]:
-        """The labels of a readable image, or its most likely class; with scores."""
+        """The labels of a readable image, or its most likely class, with scores."""
         return self.top_k[:1] if self.labels is None else self.labels
 
     @property
@@ -134,11 +134,11 @@ def classify(
         images: paths, or other inputs.
         top_k: number of classes in a row.
         batch_size: images per forward pass; None as in `choose_batch_size`.
-        num_workers: decoding processes; None for what suits the device, none if the files are few or tiny.
+        num_workers: decoding processes; None for a number that suits the device, which is 0 for few or tiny files.
         device: where the model runs.
         indices: of the images to classify. Default: all.
-        output_type: what else rows have, as `values`.
-        precision: of autocast; fp32 is without it.
+        output_type: kind of the `values` of the rows.
+        precision: of autocast; fp32 for no autocast.
 
     Raises:
         UserError: a logit is not finite, or a data set cannot be read.

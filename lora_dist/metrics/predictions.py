@@ -76,7 +76,7 @@ def read_predictions(name: str | Path) -> Predictions:
     """Reads a file of JSON lines, CSV or parquet, or that of a run's directory, without images that could not be read.
 
     Raises:
-        UserError: the file cannot be read, is none of predictions, or names an image twice.
+        UserError: the file cannot be read, is not a file of predictions, or names an image twice.
     """
     file = predictions_file(name)
     rows: dict[str, Mapping[str, Any]] = {}

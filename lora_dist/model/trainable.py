@@ -81,7 +81,7 @@ def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
 
 
 def clear_cached(model: nn.Module) -> None:
-    """Makes a model compute anew what LeViT keeps of its weights in evaluation until it trains again."""
+    """Drops what LeViT caches of its weights in evaluation mode, which would be stale after the weights change."""
     was_training = model.training
     set_training(model)
     if not was_training:

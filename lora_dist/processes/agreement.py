@@ -102,7 +102,7 @@ def _appears(path: Path, seconds: float) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    # Reading the directories makes NFS ask the server, rather than what it remembers.
+    # Reading the directories makes NFS ask the server instead of its cache.
     try:
         list(path.parent.parent.iterdir())
         return path in path.parent.iterdir()

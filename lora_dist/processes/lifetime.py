@@ -26,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 GRACE_SECONDS = 8.0
-"""How long a command may take to clean up after its work is done or has failed."""
+"""Seconds for a command to clean up after its work is done or has failed."""
 
 STACKS_SIGNAL = signal.SIGQUIT
 """Makes a process write all stack traces to standard error. (NCCL uses SIGUSR1; SIGUSR2 requests a stop.)"""

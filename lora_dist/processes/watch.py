@@ -34,20 +34,20 @@ POLL_SECONDS = 1.0
 EXPLAIN_PERIOD = 0.05
 """Seconds between checks of the other processes while the cause of a failed collective is unknown."""
 SAVING_SECONDS = 600.0
-"""How long a save may continue after another process has failed."""
+"""Seconds for which a save may continue after another process has failed."""
 STORE_TIMEOUT = timedelta(seconds=10)
 FIRST_SECONDS = 1200.0
 """Extra time for the first update and the first batch of an evaluation, which compile and start workers."""
 EXPLAIN_SECONDS = 3.0
-"""How long to wait, after a collective has failed, for a report that another process caused it."""
+"""Seconds to wait, after a collective has failed, for a report that another process caused it."""
 ANSWER_SECONDS = 5.0
-"""How long a stalled process waits for the others to report their activity."""
+"""Seconds for which a stalled process waits for the others to report their activity."""
 STORE_SECONDS = 2.0
-"""How long to wait for a request to the store that may never be answered: `TCPStore.check` ignores its timeout."""
+"""Seconds to wait for a request to the store that may never be answered: `TCPStore.check` ignores its timeout."""
 
 
 class Activity(NamedTuple):
-    """The present activity of the main thread.
+    """The current activity of the main thread.
 
     Attributes:
         name: such as `update 12: waiting for micro-batch 3`.
@@ -196,7 +196,7 @@ class Watch:
         return self._failure
 
     def _watch_progress(self, ended: threading.Event) -> None:
-        """Ends this process if the main thread stalls. Does not use the store, whose host may be what hangs."""
+        """Ends this process if the main thread stalls. Does not use the store, which may hang as well."""
         period = min(POLL_SECONDS, self._timeout / 10)
         activity, idle, before = self._activity, 0.0, time.monotonic()
         while not ended.wait(period):
@@ -287,7 +287,7 @@ def _call_within(seconds: float, function: Callable[[], T], default: T) -> T:
 
 
 def _stacks() -> str:
-    """Formats the stack traces of all threads, without the source lines, whose disk may be what hangs."""
+    """Formats the stack traces of all threads, without the source lines: reading them from the disk may hang."""
     reading, writing = os.pipe()
     # faulthandler writes while it holds the GIL: it must not block on standard error, nor on a full pipe.
     os.set_blocking(writing, False)

@@ -30,7 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 POLL_SECONDS = 2.0
 """`timeout` of a `DataLoader` whose workers are checked for stalls."""
 SILENT_SECONDS = 600.0
-"""How long the workers may deliver no batch, where no `Watch` detects stalls."""
+"""Seconds for which the workers may deliver no batch, where no `Watch` detects stalls."""
 
 
 _MORE_SHARED_MEMORY = (
@@ -106,10 +106,10 @@ def _started(loader: DataLoader) -> Iterator[Any]:
     """Returns an iterator over a loader; starts its workers, or reuses persistent ones."""
     if not loader.num_workers:
         return iter(loader)
-    # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
+    # Workers share this process's directory for sockets, which is removed with it; a killed worker would leave its own.
     multiprocessing.util.get_temp_dir()
     before = signal.getsignal(signal.SIGCHLD)
-    # A signal that comes while workers start is for this process alone; they inherit that it is blocked.
+    # A signal that arrives while workers start is for this process alone; they start with it blocked.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if multiprocessing.get_start_method() == "forkserver":

@@ -38,7 +38,7 @@ LAUNCH_FILES = {
 
 
 def hint(flag: str, known: Collection[str]) -> str:
-    """What to write instead of a flag of `TrainingArguments`; empty for other flags.
+    """Returns advice on what to use instead of a flag of `TrainingArguments`; empty for other flags.
 
     Args:
         flag: Without dashes.

@@ -23,7 +23,7 @@ _LABEL = "error: "
 
 
 class Job:
-    """A training that goes on from its newest checkpoint, in a process that ends with this one.
+    """A training process that resumes from its newest checkpoint, and ends with this process.
 
     Attributes:
         output: directory of the run.

@@ -1,4 +1,4 @@
-"""A sweep: its settings, and the study of Optuna, in a file from which the same command goes on."""
+"""A sweep: its settings, and the study of Optuna in a file, from which the same command continues."""
 
 import warnings
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ class Sweep:
         return self.study.ask()
 
     def _seed(self, number: int) -> None:
-        """Gives each trial a generator of its own: one for all would repeat its values when a sweep goes on."""
+        """Gives each trial a generator of its own: one for all would repeat its values when a sweep continues."""
         seed = int(np.random.SeedSequence([self.settings.run.seed, number]).generate_state(1)[0])
         with warnings.catch_warnings():
             # Optuna 4 calls both options experimental; with Optuna 5 they are the default.

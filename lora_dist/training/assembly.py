@@ -1,4 +1,4 @@
-"""Builds a run from its settings: data, model, engine, and what saves and reports."""
+"""Builds a run from its settings: data, model, engine, checkpoints and reports."""
 
 import hashlib
 import logging
@@ -152,7 +152,7 @@ def assemble(
     with errors.collect():
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
-        # An evaluation's batches come on top, of as many bytes a sample or fewer.
+        # The batches of an evaluation are added; they have at most as many bytes per sample.
         ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
         require_shared_memory(on_this_machine * ahead)
     identity = identity_of(settings, base, start, data, plan, conversion)
@@ -247,7 +247,7 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:
     """Returns what must be the same on all processes of a launch."""
     return {
-        "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
+        "update to resume from": resumed.state["progress"]["step"] if resumed is not None else 0,
         "validation_data": data.validation.fingerprint(),
         **settings.optimization.model_dump(),
         **settings.lora.model_dump(),

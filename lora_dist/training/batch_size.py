@@ -23,9 +23,9 @@ def fit_batch_size(
 ) -> OptimizationSettings:
     """Shrinks micro-batches until they fit, and raises accumulation to match.
 
-    Each process tries a forward and a backward pass by itself, with the memory set aside that gradients and AdamW's
-    moments take, and all go by the one with the least room. An update has the same samples as before. Called on every
-    process, before the engine is made.
+    Each process tries a forward and a backward pass alone, with memory reserved for gradients and AdamW's moments. The
+    process with the least free memory decides. An update has the same samples as before. Called on every process,
+    before the engine is made.
 
     Args:
         accelerator: of the launch.
@@ -34,7 +34,7 @@ def fit_batch_size(
         settings: as given.
 
     Raises:
-        UserError: not even a single sample fits, or the engine cuts the model up, so that no process can try alone.
+        UserError: not even a single sample fits, or the engine shards the model, so that no process can try alone.
     """
     if accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator):
         raise UserError(

@@ -88,7 +88,7 @@ def measure(run: TrainingRun, all_parameters: int, first_step: int) -> Measureme
     evaluation = _time_evaluation(run)
     peak = peak_memory_mb(device)
     if device.type == "cpu" and run.engine.accelerator.is_main_process:
-        # At its end the first process loads the base once more, to hand over what it has trained.
+        # At the end of a run, the first process loads the base once more, to write the result.
         peak += 4 * all_parameters / 2**20
     return Measurement(update, evaluation, max(gather_object([peak])))
 

@@ -129,7 +129,7 @@ class Evaluator:
         assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
         if not len(rows):
             raise NothingToEvaluateError(
-                f"none of the {self.name} images can be read: put them right, or name others by --{self.name}_dir or "
+                f"none of the {self.name} images can be read: repair them, or choose others with --{self.name}_dir or "
                 f"--{self.name}_split"
             )
         self._warn_of_non_finite(rows[~np.isfinite(reals).all(axis=1)])
@@ -172,8 +172,8 @@ class Evaluator:
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise ProcessError(
-                    f"out of memory in an evaluation: {error}\nGo on with a lower --per_device_eval_batch_size, which "
-                    f"is {self.batch_size}; a training goes on by --resume_from_checkpoint auto."
+                    f"out of memory in an evaluation: {error}\nLower --per_device_eval_batch_size, which is "
+                    f"{self.batch_size}. A training run resumes with --resume_from_checkpoint auto."
                 ) from error
             raise
 

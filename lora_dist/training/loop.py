@@ -78,7 +78,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
 
 
 def _finish_last_update(run: TrainingRun, progress: Progress, meter: ThroughputMeter, push_best: PushBest) -> None:
-    """Does what was due after the update that the run resumes from, and not done before the run ended."""
+    """Saves, logs and evaluates after the update that the run resumes from, if it ended before that was done."""
     if progress.step and run.checkpointer.saved_step is None:
         run.save(progress)  # the checkpoint is in another directory
     if progress.logged_step < progress.step and progress.step % run.settings.run.logging_steps == 0:

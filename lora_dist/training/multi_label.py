@@ -37,7 +37,7 @@ class LabelSetEvaluation:
         thresholds: of each label, float32 [labels].
         scores: of each sample and label, float32 [N, labels]; NaN where its image could not be read, or its logits are
             not finite.
-        losses: binary cross-entropy of each sample, shape [N]; NaN there.
+        losses: binary cross-entropy of each sample, shape [N]; NaN where its scores are.
         read: samples that were evaluated, ascending: all whose image could be read.
         references: the labels of each sample, bool [N, labels].
         groups: group of each sample, shape [N], if groups are known.

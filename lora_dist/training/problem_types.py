@@ -1,4 +1,4 @@
-"""The problem types by name; `problem.py` says what they are."""
+"""The problem types by name; `problem.py` has their interface."""
 
 from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 from lora_dist.training.multi_label import MultiLabel

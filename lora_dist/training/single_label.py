@@ -42,17 +42,18 @@ class Evaluation:
     Attributes:
         metrics: scalars by name (`accuracy`, `loss` …).
         per_class: precision, recall, F1 and support of each class.
-        confusion: rows of true class, predicted class and their number of samples, int64 [K, 3]; none of 0 samples.
+        confusion: rows of true class, predicted class and their number of samples, int64 [K, 3]; entries without
+            samples are left out.
         predictions: predicted class of each sample, shape [N]; -1 where its image could not be read, or its logits are
             not finite.
-        confidences: probability of that class, shape [N]; NaN there.
-        losses: cross-entropy of each sample, shape [N]; NaN there.
+        confidences: probability of the predicted class, shape [N]; NaN without one.
+        losses: cross-entropy of each sample, shape [N]; NaN without a prediction.
         num_samples: samples that were evaluated: all whose image could be read.
         references: class of each sample, shape [N]; -1 where its image could not be read.
         groups: group of each sample, shape [N], if groups are known.
         slice_values: value of each sample, shape [N], by column of --slice_columns.
-        probabilities: of every class, shape [N, K], if they were asked for; NaN where there is no prediction.
-        scored: logits and labels of these samples, or of evenly spaced ones, if they were asked for.
+        probabilities: of every class, shape [N, K], if requested; NaN without a prediction.
+        scored: logits and labels of the evaluated samples, or of evenly spaced ones, if requested.
     """
 
     metrics: dict[str, float]

@@ -18,7 +18,7 @@ class Update(NamedTuple):
     """The results of one update.
 
     Attributes:
-        loss: weighted mean over all its samples, on all processes.
+        loss: weighted mean over all samples of the update, on all processes.
         grad_norm: before clipping.
         skipped: whether fp16 loss scaling skipped the update.
         unreadable: number of samples, over all processes, whose image could not be read; `loss` excludes them.

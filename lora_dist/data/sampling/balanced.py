@@ -56,7 +56,7 @@ class BalancedOrder:
     def _classes(self, epoch: int) -> Iterator[np.ndarray]:
         classes = np.unique(self.labels)
         size, rest = divmod(self.num_samples, len(classes))
-        # The same classes get the rest in every epoch, so that each class knows where it goes on.
+        # The same classes get the remainder in every epoch, so the start of each class follows from the epoch.
         larger = set(np.random.default_rng([self.seed, len(classes)]).permutation(classes)[:rest].tolist())
         for label in classes.tolist():
             members = np.flatnonzero(self.labels == label)

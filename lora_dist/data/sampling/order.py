@@ -25,7 +25,7 @@ class Sample(NamedTuple):
         position: in the order of the epoch.
         partner: index of the neighbour in that order, with which mixup and CutMix mix it.
         weight: 1, or 0 where a process has the sample only to stay in step.
-        lane: decides which worker process reads the sample; None where any may.
+        lane: decides which worker process reads the sample; None if any worker may read it.
     """
 
     epoch: int

@@ -241,7 +241,7 @@ def _read_index(path: Path, label_feature: Any) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):
-        logger.warning("%s is damaged and is written anew", path)
+        logger.warning("%s is damaged; rewriting it", path)
         return None
 
 

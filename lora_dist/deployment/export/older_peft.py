@@ -34,7 +34,7 @@ def card_of(directories: Sequence[Path], title: str, is_scaled: bool = False) ->
 
 
 def pictures_of(card: str, directory: Path) -> dict[str, Image.Image]:
-    """Returns the pictures beside a card that it shows, by file name."""
+    """Returns the pictures that a card shows, by file name."""
     shown = re.findall(r"!\[[^]]*\]\(([^()/]+\.png)\)", card)
     return {name: Image.open(directory / name) for name in shown if (directory / name).is_file()}
 

@@ -49,8 +49,8 @@ def describe(transforms: ImageTransforms) -> str:
     geometry = next((one for one in _geometries(transforms) if colors is not None and _fits(one, transforms)), None)
     if colors is None or geometry is None:
         name = type(transforms.processor).__name__
-        logger.warning("the preprocessing of %s cannot be said in words, and is missing from the ONNX file", name)
-        return f"missing: the steps of {name} cannot be said in words; preprocessor_config has its settings"
+        logger.warning("the preprocessing of %s cannot be described in words, and is missing from the ONNX file", name)
+        return f"missing: the steps of {name} cannot be described in words; preprocessor_config has its settings"
     return "; ".join(f"{number}. {step}" for number, step in enumerate(_steps(transforms, geometry, colors), 1))
 
 

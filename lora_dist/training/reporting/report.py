@@ -1,4 +1,4 @@
-"""A run as people see it: what is about to run, the inputs and the worst images as pictures, the numbers as JSON."""
+"""Reports on a run: the plan as text, the inputs and the worst images as pictures, the metrics as JSON."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def announce(
     accelerator: Accelerator,
     precision: str,
 ) -> None:
-    """Says what is about to run: the data, what trains, and the size of an update."""
+    """Logs the plan of a run: the data, the trained parameters, and the size of an update."""
     trainable, total = parameters
     precision = "fp32" if precision == "no" else precision
     word = "labels" if data.train.label_shape else "classes"
@@ -53,7 +53,7 @@ def announce(
     )
     if plan.effective_batch > plan.num_samples:
         logger.warning(
-            "an update is an epoch: it takes all %d images, which are fewer than the %d of an update. A smaller "
+            "each epoch is one update: the %d training images are fewer than the %d samples of an update. A smaller "
             "--per_device_train_batch_size or --gradient_accumulation_steps gives more updates",
             plan.num_samples,
             plan.effective_batch,

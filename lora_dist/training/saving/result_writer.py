@@ -92,7 +92,7 @@ class ResultWriter:
         except (OSError, SafetensorError, UserError) as error:
             logger.warning("cannot write the files for the Hub: %s", error)
             return
-        self.publisher.push(Push(directory, _message(run, progress), passes=True))
+        self.publisher.push(Push(directory, _message(run, progress), is_temporary=True))
 
     def finalize(
         self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult, test: EvaluationResult | None = None
@@ -168,7 +168,7 @@ class ResultWriter:
     def publish(self, run: TrainingRun, progress: Progress) -> None:
         """Pushes the result to the Hub if requested, and waits for it. A failure is logged."""
         if self.publisher is not None:
-            self.publisher.finish(Push(self._result(run), _message(run, progress), passes=False))
+            self.publisher.finish(Push(self._result(run), _message(run, progress), is_temporary=False))
             shutil.rmtree(self.output.outbox, ignore_errors=True)
 
     def _result(self, run: TrainingRun) -> Path:

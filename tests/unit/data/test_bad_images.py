@@ -231,4 +231,4 @@ def test_a_bad_image_among_the_first_inputs_ends_the_run_too(vit: Path, photos: 
     assert "cannot read an image" in result.stderr
     assert "--on_bad_image skip" in result.stderr
     assert "Traceback" not in result.stderr
-    assert "an update is an epoch: it takes all 6 images" in result.stderr
+    assert "each epoch is one update: the 6 training images are fewer than" in result.stderr

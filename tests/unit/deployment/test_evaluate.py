@@ -75,7 +75,7 @@ def test_labels_of_a_file(adapter: Path, photos: Path, tmp_path: Path, capsys: p
     assert [json.loads(line)["path"] for line in said.out.splitlines()] == [str(tmp_path / f"{n}.png") for n in (0, 4)]
     assert "2 images: accuracy" in said.err
     (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n4.png,rose\n")
-    with pytest.raises(UserError, match="labels that are no classes of the model: rose"):
+    with pytest.raises(UserError, match="labels that are not classes of the model: rose"):
         predict(images)
 
 

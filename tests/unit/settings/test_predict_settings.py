@@ -137,7 +137,7 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
         ("--onnx f --images x --trust_remote_code", "--onnx, --trust_remote_code: ONNX files contain no code"),
         ("--onnx f --images x --precision bf16", "--onnx, --precision: ONNX files run in their own precision"),
         ("--onnx f --images x --output_type embeddings", "--onnx, --output_type: ONNX files give logits only"),
-        ("--adapter a --dataset_name d", "--dataset_name, --dataset_split: which split?"),
+        ("--adapter a --dataset_name d", "--dataset_name, --dataset_split: no split"),
         ("--adapter a --images x --streaming", "--streaming, --dataset_name: --streaming needs --dataset_name"),
         ("--adapter a --images x --dataset_name d --dataset_split s", "--images, --dataset_name: files or a data set"),
         ("--adapter a --dataset_name d --dataset_split s[:9] --streaming", "--streaming, --dataset_split: streams do"),

@@ -119,5 +119,5 @@ def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> N
     result = _limited(tmp_path / "limited.py", "lora_dist.training.evaluation._logits", "20", *arguments)
     assert result.returncode == 2, result.stderr
     assert "error: out of memory in an evaluation: " in result.stderr
-    assert "a lower --per_device_eval_batch_size, which is 128" in result.stderr
+    assert "Lower --per_device_eval_batch_size, which is 128" in result.stderr
     assert "Traceback" not in result.stderr

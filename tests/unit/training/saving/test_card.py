@@ -127,7 +127,7 @@ def test_of_very_many_classes_the_first_are_listed() -> None:
 
 
 def test_the_adapter_that_a_run_went_on_from_is_named() -> None:
-    assert "from `google/vit`, going on from the adapter `runs/first/adapter`." in card(
+    assert "from `google/vit`, continued from the adapter `runs/first/adapter`." in card(
         ["a"], start="runs/first/adapter"
     )
     assert "going on" not in card(["a"])
