@@ -25,7 +25,7 @@ from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.processes.workers import worker_loader
 from lora_dist.settings.train import DataSettings
 from lora_dist.training.problem import ProblemType, by_sample
-from lora_dist.training.single_label import SingleLabel
+from lora_dist.training.single_label_problem import SingleLabel
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +43,10 @@ class Evaluator:
     """Evaluates a model on a split. Must be called on every process; each gets the same result.
 
     Attributes:
-        accelerator: of the launch.
         model: as prepared; left in evaluation mode.
-        split: to evaluate on.
         transforms: of the model's processor.
         labels: class names in order.
         batch_size: samples in a forward pass of one process.
-        settings: of the loader.
-        name: of the split.
         temperature: the logits are divided by it; 1 in training.
         problem: decides which metrics are computed.
         features: of the split, to evaluate the head on in place of the images.
@@ -192,7 +188,6 @@ def _gathered_rows(accelerator: Accelerator, parts: list[tuple[Tensor, Tensor]])
     """Gathers the results of samples from all processes, which have different numbers of them.
 
     Args:
-        accelerator: of the launch.
         parts: integers [B, I], of which the first is the index of the sample, and other values [B, …].
 
     Returns:

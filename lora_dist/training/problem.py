@@ -1,7 +1,8 @@
 """`ProblemType`: the interface of a kind of labels to training. The settings choose one once.
 
-`single_label.py` has that of one class per image, `multi_label.py` that of several labels, and `problem_types.py` both
-by name. How labels are read is in `data/sources/reading_labels.py`, and what becomes of logits in `model/decision.py`.
+`single_label_problem.py` implements it for one class per image, `multi_label_problem.py` for several labels, and
+`problem_types.py` lists both by name. `data/sources/reading_labels.py` reads the labels, and `model/decision.py` turns
+logits into answers.
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,7 +23,7 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.train import main
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.single_label import Evaluation
+from lora_dist.training.single_label_problem import Evaluation
 
 CPU = torch.device("cpu")
 

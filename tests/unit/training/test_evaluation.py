@@ -17,7 +17,7 @@ from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.single_label import Evaluation
+from lora_dist.training.single_label_problem import Evaluation
 
 
 @pytest.fixture(scope="module")
