@@ -119,5 +119,5 @@ def _load_one(settings: PredictSettings, found: Mapping[str, Path]) -> Classifie
 
 
 def read_labels(source: ModelSource) -> list[str] | None:
-    """Reads the class names of --labels, if it is set."""
-    return infer_metadata.read_class_names(source.labels) if source.labels else None
+    """Reads the file of --class_names, if it is set."""
+    return infer_metadata.read_class_names(source.class_names) if source.class_names else None

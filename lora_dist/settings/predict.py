@@ -48,7 +48,7 @@ class ModelSource(Group):
     together: starting with the best, each is added if the accuracy on these images does not fall."""
     adapter_scale: NonNegative = 1.0
     """Factor of the LoRA update, after averaging. Modules trained in full, such as the head, keep their weights."""
-    labels: str | None = None
+    class_names: str | None = None
     """Text file of class names, one per line, for an adapter without a label map."""
     model: str | None = None
     """Full model, merged or trained with --tuning full: a directory or a Hub name."""
@@ -273,7 +273,7 @@ def _model_problems(settings: PredictSettings) -> Iterator[Contradiction]:
         for name in ("merge_to", "export_legacy_names"):
             if getattr(merging, name):
                 yield Contradiction((full, name), "only adapters can be merged or converted: use --adapter")
-        for name in _set(source, "base_model", "labels", "weights", "average", "greedy_soup", "adapter_scale"):
+        for name in _set(source, "base_model", "class_names", "weights", "average", "greedy_soup", "adapter_scale"):
             yield Contradiction((full, name), f"--{name} needs an adapter: use --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
         yield Contradiction(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
