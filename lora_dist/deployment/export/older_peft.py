@@ -83,17 +83,8 @@ def export_legacy_names(
         base = demo.local_path(str(classifier.base["model_name_or_path"]))
         content = _config(adapter.config, base, adapter.state, names)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        bundle.write_metadata(
-            temporary,
-            labelled,
-            classifier.processor,
-            card,
-            classifier.base,
-            classifier.conversion,
-            classifier.calibration,
-            pictures,
-            decision=classifier.decision,
-        )
+        records = bundle.Records(classifier.conversion, classifier.calibration, classifier.decision)
+        bundle.write_metadata(temporary, labelled, classifier.processor, card, records, pictures, classifier.base)
         require_same_after_loading(temporary, out, "export_legacy_names", images, expected, trust_remote_code)
 
 

@@ -13,7 +13,7 @@ from sklearn import metrics as sklearn
 
 from lora_dist.compare import main as compare
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import write_adapter
+from lora_dist.model.bundle import Records, write_adapter
 from lora_dist.model.decision import AboveThresholds
 from lora_dist.predict import predict
 
@@ -124,7 +124,7 @@ def several(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of several labels per image."""
     directory = tmp_path_factory.mktemp("bundles") / "several"
     model, base = write_bundle(directory, vit, ("a", "b", "c"), seed=3, scale=0.5, lora_r=4)
-    write_adapter(directory, model, base, "card\n", decision=AboveThresholds((0.45, 0.5, 0.55)))
+    write_adapter(directory, model, base, "card\n", records=Records(decision=AboveThresholds((0.45, 0.5, 0.55))))
     return directory
 
 
