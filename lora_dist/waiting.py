@@ -65,7 +65,6 @@ def locked(path: str | Path, task: str) -> Iterator[None]:
     """Holds a file lock shared by all processes and runs; it is released if its holder dies.
 
     Args:
-        path: of the lock.
         task: what the holder of the lock does, such as "builds the cache".
 
     Raises:

@@ -148,12 +148,12 @@ def workers_of(settings: DataSettings, device: torch.device) -> int:
     return max(1, min(MAX_WORKERS, cores_per_process() - 1))
 
 
-def bytes_ahead(images: TrainImages, plan: BatchPlan, step: int, settings: DataSettings, device: torch.device) -> int:
-    """Most bytes of the batches that the workers of a process hold ready, measured on samples of update `step`."""
+def bytes_ahead(images: TrainImages, plan: BatchPlan, settings: DataSettings, device: torch.device) -> int:
+    """Most bytes of the batches that the workers of a process hold ready, measured on samples of the first update."""
     ahead = workers_of(settings, device) * settings.dataloader_prefetch_factor
     if not ahead:
         return 0
-    samples = next(plan.micro_batches(step))[:MEASURED_SAMPLES]
+    samples = next(plan.micro_batches(0))[:MEASURED_SAMPLES]
     try:
         fields = images.prepared(samples)
     except UnreadableImageError:

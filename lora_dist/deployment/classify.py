@@ -45,7 +45,6 @@ class Row(NamedTuple):
     """The prediction for one image.
 
     Attributes:
-        path: of the file, as found.
         top_k: classes with their probabilities, most likely first; empty if there is an error.
         error: why the image is unreadable, or None.
         adapter: name of the adapter, if there are several.

@@ -26,7 +26,6 @@ class Engine(Protocol):
     """A model and its optimizer in one launch. Every method must be called on every process.
 
     Attributes:
-        accelerator: accelerator of the launch.
         model: the wrapped model, to call.
         unwrapped: the model without the engine's wrapper.
     """

@@ -118,7 +118,7 @@ def layers_called(base: Base) -> set[str]:
 
 def blocks_of(base: Base, wanted: Sequence[int] | str) -> list[str]:
     """Returns the names of the blocks of a base that `layers_to_transform` names (see `choose_blocks`)."""
-    found = find_blocks(base.model.eval(), base.heads, _blank(base.processor), "layers_to_transform")
+    found = find_blocks(base.model.eval(), base.heads, _blank(base.processor))
     return choose_blocks(found, wanted)
 
 

@@ -34,7 +34,6 @@ class RankFailedError(UserError):
         """
         Args:
             message: the process that failed and the reason.
-            exit_code: of that process.
         """
         super().__init__(message)
         self.exit_code = exit_code

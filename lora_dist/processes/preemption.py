@@ -29,7 +29,6 @@ class Preemption:
     def __init__(self, accelerator: Accelerator, save_file: Path) -> None:
         """
         Args:
-            accelerator: of the launch.
             save_file: file that requests a checkpoint if it exists.
         """
         self._accelerator = accelerator

@@ -57,7 +57,6 @@ class RunLock:
 
         Args:
             root: the directory; created if it does not exist.
-            accelerator: of the launch.
             ddp_timeout: seconds after which the other processes give up.
 
         Raises:

@@ -161,7 +161,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            failure = self._failure_within(EXPLAIN_SECONDS)
+            failure = self._explained_failure()
             if failure is None:
                 raise
             raise failure from error
@@ -187,9 +187,9 @@ class Watch:
         self._ended.set()
         self._awake.set()
 
-    def _failure_within(self, seconds: float) -> UserError | None:
-        """Waits up to `seconds` for the thread to detect a failure of another process; returns it, or None."""
-        end = time.monotonic() + seconds
+    def _explained_failure(self) -> UserError | None:
+        """Waits for the thread to detect a failure of another process; returns it, or None."""
+        end = time.monotonic() + EXPLAIN_SECONDS
         self._awake.set()
         while self._failure is None and self._peers is not None and time.monotonic() < end:
             time.sleep(EXPLAIN_PERIOD)
@@ -210,15 +210,15 @@ class Watch:
 
     def _watch_peers(self) -> None:
         """Ends this process if another one has failed."""
-        while self._peers is not None and not self._is_over_within(POLL_SECONDS):
+        while self._peers is not None and not self._ended_by_next_check():
             try:
                 self._check(self._peers)
             except Exception as error:
                 logger.warning("cannot check the other processes: %s: %s", type(error).__name__, error)
 
-    def _is_over_within(self, seconds: float) -> bool:
-        """Waits, for a shorter time while the cause of an error is unknown; returns whether watching has ended."""
-        if self._awake.wait(seconds) and not self._ended.is_set():
+    def _ended_by_next_check(self) -> bool:
+        """Waits for the next check, briefly if a collective has failed; returns whether watching has ended."""
+        if self._awake.wait(POLL_SECONDS) and not self._ended.is_set():
             time.sleep(EXPLAIN_PERIOD)
         return self._ended.is_set()
 

@@ -198,7 +198,7 @@ def _explained(error: Exception, iterator: Any) -> Exception:
     """Returns a `WorkerDiedError` if a dead worker caused the error, otherwise the error itself."""
     text = str(error)
     killed_by = _signals_of(iterator)
-    if signal.SIGBUS in killed_by and not _is_nearly_full(SHARED_MEMORY):
+    if signal.SIGBUS in killed_by and not _shared_memory_is_nearly_full():
         return WorkerDiedError(
             f"a DataLoader worker was killed by SIGBUS: {SHARED_MEMORY} was full, or the file system of memory-mapped "
             f"data (--cache_dir, Arrow files) failed. Check that file system. {_MORE_SHARED_MEMORY}"
@@ -216,9 +216,9 @@ def _explained(error: Exception, iterator: Any) -> Exception:
     return error
 
 
-def _is_nearly_full(root: Path) -> bool:
+def _shared_memory_is_nearly_full() -> bool:
     """Whether less than a fifth is free. The batch that did not fit is gone by now."""
-    return root.is_dir() and free_bytes(root) < shutil.disk_usage(root).total / 5
+    return SHARED_MEMORY.is_dir() and free_bytes(SHARED_MEMORY) < shutil.disk_usage(SHARED_MEMORY).total / 5
 
 
 def _signals_of(iterator: Any) -> set[signal.Signals]:

@@ -31,11 +31,9 @@ class Sweep:
     """A sweep in a directory whose lock is held.
 
     Attributes:
-        root: the directory.
         settings: of the sweep and of its runs.
         axes: the settings to search.
         metric: the validation metric to optimize.
-        study: of Optuna.
     """
 
     root: Path

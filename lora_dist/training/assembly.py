@@ -62,8 +62,6 @@ class Assembled:
     Attributes:
         run: what `fit` trains.
         progress: where the run starts or resumes.
-        result_writer: writes the result.
-        data: training and validation data.
         parameters: numbers of trainable and of all parameters.
         sizes: bytes of the checkpoints and the result.
     """
@@ -88,9 +86,6 @@ def assemble(
     """Loads, checks and connects the parts of a run. Must be called on every process.
 
     Args:
-        settings: settings as given.
-        accelerator: accelerator of the launch.
-        output: directory of the run.
         resumed: checkpoint to resume from.
         publisher: pushes to the Hub; None except on the main process of a run with --push_to_hub.
         errors: collects the errors of a dry run.
@@ -141,20 +136,17 @@ def assemble(
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
-    train = data.train
-    if settings.data.balanced_sampling and isinstance(train, Split):
-        train = OversampledSplit(train)
+    train = _balanced(data.train, settings)
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
     problem = PROBLEM_TYPES[settings.data.problem_type]
     loss = problem.loss(settings, data)
     images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
     with errors.collect():
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
+        ahead = bytes_ahead(images, plan, settings.data, accelerator.device)
         # The batches of an evaluation are added; they have at most as many bytes per sample.
         ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
-        require_shared_memory(on_this_machine * ahead)
+        require_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * ahead)
     identity = identity_of(settings, base, start, data, plan, conversion)
     preflight.arrive("ready")
     require_agreement(
@@ -242,6 +234,11 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
         return data
     size = transforms.height, transforms.width
     return replace(data, train=cached(data.train, settings.data.cache_dir, size, build, transforms.conversion))
+
+
+def _balanced(split: TrainingSplit, settings: Settings) -> TrainingSplit:
+    """Returns the split, with every class equally often if --balanced_sampling is set."""
+    return OversampledSplit(split) if settings.data.balanced_sampling and isinstance(split, Split) else split
 
 
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:

@@ -28,10 +28,8 @@ def fit_batch_size(
     before the engine is made.
 
     Args:
-        accelerator: of the launch.
         model: trainable; moved to the device.
         transforms: say how large an image is.
-        settings: as given.
 
     Raises:
         UserError: not even a single sample fits, or the engine shards the model, so that no process can try alone.

@@ -60,8 +60,6 @@ def dry_run(
     """Prints the settings as YAML and the plan of the run. Must be called on every process.
 
     Args:
-        run: to try.
-        data: that it trains on.
         parameters: trainable and all.
         sizes: of what it writes.
         first_step: updates that are done.

@@ -36,7 +36,6 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
     Must be called on every process. Changes `progress`.
 
     Args:
-        run: parts of the run.
         progress: where the run starts or resumes.
         push_best: called after each evaluation that is the best so far, once a checkpoint of it is saved.
 

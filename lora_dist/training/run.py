@@ -39,9 +39,7 @@ class TrainingRun:
         images: training images.
         plan: which samples train in which update.
         loss: of each sample.
-        schedule: learning rate of each update.
         evaluator: computes the metrics of the current weights.
-        checkpointer: saves and restores the state.
         preemption: requests from outside to stop or to save.
         tracker: log lines and TensorBoard.
         watch: ends the process if the run stalls.

@@ -92,8 +92,6 @@ class GradientAccumulator:
             micro_batch_count: micro-batches of this process, the same number on every process.
             total_weight: weights of the samples over all micro-batches and processes: their number, without class
                 weights.
-            learning_rate: learning rate of this update.
-            loss: settings of the loss.
             dropout_seed: seed of the dropout masks of this update.
             padding_batch: returns a micro-batch with weight 0 to replace one that could not be loaded; None to raise
                 loading errors at once.

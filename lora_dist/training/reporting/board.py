@@ -70,7 +70,6 @@ class Lines:
     def __init__(self, path: Path, first_step: int, evaluated: bool = True) -> None:
         """
         Args:
-            path: of the file.
             first_step: update from which the run starts or resumes; lines of later updates are removed.
             evaluated: whether the evaluation after `first_step` counts; if not, its line is removed too.
         """

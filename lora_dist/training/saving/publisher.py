@@ -196,9 +196,7 @@ def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Outp
     Called on every process.
 
     Args:
-        accelerator: of the launch.
         settings: what to push to.
-        output: of the run.
         resumes: whether the run resumes; an unreachable Hub is then only logged.
 
     Raises:
