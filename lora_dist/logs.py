@@ -18,7 +18,7 @@ def set_up_logs(is_main: bool) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
-    # DeepSpeed calls what torch is about to rename.
+    # DeepSpeed calls functions that torch is about to rename.
     for module in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.accelerator.is_available():

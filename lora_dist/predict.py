@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def predict(argv: list[str] | None) -> None:
-    """Reads the settings and runs what they ask for."""
+    """Reads the settings, and merges, exports, serves or classifies as they say."""
     settings = parse(
         PredictSettings,
         argv_or(argv),

@@ -65,7 +65,7 @@ def locked(path: str | Path, task: str) -> Iterator[None]:
     """Holds a file lock shared by all processes and runs; it is released if its holder dies.
 
     Args:
-        task: what the holder of the lock does, such as "builds the cache".
+        task: activity of the holder of the lock, such as "builds the cache".
 
     Raises:
         UserError: another process has held it for `LOCK_SECONDS`.

@@ -1,4 +1,4 @@
-"""Data loaders for training and evaluation; `batch.py` says what the workers do and what the device does."""
+"""Data loaders for training and evaluation; `batch.py` describes the parts of the workers and of the device."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
@@ -26,8 +26,8 @@ MEASURED_SAMPLES = 8
 class WorkerBatchSampler(Sampler[WorkerShard]):
     """The micro-batches of a process, split among its workers, for a `DataLoader`'s `batch_sampler`.
 
-    A `DataLoader` gives what its batch sampler yields to its workers in turn. Samples in lanes are therefore split into
-    one shard for each worker, so that each lane is read by one worker alone.
+    A `DataLoader` hands the items of its batch sampler to its workers in turn. Samples in lanes are therefore split
+    into one shard for each worker, so that each lane is read by one worker alone.
     """
 
     def __init__(self, micro_batches: Iterable[list[Sample]], workers: int) -> None:
@@ -149,7 +149,7 @@ def workers_of(settings: DataSettings, device: torch.device) -> int:
 
 
 def bytes_ahead(images: TrainImages, plan: BatchPlan, settings: DataSettings, device: torch.device) -> int:
-    """Most bytes of the batches that the workers of a process hold ready, measured on samples of the first update."""
+    """The most bytes of batches that the workers of a process hold ready, measured on samples of the first update."""
     ahead = workers_of(settings, device) * settings.dataloader_prefetch_factor
     if not ahead:
         return 0

@@ -1,4 +1,4 @@
-"""Evaluates what is deployed: predictions against the labels of the images, and against another file of predictions."""
+"""Evaluates predictions: against the labels of the images, and against another file of predictions."""
 
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -233,7 +233,7 @@ def read_list(file: str) -> list[str]:
     except OSError as error:
         raise UserError(f"--images_from {file}: {error.strerror}") from error
     if "\0" in text:
-        raise UserError(f"--images_from {file}: not a text file with one path a line")
+        raise UserError(f"--images_from {file}: not a text file with one path per line")
     listed = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
     paths = list(dict.fromkeys(listed))
     if not paths:

@@ -25,7 +25,7 @@ GRID_IMAGES = 32
 RECORD = b"lora_dist"
 """Key in the metadata of a parquet file for the `record` of its origin, as JSON."""
 GROUP_ROWS, GROUP_NUMBERS = 16_384, 2**22
-"""Most rows of a row group of a parquet file, and most numbers in its lists. Rows wait in memory for their group."""
+"""Largest number of rows in a row group of a parquet file, and of numbers in its lists; these wait in memory."""
 
 
 @contextmanager

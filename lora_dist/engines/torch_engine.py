@@ -84,7 +84,7 @@ class TorchEngine:
         self._statistics.restore()
         scaler = self.accelerator.scaler
         if self._unscaled:
-            # The scaler expects the update whose gradient it has unscaled. Its scale stays.
+            # The scaler expects an update after it has unscaled the gradient. Its scale does not change.
             scaler.update(scaler.get_scale())
         return True
 

@@ -47,7 +47,7 @@ class Machine:
 def run_checks(checks: Iterable[Callable[[Machine], str]], machine: Machine) -> list[str]:
     """Runs the checks and prints a line for each: PASS, FAIL or SKIP, and why.
 
-    The main process prints all of them, the others what fails.
+    The main process prints all of them, the others only failures.
 
     Returns:
         Names of those that failed.

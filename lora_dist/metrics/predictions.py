@@ -220,7 +220,7 @@ def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[st
 
 
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
-    """Returns `folder_label` for two models of which only the predictions are known.
+    """Returns `folder_label` for two models, from their predictions alone.
 
     The classes are the predicted ones. If all of these have folders, the other folders are classes as well. Images with
     several labels have none by their folders.

@@ -37,7 +37,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Records:
-    """How an image becomes model input, and logits an answer: what a bundle records besides base and processor."""
+    """The records of a bundle about its input and output: images to model input, and logits to an answer."""
 
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED
@@ -125,7 +125,7 @@ class AdapterBundle:
         trust_remote_code: run code that comes with the processor.
         conversion: how images became 8-bit RGB in training.
         calibration: of the logits.
-        decision: what becomes of the logits.
+        decision: turns logits into an answer.
     """
 
     files: AdapterFiles

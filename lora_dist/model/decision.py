@@ -74,7 +74,8 @@ class AboveThresholds:
 
 
 def decision_of(problem_type: str | None, record: Mapping[str, Any] | None, labels: Sequence[str]) -> Decision:
-    """The decision of a problem type and what `Decision.record` gave; thresholds are 0.5 without a record.
+    """Returns the decision of a problem type and of the output of `Decision.record`; thresholds are 0.5 without a
+    record.
 
     Any other problem type, or none, means one class per image.
 

@@ -13,7 +13,7 @@ RATE = "drop_path_rate"
 
 
 def with_rate(config: Any, rate: float) -> Any:
-    """Changes the rate in a configuration of which a model is built, and returns the value that was there.
+    """Changes the rate in a configuration from which a model is built, and returns the previous value.
 
     Raises:
         UserError: the architecture has no stochastic depth.

@@ -148,7 +148,7 @@ def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
         if not adapters.is_adapted(model):
             raise
         raise UserError(
-            f"{type(base.model).__name__} does not run with LoRA: its code reads from a layer what PEFT's layers do "
+            f"{type(base.model).__name__} does not run with LoRA: its code reads an attribute that PEFT's layers do "
             f"not have ({error}). Train with --tuning head or --tuning full"
         ) from error
     logits.float().sum().backward()

@@ -112,7 +112,7 @@ def launch_store(timeout: timedelta) -> "Store | None":
     if launch.hosts():
         _host(launch)
     client = _connect(launch, timeout.total_seconds())
-    # The launcher's store outlives a restart of the processes (torchrun --max-restarts), and what failed before it.
+    # The launcher's store outlives a restart of the processes (torchrun --max-restarts), and so do failures before it.
     store = PrefixStore(f"lora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
     try:
         _register(store, launch)

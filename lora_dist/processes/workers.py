@@ -1,4 +1,4 @@
-"""Worker processes of a `DataLoader`: how they start, what happens when one dies, and when they end."""
+"""Worker processes of a `DataLoader`: their start, the death of one, and their end."""
 
 import faulthandler
 import gc

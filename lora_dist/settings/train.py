@@ -313,7 +313,7 @@ class RunSettings(Group):
     """Log every N updates."""
     report_to: Trackers = Field(default=[])
     """Trackers besides TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
-    swanlab, each of which must be installed."""
+    swanlab. Each one must be installed."""
     probe: bool = False
     """Before training, measure a linear probe and nearest neighbours on the features of the base, which LoRA has to
     beat."""

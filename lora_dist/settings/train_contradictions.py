@@ -150,11 +150,11 @@ def _optimization(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(("min_lr", "lr_scheduler_type"), "a constant learning rate has no minimum: remove --min_lr")
     if optimization.layer_decay != 1 and model.tuning == "head":
         yield Contradiction(
-            ("layer_decay", "tuning"), "only the head trains, whose rate does not decay: remove --layer_decay"
+            ("layer_decay", "tuning"), "only the head trains, and its rate does not decay: remove --layer_decay"
         )
     if settings.lora.train_norms and model.tuning != "lora":
         yield Contradiction(
-            ("train_norms", "tuning"), "norms are trained beside LoRA or with all weights: remove one of them"
+            ("train_norms", "tuning"), "norms train in addition to LoRA, or with all weights: remove one of them"
         )
     for name in ("momentum",) if optimization.optim == "adamw_torch" else ("adam_beta1", "adam_beta2", "adam_epsilon"):
         if getattr(optimization, name) != OptimizationSettings.model_fields[name].default:

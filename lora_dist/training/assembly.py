@@ -242,7 +242,7 @@ def _balanced(split: TrainingSplit, settings: Settings) -> TrainingSplit:
 
 
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:
-    """Returns what must be the same on all processes of a launch."""
+    """Returns the facts that must be the same on all processes of a launch."""
     return {
         "update to resume from": resumed.state["progress"]["step"] if resumed is not None else 0,
         "validation_data": data.validation.fingerprint(),

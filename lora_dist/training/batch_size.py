@@ -36,7 +36,7 @@ def fit_batch_size(
     """
     if accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator):
         raise UserError(
-            "--auto_batch_size tries what fits on each process alone, and under ZeRO-3 and FSDP2 none has the whole "
+            "--auto_batch_size tries batches on each process alone, but under ZeRO-3 and FSDP2 none has the whole "
             "model: halve --per_device_train_batch_size and double --gradient_accumulation_steps by hand"
         )
     on_device(model, accelerator)
@@ -55,7 +55,7 @@ def fit_batch_size(
         return settings
     accumulation = settings.per_device_train_batch_size * settings.gradient_accumulation_steps // size
     logger.warning(
-        "batches of %d a process do not fit into memory: taking %d, and accumulating %d instead of %d",
+        "batches of %d per process do not fit into memory: taking %d, and accumulating %d instead of %d",
         settings.per_device_train_batch_size,
         size,
         accumulation,

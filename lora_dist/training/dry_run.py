@@ -61,7 +61,7 @@ def dry_run(
 
     Args:
         parameters: trainable and all.
-        sizes: of what it writes.
+        sizes: of the files that it writes.
         first_step: updates that are done.
         errors: errors that were found so far.
 
@@ -152,8 +152,8 @@ def describe(
         ),
         (
             "updates",
-            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} a process x {plan.accumulation} "
-            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} an epoch"
+            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} per process x {plan.accumulation} "
+            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
@@ -164,7 +164,7 @@ def describe(
             f"{_interval(training + evaluation)}: {_interval(training)} of updates ({measured.update_seconds:.3g} s "
             f"each) and {_interval(evaluation)} of {evaluations + 1} evaluations",
         ),
-        ("memory", f"{measured.peak_memory_mb:,.0f} MiB a process at its peak, on the {accelerator.device.type}"),
+        ("memory", f"{measured.peak_memory_mb:,.0f} MiB per process at the peak, on the {accelerator.device.type}"),
         (
             "disk",
             f"{readable(sizes.total)} in {root}, which has {readable(free_bytes(root))} free: {sizes.checkpoints} "

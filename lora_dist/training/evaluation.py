@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 8
 MOST_LOGITS = 2**25
-"""Most logits of a split that are kept, in 128 MB on each process: those of evenly spaced samples."""
+"""Largest number of logits that are kept of a split, 128 MB on each process: those of evenly spaced samples."""
 
 
 class NothingToEvaluateError(UserError):

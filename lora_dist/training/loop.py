@@ -174,7 +174,7 @@ def _evaluate_and_save(
     best, evaluates = None, run.is_due(run.settings.run.eval_steps, progress)
     if evaluates:
         share_statistics(run.engine)
-        # An evaluation that fails must not cost what was trained. A resumed run repeats it.
+        # Saved before the evaluation, which may fail. A resumed run repeats the evaluation.
         run.save(progress)
         with run.with_result_weights():
             best = _evaluate(run, progress)

@@ -32,7 +32,7 @@ NO_RANK = 2**31
 """The rank of a label if logits are not finite: outside the top k of any number of classes."""
 SCALARS = ("accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 MAX_MATRIX = 100
-"""Most classes whose whole confusion matrix is in evaluation.json."""
+"""Largest number of classes for a whole confusion matrix in evaluation.json."""
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class GradientAccumulator:
 
 
 def make_update(gradient: GradientAccumulator, stream: Iterator[Batch], max_grad_norm: float) -> Update:
-    """Makes a whole update with the next micro-batches of `stream`. Raises what `GradientAccumulator.step` raises."""
+    """Makes a whole update with the next micro-batches of `stream`. Raises the errors of `GradientAccumulator.step`."""
     for batch in gradient.loaded(stream):
         gradient.backward(batch)
     return gradient.step(max_grad_norm)

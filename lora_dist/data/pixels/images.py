@@ -32,7 +32,7 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 RANGE_IMAGES, RANGE_PIXELS = 64, 10_000
-"""Most images, and pixels of each, from which the range of deep pixels is found."""
+"""Largest number of images, and of pixels of each, from which the range of deep pixels is found."""
 
 _warned: set[str] = set()
 

@@ -24,8 +24,8 @@ from lora_dist.settings.train import AugmentationSettings
 
 _POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
 _GROUP_PIXELS = 500_000
-"""Most pixels that are resized in one call: a call costs as much as resizing a small image, and larger groups no longer
-fit the CPU's cache."""
+"""Largest number of pixels to resize in one call: a call costs as much as resizing a small image, and larger groups no
+longer fit the CPU's cache."""
 
 
 class ImageTransforms:

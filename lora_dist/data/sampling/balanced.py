@@ -10,7 +10,7 @@ from lora_dist.data.sampling.order import Sample, ShuffledOrder
 
 @dataclass(frozen=True)
 class BalancedOrder:
-    """As many samples an epoch as there are, the same number of each class.
+    """As many samples per epoch as the split has, and the same number of each class.
 
     The samples of a class come in permutations one after the other, which continue in the next epoch: those of a large
     class take turns, and those of a small class are repeated. Repetition r of sample i in an epoch has index

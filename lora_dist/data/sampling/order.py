@@ -62,7 +62,7 @@ class SampleOrder(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """One permutation of all samples an epoch, for data in which any process can read any sample."""
+    """One permutation of all samples per epoch, for data in which any process can read any sample."""
 
     num_samples: int
     seed: int

@@ -246,7 +246,7 @@ def _read_index(path: Path, label_feature: Any) -> dict[str, Any] | None:
 
 
 def _identity(source: ShardSource) -> str:
-    """Digest of what the index depends on. A URL of the Hub contains the commit."""
+    """Digest of all that the index depends on. A URL of the Hub contains the commit."""
     digest = hashlib.sha256(repr((source.format, source.label_column)).encode())
     for file in source.files:
         found = Path(file).stat() if Path(file).is_file() else None

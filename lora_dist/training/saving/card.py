@@ -150,7 +150,7 @@ def _slices(results: Mapping[str, Any]) -> list[str]:
 def _calibration(
     report: Mapping[str, Any] | None, calibration: Calibration, is_adapter: bool, reliability: str | None
 ) -> list[str]:
-    """A section on the temperature, its effect, and what a threshold of confidence costs."""
+    """A section on the temperature, its effect, and the effect of thresholds of confidence."""
     if report is None:
         return []
     if report["reason"] is not None:
@@ -175,7 +175,7 @@ def _calibration(
         "",
         *first,
         *([f"![Reliability diagram]({reliability})", ""] if reliability else []),
-        "What `--min_confidence` of `lora_dist.predict` costs, on the validation images:",
+        "The effect of `--min_confidence` of `lora_dist.predict` on the validation images:",
         "",
         "| confidence at least | answered | accuracy of the answered |",
         "|---|---|---|",
