@@ -183,9 +183,8 @@ class Parts:
                 fields = json.loads(line)
                 fields["top_k"] = _pairs(fields["top_k"])
                 fields["values"] = None if fields["values"] is None else _decoded(fields["values"])
-                # Parts of older releases have no labels.
-                labels = fields.get("labels")
-                yield Row(**fields | {"labels": None if labels is None else _pairs(labels)})
+                fields["labels"] = None if fields["labels"] is None else _pairs(fields["labels"])
+                yield Row(**fields)
 
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""

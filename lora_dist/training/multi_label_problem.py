@@ -24,7 +24,7 @@ from lora_dist.metrics.slices import slice_metrics
 from lora_dist.model.decision import AboveThresholds, Decision
 from lora_dist.settings.train import Settings
 from lora_dist.training.binary_loss import BinaryLoss, make_binary_loss
-from lora_dist.training.problem import by_sample, highest
+from lora_dist.training.problem import by_sample
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,6 @@ class LabelSetEvaluation:
     def _measured(self, chosen: np.ndarray) -> Measured:
         groups = None if self.groups is None else self.groups[chosen]
         return measure_label_sets(self.said[chosen], self.references[chosen], self.scores[chosen], groups)
-
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
-        return highest(self.losses, count)
 
 
 @dataclass(frozen=True)

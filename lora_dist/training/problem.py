@@ -61,10 +61,6 @@ class EvaluationResult(Protocol):
         """Logits and labels of samples, from which a temperature is fitted; None if they were not asked for."""
         ...
 
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
-        ...
-
 
 class ProblemType(Protocol):
     """The loss, the metrics, the decision and the pictures of a kind of labels."""
@@ -142,7 +138,7 @@ class ProblemType(Protocol):
         ...
 
 
-def highest(losses: np.ndarray, count: int) -> list[int]:
+def worst_samples(losses: np.ndarray, count: int) -> list[int]:
     """Samples with the highest losses, worst first; none whose loss is NaN."""
     order = np.argsort(-losses, kind="stable")
     return order[: min(count, int(np.isfinite(losses).sum()))].tolist()

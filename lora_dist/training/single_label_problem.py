@@ -26,7 +26,7 @@ from lora_dist.model.decision import Decision, MostLikely
 from lora_dist.settings.train import Settings
 from lora_dist.training.class_weights import make_loss
 from lora_dist.training.loss import Loss
-from lora_dist.training.problem import by_sample, highest
+from lora_dist.training.problem import by_sample
 
 NO_RANK = 2**31
 """The rank of a label if logits are not finite: outside the top k of any number of classes."""
@@ -87,10 +87,6 @@ class Evaluation:
 
     def _groups_of(self, chosen: np.ndarray) -> np.ndarray | None:
         return None if self.groups is None else self.groups[chosen]
-
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
-        return highest(self.losses, count)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lora_dist.figures import grid, to_images
 from lora_dist.metrics.intervals import NAMES, Measured
 from lora_dist.metrics.slices import slice_rows
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.problem import EvaluationResult, ProblemType
+from lora_dist.training.problem import EvaluationResult, ProblemType, worst_samples
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import write_json
@@ -68,7 +68,7 @@ def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: Evaluati
     with _optional(f"no pictures of the evaluation after update {step}"):
         for name, picture in problem.pictures(evaluation, labels).items():
             tracker.picture(f"eval/{name}", picture, step)
-        worst, conversion = evaluation.worst(WORST), evaluator.transforms.conversion
+        worst, conversion = worst_samples(evaluation.losses, WORST), evaluator.transforms.conversion
         captions = problem.answers(evaluation, split, worst, labels)
         tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
 
@@ -119,7 +119,7 @@ def explain_worst(
     tracker: Tracker, evaluator: Evaluator, model: nn.Module, evaluation: EvaluationResult, step: int
 ) -> None:
     """Adds heat maps of the worst-classified images to TensorBoard. No engine has wrapped the model."""
-    split, transforms, worst = evaluator.split, evaluator.transforms, evaluation.worst(WORST)
+    split, transforms, worst = evaluator.split, evaluator.transforms, worst_samples(evaluation.losses, WORST)
     if not tracker.enabled or not worst:
         return
     with _optional("no heat maps of the worst images"):

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 WAITS = (1.0, 4.0, 15.0)
 """Seconds before each retry after a temporary error."""
 FINAL_SECONDS = 300.0
-"""Seconds that the end of a run waits for the Hub, plus the time that the upload takes at the rate `SLOWEST`."""
+"""Seconds that the end of a run waits for the Hub, in addition to the time of the upload at the rate `SLOWEST`."""
 SLOWEST = 1e6
 """Bytes per second of the slowest connection that the end of a run waits for."""
 

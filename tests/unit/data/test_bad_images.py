@@ -23,6 +23,7 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.train import main
 from lora_dist.training.evaluation import Evaluator
+from lora_dist.training.problem import worst_samples
 from lora_dist.training.single_label_problem import Evaluation
 
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ def test_an_evaluation_is_that_of_the_images_that_can_be_read(vit: Path, tmp_pat
     assert (found.num_samples, expected.num_samples) == (11, 11)
     assert np.flatnonzero(found.predictions < 0).tolist() == [6]
     assert np.delete(found.predictions, 6).tolist() == expected.predictions.tolist()
-    assert sorted(found.worst(100)) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert sorted(worst_samples(found.losses, 100)) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     with pytest.raises(UserError, match=r"b/002\.png.*--on_bad_image skip"):
         _evaluation(tmp_path / "whole", vit)
 
