@@ -92,7 +92,7 @@ def batches(
     Args:
         loader: of training or evaluation images.
         device: to copy the batches to.
-        timed: wraps the iterator of what the worker processes deliver, to measure the wait for them.
+        timed: wraps the iterator over the items of the worker processes, to measure the wait for them.
 
     Raises:
         ProcessError: names an image that cannot be read.

@@ -50,8 +50,8 @@ class Row(NamedTuple):
         adapter: name of the adapter, if there are several.
         is_known: whether the prediction is confident enough.
         values: float32 [classes] or [features], if probabilities, logits or embeddings were asked for.
-        labels: of a model of several labels, those above their thresholds with their scores, highest first; None of
-            one class per image, which is the first of `top_k`.
+        labels: for several labels per image, those above their thresholds with their scores, highest first; None for
+            one class per image.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Row(NamedTuple):
         return self.top_k[0][0] if self.is_known else UNKNOWN
 
     def known_from(self, min_confidence: float | None) -> "Row":
-        """Returns this row as known or not: its highest probability is at least `min_confidence`, or less."""
+        """Returns this row with `is_known`: whether its highest probability is at least `min_confidence`."""
         if min_confidence is None or not self.top_k:
             return self
         return self._replace(is_known=self.top_k[0][1] >= min_confidence)

@@ -25,7 +25,7 @@ class Reference(NamedTuple):
 
 
 def read_other_predictions(settings: Images) -> Predictions | None:
-    """Reads the file of --compare_to, and looks whether there is one of --labels_file.
+    """Reads the file of --compare_to, and checks early that the file of --labels_file can be read.
 
     Raises:
         UserError: one of them cannot be read.

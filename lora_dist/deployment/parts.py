@@ -174,7 +174,7 @@ class Parts:
         """Yields the rows of all parts, in the order of adapters and files.
 
         Raises:
-            UserError: a part is missing, because processes on several machines share no directory.
+            UserError: a part is missing, for example because machines do not share the directory.
         """
         for part in self._parts:
             if not self._path(part).exists():

@@ -104,7 +104,7 @@ def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missi
     logger.warning("the base has other classes (%s, …) than the data: giving it a new head", ", ".join(names[:3]))
     for module in dict.fromkeys(model.get_submodule(name.rpartition(".")[0]) for name in dimensions):
         for parameter in module.parameters(recurse=False):
-            # `transformers` does not initialise what it has loaded.
+            # `transformers` does not initialise weights that it has loaded.
             parameter._is_hf_initialized = False
         model._init_weights(module)
     return sorted(dimensions)

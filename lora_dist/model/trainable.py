@@ -101,7 +101,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Normalises one value per channel, as of a last batch of one image, by the running statistics."""
+    """Normalises single values per channel, as in a last batch of one image, by the running statistics."""
     if not norm.training or x.numel() != x.shape[1]:
         return type(norm).forward(norm, x)
     norm.eval()

@@ -159,7 +159,7 @@ def _connect(launch: Launch, seconds: float) -> "TCPStore":
     def message() -> str:
         return f"waiting for {host} at {where}: {reason}; giving up after {seconds:.0f} s"
 
-    # Rank 1 may be on the node of rank 0, where the process that else speaks is the one that is waited for.
+    # Rank 1 logs as well: on the node of rank 0, the process that usually logs is rank 0, which may not be running.
     with waiting.log_wait(message, launch.rank == 1 or waiting.is_local_main()):
         while (problem := _unreachable(launch)) and time.monotonic() < deadline:
             reason = problem

@@ -123,7 +123,7 @@ class Watch:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While the block runs, the failure of another process does not end this one, for up to `SAVING_SECONDS`."""
+        """Lets the block finish within `SAVING_SECONDS` if another process fails."""
         self._is_writing = True
         try:
             yield

@@ -187,7 +187,7 @@ class SingleLabel:
 
 
 def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """The whole matrix of up to `MAX_MATRIX` classes; of more, its entries that are not 0."""
+    """The whole matrix for up to `MAX_MATRIX` classes; for more classes, its entries that are not 0."""
     if len(labels) > MAX_MATRIX:
         return {"labels": list(labels), "true_predicted_count": confusion.tolist()}
     matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)

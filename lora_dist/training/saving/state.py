@@ -84,7 +84,7 @@ class Progress:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Progress":
-        """From the fields in a checkpoint, some of which had other names in older ones."""
+        """Reads the fields of a checkpoint. Older checkpoints have other names for some of them."""
         return cls(**{_FORMER_NAMES.get(name, name): value for name, value in fields.items()})
 
     @property
