@@ -5,7 +5,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
@@ -24,9 +24,10 @@ from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import fuses, make_engine
 from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import ErrorCollector, UserError
+from lora_dist.model.backbone import Base
 from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
-from lora_dist.model.warm_start import load_warm_start
+from lora_dist.model.warm_start import WarmStart, load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.devices import inference_batch_size
 from lora_dist.processes.preemption import Preemption
@@ -94,22 +95,8 @@ def assemble(
     Raises:
         UserError: something is missing, does not fit, or differs between processes.
     """
-    allow_pixels(settings.data.max_image_pixels)
-    settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
-    with preflight.first_process_first("loaded", accelerator):
-        data = _load(settings, accelerator, errors)
-        settings, base, start = load_warm_start(settings, data.labels)
-    settings = with_pooling(settings, base)
-    with watch.watching_step("reading images to find the pixel range"):
-        conversion = conversion_of(settings.data, data, start, resumed)
-    settings = with_conversion(settings, conversion)
-    transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
-    settings = settings.with_default_eval_batch_size(
-        inference_batch_size(accelerator.device, transforms.height, transforms.width)
-    )
-    with errors.collect():
-        data = _cached(data, settings, transforms, build=not errors.dry_run)
+    settings, data, base, start, transforms = _load_inputs(settings, accelerator, resumed, errors, watch, preflight)
     steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
     model = make_trainable(base, settings.model, settings.lora)
     if settings.model.tuning == "lora":
@@ -147,7 +134,7 @@ def assemble(
         # The batches of an evaluation are added; they have at most as many bytes per sample.
         ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
         require_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * ahead)
-    identity = identity_of(settings, base, start, data, plan, conversion)
+    identity = identity_of(settings, base, start, data, plan, transforms.conversion)
     preflight.arrive("ready")
     require_agreement(
         accelerator,
@@ -202,6 +189,43 @@ def assemble(
         watch=watch,
     )
     return Assembled(run, progress, result_writer, data, parameters, sizes)
+
+
+class _Inputs(NamedTuple):
+    """The settings as resolved, and what they name: data, base, initial adapter and the transforms of images."""
+
+    settings: Settings
+    data: ImageData
+    base: Base
+    start: WarmStart | None
+    transforms: ImageTransforms
+
+
+def _load_inputs(
+    settings: Settings,
+    accelerator: Accelerator,
+    resumed: Checkpoint | None,
+    errors: ErrorCollector,
+    watch: Watch,
+    preflight: Preflight,
+) -> _Inputs:
+    """Loads data and base, and resolves the settings that depend on them. Arguments as `assemble`."""
+    allow_pixels(settings.data.max_image_pixels)
+    settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
+    with preflight.first_process_first("loaded", accelerator):
+        data = _load(settings, accelerator, errors)
+        settings, base, start = load_warm_start(settings, data.labels)
+    settings = with_pooling(settings, base)
+    with watch.watching_step("reading images to find the pixel range"):
+        conversion = conversion_of(settings.data, data, start, resumed)
+    settings = with_conversion(settings, conversion)
+    transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
+    settings = settings.with_default_eval_batch_size(
+        inference_batch_size(accelerator.device, transforms.height, transforms.width)
+    )
+    with errors.collect():
+        data = _cached(data, settings, transforms, build=not errors.dry_run)
+    return _Inputs(settings, data, base, start, transforms)
 
 
 def _load(settings: Settings, accelerator: Accelerator, errors: ErrorCollector) -> ImageData:
