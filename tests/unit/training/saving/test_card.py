@@ -130,7 +130,7 @@ def test_the_adapter_that_a_run_went_on_from_is_named() -> None:
     assert "from `google/vit`, continued from the adapter `runs/first/adapter`." in card(
         ["a"], start="runs/first/adapter"
     )
-    assert "going on" not in card(["a"])
+    assert "continued from" not in card(["a"])
 
 
 def test_the_license_of_the_base_is_carried() -> None:
