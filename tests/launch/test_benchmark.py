@@ -14,7 +14,7 @@ def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
 
 def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos: Path, tmp_path: Path) -> None:
     arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
-    result = run("lora_dist.bench", *arguments, launch_file="single.yaml")
+    result = run("lora_dist.bench", *arguments)
     said = result.stdout.splitlines()
     assert said[-1].startswith("Bottleneck: ")
     assert any(line.startswith("comparison") for line in said)

@@ -60,7 +60,7 @@ OTHERS = sorted({*itertools.product(ELASTIC, ELASTIC), ("fsdp2", "fsdp2")} - {*A
 PAIRS = [*ALWAYS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
 STEPS, MIDDLE = 8, 3
 
-# A dozen launches come before the first test, and DeepSpeed compiles in one of them.
+# DeepSpeed compiles in the first of its launches.
 pytestmark = pytest.mark.timeout(1500)
 
 
@@ -201,14 +201,14 @@ def test_sgd_is_the_same_on_every_engine_and_goes_on_elsewhere(
 
 
 def test_fsdp2_that_keeps_weights_whole_after_the_forward_pass_saves_the_same(
-    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_of: Runs, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an evaluation the model holds whole tensors, of which the optimizer knows nothing."""
     text = (ROOT / "accelerate_configs" / "fsdp2_cpu.yaml").read_text(encoding="utf-8")
     file = tmp_path / "other.yaml"
     file.write_text(text.replace("reshard_after_forward: true", "reshard_after_forward: false"), encoding="utf-8")
     monkeypatch.setitem(LAUNCH_FILES, "fsdp2", str(file))
-    whole = _train("single", 4, vit, photos, tmp_path / "whole")
+    whole = run_of("single", 4)
     out = _train("fsdp2", 4, vit, photos, tmp_path / "run", "--eval_steps", 1)
     for name in ("trained.safetensors", "optimizer.safetensors"):
         expected, found = (load_file(root / "checkpoints" / f"step-{STEPS:08d}" / name) for root in (whole, out))
