@@ -220,7 +220,7 @@ def test_a_bad_image_stops_the_run_and_is_named_whichever_process_meets_it(vit: 
     arguments = _arguments(vit, tmp_path, tmp_path / "run", "--train_val_split", 0.25, *BATCH)
     validation = arguments.index("--validation_dir")
     del arguments[validation : validation + 2]
-    result = train(*arguments, launch_file="ddp_cpu.yaml", code=None)
+    result = train(*arguments, launch_file="ddp_cpu.yaml", code=None, fresh=True)
     assert str(bad) in result.stderr
     assert "cannot read an image" in result.stderr
 

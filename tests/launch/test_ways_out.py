@@ -69,7 +69,6 @@ def _strike(way: str, launch: Launch, faults: Faults, start: str, processes: int
 
 IN_CI = {
     ("exception", "spawn", 1),
-    ("exception", "fork", 2),
     ("SystemExit", "forkserver", 1),
     ("signal", "spawn", 2),
     ("unreadable image", "forkserver", 2),
@@ -77,7 +76,6 @@ IN_CI = {
     ("hanging worker", "fork", 2),
     ("killed rank", "forkserver", 2),
     ("killed launcher", "fork", 2),
-    ("unreadable image", "fork", 1),
 }
 ALONE = ("killed rank", "killed launcher")
 

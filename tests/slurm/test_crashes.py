@@ -112,6 +112,7 @@ def test_a_crash_after_a_checkpoint_is_requeued_and_one_without_a_checkpoint_is_
     assert "crashed with code 1; no checkpoint was saved since the last start: not requeued" in job.log
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path, data_flags: list[object]) -> None:
     """Although there is a checkpoint, and the other node ends with another code because of it."""
     (directory / "sitecustomize.py").write_text(FAILING, encoding="utf-8")

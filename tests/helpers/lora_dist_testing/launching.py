@@ -104,12 +104,11 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a module to its end and checks the exit code (None for any other than 0).
 
-    It is a fork of a process that has loaded the libraries, unless `fresh` is set, a launch is to fail, or it has
-    variables of its own that libraries read when they are loaded.
+    It is a fork of a process that has loaded the libraries, unless `fresh` is set, or it has variables of its own that
+    libraries read when they are loaded.
     """
     words, variables = command(module, arguments, launch_file), environment(**extra)
-    to_fail = launch_file is not None and code != 0
-    if fresh or to_fail or read_before(variables) != read_before(_preloaded().environment):
+    if fresh or read_before(variables) != read_before(_preloaded().environment):
         result = subprocess.run(
             words, capture_output=True, text=True, timeout=TIMEOUT, env=variables, cwd=cwd, check=False
         )

@@ -114,8 +114,17 @@ def _launch(words: list[str]) -> None:
     launcher.launch_command(given)
 
 
+def _rank(module: str, *words: str) -> None:
+    """One that succeeds returns, as its launcher expects; one that fails ends as the command does."""
+    lifetime = import_module("lora_dist.processes.lifetime")
+    try:
+        import_module(module).main(list(words))
+    except BaseException as error:
+        lifetime.end_process(lifetime._exit_code(error))
+
+
 if __name__ == "__main__":
     if sys.argv[1:]:
-        import_module(sys.argv[1]).main(sys.argv[2:])
+        _rank(*sys.argv[1:])
     else:
         _serve()
