@@ -40,39 +40,46 @@ def read_before(environment: dict[str, str]) -> dict[str, str]:
 
 
 class Preloaded:
-    """The process, which ends with this one.
+    """The process, which starts when it is first needed and ends with this one.
 
     Attributes:
-        environment: the variables that it was started with.
+        environment: its variables.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
-        self._process = subprocess.Popen(
-            [sys.executable, "-uP", __file__],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._process: subprocess.Popen[bytes] | None = None
 
     def run(
         self, words: list[str], environment: dict[str, str], cwd: Path | None, timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """Runs `python -m WORDS` in a fork of the process."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin
-        assert stdout
+        process = self._process = self._process or self._start()
+        assert process.stdin
+        assert process.stdout
         with tempfile.TemporaryDirectory() as said:
             request = {"words": words, "environment": environment, "cwd": str(cwd or Path.cwd()), "said": said}
-            stdin.write(json.dumps(request).encode() + b"\n")
-            stdin.flush()
-            if not select.select([stdout], [], [], timeout)[0]:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(words, timeout)
-            code = int(stdout.readline())
+            try:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                if not select.select([process.stdout], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(words, timeout)
+                code = int(process.stdout.readline())
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                self._process = None
+                raise
             out, err = (Path(said, name).read_text(encoding="utf-8") for name in ("out", "err"))
         return subprocess.CompletedProcess(words, code, out, err)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-uP", __file__],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
 
 
 def _serve() -> None:
