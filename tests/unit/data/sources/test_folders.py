@@ -205,7 +205,7 @@ def test_heic_is_read_where_its_package_is_installed_and_named_otherwise(tmp_pat
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     advice = "pip install 'lora_dist[heif]' reads HEIC images"
     assert result.stdout.splitlines() == [
-        f"5 HEIC content; {advice}",
+        f"5 the content is a HEIC image; {advice}",
         f"{tmp_path / 'photos' / 'cat' / 'photo.jpg'}: the content is a HEIC image; {advice}",
     ]
     assert f".heic files: 1, e.g. {tmp_path / 'photos' / 'cat' / 'photo.heic'}. {advice}" in result.stderr
