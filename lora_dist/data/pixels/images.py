@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -156,6 +157,9 @@ def opened(source: ImageSource, name: str = "", conversion: Conversion = AS_TRAN
 def _image(source: str | bytes | Image.Image, name: str, stack: ExitStack) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
+    # The cells of a table may hold anything.
+    if not isinstance(source, str | bytes | os.PathLike) or source == "":
+        raise UnreadableImageError(f"{name}: not an image: {source!r:.40}")
     if isinstance(source, bytes):
         file: BinaryIO = io.BytesIO(source)
     # Opening a pipe would wait for a writer.

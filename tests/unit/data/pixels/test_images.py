@@ -119,6 +119,12 @@ def test_an_unknown_file_is_described_by_its_content(content: bytes, said: str, 
         assert str(caught.value) == f"photo.jpg: {said}"
 
 
+@pytest.mark.parametrize("cell", [None, "", {"path": None, "bytes": None}, [[[0, 0, 0]]]])
+def test_a_cell_without_an_image_is_named(cell: object) -> None:
+    with pytest.raises(UnreadableImageError, match=r"^row 3: not an image: "):
+        load_rgb(from_cell(cell)[0], "row 3")
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", "truncated", None])
 def test_what_cannot_be_read_is_named(content: bytes | str | None, tmp_path: Path) -> None:
     file = tmp_path / "odd.png"
