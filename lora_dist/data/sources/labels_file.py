@@ -253,10 +253,14 @@ def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str)
 
 
 class _Finder:
-    """Finds the image that a path in the file means: relative to the folder, without a suffix if that is clear."""
+    """Finds the image that a path in the file means: relative to the folder, or absolute by whichever links.
+
+    A path may lack the suffix if only one image has the name.
+    """
 
     def __init__(self, directory: str, images: Iterable[str]) -> None:
         self._directory = directory
+        self._resolved = os.path.realpath(directory)
         self._images = {absolute(path): path for path in images}
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         for known, path in self._images.items():
@@ -265,11 +269,18 @@ class _Finder:
     def __call__(self, path: str) -> str | None:
         for form in (path, path.replace("\\", "/")):
             known = absolute(os.path.join(self._directory, form))
-            if known in self._images:
-                return self._images[known]
-            if len(same := self._by_stem.get(known, [])) == 1:
-                return same[0]
+            if found := self._image(known) or self._image(self._in_directory(known)):
+                return found
         return None
+
+    def _image(self, known: str) -> str | None:
+        same = self._by_stem.get(known, [])
+        return self._images.get(known) or (same[0] if len(same) == 1 else None)
+
+    def _in_directory(self, known: str) -> str:
+        """The path below the folder as it was named, of a file that other links lead to."""
+        parent = os.path.relpath(os.path.realpath(os.path.dirname(known)), self._resolved)  # noqa: PTH120
+        return absolute(os.path.join(self._directory, parent, os.path.basename(known)))
 
 
 def _is_excluded(path: str, excluded: Collection[str]) -> bool:

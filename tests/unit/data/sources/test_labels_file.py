@@ -90,6 +90,17 @@ def test_everything_that_is_wrong_is_told_at_once(photos: Path) -> None:
     ]
 
 
+def test_absolute_paths_may_lead_through_other_links(photos: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(photos)
+    for named, listed in ((link, photos), (photos, link)):
+        _write(photos, *(f"{listed}/{line}" for line in _lines()))
+        settings = DataSettings(train_dir=str(named), labels_file=str(photos / "labels.csv"))
+        data = load_data(settings, 42)
+        assert len(data.train) + len(data.validation) == 12
+        assert data.train.name(0).startswith(str(named))
+
+
 def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
     _write(photos, "path,label", *_lines()[:9], f"{_path(9)},nan", f"{_path(10)},NaN", f"{_path(11)},<NA>")
     with pytest.raises(UserError, match="lines without a label: 3"):
