@@ -11,6 +11,13 @@ def computes_on_cpu() -> bool:
     return asked or not torch.accelerator.is_available()
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16, without which it computes hundreds of times slower than in fp32."""
+    # Absent before torch 2.10, which then counts as a CPU without them.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def inference_batch_size(device: torch.device, height: int, width: int) -> int:
     """Returns the default number of images in a forward pass without gradients.
 
