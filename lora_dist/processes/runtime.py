@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
+from lora_dist.processes.deepspeed_extension import compile_extension
 from lora_dist.processes.devices import computes_on_cpu, cpu_has_bf16
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.threads import share_cores
@@ -86,6 +87,8 @@ def launch(
     if engine_launched() != "DEEPSPEED" and is_initialized() and AcceleratorState().mixed_precision != precision:
         # An earlier run in this process had another precision. The process group stays.
         AcceleratorState._reset_state()
+    if on_cpu and engine_launched() == "DEEPSPEED":
+        compile_extension()
     with preflight.connecting():
         accelerator = Accelerator(
             mixed_precision=precision,
