@@ -129,7 +129,8 @@ def test_another_precision_is_told(
     checkpointer(tmp_path, one).save(Progress(step=1))
     content = checkpoint.read(checkpoint.path_of(tmp_path, 1))
     assert content.state.pop("mixed_precision") == "no"
-    content.state |= {} if before is None else {"mixed_precision": before}
+    if before is not None:
+        content.state["mixed_precision"] = before
     checkpointer(tmp_path, one).restore(content)
     told = "trained with --mixed_precision bf16, and this run uses no" in capsys.readouterr().err
     assert told == (before == "bf16")
