@@ -1,6 +1,8 @@
 """The device of a process, and the default size of its inference batches. Needs no accelerate."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ def computes_on_cpu() -> bool:
 def cpu_has_bf16() -> bool:
     """Whether the CPU has instructions for bf16, without which it computes hundreds of times slower than in fp32."""
     # Absent before torch 2.10, which then counts as a CPU without them.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 

@@ -4,6 +4,8 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -89,7 +91,7 @@ def launch(
         AcceleratorState._reset_state()
     if on_cpu and engine_launched() == "DEEPSPEED":
         compile_extension()
-    with preflight.connecting():
+    with preflight.connecting(), _refusals():
         accelerator = Accelerator(
             mixed_precision=precision,
             # `cpu` would quietly turn ZeRO into plain data parallel.
@@ -130,6 +132,16 @@ def launch(
     if on_cpu:
         share_cores()
     return accelerator
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raises a `UserError` where accelerate cannot use what the launcher passes on."""
+    try:
+        yield
+    except ValueError as error:
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        raise UserError(f"accelerate cannot use {file or 'the launch file or the environment'}: {error}") from error
 
 
 def _require_company() -> None:

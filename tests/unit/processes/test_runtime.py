@@ -114,6 +114,13 @@ def test_what_only_a_launch_file_can_ask_for_is_refused(
     assert launch("no").num_processes == 1
 
 
+def test_a_launch_file_that_accelerate_cannot_use_is_an_error_of_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "all"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="accelerate cannot use the launch file or the environment: Invalid auto wrap"):
+        launch("no")
+
+
 def test_gradient_accumulation_of_the_environment_does_not_divide_the_loss(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
