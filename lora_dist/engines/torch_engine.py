@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -84,7 +84,7 @@ class TorchEngine:
         self._statistics.restore()
         scaler = self.accelerator.scaler
         if self._unscaled:
-            # The scaler expects the update whose gradient it has unscaled. Its scale stays.
+            # The scaler expects an update after it has unscaled the gradient. Its scale does not change.
             scaler.update(scaler.get_scale())
         return True
 
@@ -167,7 +167,7 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     options = {
         "mp_policy": precision(plugin),
         "reshard_after_forward": plugin.reshard_after_forward,
-        "offload_policy": plugin.cpu_offload,
+        "offload_policy": offloading(plugin, accelerator.device),
     }
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [(group, [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
@@ -188,6 +188,11 @@ def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
     return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
+def offloading(plugin: FullyShardedDataParallelPlugin, device: torch.device) -> OffloadPolicy:
+    """The launch file's `fsdp_offload_params`; none on a CPU, where all weights are in the host's memory."""
+    return OffloadPolicy() if device.type == "cpu" else plugin.cpu_offload
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """Returns the full tensor of a shard. Must be called on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -203,7 +208,7 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
 def order_for_convolutions(model: nn.Module) -> None:
     """Puts the weights of a convolutional network into channels-last order, in place, in which cuDNN is faster.
 
-    Convolutions then hand on their output in this order. A transformer with one convolution, for its patches, stays.
+    The output of convolutions then has this order. A transformer with a single convolution, for its patches, stays.
     """
     if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:
         model.to(memory_format=torch.channels_last)
@@ -212,9 +217,9 @@ def order_for_convolutions(model: nn.Module) -> None:
 def leave_frozen_out(model: nn.Module) -> None:
     """Keeps DDP from sending frozen parameters at the start and frozen buffers before each forward pass.
 
-    Each process has read the same ones.
+    Every process has read the same values.
 
-    Written to, they would no longer be pages of the checkpoint that the processes of a node share. PiSSA computes its
+    A write would copy the pages of the checkpoint that the processes of a node share. PiSSA computes its
     frozen weights, which may differ in the last bits.
     """
     if adapters.mutates_base(model):

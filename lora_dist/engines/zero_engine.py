@@ -20,7 +20,7 @@ DEFAULTS = {
     "stage3_max_live_parameters": 100_000_000,
     "stage3_max_reuse_distance": 100_000_000,
 }
-"""Numbers of elements, where the DeepSpeed configuration leaves them open. DeepSpeed's own are for language models: a
+"""Numbers of elements, where the DeepSpeed configuration leaves them open. DeepSpeed's defaults suit language models: a
 bucket of 2 GB for gradients of 3 MB, and a billion weights that may stay whole, more than most image models have."""
 
 
@@ -230,6 +230,10 @@ def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings
     problems += [
         f"{name}: remove it, this comes from the settings" for name in ("optimizer", "scheduler") if name in config
     ]
+    if plugin.zero_stage not in (1, 2, 3):
+        problems.append(
+            f"ZeRO stage {plugin.zero_stage}: set 1, 2 or 3, or distributed_type: MULTI_GPU without DeepSpeed"
+        )
     if problems:
         raise UserError("\n  ".join(["the DeepSpeed configuration contradicts the settings:", *problems]))
     config.update(wanted)

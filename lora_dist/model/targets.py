@@ -31,7 +31,7 @@ convolutions, whichever hold more weights before pooling."""
 logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.08
-"""Least share of the backbone's weights that a group of `AUTO` must hold: an eighth in SegFormer, a sixth in ViT."""
+"""Smallest share of the backbone's weights that a group of `AUTO` may hold: an eighth in SegFormer, a sixth in ViT."""
 
 
 def resolve_targets(

@@ -84,7 +84,7 @@ class Progress:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Progress":
-        """From the fields in a checkpoint, some of which had other names in older ones."""
+        """Reads the fields of a checkpoint. Older checkpoints have other names for some of them."""
         return cls(**{_FORMER_NAMES.get(name, name): value for name, value in fields.items()})
 
     @property
@@ -161,7 +161,7 @@ class Checkpointer:
         Args:
             directory: where the checkpoints stand.
             engine: engine whose state is saved.
-            identity: what a run must have in common with this one to resume from its checkpoints.
+            identity: facts that a run must share with this one to resume from its checkpoints.
             keep: checkpoints to keep, besides the best.
             writing: context in which the main process writes; see `Watch.writing`.
             average: averaged weights, which are saved as well and become the result.
@@ -223,6 +223,7 @@ class Checkpointer:
             "identity": self._identity,
             "scaler": self._engine.scaler_state(),
             "versions": versions(),
+            "mixed_precision": self._engine.accelerator.mixed_precision,
         }
 
     def _write(self, progress: Progress, content: Checkpoint) -> bool:
@@ -258,6 +259,7 @@ class Checkpointer:
                 + "\nUse the settings, base and data of that run (see its config.yaml), or another --output_dir."
             )
         _tell_other_versions(content.state.get("versions", {}))
+        _tell_other_precision(content.state.get("mixed_precision"), self._engine.accelerator.mixed_precision)
         # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
         expected = {
             name: tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -283,7 +285,7 @@ class Checkpointer:
         mine = checkpoint.path_of(self.directory, progress.step).is_dir()
         (mine,) = broadcast_object_list([mine])
         self.saved_step = progress.step if mine else None
-        # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
+        # The first process decides for all, as in `save`, because all processes have to save together.
         (gone,) = broadcast_object_list(
             [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
         )
@@ -339,3 +341,9 @@ def _tell_other_versions(before: dict[str, str]) -> None:
             ", ".join(f"{name} {before[name]}" for name in changed),
             ", ".join(f"{name} {now.get(name)}" for name in changed),
         )
+
+
+def _tell_other_precision(before: str | None, now: str) -> None:
+    """Logs that the precision has changed, which may come from the launch file; older checkpoints do not record it."""
+    if before not in (None, now):
+        logger.warning("the checkpoint was trained with --mixed_precision %s, and this run uses %s", before, now)
