@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from datetime import timedelta
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -108,8 +109,8 @@ def launch(
             f"configuration file sets fp16 or bf16, remove it there and use --mixed_precision"
         )
     if engine_launched() == "DEEPSPEED":
-        # Or from_pretrained shards the model as it loads it, and leaves nothing to read, probe or adapt before ZeRO
-        # takes it over. Whole image models fit a host's memory.
+        # Otherwise from_pretrained would shard the model while it loads, and the code before ZeRO could not read, probe
+        # or adapt it. Whole image models fit a host's memory.
         unset_hf_deepspeed_config()
     set_up_logs(accelerator.is_main_process)
     preflight.arrive("connected")
@@ -269,7 +270,12 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that affect results."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(name: str) -> str:
+    return metadata.version(name)
 
 
 def _processor() -> str:

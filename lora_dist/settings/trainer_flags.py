@@ -1,4 +1,4 @@
-"""Flags of `transformers.TrainingArguments` and of timm's `train.py` that have another name here, or none."""
+"""Flags of `transformers.TrainingArguments`, timm and older releases that have another name here, or none."""
 
 from collections.abc import Collection
 
@@ -47,6 +47,7 @@ OF_TIMM = {
     "warmup_epochs": "warmup_ratio",
     "workers": "dataloader_num_workers",
 }
+OF_OLDER_RELEASES = {"labels": "class_names"}
 _WORKERS = "the loader does this by itself"
 _PRECISION = "an evaluation has the precision of the training"
 UNNECESSARY = {
@@ -87,7 +88,7 @@ LAUNCH_FILES = {
 
 
 def hint(flag: str, known: Collection[str]) -> str:
-    """What to write instead of a flag of `TrainingArguments` or timm; empty for other flags.
+    """Returns advice on what to use instead of a flag of another name; empty for other flags.
 
     Args:
         flag: Without dashes.
@@ -102,5 +103,5 @@ def hint(flag: str, known: Collection[str]) -> str:
             f"; the launch file selects {engine}: accelerate launch --config_file accelerate_configs/{file} "
             f"(`python -m lora_dist.launch_files` lists all)"
         )
-    name = RENAMED.get(flag) or (OF_TIMM.get(flag, "") if trains else "")
+    name = (RENAMED | OF_OLDER_RELEASES | (OF_TIMM if trains else {})).get(flag, "")
     return f"; use --{name}" if name.split(" ")[0] in known else ""

@@ -24,18 +24,18 @@ def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
 
 def test_a_dry_run_foretells_the_run_and_writes_nothing(vit: Path, photos: Path, tmp_path: Path) -> None:
     arguments = _arguments(vit, photos, tmp_path / "run")
-    plan = train(*arguments, "--dry_run", launch_file="ddp_cpu.yaml")
+    plan = train(*arguments, "--dry_run", launch_file="ddp_cpu.yaml", fresh=True)
     assert not list(tmp_path.iterdir())
     settings, _, text = plan.stdout.partition("\n\n")
     assert yaml.safe_load(settings)["per_device_train_batch_size"] == 4
     assert "27 training and 9 validation images" in text
     assert "2 processes on" in text
-    assert "6 of 16 samples: 4 a process x 2 accumulated x 2 processes; 2 an epoch" in text
+    assert "6 of 16 samples: 4 per process x 2 accumulated x 2 processes; 2 per epoch" in text
     assert "2 x [16, 32]  vit.layers.*.attention.q_proj.lora_A" in text
     assert "1 x [3, 32]  classifier" in text
     assert "4 evaluations" in text
     assert "nothing was written" in plan.stderr
-    train(*arguments, launch_file="ddp_cpu.yaml")
+    train(*arguments, launch_file="ddp_cpu.yaml", fresh=True)
     foretold = float(re.search(r"memory +([\d,]+) MiB", text)[1].replace(",", ""))  # type: ignore[index]
     measured = max(line["train/peak_memory_mb"] for line in lines_of(tmp_path / "run") if "train/loss" in line)
     assert foretold == pytest.approx(measured, rel=0.15)

@@ -1,24 +1,16 @@
 """Training from streamed shards through real launchers: the same on two processes, after a kill, and to the end."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from lora_dist_testing.launching import flags, lines_of, results_of, started, train
+from lora_dist_testing.launching import RESULTS, flags, lines_of, results_of, started, train
 from lora_dist_testing.tiny import make_png, make_shards, write_tar
 from safetensors.torch import load_file
 
 UNEVEN = (13, 2, 9, 1, 7)
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +50,12 @@ def _adapter(out: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def single(vit: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("single") / "run"
-    train(*_arguments(vit, parquet, out, *BATCH), launch_file="single.yaml")
+    train(*_arguments(vit, parquet, out, *BATCH))
     return out
 
 
 def test_a_streamed_run_leaves_what_any_run_does(single: Path) -> None:
-    assert {path.name for path in single.iterdir()} == {
-        "adapter",
-        "checkpoints",
-        "tensorboard",
-        "all_results.json",
-        "config.yaml",
-        "evaluation.json",
-        "metrics.jsonl",
-        "split.json",
-        "validation_predictions.jsonl",
-    }
+    assert {path.name for path in single.iterdir()} == RESULTS | {"checkpoints", "tensorboard"}
     results = results_of(single)
     assert (results["step"], results["epoch"], results["train_samples"]) == (12, 3, 32)
     assert results["eval_samples"] == 9

@@ -65,8 +65,15 @@ def test_a_damaged_index_is_written_anew(tmp_path: Path, own_cache: Path) -> Non
         assert file.read_text() == whole
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("foreign", ["directory", "lock"])
+@pytest.mark.parametrize(
+    ("streamed", "foreign"),
+    [
+        (True, "directory"),
+        (False, "lock"),
+        pytest.param(False, "directory", marks=pytest.mark.slow),
+        pytest.param(True, "lock", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cache_of_others_is_not_needed(streamed: bool, foreign: str, tmp_path: Path) -> None:
     data, cache, temporary = make_shards(tmp_path / "data", COUNTS), tmp_path / "home" / "datasets", tmp_path / "tmp"
     cache.mkdir(parents=True)
