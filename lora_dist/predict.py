@@ -21,7 +21,7 @@ from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
-from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
+from lora_dist.settings.predict import PredictSettings, contradictions, missing_paths, require_shareable
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def predict(argv: list[str] | None) -> None:
         argv_or(argv),
         prog="lora_dist.predict",
         description="Classify images with an adapter or a model; merge an adapter, export to ONNX, or serve.",
-        contradictions=contradictions,
+        contradictions=lambda read: chain(contradictions(read), missing_paths(read)),
         takes_config=False,
     )
     if _is_shared():

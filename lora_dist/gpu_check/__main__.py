@@ -1,5 +1,6 @@
 """Checks the machine: `python -m lora_dist.gpu_check`, or `accelerate launch … -m lora_dist.gpu_check`."""
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,11 @@ from lora_dist.processes.parent_death import end_with_launcher
 @exit_on_user_error
 def main() -> None:
     """Runs all checks, prints a line for each, and exits with 1 if one fails."""
+    argparse.ArgumentParser(
+        prog="lora_dist.gpu_check",
+        description="Check this machine: prints a line for each check, with PASS, FAIL or SKIP and why. Takes minutes, "
+        "and needs no network. Exit codes: 0 nothing failed, 1 a check failed.",
+    ).parse_args()
     end_with_launcher()
     # Imported here, because the command is to end with its launcher while torch is being loaded, too.
     import os

@@ -64,9 +64,12 @@ def require_adapter(directory: Path) -> None:
 
 def result_of_run(directory: Path) -> str:
     """Returns a hint for an error message if the directory is that of a run, else an empty string."""
-    for inside, file in ((directory / "adapter", ADAPTER_CONFIG), (directory / "model", "config.json")):
+    run, what = directory, "the output directory of a run"
+    if directory.name == "checkpoints":
+        run, what = directory.parent, "the directory of a run's checkpoints"
+    for inside, file in ((run / "adapter", ADAPTER_CONFIG), (run / "model", "config.json")):
         if (inside / file).is_file():
-            return f". It is the output directory of a run; pass its result, {inside}"
+            return f". It is {what}; pass its result, {inside}"
     return ""
 
 

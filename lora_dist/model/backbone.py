@@ -246,8 +246,8 @@ def cannot_load(name: str, error: Exception) -> UserError:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"{message}there is no such directory.{elsewhere}")
     return UserError(
-        f"{message}{reason}{elsewhere}\nWithout a network, run `hf download {name}` beforehand; "
-        "the small demo:vit needs no network"
+        f"{message}there is no such directory, and loading it from the Hub failed: {reason}{elsewhere}\n"
+        f"Without a network, run `hf download {name}` beforehand; the small demo:vit needs no network"
     )
 
 

@@ -1,5 +1,6 @@
 """Settings of the prediction command: names, types, defaults, help texts and contradictions."""
 
+import glob
 import math
 import os
 from collections.abc import Collection, Iterator
@@ -270,6 +271,26 @@ def contradictions(settings: PredictSettings) -> Iterator[Contradiction]:
     yield from _task_problems(settings)
     yield from _input_problems(settings)
     yield from _output_problems(settings)
+
+
+def missing_paths(settings: PredictSettings) -> Iterator[Contradiction]:
+    """Yields what is named and does not exist, before anything is loaded."""
+    source, images, onnx = settings.source, settings.images, settings.exporting.onnx
+    models = [("adapter", path) for _, path in source.named_adapters]
+    models += [(name, path) for name in ("model", "base_model") if (path := getattr(source, name))]
+    for name, path in models:
+        # A path with one slash may be a name on the Hub, such as org/name@refs/pr/1.
+        is_path = path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") > 1
+        if is_path and not os.path.lexists(path):
+            yield Contradiction((name,), f"no such directory: {path}")
+    for path in images.images:
+        if not (is_packaged(path) or glob.has_magic(path) or os.path.lexists(path)):
+            yield Contradiction(("images",), f"no such file or directory: {path}")
+    for name, path in (("images_from", images.images_from), ("labels_file", images.labels_file)):
+        if path and not os.path.lexists(path):
+            yield Contradiction((name,), f"no such file: {path}")
+    if onnx and not settings.onnx_to_write and not os.path.lexists(onnx):
+        yield Contradiction(("onnx",), f"no such file: {onnx}; pass an --adapter or --model to write it")
 
 
 def _model_problems(settings: PredictSettings) -> Iterator[Contradiction]:

@@ -1,4 +1,4 @@
-"""Flags of `transformers.TrainingArguments` and of older releases that have another name here, or none."""
+"""Flags of `transformers.TrainingArguments`, timm and older releases that have another name here, or none."""
 
 from collections.abc import Collection
 
@@ -12,23 +12,72 @@ RENAMED = {
     "evaluation_strategy": "eval_steps",
     "fp16": "mixed_precision fp16",
     "full_determinism": "deterministic",
+    "logging_first_step": "logging_steps 1",
     "logging_strategy": "logging_steps",
     "lr": "learning_rate",
     "max_steps": "max_train_steps",
     "save_steps": "checkpointing_steps",
     "save_strategy": "checkpointing_steps",
 }
+OF_TIMM = {
+    "aa": "augmentation",
+    "amp": "mixed_precision",
+    "checkpoint_hist": "save_total_limit",
+    "clip_grad": "max_grad_norm",
+    "cutmix": "cutmix_alpha",
+    "data_dir": "train_dir",
+    "eval_metric": "metric_for_best_model",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "hflip": "horizontal_flip",
+    "img_size": "image_size",
+    "initial_checkpoint": "adapter_name_or_path",
+    "log_interval": "logging_steps",
+    "log_wandb": "report_to wandb",
+    "mixup": "mixup_alpha",
+    "model": "model_name_or_path",
+    "model_ema_decay": "ema_decay",
+    "opt": "optim",
+    "output": "output_dir",
+    "reprob": "random_erasing",
+    "resume": "resume_from_checkpoint",
+    "scale": "crop_scale_min",
+    "sched": "lr_scheduler_type",
+    "smoothing": "label_smoothing_factor",
+    "validation_batch_size": "per_device_eval_batch_size",
+    "warmup_epochs": "warmup_ratio",
+    "workers": "dataloader_num_workers",
+}
 OF_OLDER_RELEASES = {"labels": "class_names"}
+_WORKERS = "the loader does this by itself"
+_PRECISION = "an evaluation has the precision of the training"
 UNNECESSARY = {
+    "bf16_full_eval": _PRECISION,
+    "dataloader_drop_last": "the last, short batch of an epoch counts each sample as much as any other",
+    "dataloader_persistent_workers": _WORKERS,
+    "dataloader_pin_memory": _WORKERS,
+    "disable_tqdm": "the bar appears on a terminal only",
     "do_eval": "every run evaluates",
+    "do_predict": "set --test_dir, or use lora_dist.predict",
     "do_train": "every run without --do_eval_only trains",
+    "eval_delay": "--eval_steps says when to evaluate",
+    "eval_on_start": "--probe measures the base before training",
+    "fp16_full_eval": _PRECISION,
+    "greater_is_better": "--metric_for_best_model knows which values are better",
+    "hub_strategy": "pushes follow each best evaluation and the end",
+    "hub_token": "run `hf auth login`, or set HF_TOKEN",
+    "ignore_data_skip": "a resumed run continues at the next sample",
     "ignore_mismatched_sizes": "a head of another size is always replaced",
     "load_best_model_at_end": "the result is always the best checkpoint",
+    "local_rank": "the launcher sets it",
     "logging_dir": "TensorBoard logs are in --output_dir/tensorboard",
     "num_channels": "models see RGB images, which have 3 channels",
+    "num_classes": "the data has the classes",
     "overwrite_output_dir": "runs do not overwrite each other; use another --output_dir",
+    "pretrained": "weights are those of the base; --init_from_config starts from random ones",
     "remove_unused_columns": "only the image and label columns are read",
     "run_name": "the name of a run is its --output_dir",
+    "save_only_model": "checkpoints hold the trained weights and their optimizer state only",
+    "save_safetensors": "all weights are saved so",
     "use_cpu": "set ACCELERATE_USE_CPU=true instead",
 }
 LAUNCH_FILES = {
@@ -54,5 +103,5 @@ def hint(flag: str, known: Collection[str]) -> str:
             f"; the launch file selects {engine}: accelerate launch --config_file accelerate_configs/{file} "
             f"(`python -m lora_dist.launch_files` lists all)"
         )
-    name = (RENAMED | OF_OLDER_RELEASES).get(flag, "")
+    name = (RENAMED | OF_OLDER_RELEASES | (OF_TIMM if trains else {})).get(flag, "")
     return f"; use --{name}" if name.split(" ")[0] in known else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import yaml
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -141,14 +141,15 @@ def describe(
     )
     training, evaluation = steps * measured.update_seconds, (evaluations + 1) * measured.evaluation_seconds
     precision = "fp32" if run.precision == "no" else run.precision
+    kind = accelerator.distributed_type
+    engine = "" if kind == DistributedType.NO else f"{kind.value}, "
     root = run.checkpointer.directory.parent
     rows = [
         ("data", f"{len(data.train):,} training and {len(data.validation):,} validation images"),
         ("classes", f"{len(data.labels)}: {', '.join(data.labels[:6])}{' …' if len(data.labels) > 6 else ''}"),
         (
             "launch",
-            f"{_processes(plan.world_size)} on {socket.gethostname()}, "
-            f"{accelerator.distributed_type.value}, {precision}, {accelerator.device.type}",
+            f"{_processes(plan.world_size)} on {socket.gethostname()}, {engine}{precision}, {accelerator.device.type}",
         ),
         (
             "updates",

@@ -233,7 +233,7 @@ def test_an_adapter_without_a_label_map_is_refused(vit: Path, folder: Path, tmp_
 
 def test_a_name_of_nothing_is_refused_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
-    words = [f"--images {missing}: no images found"]
+    words = [f"--images: no such file or directory: {missing}", f"--adapter: no such directory: {tmp_path}"]
     _refused("--adapter", tmp_path / "no adapter", "--images", folder, missing, words=words)
 
 

@@ -183,6 +183,12 @@ def test_dropped_and_chosen_images_come_back_with_bars(adapter: Path, images: li
         # The answer to the damaged file is the one error that the browser knows of.
         assert len(browser.problems) <= 1, browser.problems
         assert all("422" in problem for problem in browser.problems)
+        # What the browser cannot show is an empty box, without its icon of a broken image.
+        text = tmp_path / "text.png"
+        text.write_text("no image")
+        browser.choose("#choose", [text])
+        browser.wait_for("document.querySelectorAll('.error').length === 2")
+        browser.wait_for("document.querySelectorAll('.result img:not([src])').length === 1")
         # A click shows the heat map in place of the picture, and another click the picture again.
         for pressed, width in (("true", 256), ("false", 40), ("true", 256)):
             browser.evaluate("document.querySelector('.explain').click()")

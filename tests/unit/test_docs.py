@@ -131,6 +131,7 @@ def inline_flag_problems(text: str) -> Iterator[str]:
         ACCELERATE_FLAGS
         | OTHER_PROGRAMS
         | trainer_flags.RENAMED.keys()
+        | trainer_flags.OF_TIMM.keys()
         | trainer_flags.UNNECESSARY.keys()
         | trainer_flags.LAUNCH_FILES.keys()
     )
@@ -230,9 +231,14 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
 
 
-def test_all_renamed_flags_of_trainer_are_listed() -> None:
+def test_all_renamed_flags_of_trainer_and_timm_are_listed() -> None:
     page = (ROOT / "docs" / "coming-from-trainer.md").read_text(encoding="utf-8")
     assert [name for name, ours in trainer_flags.RENAMED.items() if f"| `{name}` | `--{ours}` |" not in page] == []
+    rows = [line.split(" | ") for line in page.partition("## From timm")[2].splitlines() if line.startswith("| ")]
+    for name, ours in trainer_flags.OF_TIMM.items():
+        row = next((row for row in rows if f"`{name.replace('_', '-')}`" in row[0]), None)
+        assert row is not None, name
+        assert f"`--{ours}`" in row[1], name
 
 
 def test_one_time_is_named_for_the_tests() -> None:

@@ -46,7 +46,8 @@ def write(
     if settings.onnx_to_write:
         out = Path(settings.onnx_to_write)
         with writing(out, "onnx"):
-            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16)
+            batch_size = settings.images.batch_size
+            exported = onnx_export.export(classifier, out, files, exporting.int8, exporting.fp16, batch_size)
         what = ", before rounding," if exporting.int8 or exporting.fp16 else ""
         logger.info("wrote %s; its logits%s differ from PyTorch's by %.1e of the largest", out, what, exported.logits)
         if exported.fp16 is not None:

@@ -75,7 +75,14 @@ class Exported(NamedTuple):
     fp16: float | None = None
 
 
-def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool = False, fp16: bool = False) -> Exported:
+def export(
+    classifier: Classifier,
+    out: Path,
+    files: Sequence[str],
+    int8: bool = False,
+    fp16: bool = False,
+    batch_size: int | None = None,
+) -> Exported:
     """Writes the classifier as an ONNX file, after checking its logits.
 
     Args:
@@ -84,6 +91,8 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
         files: images to compare on; packaged photographs if none is readable.
         int8: quantise the weights of linear layers to 8 bits, and their inputs dynamically.
         fp16: round the weights to fp16, and compute in fp16 where ONNX Runtime can; inputs and logits stay fp32.
+        batch_size: of the count of predictions that rounding changes, as in `classify`. It matters for int8, which
+            scales the inputs of a layer by the largest of a batch.
 
     Raises:
         UserError: the logits differ by more than `TOLERANCE`, or in fp16 by more than `HALF_PRECISION_TOLERANCE`, the
@@ -127,7 +136,7 @@ def export(classifier: Classifier, out: Path, files: Sequence[str], int8: bool =
             if fp16:
                 half = _difference(rounded, pixels, expected)
                 _require(half, HALF_PRECISION_TOLERANCE, out, f"on {len(pixels)} images the logits in fp16")
-            cost = _cost("int8" if int8 else "fp16", exact, rounded, files) if files else None
+            cost = _cost("int8" if int8 else "fp16", exact, rounded, files, batch_size) if files else None
         replace_file(out, file.read_bytes())
     return Exported(difference, cost, half)
 
@@ -227,8 +236,11 @@ def _save(rounded: Any, proto: Any, weights: str, out: Path) -> None:
     onnx.save(rounded, out)
 
 
-def _cost(weights: str, exact: Classifier, rounded: Classifier, files: Sequence[str]) -> RoundingCost:
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": 8, "num_workers": None, "device": torch.device("cpu")}
+def _cost(
+    weights: str, exact: Classifier, rounded: Classifier, files: Sequence[str], batch_size: int | None
+) -> RoundingCost:
+    cpu = torch.device("cpu")
+    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": cpu}
     images = changed = labelled = right_before = right_after = 0
     several = exact.decision.problem_type == MULTI_LABEL
     names = set() if several else set(exact.labels)

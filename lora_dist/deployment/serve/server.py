@@ -126,6 +126,8 @@ def make_app(
         top_k=min(top_k, max(len(one.labels) for one in classifiers.values())),
         megabytes=f"{limits.body / 1e6:g}",
         megapixels=f"{limits.pixels / 1e6:g}",
+        files=limits.files,
+        hint="" if unexplained else "<p>A click on a picture shows which parts speak for its class.</p>",
         explains="no" if unexplained else "yes",
     )
 
@@ -239,8 +241,8 @@ def _chosen(adapter: str | None, names: list[str]) -> str:
     if adapter is None and len(names) == 1:
         return names[0]
     if adapter not in names:
-        problem = "several adapters: name one" if adapter is None else f"there is no adapter {adapter!r}"
-        raise HTTPException(422, f"{problem} with ?adapter=NAME, of {', '.join(names)}")
+        problem = "there are several adapters" if adapter is None else f"there is no adapter {adapter!r}"
+        raise HTTPException(422, f"{problem}; add ?adapter=NAME with one of these names: {', '.join(names)}")
     return adapter
 
 

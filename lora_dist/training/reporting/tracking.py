@@ -66,7 +66,7 @@ class Tracker:
             total=total_steps,
             initial=first_step,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or first_step >= total_steps,
             delay=1e-3,  # shown from the first update on, below earlier messages
             bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
             file=sys.stderr,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dist.gpu_check import commands, tensors
+from lora_dist.gpu_check import __main__, commands, tensors
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped, run_checks
 from lora_dist.processes.runtime import launch
 
@@ -15,6 +15,19 @@ from lora_dist.processes.runtime import launch
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     return Machine(launch("no"), tmp_path)
+
+
+def test_help_and_an_unknown_flag_run_no_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, code in ((["--help"], 0), (["--config", "demo"], 2)):
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *words])
+        with pytest.raises(SystemExit) as ended:
+            __main__.main()
+        assert ended.value.code == code
+    said = capsys.readouterr()
+    assert "Check this machine" in said.out
+    assert "unrecognized arguments: --config demo" in said.err
 
 
 def test_each_check_has_a_line_and_those_that_fail_are_named(

@@ -159,6 +159,9 @@ def test_the_directory_of_a_run_is_not_its_result(name: str, own: Path, vit: Pat
     shutil.copytree(own if name == "adapter" else vit, tmp_path / "run" / name)
     with pytest.raises(UserError, match=rf"run is not an adapter.* {tmp_path / 'run' / name}$"):
         adapter_io.read(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=rf"a run's checkpoints; pass its result, {tmp_path / 'run' / name}$"):
+        adapter_io.read(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match=rf"run is not a model.* {tmp_path / 'run' / name}$"):
         load_classifier(tmp_path / "run")
 

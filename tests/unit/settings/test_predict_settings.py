@@ -6,7 +6,7 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.settings.cli import parse
-from lora_dist.settings.predict import PredictSettings, contradictions, require_shareable
+from lora_dist.settings.predict import PredictSettings, contradictions, missing_paths, require_shareable
 
 
 def _parse(line: str) -> PredictSettings:
@@ -173,3 +173,20 @@ def test_several_processes_share_nothing_but_images_for_a_file(line: str, words:
     with pytest.raises(UserError, match=words):
         require_shareable(_parse(line))
     require_shareable(_parse("--onnx m.onnx --images x --output rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("line", "problems"),
+    [
+        ("--adapter runs/x/adapter ./a b=/c/d --images nowhere", ["runs/x/adapter", "./a", "/c/d", "nowhere"]),
+        ("--model a/b/c --base_model ~/base --images_from l --labels_file f", ["a/b/c", "~/base", "l", "f"]),
+        ("--onnx f --images nowhere/*.png demo:digits/validation", ["f; pass an --adapter or --model to write it"]),
+        ("--adapter org/name@refs/pr/1 name --onnx new", []),
+    ],
+)
+def test_a_path_of_nothing_is_named_before_anything_is_loaded(line: str, problems: list[str]) -> None:
+    """A name with one slash may be on the Hub, and a pattern may match a file."""
+    settings = parse(
+        PredictSettings, line.split(), prog="", description="", contradictions=lambda _: (), takes_config=False
+    )
+    assert [problem.message.partition(": ")[2] for problem in missing_paths(settings)] == problems

@@ -110,13 +110,31 @@ def test_flags_of_trainer_for_engines_are_answered_with_a_launch_file(
     assert "lora_dist.launch_files" in problem
 
 
-def test_every_replacement_of_a_trainer_flag_is_a_flag() -> None:
+def test_every_replacement_of_a_foreign_flag_is_a_flag() -> None:
     known = cli.flat_fields(Settings)
-    assert {name.split()[0] for name in trainer_flags.RENAMED.values()} <= known.keys()
-    assert (
-        not (trainer_flags.RENAMED.keys() | trainer_flags.UNNECESSARY.keys() | trainer_flags.LAUNCH_FILES.keys())
-        & known.keys()
+    replacements = [*trainer_flags.RENAMED.values(), *trainer_flags.OF_TIMM.values()]
+    assert {name.split()[0] for name in replacements} <= known.keys()
+    tables = trainer_flags.RENAMED, trainer_flags.OF_TIMM, trainer_flags.UNNECESSARY, trainer_flags.LAUNCH_FILES
+    foreign = [name for table in tables for name in table]
+    assert len(foreign) == len(set(foreign))
+    assert not set(foreign) & known.keys()
+
+
+def test_foreign_flags_are_answered_with_what_they_mean_and_not_with_the_nearest_name(folder: Path) -> None:
+    """--eval_delay is near --ema_decay, --sched near --seed, --reprob near --probe."""
+    message = problems_of(
+        *flags(train_dir=folder, eval_delay=2, greater_is_better="true", hub_token="hf_x"),
+        *("--sched", "cosine", "--reprob", 0.25, "--workers", 4, "--checkpoint-hist", 3),
     )
+    assert message.splitlines()[1:] == [
+        "  --eval_delay: unknown flag; remove it: --eval_steps says when to evaluate",
+        "  --greater_is_better: unknown flag; remove it: --metric_for_best_model knows which values are better",
+        "  --hub_token: unknown flag; remove it: run `hf auth login`, or set HF_TOKEN",
+        "  --sched: unknown flag; use --lr_scheduler_type",
+        "  --reprob: unknown flag; use --random_erasing",
+        "  --workers: unknown flag; use --dataloader_num_workers",
+        "  --checkpoint_hist: unknown flag; use --save_total_limit",
+    ]
 
 
 def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, tmp_path: Path) -> None:

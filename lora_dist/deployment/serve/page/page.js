@@ -90,7 +90,9 @@ async function show(file) {
   const details = element("div", "");
   picture.alt = "";
   picture.src = URL.createObjectURL(file);
-  picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+  picture.onload = () => URL.revokeObjectURL(picture.src);
+  // An empty box instead of the browser's icon for a damaged image.
+  picture.onerror = () => picture.removeAttribute("src");
   const adapter = document.getElementById("adapter")?.value;
   details.append(element("h2", "", adapter === undefined ? file.name : `${file.name} (${adapter})`));
   card.append(picture, details);

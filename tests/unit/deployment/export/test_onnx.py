@@ -306,8 +306,8 @@ def test_int8_is_smaller_and_its_cost_is_what_can_be_counted(adapter: Path, tmp_
     assert difference <= 1e-4
     export(load_classifier(adapter), tmp_path / "fp32.onnx", files)
     assert (tmp_path / "int8.onnx").stat().st_size < (tmp_path / "fp32.onnx").stat().st_size
-    # The batches of the count: int8 scales its inputs by the largest of a batch.
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": 8, "num_workers": 0, "device": torch.device("cpu")}
+    # The batches of a prediction: int8 scales its inputs by the largest of a batch.
+    settings: dict[str, Any] = {"top_k": 1, "batch_size": None, "num_workers": 0, "device": torch.device("cpu")}
     before, after = (
         [row.top_k[0][0] if row.top_k else None for row in classify(load_onnx(tmp_path / name), files, **settings)]
         for name in ("fp32.onnx", "int8.onnx")

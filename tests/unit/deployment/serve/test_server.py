@@ -350,6 +350,9 @@ def test_the_page_loads_nothing_external_and_escapes_names(url: str) -> None:
     assert "&lt;i&gt;model&lt;/i&gt;" in page
     assert "<i>model" not in page
     assert "http" not in page.replace("http-equiv", "")
+    # The page sends each image in a request of its own.
+    assert "Each is one request, of up to 0.3 MB and 0.02 megapixels." in page
+    assert "up to 8 files and 0.3 MB in a request" in page
     assert policy.startswith("default-src 'self'")
 
 
@@ -411,8 +414,9 @@ def test_each_adapter_answers_under_its_name(two: tuple[dict[str, Path], Adapter
         unnamed, unknown = (post(url, [("a.png", GOOD)], query) for query in ("", "?adapter=noon"))
         health, (_, page), (_, text) = (_get(f"{url}/{path}") for path in ("health", "", "metrics"))
     assert (unnamed[0], unknown[0]) == (422, 422)
-    assert unnamed[1]["detail"] == "several adapters: name one with ?adapter=NAME, of day, a & <night>"
-    assert unknown[1]["detail"] == "there is no adapter 'noon' with ?adapter=NAME, of day, a & <night>"
+    way_out = "; add ?adapter=NAME with one of these names: day, a & <night>"
+    assert unnamed[1]["detail"] == f"there are several adapters{way_out}"
+    assert unknown[1]["detail"] == f"there is no adapter 'noon'{way_out}"
     assert (health[0], json.loads(health[1])) == (200, {"status": "ok", "adapters": list(directories)})
     assert '<option value="a &amp; &lt;night&gt;">a &amp; &lt;night&gt; (3 classes)</option>' in page
     assert 'lora_dist_images_total{adapter="day"} 8\n' in text

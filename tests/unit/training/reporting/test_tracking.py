@@ -165,3 +165,16 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
     assert "step 2/10" in before
     *_, erased, line = before.split("\r")
     assert (erased.strip(), line) == ("", "")
+
+
+def test_a_run_without_updates_left_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that was killed in its last evaluation, and resumes."""
+    reading, terminal = pty.openpty()
+    with os.fdopen(terminal, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        one = tracker(tmp_path, first_step=10)
+        one.say("evaluated")
+        one.close()
+        print("the end", file=stderr)
+        assert os.read(reading, 10_000).decode().splitlines() == ["the end"]
+    os.close(reading)
