@@ -136,17 +136,17 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     names = [path.relative_to(photos / "train") for path in images]
     given = [("a", "b") if number % 3 else ("c",) if number % 2 else () for number in range(len(images))]
     rows = [
-        f"{name},{int('a' in own)},{int('c' in own)},p{n // 3}"
+        f"{name},{int('a' in own)},{int('b' in own)},{int('c' in own)},p{n // 3}"
         for n, (name, own) in enumerate(zip(names, given, strict=True))
     ]
-    (tmp_path / "labels.csv").write_text("\n".join(["photo,a,c,person", *rows]))
+    (tmp_path / "labels.csv").write_text("\n".join(["photo,a,b,c,person", *rows]))
     out = tmp_path / "rows.jsonl"
     command = flags(
         adapter=several,
         images=photos / "train",
         labels_file=tmp_path / "labels.csv",
         image_column_name="photo",
-        label_column_name="a,c",
+        label_column_name="a,b,c",
         output=out,
     )
     predict([*command, "--group_column_name", "person"])
@@ -156,11 +156,10 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     assert capsys.readouterr().out == ""
     content = [json.loads(line) for line in whole.read_text().splitlines()]
     scores = [{entry["label"]: entry["score"] for entry in row["top_k"]} for row in content]
-    true = np.array([["a" in own, False, "c" in own] for own in given])
+    true = np.array([[name in own for name in "abc"] for own in given])
     likely = np.array([[by_label[name] for name in "abc"] for by_label in scores])
     chosen = np.array([[name in {entry["label"] for entry in row["labels"]} for name in "abc"] for row in content])
-    known = [0, 2]
-    mean = sklearn.average_precision_score(true[:, known], likely[:, known], average="macro")
+    mean = sklearn.average_precision_score(true, likely, average="macro")
     micro = sklearn.f1_score(true, chosen, average="micro")
     assert f"27 images: mAP {mean:.4f} (95% interval " in by_group
     assert f"micro F1 {micro:.4f} (95% interval " in by_group
@@ -183,6 +182,9 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     assert (tmp_path / "grid.png").is_file()
     compare([str(whole), str(other)])
     assert "no paired test: no label is known: compare with the directory of a run" in capsys.readouterr().out
+    some = [{"a,b,c": "a,c"}.get(part, part) for part in command]
+    with pytest.raises(UserError, match="the model also has the labels b, and it is not known whether the images have"):
+        predict(some)
 
 
 def test_one_class_and_several_labels_are_not_compared(
