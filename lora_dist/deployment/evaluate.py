@@ -185,8 +185,8 @@ def _require_classes(settings: Images, listed: Listed, classes: Collection[str],
     columns = indicator_columns(settings.label_column_name) if several else []
     if columns and (unnamed := sorted(set(classes) - set(columns))):
         raise UserError(
-            f"--label_column_name {settings.label_column_name}: the model also has the labels {', '.join(unnamed)}, and "
-            f"it is not known whether the images have them: name a column of each"
+            f"--label_column_name {settings.label_column_name}: the model also has the labels {', '.join(unnamed)}, "
+            f"and it is not known whether the images have them: name a column of each"
         )
 
 

@@ -38,8 +38,9 @@ def _by_sample(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 def _by_group(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """Puts one group after the other, the largest first, where the classes of all folds then differ least.
 
-    Of several such folds, the one with the fewest samples gets the group. As scikit-learn's StratifiedGroupKFold, with rarer classes counting as much as frequent ones. Several labels are as
-    many classes, to which an image counts; images without a label are those of one more.
+    Of several such folds, the one with the fewest samples gets the group. As scikit-learn's StratifiedGroupKFold, with
+    rarer classes counting as much as frequent ones. Several labels are as many classes, to which an image counts;
+    images without a label are those of one more.
     """
     names, members = np.unique(np.array(groups), return_inverse=True)
     labels = with_unlabelled(labels)

@@ -159,8 +159,8 @@ def read_labels_file(
     _tell(f"--labels_file {file}", problems, notes)
     if several and not names and chosen and is_indicator([row.labels for row in chosen.values()]):
         raise UserError(
-            f"--labels_file {file}: the column of labels has 0 and 1 only, which are no labels. Name a column of 0 and 1 "
-            f"for each label, such as --label_column_name cat,dog"
+            f"--labels_file {file}: the column of labels has 0 and 1 only, which are no labels. Name a column of 0 and "
+            f"1 for each label, such as --label_column_name cat,dog"
         )
     classes = names or sorted({label for row in chosen.values() for label in row.labels})
     require_distinct(classes)

@@ -67,8 +67,8 @@ def _read_classes(table: Dataset, image_column: str, label_column: str, source: 
 
 def _read_lists(table: Dataset, image_column: str, label_column: str, source: str) -> tuple[list[str], list[Any]]:
     require_image_column(table.features, image_column)
-    if label_column not in table.features and (names := indicator_columns(label_column)):
-        return names, _read_indicators(table, names, source)
+    if label_column not in table.features and (columns := indicator_columns(label_column)):
+        return columns, _read_indicators(table, columns, source)
     require_column(table.features, label_column, "label_column_name")
     feature = _label_of(table.features[label_column])
     if feature is None:

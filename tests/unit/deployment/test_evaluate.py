@@ -47,7 +47,7 @@ def test_folders_of_classes_are_evaluated(
     said = capsys.readouterr().out
     true, predicted = _pairs(rows)
     accuracy = sklearn.accuracy_score(true, predicted)
-    assert f"27 images: accuracy {accuracy:.4f} (95% interval " in said
+    assert f"27 images:\n    accuracy {accuracy:.4f} (95% interval " in said
     assert f"macro F1 {sklearn.f1_score(true, predicted, average='macro', zero_division=0):.4f} (95% interval" in said
     names = sorted({*true, *predicted})
     matrix = sklearn.confusion_matrix(true, predicted, labels=names)
@@ -73,7 +73,7 @@ def test_labels_of_a_file(adapter: Path, photos: Path, tmp_path: Path, capsys: p
     predict(images)
     said = capsys.readouterr()
     assert [json.loads(line)["path"] for line in said.out.splitlines()] == [str(tmp_path / f"{n}.png") for n in (0, 4)]
-    assert "2 images: accuracy" in said.err
+    assert "2 images:\n    accuracy" in said.err
     (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n4.png,rose\n")
     with pytest.raises(UserError, match="labels that are no classes of the model: rose"):
         predict(images)
@@ -102,7 +102,7 @@ def test_other_predictions_are_compared(
     said = capsys.readouterr().out
     assert "1 images are in one of the two sets alone, and are left out" in said
     assert f"this model and {other} predict different classes for {left} of 26 images" in said
-    assert f"only this model is right on 0, only {other} on {left}: p = {2 * 0.5**left:.4g} by McNemar" in said
+    assert f"only this model is right on 0, only {other} on {left}\np = {2 * 0.5**left:.4g} by McNemar" in said
     with Image.open(tmp_path / "grid.png") as grid:
         assert np.asarray(grid).std() > 5
     compare([str(rows), str(other)])
@@ -161,13 +161,13 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     chosen = np.array([[name in {entry["label"] for entry in row["labels"]} for name in "abc"] for row in content])
     mean = sklearn.average_precision_score(true, likely, average="macro")
     micro = sklearn.f1_score(true, chosen, average="micro")
-    assert f"27 images: mAP {mean:.4f} (95% interval " in by_group
+    assert f"27 images:\n    mAP {mean:.4f} (95% interval " in by_group
     assert f"micro F1 {micro:.4f} (95% interval " in by_group
     assert "confusion" not in by_group
     assert [len(json.loads(line)["top_k"]) for line in out.read_text().splitlines()] == [1] * 27
     predict(command)
     by_image = capsys.readouterr().out
-    assert by_image.splitlines()[0] != by_group.splitlines()[0], "intervals of single images"
+    assert by_image.splitlines()[1] != by_group.splitlines()[1], "intervals of single images"
 
     other = tmp_path / "other.jsonl"
     others = [{"path": row["path"], "labels": list(own)} for row, own in zip(content, given, strict=True)]

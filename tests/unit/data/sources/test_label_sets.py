@@ -75,7 +75,11 @@ def test_a_column_of_0_and_1_for_each_label_keeps_the_order_given(photos: Path) 
         (["path,cat,dog", "0.png,1,yes", "1.png,,0"], "cat,dog", "line 2: dog is yes; line 3: cat is empty"),
         (["path,cat,dog", "0.png,1,0"], "cat,cow", "no column cow; the first line has path, cat, dog"),
         (["path,cat,dog", "0.png,1,0"], "cat,cat", "names a column twice"),
-        (["path,cat,dog", "0.png,1,0", "1.png,0,1"], "cat", "has 0 and 1 only, which are no labels. Name a column of 0"),
+        (
+            ["path,cat,dog", "0.png,1,0", "1.png,0,1"],
+            "cat",
+            "has 0 and 1 only, which are no labels. Name a column of 0",
+        ),
         (["path,label", "0.png,", "1.png,"], None, "no image has a label"),
         (["path,label", "0.png,cat;dog", "0.png,cat"], None, "files listed twice with different values"),
         (["path,label", "0.png,cat; Cat", "1.png,Cat;Cat;\u200bcat"], None, "class names that look the same"),
