@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/benchmarks/base_dtype.py
 
-A CPU without instructions for bf16 is hundreds of times slower in it. There, `--ways float32 rounded` measures a part
-of the cost: the weights of the base are rounded to bf16, and everything is computed in fp32. Adds rows to
-`results/base_dtype.csv`.
+A CPU needs instructions for bf16 (`avx512_bf16`), or is hundreds of times slower in it. Without them,
+`--ways float32 rounded` measures a part of the cost: the weights of the base are rounded to bf16, and everything is
+computed in fp32. Adds rows to `results/base_dtype.csv`.
 """
 
 import argparse

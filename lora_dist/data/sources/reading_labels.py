@@ -74,8 +74,8 @@ def _read_lists(table: Dataset, image_column: str, label_column: str, source: st
     if feature is None:
         kind = type(table.features[label_column]).__name__
         raise UserError(
-            f"column {label_column} holds {kind}, and not a list of labels a sample; name several columns of 0 and 1 "
-            f"with commas between them, or with one class a sample, remove --problem_type multi_label_classification"
+            f"column {label_column} holds {kind}, not a list of labels per sample; name several columns of 0 and 1 "
+            f"with commas between them, or with one class per sample, remove --problem_type multi_label_classification"
         )
     rows = [tuple(values or ()) for values in table[label_column]]
     if _are_indicators(rows):
