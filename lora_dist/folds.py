@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def gather(directories: Sequence[Path], output: Path) -> None:
     """Checks that the runs belong together, prints the table, and writes the predictions to `output`."""
     from lora_dist.metrics.predictions import predictions_file, read_predictions
-    from lora_dist.metrics.report import evaluation_lines
+    from lora_dist.metrics.report import metric_lines
 
     runs = sorted((read_run(directory) for directory in directories), key=lambda run: run.fold)
     require_together(runs)
@@ -71,7 +71,7 @@ def gather(directories: Sequence[Path], output: Path) -> None:
     with writing(output, "output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(output, content)
-    print(f"\nout of fold, {next(evaluation_lines(read_predictions(output)))}")
+    print("\nout of fold, " + "\n".join(metric_lines(read_predictions(output))))
     print(f"wrote {output}")
 
 
@@ -144,19 +144,23 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> Iterator[str]:
-    """Yields a Markdown table of each metric: its mean and standard deviation over the folds, and its values."""
+    """Yields a Markdown table with a column for each metric: its mean and standard deviation, and that of each fold."""
     from statistics import mean, stdev
 
-    yield "| metric | mean | deviation | " + " | ".join(f"fold {run.fold}" for run in runs) + " |"
-    yield "|---|" + "---|" * (len(runs) + 2)
-    for name in runs[0].results:
-        values = [run.results[name] for run in runs if isinstance(run.results.get(name), float)]
-        if name.startswith(_METRIC) and values:
-            # A loss that is not finite is null.
-            whole = len(values) == len(runs)
-            numbers = [mean(values) if whole else None, stdev(values) if whole and len(values) > 1 else None]
-            cells = (_cell(number) for number in (*numbers, *(run.results.get(name) for run in runs)))
-            yield f"| {name.removeprefix(_METRIC)} | {' | '.join(cells)} |"
+    names = [
+        name
+        for name in runs[0].results
+        if name.startswith(_METRIC) and any(isinstance(run.results.get(name), float) for run in runs)
+    ]
+    yield f"| | {' | '.join(name.removeprefix(_METRIC) for name in names)} |"
+    yield "|---|" + "---|" * len(names)
+    for title, statistic, fewest in (("mean", mean, 1), ("deviation", stdev, 2)):
+        # A loss that is not finite is null.
+        values: Iterator[list[Any]] = ([run.results.get(name) for run in runs] for name in names)
+        numbers = (None if None in some or len(some) < fewest else statistic(some) for some in values)
+        yield f"| {title} | {' | '.join(map(_cell, numbers))} |"
+    for run in runs:
+        yield f"| fold {run.fold} | {' | '.join(_cell(run.results.get(name)) for name in names)} |"
 
 
 def _cell(number: float | None) -> str:

@@ -111,6 +111,7 @@ def _classify(
     precision: Precision,
 ) -> bool:
     """Classifies and evaluates the images of this process; returns False if an image of the output cannot be read."""
+    from lora_dist.deployment import outputs
     from lora_dist.deployment.evaluate import Evaluation
     from lora_dist.deployment.inputs import files_of
     from lora_dist.deployment.parts import MAX_IMAGES, Parts
@@ -119,6 +120,8 @@ def _classify(
     labels = {name: one.labels for name, one in classifiers.items()}
     several = _is_multi_label(models)
     classes = set(chain.from_iterable(labels.values()))
+    if several:
+        outputs.require_separable(classes, settings.images.output, settings.images.format)
     evaluation = Evaluation(settings.images, reference, files_of(inputs), classes, several)
     if evaluation.is_needed and len({one.decision.problem_type for one in classifiers.values()}) > 1:
         raise UserError("adapters of one class and of several labels per image cannot be evaluated together")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_dist import demo
+from lora_dist.data.sources.label_cells import indicator_columns
 from lora_dist.data.sources.labels_file import Listed, read_labels_file
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.outputs import GRID_IMAGES
@@ -87,7 +88,7 @@ class Evaluation:
             self._label_of: Callable[[str], Any] = no_label if several else folder_label(files, classes)
             self._groups: Mapping[str, str] = {}
         else:
-            _require_classes(settings, listed, classes)
+            _require_classes(settings, listed, classes, several)
             self._label_of = _labels_of(listed, several).get
             self._groups = _groups_of(listed)
         if self._other and self._other.several != several:
@@ -176,10 +177,16 @@ def _answer(row: Row) -> Any:
     return row.top_k[0][0] if row.labels is None else tuple(sorted(label for label, _ in row.labels))
 
 
-def _require_classes(settings: Images, listed: Listed, classes: Collection[str]) -> None:
+def _require_classes(settings: Images, listed: Listed, classes: Collection[str], several: bool) -> None:
     if unknown := sorted(set(listed.classes) - set(classes)):
         raise UserError(
             f"--labels_file {settings.labels_file}: labels that are not classes of the model: {', '.join(unknown)}"
+        )
+    columns = indicator_columns(settings.label_column_name) if several else []
+    if columns and (unnamed := sorted(set(classes) - set(columns))):
+        raise UserError(
+            f"--label_column_name {settings.label_column_name}: the model also has the labels {', '.join(unnamed)}, "
+            f"and it is not known whether the images have them: name a column of each"
         )
 
 

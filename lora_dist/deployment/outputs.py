@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -118,10 +118,13 @@ def _scored(classes: list[tuple[str, float]]) -> list[dict[str, Any]]:
     return [{"label": label, "score": score} for label, score in classes]
 
 
+def require_separable(labels: Iterable[str], output: str | None, format_: Format | None) -> None:
+    """Raises `UserError` if several labels of an image cannot be in one cell, because one has a semicolon."""
+    if format_of(output, format_) == "csv" and (joined := next((label for label in labels if ";" in label), None)):
+        raise UserError(f"a CSV has semicolons between labels, and one is called {joined!r}: use --format jsonl")
+
+
 def _joined(labels: list[tuple[str, float]]) -> str:
-    for label, _ in labels:
-        if ";" in label:
-            raise UserError(f"a CSV has semicolons between labels, and one is called {label!r}: use --format jsonl")
     return ";".join(label for label, _ in labels)
 
 

@@ -8,11 +8,12 @@ import evaluate
 import numpy as np
 
 CALIBRATION_BINS = 15
+TOP = 5
 
 
 class ClassificationMetric(evaluate.Metric):
-    """Accuracy, balanced accuracy, top-5 accuracy, macro F1, mean loss, calibration, a report by class and the
-    confusion counts. Balanced accuracy is the mean recall of the classes with samples.
+    """Accuracy, balanced accuracy, top-5 accuracy of more than 5 classes, macro F1, mean loss, calibration, a report by
+    class and the confusion counts. Balanced accuracy is the mean recall of the classes with samples.
 
     Inputs of `compute`, one value per sample: `predictions` (-1 for none) and `references` (classes), `confidences`
     (probability of the prediction), `ranks` (rank of the reference among the classes by probability, from 0) and
@@ -52,7 +53,7 @@ class ClassificationMetric(evaluate.Metric):
         return {
             "accuracy": float((predicted == true).mean()),
             "balanced_accuracy": float(recall[support > 0].mean()),
-            "top5_accuracy": float((np.asarray(ranks) < 5).mean()),
+            **({"top5_accuracy": float((np.asarray(ranks) < TOP).mean())} if self.num_classes > TOP else {}),
             "macro_f1": float(f1[seen].mean()),
             "loss": float(np.asarray(losses, dtype=np.float64).mean()),
             "calibration_error": expected_calibration_error(np.asarray(confidences), predicted == true),

@@ -26,10 +26,14 @@ class Measured(NamedTuple):
     metrics: dict[str, float]
     intervals: dict[str, Interval]
 
-    def __str__(self) -> str:
-        return ", ".join(
+    def texts(self) -> list[str]:
+        """Each metric with its interval, as text."""
+        return [
             f"{NAMES[name]} {with_interval(value, self.intervals.get(name))}" for name, value in self.metrics.items()
-        )
+        ]
+
+    def __str__(self) -> str:
+        return ", ".join(self.texts())
 
 
 def bootstrap(

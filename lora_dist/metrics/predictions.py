@@ -190,8 +190,9 @@ def _content(predictions: Predictions, row: int, score: float | None) -> dict[st
     if predictions.groups[row] is not None:
         content["group"] = predictions.groups[row]
     if predictions.probabilities is not None:
-        rounded = np.round(predictions.probabilities[row].astype(float), 6).tolist()
-        values = (value if math.isfinite(value) else None for value in rounded)
+        # Nine digits tell all float32 apart, so the file ranks images as the run did.
+        known = predictions.probabilities[row].tolist()
+        values = (float(f"{value:.9g}") if math.isfinite(value) else None for value in known)
         content["scores" if several else "probabilities"] = dict(zip(predictions.classes, values, strict=True))
     return content
 

@@ -1,12 +1,14 @@
 """Predictions against labels, and two sets of predictions against each other, as lines of text."""
 
+import itertools
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_dist.errors import UserError
-from lora_dist.metrics.intervals import NAMES, Interval
+from lora_dist.metrics.intervals import NAMES, Interval, Measured
 from lora_dist.metrics.multi_label_intervals import measure_label_sets
 from lora_dist.metrics.paired import compare, compare_label_sets
 from lora_dist.metrics.predictions import Predictions, label_matrix
@@ -18,10 +20,17 @@ MATRIX_CLASSES = 20
 """Largest number of classes for a whole confusion matrix; beyond it, the most frequent confusions are printed."""
 _CONFUSIONS = 20
 _DISAGREEMENTS = 20
+_WIDTH = 100
+"""Columns of a line of text; a single name may be longer."""
+
+
+def metric_lines(predictions: Predictions) -> Iterator[str]:
+    """Yields the metrics of labelled images with intervals."""
+    return itertools.takewhile(bool, evaluation_lines(predictions))
 
 
 def evaluation_lines(predictions: Predictions) -> Iterator[str]:
-    """Yields the metrics of labelled images with intervals, and the report by class.
+    """Yields the metrics of labelled images with intervals, and after an empty line the report by class.
 
     Of one class per image, these are accuracy, macro F1 and the confusion matrix; of several labels, mAP if all scores
     are known, micro and macro F1.
@@ -34,7 +43,7 @@ def _one_class_lines(predictions: Predictions) -> Iterator[str]:
     number = {name: index for index, name in enumerate(names)}
     true = np.array([number[name] for name in predictions.given])
     predicted = np.array([-1 if name is None else number[name] for name in predictions.predicted])
-    yield f"{len(true):,} images: {measure_classes(true, predicted, groups_of(predictions))}"
+    yield from _metric_lines(len(true), measure_classes(true, predicted, groups_of(predictions)))
     matrix = np.zeros((len(names), len(names) + 1), dtype=np.int64)
     np.add.at(matrix, (true, predicted), 1)
     # The last column counts images without a prediction.
@@ -45,9 +54,15 @@ def _one_class_lines(predictions: Predictions) -> Iterator[str]:
 def _label_set_lines(predictions: Predictions) -> Iterator[str]:
     names = _all_labels(predictions)
     said, positive = label_matrix(predictions.predicted, names), label_matrix(predictions.given, names)
-    measured = measure_label_sets(said, positive, _scores(predictions, names), groups_of(predictions))
-    yield f"{len(said):,} images: {measured}"
+    yield from _metric_lines(
+        len(said), measure_label_sets(said, positive, _scores(predictions, names), groups_of(predictions))
+    )
     yield from _class_lines(names, (said & positive).sum(axis=0), positive.sum(axis=0), said.sum(axis=0), "label")
+
+
+def _metric_lines(count: int, measured: Measured) -> Iterator[str]:
+    yield f"{count:,} images:"
+    yield from (f"    {text}" for text in measured.texts())
 
 
 def _all_labels(*several: Predictions) -> list[str]:
@@ -110,6 +125,12 @@ def groups_of(predictions: Predictions) -> np.ndarray | None:
     return None if None in predictions.groups else np.array(predictions.groups)
 
 
+def _groups_of_either(first: Predictions, second: Predictions) -> np.ndarray | None:
+    """Group of each image, by the first of two sets of predictions that has them."""
+    groups = groups_of(first)
+    return groups_of(second) if groups is None else groups
+
+
 class Pair(NamedTuple):
     """Predictions of two models for the same images, in the same order."""
 
@@ -167,9 +188,7 @@ def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str
     kind = "labels" if first.several else "classes"
     yield f"{names[0]} and {names[1]} predict different {kind} for {len(different):,} of {len(first):,} images"
     for row in different[:_DISAGREEMENTS]:
-        label = f" (is {shown(given[row])})" if given[row] is not None else ""
-        mark = "; " if first.several else ", "
-        yield f"    {first.paths[row]}: {shown(first.predicted[row])}{mark}{shown(second.predicted[row])}{label}"
+        yield from _disagreement(first.paths[row], first.predicted[row], second.predicted[row], given[row])
     if len(different) > _DISAGREEMENTS:
         yield f"    and {len(different) - _DISAGREEMENTS:,} more"
     labelled = [row for row, label in enumerate(given) if label is not None]
@@ -183,6 +202,17 @@ def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str
         return
     test_lines = _label_set_test_lines if first.several else _test_lines
     yield from test_lines(first.select(labelled), second.select(labelled), [given[row] for row in labelled], names)
+
+
+def _disagreement(path: str, one: Any, other: Any, given: Any) -> Iterator[str]:
+    """A line; of several labels, a line for the image and one for the labels of each model."""
+    label = f" (is {shown(given)})" if given is not None else ""
+    if not isinstance(one, tuple):
+        yield f"    {path}: {shown(one)}, {shown(other)}{label}"
+        return
+    for indent, text in (("    ", f"{path}{label}"), ("        ", shown(one)), ("        ", shown(other))):
+        deeper = indent + "    "
+        yield textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=deeper, break_long_words=False)
 
 
 def shown(answer: Any) -> str:
@@ -201,14 +231,13 @@ def _same(path: str, one: Any, other: Any) -> Any:
 def _test_lines(first: Predictions, second: Predictions, given: Sequence[Any], names: tuple[str, str]) -> Iterator[str]:
     truth = np.array(given)
     right = [np.array(one.predicted, dtype=object) == truth for one in (first, second)]
-    groups = groups_of(first)
+    groups = _groups_of_either(first, second)
     found = compare(right[0], right[1], groups)
     test = "McNemar's exact test" if groups is None else "a permutation test of groups"
-    yield (f"accuracy on {len(truth):,} labelled images: {_difference(found.first, found.second, found.interval)}")
-    yield (
-        f"only {names[0]} is right on {found.only_first:,}, only {names[1]} on {found.only_second:,}: "
-        f"p = {found.p_value:.4g} by {test}"
-    )
+    yield f"{names[0]} and {names[1]} on {len(truth):,} labelled images:"
+    yield f"    accuracy {_difference(found.first, found.second, found.interval)}"
+    yield f"    only {names[0]} is right on {found.only_first:,}, only {names[1]} on {found.only_second:,}"
+    yield f"p = {found.p_value:.4g} by {test}"
 
 
 def _label_set_test_lines(
@@ -216,7 +245,7 @@ def _label_set_test_lines(
 ) -> Iterator[str]:
     labels = sorted({*_all_labels(first, second), *(name for some in given for name in some)})
     scores = [_scores(one, labels) for one in (first, second)]
-    groups = groups_of(first)
+    groups = _groups_of_either(first, second)
     found = compare_label_sets(
         (label_matrix(first.predicted, labels), label_matrix(second.predicted, labels)),
         label_matrix(given, labels),
@@ -224,6 +253,8 @@ def _label_set_test_lines(
         groups,
     )
     yield f"{names[0]} and {names[1]} on {len(given):,} labelled images:"
+    for lacking in (name for name, score in zip(names, scores, strict=True) if score is None):
+        yield f"    no mAP: {lacking} has no score of every label; rows of predict --top_k {len(labels)} have"
     for name, value in found.first.items():
         yield f"    {NAMES[name]} {_difference(value, found.second[name], found.intervals.get(name))}"
     units = "images" if groups is None else "groups"

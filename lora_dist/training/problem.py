@@ -91,7 +91,8 @@ class ProblemType(Protocol):
         ...
 
     def loss(self, settings: Settings, data: ImageData) -> SampleLoss:
-        """The loss of a run; raises `UserError` if the file of class weights cannot be read or lacks a class."""
+        """The loss of a run; raises `UserError` if the file of class weights cannot be read or lacks a class, or the
+        metric for the best model is none of these classes."""
         ...
 
     def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from lora_dist.data.batch import Batch
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
+from lora_dist.errors import UserError
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.calibration import ScoredSamples
-from lora_dist.metrics.classification import ClassificationMetric
+from lora_dist.metrics.classification import TOP, ClassificationMetric
 from lora_dist.metrics.intervals import Interval, Measured
 from lora_dist.metrics.predictions import Predictions, write_predictions
 from lora_dist.metrics.single_label import bootstrap_intervals, measure_classes
@@ -102,6 +103,10 @@ class SingleLabel:
     )
 
     def loss(self, settings: Settings, data: ImageData) -> Loss:
+        if settings.optimization.metric_for_best_model == "top5_accuracy" and len(data.labels) <= TOP:
+            raise UserError(
+                f"--metric_for_best_model top5_accuracy: it is always 1 with {len(data.labels)} classes; use accuracy"
+            )
         return make_loss(settings, data)
 
     def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,7 @@ class SingleLabel:
             losses=reals[:, 1],
         )
         return Evaluation(
-            metrics={name: results[name] for name in SCALARS},
+            metrics={name: results[name] for name in SCALARS if name in results},
             per_class=results["per_class"],
             confusion=np.array(results["confusion"], dtype=np.int64).reshape(-1, 3),
             predictions=by_sample(split, rows, integers[:, 2], -1),

@@ -181,8 +181,10 @@ def test_folds_are_gathered_judged_and_compared(
     folds.main([str(run) for run in runs])
     said = capsys.readouterr().out
     values = [results_of(run)["eval_mAP"] for run in runs]
-    assert f"| mAP | {mean(values):.4f} | {stdev(values):.4f} | {values[0]:.4f} | {values[1]:.4f} |" in said
-    assert "out of fold, 45 images: mAP 0." in said
+    assert said.startswith("| | mAP | micro_f1 | macro_f1 | loss |\n")
+    titles, numbers = ("mean", "deviation", "fold 1", "fold 2"), (mean(values), stdev(values), *values)
+    assert all(f"| {title} | {number:.4f} | " in said for title, number in zip(titles, numbers, strict=True))
+    assert "out of fold, 45 images:\n    mAP 0." in said
     gathered = read_predictions(tmp_path / "out_of_fold.jsonl")
     assert sorted(gathered.paths) == sorted(map(str, Path(str(data["train_dir"])).glob("*.png")))
     for run in runs:

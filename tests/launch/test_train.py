@@ -71,7 +71,7 @@ def test_the_curves_are_in_tensorboard_and_in_the_json_lines(single: Path) -> No
     tags = reader.Tags()
     for name in ("loss", "learning_rate", "grad_norm", "samples_per_second", "data_wait", "peak_memory_mb"):
         assert f"train/{name}" in tags["scalars"]
-    for name in ("accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error"):
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "loss", "calibration_error"):
         assert f"eval/{name}" in tags["scalars"]
     assert {"train/inputs", "eval/worst", "eval/confusion_matrix"} <= set(tags["images"])
     assert "settings/text_summary" in tags["tensors"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_dist_testing.cluster import SCRIPTS, START_UP, Cluster, log_of, user_environment
+from lora_dist_testing.label_sets import make_label_sets
 from lora_dist_testing.launching import ROOT, flags, lines_of, results_of, train
 from lora_dist_testing.tiny import make_folder
 from safetensors.torch import load_file
@@ -188,16 +189,21 @@ def test_tensorboard_answers_where_the_job_says(cluster: Cluster, directory: Pat
 
 
 @pytest.mark.slow
-def test_an_array_runs_the_folds_and_they_are_gathered(
-    cluster: Cluster, vit: Path, photos: Path, directory: Path
-) -> None:
+def test_an_array_runs_the_folds_and_they_are_gathered(cluster: Cluster, vit: Path, directory: Path) -> None:
+    """Of images with several labels, by patient, with columns of 0 and 1 whose names have spaces."""
+    photos = Path(str(make_label_sets(directory / "data")["train_dir"]))
+    images = sorted(photos.rglob("*.png"))
+    rows = [[path.name, n % 2, n // 2 % 2, f"patient {n // 3}"] for n, path in enumerate(images)]
+    with (directory / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "a cat", "it's a dog", "group"], *rows])
     array = cluster.submit(
         "--array=1-2",
         "--time=10",
         SCRIPTS / "folds.sbatch",
         "2",
         "runs/my folds",
-        *flags(model_name_or_path=vit, train_dir=photos / "train", max_train_steps=2),
+        *flags(model_name_or_path=vit, train_dir=photos, labels_file="labels.csv", max_train_steps=2),
+        *flags(problem_type="multi_label_classification", label_column_name="a cat,it's a dog"),
         cwd=directory,
         **user_environment(PROJECT_DIR=str(ROOT), LAUNCH_FILE=str(ROOT / "accelerate_configs" / "single.yaml")),
     )
@@ -209,12 +215,22 @@ def test_an_array_runs_the_folds_and_they_are_gathered(
     )
     logs = "\n".join(log_of(task, directory) for task in tasks)
     assert [cluster.field(task, "JobState") for task in tasks] == ["COMPLETED", "COMPLETED"], logs
-    subprocess.run(
-        [sys.executable, "-m", "lora_dist.folds", "runs/my folds/fold-1", "runs/my folds/fold-2"],
-        cwd=directory,
-        check=True,
-        timeout=60,
-    )
-    lines = (directory / "runs" / "my folds" / "out_of_fold.jsonl").read_text(encoding="utf-8").splitlines()
-    images = [str(path) for path in sorted((photos / "train").rglob("*.*"))]
-    assert sorted(json.loads(line)["path"] for line in lines) == images
+    folds = [Path("runs", "my folds", f"fold-{number}") for number in (1, 2)]
+    command = [sys.executable, "-m", "lora_dist.folds", *map(str, folds)]
+    printed = subprocess.run(command, cwd=directory, check=True, timeout=60, capture_output=True, text=True).stdout
+    assert f"out of fold, {len(images)} images" in printed
+    groups = [{json.loads(line)["group"] for line in _predictions(directory / fold)} for fold in folds]
+    assert not groups[0] & groups[1]
+    given = {
+        json.loads(line)["path"]: json.loads(line)["given_labels"]
+        for line in (directory / "runs" / "my folds" / "out_of_fold.jsonl").read_text(encoding="utf-8").splitlines()
+    }
+    names = ("a cat", "it's a dog")
+    assert given == {
+        str(path): [name for name, is_given in zip(names, row[1:], strict=False) if is_given == 1]
+        for path, row in zip(images, rows, strict=True)
+    }
+
+
+def _predictions(run: Path) -> list[str]:
+    return (run / "validation_predictions.jsonl").read_text(encoding="utf-8").splitlines()

@@ -37,8 +37,9 @@ def _by_sample(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 def _by_group(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
     """Puts one group after the other, the largest first, where the classes of all folds then differ least.
 
-    As scikit-learn's StratifiedGroupKFold, with rarer classes counting as much as frequent ones. Several labels are as
-    many classes, to which an image counts; images without a label are those of one more.
+    Of several such folds, the one with the fewest samples gets the group. As scikit-learn's StratifiedGroupKFold, with
+    rarer classes counting as much as frequent ones. Several labels are as many classes, to which an image counts;
+    images without a label are those of one more.
     """
     names, members = np.unique(np.array(groups), return_inverse=True)
     labels = with_unlabelled(labels)
@@ -50,10 +51,14 @@ def _by_group(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) 
         np.add.at(counts, (members, labels), 1)
     share = counts / np.maximum(counts.sum(axis=0), 1)
     shuffled = np.random.default_rng([seed, len(names)]).permutation(len(names))
+    sizes, held_samples = np.bincount(members), np.zeros(folds)
     held, fold_of = np.zeros((folds, counts.shape[1])), np.empty(len(names), dtype=np.int64)
     for group in shuffled[np.argsort(-share[shuffled].max(axis=1), kind="stable")]:
         # The sum of squares of a fold's shares grows least where the fold has least of the group's classes.
         costs = ((held + share[group]) ** 2 - held**2).sum(axis=1)
-        fold_of[group] = np.argmin(costs)
-        held[fold_of[group]] += share[group]
+        cheapest = np.isclose(costs, costs.min(), rtol=0, atol=1e-12)
+        fold = np.where(cheapest, held_samples, np.inf).argmin()
+        fold_of[group] = fold
+        held[fold] += share[group]
+        held_samples[fold] += sizes[group]
     return fold_of[members]

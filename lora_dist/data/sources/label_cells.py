@@ -1,6 +1,7 @@
-"""Several labels of an image in a file of labels: in one cell with a separator, or in columns of 0 and 1."""
+"""Several labels of an image in a table or a file of labels: in one cell with a separator, or in columns of 0 and 1."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from lora_dist.data.sources.labels import visible_name
 from lora_dist.errors import UserError
@@ -29,6 +30,16 @@ def indicator_columns(label_column: str | None) -> list[str]:
     return names if len(names) > 1 else []
 
 
+def is_indicator(sets: Collection[tuple[str, ...]]) -> bool:
+    """Whether the labels of all images are one 0 or 1 each: those of a column for one label, and not of all labels."""
+    return all(len(labels) == 1 and labels[0].lower() in _VALUES for labels in sets)
+
+
+def indicated_value(value: Any) -> bool | None:
+    """Whether a value of a column of 0 and 1 says that the image has the label; None if it is neither."""
+    return _VALUES.get(str(value).lower())
+
+
 def places_of(names: Sequence[str], header: Sequence[str], where: str) -> dict[str, int]:
     """Column number of each name in the header; raises `UserError` for those that it lacks."""
     if missing := [name for name in names if name not in header]:
@@ -41,6 +52,6 @@ def places_of(names: Sequence[str], header: Sequence[str], where: str) -> dict[s
 def indicated(cells: Sequence[str], places: Mapping[str, int]) -> tuple[tuple[str, ...], list[str]]:
     """The labels whose columns have a 1, and the columns that have neither 0 nor 1."""
     values = {name: cells[place] if place < len(cells) else "" for name, place in places.items()}
-    known = {name: _VALUES.get(cell.lower()) for name, cell in values.items()}
+    known = {name: indicated_value(cell) for name, cell in values.items()}
     wrong = [f"{name} is {values[name] or 'empty'}" for name, value in known.items() if value is None]
     return tuple(name for name, value in known.items() if value), wrong

@@ -20,7 +20,14 @@ from lora_dist.data.sources.exclusions import absolute
 from lora_dist.data.sources.files import find_files
 from lora_dist.data.sources.folders import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES
 from lora_dist.data.sources.label_arrays import class_counts, with_unlabelled
-from lora_dist.data.sources.label_cells import delimiter_of, indicated, indicator_columns, labels_in, places_of
+from lora_dist.data.sources.label_cells import (
+    delimiter_of,
+    indicated,
+    indicator_columns,
+    is_indicator,
+    labels_in,
+    places_of,
+)
 from lora_dist.data.sources.labels import require_distinct, visible_name
 from lora_dist.errors import UserError
 
@@ -153,6 +160,11 @@ def read_labels_file(
     splits = {path: SPLITS.get(row.split, "train") for path, row in chosen.items()}
     problems["groups in several splits"] += _torn_groups(chosen, splits)
     _tell(f"--labels_file {file}", problems, notes)
+    if several and not names and chosen and is_indicator([row.labels for row in chosen.values()]):
+        raise UserError(
+            f"--labels_file {file}: the column of labels has 0 and 1 only, which are no labels. Name a column of 0 and "
+            f"1 for each label, such as --label_column_name cat,dog"
+        )
     classes = names or sorted({label for row in chosen.values() for label in row.labels})
     require_distinct(classes)
     paths = [path for path in found.images if path in chosen]

@@ -122,6 +122,11 @@ def _held_out(train: Split, settings: DataSettings, seed: int) -> tuple[Split, S
         number, count = fold_and_count(settings.fold)
         numbers = fold_numbers(train.labels, groups, count, seed)
         kept, held_out = np.flatnonzero(numbers != number - 1), np.flatnonzero(numbers == number - 1)
+        if not len(held_out):
+            units = f"{len(train)} images" if groups is None else f"{len(set(groups))} groups"
+            raise UserError(
+                f"--fold {settings.fold}: no image is in this fold, because there are {units}: use fewer folds"
+            )
     elif groups is None:
         kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
     else:

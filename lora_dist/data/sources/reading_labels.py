@@ -19,6 +19,7 @@ from lora_dist.data.sources.columns import (
     require_image_column,
     require_labels,
 )
+from lora_dist.data.sources.label_cells import indicated_value, indicator_columns
 from lora_dist.errors import UserError
 from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 
@@ -66,15 +67,22 @@ def _read_classes(table: Dataset, image_column: str, label_column: str, source: 
 
 def _read_lists(table: Dataset, image_column: str, label_column: str, source: str) -> tuple[list[str], list[Any]]:
     require_image_column(table.features, image_column)
+    if label_column not in table.features and (columns := indicator_columns(label_column)):
+        return columns, _read_indicators(table, columns, source)
     require_column(table.features, label_column, "label_column_name")
     feature = _label_of(table.features[label_column])
     if feature is None:
         kind = type(table.features[label_column]).__name__
         raise UserError(
-            f"column {label_column} holds {kind}, not a list of labels per sample; with one class per sample, "
-            f"remove --problem_type multi_label_classification"
+            f"column {label_column} holds {kind}, not a list of labels per sample; name several columns of 0 and 1 "
+            f"with commas between them, or with one class per sample, remove --problem_type multi_label_classification"
         )
     rows = [tuple(values or ()) for values in table[label_column]]
+    if _are_indicators(rows):
+        raise UserError(
+            f"{source}: column {label_column} has lists of 0 and 1, such as {list(rows[0])!r}, which do not name their "
+            f"labels: make them lists of the labels that an image has, or a column of 0 and 1 for each label"
+        )
     wrong = [row for row, values in enumerate(rows) if not all(has_label(value, feature) for value in values)]
     if wrong:
         some = ", ".join(f"row {row} ({list(rows[row])!r})" for row in wrong[:NAMED_ROWS])
@@ -85,6 +93,29 @@ def _read_lists(table: Dataset, image_column: str, label_column: str, source: st
         )
     names = class_names(feature, set(chain.from_iterable(rows)))
     return list(names.values()), [tuple(names[value] for value in values) for values in rows]
+
+
+def _are_indicators(rows: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether rows have a 0 or 1 for each label, in place of the labels: they have one length, and values repeat."""
+    is_repeated = any(len(set(values)) < len(values) for values in rows)
+    return is_repeated and len(set(map(len, rows))) == 1 and set(chain.from_iterable(rows)) <= {0, 1}
+
+
+def _read_indicators(table: Dataset, names: Sequence[str], source: str) -> list[tuple[str, ...]]:
+    """The labels of each row by its columns of 0 and 1, one for each label."""
+    for name in names:
+        require_column(table.features, name, "label_column_name")
+    if len(set(names)) < len(names):
+        raise UserError("--label_column_name names a column twice")
+    columns = {name: [indicated_value(value) for value in table[name]] for name in names}
+    wrong = [(row, name) for name, values in columns.items() for row, value in enumerate(values) if value is None]
+    if wrong:
+        some = ", ".join(f"{name} of row {row} ({table[row][name]!r})" for row, name in wrong[:NAMED_ROWS])
+        raise UserError(
+            f"{source}: {len(wrong)} values are neither 0 nor 1, rows counted from 0: {some}"
+            f"{' …' if len(wrong) > NAMED_ROWS else ''}"
+        )
+    return [tuple(name for name, values in columns.items() if values[row]) for row in range(len(table))]
 
 
 def _encode_classes(rows: Sequence[str], index_of: Mapping[str, int]) -> np.ndarray:

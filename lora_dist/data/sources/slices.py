@@ -24,7 +24,7 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
     for name in columns:
         require_column(table.features, name, "slice_columns")
         values, feature = list(table[name]), table.features[name]
-        if any(isinstance(value, list | dict) for value in values[:1]):
+        if any(isinstance(value, list | dict) for value in values):
             raise UserError(f"--slice_columns {name}: it does not hold one value per sample")
         if isinstance(feature, ClassLabel):
             values = [None if value is None or value < 0 else feature.names[value] for value in values]
@@ -32,9 +32,14 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
     return found
 
 
+def _text(value: Any) -> str:
+    # NaN and NaT differ from themselves.
+    return "" if value is None or value != value else str(value).strip()
+
+
 def named(column: str, values: Sequence[Any]) -> np.ndarray:
     """The values of a column as text, shape [N]; raises `UserError` if they are too many."""
-    texts = np.array([NO_VALUE if value is None or value == "" else str(value) for value in values])
+    texts = np.array([_text(value) or NO_VALUE for value in values])
     if (count := len(np.unique(texts))) > MAX_VALUES:
         raise UserError(f"--slice_columns {column}: it has {count:,} values; slices need at most {MAX_VALUES}")
     return texts

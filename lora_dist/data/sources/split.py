@@ -62,12 +62,13 @@ class Split:
         return self.read(0, [index])[index].name
 
     def names(self) -> list[str]:
-        """The path of each sample's file; the number of its row for images inside a table, of which none is read."""
+        """The path of each sample's file; the number of its row for images inside a table, of which none is
+        read. Named as `lora_dist.predict` names them, so that their predictions can be compared."""
         if not holds_files(self.table, self.column):
             return [f"row {row}" for row in self.table_rows]
         files = list(files_of(self.table, self.column))
         return [
-            path if path and length is None else f"row {row}{f': {path}' if path else ''}"
+            path if path and length is None else f"row {row}{f' ({path})' if path else ''}"
             for row, (path, length) in ((row, files[row]) for row in self.table_rows.tolist())
         ]
 

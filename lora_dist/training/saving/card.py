@@ -215,7 +215,9 @@ def _is_metric(name: str, value: Any) -> bool:
 
 
 def _figure(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+    if isinstance(value, int):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def _code(text: str) -> str:

@@ -47,7 +47,7 @@ def test_folders_of_classes_are_evaluated(
     said = capsys.readouterr().out
     true, predicted = _pairs(rows)
     accuracy = sklearn.accuracy_score(true, predicted)
-    assert f"27 images: accuracy {accuracy:.4f} (95% interval " in said
+    assert f"27 images:\n    accuracy {accuracy:.4f} (95% interval " in said
     assert f"macro F1 {sklearn.f1_score(true, predicted, average='macro', zero_division=0):.4f} (95% interval" in said
     names = sorted({*true, *predicted})
     matrix = sklearn.confusion_matrix(true, predicted, labels=names)
@@ -73,7 +73,7 @@ def test_labels_of_a_file(adapter: Path, photos: Path, tmp_path: Path, capsys: p
     predict(images)
     said = capsys.readouterr()
     assert [json.loads(line)["path"] for line in said.out.splitlines()] == [str(tmp_path / f"{n}.png") for n in (0, 4)]
-    assert "2 images: accuracy" in said.err
+    assert "2 images:\n    accuracy" in said.err
     (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n4.png,rose\n")
     with pytest.raises(UserError, match="labels that are not classes of the model: rose"):
         predict(images)
@@ -102,7 +102,7 @@ def test_other_predictions_are_compared(
     said = capsys.readouterr().out
     assert "1 images are in one of the two sets alone, and are left out" in said
     assert f"this model and {other} predict different classes for {left} of 26 images" in said
-    assert f"only this model is right on 0, only {other} on {left}: p = {2 * 0.5**left:.4g} by McNemar" in said
+    assert f"only this model is right on 0, only {other} on {left}\np = {2 * 0.5**left:.4g} by McNemar" in said
     with Image.open(tmp_path / "grid.png") as grid:
         assert np.asarray(grid).std() > 5
     compare([str(rows), str(other)])
@@ -136,17 +136,17 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     names = [path.relative_to(photos / "train") for path in images]
     given = [("a", "b") if number % 3 else ("c",) if number % 2 else () for number in range(len(images))]
     rows = [
-        f"{name},{int('a' in own)},{int('c' in own)},p{n // 3}"
+        f"{name},{int('a' in own)},{int('b' in own)},{int('c' in own)},p{n // 3}"
         for n, (name, own) in enumerate(zip(names, given, strict=True))
     ]
-    (tmp_path / "labels.csv").write_text("\n".join(["photo,a,c,person", *rows]))
+    (tmp_path / "labels.csv").write_text("\n".join(["photo,a,b,c,person", *rows]))
     out = tmp_path / "rows.jsonl"
     command = flags(
         adapter=several,
         images=photos / "train",
         labels_file=tmp_path / "labels.csv",
         image_column_name="photo",
-        label_column_name="a,c",
+        label_column_name="a,b,c",
         output=out,
     )
     predict([*command, "--group_column_name", "person"])
@@ -156,19 +156,18 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     assert capsys.readouterr().out == ""
     content = [json.loads(line) for line in whole.read_text().splitlines()]
     scores = [{entry["label"]: entry["score"] for entry in row["top_k"]} for row in content]
-    true = np.array([["a" in own, False, "c" in own] for own in given])
+    true = np.array([[name in own for name in "abc"] for own in given])
     likely = np.array([[by_label[name] for name in "abc"] for by_label in scores])
     chosen = np.array([[name in {entry["label"] for entry in row["labels"]} for name in "abc"] for row in content])
-    known = [0, 2]
-    mean = sklearn.average_precision_score(true[:, known], likely[:, known], average="macro")
+    mean = sklearn.average_precision_score(true, likely, average="macro")
     micro = sklearn.f1_score(true, chosen, average="micro")
-    assert f"27 images: mAP {mean:.4f} (95% interval " in by_group
+    assert f"27 images:\n    mAP {mean:.4f} (95% interval " in by_group
     assert f"micro F1 {micro:.4f} (95% interval " in by_group
     assert "confusion" not in by_group
     assert [len(json.loads(line)["top_k"]) for line in out.read_text().splitlines()] == [1] * 27
     predict(command)
     by_image = capsys.readouterr().out
-    assert by_image.splitlines()[0] != by_group.splitlines()[0], "intervals of single images"
+    assert by_image.splitlines()[1] != by_group.splitlines()[1], "intervals of single images"
 
     other = tmp_path / "other.jsonl"
     others = [{"path": row["path"], "labels": list(own)} for row, own in zip(content, given, strict=True)]
@@ -183,6 +182,9 @@ def test_several_labels_are_evaluated_by_group_and_compared(
     assert (tmp_path / "grid.png").is_file()
     compare([str(whole), str(other)])
     assert "no paired test: no label is known: compare with the directory of a run" in capsys.readouterr().out
+    some = [{"a,b,c": "a,c"}.get(part, part) for part in command]
+    with pytest.raises(UserError, match="the model also has the labels b, and it is not known whether the images have"):
+        predict(some)
 
 
 def test_one_class_and_several_labels_are_not_compared(

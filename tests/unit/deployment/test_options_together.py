@@ -103,6 +103,16 @@ def test_each_label_of_an_image_is_explained(several: Path, images: Path, tmp_pa
     assert widths[0] == pytest.approx(1.5 * widths[1], rel=0.05)
 
 
+def test_a_csv_of_labels_with_semicolons_is_refused_before_images_are_read(
+    vit: Path, images: Path, tmp_path: Path
+) -> None:
+    model, base = write_bundle(tmp_path / "adapter", vit, ("a;b", "c", "d"), seed=3, scale=0.5, lora_r=4)
+    write_adapter(tmp_path / "adapter", model, base, "card\n", records=Records(decision=AboveThresholds((1.0,) * 3)))
+    with pytest.raises(UserError, match="a CSV has semicolons between labels, and one is called 'a;b'"):
+        predict(flags(adapter=tmp_path / "adapter", images=images, output=tmp_path / "rows.csv"))
+    assert not (tmp_path / "rows.csv").exists()
+
+
 def test_a_scaled_update_has_no_temperature_and_unconfirmed_thresholds(
     adapter: Path, several: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

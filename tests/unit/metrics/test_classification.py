@@ -51,6 +51,11 @@ def test_top_five_counts_ranks_from_zero() -> None:
     assert compute(9, [0] * 4, [0] * 4, ranks=[0, 4, 5, 8])["top5_accuracy"] == 0.5
 
 
+def test_of_five_classes_all_are_among_the_first_five() -> None:
+    assert "top5_accuracy" not in compute(5, [0], [0])
+    assert compute(6, [0], [0])["top5_accuracy"] == 1
+
+
 def test_top_five_agrees_with_scikit_learn() -> None:
     random = np.random.default_rng(3)
     scores, true = random.random((200, 12)), random.integers(0, 12, 200)

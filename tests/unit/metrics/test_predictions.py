@@ -1,7 +1,9 @@
 """Files of predictions: what is written is read, and what cannot be read is named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +16,12 @@ from lora_dist.metrics.predictions import (
     Predictions,
     folder_label,
     folder_label_by_predictions,
+    no_label,
     predictions_of,
     read_predictions,
     write_predictions,
 )
+from lora_dist.metrics.report import comparison_lines, paired
 
 SOME = Predictions(
     ["a/1.png", "b/ü \n.png"], ["a", None], ["a", "b"], ["p1", None], ["a", "b"], np.array([[0.75, 0.25], [0.5, 0.5]])
@@ -114,6 +118,32 @@ def test_a_file_of_several_labels_is_read_as_it_was_written(tmp_path: Path) -> N
     found = read_predictions(tmp_path)
     assert (found.predicted, found.given, found.groups) == (written.predicted, written.given, written.groups)
     np.testing.assert_array_equal(found.probabilities, scores)
+
+
+def test_scores_are_written_so_that_the_order_of_images_stays(tmp_path: Path) -> None:
+    """Also those near 0, of rare labels, and near 1, of a confident model."""
+    scores = np.array([[1e-9, 1 - 6e-8], [2e-9, 1 - 1.2e-7], [3e-8, 0.1]], dtype=np.float32)
+    names = ["1.png", "2.png", "3.png"]
+    write_predictions(tmp_path / FILE, Predictions(names, [()] * 3, [()] * 3, [None] * 3, ["a", "b"], scores, True))
+    found = read_predictions(tmp_path)
+    assert found.probabilities is not None
+    np.testing.assert_array_equal(found.probabilities.astype(np.float32), scores)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_groups_of_one_of_two_files_are_those_of_both(several: bool) -> None:
+    """Twenty copies of five images, of which one model says more right: five groups cannot show that it is better."""
+    right: Any = ("a",) if several else "a"
+    wrong: Any = ("b",) if several else "b"
+    paths, groups = [f"{n}.png" for n in range(100)], [f"patient {n % 5}" for n in range(100)]
+    first = Predictions(paths, [right] * 100, [right] * 100, list(groups), [], None, several)
+    second = Predictions(paths, [wrong] * 60 + [right] * 40, [None] * 100, [None] * 100, [], None, several)
+    for pair in ((first, second), (second, first)):
+        lines = list(comparison_lines(paired(*pair), ("one", "two"), no_label))
+        assert "group" in lines[-1]
+        assert float(lines[-1].split()[2]) > 0.05
+    alone = replace(first, groups=[None] * 100)
+    assert float(list(comparison_lines(paired(alone, second), ("one", "two"), no_label))[-1].split()[2]) < 0.001
 
 
 def test_what_is_no_row_of_several_labels_is_refused(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from torch import nn
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import ImageData, load_data
+from lora_dist.errors import UserError
 from lora_dist.model.backbone import Base, load_base
 from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
-from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings
+from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings, OptimizationSettings, Settings
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.problem import worst_samples
-from lora_dist.training.single_label_problem import Evaluation
+from lora_dist.training.single_label_problem import Evaluation, SingleLabel
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_every_number_is_that_of_scikit_learn_on_the_logits(
     assert metrics["accuracy"] == pytest.approx(sklearn.accuracy_score(true, predicted))
     assert metrics["macro_f1"] == pytest.approx(sklearn.f1_score(true, predicted, average="macro"))
     assert metrics["loss"] == pytest.approx(sklearn.log_loss(true, probabilities), rel=1e-4)
-    assert metrics["top5_accuracy"] == 1, "there are three classes"
+    assert "top5_accuracy" not in metrics, "there are three classes"
     expected = sklearn.confusion_matrix(true, predicted)
     assert {(a, b): n for a, b, n in evaluation.confusion.tolist()} == {
         (a, b): expected[a, b] for a, b in zip(*expected.nonzero(), strict=True)
@@ -104,6 +105,13 @@ class Descending(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> object:
         return type("Output", (), {"logits": torch.arange(7.0).expand(len(pixel_values), 7).to(pixel_values.device)})
+
+
+def test_the_best_model_is_not_chosen_by_a_metric_that_is_always_1(data: ImageData) -> None:
+    settings = Settings(optimization=OptimizationSettings(metric_for_best_model="top5_accuracy"))
+    with pytest.raises(UserError, match="it is always 1 with 3 classes; use accuracy"):
+        SingleLabel().loss(settings, data)
+    SingleLabel().loss(settings, replace(data, labels=list("abcdefg")))
 
 
 def test_the_fifth_of_seven_classes_is_among_the_first_five_and_the_sixth_is_not(base: Base, data: ImageData) -> None:

@@ -50,8 +50,11 @@ def _gathered(capsys: pytest.CaptureFixture[str], *arguments: object, code: int 
 def test_the_runs_of_all_folds_are_gathered(runs: list[Path], photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said, warned = _gathered(capsys, *reversed(runs))
     values = [results_of(run)["eval_accuracy"] for run in runs]
-    row = f"| accuracy | {mean(values):.4f} | {stdev(values):.4f} | " + " | ".join(f"{one:.4f}" for one in values)
-    assert row in said
+    titles = ["mean", "deviation", "fold 1", "fold 2", "fold 3"]
+    numbers = [mean(values), stdev(values), *values]
+    assert said.startswith("| | accuracy | balanced_accuracy | macro_f1 | loss | calibration_error |\n")
+    assert all(f"| {title} | {number:.4f} | " in said for title, number in zip(titles, numbers, strict=True))
+    assert max(map(len, said.splitlines()[:-1])) <= 100
     assert warned == ""
     found = read_predictions(runs[0].parent / "out_of_fold.jsonl")
     assert sorted(found.paths) == sorted(map(str, (photos / "train").rglob("*.png")))
@@ -61,7 +64,7 @@ def test_the_runs_of_all_folds_are_gathered(runs: list[Path], photos: Path, caps
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-5)
     assert [found.classes[index] for index in found.probabilities.argmax(axis=1)] == found.predicted
     right = mean(one == other for one, other in zip(found.given, found.predicted, strict=True))
-    assert f"out of fold, 27 images: accuracy {right:.4f}" in said
+    assert f"out of fold, 27 images:\n    accuracy {right:.4f}" in said
 
 
 def test_results_and_card_have_the_metrics_of_each_site(runs: list[Path]) -> None:

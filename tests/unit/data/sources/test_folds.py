@@ -38,6 +38,14 @@ def test_groups_are_whole_and_classes_nearly_even() -> None:
     np.testing.assert_array_equal(fold_numbers(labels[order], groups[order].tolist(), 5, seed=1), numbers[order])
 
 
+@pytest.mark.parametrize("is_several", [False, True])
+def test_classes_of_fewer_groups_than_folds_leave_no_fold_empty(is_several: bool) -> None:
+    """Two patients of each of 20 classes: any two folds would do for one class, and five for all of them."""
+    labels, groups = np.repeat(np.arange(20), 20), [f"patient {number // 10}" for number in range(400)]
+    numbers = fold_numbers(np.eye(20, dtype=np.uint8)[labels] if is_several else labels, groups, 5, seed=0)
+    assert np.bincount(numbers, minlength=5).tolist() == [80] * 5
+
+
 def _sets(samples: int, shares: list[float], seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).random((samples, len(shares))) < shares).astype(np.uint8)
 
@@ -101,6 +109,8 @@ def test_groups_of_a_file_of_labels_stay_whole_and_its_validation_images_are_ref
     assert data.validation.groups is not None
     assert not set(data.validation.groups) & set(data.train.groups)  # type: ignore[union-attr]
     assert len(data.validation) == 12
+    with pytest.raises(UserError, match="no image is in this fold, because there are 12 groups: use fewer folds"):
+        load_data(DataSettings(**settings | {"fold": "13/13"}), seed=1)
     splits = ("val" if "7.png" in line else "train" for line in lines)
     rows = [f"{line.rpartition(',')[0]},{split}" for line, split in zip(lines, splits, strict=True)]
     table.write_text("\n".join(["path,label,split", *rows]))

@@ -75,6 +75,11 @@ def test_a_column_of_0_and_1_for_each_label_keeps_the_order_given(photos: Path) 
         (["path,cat,dog", "0.png,1,yes", "1.png,,0"], "cat,dog", "line 2: dog is yes; line 3: cat is empty"),
         (["path,cat,dog", "0.png,1,0"], "cat,cow", "no column cow; the first line has path, cat, dog"),
         (["path,cat,dog", "0.png,1,0"], "cat,cat", "names a column twice"),
+        (
+            ["path,cat,dog", "0.png,1,0", "1.png,0,1"],
+            "cat",
+            "has 0 and 1 only, which are no labels. Name a column of 0",
+        ),
         (["path,label", "0.png,", "1.png,"], None, "no image has a label"),
         (["path,label", "0.png,cat;dog", "0.png,cat"], None, "files listed twice with different values"),
         (["path,label", "0.png,cat; Cat", "1.png,Cat;Cat;\u200bcat"], None, "class names that look the same"),
@@ -121,6 +126,33 @@ def test_a_column_of_lists(feature: Any, value_of: dict[str, Any], labels: list[
         "cat": 3,
         "dog": 3,
     }
+
+
+def _load_table(directory: Path, columns: dict[str, list[Any]], **settings: Any) -> ImageData:
+    size = len(next(iter(columns.values())))
+    images = {"image": [make_image(0, number) for number in range(size)]}
+    Dataset.from_dict(images | columns).save_to_disk(directory)
+    given = {"problem_type": "multi_label_classification", "allow_missing_classes": True, **settings}
+    return load_data(DataSettings(dataset_name=str(directory), train_val_split=0.4, **given), 1)
+
+
+@pytest.mark.parametrize("value_of", [int, bool, float, str])
+def test_columns_of_0_and_1_of_a_table(value_of: Any, tmp_path: Path) -> None:
+    names = ("dog", "bird", "cat")
+    columns = {name: [value_of(int(name in one)) for one in SETS] for name in names}
+    data = _load_table(tmp_path / "data", columns, label_column_name="dog,bird")
+    assert data.labels == ["dog", "bird"]
+    assert sorted(_all(data)) == sorted([row[2], row[0]] for row in ENCODED)
+    with pytest.raises(UserError, match="the data set has image, dog, bird, cat"):
+        _load_table(tmp_path / "data", columns, label_column_name="dog,cow")
+    columns["cat"][3:5] = [None, None]
+    with pytest.raises(UserError, match=r"2 values are neither 0 nor 1, rows counted from 0: cat of row 3 \(None\)"):
+        _load_table(tmp_path / "data", columns, label_column_name="dog,cat")
+
+
+def test_lists_of_0_and_1_are_no_lists_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lists of 0 and 1, such as \[0, 1, 0\], which do not name their labels"):
+        _load_table(tmp_path / "data", {"label": ENCODED})
 
 
 def test_one_class_a_sample_and_blank_labels_are_refused(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from lora_dist_testing.tiny import make_folder, make_image
 
 from lora_dist.data.sources.load import load_data, load_validation
+from lora_dist.data.sources.split import Split
+from lora_dist.deployment.inputs import TableRows
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings, Settings
 from lora_dist.settings.train_contradictions import contradictions
@@ -34,16 +37,18 @@ def test_columns_of_a_data_set(tmp_path: Path) -> None:
         "image": [make_image(n % 2, n) for n in range(20)],
         "label": [n % 2 for n in range(20)],
         "site": [n % 3 for n in range(20)],
-        "name": [[n] for n in range(20)],
+        "name": [None if n == 0 else [n] for n in range(20)],
+        "age": [float("nan") if n % 2 else 5.0 for n in range(20)],
     }
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table = table.cast_column("label", datasets.ClassLabel(names=["a", "b"]))
     table = table.cast_column("site", datasets.ClassLabel(names=["north", "south", "west"]))
     datasets.DatasetDict({"train": table, "validation": table.select(range(9))}).save_to_disk(tmp_path / "data")
     settings = {"dataset_name": str(tmp_path / "data")}
-    held_out = load_data(DataSettings(**settings, slice_columns=["site"]), seed=0).validation
+    held_out = load_data(DataSettings(**settings, slice_columns=["site", "age"]), seed=0).validation
     sites = ["north", "south", "west"]
     assert held_out.slices["site"].tolist() == [sites[row % 3] for row in held_out.table_rows]
+    assert held_out.slices["age"].tolist() == ["(none)" if row % 2 else "5.0" for row in held_out.table_rows]
     assert held_out.names() == [f"row {row}" for row in held_out.table_rows]
     split = DataSettings(**settings, validation_split="validation", slice_columns=["site"])
     assert load_data(split, seed=0).validation.slices["site"].tolist() == sites * 3
@@ -51,6 +56,18 @@ def test_columns_of_a_data_set(tmp_path: Path) -> None:
     for column, problem in (("camera", "the data set has image, label"), ("name", "does not hold one value")):
         with pytest.raises(UserError, match=problem):
             load_data(DataSettings(**settings, slice_columns=[column]), seed=0)
+
+
+def test_rows_of_a_table_have_the_names_that_predict_gives_them(tmp_path: Path) -> None:
+    images = []
+    for number in range(4):
+        make_image(0, number).save(tmp_path / "one.png")
+        images.append({"bytes": (tmp_path / "one.png").read_bytes(), "path": f"{number}.png" if number else None})
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]})
+    table = table.cast_column("image", datasets.Image(decode=False))
+    split = Split(table, "image", np.arange(4), np.zeros(4, np.int64))
+    assert split.names() == [image.name for image in TableRows(table, "image").read(range(4))]
+    assert split.names()[:2] == ["row 0", "row 1 (1.png)"]
 
 
 def test_wrong_combinations_are_named(tmp_path: Path) -> None:

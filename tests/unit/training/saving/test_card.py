@@ -82,6 +82,8 @@ def test_the_numbers_of_the_run_are_in_it() -> None:
         assert part in text
     assert "eval_samples" not in text
     assert "| dog | 0.500 | 0.250 | 0.333 | 41 |" in text
+    unknown = {"precision": float("nan"), "recall": 0.0, "f1": 0.0, "support": 0}
+    assert "| rare |  | 0.000 | 0.000 | 0 |" in card(["rare"], per_class=[unknown])
 
 
 @pytest.mark.parametrize(
