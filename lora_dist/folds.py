@@ -100,7 +100,7 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory}: the run has no --fold")
     predictions = read_predictions(directory)
     if predictions.probabilities is None:
-        raise UserError(f"{directory}: its predictions have no probabilities; resume the run, which writes them anew")
+        raise UserError(f"{directory}: its predictions have no probabilities; resume the run to write them again")
     return Run(directory, *fold_and_count(settings["fold"]), settings, results, predictions)
 
 

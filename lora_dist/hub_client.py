@@ -120,8 +120,8 @@ def reading(what: str, bring: str) -> Iterator[None]:
     """Wraps code that may load from the Hub: logs what it waits for, and stops waiting if the Hub does not respond.
 
     Args:
-        what: What is loaded, e.g. "the base model NAME".
-        bring: How to download it in advance, e.g. "`hf download NAME`".
+        what: Name of the thing to load, e.g. "the base model NAME".
+        bring: Command that downloads it in advance, e.g. "`hf download NAME`".
 
     Raises:
         UserError: The Hub did not respond, and the cache is not sufficient.

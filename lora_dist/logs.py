@@ -1,4 +1,4 @@
-"""What reaches the terminal or the log file: this package's messages from one process, the libraries' errors alone."""
+"""Sets up logging: this package's messages from one process, and only errors from the libraries."""
 
 import logging
 import os
@@ -18,11 +18,11 @@ def set_up_logs(is_main: bool) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
-    # DeepSpeed calls what torch is about to rename.
+    # DeepSpeed calls functions that torch is about to rename.
     for module in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.accelerator.is_available():
-        # Or deepspeed, where it is installed, prints that there is none whenever a library looks for it.
+        # Otherwise deepspeed, if installed, prints that there is no accelerator whenever a library looks for deepspeed.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import datasets
     import huggingface_hub
@@ -30,7 +30,7 @@ def set_up_logs(is_main: bool) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # It would log addresses for uploads, whose signatures are as good as a token.
+    # It would log upload URLs, whose signatures grant access like a token.
     huggingface_hub.utils.logging.set_verbosity_error()
     huggingface_hub.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def predict(argv: list[str] | None) -> None:
-    """Reads the settings and does what they say."""
+    """Reads the settings, and merges, exports, serves or classifies as they say."""
     settings = parse(
         PredictSettings,
         argv_or(argv),

@@ -130,7 +130,7 @@ def train(settings: Settings, lock: RunLock) -> None:
             require_token(settings.hub)
             require_trackers(options.report_to)
         if not options.dry_run:
-            publisher = open_publisher(accelerator, settings.hub, output, going_on=resumed is not None)
+            publisher = open_publisher(accelerator, settings.hub, output, resumes=resumed is not None)
 
         assembled = assemble(settings, accelerator, output, resumed, publisher, errors, watch)
         run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer

@@ -18,10 +18,10 @@ AGAIN_SECONDS = 60.0
 """Interval between log lines during a longer wait."""
 
 LOCK_SECONDS = 6 * 3600.0
-"""Timeout of `locked`: how long to wait for another process that builds a shared file."""
+"""Timeout of `locked`, which waits for another process that builds a shared file."""
 
 logger = logging.getLogger(__name__)
-# Heard on every process, and before the logs are set up: the one that waits may be any of them.
+# Logs on every process, and before logging is set up: any process may be the one that waits.
 logger.setLevel(logging.WARNING)
 
 
@@ -65,8 +65,7 @@ def locked(path: str | Path, task: str) -> Iterator[None]:
     """Holds a file lock shared by all processes and runs; it is released if its holder dies.
 
     Args:
-        path: of the lock.
-        task: what the holder of the lock does, such as "builds the cache".
+        task: activity of the holder of the lock, such as "builds the cache".
 
     Raises:
         UserError: another process has held it for `LOCK_SECONDS`.

@@ -18,6 +18,7 @@ SHIFT = 24.0
 LOW_CONTRAST = 8.0
 """Smallest contrast, in levels of 256, that differences are relative to; less is noise."""
 _BATCH = 512
+_CHUNK = 2**20
 _ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8)
 
 
@@ -74,11 +75,11 @@ def _lookups(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 yield np.repeat(order[chunk], counts[chunk]), order[np.repeat(starts[chunk], counts[chunk]) + within]
 
 
-def _chunks(counts: np.ndarray, most: int = 2**20) -> Iterator[np.ndarray]:
-    """Indices of nonzero counts, in chunks whose counts add up to about `most`."""
+def _chunks(counts: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of nonzero counts, in chunks whose counts add up to about `_CHUNK`."""
     chunk = np.flatnonzero(counts)
     if len(chunk):
-        yield from np.split(chunk, np.flatnonzero(np.diff(np.cumsum(counts[chunk]) // most)) + 1)
+        yield from np.split(chunk, np.flatnonzero(np.diff(np.cumsum(counts[chunk]) // _CHUNK)) + 1)
 
 
 def _means_and_spread(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

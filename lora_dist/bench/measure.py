@@ -150,8 +150,8 @@ def _time_loader(run: TrainingRun, updates: int) -> float:
 def count_flops(run: TrainingRun, micro_batches: Sequence[Batch]) -> int:
     """Floating-point operations of an update on this process; a multiply-add counts as two.
 
-    The counter sees dispatched operators, which needs eager mode. It knows fused attention on CUDA alone; unfused, its
-    scores take gigabytes.
+    The counter sees dispatched operators, so the model runs in eager mode. It counts fused attention on CUDA only;
+    elsewhere attention is computed unfused, whose scores take gigabytes.
     """
     plain = torch.compiler.set_stance("force_eager")
     cuda = run.engine.accelerator.device.type == "cuda"

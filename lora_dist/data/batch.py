@@ -153,7 +153,7 @@ class TrainImages(_Images):
             return error
 
     def close(self) -> None:
-        """Drops what has been read ahead, so that worker processes do not inherit it."""
+        """Drops samples that were read ahead, so that worker processes do not inherit them."""
         self._reader = None
 
     def batch(self, samples: list[Sample]) -> Batch:

@@ -1,4 +1,4 @@
-"""Data loaders for training and evaluation; `batch.py` says what the workers do and what the device does."""
+"""Data loaders for training and evaluation; `batch.py` describes the parts of the workers and of the device."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
@@ -26,8 +26,8 @@ MEASURED_SAMPLES = 8
 class WorkerBatchSampler(Sampler[WorkerShard]):
     """The micro-batches of a process, split among its workers, for a `DataLoader`'s `batch_sampler`.
 
-    A `DataLoader` gives what its batch sampler yields to its workers in turn. Samples in lanes are therefore split into
-    one shard for each worker, so that each lane is read by one worker alone.
+    A `DataLoader` hands the items of its batch sampler to its workers in turn. Samples in lanes are therefore split
+    into one shard for each worker, so that each lane is read by one worker alone.
     """
 
     def __init__(self, micro_batches: Iterable[list[Sample]], workers: int) -> None:
@@ -92,7 +92,7 @@ def batches(
     Args:
         loader: of training or evaluation images.
         device: to copy the batches to.
-        timed: wraps the iterator of what the worker processes deliver, to measure the wait for them.
+        timed: wraps the iterator over the items of the worker processes, to measure the wait for them.
 
     Raises:
         ProcessError: names an image that cannot be read.
@@ -140,7 +140,7 @@ def _joined(shards: list[WorkerShard], device: torch.device) -> Batch:
 
 
 def workers_of(settings: DataSettings, device: torch.device) -> int:
-    """Worker processes of a loader: as set, or the process's share of the cores, and none where the CPU trains."""
+    """Returns the number of worker processes of a loader: as set, or 0 on a CPU, and else the share of the cores."""
     if settings.dataloader_num_workers is not None:
         return settings.dataloader_num_workers
     if device.type == "cpu":
@@ -148,12 +148,12 @@ def workers_of(settings: DataSettings, device: torch.device) -> int:
     return max(1, min(MAX_WORKERS, cores_per_process() - 1))
 
 
-def bytes_ahead(images: TrainImages, plan: BatchPlan, step: int, settings: DataSettings, device: torch.device) -> int:
-    """Most bytes of the batches that the workers of a process hold ready, measured on samples of update `step`."""
+def bytes_ahead(images: TrainImages, plan: BatchPlan, settings: DataSettings, device: torch.device) -> int:
+    """The most bytes of batches that the workers of a process hold ready, measured on samples of the first update."""
     ahead = workers_of(settings, device) * settings.dataloader_prefetch_factor
     if not ahead:
         return 0
-    samples = next(plan.micro_batches(step))[:MEASURED_SAMPLES]
+    samples = next(plan.micro_batches(0))[:MEASURED_SAMPLES]
     try:
         fields = images.prepared(samples)
     except UnreadableImageError:

@@ -1,4 +1,4 @@
-"""Copies what worker processes deliver to the device, on CUDA one item ahead and beside the computation."""
+"""Copies the items of worker processes to the device; on CUDA one item ahead, while the device computes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ U = TypeVar("U")
 def on_device(found: Iterator[T], device: torch.device, moved: Callable[[T], T]) -> Iterator[T]:
     """Yields the items of an iterator, on `device`.
 
-    On CUDA, the next item is copied on a stream of its own while the present one is computed with. Elsewhere an item is
-    taken and copied when it is asked for.
+    On CUDA, the next item is copied on a stream of its own while the current one is in use. Elsewhere an item is taken
+    and copied when it is requested.
 
     Args:
         found: items from workers, in page-locked memory if `device` is CUDA.
@@ -34,15 +34,15 @@ def on_device(found: Iterator[T], device: torch.device, moved: Callable[[T], T])
         present = torch.cuda.current_stream(device)
         present.wait_event(event)
         for tensor in _tensors(item):
-            # Its memory is not to be used again before the present stream has computed with it.
+            # The allocator must not reuse its memory before the current stream is done with it.
             tensor.record_stream(present)
         yield item
 
 
 def one_ahead(found: Iterator[T], started: Callable[[T], U]) -> Iterator[U]:
-    """Yields `started` of each item, having called it for the next one as well.
+    """Yields `started(item)` of each item, after calling it for the next item as well.
 
-    An error of the iterator is raised in its turn, after all items before it.
+    An error of the iterator is raised after all earlier items.
     """
     waiting: list[U] = []
     error: Exception | None = None

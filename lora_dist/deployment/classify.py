@@ -45,14 +45,13 @@ class Row(NamedTuple):
     """The prediction for one image.
 
     Attributes:
-        path: of the file, as found.
         top_k: classes with their probabilities, most likely first; empty if there is an error.
         error: why the image is unreadable, or None.
         adapter: name of the adapter, if there are several.
         is_known: whether the prediction is confident enough.
         values: float32 [classes] or [features], if probabilities, logits or embeddings were asked for.
-        labels: of a model of several labels, those above their thresholds with their scores, highest first; None of
-            one class per image, which is the first of `top_k`.
+        labels: for several labels per image, those above their thresholds with their scores, highest first; None for
+            one class per image.
     """
 
     path: str
@@ -65,7 +64,7 @@ class Row(NamedTuple):
 
     @property
     def answer(self) -> list[tuple[str, float]]:
-        """The labels of a readable image, or its most likely class; with scores."""
+        """The labels of a readable image, or its most likely class, with scores."""
         return self.top_k[:1] if self.labels is None else self.labels
 
     @property
@@ -74,7 +73,7 @@ class Row(NamedTuple):
         return self.top_k[0][0] if self.is_known else UNKNOWN
 
     def known_from(self, min_confidence: float | None) -> "Row":
-        """Returns this row as known or not: its highest probability is at least `min_confidence`, or less."""
+        """Returns this row with `is_known`: whether its highest probability is at least `min_confidence`."""
         if min_confidence is None or not self.top_k:
             return self
         return self._replace(is_known=self.top_k[0][1] >= min_confidence)
@@ -134,11 +133,11 @@ def classify(
         images: paths, or other inputs.
         top_k: number of classes in a row.
         batch_size: images per forward pass; None as in `choose_batch_size`.
-        num_workers: decoding processes; None for what suits the device, none if the files are few or tiny.
+        num_workers: decoding processes; None for a number that suits the device, which is 0 for few or tiny files.
         device: where the model runs.
         indices: of the images to classify. Default: all.
-        output_type: what else rows have, as `values`.
-        precision: of autocast; fp32 is without it.
+        output_type: kind of the `values` of the rows.
+        precision: of autocast; fp32 for no autocast.
 
     Raises:
         UserError: a logit is not finite, or a data set cannot be read.

@@ -1,4 +1,4 @@
-"""Evaluates what is deployed: predictions against the labels of the images, and against another file of predictions."""
+"""Evaluates predictions: against the labels of the images, and against another file of predictions."""
 
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ class Reference(NamedTuple):
 
 
 def read_other_predictions(settings: Images) -> Predictions | None:
-    """Reads the file of --compare_to, and looks whether there is one of --labels_file.
+    """Reads the file of --compare_to, and checks early that the file of --labels_file can be read.
 
     Raises:
         UserError: one of them cannot be read.
@@ -58,8 +58,8 @@ def read_labels(settings: PredictSettings, several: bool) -> Listed | None:
 class Evaluation:
     """Collects the answer for each image, and compares it with labels and with other predictions.
 
-    Labels are those of --labels_file, or, of one class per image, the names of the images' folders if all of these are
-    classes, at least two.
+    Labels come from --labels_file. Without it, for one class per image, they are the names of the images' folders, if
+    there are at least two folders and all are named after classes.
 
     Attributes:
         disagreements: the first rows whose answer differs from that of --compare_to, as many as a grid shows.
@@ -109,9 +109,9 @@ class Evaluation:
         return self._label_of is not no_label or self._other is not None
 
     def seen(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yields the rows, which are those of all files in order, for one adapter after the other.
+        """Yields `rows` unchanged, and collects their answers. They are in the order of the files, by adapter.
 
-        Of several labels, `top_k` of the rows has the scores of all of them.
+        With several labels per image, `top_k` of the rows has the scores of all labels.
         """
         for row in rows:
             if self.is_needed:
@@ -179,7 +179,7 @@ def _answer(row: Row) -> Any:
 def _require_classes(settings: Images, listed: Listed, classes: Collection[str]) -> None:
     if unknown := sorted(set(listed.classes) - set(classes)):
         raise UserError(
-            f"--labels_file {settings.labels_file}: labels that are no classes of the model: {', '.join(unknown)}"
+            f"--labels_file {settings.labels_file}: labels that are not classes of the model: {', '.join(unknown)}"
         )
 
 
@@ -191,6 +191,6 @@ def _labels_of(listed: Listed, several: bool) -> dict[str, Any]:
 
 
 def _groups_of(listed: Listed) -> dict[str, str]:
-    """The group of each image by its path; none if all are different."""
+    """The group of each image by its path; empty if every image is a group of its own."""
     is_grouped = len(set(listed.groups)) < len(listed.groups)
     return dict(zip(listed.paths, listed.groups, strict=True)) if is_grouped else {}

@@ -37,9 +37,11 @@ def explained(
     batch_size: int | None,
     device: torch.device,
 ) -> Iterator[Row]:
-    """Yields the rows of `indices` of the inputs, after writing for each a PNG file of the model's view of its image
-    without and with the heat map of its class; of several labels, of each that it has, or of the one with the highest
-    score if it has none.
+    """Yields the rows of `indices` of the inputs. Before each, writes a PNG file: the model's view of the image without
+    and with the heat map of its class.
+
+    With several labels per image, the file has the heat map of each label that the image has, or of the label with the
+    highest score if it has none.
 
     Raises:
         UserError: a file cannot be written, or the model has no feature map.

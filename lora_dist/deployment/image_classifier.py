@@ -39,8 +39,8 @@ class ImageClassifier:
 
     Attributes:
         labels: class names in order.
-        thresholds: of a model of several labels per image, by label: an image has the labels whose scores reach them.
-            None of a model of one class per image.
+        thresholds: of each label, by name: an image has the labels whose scores reach them. None for a model of one
+            class per image.
         device: where the model is.
     """
 
@@ -80,8 +80,8 @@ class ImageClassifier:
 
         Args:
             images: paths of files, Pillow images, or arrays: uint8 [H, W], [H, W, 3] or [H, W, 4], or uint16 [H, W].
-            top_k: number of classes per image. By default, those that are the answer: of one class per image the 5 most
-                likely ones, and of several labels all whose scores reach their thresholds, which may be none.
+            top_k: number of classes per image. By default the 5 most likely classes; with several labels per image, all
+                labels whose scores reach their thresholds, possibly none.
             batch_size: images per forward pass; by default as many as in `predict`.
 
         Returns:
@@ -129,7 +129,7 @@ def load(
     Args:
         path: directory of an adapter, checkpoint or model, its name on the Hub (`org/name` or `org/name@revision`), or
             an ONNX file that `predict` wrote.
-        base_model: where an adapter's base is, if it is no longer where it was in training.
+        base_model: location of an adapter's base, if it has moved since training.
         labels: class names of an adapter that has no label map.
         trust_remote_code: run code that comes with the model. Use only with sources that you trust.
         device: auto, cpu, cuda, cuda:1, mps, … An ONNX file runs on the CPU.

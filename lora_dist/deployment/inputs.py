@@ -98,7 +98,7 @@ def _row_name(row: int, inner: str, file: str = "") -> str:
 
 
 class StreamedRows:
-    """Rows of shards, one shard after another, named by file and row. Reading goes on where the last one ended."""
+    """Rows of shards, one shard after another, named by file and row. A call continues where the last one ended."""
 
     def __init__(self, source: ShardSource, index: ShardIndex) -> None:
         self._source, self._index = source, index
@@ -221,9 +221,9 @@ def find_images(names: Sequence[str]) -> list[str]:
 
 
 def read_list(file: str) -> list[str]:
-    """Reads paths, one per line, relative to the current directory; a path that is listed again is left out.
+    """Reads paths, one per line, relative to the current directory; repeated paths are left out.
 
-    The files are not looked at: one that is missing gets a row with its error, as one that is damaged.
+    The files are not opened: a missing one gets a row with its error, as a damaged one does.
 
     Raises:
         UserError: the list cannot be read, or names no file.
@@ -233,7 +233,7 @@ def read_list(file: str) -> list[str]:
     except OSError as error:
         raise UserError(f"--images_from {file}: {error.strerror}") from error
     if "\0" in text:
-        raise UserError(f"--images_from {file}: not a text file with one path a line")
+        raise UserError(f"--images_from {file}: not a text file with one path per line")
     listed = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
     paths = list(dict.fromkeys(listed))
     if not paths:

@@ -103,7 +103,7 @@ def _scaled(loaded: AdapterSet, factor: float) -> AdapterSet:
     if any(one.calibration.temperature != 1 for one in classifiers.values()):
         logger.warning("the temperature was fitted without --adapter_scale: probabilities are not calibrated")
     if any(one.decision.record(one.labels) for one in classifiers.values()):
-        logger.warning("the thresholds were chosen without --adapter_scale, and no data confirms them with it")
+        logger.warning("the thresholds were chosen without --adapter_scale and may not suit the scaled adapter")
     return AdapterSet({name: replace(one, calibration=UNCALIBRATED) for name, one in classifiers.items()})
 
 
@@ -119,5 +119,5 @@ def _load_one(settings: PredictSettings, found: Mapping[str, Path]) -> Classifie
 
 
 def read_labels(source: ModelSource) -> list[str] | None:
-    """Reads the class names of --labels, if it is set."""
-    return infer_metadata.read_class_names(source.labels) if source.labels else None
+    """Reads the file of --class_names, if it is set."""
+    return infer_metadata.read_class_names(source.class_names) if source.class_names else None

@@ -23,9 +23,9 @@ from lora_dist.storage.writable import writing
 
 GRID_IMAGES = 32
 RECORD = b"lora_dist"
-"""Key of the metadata of a parquet file under which it has its record, as JSON."""
+"""Key in the metadata of a parquet file for the `record` of its origin, as JSON."""
 GROUP_ROWS, GROUP_NUMBERS = 16_384, 2**22
-"""Most rows of a row group of a parquet file, and most numbers in its lists. Rows wait in memory for their group."""
+"""Largest number of rows in a row group of a parquet file, and of numbers in its lists; these wait in memory."""
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def writer(
         format_: None to infer it from the path.
         top_k: number of classes in a CSV line.
         with_adapter: add the column `adapter` to a CSV or parquet file.
-        output_type: what rows have beside the most likely class. Only `top_k` for CSV.
-        record: what a parquet file says about its origin, as JSON values.
+        output_type: content of the rows besides the most likely class. Only `top_k` for CSV.
+        record: origin of the predictions, for the metadata of a parquet file, as JSON values.
         multi_label: add the column `labels` to a CSV, with semicolons between the labels, or to a parquet file.
 
     Raises:
@@ -223,7 +223,7 @@ def draw_grid(
     """
     shown = [(row, source) for row, source in rows if row.error is None]
     if not shown:
-        raise UserError("--grid: none of its images can be read")
+        raise UserError("--grid: none of the images can be read")
     captions = [caption(row) for row, _ in shown]
     with writing(path, "grid"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A prediction in parts, so that several processes share it and a killed one is continued by the same command.
+"""Splits a prediction into parts, so that several processes share it and the same command continues a killed one.
 
 Each part is a file of JSON lines, written atomically in `OUTPUT.parts`. Every process writes those of its parts that
 are missing. The first one waits for the others and joins the parts, in order.
@@ -67,7 +67,7 @@ class Parts:
     """The parts of one prediction.
 
     Attributes:
-        directory: where they lie.
+        directory: of their files.
     """
 
     def __init__(self, output: Path, adapters: Sequence[str | None], inputs: Inputs, plan: dict[str, Any]) -> None:
@@ -76,10 +76,10 @@ class Parts:
             output: the file that the parts become.
             adapters: names of the adapters; None for a model without a name.
             inputs: all images, in order.
-            plan: what the rows depend on besides the images, as JSON values.
+            plan: all that the rows depend on besides the images, as JSON values.
 
         Raises:
-            UserError: parts of another prediction lie there, or the directory cannot be written.
+            UserError: the directory has parts of another prediction, or cannot be written.
         """
         self.directory = output.with_name(f"{output.name}.parts")
         count = len(inputs)
@@ -93,7 +93,7 @@ class Parts:
         self._rank, self._world_size = 0, 1
         if self._store is not None:
             self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        # The first process alone says what is wrong, before another one ends the launch.
+        # The others wait, so that only the first process reports an error of the directory.
         if self._rank:
             self._wait_for("begun", [0])
         with writing(self.directory, "output"):
@@ -122,7 +122,7 @@ class Parts:
         pending = [part for part in self._parts[self._rank :: self._world_size] if part.number not in written]
         done, total = self._images_of(written), self._images_of(range(len(self._parts)))
         if written:
-            logger.info("going on with %s, which has %d rows", self.directory, done)
+            logger.info("continuing %s, which has %d rows", self.directory, done)
         with Progress(total, done, silent=self._rank > 0) as progress:
             for adapter, group in groupby(pending, key=lambda part: part.adapter):
                 mine = list(group)
@@ -174,7 +174,7 @@ class Parts:
         """Yields the rows of all parts, in the order of adapters and files.
 
         Raises:
-            UserError: a part is missing, because processes on several machines share no directory.
+            UserError: a part is missing, for example because machines do not share the directory.
         """
         for part in self._parts:
             if not self._path(part).exists():
@@ -183,9 +183,8 @@ class Parts:
                 fields = json.loads(line)
                 fields["top_k"] = _pairs(fields["top_k"])
                 fields["values"] = None if fields["values"] is None else _decoded(fields["values"])
-                # Parts of older releases have no labels.
-                labels = fields.get("labels")
-                yield Row(**fields | {"labels": None if labels is None else _pairs(labels)})
+                fields["labels"] = None if fields["labels"] is None else _pairs(fields["labels"])
+                yield Row(**fields)
 
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""

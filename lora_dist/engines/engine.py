@@ -1,8 +1,8 @@
 """The interface that every engine implements: one process, DDP, FSDP2, DeepSpeed ZeRO.
 
-Everything that differs between engines stands behind these: accumulating and reducing gradients, clipping, stepping,
-and getting whole tensors in and out where parameters or moments are sharded. Weights and moments come out the same
-from every engine, so that a checkpoint of one goes into another.
+It covers everything that differs between engines: accumulating and reducing gradients, clipping, stepping,
+and getting whole tensors in and out where parameters or moments are sharded. Every engine returns weights and moments
+in the same form, so that another engine can load them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,6 @@ class Engine(Protocol):
     """A model and its optimizer in one launch. Every method must be called on every process.
 
     Attributes:
-        accelerator: accelerator of the launch.
         model: the wrapped model, to call.
         unwrapped: the model without the engine's wrapper.
     """
@@ -92,7 +91,7 @@ class Engine(Protocol):
 def share_statistics(engine: Engine) -> None:
     """Broadcasts the trained buffers of rank 0, such as the running statistics of batch norms.
 
-    Its are those that are saved and handed over. Only DDP shares them by itself.
+    These are saved and become part of the result. Only DDP broadcasts buffers by itself.
     """
     if engine.accelerator.num_processes > 1:
         for _, tensor in trained_tensors(engine.unwrapped):
@@ -110,10 +109,10 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def fuses(accelerator: Accelerator) -> bool:
-    """Whether the optimizer of this launch is a fused one: on CUDA, where one kernel then makes the whole update.
+    """Whether this launch uses a fused optimizer, which makes an update in one kernel: on CUDA without DeepSpeed.
 
-    On a CPU, a fused optimizer gives other bits than earlier releases. DeepSpeed restores the state of an optimizer in
-    its own way.
+    On a CPU, a fused optimizer gives other bits than earlier releases. DeepSpeed restores optimizer state in its own
+    way.
     """
     return accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.DEEPSPEED
 

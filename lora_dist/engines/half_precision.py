@@ -1,4 +1,4 @@
-"""Lets a model compute whose parameters DeepSpeed or FSDP2 casts to bf16 or fp16, without autocast.
+"""Prepares a model for DeepSpeed or FSDP2, which cast its parameters to bf16 or fp16 and use no autocast.
 
 Neither casts buffers, and DeepSpeed casts positional arguments only.
 """

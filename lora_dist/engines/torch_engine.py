@@ -84,7 +84,7 @@ class TorchEngine:
         self._statistics.restore()
         scaler = self.accelerator.scaler
         if self._unscaled:
-            # The scaler expects the update whose gradient it has unscaled. Its scale stays.
+            # The scaler expects an update after it has unscaled the gradient. Its scale does not change.
             scaler.update(scaler.get_scale())
         return True
 
@@ -203,7 +203,7 @@ def _placed(whole: Tensor, like: Tensor) -> Tensor:
 def order_for_convolutions(model: nn.Module) -> None:
     """Puts the weights of a convolutional network into channels-last order, in place, in which cuDNN is faster.
 
-    Convolutions then hand on their output in this order. A transformer with one convolution, for its patches, stays.
+    The output of convolutions then has this order. A transformer with a single convolution, for its patches, stays.
     """
     if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:
         model.to(memory_format=torch.channels_last)
@@ -212,9 +212,9 @@ def order_for_convolutions(model: nn.Module) -> None:
 def leave_frozen_out(model: nn.Module) -> None:
     """Keeps DDP from sending frozen parameters at the start and frozen buffers before each forward pass.
 
-    Each process has read the same ones.
+    Every process has read the same values.
 
-    Written to, they would no longer be pages of the checkpoint that the processes of a node share. PiSSA computes its
+    A write would copy the pages of the checkpoint that the processes of a node share. PiSSA computes its
     frozen weights, which may differ in the last bits.
     """
     if adapters.mutates_base(model):

@@ -20,7 +20,7 @@ DEFAULTS = {
     "stage3_max_live_parameters": 100_000_000,
     "stage3_max_reuse_distance": 100_000_000,
 }
-"""Numbers of elements, where the DeepSpeed configuration leaves them open. DeepSpeed's own are for language models: a
+"""Numbers of elements, where the DeepSpeed configuration leaves them open. DeepSpeed's defaults suit language models: a
 bucket of 2 GB for gradients of 3 MB, and a billion weights that may stay whole, more than most image models have."""
 
 

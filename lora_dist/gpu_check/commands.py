@@ -82,7 +82,7 @@ def resume(machine: Machine) -> str:
     whole, out = machine.directory / "no", machine.directory / "resumed"
     checkpoint = Path("checkpoints") / "step-00000002"
     if not (whole / checkpoint).is_dir():
-        raise Skipped("train_fp32 has left no checkpoint")
+        raise Skipped("train_fp32 wrote no checkpoint")
     shutil.copytree(whole / checkpoint, out / checkpoint)
     _train(machine, "no", out, "--resume_from_checkpoint", "auto")
     expected, found = (load_file(root / "adapter" / "adapter_model.safetensors") for root in (whole, out))
@@ -98,7 +98,7 @@ def predict(machine: Machine) -> str:
     machine.require_gpu()
     adapter = machine.directory / "no" / "adapter"
     if not adapter.is_dir():
-        raise Skipped("train_fp32 has left no adapter")
+        raise Skipped("train_fp32 wrote no adapter")
     classifier = load_classifier(adapter)
     files = sorted((machine.directory / "photos" / "validation").rglob("*.png"))[:8]
     pixels = ImageTransforms(classifier.processor).batch([Image.open(file) for file in files])

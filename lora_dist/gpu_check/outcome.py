@@ -9,16 +9,16 @@ from accelerate import Accelerator
 
 
 class Failed(Exception):  # noqa: N818  (an outcome, as Skipped)
-    """What was found is wrong; the message says what."""
+    """The check has failed; the message gives the reason."""
 
 
 class Skipped(Exception):  # noqa: N818
-    """The machine or the launch lacks what the check needs; the message says what."""
+    """The machine or the launch lacks a requirement of the check, which the message names."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks run on.
+    """The machine that the checks run on.
 
     Attributes:
         accelerator: of this process.
@@ -47,7 +47,7 @@ class Machine:
 def run_checks(checks: Iterable[Callable[[Machine], str]], machine: Machine) -> list[str]:
     """Runs the checks and prints a line for each: PASS, FAIL or SKIP, and why.
 
-    The main process prints all of them, the others what fails.
+    The main process prints all of them, the others only failures.
 
     Returns:
         Names of those that failed.

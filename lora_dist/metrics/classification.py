@@ -14,7 +14,7 @@ class ClassificationMetric(evaluate.Metric):
     """Accuracy, balanced accuracy, top-5 accuracy, macro F1, mean loss, calibration, a report by class and the
     confusion counts. Balanced accuracy is the mean recall of the classes with samples.
 
-    Inputs of `compute`, one value a sample: `predictions` (-1 for none) and `references` (classes), `confidences`
+    Inputs of `compute`, one value per sample: `predictions` (-1 for none) and `references` (classes), `confidences`
     (probability of the prediction), `ranks` (rank of the reference among the classes by probability, from 0) and
     `losses`.
     """

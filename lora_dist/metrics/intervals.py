@@ -9,10 +9,10 @@ import numpy as np
 RESAMPLES = 1000
 LEVEL = 0.95
 NAMES = {"accuracy": "accuracy", "mAP": "mAP", "micro_f1": "micro F1", "macro_f1": "macro F1"}
-"""Metrics with intervals, in the order in which they are told, and their names in a text."""
+"""Metrics with intervals, in the order of the output, and their names in it."""
 _SEED = 0
 _HELD = 2**22
-"""Most weights that are in memory at the same time."""
+"""Largest number of weights in memory at the same time."""
 
 Interval = tuple[float, float]
 Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -37,7 +37,7 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Returns the interval of each metric of `size` images: the percentiles of its values in resamples.
 
-    A metric that is the same in all resamples has no interval, as have all metrics of a single group.
+    A metric that is the same in all resamples has no interval. Neither has any metric of a single group.
 
     Args:
         measure: computes the metrics.
@@ -74,13 +74,13 @@ def with_interval(value: float, interval: Interval | None) -> str:
 
 
 def percentiles(values: np.ndarray) -> Interval:
-    """The interval that has `LEVEL` of the values [R] of resamples, and as many below as above it."""
+    """The central interval that holds the share `LEVEL` of the values [R] of resamples."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def symmetric(value: float, interval: Interval) -> Interval:
-    """The interval that reaches as far to both sides of a value as the farther end of another interval."""
+    """The interval around `value` that reaches to both sides as far as the farther end of `interval`."""
     reach = max(value - interval[0], interval[1] - value)
     return value - reach, value + reach
 

@@ -7,7 +7,7 @@ import numpy as np
 from lora_dist.metrics.intervals import RESAMPLES, Measure, Measured, bootstrap, symmetric, whole
 
 _MOST_WEIGHTS = 2**31
-"""Weights of images in all resamples, for all labels, above which there are fewer resamples."""
+"""Limit of resamples x images x labels: above it, fewer resamples are drawn."""
 _FEWEST_RESAMPLES = 100
 
 

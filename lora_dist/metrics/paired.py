@@ -53,7 +53,7 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = N
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of McNemar's exact test: a fair coin gives a split as uneven as this one, or more so."""
+    """The two-sided p-value of McNemar's exact test: the chance that a fair coin gives a split at least as uneven."""
     count, fewer = only_first + only_second, min(only_first, only_second)
     k = np.arange(fewer)
     # Logarithms of the binomial coefficients, which overflow for some thousands of images.
@@ -107,7 +107,7 @@ def compare_label_sets(
     total = (counts[0] + counts[1]).sum(axis=0)
 
     def distance(change: np.ndarray) -> np.ndarray:
-        """Between the F1 of both models, if `change` is the counts of the second less those of the first."""
+        """Distance of the F1 of both models; `change` is the second model's counts minus the first's."""
         return np.abs(_micro_f1(total + change) - _micro_f1(total - change))
 
     p_value = _flipped(counts[1] - counts[0], units_of(size, groups), distance)

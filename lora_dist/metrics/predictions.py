@@ -76,7 +76,7 @@ def read_predictions(name: str | Path) -> Predictions:
     """Reads a file of JSON lines, CSV or parquet, or that of a run's directory, without images that could not be read.
 
     Raises:
-        UserError: the file cannot be read, is none of predictions, or names an image twice.
+        UserError: the file cannot be read, is not a file of predictions, or names an image twice.
     """
     file = predictions_file(name)
     rows: dict[str, Mapping[str, Any]] = {}
@@ -220,7 +220,7 @@ def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[st
 
 
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
-    """Returns `folder_label` for two models of which only the predictions are known.
+    """Returns `folder_label` for two models, from their predictions alone.
 
     The classes are the predicted ones. If all of these have folders, the other folders are classes as well. Images with
     several labels have none by their folders.

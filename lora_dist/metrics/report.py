@@ -13,9 +13,9 @@ from lora_dist.metrics.predictions import Predictions, label_matrix
 from lora_dist.metrics.single_label import measure_classes
 
 MOST_CLASSES = 100
-"""Most classes in the report by class."""
+"""Largest number of classes in the report by class."""
 MATRIX_CLASSES = 20
-"""Most classes whose whole confusion matrix is printed; of more, the most frequent confusions are."""
+"""Largest number of classes for a whole confusion matrix; beyond it, the most frequent confusions are printed."""
 _CONFUSIONS = 20
 _DISAGREEMENTS = 20
 

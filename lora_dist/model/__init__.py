@@ -1,1 +1,1 @@
-"""Base models, LoRA and what is kept of them."""
+"""Base models, LoRA, and the files of adapters and whole models."""

@@ -71,7 +71,8 @@ def result_of_run(directory: Path) -> str:
 
 
 def plain_name(key: str) -> str | None:
-    """Removes from a key what PEFT's wrappers add, which differs by release; None for the untrained copy of a module.
+    """Removes the parts that PEFT's wrappers add to a key, which differ by release; None for the untrained copy of a
+    module.
 
     `base_model.model.classifier.modules_to_save.bias` -> `classifier.bias`,
     `base_model.model.vit.layers.0.attention.q_proj.base_layer.bias` -> `vit.layers.0.attention.q_proj.bias`.

@@ -94,7 +94,7 @@ def load_weighted_sum(
         loaded.append(replace(adapters.active_adapter(classifier.model), directory=directory))
     blended = adapters.attach_adapter(first.model, weighted_sum(loaded, weights), "blend")
     if any(classifier.calibration != first.calibration for classifier in adapter_set.classifiers.values()):
-        logger.warning("the adapters have different temperatures, and their weighted sum none: it is not calibrated")
+        logger.warning("the adapters have different temperatures: their weighted sum has none and is not calibrated")
         first = replace(first, calibration=UNCALIBRATED)
     decisions = [classifier.decision for classifier in adapter_set.classifiers.values()]
     return replace(first, model=blended, decision=mean_decision(decisions, weights))

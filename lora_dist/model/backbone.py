@@ -49,7 +49,7 @@ class Base:
     image_size: tuple[int, int] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Returns what an adapter bundle records of its base."""
+        """Returns the record of this base for an adapter bundle."""
         recorded = {"model_name_or_path": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
         changes = {"pooling": self.pooling, "image_size": self.image_size and list(self.image_size)}
         return recorded | {name: value for name, value in changes.items() if value is not None}
@@ -106,7 +106,7 @@ def load_base(
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
-            # That of the base may be another one.
+            # The base may have another problem type.
             config.problem_type = problem_type
             rate = None if drop_path is None else with_rate(config, drop_path)
             model, missing = (
@@ -122,7 +122,7 @@ def load_base(
         torch.manual_seed(seed)
         random += fit_head(model, before, labels, missing)
     heads = find_heads(model, random)
-    # That of the checkpoint: the weights are still those of its image size.
+    # Taken before resizing, so that it is that of the checkpoint.
     identity = fingerprint(model, heads)
     if image_size is not None:
         model, processor = resize_model(model, image_size), resize_processor(processor, image_size)

@@ -9,7 +9,7 @@ per image) and `README.md` with its pictures. A run with `--tuning full` writes 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,18 @@ THRESHOLDS = "thresholds.json"
 CALIBRATION = "calibration.json"
 IDENTITY = ("model_name_or_path", "revision", "fingerprint")
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a bundle about its input and output: images to model input, and logits to an answer."""
+
+    conversion: Conversion = AS_TRANSFORMERS
+    calibration: Calibration = UNCALIBRATED
+    decision: Decision = field(default_factory=MostLikely)
+
+
+NO_RECORDS = Records()
 NO_PICTURES: Mapping[str, Image.Image] = {}
 
 
@@ -42,18 +54,13 @@ def write_adapter(
     base: Base,
     card: str,
     initial: Path | None = None,
-    conversion: Conversion = AS_TRANSFORMERS,
-    calibration: Calibration = UNCALIBRATED,
+    records: Records = NO_RECORDS,
     pictures: Mapping[str, Image.Image] = NO_PICTURES,
-    decision: Decision | None = None,
 ) -> None:
     """Writes an adapter bundle; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         adapters.save_adapter(model, temporary, initial)
-        identity = base.identity()
-        write_metadata(
-            temporary, base.model.config, base.processor, card, identity, conversion, calibration, pictures, decision
-        )
+        write_metadata(temporary, base.model.config, base.processor, card, records, pictures, base.identity())
 
 
 def write_model(
@@ -61,15 +68,13 @@ def write_model(
     model: Any,
     processor: Any,
     card: str,
-    conversion: Conversion = AS_TRANSFORMERS,
-    calibration: Calibration = UNCALIBRATED,
+    records: Records = NO_RECORDS,
     pictures: Mapping[str, Image.Image] = NO_PICTURES,
-    decision: Decision | None = None,
 ) -> None:
     """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
         model.save_pretrained(temporary)
-        write_metadata(temporary, model.config, processor, card, None, conversion, calibration, pictures, decision)
+        write_metadata(temporary, model.config, processor, card, records, pictures)
 
 
 def write_metadata(
@@ -77,15 +82,13 @@ def write_metadata(
     config: Any,
     processor: Any,
     card: str,
-    base: dict[str, str | None] | None = None,
-    conversion: Conversion = AS_TRANSFORMERS,
-    calibration: Calibration = UNCALIBRATED,
+    records: Records,
     pictures: Mapping[str, Image.Image] = NO_PICTURES,
-    decision: Decision | None = None,
+    base: dict[str, str | None] | None = None,
 ) -> None:
-    """Writes config, label map, processor, conversion, calibration, decision and model card with its pictures, by file
-    name, into an existing directory; for an adapter, also its base."""
-    decision = decision or MostLikely()
+    """Writes config, label map, processor, records and model card with its pictures, by file name, into an existing
+    directory; for an adapter, also its base."""
+    decision = records.decision
     config.save_pretrained(directory)
     path = directory / "config.json"
     # `transformers` leaves the label map out if it is LABEL_0, LABEL_1.
@@ -94,13 +97,13 @@ def write_metadata(
     own = {**labels, "problem_type": decision.problem_type}
     _write_json(path, json.loads(path.read_text(encoding="utf-8")) | own)
     processor.save_pretrained(directory)
-    _write_json(directory / CONVERSION, conversion.record())
+    _write_json(directory / CONVERSION, records.conversion.record())
     if (thresholds := decision.record([config.id2label[index] for index in range(len(config.id2label))])) is not None:
         _write_json(directory / THRESHOLDS, thresholds)
     if base is not None:
         _write_json(directory / BASE_MODEL, base)
-    if calibration != UNCALIBRATED:
-        _write_json(directory / CALIBRATION, calibration.record())
+    if records.calibration != UNCALIBRATED:
+        _write_json(directory / CALIBRATION, records.calibration.record())
     for name, picture in pictures.items():
         picture.save(directory / name)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -122,7 +125,7 @@ class AdapterBundle:
         trust_remote_code: run code that comes with the processor.
         conversion: how images became 8-bit RGB in training.
         calibration: of the logits.
-        decision: what becomes of the logits.
+        decision: turns logits into an answer.
     """
 
     files: AdapterFiles
@@ -161,9 +164,9 @@ def read_bundle(
     if label_map(directory) is not None:
         names = read_labels(directory)
         if labels is not None and names != list(labels):
-            raise UserError(f"--labels differs from the label map in {directory}/config.json; leave it out")
+            raise UserError(f"--class_names differs from the label map in {directory}/config.json; leave it out")
     elif is_ours and labels is None:
-        raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --labels")
+        raise UserError(f"{directory}/config.json has no label map (id2label); name a file with --class_names")
     else:
         names = infer_metadata.labels_of(files, base, revision, labels, trust_remote_code)
     return AdapterBundle(

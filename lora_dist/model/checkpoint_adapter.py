@@ -60,9 +60,11 @@ def _drop_temperature(checkpoint: Path, out: Path) -> None:
     """Removes the temperature, which was fitted to other weights, and warns of thresholds that were chosen for them."""
     if (out / CALIBRATION).is_file():
         (out / CALIBRATION).unlink()
-        logger.warning("%s is not calibrated: the temperature of its run is that of the result", checkpoint)
+        logger.warning(
+            "%s is not calibrated: the temperature of its run was fitted to the weights of the result", checkpoint
+        )
     if (out / THRESHOLDS).is_file():
-        logger.warning("%s has the thresholds of the result of its run, which no data confirms", checkpoint)
+        logger.warning("%s has the thresholds of its run, which were chosen for the weights of the result", checkpoint)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

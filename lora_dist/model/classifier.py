@@ -36,7 +36,7 @@ class Classifier:
         base: name, revision and fingerprint of an adapter's base.
         conversion: how images become 8-bit RGB.
         calibration: of the logits of the model.
-        decision: what becomes of the logits.
+        decision: turns logits into an answer.
     """
 
     model: nn.Module

@@ -22,7 +22,7 @@ AUTO_MAP = {
         ("AutoModelForImageClassification", PooledBackboneForImageClassification),
     )
 }
-"""Where `transformers` finds the classes in the file that `save_pretrained` writes."""
+"""The `auto_map` by which `transformers` finds the classes in the file that `save_pretrained` writes."""
 _PREFIX_TOKENS = {"dinov3_convnext": 1}
 """Tokens before the patches, for models without a patch size."""
 
@@ -117,7 +117,7 @@ def _output_shapes(config: Any, size: tuple[int, int]) -> Any:
 
 
 def _prefix_tokens(config: Any, tokens: torch.Tensor, size: tuple[int, int]) -> int:
-    """How many tokens come before those of the patches."""
+    """Returns the number of tokens before those of the patches."""
     patch = getattr(config, "patch_size", None)
     if patch is None or tokens.dim() != 3:
         return _PREFIX_TOKENS.get(config.model_type, 0)

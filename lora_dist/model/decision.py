@@ -1,4 +1,4 @@
-"""How logits become scores, and scores an answer: the most likely class, or the labels above their thresholds."""
+"""Turns logits into scores, and scores into an answer: the most likely class, or the labels above their thresholds."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class Decision(Protocol):
-    """What a model does with its logits."""
+    """Turns the logits of a model into scores and answers."""
 
     @property
     def problem_type(self) -> str:
-        """That of `transformers`, which `config.json` records."""
+        """The problem type of `transformers`, as `config.json` records it."""
         ...
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -29,11 +29,11 @@ class Decision(Protocol):
         ...
 
     def chosen(self, scores: Tensor) -> list[list[int]] | None:
-        """The labels of each row, the highest score first; None if an image has one class, that of the highest."""
+        """The labels of each row, the highest score first; None if an image has one class: the most likely."""
         ...
 
     def record(self, labels: Sequence[str]) -> dict[str, float] | None:
-        """What a bundle keeps besides the problem type, as JSON values; None for nothing."""
+        """The content of `thresholds.json` in a bundle, as JSON values; None for no such file."""
         ...
 
 
@@ -74,9 +74,10 @@ class AboveThresholds:
 
 
 def decision_of(problem_type: str | None, record: Mapping[str, Any] | None, labels: Sequence[str]) -> Decision:
-    """The decision of a problem type and what `Decision.record` gave; thresholds are 0.5 without a record.
+    """Returns the decision of a problem type and of the output of `Decision.record`; thresholds are 0.5 without a
+    record.
 
-    Every problem type but that of several labels means one class per image, as does none.
+    Any other problem type, or none, means one class per image.
 
     Raises:
         UserError: the record is not one of these labels.
@@ -99,6 +100,6 @@ def mean_decision(decisions: Sequence[Decision], weights: Sequence[float]) -> De
     thresholds = [decision.thresholds for decision in decisions if isinstance(decision, AboveThresholds)]
     if len(thresholds) < 2:
         return decisions[0]
-    logger.warning("the weighted sum has the weighted mean of the thresholds of its adapters, which no data confirms")
+    logger.warning("the thresholds of the weighted sum are means of those of its adapters and may not suit it")
     mean = (sum(map(mul, weights, own)) for own in zip(*thresholds, strict=True))
     return AboveThresholds(tuple(mean))

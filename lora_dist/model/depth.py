@@ -11,7 +11,7 @@ from lora_dist.model.head import is_in
 from lora_dist.model.timm_image_size import MODEL_TYPE
 
 
-def find_blocks(model: nn.Module, heads: Sequence[str], pixel_values: Tensor, flag: str) -> list[str]:
+def find_blocks(model: nn.Module, heads: Sequence[str], pixel_values: Tensor) -> list[str]:
     """Returns the names of a backbone's blocks, in the order in which it calls them.
 
     Blocks are the entries of numbered lists of modules. If entries of a list contain lists themselves, as the stages of
@@ -21,12 +21,11 @@ def find_blocks(model: nn.Module, heads: Sequence[str], pixel_values: Tensor, fl
         model: classifier of `transformers`, without adapters.
         heads: modules that do not belong to the backbone.
         pixel_values: any input [1, 3, H, W].
-        flag: the setting that needs the blocks, for the error message.
 
     Raises:
         UserError: the backbone has no such list.
     """
-    return _blocks(model, heads, first_calls(model, pixel_values), flag)
+    return _blocks(model, heads, first_calls(model, pixel_values), "layers_to_transform")
 
 
 def choose_blocks(blocks: Sequence[str], wanted: Sequence[int] | str) -> list[str]:

@@ -9,11 +9,11 @@ from lora_dist.errors import UserError
 from lora_dist.model.timm_image_size import MODEL_TYPE
 
 RATE = "drop_path_rate"
-"""Its name in the configurations of transformers and in the arguments of timm's models."""
+"""The name of the rate in the configurations of transformers and in the arguments of timm's models."""
 
 
 def with_rate(config: Any, rate: float) -> Any:
-    """Changes the rate in a configuration of which a model is built, and returns the value that was there.
+    """Changes the rate in a configuration from which a model is built, and returns the previous value.
 
     Raises:
         UserError: the architecture has no stochastic depth.
@@ -34,7 +34,7 @@ def with_rate(config: Any, rate: float) -> Any:
 
 
 def restore_rate(model: Any, before: Any, rate: float) -> None:
-    """Puts the configuration of a model that was built with another rate back.
+    """Restores the rate in the configuration of a model that was built with another one.
 
     Raises:
         UserError: the model was built without stochastic depth.

@@ -19,8 +19,8 @@ EMPTY_FINGERPRINT = hashlib.sha256().hexdigest()[:32]
 def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:
     """Returns the names of the modules to train in full: the head, and modules with random weights.
 
-    The head is everything beside the backbone (`base_model_prefix`). Without a module of that name, or without
-    anything beside it, the head is the modules whose shape follows the number of classes.
+    The head is everything outside the backbone (`base_model_prefix`). Without a module of that name, or without
+    anything outside it, the head is the modules whose shape follows the number of classes.
 
     Args:
         model: a `transformers` classifier.
@@ -76,7 +76,7 @@ def class_dimensions(config: Any, make: Callable[[Any], Any]) -> dict[str, int]:
 def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missing: Sequence[str]) -> list[str]:
     """Fits the head of a base that classifies as many classes to `labels`, and logs what it changes.
 
-    If the names are the same in another order, the head is permuted. If they differ, it is made anew, as for another
+    If the names are the same in another order, the head is permuted. If they differ, it is replaced, as for another
     number of classes. If they are LABEL_0, LABEL_1 …, they say nothing, and the head stays.
 
     Args:
@@ -101,10 +101,10 @@ def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missi
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.index_select(dimension, order)
         return []
-    logger.warning("the base has other classes (%s, …) than the data: making its head anew", ", ".join(names[:3]))
+    logger.warning("the base has other classes (%s, …) than the data: giving it a new head", ", ".join(names[:3]))
     for module in dict.fromkeys(model.get_submodule(name.rpartition(".")[0]) for name in dimensions):
         for parameter in module.parameters(recurse=False):
-            # `transformers` does not initialise what it has loaded.
+            # `transformers` does not initialise weights that it has loaded.
             parameter._is_hf_initialized = False
         model._init_weights(module)
     return sorted(dimensions)

@@ -185,7 +185,7 @@ def _interpolated_by_model(model: Any, name: str, shape: torch.Size, size: Size)
 
 
 def _strides(config: Any) -> set[int]:
-    """Possible sizes of what one position stands for, in pixels."""
+    """Possible sizes of the patch of one position, in pixels."""
     patches = [getattr(part, "patch_size", None) for part in _configs(config)]
     return {2**power for power in range(7)} | {
         patch * 2**stage for patch in patches if isinstance(patch, int) for stage in range(5)

@@ -48,11 +48,15 @@ def labels_of(
     expected = config.num_labels if count is None else count
     if given is not None:
         if len(given) != expected:
-            raise UserError(f"--labels names {len(given)} classes, and the adapter in {files.directory} has {expected}")
+            raise UserError(
+                f"--class_names names {len(given)} classes, and the adapter in {files.directory} has {expected}"
+            )
         return list(given)
     if count is None:
         return [config.id2label[index] for index in range(expected)]
-    logger.warning("%s has no label map, so classes are named LABEL_0 …; pass names with --labels", files.directory)
+    logger.warning(
+        "%s has no label map, so classes are named LABEL_0 …; pass names with --class_names", files.directory
+    )
     return [f"LABEL_{index}" for index in range(count)]
 
 
@@ -80,8 +84,10 @@ def read_class_names(path: str) -> list[str]:
     try:
         labels = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels {path}: {error}") from error
+        raise UserError(f"--class_names {path}: {error}") from error
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice or not labels:
-        raise UserError(f"--labels {path}: " + (f"duplicates: {', '.join(twice)}" if twice else "the file is empty"))
+        raise UserError(
+            f"--class_names {path}: " + (f"duplicates: {', '.join(twice)}" if twice else "the file is empty")
+        )
     return labels

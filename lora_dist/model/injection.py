@@ -1,4 +1,4 @@
-"""Puts LoRA into an image classifier, and decides what trains."""
+"""Adds LoRA to an image classifier, and chooses the parameters that train."""
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +102,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def _freeze_others(model: PeftModel, heads: Sequence[str]) -> None:
-    """Freezes what PEFT made trainable besides the heads and chosen norms: it compares the endings of names.
+    """Freezes modules that PEFT made trainable besides the heads and chosen norms: it compares the endings of names.
 
     PoolFormer's head `norm` selects the norms of all its blocks. Their unchanged copies stay in the adapter's file.
 

@@ -1,4 +1,4 @@
-"""Checks that a model takes what its image processor makes of an image, and answers with logits."""
+"""Checks that a model takes the output of its image processor, and returns logits."""
 
 from typing import Any
 

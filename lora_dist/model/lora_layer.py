@@ -91,14 +91,11 @@ class LoraLinear(torch.autograd.Function):
         """Returns x W^T + bias + scaling * dropout(x) A^T B^T [..., out], of x [..., in], A [r, in] and B [out, r].
 
         Args:
-            ctx: of autograd.
-            x: input.
             weight: W [out, in].
             bias: [out] or None.
             down: A.
             up: B.
             scaling: of the update.
-            rate: of dropout.
         """
         rows = x.reshape(-1, x.shape[-1])
         kept, keep = draw_mask(rows, rate)

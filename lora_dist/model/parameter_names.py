@@ -6,7 +6,7 @@ from lora_dist.model import adapter_io
 from lora_dist.model.head import is_in
 
 DEFAULT = "default"
-"""PEFT's name of a single adapter."""
+"""The name that PEFT gives an adapter by default."""
 
 
 def is_counted(name: str) -> bool:

@@ -29,8 +29,6 @@ def require_same_logits(
     """Checks that a written bundle or model gives the expected logits [B, classes] on real images (see peft#577).
 
     Args:
-        directory: of the bundle or model.
-        images: RGB images.
         expected: logits, on the CPU.
         tolerance: largest difference, relative to the largest logit.
         trust_remote_code: run code that comes with the model.

@@ -29,7 +29,7 @@ AUTO: tuple[tuple[str, ...], ...] = (
 convolutions, whichever hold more weights."""
 
 SMALLEST_SHARE = 0.08
-"""Least share of the backbone's weights that a group of `AUTO` must hold: an eighth in SegFormer, a sixth in ViT."""
+"""Smallest share of the backbone's weights that a group of `AUTO` may hold: an eighth in SegFormer, a sixth in ViT."""
 
 
 def resolve_targets(

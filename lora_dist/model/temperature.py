@@ -36,7 +36,7 @@ class Calibration(NamedTuple):
 
 
 UNCALIBRATED = Calibration()
-"""That of bundles without a record, and of models of other programs."""
+"""The calibration of bundles without a record, and of models of other programs."""
 
 
 @torch.no_grad()

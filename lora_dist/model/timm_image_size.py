@@ -35,7 +35,7 @@ def rebuilt(model: Any, size: Size) -> Any:
 
 
 def record_size(config: Any, size: Size) -> None:
-    """Changes the input size in a model's configuration, of which the image processor of a saved model is made."""
+    """Changes the input size in a model's configuration, from which a saved model's image processor is built."""
     config.pretrained_cfg = {**config.pretrained_cfg, "input_size": [3, *size]}
 
 

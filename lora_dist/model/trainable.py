@@ -81,7 +81,7 @@ def load_trained(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
 
 
 def clear_cached(model: nn.Module) -> None:
-    """Makes a model compute anew what LeViT keeps of its weights in evaluation until it trains again."""
+    """Drops what LeViT caches of its weights in evaluation mode, which would be stale after the weights change."""
     was_training = model.training
     set_training(model)
     if not was_training:
@@ -101,7 +101,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Normalises one value per channel, as of a last batch of one image, by the running statistics."""
+    """Normalises single values per channel, as in a last batch of one image, by the running statistics."""
     if not norm.training or x.numel() != x.shape[1]:
         return type(norm).forward(norm, x)
     norm.eval()
@@ -118,7 +118,7 @@ def layers_called(base: Base) -> set[str]:
 
 def blocks_of(base: Base, wanted: Sequence[int] | str) -> list[str]:
     """Returns the names of the blocks of a base that `layers_to_transform` names (see `choose_blocks`)."""
-    found = find_blocks(base.model.eval(), base.heads, _blank(base.processor), "layers_to_transform")
+    found = find_blocks(base.model.eval(), base.heads, _blank(base.processor))
     return choose_blocks(found, wanted)
 
 
@@ -148,7 +148,7 @@ def _freeze_unused(model: nn.Module, base: Base, blank: Tensor) -> None:
         if not adapters.is_adapted(model):
             raise
         raise UserError(
-            f"{type(base.model).__name__} does not run with LoRA: its code reads from a layer what PEFT's layers do "
+            f"{type(base.model).__name__} does not run with LoRA: its code reads an attribute that PEFT's layers do "
             f"not have ({error}). Train with --tuning head or --tuning full"
         ) from error
     logits.float().sum().backward()

@@ -24,7 +24,6 @@ def require_agreement(
     """Compares `facts` across all processes. Must be called on every process, before training starts.
 
     Args:
-        accelerator: of the launch.
         output_dir: created by rank 0; all processes must see it. None for a run that writes nothing.
         facts: values that must be equal on all processes, by name.
         seconds: how long to wait for the file that rank 0 writes.
@@ -102,7 +101,7 @@ def _appears(path: Path, seconds: float) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    # Reading the directories makes NFS ask the server, rather than what it remembers.
+    # Reading the directories makes NFS ask the server instead of its cache.
     try:
         list(path.parent.parent.iterdir())
         return path in path.parent.iterdir()

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 _FAILED = "failed"
 CONNECT_SECONDS = 2.0
-"""How long a failing process waits for the store after `init_process_group`: a live store answers at once."""
+"""Limit for a failing process to reach the store after `init_process_group`: a live store answers at once."""
 READ_SECONDS = 3.0
-"""How long rank 0 keeps the store after that. The other processes check it every second."""
+"""Seconds for which rank 0 then keeps the store alive. The other processes check it every second."""
 STARTUP_SECONDS = 30.0
-"""How long a failing process waits for the others to start and to read its failure before `init_process_group`."""
+"""Limit for the others to start and to read a failure from before `init_process_group`."""
 
 
 class RankFailedError(UserError):
@@ -34,7 +34,6 @@ class RankFailedError(UserError):
         """
         Args:
             message: the process that failed and the reason.
-            exit_code: of that process.
         """
         super().__init__(message)
         self.exit_code = exit_code

@@ -10,19 +10,20 @@ GPU_DRIVERS = [Path("/dev/nvidiactl"), Path("/dev/kfd")]
 
 _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.mmap_threshold=1073741824"
 _ADDED = {"GLIBC_TUNABLES": _TUNABLES, "LORA_DIST_ON_HUGE_PAGES": "1"}
-"""The second is there because the first may be taken away, or have the same value from the user."""
+"""The second marks the process, because the user may unset the first or give it the same value."""
 
 
 def move_to_huge_pages() -> None:
-    """Re-executes the running command, as the same process, with memory in huge pages that free memory stays in.
+    """Re-executes the running command, as the same process, so that glibc takes memory in huge pages and keeps freed
+    memory.
 
-    Each step of training allocates its activations. What is freed after a step, glibc returns to the system; the next
-    step takes new pages, one page fault for each 4 kB. glibc reads what tells it otherwise only when a program starts.
-    So this is for commands that have done nothing yet but reading their command line, and only where they are the
-    program (`__name__` says so): one that calls a command's `main` would start over amid work of its own.
+    Each training step allocates its activations. By default, glibc returns them to the system after the step, and the
+    next step takes new pages, with a page fault for each 4 kB. glibc reads its tunables only when a program starts.
+    Call this function only in a command that has done nothing but read its command line, and only under `__name__ ==
+    "__main__"`: a program that calls the command's `main` would start over in the middle of its own work.
 
-    Nothing happens on a host with a GPU, unless `ACCELERATE_USE_CPU` is set; where `GLIBC_TUNABLES` is set, be it to
-    nothing; under a tracing debugger; and on other systems than Linux.
+    Nothing happens on a host with a GPU, unless `ACCELERATE_USE_CPU` is set; where `GLIBC_TUNABLES` is set, even to an
+    empty text; under a tracing debugger; and on other systems than Linux.
 
     Source: https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
     """

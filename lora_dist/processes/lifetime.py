@@ -1,6 +1,6 @@
 """Ends a command and everything that it started within a bounded time, with the right exit code.
 
-The interpreter's own exit waits for threads and joins worker processes, however long that takes: a worker that ignores
+The interpreter's own exit waits for threads and joins worker processes, without a time limit: a worker that ignores
 SIGTERM, a thread that waits for the network, or a collective that lost a peer would keep the process, and its GPU, for
 ever. A command therefore runs in `run_command`, which limits the time for cleanup and then exits.
 """
@@ -26,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 GRACE_SECONDS = 8.0
-"""How long a command may take to clean up after its work is done or has failed."""
+"""Seconds for a command to clean up after its work is done or has failed."""
 
 STACKS_SIGNAL = signal.SIGQUIT
 """Makes a process write all stack traces to standard error. (NCCL uses SIGUSR1; SIGUSR2 requests a stop.)"""

@@ -22,10 +22,6 @@ class Peers:
     """The processes of this launch. Not thread-safe: all methods share one connection to the store."""
 
     def __init__(self, store: "Store") -> None:
-        """
-        Args:
-            store: of the launch.
-        """
         self._store = store
         launch = Launch.read()
         self._hosted_by_rank_0 = launch is not None and launch.is_hosted_by_rank_0()

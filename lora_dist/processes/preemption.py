@@ -29,7 +29,6 @@ class Preemption:
     def __init__(self, accelerator: Accelerator, save_file: Path) -> None:
         """
         Args:
-            accelerator: of the launch.
             save_file: file that requests a checkpoint if it exists.
         """
         self._accelerator = accelerator
@@ -51,19 +50,19 @@ class Preemption:
             yield
         except StopRequested:
             if owns_process():
-                # What is left is to exit, each process at its own pace, while launchers signal those that are slower.
+                # The processes now exit, each at its own pace, and launchers send signals to the slower ones.
                 handlers = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
             raise
         except Exception:
             if owns_process():
-                # The process is about to say why it ends; a launcher that knows already sends SIGTERM.
+                # The process is about to report its error; a launcher that has noticed it may send SIGTERM before.
                 handlers[signal.SIGTERM] = signal.SIG_IGN
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
-            # Not by closing it: workers that were forked from here keep it open.
+            # Closing it would not end the listener: workers that were forked from this process keep it open.
             os.write(writing, bytes([0]))
             listener.join()
             os.close(reading)

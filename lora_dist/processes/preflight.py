@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 SIZE = 2**20
 """Number of elements in the timed all-reduce: 4 MiB in fp32, about the size of the LoRA gradient of a ViT-L."""
 STORE_SECONDS = 10.0
-"""How long to wait, beyond the timeout, for a request to the store."""
+"""Seconds to wait, beyond the timeout, for a request to the store."""
 
 
 class Preflight:

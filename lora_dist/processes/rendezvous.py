@@ -112,7 +112,7 @@ def launch_store(timeout: timedelta) -> "Store | None":
     if launch.hosts():
         _host(launch)
     client = _connect(launch, timeout.total_seconds())
-    # The launcher's store outlives a restart of the processes (torchrun --max-restarts), and what failed before it.
+    # The launcher's store outlives a restart of the processes (torchrun --max-restarts), and so do failures before it.
     store = PrefixStore(f"lora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
     try:
         _register(store, launch)
@@ -159,7 +159,7 @@ def _connect(launch: Launch, seconds: float) -> "TCPStore":
     def message() -> str:
         return f"waiting for {host} at {where}: {reason}; giving up after {seconds:.0f} s"
 
-    # Rank 1 may be on the node of rank 0, where the process that else speaks is the one that is waited for.
+    # Rank 1 logs as well: on the node of rank 0, the process that usually logs is rank 0, which may not be running.
     with waiting.log_wait(message, launch.rank == 1 or waiting.is_local_main()):
         while (problem := _unreachable(launch)) and time.monotonic() < deadline:
             reason = problem

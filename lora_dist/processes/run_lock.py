@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 """Name of the lock file. The file names the holder; only the operating system knows whether the lock is held."""
 SAME_HOST_SECONDS = 5.0
-"""How long to wait for a lock held on this machine, whose holder may be about to exit."""
+"""Seconds to wait for a lock held on this machine, whose holder may be about to exit."""
 OTHER_HOST_SECONDS = 100.0
-"""How long to wait for a holder on another machine: an NFS server keeps the locks of a failed client for 90 s."""
+"""Seconds to wait for a holder on another machine: an NFS server keeps the locks of a failed client for 90 s."""
 
 _HELD = {errno.EACCES, errno.EAGAIN, errno.ESTALE}
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -57,7 +57,6 @@ class RunLock:
 
         Args:
             root: the directory; created if it does not exist.
-            accelerator: of the launch.
             ddp_timeout: seconds after which the other processes give up.
 
         Raises:
@@ -73,7 +72,7 @@ class RunLock:
                 at_end(self.release)
 
     def take_alone(self, root: Path) -> None:
-        """Takes the lock of a directory in a command of one process, whose repetition goes on with its work.
+        """Takes the lock of a directory in a command of one process that continues its work when it is repeated.
 
         Raises:
             UserError: another process holds the lock.

@@ -109,8 +109,8 @@ def launch(
             f"configuration file sets fp16 or bf16, remove it there and use --mixed_precision"
         )
     if engine_launched() == "DEEPSPEED":
-        # Or from_pretrained shards the model as it loads it, and leaves nothing to read, probe or adapt before ZeRO
-        # takes it over. Whole image models fit a host's memory.
+        # Otherwise from_pretrained would shard the model while it loads, and the code before ZeRO could not read, probe
+        # or adapt it. Whole image models fit a host's memory.
         unset_hf_deepspeed_config()
     set_up_logs(accelerator.is_main_process)
     preflight.arrive("connected")

@@ -34,20 +34,20 @@ POLL_SECONDS = 1.0
 EXPLAIN_PERIOD = 0.05
 """Seconds between checks of the other processes while the cause of a failed collective is unknown."""
 SAVING_SECONDS = 600.0
-"""How long a save may continue after another process has failed."""
+"""Seconds for which a save may continue after another process has failed."""
 STORE_TIMEOUT = timedelta(seconds=10)
 FIRST_SECONDS = 1200.0
 """Extra time for the first update and the first batch of an evaluation, which compile and start workers."""
 EXPLAIN_SECONDS = 3.0
-"""How long to wait, after a collective has failed, for a report that another process caused it."""
+"""Seconds to wait, after a collective has failed, for a report that another process caused it."""
 ANSWER_SECONDS = 5.0
-"""How long a stalled process waits for the others to report their activity."""
+"""Seconds for which a stalled process waits for the others to report their activity."""
 STORE_SECONDS = 2.0
-"""How long to wait for a request to the store that may never be answered: `TCPStore.check` ignores its timeout."""
+"""Seconds to wait for a request to the store that may never be answered: `TCPStore.check` ignores its timeout."""
 
 
 class Activity(NamedTuple):
-    """The present activity of the main thread.
+    """The current activity of the main thread.
 
     Attributes:
         name: such as `update 12: waiting for micro-batch 3`.
@@ -123,7 +123,7 @@ class Watch:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While the block runs, the failure of another process does not end this one, for up to `SAVING_SECONDS`."""
+        """Lets the block finish within `SAVING_SECONDS` if another process fails."""
         self._is_writing = True
         try:
             yield
@@ -161,7 +161,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            failure = self._failure_within(EXPLAIN_SECONDS)
+            failure = self._explained_failure()
             if failure is None:
                 raise
             raise failure from error
@@ -187,16 +187,16 @@ class Watch:
         self._ended.set()
         self._awake.set()
 
-    def _failure_within(self, seconds: float) -> UserError | None:
-        """Waits up to `seconds` for the thread to detect a failure of another process; returns it, or None."""
-        end = time.monotonic() + seconds
+    def _explained_failure(self) -> UserError | None:
+        """Waits for the thread to detect a failure of another process; returns it, or None."""
+        end = time.monotonic() + EXPLAIN_SECONDS
         self._awake.set()
         while self._failure is None and self._peers is not None and time.monotonic() < end:
             time.sleep(EXPLAIN_PERIOD)
         return self._failure
 
     def _watch_progress(self, ended: threading.Event) -> None:
-        """Ends this process if the main thread stalls. Does not use the store, whose host may be what hangs."""
+        """Ends this process if the main thread stalls. Does not use the store, which may hang as well."""
         period = min(POLL_SECONDS, self._timeout / 10)
         activity, idle, before = self._activity, 0.0, time.monotonic()
         while not ended.wait(period):
@@ -210,15 +210,15 @@ class Watch:
 
     def _watch_peers(self) -> None:
         """Ends this process if another one has failed."""
-        while self._peers is not None and not self._is_over_within(POLL_SECONDS):
+        while self._peers is not None and not self._ended_by_next_check():
             try:
                 self._check(self._peers)
             except Exception as error:
                 logger.warning("cannot check the other processes: %s: %s", type(error).__name__, error)
 
-    def _is_over_within(self, seconds: float) -> bool:
-        """Waits, for a shorter time while the cause of an error is unknown; returns whether watching has ended."""
-        if self._awake.wait(seconds) and not self._ended.is_set():
+    def _ended_by_next_check(self) -> bool:
+        """Waits for the next check, briefly if a collective has failed; returns whether watching has ended."""
+        if self._awake.wait(POLL_SECONDS) and not self._ended.is_set():
             time.sleep(EXPLAIN_PERIOD)
         return self._ended.is_set()
 
@@ -287,7 +287,7 @@ def _call_within(seconds: float, function: Callable[[], T], default: T) -> T:
 
 
 def _stacks() -> str:
-    """Formats the stack traces of all threads, without the source lines, whose disk may be what hangs."""
+    """Formats the stack traces of all threads, without the source lines: reading them from the disk may hang."""
     reading, writing = os.pipe()
     # faulthandler writes while it holds the GIL: it must not block on standard error, nor on a full pipe.
     os.set_blocking(writing, False)

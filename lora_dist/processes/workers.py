@@ -1,4 +1,4 @@
-"""Worker processes of a `DataLoader`: how they start, what happens when one dies, and when they end."""
+"""Worker processes of a `DataLoader`: their start, the death of one, and their end."""
 
 import faulthandler
 import gc
@@ -30,7 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 POLL_SECONDS = 2.0
 """`timeout` of a `DataLoader` whose workers are checked for stalls."""
 SILENT_SECONDS = 600.0
-"""How long the workers may deliver no batch, where no `Watch` detects stalls."""
+"""Seconds for which the workers may deliver no batch, where no `Watch` detects stalls."""
 
 
 _MORE_SHARED_MEMORY = (
@@ -106,10 +106,10 @@ def _started(loader: DataLoader) -> Iterator[Any]:
     """Returns an iterator over a loader; starts its workers, or reuses persistent ones."""
     if not loader.num_workers:
         return iter(loader)
-    # Workers share this process's directory for sockets, which goes with it. One that is killed leaves its own.
+    # Workers share this process's directory for sockets, which is removed with it; a killed worker would leave its own.
     multiprocessing.util.get_temp_dir()
     before = signal.getsignal(signal.SIGCHLD)
-    # A signal that comes while workers start is for this process alone; they inherit that it is blocked.
+    # A signal that arrives while workers start is for this process alone; they start with it blocked.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if multiprocessing.get_start_method() == "forkserver":
@@ -198,7 +198,7 @@ def _explained(error: Exception, iterator: Any) -> Exception:
     """Returns a `WorkerDiedError` if a dead worker caused the error, otherwise the error itself."""
     text = str(error)
     killed_by = _signals_of(iterator)
-    if signal.SIGBUS in killed_by and not _is_nearly_full(SHARED_MEMORY):
+    if signal.SIGBUS in killed_by and not _shared_memory_is_nearly_full():
         return WorkerDiedError(
             f"a DataLoader worker was killed by SIGBUS: {SHARED_MEMORY} was full, or the file system of memory-mapped "
             f"data (--cache_dir, Arrow files) failed. Check that file system. {_MORE_SHARED_MEMORY}"
@@ -216,9 +216,9 @@ def _explained(error: Exception, iterator: Any) -> Exception:
     return error
 
 
-def _is_nearly_full(root: Path) -> bool:
+def _shared_memory_is_nearly_full() -> bool:
     """Whether less than a fifth is free. The batch that did not fit is gone by now."""
-    return root.is_dir() and free_bytes(root) < shutil.disk_usage(root).total / 5
+    return SHARED_MEMORY.is_dir() and free_bytes(SHARED_MEMORY) < shutil.disk_usage(SHARED_MEMORY).total / 5
 
 
 def _signals_of(iterator: Any) -> set[signal.Signals]:

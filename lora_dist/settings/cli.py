@@ -250,7 +250,7 @@ def _find_config(name: str) -> Path:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which PyYAML would take the last without a word."""
+    """Refuses a mapping that has a key twice. PyYAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See `yaml.constructor.BaseConstructor.construct_mapping`."""

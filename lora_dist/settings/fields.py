@@ -93,7 +93,7 @@ def color_of(text: str) -> tuple[int, int, int] | None:
 
 
 def color_name(color: tuple[int, int, int] | None) -> str:
-    """The text of which `color_of` makes this color."""
+    """The inverse of `color_of`: the text for a color."""
     return next((name for name, known in _COLORS.items() if known == color), ",".join(map(str, color or ())))
 
 

@@ -44,11 +44,11 @@ class ModelSource(Group):
     average: bool = False
     """Merge several adapters into one, with equal weights."""
     greedy_soup: str | None = None
-    """Folder of images with one sub-folder per class. Merge, with equal weights, those of several adapters that are
-    most accurate together: starting with the best, each is added if the accuracy on these images does not fall."""
+    """Folder of images with one sub-folder per class. Merge, with equal weights, the adapters that are most accurate
+    together: starting with the best, each is added if the accuracy on these images does not fall."""
     adapter_scale: NonNegative = 1.0
-    """Factor of the LoRA update, after averaging. What is trained in full, such as the head, keeps its weights."""
-    labels: str | None = None
+    """Factor of the LoRA update, after averaging. Modules trained in full, such as the head, keep their weights."""
+    class_names: str | None = None
     """Text file of class names, one per line, for an adapter without a label map."""
     model: str | None = None
     """Full model, merged or trained with --tuning full: a directory or a Hub name."""
@@ -88,8 +88,8 @@ class Images(Group):
     top_k: Count | None = None
     """Number of classes per image, most likely first. Default: 1, or 5 with --serve."""
     min_confidence: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Label images 'unknown' whose highest probability is below this. The scores stay. The table in the model card says
-    what a threshold costs."""
+    """Label images 'unknown' whose highest probability is below this; their scores do not change. The model card lists
+    the share and the accuracy of the images that remain at several thresholds."""
     output_type: OutputType = "top_k"
     """Further values of each image: the most likely classes, the probabilities or logits of all classes in the order of
     the label map, or embeddings, the pooled features that go into the head. Lists of numbers need JSON Lines or
@@ -106,7 +106,7 @@ class Images(Group):
     label_column_name: str | None = None
     """Column of labels in --labels_file, or its columns of 0 and 1, such as cat,dog,bird."""
     group_column_name: str | None = None
-    """Column of groups in --labels_file, such as patients, of which intervals and tests resample whole groups."""
+    """Column of groups in --labels_file, such as patients. Intervals and tests resample whole groups."""
     compare_to: str | None = None
     """File of predictions for the same images, or the directory of a run: print which ones differ, and a paired test.
     With --grid: a grid of these images."""
@@ -273,7 +273,7 @@ def _model_problems(settings: PredictSettings) -> Iterator[Contradiction]:
         for name in ("merge_to", "export_legacy_names"):
             if getattr(merging, name):
                 yield Contradiction((full, name), "only adapters can be merged or converted: use --adapter")
-        for name in _set(source, "base_model", "labels", "weights", "average", "greedy_soup", "adapter_scale"):
+        for name in _set(source, "base_model", "class_names", "weights", "average", "greedy_soup", "adapter_scale"):
             yield Contradiction((full, name), f"--{name} needs an adapter: use --adapter")
     if source.trust_remote_code and not (source.adapter or source.model):
         yield Contradiction(("onnx", "trust_remote_code"), "ONNX files contain no code: remove --trust_remote_code")
@@ -341,7 +341,9 @@ def _task_problems(settings: PredictSettings) -> Iterator[Contradiction]:
             ("compare_to", "dataset_name"), "only predictions for files are compared: remove one of them"
         )
     if images.labels_file and len(images.images) != 1:
-        yield Contradiction(("labels_file", "images"), "the labels are of images in a folder: give this folder alone")
+        yield Contradiction(
+            ("labels_file", "images"), "the labels are for the images of a folder: set --images to this folder alone"
+        )
     if not merging.merge_to:
         for name in _set(merging, "merge_tolerance", "dtype"):
             yield Contradiction((name, "merge_to"), f"--{name} needs --merge_to")
@@ -360,7 +362,7 @@ def _input_problems(settings: PredictSettings) -> Iterator[Contradiction]:
             yield Contradiction((name, "dataset_name"), f"--{name} needs --dataset_name")
         return
     if not data.dataset_split:
-        yield Contradiction(("dataset_name", "dataset_split"), "which split? Set --dataset_split, e.g. test")
+        yield Contradiction(("dataset_name", "dataset_split"), "no split: set --dataset_split, e.g. test")
     elif data.streaming and not data.dataset_split.isidentifier():
         yield Contradiction(
             ("streaming", "dataset_split"), "streams do not support slices or sums: set one whole split"
@@ -388,5 +390,5 @@ def _output_problems(settings: PredictSettings) -> Iterator[Contradiction]:
 
 
 def _set(group: Group, *names: str) -> Iterator[str]:
-    """Those of the settings that the user set, even to the default."""
+    """The settings that the user set, even to the default."""
     return (name for name in names if name in group.model_fields_set)

@@ -136,7 +136,7 @@ def contradictions(settings: SweepSettings) -> Iterator[Contradiction]:
     for name, reason in {
         "do_eval_only": "a sweep trains: remove it",
         "dry_run": "a sweep trains: try its settings with lora_dist.train --dry_run",
-        "resume_from_checkpoint": "the same command goes on with a sweep: remove it",
+        "resume_from_checkpoint": "the same command continues a sweep: remove it",
         "push_to_hub": "a sweep pushes nothing: train with its best.yaml and --push_to_hub",
     }.items():
         if getattr(settings.hub if name == "push_to_hub" else settings.run, name):

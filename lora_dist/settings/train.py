@@ -118,15 +118,15 @@ class DataSettings(Group):
     """Folder of training images with one sub-folder per class."""
     problem_type: ProblemType = "single_label_classification"
     """single_label_classification: each image has one class. multi_label_classification: each has any number of labels,
-    also none. The model records it."""
+    including none. The model records it."""
     labels_file: str | None = None
     """Text file with the labels of the images in --train_dir: path,label[,split[,group]], with commas, semicolons or
     tabs. Columns of a header are found by their names, or set with --image_column_name and so on."""
     split_column_name: str | None = None
     """Column of --labels_file with train, validation or test. Default: the one called split."""
     group_column_name: str | None = None
-    """Column of --labels_file whose equal values stay on one side of the split, such as a patient. Default: the one
-    called group."""
+    """Column of groups in --labels_file, such as patients. Images of a group stay on one side of the split. Default:
+    the one called group."""
     validation_dir: str | None = None
     """Folder of validation images with one sub-folder per class. Default: hold out training images."""
     test_dir: str | None = None
@@ -148,7 +148,7 @@ class DataSettings(Group):
     test_split: str | None = None
     """Test split. The best model is evaluated on it once, at the end."""
     train_val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction of the training images to hold out, seeded and stratified by class, without validation data."""
+    """Without validation data: fraction of the training images to hold out, seeded and stratified by class."""
     fold: Fold | None = None
     """K/N: cut the training images into N folds, by --seed, stratified by class and with groups kept whole, and
     validate on fold K. lora_dist.folds gathers the runs of all folds."""
@@ -158,8 +158,8 @@ class DataSettings(Group):
     """Image column. Default: the column of type Image, or of paths in --labels_file."""
     label_column_name: str | None = None
     """Label column. Default: a ClassLabel called label, or else the only ClassLabel or column called label, labels or
-    cls. Of several labels: a column of lists, or of label;label in --labels_file, or its columns of 0 and 1, such as
-    cat,dog,bird."""
+    cls. With several labels: a column of lists; in --labels_file a column of label;label, or columns of 0 and 1, such
+    as cat,dog,bird."""
     slice_columns: Names = Field(default=[])
     """Columns of --labels_file or of the data set, separated by commas, such as site,camera. The results and the model
     card have the validation and test metrics of the images of each value."""
@@ -209,7 +209,7 @@ class AugmentationSettings(Group):
     cutmix_alpha: NonNegative = 0.0
     """Alpha of CutMix: pastes a rectangle from another image. With mixup, each pair randomly uses one of the two."""
     label_smoothing_factor: Fraction = 0.0
-    """Fraction of the target that is spread evenly over all classes. Of several labels: over yes and no."""
+    """Fraction of the target that is spread evenly over all classes. With several labels: over yes and no."""
 
 
 class OptimizationSettings(Group):
@@ -258,8 +258,8 @@ class OptimizationSettings(Group):
     adam_epsilon: Positive = 1e-8
     """AdamW's term for numerical stability."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the trained weights, which is then evaluated and saved instead of them.
-    It is lower in the first updates."""
+    """Decay of an exponential moving average (EMA) of the trained weights. The EMA is evaluated and saved instead of
+    the weights. The decay is lower in the first updates."""
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm. 0 disables clipping."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
@@ -270,17 +270,17 @@ class OptimizationSettings(Group):
     no."""
     class_weights: str = "none"
     """Weights of the classes in the loss. balanced: inverse to the number of training images. Or a YAML or JSON file
-    with a weight for each class name. Each update is the weighted mean over all of its samples. Of several labels: the
-    weight of the images that have the label against those without it; balanced: negatives / positives."""
+    with a weight for each class name. The loss of an update is the weighted mean over its samples. With several labels:
+    the weight of images with the label relative to those without it; balanced: negatives / positives."""
     focal_gamma: NonNegative = 0.0
     """Gamma of focal loss, which lowers the weight of samples that are classified well. 0: cross-entropy."""
     metric_for_best_model: Literal[
         "accuracy", "balanced_accuracy", "top5_accuracy", "mAP", "micro_f1", "macro_f1", "loss"
     ] = "accuracy"
-    """Validation metric that selects the best checkpoint; the loss decides between equal ones. Of several labels: mAP,
-    micro_f1, macro_f1 or loss. The default is then mAP."""
+    """Validation metric that selects the best checkpoint; the loss decides between equal ones. With several labels:
+    mAP (default), micro_f1, macro_f1 or loss."""
     max_nonfinite_updates: Count = 3
-    """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer are skipped."""
+    """Stop after this many consecutive updates with a non-finite loss or gradient. Fewer such updates are skipped."""
     early_stopping_patience: Count | None = None
     """Stop after this many consecutive evaluations without improvement."""
 
@@ -312,8 +312,8 @@ class RunSettings(Group):
     logging_steps: Count = 10
     """Log every N updates."""
     report_to: Trackers = Field(default=[])
-    """Trackers beside TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
-    swanlab, each of which must be installed."""
+    """Trackers besides TensorBoard, separated by commas: wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive or
+    swanlab. Each one must be installed."""
     probe: bool = False
     """Before training, measure a linear probe and nearest neighbours on the features of the base, which LoRA has to
     beat."""

@@ -19,7 +19,7 @@ def contradictions(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _problem_type(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what does not work with the problem type of these settings."""
+    """Yields settings that do not work with the problem type."""
     data, optimization = settings.data, settings.optimization
     several = data.problem_type == MULTI_LABEL
     metric, known = optimization.metric_for_best_model, _METRICS[several]
@@ -37,15 +37,15 @@ def _problem_type(settings: Settings) -> Iterator[Contradiction]:
             text = f"class folders give each image one class: use the column of splits of --labels_file, not --{name}"
             yield Contradiction(("problem_type", name), text)
     refused = {
-        "streaming": (data.streaming, "labels of a stream are one class per image: remove --streaming"),
+        "streaming": (data.streaming, "streams support one class per image only: remove --streaming"),
         "balanced_sampling": (
             data.balanced_sampling,
             "an image counts for several labels, so no order shows all equally often: use --class_weights balanced",
         ),
-        "probe": (settings.run.probe, "the probe is that of one class per image: remove --probe"),
+        "probe": (settings.run.probe, "the probe supports one class per image only: remove --probe"),
         "focal_gamma": (
             optimization.focal_gamma,
-            "the focal loss is that of one class per image: remove --focal_gamma",
+            "the focal loss supports one class per image only: remove --focal_gamma",
         ),
     }
     for name, (is_set, text) in refused.items():
@@ -54,7 +54,7 @@ def _problem_type(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _data(settings: Settings) -> Iterator[Contradiction]:
-    """Yields two sources of the same data, and data that are missing."""
+    """Yields settings that name two sources of the same data, and missing ones."""
     data, run = settings.data, settings.run
     if data.train_dir and data.dataset_name:
         yield Contradiction(("train_dir", "dataset_name"), "two data sources: use only one of them")
@@ -65,7 +65,7 @@ def _data(settings: Settings) -> Iterator[Contradiction]:
     if data.validation_split and data.train_dir:
         yield Contradiction(("validation_split", "train_dir"), "use --validation_dir to validate with a folder")
     if data.labels_file and not data.train_dir:
-        yield Contradiction(("labels_file", "train_dir"), "the labels are of images in a folder: set --train_dir")
+        yield Contradiction(("labels_file", "train_dir"), "the file labels the images of a folder: set --train_dir")
     for name in ("split_column_name", "group_column_name"):
         if getattr(data, name) and not data.labels_file:
             yield Contradiction((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
@@ -78,7 +78,7 @@ def _data(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _streaming(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what a stream, which is read forward once, cannot give."""
+    """Yields settings that a stream, which is read forward once, does not support."""
     data, optimization = settings.data, settings.optimization
     if data.streaming:
         if data.train_dir:
@@ -110,7 +110,7 @@ def _streaming(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _held_out(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what contradicts folds and slices."""
+    """Yields settings that contradict folds and slices."""
     data = settings.data
     if data.slice_columns and (data.train_dir or data.validation_dir):
         if not data.labels_file:
@@ -130,7 +130,7 @@ def _held_out(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _files(settings: Settings) -> Iterator[Contradiction]:
-    """Yields files that are missing or cannot be written."""
+    """Yields settings of files that are missing or cannot be written."""
     data, run = settings.data, settings.run
     if data.exclude and data.dataset_name:
         yield Contradiction(("exclude", "dataset_name"), "only images in folders can be excluded: remove one of them")
@@ -139,7 +139,7 @@ def _files(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _optimization(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what contradicts the augmentation, the schedule or the optimizer."""
+    """Yields settings that contradict the augmentation, the schedule or the optimizer."""
     model, optimization = settings.model, settings.optimization
     if settings.augmentation.augment_on_device and settings.augmentation.augmentation != "basic":
         text = "the device supports only crops and flips: use --augmentation basic or remove --augment_on_device"
@@ -150,11 +150,11 @@ def _optimization(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(("min_lr", "lr_scheduler_type"), "a constant learning rate has no minimum: remove --min_lr")
     if optimization.layer_decay != 1 and model.tuning == "head":
         yield Contradiction(
-            ("layer_decay", "tuning"), "only the head trains, whose rate does not decay: remove --layer_decay"
+            ("layer_decay", "tuning"), "only the head trains, and its rate does not decay: remove --layer_decay"
         )
     if settings.lora.train_norms and model.tuning != "lora":
         yield Contradiction(
-            ("train_norms", "tuning"), "norms are trained beside LoRA or with all weights: remove one of them"
+            ("train_norms", "tuning"), "norms train in addition to LoRA, or with all weights: remove one of them"
         )
     for name in ("momentum",) if optimization.optim == "adamw_torch" else ("adam_beta1", "adam_beta2", "adam_epsilon"):
         if getattr(optimization, name) != OptimizationSettings.model_fields[name].default:
@@ -169,7 +169,7 @@ def _optimization(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _model(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what the base or the adapter cannot be or do."""
+    """Yields settings that the base or the adapter does not support."""
     model, run, optimization = settings.model, settings.run, settings.optimization
     odd = [rank for rank in (settings.lora.lora_r, *settings.lora.lora_rank_pattern.values()) if rank % 2]
     if settings.lora.init_lora_weights == "orthogonal" and odd:
@@ -203,7 +203,7 @@ def _model(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _evaluation_only(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what contradicts --do_eval_only."""
+    """Yields settings that contradict --do_eval_only."""
     model, data, run, hub = settings.model, settings.data, settings.run, settings.hub
     for name in ("test_dir", "test_split"):
         if run.do_eval_only and getattr(data, name):
@@ -227,7 +227,7 @@ def _evaluation_only(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _run(settings: Settings) -> Iterator[Contradiction]:
-    """Yields what contradicts the probe or the Hub."""
+    """Yields settings that contradict the probe or the Hub."""
     data, run, hub = settings.data, settings.run, settings.hub
     if run.probe and (data.streaming or run.do_eval_only):
         other = "streaming" if data.streaming else "do_eval_only"

@@ -1,4 +1,4 @@
-"""Flags of `transformers.TrainingArguments` that have another name here, or none."""
+"""Flags of `transformers.TrainingArguments` and of older releases that have another name here, or none."""
 
 from collections.abc import Collection
 
@@ -18,6 +18,7 @@ RENAMED = {
     "save_steps": "checkpointing_steps",
     "save_strategy": "checkpointing_steps",
 }
+OF_OLDER_RELEASES = {"labels": "class_names"}
 UNNECESSARY = {
     "do_eval": "every run evaluates",
     "do_train": "every run without --do_eval_only trains",
@@ -38,7 +39,7 @@ LAUNCH_FILES = {
 
 
 def hint(flag: str, known: Collection[str]) -> str:
-    """What to write instead of a flag of `TrainingArguments`; empty for other flags.
+    """Returns advice on what to use instead of a flag of another name; empty for other flags.
 
     Args:
         flag: Without dashes.
@@ -53,5 +54,5 @@ def hint(flag: str, known: Collection[str]) -> str:
             f"; the launch file selects {engine}: accelerate launch --config_file accelerate_configs/{file} "
             f"(`python -m lora_dist.launch_files` lists all)"
         )
-    name = RENAMED.get(flag, "")
+    name = (RENAMED | OF_OLDER_RELEASES).get(flag, "")
     return f"; use --{name}" if name.split(" ")[0] in known else ""

@@ -15,7 +15,7 @@ from lora_dist.storage.writable import require_writable, writing
 
 DESCRIPTION = """Search hyperparameters with Optuna: trains with values from the ranges of --search, stops runs that are
 worse than others, and writes a table, a picture and the best settings. Takes the flags of lora_dist.train. Each run
-trains in a process of its own, on one GPU or the CPU. The same command goes on with a sweep that was stopped."""
+trains in a process of its own, on one GPU or the CPU. The same command continues a sweep that was stopped."""
 
 
 @exit_on_user_error

@@ -23,10 +23,9 @@ _LABEL = "error: "
 
 
 class Job:
-    """A training that goes on from its newest checkpoint, in a process that ends with this one.
+    """A training process that resumes from its newest checkpoint, and ends with this process.
 
     Attributes:
-        output: directory of the run.
         is_pruned: whether it was ended because others are better.
     """
 
@@ -34,8 +33,6 @@ class Job:
         """
         Args:
             output: directory of the run, which also gets its log.
-            flags: of `lora_dist.train`.
-            environment: of the process.
         """
         self.output, self.is_pruned = output, False
         self._size_read, self._deadline, self._asked = 0, math.inf, False

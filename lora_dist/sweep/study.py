@@ -1,4 +1,4 @@
-"""A sweep: its settings, and the study of Optuna, in a file from which the same command goes on."""
+"""A sweep: its settings, and the study of Optuna in a file, from which the same command continues."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,11 +31,9 @@ class Sweep:
     """A sweep in a directory whose lock is held.
 
     Attributes:
-        root: the directory.
         settings: of the sweep and of its runs.
         axes: the settings to search.
         metric: the validation metric to optimize.
-        study: of Optuna.
     """
 
     root: Path
@@ -70,7 +68,7 @@ class Sweep:
         return self.study.ask()
 
     def _seed(self, number: int) -> None:
-        """Gives each trial a generator of its own: one for all would repeat its values when a sweep goes on."""
+        """Gives each trial a generator of its own: one for all would repeat its values when a sweep continues."""
         seed = int(np.random.SeedSequence([self.settings.run.seed, number]).generate_state(1)[0])
         with warnings.catch_warnings():
             # Optuna 4 calls both options experimental; with Optuna 5 they are the default.

@@ -71,7 +71,7 @@ def run_trials(sweep: Sweep) -> None:
             for _, job in running.values():
                 job.kill()
     if (done := len(sweep.ended())) < total:
-        raise PreemptedError(f"{done} of {total} trials have ended. The same command goes on")
+        raise PreemptedError(f"{done} of {total} trials have ended. The same command continues the sweep")
 
 
 def remove_unneeded(sweep: Sweep) -> None:
@@ -116,11 +116,11 @@ def _start(sweep: Sweep, trial: Trial, environment: dict[str, str]) -> Job:
 
 
 def _has_ended(sweep: Sweep, trial: Trial, job: Job) -> bool:
-    """Tells the study of new evaluations, and ends a run that the pruner gives up; returns whether it has ended."""
+    """Reports new evaluations to the study, and stops a run that the pruner rejects; returns whether it has ended."""
     has_ended = job.exit_code() is not None
     for number, value in enumerate(job.evaluations(sweep.metric)):
         if number in sweep.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
-            continue  # also those from before the sweep was stopped
+            continue  # evaluations from before the sweep was stopped included
         trial.report(value, number)
         if trial.should_prune() and not has_ended:
             job.prune()
@@ -128,7 +128,7 @@ def _has_ended(sweep: Sweep, trial: Trial, job: Job) -> bool:
 
 
 def _tell(sweep: Sweep, trial: Trial, job: Job) -> None:
-    """Tells the study how a run has ended."""
+    """Reports the end of a run to the study."""
     code = job.exit_code()
     value = None
     if code == 0:

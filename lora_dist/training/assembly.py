@@ -1,11 +1,11 @@
-"""Builds a run from its settings: data, model, engine, and what saves and reports."""
+"""Builds a run from its settings: data, model, engine, checkpoints and reports."""
 
 import hashlib
 import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
@@ -24,9 +24,10 @@ from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import fuses, make_engine
 from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import ErrorCollector, UserError
+from lora_dist.model.backbone import Base
 from lora_dist.model.injection import adapted_layers
 from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
-from lora_dist.model.warm_start import load_warm_start
+from lora_dist.model.warm_start import WarmStart, load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.devices import inference_batch_size
 from lora_dist.processes.preemption import Preemption
@@ -62,8 +63,6 @@ class Assembled:
     Attributes:
         run: what `fit` trains.
         progress: where the run starts or resumes.
-        result_writer: writes the result.
-        data: training and validation data.
         parameters: numbers of trainable and of all parameters.
         sizes: bytes of the checkpoints and the result.
     """
@@ -88,9 +87,6 @@ def assemble(
     """Loads, checks and connects the parts of a run. Must be called on every process.
 
     Args:
-        settings: settings as given.
-        accelerator: accelerator of the launch.
-        output: directory of the run.
         resumed: checkpoint to resume from.
         publisher: pushes to the Hub; None except on the main process of a run with --push_to_hub.
         errors: collects the errors of a dry run.
@@ -99,22 +95,8 @@ def assemble(
     Raises:
         UserError: something is missing, does not fit, or differs between processes.
     """
-    allow_pixels(settings.data.max_image_pixels)
-    settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
     options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
-    with preflight.first_process_first("loaded", accelerator):
-        data = _load(settings, accelerator, errors)
-        settings, base, start = load_warm_start(settings, data.labels)
-    settings = with_pooling(settings, base)
-    with watch.watching_step("reading images to find the pixel range"):
-        conversion = conversion_of(settings.data, data, start, resumed)
-    settings = with_conversion(settings, conversion)
-    transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
-    settings = settings.with_default_eval_batch_size(
-        inference_batch_size(accelerator.device, transforms.height, transforms.width)
-    )
-    with errors.collect():
-        data = _cached(data, settings, transforms, build=not errors.dry_run)
+    settings, data, base, start, transforms = _load_inputs(settings, accelerator, resumed, errors, watch, preflight)
     steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
     model = make_trainable(base, settings.model, settings.lora)
     if settings.model.tuning == "lora":
@@ -141,21 +123,18 @@ def assemble(
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
 
-    train = data.train
-    if settings.data.balanced_sampling and isinstance(train, Split):
-        train = OversampledSplit(train)
+    train = _balanced(data.train, settings)
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
     problem = PROBLEM_TYPES[settings.data.problem_type]
     loss = problem.loss(settings, data)
     images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
     with errors.collect():
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        ahead = bytes_ahead(images, plan, 0, settings.data, accelerator.device)
-        # An evaluation's batches come on top, of as many bytes a sample or fewer.
+        ahead = bytes_ahead(images, plan, settings.data, accelerator.device)
+        # The batches of an evaluation are added; they have at most as many bytes per sample.
         ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
-        require_shared_memory(on_this_machine * ahead)
-    identity = identity_of(settings, base, start, data, plan, conversion)
+        require_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * ahead)
+    identity = identity_of(settings, base, start, data, plan, transforms.conversion)
     preflight.arrive("ready")
     require_agreement(
         accelerator,
@@ -212,6 +191,43 @@ def assemble(
     return Assembled(run, progress, result_writer, data, parameters, sizes)
 
 
+class _Inputs(NamedTuple):
+    """The settings as resolved, and what they name: data, base, initial adapter and the transforms of images."""
+
+    settings: Settings
+    data: ImageData
+    base: Base
+    start: WarmStart | None
+    transforms: ImageTransforms
+
+
+def _load_inputs(
+    settings: Settings,
+    accelerator: Accelerator,
+    resumed: Checkpoint | None,
+    errors: ErrorCollector,
+    watch: Watch,
+    preflight: Preflight,
+) -> _Inputs:
+    """Loads data and base, and resolves the settings that depend on them. Arguments as `assemble`."""
+    allow_pixels(settings.data.max_image_pixels)
+    settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
+    with preflight.first_process_first("loaded", accelerator):
+        data = _load(settings, accelerator, errors)
+        settings, base, start = load_warm_start(settings, data.labels)
+    settings = with_pooling(settings, base)
+    with watch.watching_step("reading images to find the pixel range"):
+        conversion = conversion_of(settings.data, data, start, resumed)
+    settings = with_conversion(settings, conversion)
+    transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
+    settings = settings.with_default_eval_batch_size(
+        inference_batch_size(accelerator.device, transforms.height, transforms.width)
+    )
+    with errors.collect():
+        data = _cached(data, settings, transforms, build=not errors.dry_run)
+    return _Inputs(settings, data, base, start, transforms)
+
+
 def _load(settings: Settings, accelerator: Accelerator, errors: ErrorCollector) -> ImageData:
     """Loads the data. A dry run checks the model even if the data cannot be loaded."""
     try:
@@ -244,10 +260,15 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
     return replace(data, train=cached(data.train, settings.data.cache_dir, size, build, transforms.conversion))
 
 
+def _balanced(split: TrainingSplit, settings: Settings) -> TrainingSplit:
+    """Returns the split, with every class equally often if --balanced_sampling is set."""
+    return OversampledSplit(split) if settings.data.balanced_sampling and isinstance(split, Split) else split
+
+
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:
-    """Returns what must be the same on all processes of a launch."""
+    """Returns the facts that must be the same on all processes of a launch."""
     return {
-        "update to go on from": resumed.state["progress"]["step"] if resumed is not None else 0,
+        "update to resume from": resumed.state["progress"]["step"] if resumed is not None else 0,
         "validation_data": data.validation.fingerprint(),
         **settings.optimization.model_dump(),
         **settings.lora.model_dump(),

@@ -23,22 +23,20 @@ def fit_batch_size(
 ) -> OptimizationSettings:
     """Shrinks micro-batches until they fit, and raises accumulation to match.
 
-    Each process tries a forward and a backward pass by itself, with the memory set aside that gradients and AdamW's
-    moments take, and all go by the one with the least room. An update has the same samples as before. Called on every
-    process, before the engine is made.
+    Each process tries a forward and a backward pass alone, with memory reserved for gradients and AdamW's moments. The
+    process with the least free memory decides. An update has the same samples as before. Called on every process,
+    before the engine is made.
 
     Args:
-        accelerator: of the launch.
         model: trainable; moved to the device.
         transforms: say how large an image is.
-        settings: as given.
 
     Raises:
-        UserError: not even a single sample fits, or the engine cuts the model up, so that no process can try alone.
+        UserError: not even a single sample fits, or the engine shards the model, so that no process can try alone.
     """
     if accelerator.distributed_type == DistributedType.FSDP or _is_zero3(accelerator):
         raise UserError(
-            "--auto_batch_size tries what fits on each process alone, and under ZeRO-3 and FSDP2 none has the whole "
+            "--auto_batch_size tries batches on each process alone, but under ZeRO-3 and FSDP2 none has the whole "
             "model: halve --per_device_train_batch_size and double --gradient_accumulation_steps by hand"
         )
     on_device(model, accelerator)
@@ -57,7 +55,7 @@ def fit_batch_size(
         return settings
     accumulation = settings.per_device_train_batch_size * settings.gradient_accumulation_steps // size
     logger.warning(
-        "batches of %d a process do not fit into memory: taking %d, and accumulating %d instead of %d",
+        "batches of %d per process do not fit into memory: taking %d, and accumulating %d instead of %d",
         settings.per_device_train_batch_size,
         size,
         accumulation,

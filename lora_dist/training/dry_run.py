@@ -60,10 +60,8 @@ def dry_run(
     """Prints the settings as YAML and the plan of the run. Must be called on every process.
 
     Args:
-        run: to try.
-        data: that it trains on.
         parameters: trainable and all.
-        sizes: of what it writes.
+        sizes: of the files that it writes.
         first_step: updates that are done.
         errors: errors that were found so far.
 
@@ -88,7 +86,7 @@ def measure(run: TrainingRun, all_parameters: int, first_step: int) -> Measureme
     evaluation = _time_evaluation(run)
     peak = peak_memory_mb(device)
     if device.type == "cpu" and run.engine.accelerator.is_main_process:
-        # At its end the first process loads the base once more, to hand over what it has trained.
+        # At the end of a run, the first process loads the base once more, to write the result.
         peak += 4 * all_parameters / 2**20
     return Measurement(update, evaluation, max(gather_object([peak])))
 
@@ -154,8 +152,8 @@ def describe(
         ),
         (
             "updates",
-            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} a process x {plan.accumulation} "
-            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} an epoch"
+            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} per process x {plan.accumulation} "
+            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
@@ -166,7 +164,7 @@ def describe(
             f"{_interval(training + evaluation)}: {_interval(training)} of updates ({measured.update_seconds:.3g} s "
             f"each) and {_interval(evaluation)} of {evaluations + 1} evaluations",
         ),
-        ("memory", f"{measured.peak_memory_mb:,.0f} MiB a process at its peak, on the {accelerator.device.type}"),
+        ("memory", f"{measured.peak_memory_mb:,.0f} MiB per process at the peak, on the {accelerator.device.type}"),
         (
             "disk",
             f"{readable(sizes.total)} in {root}, which has {readable(free_bytes(root))} free: {sizes.checkpoints} "

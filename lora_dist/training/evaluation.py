@@ -25,13 +25,13 @@ from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.processes.workers import worker_loader
 from lora_dist.settings.train import DataSettings
 from lora_dist.training.problem import ProblemType, by_sample
-from lora_dist.training.single_label import SingleLabel
+from lora_dist.training.single_label_problem import SingleLabel
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 8
 MOST_LOGITS = 2**25
-"""Most logits of a split that are kept, in 128 MB on each process: those of evenly spaced samples."""
+"""Largest number of logits that are kept of a split, 128 MB on each process: those of evenly spaced samples."""
 
 
 class NothingToEvaluateError(UserError):
@@ -43,14 +43,10 @@ class Evaluator:
     """Evaluates a model on a split. Must be called on every process; each gets the same result.
 
     Attributes:
-        accelerator: of the launch.
         model: as prepared; left in evaluation mode.
-        split: to evaluate on.
         transforms: of the model's processor.
         labels: class names in order.
         batch_size: samples in a forward pass of one process.
-        settings: of the loader.
-        name: of the split.
         temperature: the logits are divided by it; 1 in training.
         problem: decides which metrics are computed.
         features: of the split, to evaluate the head on in place of the images.
@@ -129,7 +125,7 @@ class Evaluator:
         assert self.settings.on_bad_image == "skip" or len(rows) == len(self.split), "a sample was left out"
         if not len(rows):
             raise NothingToEvaluateError(
-                f"none of the {self.name} images can be read: put them right, or name others by --{self.name}_dir or "
+                f"none of the {self.name} images can be read: repair them, or choose others with --{self.name}_dir or "
                 f"--{self.name}_split"
             )
         self._warn_of_non_finite(rows[~np.isfinite(reals).all(axis=1)])
@@ -172,8 +168,8 @@ class Evaluator:
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise ProcessError(
-                    f"out of memory in an evaluation: {error}\nGo on with a lower --per_device_eval_batch_size, which "
-                    f"is {self.batch_size}; a training goes on by --resume_from_checkpoint auto."
+                    f"out of memory in an evaluation: {error}\nLower --per_device_eval_batch_size, which is "
+                    f"{self.batch_size}. A training run resumes with --resume_from_checkpoint auto."
                 ) from error
             raise
 
@@ -192,7 +188,6 @@ def _gathered_rows(accelerator: Accelerator, parts: list[tuple[Tensor, Tensor]])
     """Gathers the results of samples from all processes, which have different numbers of them.
 
     Args:
-        accelerator: of the launch.
         parts: integers [B, I], of which the first is the index of the sample, and other values [B, …].
 
     Returns:

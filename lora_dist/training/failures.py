@@ -50,7 +50,7 @@ def stopped_on_request(run: TrainingRun, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def saved_on_failure(run: TrainingRun, progress: Progress) -> Iterator[None]:
-    """Saves what has been trained before an error ends the run, if it is intact.
+    """Saves the state before an error ends the run, if the state is intact.
 
     Several processes can save together only where all of them know of the error, as of a `LostBatchError`.
     """
@@ -73,7 +73,7 @@ def saved_on_failure(run: TrainingRun, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def update_explained(step: int) -> Iterator[None]:
-    """Names the settings to change, where update `step` (from 0) needs more memory or is not --deterministic."""
+    """Adds the settings to change to an error of update `step` (from 0) about memory or --deterministic."""
     try:
         yield
     except RuntimeError as error:

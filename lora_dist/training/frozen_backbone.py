@@ -156,7 +156,7 @@ def _calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _accept_features(base: nn.Module, head: nn.Module, shape: torch.Size) -> None:
-    """Makes a classifier take the inputs of its head, [B, *shape], in place of images as well."""
+    """Lets a classifier take the inputs of its head, [B, *shape], as well as images."""
     whole = base.forward
 
     def forward(pixel_values: Tensor, **options: object) -> object:

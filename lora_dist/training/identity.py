@@ -71,7 +71,7 @@ def identity_of(
     plan: BatchPlan,
     conversion: Conversion,
 ) -> dict[str, Any]:
-    """Returns what a checkpoint and a run resumed from it must have in common, as JSON values.
+    """Returns the facts that a checkpoint and a run resumed from it must share, as JSON values.
 
     Besides the data and the sample order, this is everything that gives the trained tensors their meaning: the base's
     weights, configuration and processor, the conversion of images, the classes in order, and LoRA's settings.
@@ -178,7 +178,7 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
 def conversion_of(
     settings: DataSettings, data: ImageData, start: WarmStart | None, resumed: Checkpoint | None
 ) -> Conversion:
-    """Returns how a run converts images: as its checkpoint, the adapter that it starts from, or its settings say.
+    """Returns the conversion of images of a run: from its checkpoint, its initial adapter, or its settings.
 
     Checkpoints of older releases ignore transparency and have no range; adapters of older releases ignore transparency.
 

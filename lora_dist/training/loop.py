@@ -36,7 +36,6 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
     Must be called on every process. Changes `progress`.
 
     Args:
-        run: parts of the run.
         progress: where the run starts or resumes.
         push_best: called after each evaluation that is the best so far, once a checkpoint of it is saved.
 
@@ -78,7 +77,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
 
 
 def _finish_last_update(run: TrainingRun, progress: Progress, meter: ThroughputMeter, push_best: PushBest) -> None:
-    """Does what was due after the update that the run resumes from, and not done before the run ended."""
+    """Saves, logs and evaluates after the update that the run resumes from, if it ended before that was done."""
     if progress.step and run.checkpointer.saved_step is None:
         run.save(progress)  # the checkpoint is in another directory
     if progress.logged_step < progress.step and progress.step % run.settings.run.logging_steps == 0:
@@ -175,7 +174,7 @@ def _evaluate_and_save(
     best, evaluates = None, run.is_due(run.settings.run.eval_steps, progress)
     if evaluates:
         share_statistics(run.engine)
-        # An evaluation that fails must not cost what was trained. A resumed run repeats it.
+        # Saved before the evaluation, which may fail. A resumed run repeats the evaluation.
         run.save(progress)
         with run.with_result_weights():
             best = _evaluate(run, progress)

@@ -1,7 +1,8 @@
 """`ProblemType`: the interface of a kind of labels to training. The settings choose one once.
 
-`single_label.py` has that of one class per image, `multi_label.py` that of several labels, and `problem_types.py` both
-by name. How labels are read is in `data/sources/reading_labels.py`, and what becomes of logits in `model/decision.py`.
+`single_label_problem.py` implements it for one class per image, `multi_label_problem.py` for several labels, and
+`problem_types.py` lists both by name. `data/sources/reading_labels.py` reads the labels, and `model/decision.py` turns
+logits into answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,10 +59,6 @@ class EvaluationResult(Protocol):
     @property
     def scored(self) -> ScoredSamples | None:
         """Logits and labels of samples, from which a temperature is fitted; None if they were not asked for."""
-        ...
-
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
         ...
 
 
@@ -141,7 +138,7 @@ class ProblemType(Protocol):
         ...
 
 
-def highest(losses: np.ndarray, count: int) -> list[int]:
+def worst_samples(losses: np.ndarray, count: int) -> list[int]:
     """Samples with the highest losses, worst first; none whose loss is NaN."""
     order = np.argsort(-losses, kind="stable")
     return order[: min(count, int(np.isfinite(losses).sum()))].tolist()

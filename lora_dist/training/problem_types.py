@@ -1,8 +1,8 @@
-"""The problem types by name; `problem.py` says what they are."""
+"""The problem types by name; `problem.py` has their interface."""
 
 from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
-from lora_dist.training.multi_label import MultiLabel
+from lora_dist.training.multi_label_problem import MultiLabel
 from lora_dist.training.problem import ProblemType
-from lora_dist.training.single_label import SingleLabel
+from lora_dist.training.single_label_problem import SingleLabel
 
 PROBLEM_TYPES: dict[str, ProblemType] = {SINGLE_LABEL: SingleLabel(), MULTI_LABEL: MultiLabel()}

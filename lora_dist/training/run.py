@@ -39,13 +39,11 @@ class TrainingRun:
         images: training images.
         plan: which samples train in which update.
         loss: of each sample.
-        schedule: learning rate of each update.
         evaluator: computes the metrics of the current weights.
-        checkpointer: saves and restores the state.
         preemption: requests from outside to stop or to save.
         tracker: log lines and TensorBoard.
         watch: ends the process if the run stalls.
-        features: of the training images, which the head trains on in their place; None where it does not.
+        features: of the training images, on which the head trains; None if it trains on the images.
     """
 
     settings: Settings
@@ -164,7 +162,7 @@ class TrainingRun:
         return "" if saved is None else f"--resume_from_checkpoint auto resumes from update {saved}."
 
     def is_due(self, every: int | Literal["epoch", "no"], progress: Progress) -> bool:
-        """Whether something that happens `every` so many updates, or each epoch, is due after this update."""
+        """Whether an action with the interval `every` (updates, or an epoch) is due after this update."""
         return is_due(every, progress.step, self.plan.steps_per_epoch, self.schedule.total_steps)
 
     def is_over(self, progress: Progress) -> bool:

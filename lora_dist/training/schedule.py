@@ -47,7 +47,7 @@ class Schedule:
 
 
 def total_steps(num_epochs: float, max_steps: int | None, steps_per_epoch: int) -> int:
-    """Updates in a run: `max_steps` if given, else epochs (fractions count) times updates an epoch."""
+    """Updates in a run: `max_steps` if given, else epochs (fractions count) times updates per epoch."""
     return max_steps if max_steps is not None else math.ceil(num_epochs * steps_per_epoch)
 
 

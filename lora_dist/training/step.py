@@ -18,7 +18,7 @@ class Update(NamedTuple):
     """The results of one update.
 
     Attributes:
-        loss: weighted mean over all its samples, on all processes.
+        loss: weighted mean over all samples of the update, on all processes.
         grad_norm: before clipping.
         skipped: whether fp16 loss scaling skipped the update.
         unreadable: number of samples, over all processes, whose image could not be read; `loss` excludes them.
@@ -92,8 +92,6 @@ class GradientAccumulator:
             micro_batch_count: micro-batches of this process, the same number on every process.
             total_weight: weights of the samples over all micro-batches and processes: their number, without class
                 weights.
-            learning_rate: learning rate of this update.
-            loss: settings of the loss.
             dropout_seed: seed of the dropout masks of this update.
             padding_batch: returns a micro-batch with weight 0 to replace one that could not be loaded; None to raise
                 loading errors at once.
@@ -192,7 +190,7 @@ class GradientAccumulator:
 
 
 def make_update(gradient: GradientAccumulator, stream: Iterator[Batch], max_grad_norm: float) -> Update:
-    """Makes a whole update with the next micro-batches of `stream`. Raises what `GradientAccumulator.step` raises."""
+    """Makes a whole update with the next micro-batches of `stream`. Raises the errors of `GradientAccumulator.step`."""
     for batch in gradient.loaded(stream):
         gradient.backward(batch)
     return gradient.step(max_grad_norm)

@@ -31,7 +31,7 @@ class CalibrationReport:
     Attributes:
         temperature: of the result; 1 if none was fitted.
         images: validation images that it was fitted on.
-        reason: for which no temperature was fitted; None if one was.
+        reason: why no temperature was fitted; None if one was.
         measured_on: the data from which `before` and `after` come.
         before: calibration error, loss and reliability of the raw probabilities.
         after: the same at the temperature.

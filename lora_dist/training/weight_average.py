@@ -46,7 +46,7 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """Puts the average into the model while the block runs.
 
-        The trained weights do not return if one process of several has failed: the others would wait for it.
+        If one of several processes fails, the trained weights are not restored: the others would wait for it.
         """
         trained = self._engine.trainable_state()
         self._engine.load_trainable_state(self._average)

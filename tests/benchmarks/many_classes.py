@@ -18,7 +18,7 @@ from result_files import add_rows
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.classification import ClassificationMetric
 from lora_dist.training.reporting.report import write_evaluation
-from lora_dist.training.single_label import SCALARS, Evaluation, SingleLabel
+from lora_dist.training.single_label_problem import SCALARS, Evaluation, SingleLabel
 
 
 def _peak_mb() -> float:

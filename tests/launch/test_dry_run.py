@@ -30,7 +30,7 @@ def test_a_dry_run_foretells_the_run_and_writes_nothing(vit: Path, photos: Path,
     assert yaml.safe_load(settings)["per_device_train_batch_size"] == 4
     assert "27 training and 9 validation images" in text
     assert "2 processes on" in text
-    assert "6 of 16 samples: 4 a process x 2 accumulated x 2 processes; 2 an epoch" in text
+    assert "6 of 16 samples: 4 per process x 2 accumulated x 2 processes; 2 per epoch" in text
     assert "2 x [16, 32]  vit.layers.*.attention.q_proj.lora_A" in text
     assert "1 x [3, 32]  classifier" in text
     assert "4 evaluations" in text

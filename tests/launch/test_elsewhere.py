@@ -153,10 +153,10 @@ def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path
         ((*pair, "--weights", 0.5, 0.6, "--images", images), "the weights add up to 1.1 instead of 1"),
         ((*pair, "--images", images, "--grid", "g.png"), "--grid shows the predictions of one adapter"),
         (("--adapter", "x", "--dtype", "bf16", "--images", images), "--dtype needs --merge_to"),
-        (("--model", "x", "--labels", "y", "--images", images), "--labels needs an adapter"),
+        (("--model", "x", "--class_names", "y", "--images", images), "--class_names needs an adapter"),
         (("--model", "x", "--export_legacy_names", "y"), "only adapters can be merged or converted"),
         (("--adapter", "x", "x", "--images", images), "two adapters are named x"),
-        ((*GUIDE, "--labels", tmp_path / "nowhere", "--images", images), "nowhere"),
+        ((*GUIDE, "--class_names", tmp_path / "nowhere", "--images", images), "nowhere"),
     ):
         result = predict(*words, code=2)
         assert part in result.stderr, words

@@ -58,7 +58,7 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
             torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
     assert max(tensor.abs().max() for name, tensor in before.items() if "lora_B" in name) > 1e-3
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert f"going on from the adapter `{first / 'adapter'}`" in card
+    assert f"continued from the adapter `{first / 'adapter'}`" in card
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 12)
     rows = predict("--adapter", tmp_path / "run" / "adapter", "--images", tmp_path / "validation").stdout.splitlines()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_dist_testing.launching import flags, lines_of, results_of, started, train
+from lora_dist_testing.launching import RESULTS, flags, lines_of, results_of, started, train
 from lora_dist_testing.tiny import make_png, make_shards, write_tar
 from safetensors.torch import load_file
 
@@ -55,17 +55,7 @@ def single(vit: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_streamed_run_leaves_what_any_run_does(single: Path) -> None:
-    assert {path.name for path in single.iterdir()} == {
-        "adapter",
-        "checkpoints",
-        "tensorboard",
-        "all_results.json",
-        "config.yaml",
-        "evaluation.json",
-        "metrics.jsonl",
-        "split.json",
-        "validation_predictions.jsonl",
-    }
+    assert {path.name for path in single.iterdir()} == RESULTS | {"checkpoints", "tensorboard"}
     results = results_of(single)
     assert (results["step"], results["epoch"], results["train_samples"]) == (12, 3, 32)
     assert results["eval_samples"] == 9

@@ -73,7 +73,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_one_that_was_left_alone(
         launch.process.send_signal(signal.SIGINT)
         assert launch.wait() == 75
     assert "SIGINT: the trials save and stop" in launch.text
-    assert "stopped: 0 of 4 trials have ended. The same command goes on" in launch.text
+    assert "stopped: 0 of 4 trials have ended. The same command continues the sweep" in launch.text
     assert "Traceback" not in launch.text
     with started(tmp_path / "killed", *arguments, module=SWEEP) as launch:
         launch.wait_for(lambda: (broken / "trial-0002" / "metrics.jsonl").exists())

@@ -112,22 +112,22 @@ def test_a_crash_after_a_checkpoint_is_requeued_and_one_without_a_checkpoint_is_
     assert "crashed with code 1; no checkpoint was saved since the last start: not requeued" in job.log
 
 
+def _failing(cluster: Cluster, directory: Path, data_flags: list[object], failure: str) -> tuple[Job, Path]:
+    """A job that has saved a checkpoint and now fails; and the file that makes it fail."""
+    (directory / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
+    fail = directory / "fail"
+    command = [SCRIPTS / "train.sbatch", "--output_dir", "run"]
+    environment = {"PYTHONPATH": f"{directory}:{ROOT}", "FAIL": str(fail), "FAIL_WITH": failure}
+    job = Job(cluster, directory, command, data_flags, **environment)
+    job.says(SAVED)
+    fail.touch()
+    return job, fail
+
+
 @pytest.mark.slow
 def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path, data_flags: list[object]) -> None:
     """Although there is a checkpoint, and the other node ends with another code because of it."""
-    (directory / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
-    fail = directory / "fail"
-    job = Job(
-        cluster,
-        directory,
-        [SCRIPTS / "train.sbatch", "--output_dir", "run"],
-        data_flags,
-        PYTHONPATH=f"{directory}:{ROOT}",
-        FAIL=str(fail),
-        FAIL_WITH="error",
-    )
-    job.says(SAVED)
-    fail.touch()
+    job, _ = _failing(cluster, directory, data_flags, "error")
     job.reaches(JobState="FAILED")
     assert (job.field("Restarts"), job.field("ExitCode")) == ("0", "2:0")
     assert "ended with code 2, an error in settings, data or model: not requeued" in job.log
@@ -167,19 +167,7 @@ def test_a_stall_is_requeued_a_requeue_by_hand_does_not_count_and_a_cancelled_jo
     cluster: Cluster, directory: Path, data_flags: list[object]
 ) -> None:
     """The job is cancelled just after it has lost a process, before its script knows."""
-    (directory / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
-    fail = directory / "fail"
-    job = Job(
-        cluster,
-        directory,
-        [SCRIPTS / "train.sbatch", "--output_dir", "run"],
-        data_flags,
-        PYTHONPATH=f"{directory}:{ROOT}",
-        FAIL=str(fail),
-        FAIL_WITH="stall",
-    )
-    job.says(SAVED)
-    fail.touch()
+    job, fail = _failing(cluster, directory, data_flags, "stall")
     job.reaches(Restarts="1")
     fail.unlink()
     assert (

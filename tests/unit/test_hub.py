@@ -228,7 +228,7 @@ def test_a_push_is_tried_until_it_works(
     server.fail(route, *failures)
     directory = _files(tmp_path / "bundle")
     pushing = _publisher()
-    assert pushing.finish(Push(directory, "the result", passes=False))
+    assert pushing.finish(Push(directory, "the result", is_temporary=False))
     assert pushing.name == "ada/flowers"
     assert server.messages("ada/flowers") == ["the result"]
     assert server.repositories["ada/flowers"].files == _contents(directory)
@@ -237,7 +237,7 @@ def test_a_push_is_tried_until_it_works(
 
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(server: Hub, tmp_path: Path) -> None:
     server.fail("commit", "lose")
-    assert _publisher().finish(Push(_files(tmp_path / "bundle"), "the result", passes=False))
+    assert _publisher().finish(Push(_files(tmp_path / "bundle"), "the result", is_temporary=False))
     assert server.messages("ada/flowers") == ["the result"]
 
 
@@ -248,7 +248,7 @@ def test_tries_are_bounded_and_lasting_failures_are_not_repeated(
     server.fail("commit", failure, "for ever")
     directory = _files(tmp_path / "bundle")
     with caplog.at_level(logging.INFO, "lora_dist"):
-        assert not _publisher().finish(Push(directory, "the result", passes=False))
+        assert not _publisher().finish(Push(directory, "the result", is_temporary=False))
     assert server.requests.count("commit") == tries
     assert f"hf upload ada/flowers {directory} ." in caplog.text
     assert str(failure) in caplog.text
@@ -257,7 +257,7 @@ def test_tries_are_bounded_and_lasting_failures_are_not_repeated(
 
 def test_a_hub_that_is_gone_costs_a_warning(dead_end: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = _files(tmp_path / "bundle")
-    assert not _publisher().finish(Push(directory, "the result", passes=False))
+    assert not _publisher().finish(Push(directory, "the result", is_temporary=False))
     assert f"hf upload flowers {directory} ." in caplog.text
     assert directory.is_dir()
 
@@ -267,7 +267,7 @@ def test_the_end_waits_only_so_long(server: Hub, tmp_path: Path, caplog: pytest.
     start = time.monotonic()
     # It goes on in the background after this test, so it must not try again at the next one's server.
     pushing = _publisher("slow", waits=())
-    assert not pushing.finish(Push(_files(tmp_path / "bundle"), "the result", passes=False), seconds=1)
+    assert not pushing.finish(Push(_files(tmp_path / "bundle"), "the result", is_temporary=False), seconds=1)
     assert 1 <= time.monotonic() - start < 4
     assert "took longer than 1 s" in caplog.text
     assert "hf upload" in caplog.text
@@ -278,16 +278,16 @@ def test_a_push_does_not_wait_and_the_newest_takes_the_place_of_one_that_waits(s
     pushing = _publisher()
     directories = [_files(tmp_path / str(number), weights=b"%d" % number) for number in range(4)]
     start = time.monotonic()
-    pushing.push(Push(directories[0], "0", passes=True))
+    pushing.push(Push(directories[0], "0", is_temporary=True))
     _until(lambda: "commit" in server.requests or "preupload" in server.requests)
     before = time.monotonic()
-    pushing.push(Push(directories[1], "1", passes=True))
-    pushing.push(Push(directories[2], "2", passes=True))
+    pushing.push(Push(directories[1], "1", is_temporary=True))
+    pushing.push(Push(directories[2], "2", is_temporary=True))
     assert time.monotonic() - before < 0.75
     assert not directories[1].exists()
     _until(lambda: len(server.repositories["ada/flowers"].commits) == 2)
     assert time.monotonic() - start > 2.5
-    assert pushing.finish(Push(directories[3], "3", passes=False))
+    assert pushing.finish(Push(directories[3], "3", is_temporary=False))
     assert server.messages("ada/flowers") == ["0", "2", "3"]
     assert [directory.exists() for directory in directories] == [False, False, False, True]
     commits = server.repositories["ada/flowers"].commits
@@ -304,9 +304,9 @@ def _until(condition: object, seconds: float = 20) -> None:
 def test_a_newer_one_ends_the_tries_of_an_older_one(server: Hub, tmp_path: Path) -> None:
     server.fail("commit", 503)
     pushing = _publisher(waits=(600.0,))
-    pushing.push(Push(_files(tmp_path / "old"), "old", passes=True))
+    pushing.push(Push(_files(tmp_path / "old"), "old", is_temporary=True))
     _until(lambda: "commit" in server.requests)
-    assert pushing.finish(Push(_files(tmp_path / "new"), "new", passes=False), seconds=30)
+    assert pushing.finish(Push(_files(tmp_path / "new"), "new", is_temporary=False), seconds=30)
     assert server.messages("ada/flowers") == ["new"]
 
 
@@ -315,10 +315,10 @@ def test_a_failure_before_the_end_does_not_end_the_pushing(
 ) -> None:
     server.fail("commit", 403)
     pushing = _publisher()
-    pushing.push(Push(_files(tmp_path / "old"), "Step 3", passes=True))
+    pushing.push(Push(_files(tmp_path / "old"), "Step 3", is_temporary=True))
     _until(lambda: "not pushed to the Hub: Step 3" in caplog.text)
     _until(lambda: not (tmp_path / "old").exists())
-    assert pushing.finish(Push(_files(tmp_path / "new"), "new", passes=False))
+    assert pushing.finish(Push(_files(tmp_path / "new"), "new", is_temporary=False))
     assert server.messages("ada/flowers") == ["new"]
 
 
@@ -330,10 +330,10 @@ def test_a_failure_of_no_known_kind_is_said_and_does_not_pass_for_success(
 
     pushing = _publisher()
     monkeypatch.setattr(hub, "upload", upload_oddly)
-    pushing.push(Push(_files(tmp_path / "best"), "Step 3", passes=True))
+    pushing.push(Push(_files(tmp_path / "best"), "Step 3", is_temporary=True))
     _until(lambda: "not pushed to the Hub: Step 3: KeyError: 'odd'" in caplog.text)
     directory = _files(tmp_path / "bundle")
-    assert not pushing.finish(Push(directory, "the result", passes=False))
+    assert not pushing.finish(Push(directory, "the result", is_temporary=False))
     assert f"hf upload ada/flowers {directory} ." in caplog.text
     monkeypatch.setattr(hub, "open_repository", upload_oddly)
     with pytest.raises(HubError, match="KeyError: 'odd'"):
@@ -352,10 +352,10 @@ def test_a_thread_that_has_ended_does_not_pass_for_success(
     before = {*threading.enumerate()}
     pushing = _publisher()
     (thread,) = {*threading.enumerate()} - before
-    pushing.push(_Stuck(_files(tmp_path / "best"), "Step 3", passes=True))
+    pushing.push(_Stuck(_files(tmp_path / "best"), "Step 3", is_temporary=True))
     _until(lambda: not thread.is_alive())
     directory = _files(tmp_path / "bundle")
-    assert not pushing.finish(Push(directory, "the result", passes=False))
+    assert not pushing.finish(Push(directory, "the result", is_temporary=False))
     assert f"hf upload ada/flowers {directory} ." in caplog.text
 
 
@@ -371,13 +371,13 @@ def test_a_token_that_cannot_be_read_is_said(
 
 
 def test_a_result_that_is_gone_is_said(server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert not _publisher("ada/flowers").finish(Push(tmp_path / "none", "the result", passes=False))
+    assert not _publisher("ada/flowers").finish(Push(tmp_path / "none", "the result", is_temporary=False))
     assert f"hf upload ada/flowers {tmp_path / 'none'} ." in caplog.text
 
 
 def test_the_end_says_what_it_waits_for(server: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lora_dist"):
-        assert _publisher().finish(Push(_files(tmp_path / "bundle"), "the result", passes=False), seconds=40)
+        assert _publisher().finish(Push(_files(tmp_path / "bundle"), "the result", is_temporary=False), seconds=40)
     assert caplog.messages[0] == "pushing the result to flowers on the Hub; giving up after 40 s"
 
 
@@ -561,7 +561,7 @@ def test_a_hub_that_refuses_every_commit_costs_a_run_nothing(
     assert results_of(out)["step"] == 5
     assert load_classifier(out / "adapter").labels == ["a", "b", "c"]
     said = capfd.readouterr().err
-    assert "The run goes on" in said
+    assert "Training continues" in said
     assert f"hf upload ada/run {out / 'adapter'} ." in said
     assert server.repositories["ada/run"].commits == []
     assert not (out / "outbox").exists()

@@ -38,7 +38,7 @@ MEASURED_IMAGES = 64
 
 @dataclass(frozen=True)
 class ImageCache(Dataset):
-    """The images of a table, full size or smaller, in numbered files; an item is built by reading it.
+    """The images of a table, full size or smaller, in numbered files; indexing with the number of a file builds it.
 
     Attributes:
         root: directory of all caches.
@@ -242,7 +242,7 @@ class CacheReader:
 
 
 def _fingerprint(images: Split, size: tuple[int, int], conversion: Conversion) -> str:
-    """Digest of what decides the content of a cache: the files with their sizes and times, the size and conversion."""
+    """Digest of all that a cache depends on: the files with their sizes and times, the size and conversion."""
     table, column = images.table, images.column
     digest = xxhash.xxh3_128(repr((FORMAT, MARGIN, size, len(table))).encode())
     if conversion != AS_TRANSFORMERS:

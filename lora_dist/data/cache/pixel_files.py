@@ -56,7 +56,7 @@ class PixelFile:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            DamagedFileError: the file is missing, or its size is not what its index and footer say.
+            DamagedFileError: the file is missing, or its size contradicts its index and footer.
         """
         try:
             # Nothing writes to the pages; torch warns of arrays that are read-only.

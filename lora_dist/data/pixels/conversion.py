@@ -59,7 +59,7 @@ class Conversion(NamedTuple):
 
 
 AS_TRANSFORMERS = Conversion()
-"""That of bundles and checkpoints without a record, and of models of other programs."""
+"""The conversion of bundles and checkpoints without a record, and of models of other programs."""
 
 
 def is_deep(image: Image.Image) -> bool:

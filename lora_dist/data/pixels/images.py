@@ -32,7 +32,7 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 RANGE_IMAGES, RANGE_PIXELS = 64, 10_000
-"""Most images, and pixels of each, from which the range of deep pixels is found."""
+"""Largest number of images, and of pixels of each, from which the range of deep pixels is found."""
 
 _warned: set[str] = set()
 
@@ -86,7 +86,7 @@ class Picture:
             return np.array(_upright(part, self._orientation))
 
     def _reduce(self, box: Box, least: tuple[int, int]) -> float:
-        """Sets the decoder to the smallest size that suffices; returns by what factor it reduces each side."""
+        """Sets the decoder to the smallest size that suffices; returns the factor by which it reduces each side."""
         # One pixel more, because the box is rounded.
         inner = [(size + 1) / (end - start) for size, start, end in zip(least, box[:2], box[2:], strict=True)]
         width, height = self._image.size

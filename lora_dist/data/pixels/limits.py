@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 MAX_RESIZED = 50_000_000
-"""Most pixels of a resized image: about 350 MB while it is processed."""
+"""Largest number of pixels of a resized image: about 350 MB while it is processed."""
 _CROPPED_RATIO, _KEPT_RATIO = 32, 16
 """Images longer than this multiple of their shorter side are cropped to about the second multiple before the resize."""
 _USUAL_EDGE = 256

@@ -24,8 +24,8 @@ from lora_dist.settings.train import AugmentationSettings
 
 _POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
 _GROUP_PIXELS = 500_000
-"""Most pixels that are resized in one call: a call costs as much as resizing a small image, and larger groups no longer
-fit the CPU's cache."""
+"""Largest number of pixels to resize in one call: a call costs as much as resizing a small image, and larger groups no
+longer fit the CPU's cache."""
 
 
 class ImageTransforms:
@@ -109,7 +109,7 @@ class ImageTransforms:
             yield group
 
     def finished(self, pixels: Tensor) -> Tensor:
-        """The second part: what `resized` gave as float32 [B, 3, H, W], to the bit as `batch` makes it."""
+        """The second part of `batch`: makes float32 [B, 3, H, W], with the same bits, of the output of `resized`."""
         return self._normalised(pixels) if pixels.dtype == torch.uint8 else pixels
 
     def model_input(self, pixels: Tensor, deferred: DeferredOps) -> Tensor:
@@ -233,7 +233,7 @@ class ImageTransforms:
 
 @lru_cache
 def _constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers of the channels as float32 [3, 1, 1], copied to the device once: a copy would wait for it each time.
+    """One number per channel as float32 [3, 1, 1]; copied to the device once, because each copy waits for the device.
 
     Not in `ImageTransforms`, which worker processes receive.
     """

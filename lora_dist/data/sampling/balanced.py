@@ -10,7 +10,7 @@ from lora_dist.data.sampling.order import Sample, ShuffledOrder
 
 @dataclass(frozen=True)
 class BalancedOrder:
-    """As many samples an epoch as there are, the same number of each class.
+    """As many samples per epoch as the split has, and the same number of each class.
 
     The samples of a class come in permutations one after the other, which continue in the next epoch: those of a large
     class take turns, and those of a small class are repeated. Repetition r of sample i in an epoch has index
@@ -56,7 +56,7 @@ class BalancedOrder:
     def _classes(self, epoch: int) -> Iterator[np.ndarray]:
         classes = np.unique(self.labels)
         size, rest = divmod(self.num_samples, len(classes))
-        # The same classes get the rest in every epoch, so that each class knows where it goes on.
+        # The same classes get the remainder in every epoch, so the start of each class follows from the epoch.
         larger = set(np.random.default_rng([self.seed, len(classes)]).permutation(classes)[:rest].tolist())
         for label in classes.tolist():
             members = np.flatnonzero(self.labels == label)

@@ -25,7 +25,7 @@ class Sample(NamedTuple):
         position: in the order of the epoch.
         partner: index of the neighbour in that order, with which mixup and CutMix mix it.
         weight: 1, or 0 where a process has the sample only to stay in step.
-        lane: decides which worker process reads the sample; None where any may.
+        lane: decides which worker process reads the sample; None if any worker may read it.
     """
 
     epoch: int
@@ -62,7 +62,7 @@ class SampleOrder(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """One permutation of all samples an epoch, for data in which any process can read any sample."""
+    """One permutation of all samples per epoch, for data in which any process can read any sample."""
 
     num_samples: int
     seed: int

@@ -66,13 +66,13 @@ def require_image_column(features: Mapping[str, Any], column: str) -> None:
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
-    """Raises `UserError` unless both columns exist and the second holds one label a sample."""
+    """Raises `UserError` unless both columns exist and the second holds one label per sample."""
     require_image_column(features, image_column)
     require_column(features, label_column, "label_column_name")
     feature = features[label_column]
     if not isinstance(feature, ClassLabel | Value):
         raise UserError(
-            f"column {label_column} holds {type(feature).__name__}, and not one label a sample; "
+            f"column {label_column} holds {type(feature).__name__}, not one label per sample; "
             f"name another with --label_column_name: {', '.join(features)}"
         )
 

@@ -1,7 +1,7 @@
 """A list of files to exclude from the data: the audit writes it, a person may edit it, training reads it.
 
-One path a line, relative to the current directory or absolute. Empty lines and lines that begin with `#` are skipped. A
-path with a line break or other special characters is written as a JSON string in double quotes.
+One path per line, relative to the current directory or absolute. Empty lines and lines that begin with `#` are skipped.
+A path with a line break or other special characters is written as a JSON string in double quotes.
 """
 
 import json
@@ -67,5 +67,5 @@ def _path(line: str, where: str) -> str:
         except ValueError as error:
             raise UserError(f"{where}: {line[:80]} is not a JSON string; write the path without quotes") from error
     if "\0" in path:
-        raise UserError(f"{where}: not a path; the list is a text file with one path a line")
+        raise UserError(f"{where}: not a path; the list is a text file with one path per line")
     return path

@@ -88,7 +88,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def by_kind(ignored: Iterable[str]) -> dict[str, list[str]]:
-    """Groups what is left out by suffix, as `.heic files`; images in it are outside of class folders."""
+    """Groups what is left out by suffix, as `.heic files`; images among it are outside of class folders."""
     groups = defaultdict(list)
     for path in ignored:
         suffix = os.path.splitext(path)[1].lower()

@@ -15,7 +15,6 @@ def fold_numbers(labels: np.ndarray, groups: Sequence[str] | None, folds: int, s
         labels: class of each sample, shape [N], or 0 and 1 for each of several labels, [N, labels].
         groups: group of each sample; all samples of a group are in one fold.
         folds: number of folds.
-        seed: of the shuffle.
     """
     if groups is not None:
         return _by_group(labels, groups, folds, seed)

@@ -1,4 +1,4 @@
-"""Labels of the images of a folder in a text file: path, label and optionally split and group of one image a line.
+"""Labels of the images of a folder in a text file: path, label and optionally split and group of one image per line.
 
 An image has one class, or with `several` any number of labels: in one cell, with a mark between them, or in a column of
 0 and 1 for each label.

@@ -260,7 +260,7 @@ def _sliced(table: Dataset, slice_: str, split: str) -> Dataset:
 
 
 def _warn_of_unused(excluded: frozenset[str], settings: DataSettings, folders: Sequence[Dataset]) -> None:
-    """Warns of paths on a list that are not in the data. A table does not have the names that are not UTF-8."""
+    """Warns of paths on a list that are not in the data. A name that is not UTF-8 is never in a table."""
     if not excluded:
         return
     roots = [absolute(directory) for directory in (settings.train_dir, settings.validation_dir) if directory]

@@ -1,4 +1,4 @@
-"""A training split of which every class comes equally often (`--balanced_sampling`)."""
+"""A training split in which every class comes equally often (`--balanced_sampling`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -71,8 +71,8 @@ def _read_lists(table: Dataset, image_column: str, label_column: str, source: st
     if feature is None:
         kind = type(table.features[label_column]).__name__
         raise UserError(
-            f"column {label_column} holds {kind}, and not a list of labels a sample; with one class a sample, remove "
-            f"--problem_type multi_label_classification"
+            f"column {label_column} holds {kind}, not a list of labels per sample; with one class per sample, "
+            f"remove --problem_type multi_label_classification"
         )
     rows = [tuple(values or ()) for values in table[label_column]]
     wrong = [row for row, values in enumerate(rows) if not all(has_label(value, feature) for value in values)]

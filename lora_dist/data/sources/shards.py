@@ -241,12 +241,12 @@ def _read_index(path: Path, label_feature: Any) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError):
-        logger.warning("%s is damaged and is written anew", path)
+        logger.warning("%s is damaged; rewriting it", path)
         return None
 
 
 def _identity(source: ShardSource) -> str:
-    """Digest of what the index depends on. A URL of the Hub contains the commit."""
+    """Digest of all that the index depends on. A URL of the Hub contains the commit."""
     digest = hashlib.sha256(repr((source.format, source.label_column)).encode())
     for file in source.files:
         found = Path(file).stat() if Path(file).is_file() else None

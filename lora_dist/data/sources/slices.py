@@ -10,7 +10,7 @@ from lora_dist.data.sources.columns import require_column
 from lora_dist.errors import UserError
 
 MAX_VALUES = 200
-"""Most values of a column of slices. A column with more has names of images."""
+"""Largest number of values of a column of slices. A column with more holds names of images rather than groups."""
 NO_VALUE = "(none)"
 
 
@@ -18,14 +18,14 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
     """The values of each row of a table, shape [rows], by column.
 
     Raises:
-        UserError: there is no such column, it does not hold one value a row, or it has too many.
+        UserError: there is no such column, it does not hold one value per row, or it has too many.
     """
     found = {}
     for name in columns:
         require_column(table.features, name, "slice_columns")
         values, feature = list(table[name]), table.features[name]
         if any(isinstance(value, list | dict) for value in values[:1]):
-            raise UserError(f"--slice_columns {name}: it does not hold one value a sample")
+            raise UserError(f"--slice_columns {name}: it does not hold one value per sample")
         if isinstance(feature, ClassLabel):
             values = [None if value is None or value < 0 else feature.names[value] for value in values]
         found[name] = named(name, values)

@@ -135,7 +135,7 @@ def _size(path: str | None) -> int:
 
 
 def _head(source: Any) -> bytes:
-    """The first bytes of a file; empty for what cannot be read, which training reports."""
+    """The first bytes of a file; empty for a file that cannot be read, which training reports."""
     with suppress(OSError):
         if isinstance(source, str) and _size(source):
             with Path(source).open("rb") as file:

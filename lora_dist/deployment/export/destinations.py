@@ -71,7 +71,7 @@ def _require_directory(path: Path, flag: str) -> None:
     """The path may be an existing directory, which gets more files."""
     with writing(path, flag):
         if path.exists() and not path.is_dir():
-            raise UserError(f"--{flag} {path} is no directory; choose another path")
+            raise UserError(f"--{flag} {path} is not a directory; choose another path")
         require_writable(path, f"--{flag}")
 
 

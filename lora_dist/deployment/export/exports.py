@@ -18,7 +18,7 @@ def write(
     """Writes the requested exports, and returns the classifier to use: the merged or ONNX model if one was written.
 
     Args:
-        classifier: which is merged in place if it is exported whole.
+        classifier: merged in place if it is exported as a whole model.
         adapters: directories of the adapters that it was made of, by name.
         files: images to compare logits on.
         settings: name the exports.

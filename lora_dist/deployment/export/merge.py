@@ -88,15 +88,8 @@ def merge_to(
     with whole_directory(out) as temporary:
         card = _card(source, measured, dtype, len(images), calibration, _license(classifier))
         merged.to(dtype).save_pretrained(temporary)
-        bundle.write_metadata(
-            temporary,
-            merged.config,
-            classifier.processor,
-            card,
-            conversion=classifier.conversion,
-            calibration=calibration,
-            decision=classifier.decision,
-        )
+        records = bundle.Records(classifier.conversion, calibration, classifier.decision)
+        bundle.write_metadata(temporary, merged.config, classifier.processor, card, records)
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured
 

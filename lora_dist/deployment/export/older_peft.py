@@ -34,7 +34,7 @@ def card_of(directories: Sequence[Path], title: str, is_scaled: bool = False) ->
 
 
 def pictures_of(card: str, directory: Path) -> dict[str, Image.Image]:
-    """Returns the pictures beside a card that it shows, by file name."""
+    """Returns the pictures that a card shows, by file name."""
     shown = re.findall(r"!\[[^]]*\]\(([^()/]+\.png)\)", card)
     return {name: Image.open(directory / name) for name in shown if (directory / name).is_file()}
 
@@ -83,17 +83,8 @@ def export_legacy_names(
         base = demo.local_path(str(classifier.base["model_name_or_path"]))
         content = _config(adapter.config, base, adapter.state, names)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        bundle.write_metadata(
-            temporary,
-            labelled,
-            classifier.processor,
-            card,
-            classifier.base,
-            classifier.conversion,
-            classifier.calibration,
-            pictures,
-            decision=classifier.decision,
-        )
+        records = bundle.Records(classifier.conversion, classifier.calibration, classifier.decision)
+        bundle.write_metadata(temporary, labelled, classifier.processor, card, records, pictures, classifier.base)
         require_same_after_loading(temporary, out, "export_legacy_names", images, expected, trust_remote_code)
 
 

@@ -45,10 +45,9 @@ QUANTIZED = ["MatMul", "Gemm"]
 
 
 class RoundingCost(NamedTuple):
-    """Counts of images: all, with another answer after rounding, in class folders, and of these right before and after.
+    """The effect of rounding: counts of images, of changed answers, and of right answers for images in class folders.
 
-    `weights` says to what they were rounded, `answer` what the model gives: a class, or a set of labels, which class
-    folders do not have.
+    `weights` names the rounded type. `answer` is "class", or "set of labels", for which there are no class folders.
     """
 
     weights: str

@@ -17,7 +17,7 @@ from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
 LEVELS = 2.5
-"""Most levels of 8 bits by which the described steps may differ: Pillow and torchvision round differently."""
+"""Largest difference of the described steps, in levels of 8 bits: Pillow and torchvision round differently."""
 
 
 class Geometry(NamedTuple):
@@ -49,8 +49,8 @@ def describe(transforms: ImageTransforms) -> str:
     geometry = next((one for one in _geometries(transforms) if colors is not None and _fits(one, transforms)), None)
     if colors is None or geometry is None:
         name = type(transforms.processor).__name__
-        logger.warning("the preprocessing of %s cannot be said in words, and is missing from the ONNX file", name)
-        return f"missing: the steps of {name} cannot be said in words; preprocessor_config has its settings"
+        logger.warning("the preprocessing of %s cannot be described in words, and is missing from the ONNX file", name)
+        return f"missing: the steps of {name} cannot be described in words; preprocessor_config has its settings"
     return "; ".join(f"{number}. {step}" for number, step in enumerate(_steps(transforms, geometry, colors), 1))
 
 
@@ -133,7 +133,7 @@ def _geometries(transforms: ImageTransforms) -> Iterator[Geometry]:
 
 
 def _fits(geometry: Geometry, transforms: ImageTransforms) -> bool:
-    """Whether these steps give what the processor gives, of a high and of a wide image."""
+    """Whether these steps give the output of the processor, for a high and for a wide image."""
     matrix, offset = transforms.affine_map
     for shape in ((250, 180), (170, 230)):
         image = _picture(*shape)

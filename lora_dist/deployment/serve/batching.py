@@ -1,4 +1,4 @@
-"""Dynamic batching: images that arrive while the model runs form the next batch. Explanations come one by one."""
+"""Dynamic batching: images that arrive while the model runs form the next batch. Explanations run one by one."""
 
 import threading
 import time

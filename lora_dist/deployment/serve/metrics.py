@@ -80,7 +80,7 @@ class MetricsMiddleware:
         async def counting(message: Any) -> None:
             nonlocal is_counted
             if message["type"] == "http.response.start":
-                # Before it is sent: whoever has the answer finds it counted.
+                # Before it is sent, so that a client that has the answer finds it counted.
                 is_counted = True
                 self.metrics.add_request(message["status"], time.monotonic() - start)
             await send(message)

@@ -192,7 +192,7 @@ def make_app(
         adapter: Annotated[str | None, Query(description="name of an adapter, if there are several")] = None,
     ) -> Response:
         """Returns a PNG file: the image as the model sees it, with a heat map of the parts that speak for its class, or
-        of several labels for the one with the highest score."""
+        for the label with the highest score."""
         if unexplained:
             raise HTTPException(501, unexplained)
         chosen = _chosen(adapter, list(classifiers))
@@ -273,8 +273,8 @@ def run(app: FastAPI, host: str, port: int) -> None:
     with listener:
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
         config.load()
-        # The objects of the model and its libraries stay. Without this, the garbage collector looks through all of them
-        # at every few hundred requests, and the model waits.
+        # Without this, the garbage collector scans all objects of the model and its libraries every few hundred
+        # requests, and the model waits.
         gc.collect()
         gc.freeze()
         shown, port = listener.getsockname()[:2]

@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 class Board:
-    """TensorBoard's writer, without which a run can go on: on a full disk it fails, at any later call."""
+    """TensorBoard's writer. On a full disk it fails at any later call, and the run continues without it."""
 
     def __init__(self, directory: Path, first_step: int, evaluated: bool = True) -> None:
         """
         Args:
             directory: for the event files.
-            first_step: what was written of later steps is hidden.
+            first_step: entries of later steps are hidden.
             evaluated: whether the evaluation after `first_step` counts; if not, all of that step is hidden.
         """
         _leave_writers_to_boards()
@@ -32,25 +32,25 @@ class Board:
         try:
             self._writer = SummaryWriter(str(directory), purge_step=first_step + evaluated)
         except OSError as error:
-            logger.error("no TensorBoard: %s. Training goes on; metrics.jsonl has the numbers.", error)
+            logger.error("no TensorBoard: %s. Training continues; metrics.jsonl has the numbers.", error)
 
     def write(self, write: Callable[..., object], *arguments: object, **options: object) -> None:
-        """Calls a method of the writer, until that has failed once."""
+        """Calls a method of the writer, unless a call has failed before."""
         if self._writer is None:
             return
         try:
             if not self._directory.is_dir():
-                logger.error("%s is gone; the curves begin anew", self._directory)
+                logger.error("%s was removed; the curves start again", self._directory)
                 self._writer = SummaryWriter(str(self._directory))
             write(self._writer, *arguments, **options)
         except Exception as error:
-            # Whatever its thread met is raised here.
-            logger.error("TensorBoard ends here: %s. Training goes on; metrics.jsonl has the numbers.", error)
+            # An error in the thread of the writer is raised here.
+            logger.error("TensorBoard ends here: %s. Training continues; metrics.jsonl has the numbers.", error)
             self._writer = None
 
 
 def _leave_writers_to_boards() -> None:
-    """Keeps Python from printing what a thread of TensorBoard died of, which the next call of its writer raises."""
+    """Suppresses the traceback of TensorBoard's writer thread; the next call of the writer raises its error."""
     before = threading.excepthook
 
     def hook(arguments: Any) -> None:
@@ -61,7 +61,7 @@ def _leave_writers_to_boards() -> None:
 
 
 class Lines:
-    """A file of lines. One that cannot be written is kept for the next time.
+    """A file of JSON lines. A line that cannot be written is kept for the next call.
 
     Attributes:
         last: the content of the lines of `first_step`.
@@ -70,7 +70,6 @@ class Lines:
     def __init__(self, path: Path, first_step: int, evaluated: bool = True) -> None:
         """
         Args:
-            path: of the file.
             first_step: update from which the run starts or resumes; lines of later updates are removed.
             evaluated: whether the evaluation after `first_step` counts; if not, its line is removed too.
         """
@@ -79,7 +78,7 @@ class Lines:
         self.last = [line for line in _drop_lines_after(path, first_step, evaluated) if line["step"] == first_step]
 
     def write(self, line: str) -> None:
-        """Adds a line, and those that wait."""
+        """Writes the lines that wait, and this one."""
         self._waiting.append(line)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,13 +90,13 @@ class Lines:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if len(self._waiting) == 1:
-                logger.error("cannot write to %s: %s. Its lines wait.", self._path, error)
+                logger.error("cannot write to %s: %s. Its lines are kept for the next attempt.", self._path, error)
         else:
             self._waiting.clear()
 
 
 def _drop_lines_after(path: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
-    """Removes the JSON lines of what a resumed run will do again, and a half-written last one; returns the others."""
+    """Removes the lines of updates that a resumed run repeats, and a half-written last one; returns the others."""
     kept: list[bytes] = []
     found: list[dict[str, Any]] = []
     if not path.is_file():
@@ -114,5 +113,5 @@ def _drop_lines_after(path: Path, step: int, evaluated: bool) -> list[dict[str, 
                 continue
         replace_file(path, b"".join(line + b"\n" for line in kept))
     except OSError as error:
-        logger.error("cannot write to %s: %s. What it has of updates after %d stays.", path, error, step)
+        logger.error("cannot write to %s: %s. Its lines of updates after %d stay.", path, error, step)
     return found

@@ -1,4 +1,4 @@
-"""Trackers beside TensorBoard, such as W&B and MLflow (`--report_to`), through the classes of accelerate."""
+"""Trackers besides TensorBoard, such as W&B and MLflow (`--report_to`), through the classes of accelerate."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A run as people see it: what is about to run, the inputs and the worst images as pictures, the numbers as JSON."""
+"""Reports on a run: the plan as text, the inputs and the worst images as pictures, the metrics as JSON."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from lora_dist.figures import grid, to_images
 from lora_dist.metrics.intervals import NAMES, Measured
 from lora_dist.metrics.slices import slice_rows
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.problem import EvaluationResult, ProblemType
+from lora_dist.training.problem import EvaluationResult, ProblemType, worst_samples
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import write_json
@@ -40,7 +40,7 @@ def announce(
     accelerator: Accelerator,
     precision: str,
 ) -> None:
-    """Says what is about to run: the data, what trains, and the size of an update."""
+    """Logs the plan of a run: the data, the trained parameters, and the size of an update."""
     trainable, total = parameters
     precision = "fp32" if precision == "no" else precision
     word = "labels" if data.train.label_shape else "classes"
@@ -48,12 +48,12 @@ def announce(
         f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} {word}"
         f"{f'; fold {data.fold}' if data.fold else ''}\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
-        f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} a process x "
+        f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} per process x "
         f"{plan.accumulation} accumulated x {plan.world_size} processes; {precision} on {accelerator.device}"
     )
     if plan.effective_batch > plan.num_samples:
         logger.warning(
-            "an update is an epoch: it takes all %d images, which are fewer than the %d of an update. A smaller "
+            "each epoch is one update: the %d training images are fewer than the %d samples of an update. A smaller "
             "--per_device_train_batch_size or --gradient_accumulation_steps gives more updates",
             plan.num_samples,
             plan.effective_batch,
@@ -68,7 +68,7 @@ def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: Evaluati
     with _optional(f"no pictures of the evaluation after update {step}"):
         for name, picture in problem.pictures(evaluation, labels).items():
             tracker.picture(f"eval/{name}", picture, step)
-        worst, conversion = evaluation.worst(WORST), evaluator.transforms.conversion
+        worst, conversion = worst_samples(evaluation.losses, WORST), evaluator.transforms.conversion
         captions = problem.answers(evaluation, split, worst, labels)
         tracker.picture("eval/worst", grid([split.image(index, conversion) for index in worst], captions), step)
 
@@ -119,7 +119,7 @@ def explain_worst(
     tracker: Tracker, evaluator: Evaluator, model: nn.Module, evaluation: EvaluationResult, step: int
 ) -> None:
     """Adds heat maps of the worst-classified images to TensorBoard. No engine has wrapped the model."""
-    split, transforms, worst = evaluator.split, evaluator.transforms, evaluation.worst(WORST)
+    split, transforms, worst = evaluator.split, evaluator.transforms, worst_samples(evaluation.losses, WORST)
     if not tracker.enabled or not worst:
         return
     with _optional("no heat maps of the worst images"):

@@ -28,7 +28,7 @@ class ThroughputMeter:
         return self.samples / max(self.seconds, 1e-9)
 
     def timed(self, loaded: Iterator[T]) -> Generator[T]:
-        """Yields what worker processes have loaded, and counts the time until it arrives as waiting for data."""
+        """Yields the items of worker processes, and counts the time until each arrives as waiting for data."""
         while True:
             start = time.perf_counter()
             try:

@@ -1,4 +1,4 @@
-"""Metrics while a run goes on: TensorBoard, other trackers, JSON lines and a progress bar, from one process."""
+"""Tracks the metrics of a run: TensorBoard, other trackers, JSON lines and a progress bar, from one process."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ class Tracker:
         Args:
             output_dir: gets `tensorboard/` and `metrics.jsonl`.
             enabled: whether this is the process that writes.
-            first_step: updates done before; what an interrupted run logged beyond is removed from both.
+            first_step: updates done before; entries of later updates, from an interrupted run, are removed from both.
             total_steps: updates in the whole run.
             evaluated: whether the evaluation that was due after `first_step` has been made; if not, it will be logged
                 again.
@@ -58,7 +58,7 @@ class Tracker:
         self._lines = Lines(output_dir / "metrics.jsonl", first_step, evaluated)
         self._board = Board(output_dir / "tensorboard", first_step, evaluated)
         if not evaluated:
-            # TensorBoard hides steps as a whole: what stands of this one is written again.
+            # TensorBoard hides whole steps only: the valid entries of this step are written again.
             for line in self._lines.last:
                 self._write_scalars(first_step, {name: value for name, value in line.items() if "/" in name})
         at_end(self.flush)
@@ -67,7 +67,7 @@ class Tracker:
             initial=first_step,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
-            delay=1e-3,  # the first update shows it, and what is said before stands above it
+            delay=1e-3,  # shown from the first update on, below earlier messages
             bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
             file=sys.stderr,
         )
@@ -138,9 +138,9 @@ class Tracker:
             self._board.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
 
     def flush(self) -> None:
-        """Writes out what is buffered: what a checkpoint lies behind is not logged again.
+        """Flushes the files before a checkpoint: a run that resumes from it logs nothing twice.
 
-        The progress bar is gone until the next update, so that messages about the checkpoint have lines of their own.
+        Hides the progress bar until the next update, so that messages about the checkpoint have lines of their own.
         """
         if self.enabled:
             self._bar.clear()

@@ -41,11 +41,12 @@ def model_card(
         title: name of the run.
         tuning: "lora" or "head", for an adapter on `base_model`, or "full", for a whole model.
         base_model: name or path of the base.
-        base_is_on_hub: it is a name there, which links the card to it; of a path the Hub would take no card at all.
-        start: the adapter that training went on from, if any.
+        base_is_on_hub: whether `base_model` is a name on the Hub, which the card links to. The Hub refuses a card with
+            a path.
+        start: the adapter that training started from, if any.
         data: name or path of the data.
-        data_is_on_hub: it is a name there.
-        name_on_hub: where this card goes, if it goes there.
+        data_is_on_hub: whether `data` is a name on the Hub.
+        name_on_hub: name of the repository on the Hub that gets the card, if any.
         problem: what the model was trained for.
         labels: class names in order.
         per_class: metrics of each class.
@@ -89,7 +90,7 @@ def model_card(
         "",
         f"{_KINDS[tuning]} for images of {len(labels)} {problem.labels_word}, "
         f"trained with lora_dist on {_code(data)} from {_code(base_model)}"
-        f"{f', going on from the adapter {_code(start)}' if start else ''}.",
+        f"{f', continued from the adapter {_code(start)}' if start else ''}.",
         "",
         "| | |",
         "|---|---|",
@@ -149,7 +150,7 @@ def _slices(results: Mapping[str, Any]) -> list[str]:
 def _calibration(
     report: Mapping[str, Any] | None, calibration: Calibration, is_adapter: bool, reliability: str | None
 ) -> list[str]:
-    """A section on the temperature, its effect, and what a threshold of confidence costs."""
+    """A section on the temperature, its effect, and the effect of thresholds of confidence."""
     if report is None:
         return []
     if report["reason"] is not None:
@@ -174,7 +175,7 @@ def _calibration(
         "",
         *first,
         *([f"![Reliability diagram]({reliability})", ""] if reliability else []),
-        "What `--min_confidence` of `lora_dist.predict` costs, on the validation images:",
+        "The effect of `--min_confidence` of `lora_dist.predict` on the validation images:",
         "",
         "| confidence at least | answered | accuracy of the answered |",
         "|---|---|---|",
@@ -191,7 +192,7 @@ def _merge_first(source: str) -> list[str]:
     """Lines on merging an adapter, because `pipeline` takes whole models."""
     return [
         "This is a PEFT adapter, not a whole model. `pipeline` and `AutoModelForImageClassification.from_pretrained` "
-        "take the merged model; of the adapter alone they take the classes of the base, or raise an error:",
+        "take the merged model; from the adapter alone they load the classes of the base, or raise an error:",
         "",
         f"    python -m lora_dist.predict --adapter {source} --merge_to merged/",
         '    pipeline("image-classification", model="merged/")',

@@ -17,7 +17,7 @@ class Sizes:
     Attributes:
         checkpoint: one of them.
         result: the adapter, or the model.
-        checkpoints: most of them that there are at a time: those kept, the best, and the one that is being written.
+        checkpoints: largest number of them at a time: those kept, the best, and the one that is being written.
     """
 
     checkpoint: int
@@ -33,7 +33,7 @@ class Sizes:
     def of(cls, model: nn.Module, whole: bool, save_total_limit: int, has_average: bool, moments: int = 2) -> "Sizes":
         """
         Args:
-            model: before it is cut up by an engine.
+            model: before an engine shards it.
             whole: the result is the whole model.
             save_total_limit: checkpoints to keep, besides the best.
             has_average: checkpoints also have averaged weights.
@@ -53,6 +53,6 @@ def require_disk_space(root: Path, sizes: Sizes) -> None:
     if needed > free:
         raise UserError(
             f"--output_dir {root}: {readable(free)} free, and this run writes {readable(needed)}: {sizes.checkpoints} "
-            f"checkpoints of {readable(sizes.checkpoint)} and a result of {readable(sizes.result)}. Make room, name "
-            f"another disk, or keep fewer by --save_total_limit"
+            f"checkpoints of {readable(sizes.checkpoint)} and a result of {readable(sizes.result)}. Free "
+            f"some space, choose another disk, or keep fewer checkpoints with --save_total_limit"
         )

@@ -1,4 +1,4 @@
-"""Keeps a repository on the Hub up to date in the background: training neither waits for it nor fails by it."""
+"""Pushes to a repository on the Hub in a background thread. Training neither waits for it nor fails with it."""
 
 import logging
 import shutil
@@ -19,46 +19,46 @@ from lora_dist.training.saving.output import Output
 logger = logging.getLogger(__name__)
 
 WAITS = (1.0, 4.0, 15.0)
-"""Seconds before each further try, of something that may go away."""
+"""Seconds before each retry after a temporary error."""
 FINAL_SECONDS = 300.0
-"""Seconds that the end of a run may wait for the Hub, at least."""
+"""Seconds that the end of a run waits for the Hub, in addition to the time of the upload at the rate `SLOWEST`."""
 SLOWEST = 1e6
-"""Bytes a second of the slowest connection that the end of a run waits for."""
+"""Bytes per second of the slowest connection that the end of a run waits for."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """A directory to become one commit.
+    """A directory to push as one commit.
 
     Attributes:
         directory: with the files.
         message: of the commit.
-        passes: whether the directory goes away once it has been pushed, or is not to be.
+        is_temporary: whether the directory is removed once it is pushed or replaced by a newer one.
     """
 
     directory: Path
     message: str
-    passes: bool
+    is_temporary: bool
 
     def discard(self) -> None:
-        """Called when it is no longer needed."""
-        if self.passes:
+        """Removes a temporary directory."""
+        if self.is_temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class Publisher:
-    """Pushes one directory at a time; a newer one takes the place of one that waits, for its turn or its next try.
+    """Pushes one directory at a time. A newer one replaces one that waits for its turn or its next try.
 
     Attributes:
-        name: of the repository; without a namespace until the Hub has said which.
+        name: of the repository; without a namespace until the Hub has named one.
     """
 
     def __init__(self, name: str, private: bool, waits: Sequence[float] = WAITS) -> None:
         """
         Args:
             name: of the repository, with or without a namespace.
-            private: if it has to be made.
-            waits: seconds before each further try.
+            private: whether to create the repository as private.
+            waits: seconds before each retry.
         """
         self.name = name
         self._private = private
@@ -73,15 +73,15 @@ class Publisher:
         self._thread.start()
 
     def open(self) -> None:
-        """Makes sure that there is a repository to write to.
+        """Creates the repository unless it exists.
 
         Raises:
-            HubError: there is none, or the Hub does not answer.
+            HubError: it cannot be created or written to, or the Hub does not answer.
         """
         self._try(self._open)
 
     def push(self, push: Push) -> None:
-        """Has a directory pushed; returns at once."""
+        """Queues a directory to push; returns at once."""
         with self._changed:
             replaced, self._next = self._next, push
             self._changed.notify_all()
@@ -89,14 +89,14 @@ class Publisher:
             replaced.discard()
 
     def finish(self, push: Push, seconds: float | None = None) -> bool:
-        """Makes the last push and waits for it; says what to do by hand where it fails.
+        """Makes the last push and waits for it. If it fails, logs the command to push by hand.
 
         Args:
             push: of the result of the run.
             seconds: to wait; by default according to its size.
 
         Returns:
-            Whether the Hub has it.
+            Whether the push has succeeded.
         """
         if seconds is None:
             seconds = FINAL_SECONDS + _bytes_in(push.directory) / SLOWEST
@@ -134,7 +134,7 @@ class Publisher:
             self._failure = error
             if push is not self._final:
                 logger.warning(
-                    "not pushed to the Hub: %s: %s\nThe run goes on, and the next push brings it up to date.",
+                    "not pushed to the Hub: %s: %s\nTraining continues, and the next push updates the repository.",
                     push.message,
                     error,
                 )
@@ -152,7 +152,7 @@ class Publisher:
         self._is_open = True
 
     def _try(self, call: Callable[[], None]) -> None:
-        """Calls again after what may go away, as long as nothing newer is there to be pushed."""
+        """Retries a call after temporary errors, unless a newer directory is queued."""
         for wait in self._waits:
             try:
                 return _with_hub_errors(call)
@@ -167,7 +167,7 @@ class Publisher:
 
 
 def _with_hub_errors(call: Callable[[], None]) -> None:
-    """Whatever else fails is a failure to push as well, and no more: it neither ends the thread nor the run."""
+    """Turns any other exception into a `HubError`, so that it ends neither the thread nor the run."""
     try:
         call()
     except HubError:
@@ -177,12 +177,12 @@ def _with_hub_errors(call: Callable[[], None]) -> None:
 
 
 def _bytes_in(directory: Path) -> int:
-    """Size of the files in a directory, 0 where there is none: then pushing says so."""
+    """Size of the files in a directory; 0 if it does not exist, which the push reports."""
     return sum(file.stat().st_size for file in directory.iterdir()) if directory.is_dir() else 0
 
 
 def require_token(settings: HubSettings) -> None:
-    """Raises a `UserError` where pushing is asked for and cannot be, as is plain without asking the Hub."""
+    """Raises a `UserError` if a push is requested but the client is offline or has no token. Does not ask the Hub."""
     if settings.push_to_hub:
         try:
             hub.require_login()
@@ -190,19 +190,17 @@ def require_token(settings: HubSettings) -> None:
             raise UserError(f"--push_to_hub: {error}") from error
 
 
-def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Output, going_on: bool) -> Publisher | None:
-    """The publisher of a run, on the process that has it: the first one, with `--push_to_hub`.
+def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Output, resumes: bool) -> Publisher | None:
+    """Returns the publisher of a run with `--push_to_hub` on the first process, else None.
 
     Called on every process.
 
     Args:
-        accelerator: of the launch.
         settings: what to push to.
-        output: of the run.
-        going_on: with what an interrupted run had done; a Hub that is down does not keep it from that.
+        resumes: whether the run resumes; an unreachable Hub is then only logged.
 
     Raises:
-        UserError: on every process, if pushing could not work.
+        UserError: on every process, if the repository cannot be opened.
     """
     publisher, problem = None, ""
     if settings.push_to_hub and accelerator.is_main_process:
@@ -213,8 +211,8 @@ def open_publisher(accelerator: Accelerator, settings: HubSettings, output: Outp
                 publisher.open()
         except HubError as error:
             problem = f"--push_to_hub: cannot push to {publisher.name} on the Hub: {error}"
-            if going_on and error.temporary:
-                logger.warning("%s\nThe run goes on all the same.", problem)
+            if resumes and error.temporary:
+                logger.warning("%s\nTraining continues, and the next push tries again.", problem)
                 problem = ""
     if settings.push_to_hub:
         (problem,) = broadcast_object_list([problem])

@@ -3,6 +3,7 @@
 import gc
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,11 +64,8 @@ class ResultWriter:
     """Writes the adapter or model of a run, with its card and records. Methods must be called on every process.
 
     Attributes:
-        base: the base model before training.
-        data: training and validation data.
         parameters: numbers of trainable and of all parameters.
         made_with: the settings by flat name, for the card.
-        output: directory of the run.
         publisher: pushes to the Hub; None except on the main process of a run with --push_to_hub.
     """
 
@@ -92,7 +90,7 @@ class ResultWriter:
         except (OSError, SafetensorError, UserError) as error:
             logger.warning("cannot write the files for the Hub: %s", error)
             return
-        self.publisher.push(Push(directory, _message(run, progress), passes=True))
+        self.publisher.push(Push(directory, _message(run, progress), is_temporary=True))
 
     def finalize(
         self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult, test: EvaluationResult | None = None
@@ -138,25 +136,14 @@ class ResultWriter:
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
             gc.collect()
-            in_bf16 = run.settings.model.base_dtype == "bfloat16"
-            in_fp32 = accelerator.mixed_precision == "no" and not in_bf16
-            tolerance = TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
             if expected is not None:
-                if report is not None:
-                    expected = expected * (remaining.temperature / report.temperature)
-                prepare = partial(_as_trained, accelerator, self.base.heads if in_bf16 else None)
-                remote = run.settings.model.trust_remote_code
-                require_same_logits(written, images, expected, tolerance, remote, prepare)
+                scale = 1.0 if report is None else remaining.temperature / report.temperature
+                self._check(run, images, expected * scale)
             else:
                 logger.warning("%s is not checked: no validation image has finite logits", written)
             tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            on_test = f"; on the test data {headline(test)}" if test is not None else ""
-            if "probe_accuracy" in results:
-                tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
-                tracker.say(f"{in_words(results)}, {tuning} {evaluation.metrics[problem.headline]:.4f}")
-            for line in slice_lines(evaluation.slices):
+            for line in self._summary(run, results, evaluation, test):
                 tracker.say(line)
-            tracker.say(f"{headline(evaluation)}{on_test}; wrote {written}")
             if report is not None:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():
@@ -165,10 +152,30 @@ class ResultWriter:
             tracker.close()
         accelerator.wait_for_everyone()
 
+    def _summary(
+        self, run: TrainingRun, results: dict[str, Any], evaluation: EvaluationResult, test: EvaluationResult | None
+    ) -> Iterator[str]:
+        """Yields the metrics of the result as lines of the log."""
+        if "probe_accuracy" in results:
+            tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
+            yield f"{in_words(results)}, {tuning} {evaluation.metrics[run.evaluator.problem.headline]:.4f}"
+        yield from slice_lines(evaluation.slices)
+        on_test = f"; on the test data {headline(test)}" if test is not None else ""
+        yield f"{headline(evaluation)}{on_test}; wrote {self._result(run)}"
+
+    def _check(self, run: TrainingRun, images: list[Image.Image], expected: Tensor) -> None:
+        """Checks that the written result gives the logits of the trained model."""
+        in_bf16 = run.settings.model.base_dtype == "bfloat16"
+        in_fp32 = run.engine.accelerator.mixed_precision == "no" and not in_bf16
+        tolerance = TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
+        prepare = partial(_as_trained, run.engine.accelerator, self.base.heads if in_bf16 else None)
+        remote = run.settings.model.trust_remote_code
+        require_same_logits(self._result(run), images, expected, tolerance, remote, prepare)
+
     def publish(self, run: TrainingRun, progress: Progress) -> None:
         """Pushes the result to the Hub if requested, and waits for it. A failure is logged."""
         if self.publisher is not None:
-            self.publisher.finish(Push(self._result(run), _message(run, progress), passes=False))
+            self.publisher.finish(Push(self._result(run), _message(run, progress), is_temporary=False))
             shutil.rmtree(self.output.outbox, ignore_errors=True)
 
     def _result(self, run: TrainingRun) -> Path:
@@ -251,12 +258,13 @@ class ResultWriter:
             calibration=calibration,
             reliability=next(iter(pictures), None),
         )
-        conversion, decision = run.evaluator.transforms.conversion, run.evaluator.problem.decision(evaluation)
+        decision = run.evaluator.problem.decision(evaluation)
+        records = bundle.Records(run.evaluator.transforms.conversion, calibration, decision)
         if settings.model.tuning != "full":
             initial = self.output.adapter_init if adapters.mutates_base(model) else None
-            bundle.write_adapter(directory, model, base, card, initial, conversion, calibration, pictures, decision)
+            bundle.write_adapter(directory, model, base, card, initial, records, pictures)
         else:
-            bundle.write_model(directory, model, base.processor, card, conversion, calibration, pictures, decision)
+            bundle.write_model(directory, model, base.processor, card, records, pictures)
         return calibration
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:

@@ -84,7 +84,7 @@ class Progress:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Progress":
-        """From the fields in a checkpoint, some of which had other names in older ones."""
+        """Reads the fields of a checkpoint. Older checkpoints have other names for some of them."""
         return cls(**{_FORMER_NAMES.get(name, name): value for name, value in fields.items()})
 
     @property
@@ -161,7 +161,7 @@ class Checkpointer:
         Args:
             directory: where the checkpoints stand.
             engine: engine whose state is saved.
-            identity: what a run must have in common with this one to resume from its checkpoints.
+            identity: facts that a run must share with this one to resume from its checkpoints.
             keep: checkpoints to keep, besides the best.
             writing: context in which the main process writes; see `Watch.writing`.
             average: averaged weights, which are saved as well and become the result.
@@ -283,7 +283,7 @@ class Checkpointer:
         mine = checkpoint.path_of(self.directory, progress.step).is_dir()
         (mine,) = broadcast_object_list([mine])
         self.saved_step = progress.step if mine else None
-        # The first process decides for all, as in `save`: what it saves anew, the others have to save with it.
+        # The first process decides for all, as in `save`, because all processes have to save together.
         (gone,) = broadcast_object_list(
             [progress.best_step is not None and checkpoint.find_damage(self._best(progress))]
         )

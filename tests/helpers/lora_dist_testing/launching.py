@@ -84,6 +84,18 @@ EVERY_UPDATE: dict[str, object] = {
 """Settings of a run of two epochs whose updates can be compared with those of another run: all are logged and saved."""
 
 
+RESULTS = {
+    "adapter",
+    "all_results.json",
+    "config.yaml",
+    "evaluation.json",
+    "metrics.jsonl",
+    "split.json",
+    "validation_predictions.jsonl",
+}
+"""Files of a finished run with LoRA, besides its checkpoints and the events of TensorBoard."""
+
+
 def command(module: str, arguments: Sequence[object], launch_file: str | None = None) -> list[str]:
     """The command line of a module, plain or through `accelerate launch` with a file of `accelerate_configs/`."""
     words = [str(argument) for argument in arguments]

@@ -23,7 +23,8 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.train import main
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.single_label import Evaluation
+from lora_dist.training.problem import worst_samples
+from lora_dist.training.single_label_problem import Evaluation
 
 CPU = torch.device("cpu")
 
@@ -116,7 +117,7 @@ def test_an_evaluation_is_that_of_the_images_that_can_be_read(vit: Path, tmp_pat
     assert (found.num_samples, expected.num_samples) == (11, 11)
     assert np.flatnonzero(found.predictions < 0).tolist() == [6]
     assert np.delete(found.predictions, 6).tolist() == expected.predictions.tolist()
-    assert sorted(found.worst(100)) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert sorted(worst_samples(found.losses, 100)) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     with pytest.raises(UserError, match=r"b/002\.png.*--on_bad_image skip"):
         _evaluation(tmp_path / "whole", vit)
 
@@ -231,4 +232,4 @@ def test_a_bad_image_among_the_first_inputs_ends_the_run_too(vit: Path, photos: 
     assert "cannot read an image" in result.stderr
     assert "--on_bad_image skip" in result.stderr
     assert "Traceback" not in result.stderr
-    assert "an update is an epoch: it takes all 6 images" in result.stderr
+    assert "each epoch is one update: the 6 training images are fewer than" in result.stderr

@@ -13,7 +13,7 @@ from sklearn import metrics as sklearn
 
 from lora_dist.compare import main as compare
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import write_adapter
+from lora_dist.model.bundle import Records, write_adapter
 from lora_dist.model.decision import AboveThresholds
 from lora_dist.predict import predict
 
@@ -75,7 +75,7 @@ def test_labels_of_a_file(adapter: Path, photos: Path, tmp_path: Path, capsys: p
     assert [json.loads(line)["path"] for line in said.out.splitlines()] == [str(tmp_path / f"{n}.png") for n in (0, 4)]
     assert "2 images: accuracy" in said.err
     (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n4.png,rose\n")
-    with pytest.raises(UserError, match="labels that are no classes of the model: rose"):
+    with pytest.raises(UserError, match="labels that are not classes of the model: rose"):
         predict(images)
 
 
@@ -124,7 +124,7 @@ def several(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of several labels per image."""
     directory = tmp_path_factory.mktemp("bundles") / "several"
     model, base = write_bundle(directory, vit, ("a", "b", "c"), seed=3, scale=0.5, lora_r=4)
-    write_adapter(directory, model, base, "card\n", decision=AboveThresholds((0.45, 0.5, 0.55)))
+    write_adapter(directory, model, base, "card\n", records=Records(decision=AboveThresholds((0.45, 0.5, 0.55))))
     return directory
 
 

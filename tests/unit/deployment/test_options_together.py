@@ -17,7 +17,7 @@ from lora_dist.deployment.serve import server
 from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet
-from lora_dist.model.bundle import write_adapter
+from lora_dist.model.bundle import Records, write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.decision import AboveThresholds
 from lora_dist.model.temperature import Calibration
@@ -31,7 +31,7 @@ def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibrated, of one class per image."""
     directory = tmp_path_factory.mktemp("bundles") / "adapter"
     model, base = write_bundle(directory, vit, LABELS, seed=3, scale=0.5, lora_r=4)
-    write_adapter(directory, model, base, "card\n", calibration=Calibration(2.0))
+    write_adapter(directory, model, base, "card\n", records=Records(calibration=Calibration(2.0)))
     return directory
 
 
@@ -40,7 +40,7 @@ def several(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of several labels per image."""
     directory = tmp_path_factory.mktemp("bundles") / "several"
     model, base = write_bundle(directory, vit, LABELS, seed=3, scale=0.5, lora_r=4)
-    write_adapter(directory, model, base, "card\n", decision=AboveThresholds((0.4, 0.5, 0.6)))
+    write_adapter(directory, model, base, "card\n", records=Records(decision=AboveThresholds((0.4, 0.5, 0.6))))
     return directory
 
 

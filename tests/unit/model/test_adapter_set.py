@@ -63,9 +63,9 @@ def test_given_labels_are_for_those_that_have_none(vit: Path, tmp_path: Path) ->
     named = {number: tmp_path / number for number in ("1", "2", "3")}
     adapter_set = load_adapter_set(named, labels=["cat", "dog"])
     assert [adapter_set.set_adapter(name).labels for name in named] == [LABELS, ["cat", "dog"], LABELS]
-    with pytest.raises(UserError, match=r"--labels names 3 classes, and the adapter in .*2 has 2"):
+    with pytest.raises(UserError, match=r"--class_names names 3 classes, and the adapter in .*2 has 2"):
         load_adapter_set(named, labels=["cat", "dog", "bird"])
-    with pytest.raises(UserError, match=r"--labels differs from the label map"):
+    with pytest.raises(UserError, match=r"--class_names differs from the label map"):
         load_adapter_set({number: tmp_path / number for number in ("1", "3")}, labels=["a", "b", "c"])
 
 

@@ -12,7 +12,7 @@ import lora_dist
 from lora_dist.errors import UserError
 from lora_dist.model.adapters import mutates_base, save_adapter
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
+from lora_dist.model.bundle import Records, write_adapter
 from lora_dist.model.checkpoint_adapter import is_checkpoint, write_adapter_of_checkpoint
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.temperature import Calibration
@@ -70,7 +70,7 @@ def test_only_the_checkpoint_of_the_result_has_its_temperature(
 ) -> None:
     """It was fitted to the logits of these weights."""
     model, base = write_bundle(tmp_path / "adapter", vit, LABELS, lora_r=4)
-    write_adapter(tmp_path / "adapter", model, base, "card\n", calibration=Calibration(2.5))
+    write_adapter(tmp_path / "adapter", model, base, "card\n", records=Records(calibration=Calibration(2.5)))
     paths = [checkpoint.write(tmp_path / "checkpoints", 7, Checkpoint(_trained(model), {}, {}))]
     perturb(model, 2, 0.2)
     paths.append(checkpoint.write(tmp_path / "checkpoints", 9, Checkpoint(_trained(model), {}, {})))

@@ -16,7 +16,7 @@ from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
 from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import CALIBRATION, read_calibration, write_adapter, write_model
+from lora_dist.model.bundle import CALIBRATION, Records, read_calibration, write_adapter, write_model
 from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.model.temperature import UNCALIBRATED, Calibration, fold
 
@@ -27,7 +27,7 @@ FAST = ("vit", "resnet")
 
 def _adapter(directory: Path, base_model: Path, calibration: Calibration = CALIBRATED, seed: int = 0) -> Path:
     model, base = write_bundle(directory, base_model, LABELS, seed=seed, lora_r=4)
-    write_adapter(directory, model, base, "card\n", calibration=calibration)
+    write_adapter(directory, model, base, "card\n", records=Records(calibration=calibration))
     return directory
 
 
@@ -117,10 +117,10 @@ def test_a_head_that_cannot_be_divided_stays_as_it_is(vit: Path) -> None:
 def test_a_whole_model_has_its_temperature_in_its_head(vit: Path, tmp_path: Path) -> None:
     base = load_base(str(vit), LABELS)
     perturb(base.model)
-    write_model(tmp_path / "raw", base.model, base.processor, "card\n", calibration=CALIBRATED)
+    write_model(tmp_path / "raw", base.model, base.processor, "card\n", Records(calibration=CALIBRATED))
     remaining = fold(base.model, CALIBRATED)
     assert remaining == Calibration(1, 2.5)
-    write_model(tmp_path / "folded", base.model, base.processor, "card\n", calibration=remaining)
+    write_model(tmp_path / "folded", base.model, base.processor, "card\n", Records(calibration=remaining))
     folded, raw = (load_classifier(tmp_path / name) for name in ("folded", "raw"))
     torch.testing.assert_close(_probabilities(folded), _probabilities(raw))
 

@@ -46,7 +46,7 @@ def test_base_classes_and_processor_are_found(guide: Path, caplog: pytest.LogCap
     torch.testing.assert_close(logits(classifier.model), expected_of(guide), rtol=1e-5, atol=1e-5)
     assert "cannot check that" in caplog.text
     assert "classes are named LABEL_0" in caplog.text
-    assert "--labels" in caplog.text
+    assert "--class_names" in caplog.text
 
 
 def test_a_processor_beside_the_adapter_is_taken(guide: Path) -> None:
@@ -120,13 +120,13 @@ def own(vit: Path, tmp_path: Path) -> Path:
 
 def test_a_label_map_is_not_overruled(own: Path) -> None:
     assert load_classifier(own, labels=["cat", "dog"]).labels == ["cat", "dog"]
-    with pytest.raises(UserError, match="--labels differs from the label map"):
+    with pytest.raises(UserError, match="--class_names differs from the label map"):
         load_classifier(own, labels=["dog", "cat"])
 
 
 def test_a_bundle_that_lost_a_file_can_be_helped_in_words(own: Path, vit: Path) -> None:
     (own / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json has no label map.* name a file with --labels"):
+    with pytest.raises(UserError, match=r"config\.json has no label map.* name a file with --class_names"):
         load_classifier(own)
     assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
     (own / "base_model.json").unlink()

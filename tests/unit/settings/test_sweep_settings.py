@@ -73,7 +73,7 @@ def test_a_setting_is_searched_once() -> None:
     ("settings", "message"),
     [
         ({"dry_run": True}, "--dry_run: a sweep trains"),
-        ({"resume_from_checkpoint": "auto"}, "--resume_from_checkpoint: the same command goes on with a sweep"),
+        ({"resume_from_checkpoint": "auto"}, "--resume_from_checkpoint: the same command continues a sweep"),
         ({"push_to_hub": True}, "--push_to_hub: a sweep pushes nothing"),
         ({"eval_steps": "no"}, "--eval_steps, --pruner: nothing is evaluated to prune by: add --pruner none"),
     ],

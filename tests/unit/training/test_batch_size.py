@@ -91,7 +91,7 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
     assert 16 <= size < 2048, size
     assert settings["gradient_accumulation_steps"] * size == 2048
     assert settings["per_device_eval_batch_size"] == min(32, size)
-    assert result.stderr.count(f"batches of 2048 a process do not fit into memory: taking {size}") == 1
+    assert result.stderr.count(f"batches of 2048 per process do not fit into memory: taking {size}") == 1
     train(*arguments, "--per_device_train_batch_size", 4096, "--output_dir", tmp_path / "one")
     losses = [
         [line["train/loss"] for line in lines_of(tmp_path / run) if "train/loss" in line] for run in ("one", "two")
@@ -117,5 +117,5 @@ def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> N
     result = _limited(tmp_path / "limited.py", "lora_dist.training.evaluation._logits", "20", *arguments)
     assert result.returncode == 2, result.stderr
     assert "error: out of memory in an evaluation: " in result.stderr
-    assert "a lower --per_device_eval_batch_size, which is 128" in result.stderr
+    assert "Lower --per_device_eval_batch_size, which is 128" in result.stderr
     assert "Traceback" not in result.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lora_dist_testing.launching import rewrite_states
+from lora_dist_testing.launching import rewrite_states, run_flags
 from lora_dist_testing.uploads import encoded
 from PIL import Image
 
@@ -29,30 +29,8 @@ RESUME = ("--resume_from_checkpoint", "auto")
 
 
 def _run(vit: Path, data: Path, out: Path, *more: object) -> Path:
-    train.main(
-        [
-            str(word)
-            for word in (
-                "--model_name_or_path",
-                vit,
-                "--train_dir",
-                data / "train",
-                "--validation_dir",
-                data / "validation",
-                "--output_dir",
-                out,
-                "--mixed_precision",
-                "no",
-                "--per_device_train_batch_size",
-                4,
-                "--gradient_accumulation_steps",
-                1,
-                "--lr_scheduler_type",
-                "constant",
-                *more,
-            )
-        ]
-    )
+    settings: dict[str, object] = {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    train.main([*run_flags(vit, data, out, **settings), *map(str, more)])
     return out
 
 

@@ -17,7 +17,8 @@ from lora_dist.model.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.single_label import Evaluation
+from lora_dist.training.problem import worst_samples
+from lora_dist.training.single_label_problem import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,10 @@ def test_the_batch_size_changes_nothing(batch_size: int, base: Base, data: Image
 
 
 def test_the_worst_images_are_those_with_the_highest_loss(evaluation: Evaluation) -> None:
-    worst = evaluation.worst(5)
+    worst = worst_samples(evaluation.losses, 5)
     assert len(worst) == 5
     assert evaluation.losses[worst].tolist() == sorted(evaluation.losses.tolist(), reverse=True)[:5]
-    assert sorted(evaluation.worst(100)) == list(range(27))
+    assert sorted(worst_samples(evaluation.losses, 100)) == list(range(27))
 
 
 class Tie(nn.Module):

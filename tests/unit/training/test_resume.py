@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
-from lora_dist_testing.launching import adapter_of, flags, lines_of, results_of, rewrite_states, run_flags, saved_in
+from lora_dist_testing.launching import (
+    RESULTS,
+    adapter_of,
+    flags,
+    lines_of,
+    results_of,
+    rewrite_states,
+    run_flags,
+    saved_in,
+)
 from lora_dist_testing.tiny import make_model
 from safetensors.torch import load_file
 
@@ -440,15 +449,7 @@ def test_no_results_are_overwritten(vit: Path, photos: Path, tmp_path: Path, cap
     _run(vit, photos, one, "--resume_from_checkpoint", second, "--max_train_steps", 3)
     aside = _contents(one / "abandoned-results")
     assert aside == {name: before[name] for name in aside}
-    assert {name.partition("/")[0] for name in aside} == {
-        "adapter",
-        "all_results.json",
-        "config.yaml",
-        "evaluation.json",
-        "metrics.jsonl",
-        "split.json",
-        "validation_predictions.jsonl",
-    }
+    assert {name.partition("/")[0] for name in aside} == RESULTS
     assert results_of(one)["step"] == 3
     _run(vit, photos, one, *RESUME, "--max_train_steps", 4)
     assert results_of(one)["step"] == 4

@@ -129,7 +129,7 @@ def test_one_class_a_sample_and_blank_labels_are_refused(tmp_path: Path) -> None
     table.save_to_disk(tmp_path / "data")
     with pytest.raises(UserError, match="no column of lists of labels"):
         load_data(DataSettings(**given), 1)
-    with pytest.raises(UserError, match="column label holds Value, and not a list of labels a sample"):
+    with pytest.raises(UserError, match="column label holds Value, not a list of labels per sample"):
         load_data(DataSettings(label_column_name="label", **given), 1)
     given["dataset_name"] = str(tmp_path / "blank")
     Dataset.from_dict({"image": [make_image(0, 0)] * 2, "label": [["a", " "], ["b"]]}).save_to_disk(tmp_path / "blank")

@@ -191,7 +191,7 @@ def test_excluded_files_and_folders_are_neither_missing_nor_unlisted(
 
 def test_wrong_combinations_are_named() -> None:
     wrong = Settings(data=DataSettings(dataset_name="x", labels_file=__file__, split_column_name="s"))
-    assert "the labels are of images in a folder: set --train_dir" in [one.message for one in contradictions(wrong)]
+    assert "the file labels the images of a folder: set --train_dir" in [one.message for one in contradictions(wrong)]
     wrong = Settings(data=DataSettings(train_dir=".", group_column_name="patient"))
     assert "--group_column_name is a column of --labels_file: set it as well" in [
         one.message for one in contradictions(wrong)

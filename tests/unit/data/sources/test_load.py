@@ -784,7 +784,7 @@ def test_nothing_to_evaluate_a_model_on_is_refused(tmp_path: Path) -> None:
 def test_several_labels_a_sample_are_refused(tmp_path: Path) -> None:
     _saved(tmp_path, {"image": _cells([0, 0]), "label": [[0], [0, 1]]}, _features([Value("int64")]))
     message = refusal(dataset_name=tmp_path)
-    assert "column label holds List, and not one label a sample" in message
+    assert "column label holds List, not one label per sample" in message
     assert "--label_column_name: image, label" in message
 
 

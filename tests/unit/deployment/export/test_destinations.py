@@ -117,4 +117,4 @@ def test_heat_maps_may_lie_beside_other_outputs(tmp_path: Path) -> None:
     inside = {"onnx": tmp_path / "x" / "model.onnx", "output": tmp_path / "x" / "rows.csv"}
     require_destinations(_settings(explain=tmp_path / "x", **inside))
     (problem,) = _problems(explain=tmp_path / "x" / "old.png")
-    assert "is no directory" in problem
+    assert "is not a directory" in problem

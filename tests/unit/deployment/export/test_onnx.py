@@ -149,9 +149,9 @@ def test_what_cannot_be_said_in_words_is_said_to_be_missing(caplog: pytest.LogCa
     """Perceiver's processor cuts a share of the image out before it resizes."""
     processor = ARCHITECTURE_PROCESSORS["perceiver"]()
     assert describe(ImageTransforms(processor)).startswith(
-        "missing: the steps of PerceiverImageProcessor cannot be said"
+        "missing: the steps of PerceiverImageProcessor cannot be described"
     )
-    assert "cannot be said in words" in caplog.text
+    assert "cannot be described in words" in caplog.text
 
 
 def test_the_metadata_are_enough_without_this_package(adapter: Path, exported: Path) -> None:

@@ -8,7 +8,7 @@ import yaml
 
 from lora_dist.model.license import License, license_of
 from lora_dist.training.saving.card import MOST_CLASSES, model_card
-from lora_dist.training.single_label import SingleLabel
+from lora_dist.training.single_label_problem import SingleLabel
 
 RESULTS: dict[str, Any] = {
     "eval_accuracy": 0.87654,
@@ -127,10 +127,10 @@ def test_of_very_many_classes_the_first_are_listed() -> None:
 
 
 def test_the_adapter_that_a_run_went_on_from_is_named() -> None:
-    assert "from `google/vit`, going on from the adapter `runs/first/adapter`." in card(
+    assert "from `google/vit`, continued from the adapter `runs/first/adapter`." in card(
         ["a"], start="runs/first/adapter"
     )
-    assert "going on" not in card(["a"])
+    assert "continued from" not in card(["a"])
 
 
 def test_the_license_of_the_base_is_carried() -> None:

@@ -170,7 +170,7 @@ def test_a_directory_that_is_deleted_gets_all_that_comes_after(
 ) -> None:
     run = tmp_path / "run"
     _run(vit, photos, run, {4: lambda: shutil.rmtree(run)}, monkeypatch)
-    assert "is gone; the curves begin anew" in capfd.readouterr().err
+    assert "was removed; the curves start again" in capfd.readouterr().err
     assert _same_adapter(run, undisturbed)
     assert results_of(run)["step"] == 9
     assert [line["step"] for line in lines_of(run) if "train/loss" in line] == list(range(4, 10))

@@ -26,13 +26,13 @@ from lora_dist.model.decision import Decision, MostLikely
 from lora_dist.settings.train import Settings
 from lora_dist.training.class_weights import make_loss
 from lora_dist.training.loss import Loss
-from lora_dist.training.problem import by_sample, highest
+from lora_dist.training.problem import by_sample
 
 NO_RANK = 2**31
 """The rank of a label if logits are not finite: outside the top k of any number of classes."""
 SCALARS = ("accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "loss", "calibration_error")
 MAX_MATRIX = 100
-"""Most classes whose whole confusion matrix is in evaluation.json."""
+"""Largest number of classes for a whole confusion matrix in evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,18 @@ class Evaluation:
     Attributes:
         metrics: scalars by name (`accuracy`, `loss` …).
         per_class: precision, recall, F1 and support of each class.
-        confusion: rows of true class, predicted class and their number of samples, int64 [K, 3]; none of 0 samples.
+        confusion: rows of true class, predicted class and their number of samples, int64 [K, 3]; entries without
+            samples are left out.
         predictions: predicted class of each sample, shape [N]; -1 where its image could not be read, or its logits are
             not finite.
-        confidences: probability of that class, shape [N]; NaN there.
-        losses: cross-entropy of each sample, shape [N]; NaN there.
+        confidences: probability of the predicted class, shape [N]; NaN without one.
+        losses: cross-entropy of each sample, shape [N]; NaN without a prediction.
         num_samples: samples that were evaluated: all whose image could be read.
         references: class of each sample, shape [N]; -1 where its image could not be read.
         groups: group of each sample, shape [N], if groups are known.
         slice_values: value of each sample, shape [N], by column of --slice_columns.
-        probabilities: of every class, shape [N, K], if they were asked for; NaN where there is no prediction.
-        scored: logits and labels of these samples, or of evenly spaced ones, if they were asked for.
+        probabilities: of every class, shape [N, K], if requested; NaN without a prediction.
+        scored: logits and labels of the evaluated samples, or of evenly spaced ones, if requested.
     """
 
     metrics: dict[str, float]
@@ -86,10 +87,6 @@ class Evaluation:
 
     def _groups_of(self, chosen: np.ndarray) -> np.ndarray | None:
         return None if self.groups is None else self.groups[chosen]
-
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
-        return highest(self.losses, count)
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ class SingleLabel:
 
 
 def _confusion_matrix(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """The whole matrix of up to `MAX_MATRIX` classes; of more, its entries that are not 0."""
+    """The whole matrix for up to `MAX_MATRIX` classes; for more classes, its entries that are not 0."""
     if len(labels) > MAX_MATRIX:
         return {"labels": list(labels), "true_predicted_count": confusion.tolist()}
     matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)

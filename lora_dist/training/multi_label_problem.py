@@ -24,7 +24,7 @@ from lora_dist.metrics.slices import slice_metrics
 from lora_dist.model.decision import AboveThresholds, Decision
 from lora_dist.settings.train import Settings
 from lora_dist.training.binary_loss import BinaryLoss, make_binary_loss
-from lora_dist.training.problem import by_sample, highest
+from lora_dist.training.problem import by_sample
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LabelSetEvaluation:
         thresholds: of each label, float32 [labels].
         scores: of each sample and label, float32 [N, labels]; NaN where its image could not be read, or its logits are
             not finite.
-        losses: binary cross-entropy of each sample, shape [N]; NaN there.
+        losses: binary cross-entropy of each sample, shape [N]; NaN where its scores are.
         read: samples that were evaluated, ascending: all whose image could be read.
         references: the labels of each sample, bool [N, labels].
         groups: group of each sample, shape [N], if groups are known.
@@ -82,10 +82,6 @@ class LabelSetEvaluation:
     def _measured(self, chosen: np.ndarray) -> Measured:
         groups = None if self.groups is None else self.groups[chosen]
         return measure_label_sets(self.said[chosen], self.references[chosen], self.scores[chosen], groups)
-
-    def worst(self, count: int) -> list[int]:
-        """Samples with the highest losses, worst first."""
-        return highest(self.losses, count)
 
 
 @dataclass(frozen=True)

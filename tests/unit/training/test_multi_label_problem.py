@@ -19,7 +19,8 @@ from lora_dist.model.decision import AboveThresholds
 from lora_dist.settings.train import AugmentationSettings, DataSettings, OptimizationSettings, Settings
 from lora_dist.training.binary_loss import BinaryLoss, balanced_positive_weights
 from lora_dist.training.identity import differences
-from lora_dist.training.multi_label import MultiLabel
+from lora_dist.training.multi_label_problem import MultiLabel
+from lora_dist.training.problem import worst_samples
 from lora_dist.training.problem_types import PROBLEM_TYPES
 
 NAMES = ["bird", "cat", "dog"]
@@ -113,7 +114,7 @@ def test_an_evaluation_chooses_thresholds_and_keeps_the_scores() -> None:
     expected = binary_cross_entropy_with_logits(LOGITS[0], torch.tensor([1.0, 0, 1]))
     assert found.losses[0] == pytest.approx(float(expected))
     assert np.isnan(found.metrics["loss"])
-    assert found.worst(9) == [0, 3, 1]
+    assert worst_samples(found.losses, 9) == [0, 3, 1]
     assert 0.27 < found.thresholds[0] < 0.88
     assert found.per_class[0]["f1"] == 1
     assert problem.answers(found, split, [1, 3], NAMES) == ["is bird\nsaid bird", "is cat\nsaid cat"]
