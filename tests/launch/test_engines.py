@@ -203,10 +203,11 @@ def test_sgd_is_the_same_on_every_engine_and_goes_on_elsewhere(
 def test_fsdp2_that_keeps_weights_whole_after_the_forward_pass_saves_the_same(
     run_of: Runs, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an evaluation the model holds whole tensors, of which the optimizer knows nothing."""
+    """After an evaluation the model holds whole tensors, of which the optimizer knows nothing. Nothing is offloaded."""
     text = (ROOT / "accelerate_configs" / "fsdp2_cpu.yaml").read_text(encoding="utf-8")
     file = tmp_path / "other.yaml"
-    file.write_text(text.replace("reshard_after_forward: true", "reshard_after_forward: false"), encoding="utf-8")
+    other = "reshard_after_forward: false\n  fsdp_offload_params: true"
+    file.write_text(text.replace("reshard_after_forward: true", other), encoding="utf-8")
     monkeypatch.setitem(LAUNCH_FILES, "fsdp2", str(file))
     whole = run_of("single", 4)
     out = _train("fsdp2", 4, vit, photos, tmp_path / "run", "--eval_steps", 1)
