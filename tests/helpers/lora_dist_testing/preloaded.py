@@ -125,7 +125,8 @@ def _rank(module: str, *words: str) -> None:
     """One that succeeds returns, as its launcher expects; one that fails ends as the command does."""
     lifetime = import_module("lora_dist.processes.lifetime")
     try:
-        import_module(module).main(list(words))
+        package = hasattr(import_module(module), "__path__")
+        import_module(f"{module}.__main__" if package else module).main(list(words))
     except BaseException as error:
         lifetime.end_process(lifetime._exit_code(error))
 
