@@ -21,6 +21,8 @@ def set_up_logs(is_main: bool) -> None:
     # DeepSpeed calls functions that torch is about to rename.
     for module in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Pillow warns of damaged metadata without a name; an image that cannot be read is named by an error.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     if not torch.accelerator.is_available():
         # Otherwise deepspeed, if installed, prints that there is no accelerator whenever a library looks for deepspeed.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

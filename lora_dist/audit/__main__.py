@@ -71,7 +71,7 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist.audit.report import Report
     from lora_dist.data.sources.exclusions import absolute, read_exclusions
     from lora_dist.data.sources.folders import read_class_folders
-    from lora_dist.data.sources.labels import require_distinct
+    from lora_dist.data.sources.labels import require_distinct, warn_of_case
 
     data = settings.data
     named = {"train": data.train_dir, "validation": data.validation_dir}
@@ -104,6 +104,7 @@ def audit(settings: AuditSettings) -> Report:
             if absolute(path) not in excluded
         )
     require_distinct(classes)
+    warn_of_case(classes)
     training = [file.path for file in files if file.split == "train"]
     conversion = _conversion(settings.data, training, _workers(settings))
     scanned = _scan(files, _workers(settings), conversion)

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
-from lora_dist.data.pixels.formats import HEIC_ADVICE
 from lora_dist.data.pixels.images import UnreadableImageError, deep_pixels, load_rgb
 
 COLORS_SIDE = 16
@@ -79,7 +78,9 @@ def scan(path: str, conversion: Conversion = AS_TRANSFORMERS) -> Facts:
             hidden=flat and transparent and not all(_is_flat(load_rgb(path, conversion=other)) for other in others),
         )
     except UnreadableImageError as error:
-        return _fault(error if HEIC_ADVICE in str(error) else error.__cause__ or error)
+        if error.__cause__ is None or isinstance(error.__cause__, UnidentifiedImageError):
+            return Facts("unreadable", str(error).removeprefix(f"{path}: "))
+        return _fault(error.__cause__)
     except Exception as error:
         return _fault(error)
 
@@ -92,10 +93,6 @@ def _fault(error: BaseException) -> Facts:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return Facts("bomb", message.partition(",")[0])
-    if HEIC_ADVICE in message:
-        return Facts("unreadable", f"HEIC content; {HEIC_ADVICE}")
-    if isinstance(error, UnidentifiedImageError):
-        return Facts("unreadable", "not an image of a known format")
     if isinstance(error, OSError) and error.strerror:
         return Facts("unreadable", error.strerror)
     return Facts("truncated" if "truncated" in message.lower() else "unreadable", message)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -167,7 +167,7 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
     options = {
         "mp_policy": precision(plugin),
         "reshard_after_forward": plugin.reshard_after_forward,
-        "offload_policy": plugin.cpu_offload,
+        "offload_policy": offloading(plugin, accelerator.device),
     }
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [(group, [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
@@ -186,6 +186,11 @@ def precision(plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
     """The launch file's precision, but as under DDP, gradients are summed in fp32 and the output is not rounded."""
     policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
     return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def offloading(plugin: FullyShardedDataParallelPlugin, device: torch.device) -> OffloadPolicy:
+    """The launch file's `fsdp_offload_params`; none on a CPU, where all weights are in the host's memory."""
+    return OffloadPolicy() if device.type == "cpu" else plugin.cpu_offload
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -230,6 +230,10 @@ def configure_deepspeed(accelerator: Accelerator, settings: OptimizationSettings
     problems += [
         f"{name}: remove it, this comes from the settings" for name in ("optimizer", "scheduler") if name in config
     ]
+    if plugin.zero_stage not in (1, 2, 3):
+        problems.append(
+            f"ZeRO stage {plugin.zero_stage}: set 1, 2 or 3, or distributed_type: MULTI_GPU without DeepSpeed"
+        )
     if problems:
         raise UserError("\n  ".join(["the DeepSpeed configuration contradicts the settings:", *problems]))
     config.update(wanted)

@@ -19,6 +19,7 @@ from lora_dist.gpu_check.photos import run_flags
 from lora_dist.launch_files import LAUNCH_FILES
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.parity import relative_difference, without_tf32
+from lora_dist.processes.devices import cpu_has_bf16
 from lora_dist.processes.runtime import half_precision
 
 SECONDS = 120
@@ -41,9 +42,7 @@ def train_fp32(machine: Machine) -> str:
 def train_bf16(machine: Machine) -> str:
     """The same in bf16."""
     machine.require_one_process()
-    machine.require_gpu()
-    if half_precision() != "bf16":
-        raise Skipped("this GPU has no bf16")
+    _require_bf16(machine)
     return _trained(machine, "bf16")
 
 
@@ -57,9 +56,7 @@ def train_fp16(machine: Machine) -> str:
 def train_bf16_base(machine: Machine) -> str:
     """The same with the frozen base in bf16, without autocast."""
     machine.require_one_process()
-    machine.require_gpu()
-    if half_precision() != "bf16":
-        raise Skipped("this GPU has no bf16")
+    _require_bf16(machine)
     return _described(_train(machine, "no", machine.directory / "bf16_base", "--base_dtype", "bfloat16"))
 
 
@@ -151,6 +148,14 @@ def _vit_b(directory: Path) -> Path:
     ViTForImageClassification(ViTConfig()).save_pretrained(directory / "vit_b")
     ViTImageProcessor().save_pretrained(directory / "vit_b")
     return directory / "vit_b"
+
+
+def _require_bf16(machine: Machine) -> None:
+    """Raises `Skipped` on a device that has no bf16."""
+    if machine.has_gpu and half_precision() != "bf16":
+        raise Skipped("this GPU has no bf16")
+    if not machine.has_gpu and not cpu_has_bf16():
+        raise Skipped("this CPU has no instructions for bf16")
 
 
 def _trained(machine: Machine, precision: str) -> str:

@@ -1,6 +1,8 @@
 """The device of a process, and the default size of its inference batches. Needs no accelerate."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -9,6 +11,13 @@ def computes_on_cpu() -> bool:
     """Whether this process computes on the CPU, for want of an accelerator or because ACCELERATE_USE_CPU says so."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "t", "yes", "y", "on")
     return asked or not torch.accelerator.is_available()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16, without which it computes hundreds of times slower than in fp32."""
+    # Absent before torch 2.10, which then counts as a CPU without them.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def inference_batch_size(device: torch.device, height: int, width: int) -> int:

@@ -4,7 +4,10 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +19,28 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_dist.errors import UserError
 from lora_dist.logs import set_up_logs
-from lora_dist.processes.devices import computes_on_cpu
+from lora_dist.processes.deepspeed_extension import compile_extension
+from lora_dist.processes.devices import computes_on_cpu, cpu_has_bf16
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.threads import share_cores
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("lora_dist", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "evaluate")
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: set distributed_type to MULTI_GPU, FSDP or DEEPSPEED",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config, which is not supported: remove it",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: remove that and use --gradient_checkpointing",
+}
+"""Variables by which accelerate's launcher passes on what is not supported, and what to do instead."""
 
 
 def launch(
@@ -57,7 +69,7 @@ def launch(
     _require_company()
     if engine_launched() == "FSDP":
         prepare_fsdp()
-    refuse_dynamo()
+    refuse_unsupported()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     if deterministic:
         be_deterministic()
@@ -78,12 +90,16 @@ def launch(
     if engine_launched() != "DEEPSPEED" and is_initialized() and AcceleratorState().mixed_precision != precision:
         # An earlier run in this process had another precision. The process group stays.
         AcceleratorState._reset_state()
-    with preflight.connecting():
+    if on_cpu and engine_launched() == "DEEPSPEED":
+        compile_extension()
+    with preflight.connecting(), _refusals():
         accelerator = Accelerator(
             mixed_precision=precision,
             # `cpu` would quietly turn ZeRO into plain data parallel.
             cpu=on_cpu and engine_launched() != "DEEPSPEED",
             kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            # `backward` divides the loss by this number, which would otherwise come from the environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     if accelerator.num_processes != launched:
         unset = "" if "LOCAL_RANK" in os.environ else "LOCAL_RANK (rank within the node) is not set; "
@@ -117,6 +133,16 @@ def launch(
     if on_cpu:
         share_cores()
     return accelerator
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raises a `UserError` where accelerate cannot use what the launcher passes on."""
+    try:
+        yield
+    except ValueError as error:
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        raise UserError(f"accelerate cannot use {file or 'the launch file or the environment'}: {error}") from error
 
 
 def _require_company() -> None:
@@ -168,13 +194,26 @@ def engine_launched() -> str:
     return "NO"
 
 
-def refuse_dynamo() -> None:
-    """Raises an error if the launch file or the environment requests torch dynamo, which renames all weights."""
+def refuse_unsupported() -> None:
+    """Refuses what the launch file or the environment requests and this package does not do.
+
+    Raises:
+        UserError: torch dynamo, which renames all weights; Megatron-LM, a `parallelism_config`, or FSDP's activation
+            checkpointing.
+    """
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise UserError(
             f"the launch file (dynamo_config) or ACCELERATE_DYNAMO_BACKEND requests torch dynamo ({backend}): remove "
             f"that and use --torch_compile"
+        )
+    for variable, advice in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(f"the launch file or {variable} requests {advice}")
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1" and engine_launched() != "DEEPSPEED":
+        logger.warning(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=%s is ignored: use --gradient_accumulation_steps", accumulation
         )
 
 
@@ -216,8 +255,8 @@ def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:
         )
     if precision == "fp16":
         raise UserError("--base_dtype bfloat16: the launch file asks for fp16, or this GPU has no bf16")
-    if on_cpu:
-        logger.warning("bf16 is very slow on most CPUs; --base_dtype float32 is the faster choice there")
+    if on_cpu and not cpu_has_bf16():
+        logger.warning("bf16 is very slow on this CPU; --base_dtype float32 is the faster choice")
 
 
 def half_precision() -> str:
@@ -249,8 +288,8 @@ def choose_precision(asked: str, launched: str, on_cpu: bool, half: str) -> str:
     wanted = asked if asked != "auto" else launched
     if on_cpu and wanted == "fp16":
         raise UserError("fp16 needs a GPU and this machine has none; use --mixed_precision no (fp32)")
-    if on_cpu and wanted == "bf16":
-        logger.warning("bf16 is very slow on most CPUs; --mixed_precision no (fp32) is the faster choice there")
+    if on_cpu and wanted == "bf16" and not cpu_has_bf16():
+        logger.warning("bf16 is very slow on this CPU; --mixed_precision no (fp32) is the faster choice")
     return half if asked == "auto" and launched == "no" else wanted
 
 
@@ -269,7 +308,12 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that affect results."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(name: str) -> str:
+    return metadata.version(name)
 
 
 def _processor() -> str:

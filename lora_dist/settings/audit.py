@@ -19,6 +19,7 @@ from lora_dist.settings.fields import (
     ProblemType,
     impossible_output,
     missing_paths,
+    same_folders,
 )
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
@@ -102,6 +103,7 @@ def contradictions(settings: AuditSettings) -> Iterator[Contradiction]:
         text = "class folders give each image one class: use the column of splits of --labels_file"
         yield Contradiction(("problem_type", "validation_dir"), text)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
+    wrong += same_folders(data.train_dir, validation_dir=data.validation_dir)
     if data.predictions and not Path(data.predictions).is_file():
         wrong.append(Contradiction(("predictions",), f"no such file: {data.predictions}"))
     yield from wrong

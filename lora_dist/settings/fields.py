@@ -1,6 +1,7 @@
 """Groups, value types and checks of paths that the settings of all commands share."""
 
 import math
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +162,14 @@ def missing_paths(
             mode, why = _mode(path)
             if not stat.S_ISREG(mode):
                 yield Contradiction((name,), f"{why or 'no such file'}: {path}")
+
+
+def same_folders(train_dir: str | None, **others: str | None) -> Iterator[Contradiction]:
+    """Yields a contradiction for each other folder, by the name of its setting, that is the training folder."""
+    for name, folder in others.items():
+        if train_dir and folder and os.path.realpath(folder) == os.path.realpath(train_dir):
+            text = "the same folder: metrics on training images are too good; without this setting, some are held out"
+            yield Contradiction((name, "train_dir"), text)
 
 
 def impossible_output(output_dir: str) -> Iterator[Contradiction]:

@@ -25,12 +25,22 @@ from lora_dist.settings.fields import (
 
 Format = Literal["jsonl", "csv", "parquet"]
 OutputType = Literal["top_k", "probabilities", "logits", "embeddings"]
-_SUFFIXES: dict[str, Format] = {".csv": "csv", ".parquet": "parquet"}
+_SUFFIXES: dict[str, Format] = {
+    "": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
 
 
 def format_of(output: str | None, chosen: Format | None) -> Format:
     """The format of an output: the chosen one, or that of its suffix, or else JSON Lines."""
-    return chosen or _SUFFIXES.get(os.path.splitext(output or "")[1].lower(), "jsonl")
+    return chosen or _SUFFIXES.get(_suffix(output), "jsonl")
+
+
+def _suffix(output: str | None) -> str:
+    return os.path.splitext(output or "")[1].lower()
 
 
 class ModelSource(Group):
@@ -97,7 +107,7 @@ class Images(Group):
     output: str | None = None
     """File for the predictions. Default: print them."""
     format: Format | None = None
-    """JSON Lines, CSV or parquet. Default: by the suffix of --output, else JSON Lines."""
+    """JSON Lines, CSV or parquet. Default: by the suffix of --output; JSON Lines without a suffix."""
     grid: str | None = None
     """PNG file for a grid of evenly spaced images with their predictions."""
     labels_file: str | None = None
@@ -378,6 +388,9 @@ def _input_problems(settings: PredictSettings) -> Iterator[Contradiction]:
 def _output_problems(settings: PredictSettings) -> Iterator[Contradiction]:
     images = settings.images
     chosen = format_of(images.output, images.format)
+    if images.format is None and _suffix(images.output) not in _SUFFIXES:
+        text = f"{_suffix(images.output)} names no format: use .jsonl, .csv or .parquet, or set --format"
+        yield Contradiction(("output", "format"), text)
     if chosen == "parquet" and not images.output:
         yield Contradiction(("format", "output"), "parquet cannot be printed: set --output")
     if images.output_type != "top_k":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lora_dist.settings.fields import MULTI_LABEL, Contradiction, impossible_output, missing_paths
+from lora_dist.settings.fields import MULTI_LABEL, Contradiction, impossible_output, missing_paths, same_folders
 from lora_dist.settings.train import DataSettings, OptimizationSettings, Settings
 
 _METRICS = {
@@ -73,6 +73,12 @@ def _data(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(("test_dir", "dataset_name"), "use --test_split to test with a data set")
     if data.test_split and not data.dataset_name:
         yield Contradiction(("test_split", "train_dir"), "use --test_dir to test with a folder")
+    if not run.do_eval_only:
+        yield from same_folders(data.train_dir, validation_dir=data.validation_dir, test_dir=data.test_dir)
+        for name in ("validation_split", "test_split"):
+            if getattr(data, name) == data.train_split:
+                text = "the same split: metrics on training images are too good"
+                yield Contradiction((name, "train_split"), text)
     if data.balanced_sampling and settings.optimization.class_weights == "balanced":
         yield Contradiction(("balanced_sampling", "class_weights"), "both balance the classes: use only one of them")
 

@@ -38,7 +38,14 @@ from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.identity import as_resumed, conversion_of, identity_of, with_conversion, with_pooling
+from lora_dist.training.identity import (
+    as_resumed,
+    conversion_of,
+    identity_of,
+    settings_of_run,
+    with_conversion,
+    with_pooling,
+)
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.problem_types import PROBLEM_TYPES
 from lora_dist.training.reporting.tracking import Tracker
@@ -155,7 +162,8 @@ def assemble(
         splits = data.describe_splits()
         finished = is_over(settings, progress, schedule.total_steps)
         finished = finished and not must_reselect(settings, data.validation, progress)
-        made_with = output.begin(made_with, splits, engine.unwrapped, progress.step, finished)
+        origin = settings_of_run(resumed)
+        made_with = output.begin(made_with, splits, engine.unwrapped, progress.step, finished, origin)
     result_writer = ResultWriter(base, data, parameters, made_with, output, publisher)
     run = TrainingRun(
         settings=settings,

@@ -156,7 +156,7 @@ def as_resumed(settings: Settings, resumed: Checkpoint | None) -> Settings:
     taken, problems = {}, []
     saved = _saved_settings(resumed)
     if "model_name_or_path" not in given:
-        saved |= {name: value for name, value in _settings_of_run(resumed).items() if name in BASE}
+        saved |= {name: value for name, value in settings_of_run(resumed).items() if name in BASE}
     for name, before in saved.items():
         if before == values[name]:
             continue
@@ -238,14 +238,14 @@ def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
     found = {name: saved[name] for name in ("tuning", *MODEL) if name in saved}
     if saved["tuning"] == "lora":
         if "lora_r" not in saved:
-            saved = _settings_of_run(resumed) or saved
+            saved = settings_of_run(resumed) or saved
         found.update({name: saved[name] for name in LORA if name in saved})
     return found
 
 
-def _settings_of_run(resumed: Checkpoint) -> Mapping[str, Any]:
+def settings_of_run(resumed: Checkpoint | None) -> Mapping[str, Any]:
     """Returns the settings in the `config.yaml` of the checkpoint's run; empty if there is none."""
-    if resumed.directory is None:
+    if resumed is None or resumed.directory is None:
         return {}
     return read_settings(Output(resumed.directory.absolute().parents[1]).config)
 

@@ -63,12 +63,12 @@ def test_a_run_that_fails_on_a_bad_file_trains_without_the_listed_ones(
         per_device_train_batch_size=16,
         gradient_accumulation_steps=1,
     )
-    failed = train(*arguments, "--output_dir", tmp_path / "1", launch_file="single.yaml", code=None)
+    failed = train(*arguments, "--output_dir", tmp_path / "1", code=2)
     assert "cannot read an image of the data set" in failed.stderr
     assert any(path in failed.stderr for path in planted.left_out)
 
     listed = audited / "quarantine.txt"
-    done = train(*arguments, "--output_dir", tmp_path / "2", "--exclude", listed, launch_file="single.yaml")
+    done = train(*arguments, "--output_dir", tmp_path / "2", "--exclude", listed)
     assert "are not in the data" not in done.stderr
     files = [path for path in (*planted.train.rglob("*"), *planted.validation.rglob("*")) if not path.is_dir()]
     split = json.loads((tmp_path / "2" / "split.json").read_text())

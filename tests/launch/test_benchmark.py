@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 from lora_dist_testing.launching import run, run_flags
 
 from lora_dist.bench.results import COLUMNS
@@ -14,7 +15,7 @@ def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
 
 def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos: Path, tmp_path: Path) -> None:
     arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
-    result = run("lora_dist.bench", *arguments, launch_file="single.yaml")
+    result = run("lora_dist.bench", *arguments)
     said = result.stdout.splitlines()
     assert said[-1].startswith("Bottleneck: ")
     assert any(line.startswith("comparison") for line in said)
@@ -28,12 +29,14 @@ def test_a_benchmark_compares_says_one_sentence_and_adds_a_row(vit: Path, photos
     assert measured["faster_than_trainer"] == measured["lowest"] == measured["highest"]
 
 
-def test_two_processes_are_measured_together(vit: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compare", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_are_measured_together(compare: bool, vit: Path, photos: Path, tmp_path: Path) -> None:
     """And compared: the processes of one measurement form their own process group."""
-    arguments = [*_arguments(vit, photos, tmp_path), "--compare", "trainer", "--rounds", 1]
-    run("lora_dist.bench", *arguments, launch_file="ddp_cpu.yaml")
+    more = ("--compare", "trainer", "--rounds", 1) if compare else ()
+    run("lora_dist.bench", *_arguments(vit, photos, tmp_path), *more, launch_file="ddp_cpu.yaml")
     with (tmp_path / "bench.csv").open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["processes"], row["engine"]) == ("2", "ddp")
     assert float(row["exchange"]) >= 0
-    assert float(row["trainer_images_per_second"]) > 0
+    assert bool(row["trainer_images_per_second"]) == compare
+    assert not compare or float(row["trainer_images_per_second"]) > 0

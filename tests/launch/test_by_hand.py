@@ -110,12 +110,12 @@ def test_two_processes_started_by_hand_train_together(vit: Path, photos: Path, t
 
 
 def test_a_rank_that_never_comes_is_named_first_as_waited_for_and_then_as_missing(tmp_path: Path) -> None:
-    script = _script(tmp_path / "script.py", "preflight.arrive('started')", seconds=20, after=5, startup=5)
+    script = _script(tmp_path / "script.py", "preflight.arrive('started')", seconds=12, after=4, startup=4)
     one, two = _by_hand(script, ranks=(0, 2), world_size=4)
     assert [one[0], two[0]] == [2, 2], (one, two)
     host = socket.gethostname()
-    assert "waiting for ranks 1, 3 of 4 (stage: started); giving up after 20 s (" in one[1]
-    assert f"error: ranks 1, 3 of 4 did not arrive within 20 s. Arrived: 0 on {host}, 2 on {host}. " in one[1]
+    assert "waiting for ranks 1, 3 of 4 (stage: started); giving up after 12 s (" in one[1]
+    assert f"error: ranks 1, 3 of 4 did not arrive within 12 s. Arrived: 0 on {host}, 2 on {host}. " in one[1]
     assert "Traceback" not in one[1] + two[1]
 
 

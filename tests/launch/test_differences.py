@@ -12,10 +12,10 @@ from pathlib import Path
 from lora_dist.processes.agreement import require_agreement
 from lora_dist.errors import UserError
 from lora_dist.processes.lifetime import exit_on_user_error
-from lora_dist.processes.runtime import launch
+from lora_dist.processes import runtime
 
 rank, here = int(os.environ["RANK"]), Path(__file__).parent
-accelerator = launch("no", 60)
+accelerator = runtime.launch("no", 60)
 require_agreement(accelerator, here / "shared", {"seed": 42})
 assert list((here / "shared").iterdir()) == [] or rank
 try:
@@ -25,6 +25,7 @@ except UserError as error:
 
 if rank:
     sys.path.insert(0, str(here / "other_releases"))
+    runtime._version.cache_clear()
 
 @exit_on_user_error
 def main():

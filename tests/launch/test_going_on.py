@@ -70,8 +70,7 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
     other = train(
         *arguments[2:],
         *flags(adapter_name_or_path=tmp_path / "run" / "adapter", max_train_steps=4, resume_from_checkpoint="auto"),
-        launch_file="ddp_cpu.yaml",
-        code=None,
+        code=2,
     )
     assert "start was" in other.stderr
 

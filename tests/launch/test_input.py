@@ -13,8 +13,8 @@ def test_two_processes_share_a_cache_and_train_as_one(vit: Path, tmp_path: Path)
     losses = {}
     runs = (
         ("two", "ddp_cpu.yaml", 4, ()),
-        ("one", "single.yaml", 8, ()),
-        ("device", "single.yaml", 8, ("--augment_on_device",)),
+        ("one", None, 8, ()),
+        ("device", None, 8, ("--augment_on_device",)),
     )
     for name, launch_file, batch, more in runs:
         result = train(

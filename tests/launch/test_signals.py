@@ -179,14 +179,6 @@ def test_a_second_signal_ends_a_process_that_waits_for_another_for_ever(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_rank_that_dies_takes_the_others_with_it(vit: Path, pictures: Path, tmp_path: Path) -> None:
-    arguments = _arguments(vit, pictures, tmp_path / "run", *TWO, *ENDLESS)
-    with started(tmp_path / "log", *arguments, launch_file="ddp_cpu.yaml") as launch:
-        _until(launch, 2)
-        launch.rank(1).kill()
-        assert launch.wait(20) == 1
-
-
 FAILING = """
 import os
 from pathlib import Path

@@ -1,7 +1,6 @@
 """Training from streamed shards through real launchers: the same on two processes, after a kill, and to the end."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,6 @@ from safetensors.torch import load_file
 
 UNEVEN = (13, 2, 9, 1, 7)
 BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +50,7 @@ def _adapter(out: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def single(vit: Path, parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("single") / "run"
-    train(*_arguments(vit, parquet, out, *BATCH), launch_file="single.yaml")
+    train(*_arguments(vit, parquet, out, *BATCH))
     return out
 
 

@@ -69,15 +69,13 @@ def _strike(way: str, launch: Launch, faults: Faults, start: str, processes: int
 
 IN_CI = {
     ("exception", "spawn", 1),
-    ("exception", "fork", 2),
     ("SystemExit", "forkserver", 1),
     ("signal", "spawn", 2),
     ("unreadable image", "forkserver", 2),
     ("killed worker", "fork", 1),
     ("hanging worker", "fork", 2),
     ("killed rank", "forkserver", 2),
-    ("killed launcher", "spawn", 2),
-    ("unreadable image", "fork", 1),
+    ("killed launcher", "fork", 2),
 }
 ALONE = ("killed rank", "killed launcher")
 
@@ -108,7 +106,8 @@ def test_a_run_ends_with_all_that_it_started(
         eval_steps="no",
         checkpointing_steps="no",
         logging_steps=1,
-        dataloader_num_workers=2,
+        # Each imports everything anew with "spawn".
+        dataloader_num_workers=1 if start == "spawn" else 2,
         stall_timeout=4 if way == "hanging worker" else 60,
     )
     launch_file = "ddp_cpu.yaml" if processes > 1 else None

@@ -124,6 +124,7 @@ def _failing(cluster: Cluster, directory: Path, data_flags: list[object], failur
     return job, fail
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_is_not_requeued(cluster: Cluster, directory: Path, data_flags: list[object]) -> None:
     """Although there is a checkpoint, and the other node ends with another code because of it."""
     job, _ = _failing(cluster, directory, data_flags, "error")

@@ -1,5 +1,6 @@
 """Formats of image files: registers HEIC where pillow-heif is installed, and recognizes files by their content."""
 
+import codecs
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,9 @@ NOT_DECODED = ("EPS", "MPEG", "WMF")
 """Formats that Pillow opens, but decodes only with another program or not at all."""
 HEIC_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
 HEIC_ADVICE = "pip install 'lora_dist[heif]' reads HEIC images"
+START_BYTES = 64
+"""Bytes at the start of a file that tell what it is."""
+_SHOWN_CHARACTERS = 40
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 with suppress(ImportError):
@@ -29,12 +33,18 @@ def decoded_formats() -> set[str]:
     }
 
 
-def is_heic(source: str | bytes) -> bool:
-    """Whether the content of a file, given as its path or its bytes, begins as that of a HEIC image."""
-    if isinstance(source, str):
-        with Path(source).open("rb") as file:
-            source = file.read(12)
-    return source[4:8] == b"ftyp" and source[8:12] in _HEIC_BRANDS
+def unidentified(start: bytes) -> str:
+    """What a file is that Pillow does not read, by its first `START_BYTES`."""
+    if not start:
+        return "the file is empty"
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
+        return f"the content is a HEIC image; {HEIC_ADVICE}"
+    with suppress(UnicodeDecodeError):
+        # The start may end within a character.
+        text = " ".join(codecs.getincrementaldecoder("utf-8-sig")().decode(start).split())
+        if text.isprintable():
+            return f"the content is text, not an image: {text[:_SHOWN_CHARACTERS]}"
+    return "not an image of a known format"
 
 
 def has_image_content(path: str) -> bool:

@@ -3,18 +3,19 @@
 import io
 import logging
 import math
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lora_dist.data.pixels import limits as limits  # sets the most pixels in every process
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion, is_deep
-from lora_dist.data.pixels.formats import HEIC_ADVICE, is_heic
+from lora_dist.data.pixels.formats import START_BYTES, unidentified
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,7 @@ class Picture:
         if image.format not in ("JPEG", "MPO"):
             # Of other formats, the header alone need not tell the size.
             image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        self._orientation: int = orientation if orientation in _TRANSPOSE else 1
+        self._orientation = _orientation(image)
         self.size = image.size if self._orientation < 5 else image.size[::-1]
 
     def whole(self) -> Image.Image:
@@ -119,6 +119,16 @@ def _stored_box(box: Box, orientation: int, size: tuple[int, int]) -> Box:
     return left, top, right, bottom
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image; 1, which is upright, if it has none or its metadata is damaged."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        # Pillow's parsers raise whatever damaged metadata leads them to; the pixels are readable all the same.
+        return 1
+    return found if found in _TRANSPOSE else 1
+
+
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     if orientation not in _TRANSPOSE:
         return image
@@ -147,15 +157,22 @@ def opened(source: ImageSource, name: str = "", conversion: Conversion = AS_TRAN
 def _image(source: str | bytes | Image.Image, name: str, stack: ExitStack) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
+    # The cells of a table may hold anything.
+    if not isinstance(source, str | bytes | os.PathLike) or source == "":
+        raise UnreadableImageError(f"{name}: not an image: {source!r:.40}")
+    if isinstance(source, bytes):
+        file: BinaryIO = io.BytesIO(source)
     # Opening a pipe would wait for a writer.
-    if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
+    elif not stat.S_ISREG(Path(source).stat().st_mode):
         raise UnreadableImageError(f"{name}: not a file")
+    else:
+        # Pillow maps a file into memory if it knows its path, and then garbles TIFF images that are stored sideways.
+        file = stack.enter_context(Path(source).open("rb"))  # noqa: SIM115
     try:
-        return stack.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+        return stack.enter_context(Image.open(file))
     except UnidentifiedImageError as error:
-        if is_heic(source):
-            raise UnreadableImageError(f"{name}: the content is a HEIC image; {HEIC_ADVICE}") from error
-        raise
+        file.seek(0)
+        raise UnreadableImageError(f"{name}: {unidentified(file.read(START_BYTES))}") from error
 
 
 def load_rgb(source: ImageSource, name: str = "", conversion: Conversion = AS_TRANSFORMERS) -> Image.Image:

@@ -88,13 +88,22 @@ def has_label(value: Any, feature: Any) -> bool:
 
 
 def require_labels(values: Sequence[Any], feature: Any, column: str, source: str) -> None:
-    """Raises `UserError` with the numbers of the rows without a label; `source` is the file or split they are from."""
+    """Raises `UserError` with the numbers of the rows without a label, or for labels that are no numbers or text.
+
+    `source` is the file or split that the rows are from.
+    """
     rows = [row for row, value in enumerate(values) if not has_label(value, feature)]
     if rows:
         some = ", ".join(f"row {row} ({values[row]!r})" for row in rows[:NAMED_ROWS])
         raise UserError(
             f"{source}: {len(rows)} of {len(values)} rows have no label in column {column}, counted from 0: {some}"
             f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set."
+        )
+    odd = next((row for row, value in enumerate(values) if not isinstance(value, int | float | str)), None)
+    if odd is not None:
+        kind = type(values[odd]).__name__
+        raise UserError(
+            f"{source}: row {odd} has a label of type {kind} in column {column}: write text or whole numbers"
         )
 
 

@@ -1,6 +1,9 @@
 """A folder of images with one sub-folder for each class."""
 
+import logging
+import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +12,12 @@ from lora_dist.data.sources.exclusions import absolute
 from lora_dist.data.sources.files import find_files, is_image_name, is_system_folder
 from lora_dist.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TRAINING_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing")
 VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval")
+SHOWN_NAMES = 5
 SPLIT_NAMES = {*TRAINING_NAMES, *VALIDATION_NAMES, *TEST_NAMES}
 
 
@@ -54,6 +60,7 @@ def read_class_folders(
         )
     if not set(classes) <= set(known):
         _require_classes(root, folders, flag)
+        _warn_of_shared_folders(root, folders)
     found = ClassFolders(classes, [], [], list(map(str, others)))
     for label, folder in enumerate(folders):
         if leads_back(folder):
@@ -92,8 +99,10 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
     # The audit has no --test_dir.
     right = {name: right[name] for name in ((flag,) if flag != "train_dir" else ("train_dir", "validation_dir"))}
     wanted = right[flag]
-    if len(inner) > 1 and names.keys() <= SPLIT_NAMES and wanted and _holds_classes(wanted):
-        cause = f"its folders {', '.join(folder.name for folder in inner)} are splits, not classes"
+    splits = [folder for name, folder in names.items() if name in SPLIT_NAMES and _holds_classes(folder)]
+    if len(splits) > 1 or (splits == [wanted] and len(inner) > 1 and names.keys() <= SPLIT_NAMES):
+        listed = ", ".join(folder.name for folder in inner if folder.name.lower() in SPLIT_NAMES)
+        cause = f"its folders {listed} are splits, not classes"
     elif wanted and _holds_classes(wanted) and (beside := [one for one in inner if not _holds_classes(one)]):
         others = ", ".join(folder.name for folder in beside)
         cause, right = f"its folder {wanted.name} contains class folders; these do not: {others}", {flag: wanted}
@@ -102,7 +111,35 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
     else:
         return
     flags = " ".join(f"--{name} {folder}" for name, folder in right.items() if folder)
-    raise UserError(f"--{flag} {root}: {cause}; use {flags}")
+    advice = f"use {flags}" if right[flag] else f"set --{flag} to the folder with the class folders"
+    raise UserError(f"--{flag} {root}: {cause}; {advice}")
+
+
+def _warn_of_shared_folders(root: Path, folders: list[Path]) -> None:
+    """Warns if all class folders contain folders of the same names, which may be the classes, or splits."""
+    shared = _inner_names(folders[0])
+    for folder in folders[1:]:
+        if len(shared) > 1:
+            shared &= _inner_names(folder)
+    if len(folders) < 2 or len(shared) < 2:
+        return
+    named = ", ".join(sorted(shared)[:SHOWN_NAMES]) + (" …" if len(shared) > SHOWN_NAMES else "")
+    text = "%s: each class folder (%s …) contains folders of the same names (%s), whose images count for the class. %s"
+    if {name.lower() for name in shared} <= SPLIT_NAMES:
+        advice = "If these are splits, move them outside the class folders, or list the images with --labels_file"
+    else:
+        advice = "If these are the classes, name one of the folders that contain them"
+    logger.warning(text, root, folders[0].name, named, advice)
+
+
+def _inner_names(folder: Path) -> set[str]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return {
+            entry.name
+            for entry in entries
+            if entry.is_dir() and not entry.name.startswith(".") and not is_system_folder(entry.name)
+        }
+    return set()
 
 
 def _holds_classes(folder: Path) -> bool:

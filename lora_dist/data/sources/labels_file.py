@@ -59,7 +59,10 @@ SPLITS = {
     for names, split in ((TRAINING_NAMES, "train"), (VALIDATION_NAMES, "validation"), (TEST_NAMES, "test"))
     for name in names
 }
+MISSING = ("nan", "NaN", "<NA>", "#N/A")
+"""What programs write for a label that is missing."""
 _SHOWN = 3
+_SHOWN_CHARACTERS = 80
 _HEADER_HINT = " (if that is a header, name its columns with --image_column_name and --label_column_name)"
 _INSPECTED_LINES = 20
 """Lines that have to contain the delimiter."""
@@ -139,7 +142,7 @@ def read_labels_file(
         if path is None:
             if not _is_excluded(os.path.join(directory, row.path), excluded):
                 hint = _HEADER_HINT if row.line == 1 else ""
-                problems["files that do not exist"].append(f"line {row.line}: {row.path}{hint}")
+                problems["files that do not exist"].append(f"line {row.line}: {row.path[:_SHOWN_CHARACTERS]}{hint}")
             continue
         if not row.labels and not several:
             problems["lines without a label"].append(f"line {row.line}: {row.path}")
@@ -195,11 +198,16 @@ def _rows(
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not a text file in UTF-8") from error
+        raise UserError(f"{where}: not a text file in UTF-8; save the table as CSV in UTF-8") from error
+    if Path(file).suffix.lower() in (".json", ".jsonl"):
+        raise UserError(f"{where}: JSON is not read; write a CSV with the columns path and label")
     some = [line for line in text.splitlines()[:_INSPECTED_LINES] if line.strip()]
     delimiter = delimiter_of(some, several)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
+    except csv.Error as error:
+        raise UserError(f"{where}: line {reader.line_num}: {error}; is a quote before it not closed?") from error
     if not lines:
         raise UserError(f"{where}: the file is empty")
     header = lines[0][1]
@@ -217,7 +225,8 @@ def _rows(
         elif several:
             labels = labels_in(values["label"], delimiter)
         else:
-            labels = (values["label"],) if visible_name(values["label"]) else ()
+            is_label = visible_name(values["label"]) and values["label"] not in MISSING
+            labels = (values["label"],) if is_label else ()
         yield _Row(line, values["path"], labels, values.get("split", "").lower(), values.get("group", ""), slices)
 
 
@@ -232,9 +241,13 @@ def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str)
                 raise UserError(f"{where}: no column {wanted}; the first line has {', '.join(first)}")
             places[name] = first.index(wanted)
             continue
-        place = next((lower.index(usual) for usual in NAMES[name] if usual in lower), None)
+        usual = [other for other in NAMES[name] if other in lower]
+        place = lower.index(usual[0]) if usual else None
         if place is not None and place not in places.values():
             places[name] = place
+            if name == "label" and len(usual) > 1:
+                text = "%s: the labels are those of column %s, not of %s; --label_column_name names another column"
+                logger.warning(text, where, usual[0], " or ".join(usual[1:]))
     if {"path", "label"} <= places.keys():
         return places, True
     if any(columns.values()):
@@ -252,10 +265,14 @@ def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str)
 
 
 class _Finder:
-    """Finds the image that a path in the file means: relative to the folder, without a suffix if that is clear."""
+    """Finds the image that a path in the file means: relative to the folder, or absolute by whichever links.
+
+    A path may lack the suffix if only one image has the name.
+    """
 
     def __init__(self, directory: str, images: Iterable[str]) -> None:
         self._directory = directory
+        self._resolved = os.path.realpath(directory)
         self._images = {absolute(path): path for path in images}
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         for known, path in self._images.items():
@@ -264,11 +281,18 @@ class _Finder:
     def __call__(self, path: str) -> str | None:
         for form in (path, path.replace("\\", "/")):
             known = absolute(os.path.join(self._directory, form))
-            if known in self._images:
-                return self._images[known]
-            if len(same := self._by_stem.get(known, [])) == 1:
-                return same[0]
+            if found := self._image(known) or self._image(self._in_directory(known)):
+                return found
         return None
+
+    def _image(self, known: str) -> str | None:
+        same = self._by_stem.get(known, [])
+        return self._images.get(known) or (same[0] if len(same) == 1 else None)
+
+    def _in_directory(self, known: str) -> str:
+        """The path below the folder as it was named, of a file that other links lead to."""
+        parent = os.path.relpath(os.path.realpath(os.path.dirname(known)), self._resolved)  # noqa: PTH120
+        return absolute(os.path.join(self._directory, parent, os.path.basename(known)))
 
 
 def _is_excluded(path: str, excluded: Collection[str]) -> bool:

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, load_dataset
 from lora_dist import demo
 from lora_dist.data.sampling.protocol import TrainingSplit
 from lora_dist.data.sources import slices
+from lora_dist.data.sources.class_numbers import require_same_numbers_in
 from lora_dist.data.sources.columns import find_image_column
 from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
@@ -20,10 +21,10 @@ from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.folds import fold_numbers
 from lora_dist.data.sources.label_arrays import classes_in
-from lora_dist.data.sources.labels import require_distinct
+from lora_dist.data.sources.labels import require_distinct, warn_of_case
 from lora_dist.data.sources.labels_file import given_columns, grouped_split, read_labels_file
 from lora_dist.data.sources.reading_labels import READINGS, LabelReading
-from lora_dist.data.sources.shards import load_alone, reading_data
+from lora_dist.data.sources.shards import load_alone, local_parquet_files, reading_data
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.errors import UserError
 from lora_dist.settings.fields import MULTI_LABEL, fold_and_count
@@ -242,9 +243,11 @@ def load_split(settings: DataSettings, split: str) -> Dataset:
         return load_alone(settings, split)
     with reading_data(name, split):
         if not saved_to_disk:
-            return with_writable_cache(
+            table = with_writable_cache(
                 lambda cache: load_dataset(name, settings.dataset_config_name, split=split, cache_dir=cache)
             )
+            require_same_numbers_in(local_parquet_files(settings, split), table.features)
+            return table
         saved = load_from_disk(name)
         if not isinstance(saved, DatasetDict):
             saved = DatasetDict({"train": saved})
@@ -311,6 +314,8 @@ def _labelled(
     index_of = {name: index for index, name in enumerate(labels)}
     unknown = sorted(reading.names_in(named) - index_of.keys())
     require_distinct([*labels, *unknown])
+    if known is None:
+        warn_of_case(labels)
     if unknown:
         raise UserError(
             f"the {name} data has classes that the training data lacks: {', '.join(unknown)}. "

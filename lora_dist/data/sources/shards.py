@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset, config, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetBuilder, Features, IterableDataset, config, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
 from lora_dist import hub_client, waiting
+from lora_dist.data.sources.class_numbers import require_same_numbers, require_same_numbers_in
 from lora_dist.data.sources.columns import (
     find_image_column,
     find_label_column,
@@ -77,6 +79,7 @@ class ShardSource:
             labels = [value if self.label_column else None for (value,) in self._rows_of_tar(file, columns)]
             return [len(labels)], labels if self.label_column else []
         with xopen(self.files[file], "rb", block_size=SURVEY_READ_BYTES) as opened, _parquet(opened) as parquet:
+            require_same_numbers(parquet.schema_arrow, self.stream.features, self.files[file])
             groups = range(parquet.num_row_groups)
             if self.label_column is None:
                 return [parquet.metadata.row_group(group).num_rows for group in groups], []
@@ -136,19 +139,31 @@ def load_alone(settings: DataSettings, split: str) -> Dataset:
     base = split.partition("[")[0]
     file_format, files, features = _find_files(settings, base)
     with reading_data(settings.dataset_name, split):
-        return with_writable_cache(
+        table = with_writable_cache(
             lambda cache: load_dataset(
                 file_format, data_files={base: files}, split=split, features=features, cache_dir=cache
             )
         )
+        if file_format == "parquet":
+            require_same_numbers_in(files, table.features)
+        return table
+
+
+def local_parquet_files(settings: DataSettings, split: str) -> list[str]:
+    """The parquet files of a split, a slice or a sum of splits in a local directory; none of other data sets."""
+    if not Path(settings.dataset_name or "").is_dir():
+        return []
+    builder = _builder(settings, split)
+    if builder.name != "parquet":
+        return []
+    parts = {part.partition("[")[0] for part in split.split("+")}
+    return [str(file) for name, files in builder.config.data_files.items() if name in parts for file in files]
 
 
 def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Features | None]:
     """Format, files and declared features of a split."""
-    name, config_name = settings.dataset_name, settings.dataset_config_name
-    assert name is not None
-    with reading_data(name, split):
-        builder = with_writable_cache(lambda cache: load_dataset_builder(name, config_name, cache_dir=cache))
+    name = settings.dataset_name
+    builder = _builder(settings, split)
     if builder.name == "cache":
         raise UserError(
             f"{name} is not available from the Hub now, and the local cache has no shards that can be streamed: remove "
@@ -165,6 +180,14 @@ def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Fea
     return builder.name, files[split], builder.info.features
 
 
+def _builder(settings: DataSettings, split: str) -> DatasetBuilder:
+    """What `datasets` knows about a data set before it reads its rows."""
+    name, config_name = settings.dataset_name, settings.dataset_config_name
+    assert name is not None
+    with reading_data(name, split):
+        return with_writable_cache(lambda cache: load_dataset_builder(name, config_name, cache_dir=cache))
+
+
 @contextmanager
 def reading_data(name: str | None, split: str) -> Iterator[None]:
     """`hub_client.reading` for a data set, in which every error is a `UserError`."""
@@ -176,7 +199,8 @@ def reading_data(name: str | None, split: str) -> Iterator[None]:
         raise
     except Exception as error:
         # `datasets` raises a different class for each of a missing name, split, file and network.
-        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(error).__name__}: {error}") from error
+        cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
+        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(cause).__name__}: {cause}") from error
 
 
 @dataclass(frozen=True)
@@ -275,13 +299,12 @@ def _survey(source: ShardSource, file: int) -> tuple[list[int], set[Any], str]:
     name = os.path.basename(source.files[file])
     try:
         sizes, labels = source.survey(file)
+    except UserError:
+        raise
     except Exception as error:
         # Decoders and networks raise errors of many classes.
         raise UserError(f"cannot read {source.files[file]}: {type(error).__name__}: {error}") from error
     if source.label_column is None:
         return sizes, set(), hashlib.sha256(repr(sizes).encode()).hexdigest()
     require_labels(labels, source.label_feature, source.label_column, name)
-    for row, label in enumerate(labels):
-        if not isinstance(label, int | float | str):
-            raise UserError(f"{name} row {row}: a label of type {type(label).__name__} in {source.label_column}")
     return sizes, set(labels), hashlib.sha256("\0".join(map(str, labels)).encode()).hexdigest()

@@ -14,7 +14,7 @@ from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
 from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.protocol import EncodedSample, Reader
 from lora_dist.data.sources.columns import class_names
-from lora_dist.data.sources.labels import require_distinct
+from lora_dist.data.sources.labels import require_distinct, warn_of_case
 from lora_dist.data.sources.load import ImageData, check_classes, load_test, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError
@@ -151,6 +151,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     names = class_names(source.label_feature, set(index.labels))
     labels = list(names.values())
     require_distinct(labels)
+    warn_of_case(labels)
     validation = load_validation(settings, seed, labels)
     class_of = {value: label for label, value in enumerate(names)}
     check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)

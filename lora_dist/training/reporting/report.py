@@ -48,8 +48,9 @@ def announce(
         f"{len(data.train):,} training and {len(data.validation):,} validation images of {len(data.labels)} {word}"
         f"{f'; fold {data.fold}' if data.fold else ''}\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
-        f"{schedule.total_steps:,} updates of {plan.effective_batch} samples: {plan.per_device_batch} per process x "
-        f"{plan.accumulation} accumulated x {plan.world_size} processes; {precision} on {accelerator.device}"
+        f"{schedule.total_steps:,} updates of {min(plan.effective_batch, plan.num_samples)} samples: at most "
+        f"{plan.per_device_batch} per process x {plan.accumulation} accumulated x {plan.world_size} processes; "
+        f"{precision} on {accelerator.device}"
     )
     if plan.effective_batch > plan.num_samples:
         logger.warning(

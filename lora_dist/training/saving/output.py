@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -106,7 +107,13 @@ class Output:
         return [path for path in found if path.exists()]
 
     def begin(
-        self, settings: Mapping[str, Any], splits: Mapping[str, Any], model: nn.Module, step: int, is_over: bool
+        self,
+        settings: Mapping[str, Any],
+        splits: Mapping[str, Any],
+        model: nn.Module,
+        step: int,
+        is_over: bool,
+        origin: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Writes the settings and splits of a run, and logs which settings changed since it was interrupted.
 
@@ -118,6 +125,7 @@ class Output:
             model: the model before further training.
             step: updates done.
             is_over: whether no update is left.
+            origin: settings of the run whose checkpoint is resumed, for a new directory.
 
         Returns:
             The settings that produce the result, by flat name. For a run with no update left: the saved settings,
@@ -132,6 +140,8 @@ class Output:
         self.root.mkdir(parents=True, exist_ok=True)
         used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
         before = dict(read_settings(self.config))
+        if not before:
+            before = {name: value for name, value in origin.items() if name != "output_dir"}
         finished = bool(before) and is_over
         measured_by = [name for name in MEASURED_BY if name in before and before[name] != used.get(name)]
         if self._results_are_beyond(step):

@@ -223,6 +223,7 @@ class Checkpointer:
             "identity": self._identity,
             "scaler": self._engine.scaler_state(),
             "versions": versions(),
+            "mixed_precision": self._engine.accelerator.mixed_precision,
         }
 
     def _write(self, progress: Progress, content: Checkpoint) -> bool:
@@ -258,6 +259,7 @@ class Checkpointer:
                 + "\nUse the settings, base and data of that run (see its config.yaml), or another --output_dir."
             )
         _tell_other_versions(content.state.get("versions", {}))
+        _tell_other_precision(content.state.get("mixed_precision"), self._engine.accelerator.mixed_precision)
         # A parameter that ZeRO-3 has sharded keeps its shape in `ds_shape`.
         expected = {
             name: tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -339,3 +341,9 @@ def _tell_other_versions(before: dict[str, str]) -> None:
             ", ".join(f"{name} {before[name]}" for name in changed),
             ", ".join(f"{name} {now.get(name)}" for name in changed),
         )
+
+
+def _tell_other_precision(before: str | None, now: str) -> None:
+    """Logs that the precision has changed, which may come from the launch file; older checkpoints do not record it."""
+    if before not in (None, now):
+        logger.warning("the checkpoint was trained with --mixed_precision %s, and this run uses %s", before, now)

@@ -656,5 +656,7 @@ def test_an_image_counts_for_each_of_its_labels(tmp_path: Path) -> None:
     assert {row["class"]: row["train"] for row in report.class_counts()} == {"bird": 2, "cat": 4, "dog": 2}
     conflicts = [finding.message for finding in report.findings if finding.kind.name == "conflict"]
     assert conflicts == ["cat;dog and cat"]
+    same = AuditSettings(data=AuditData(train_dir=str(tmp_path), validation_dir=f"{tmp_path}/."))
+    assert ["the same folder" in problem.message for problem in contradictions(same)] == [True]
     refused = AuditSettings(data=AuditData(train_dir=str(tmp_path), problem_type="multi_label_classification"))
     assert "set --labels_file" in " ".join(problem.message for problem in contradictions(refused))

@@ -130,7 +130,7 @@ def test_two_processes_train_as_one_around_bad_images(vit: Path, tmp_path: Path)
     for path in bad:
         _spoil(path)
     runs = {}
-    for name, launch_file, batch in (("one", "single.yaml", 4), ("two", "ddp_cpu.yaml", 2)):
+    for name, launch_file, batch in (("one", None, 4), ("two", "ddp_cpu.yaml", 2)):
         result = train(
             *run_flags(
                 vit,

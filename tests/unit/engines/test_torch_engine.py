@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import distributed, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, order_for_convolutions, precision
+from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, offloading, order_for_convolutions, precision
 from lora_dist.engines.zero_engine import scaling_of, set_scaling
 from lora_dist.model.backbone import load_base
 from lora_dist.model.trainable import make_trainable
@@ -25,6 +26,13 @@ def test_fsdp2_computes_in_half_precision_and_sums_gradients_in_full(
         plugin.set_mixed_precision(asked)
     policy = precision(plugin)
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (computing, torch.float32, None)
+
+
+def test_fsdp2_offloads_to_the_host_from_a_gpu_only() -> None:
+    """On a CPU it would page-lock memory, which needs a GPU."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)
+    on_cpu, on_gpu = (offloading(plugin, torch.device(name)) for name in ("cpu", "cuda"))
+    assert (isinstance(on_cpu, CPUOffloadPolicy), isinstance(on_gpu, CPUOffloadPolicy)) == (False, True)
 
 
 def test_fsdp2_unscales_gradients_once(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:

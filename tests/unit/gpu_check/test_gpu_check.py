@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dist.gpu_check import tensors
+from lora_dist.gpu_check import commands, tensors
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped, run_checks
 from lora_dist.processes.runtime import launch
 
@@ -50,6 +50,13 @@ def test_the_checks_of_tensors_pass_or_say_what_is_missing(machine: Machine) -> 
             check(machine)
     with pytest.raises(Skipped, match="several processes"):
         tensors.bandwidth(machine)
+
+
+def test_bf16_is_checked_where_the_cpu_has_it(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "cpu_has_bf16", lambda: False)
+    for check in (commands.train_bf16, commands.train_bf16_base):
+        with pytest.raises(Skipped, match="this CPU has no instructions for bf16"):
+            check(machine)
 
 
 def test_a_wrong_layer_and_a_wrong_gradient_are_noticed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

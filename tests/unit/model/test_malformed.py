@@ -90,42 +90,47 @@ def test_any_path_is_one_or_an_error(tmp_path: Path, data: str, exclude: str, ou
             require_writable(Path(base + output))
 
 
-@pytest.mark.parametrize("name", ["new/" + LONG, "closed/x"])
-def test_a_path_that_cannot_be_is_named_by_its_flag(name: str, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_is_named_by_its_flag(tmp_path: Path) -> None:
+    """One with too long a name, and one in a directory that is closed."""
     (tmp_path / "closed").mkdir(mode=0)
     code = """if True:
         import sys
         from lora_dist import audit, predict, train
         from lora_dist.audit.__main__ import main
         from lora_dist.errors import UserError
-        path = eval(sys.argv[1])
         def refusal(command, *words):
             try:
                 command(list(words))
             except SystemExit as end:
                 print(command.__module__, end.code, file=sys.stderr)
         here = sys.argv[2]
-        refusal(train.main, "--train_dir", path, "--exclude", path)
-        refusal(train.main, "--train_dir", here, "--output_dir", path)
-        refusal(train.main, "--config", path)
-        refusal(main, "--train_dir", here, "--output_dir", path)
-        refusal(predict.main, "--adapter", path, "--images", here)
-        refusal(predict.main, "--adapter", here, "--images", path)
+        for path in eval(sys.argv[1]):
+            print("next path", file=sys.stderr)
+            refusal(train.main, "--train_dir", path, "--exclude", path)
+            refusal(train.main, "--train_dir", here, "--output_dir", path)
+            refusal(train.main, "--config", path)
+            refusal(main, "--train_dir", here, "--output_dir", path)
+            refusal(predict.main, "--adapter", path, "--images", here)
+            refusal(predict.main, "--adapter", here, "--images", path)
     """
     make_folder(tmp_path / "photos")
-    arguments = unprivileged.python("-c", code, repr(f"{tmp_path}/{name}"), tmp_path / "photos")
+    paths = [f"{tmp_path}/new/{LONG}", f"{tmp_path}/closed/x"]
+    arguments = unprivileged.python("-c", code, repr(paths), tmp_path / "photos")
     try:
         result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
     finally:
         (tmp_path / "closed").chmod(0o700)
     assert "Traceback" not in result.stderr, result.stderr
-    assert [line for line in result.stderr.splitlines() if line.startswith("lora_dist.")] == [
-        *["lora_dist.train 2"] * 3,
-        "lora_dist.audit.__main__ 2",
-        *["lora_dist.predict 2"] * 2,
-    ]
-    for flag in ("train_dir", "exclude", "output_dir", "config", "images"):
-        assert f"--{flag}" in result.stderr
+    _, *said = result.stderr.split("next path\n")
+    assert len(said) == len(paths), result.stderr
+    for text in said:
+        assert [line for line in text.splitlines() if line.startswith("lora_dist.")] == [
+            *["lora_dist.train 2"] * 3,
+            "lora_dist.audit.__main__ 2",
+            *["lora_dist.predict 2"] * 2,
+        ]
+        for flag in ("train_dir", "exclude", "output_dir", "config", "images"):
+            assert f"--{flag}" in text
 
 
 def _encoded(kind: str) -> bytes:

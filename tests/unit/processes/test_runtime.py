@@ -1,6 +1,5 @@
 """Which precision a run trains in, and that what was launched is what is running."""
 
-import logging
 import os
 import subprocess
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_dist.processes.runtime import (
     half_precision,
     launch,
     prepare_fsdp,
+    require_bf16,
     require_devices,
 )
 
@@ -71,6 +71,16 @@ def test_matrix_products_take_tf32_where_that_is_asked_for(tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_slow_bf16_is_told_where_the_cpu_has_no_instructions_for_it(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lora_dist.processes.runtime.cpu_has_bf16", lambda: has_bf16)
+    choose_precision("bf16", "no", True, "no")
+    require_bf16("no", True, "NO")
+    assert caplog.text.count("very slow on this CPU") == (0 if has_bf16 else 2)
+
+
 def test_fp8_is_refused() -> None:
     with pytest.raises(UserError, match="fp8, which is not supported: set bf16"):
         choose_precision("auto", "fp8", False, "bf16")
@@ -83,6 +93,43 @@ def test_torch_dynamo_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch
         launch("no")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert launch("no").num_processes == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("ACCELERATE_USE_MEGATRON_LM", r"Megatron-LM.*distributed_type"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", r"parallelism_config.*remove"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", r"fsdp_activation_checkpointing.*--gradient_checkpointing"),
+    ],
+)
+def test_what_only_a_launch_file_can_ask_for_is_refused(
+    variable: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would end with a traceback, or the request would be lost without a word."""
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=message):
+        launch("no")
+    monkeypatch.setenv(variable, "false")
+    assert launch("no").num_processes == 1
+
+
+def test_a_launch_file_that_accelerate_cannot_use_is_an_error_of_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "all"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="accelerate cannot use the launch file or the environment: Invalid auto wrap"):
+        launch("no")
+
+
+def test_gradient_accumulation_of_the_environment_does_not_divide_the_loss(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`Accelerator.backward` would divide it a second time."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones((), requires_grad=True)
+    launch("no").backward(weight * 3)
+    assert weight.grad == 3
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is ignored" in caplog.text
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,12 +152,6 @@ def test_a_launch_file_of_another_precision_is_an_error_naming_both(asked: str, 
 def test_fp16_needs_a_gpu(asked: str, launched: str) -> None:
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         choose_precision(asked, launched, True, "no")
-
-
-def test_bf16_on_a_cpu_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        choose_precision("bf16", "no", True, "no")
-    assert "very slow" in caplog.text
 
 
 def test_without_a_gpu_auto_is_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def test_an_adapter_has_the_given_name_or_that_of_its_source(tmp_path: Path) -> 
             "--merge_tolerance, --merge_to: --merge_tolerance needs --merge_to",
         ),
         ("--adapter a --serve --dtype bf16", "--dtype, --merge_to: --dtype needs --merge_to"),
+        ("--adapter a --images x --output new.TXT", "--output, --format: .txt names no format: use .jsonl, .csv or"),
         ("--adapter a --merge_to m --output o", "--output, --images: --output needs --images"),
         ("--adapter a --merge_to m --format csv", "--format, --images: --format needs --images"),
         ("--adapter a --merge_to m --grid g", "--grid, --images: --grid needs --images"),

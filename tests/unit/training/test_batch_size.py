@@ -92,9 +92,7 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
     assert settings["gradient_accumulation_steps"] * size == 2048
     assert settings["per_device_eval_batch_size"] == min(32, size)
     assert result.stderr.count(f"batches of 2048 per process do not fit into memory: taking {size}") == 1
-    train(
-        *arguments, "--per_device_train_batch_size", 4096, "--output_dir", tmp_path / "one", launch_file="single.yaml"
-    )
+    train(*arguments, "--per_device_train_batch_size", 4096, "--output_dir", tmp_path / "one")
     losses = [
         [line["train/loss"] for line in lines_of(tmp_path / run) if "train/loss" in line] for run in ("one", "two")
     ]

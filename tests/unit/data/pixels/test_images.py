@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,56 @@ def test_exif_rotation_is_applied(orientation: int, tmp_path: Path) -> None:
     image.save(file, exif=exif)
     assert np.array_equal(np.asarray(load_rgb(file)), np.asarray(load_image(file)))
     assert load_rgb(file).size == ((20, 30) if orientation >= 5 else (30, 20))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_turned_tiff_is_the_same_from_a_file_and_from_its_bytes(mode: str, orientation: int, tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    image = image if mode == "I;16" else sample("RGB").convert(mode)
+    file = tmp_path / "turned.tif"
+    image.save(file, tiffinfo={0x0112: orientation})
+    turned = image.transpose(Image.Transpose.ROTATE_180 if orientation == 3 else Image.Transpose.ROTATE_270)
+    expected = np.asarray(load_rgb(turned))
+    assert np.array_equal(np.asarray(load_rgb(str(file))), expected)
+    assert np.array_equal(np.asarray(load_rgb(file.read_bytes())), expected)
+
+
+def test_damaged_metadata_does_not_make_an_image_unreadable(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / "odd.png"
+    sample("RGB").save(file, exif=exif)
+    content = file.read_bytes()
+    start = content.index(b"eXIf")
+    length = struct.unpack(">I", content[start - 4 : start])[0]
+    chunk = b"eXIfZZZZ" + content[start + 8 : start + 4 + length]
+    content = content[:start] + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[start + 8 + length :]
+    file.write_bytes(content)
+    assert np.array_equal(np.asarray(load_rgb(str(file))), np.asarray(sample("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>\n<html>404", "the content is text, not an image: <!DOCTYPE html> <html>404"),
+        ("ä".encode() * 40, f"the content is text, not an image: {'ä' * 32}"),
+        (bytes(range(256)), "not an image of a known format"),
+    ],
+)
+def test_an_unknown_file_is_described_by_its_content(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(content)
+    for source in (str(tmp_path / "photo.jpg"), content):
+        with pytest.raises(UnreadableImageError) as caught:
+            load_rgb(source, "photo.jpg")
+        assert str(caught.value) == f"photo.jpg: {said}"
+
+
+@pytest.mark.parametrize("cell", [None, "", {"path": None, "bytes": None}, [[[0, 0, 0]]]])
+def test_a_cell_without_an_image_is_named(cell: object) -> None:
+    with pytest.raises(UnreadableImageError, match=r"^row 3: not an image: "):
+        load_rgb(from_cell(cell)[0], "row 3")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", "truncated", None])

@@ -54,6 +54,36 @@ def test_a_folder_of_splits_is_answered_with_the_flags_to_use(
         assert message.endswith(f"use {words}")
 
 
+def test_splits_beside_another_folder_or_without_training_data_are_no_classes(tmp_path: Path) -> None:
+    for name in ("more/train", "more/val", "more/unlabeled", "tests/val", "tests/test"):
+        make_folder(tmp_path / name, classes=("cat", "dog"), per_class=2)
+    more, tests = tmp_path / "more", tmp_path / "tests"
+    assert refusals(train_dir=more) == {
+        f"--train_dir {more}: its folders train, val are splits, not classes; use --train_dir {more / 'train'} "
+        f"--validation_dir {more / 'val'}"
+    }
+    assert refusals(train_dir=tests) == {
+        f"--train_dir {tests}: its folders test, val are splits, not classes; set --train_dir to the folder with the "
+        f"class folders"
+    }
+
+
+@pytest.mark.parametrize(
+    ("classes", "advice"),
+    [
+        (("cat/train", "cat/val", "dog/train", "dog/val"), "If these are splits, move them outside the class folders"),
+        (("2023/cat", "2023/dog", "2024/cat", "2024/dog"), "If these are the classes, name one of the folders"),
+        (("cat/left", "dog/left", "dog/right"), ""),
+    ],
+)
+def test_class_folders_with_the_same_folders_are_told(
+    classes: tuple[str, ...], advice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path, classes=classes, per_class=2)
+    load_data(DataSettings(train_dir=str(tmp_path)), 42)
+    assert (advice in caplog.text) if advice else not caplog.text
+
+
 def test_a_folder_of_images_beside_a_split_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, classes=("train/cat", "train/dog", "new"), per_class=2)
     for message in refusals(train_dir=tmp_path):
@@ -205,7 +235,7 @@ def test_heic_is_read_where_its_package_is_installed_and_named_otherwise(tmp_pat
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     advice = "pip install 'lora_dist[heif]' reads HEIC images"
     assert result.stdout.splitlines() == [
-        f"5 HEIC content; {advice}",
+        f"5 the content is a HEIC image; {advice}",
         f"{tmp_path / 'photos' / 'cat' / 'photo.jpg'}: the content is a HEIC image; {advice}",
     ]
     assert f".heic files: 1, e.g. {tmp_path / 'photos' / 'cat' / 'photo.heic'}. {advice}" in result.stderr

@@ -90,6 +90,52 @@ def test_everything_that_is_wrong_is_told_at_once(photos: Path) -> None:
     ]
 
 
+def test_absolute_paths_may_lead_through_other_links(photos: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(photos)
+    for named, listed in ((link, photos), (photos, link)):
+        _write(photos, *(f"{listed}/{line}" for line in _lines()))
+        settings = DataSettings(train_dir=str(named), labels_file=str(photos / "labels.csv"))
+        data = load_data(settings, 42)
+        assert len(data.train) + len(data.validation) == 12
+        assert data.train.name(0).startswith(str(named))
+
+
+def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
+    _write(photos, "path,label", *_lines()[:9], f"{_path(9)},nan", f"{_path(10)},NaN", f"{_path(11)},<NA>")
+    with pytest.raises(UserError, match="lines without a label: 3"):
+        _load(photos)
+
+
+def test_a_number_is_the_same_class_with_and_without_decimals(photos: Path) -> None:
+    _write(photos, "path,label", *(f"{_path(number)},{('1', '1.0', '2')[number % 3]}" for number in range(12)))
+    with pytest.raises(UserError, match=r"in decimals: '1' and '1\.0'"):
+        _load(photos)
+
+
+def test_classes_that_differ_in_case_and_a_second_column_of_labels_are_told(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [f"{_path(number)},{('Rose', 'rose')[number % 2]},x" for number in range(12)]
+    _write(photos, "path,label,class", *lines)
+    assert _load(photos).labels == ["Rose", "rose"]
+    assert "differ only in upper and lower case: 'Rose' and 'rose'" in caplog.text
+    assert "the labels are those of column label, not of class; --label_column_name" in caplog.text
+
+
+def test_a_quote_that_is_not_closed_is_found(photos: Path) -> None:
+    _write(photos, "path,label", f'"{_path(0)},a', *(f"{_path(1)},b" for _ in range(20_000)))
+    with pytest.raises(UserError, match="is a quote before it not closed"):
+        _load(photos)
+
+
+@pytest.mark.parametrize(("name", "said"), [("labels.jsonl", "JSON is not read"), ("labels.xlsx", "save the table as")])
+def test_other_tables_are_refused_with_the_way_out(name: str, said: str, photos: Path) -> None:
+    (photos / name).write_bytes(b'{"path": "00.png", "label": "a"}\n' if name.endswith("l") else b"PK\x03\x04\xff")
+    with pytest.raises(UserError, match=said):
+        load_data(DataSettings(train_dir=str(photos), labels_file=str(photos / name)), 0)
+
+
 def test_images_that_are_not_listed_are_left_out_with_a_word(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(photos, *(line for line in _lines() if not line.startswith("00")))
     data = _load(photos)

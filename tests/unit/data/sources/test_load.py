@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from lora_dist_testing import unprivileged
-from lora_dist_testing.tiny import make_folder, make_image
+from lora_dist_testing.tiny import make_folder, make_image, make_png, write_tar
 
 from lora_dist.audit.__main__ import audit
 from lora_dist.data.pixels.images import UnreadableImageError
@@ -610,6 +610,36 @@ def test_validation_is_numbered_by_the_names_of_training(tmp_path: Path) -> None
     assert load_validation(settings, 0, ["cat", "dog"]).labels.tolist() == [1, 0]
     settings = DataSettings(dataset_name=str(tmp_path / "named"), validation_split="train")
     assert load_validation(settings, 0, ["cat", "dog"]).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_parquet_files_that_number_their_classes_differently_are_refused(lists: bool, tmp_path: Path) -> None:
+    """As of folders that were loaded one by one, where one lacks a class. `datasets` keeps the names of the first."""
+    for split, classes in (("train", ["cat", "dog", "eel"]), ("validation", ["cat", "eel"]), ("test", ["cat", "dog"])):
+        feature: Any = ClassLabel(names=classes)
+        labels: list[Any] = [0, 1] * 3
+        if lists:
+            feature, labels = List(feature), [[label] for label in labels]
+        content = {"image": _cells([0] * 6), "label": labels}
+        Dataset.from_dict(content, features=_features(feature)).to_parquet(tmp_path / f"{split}.parquet")
+    several = {"problem_type": "multi_label_classification"} if lists else {}
+    message = refusal(dataset_name=tmp_path, validation_split="validation", allow_missing_classes=True, **several)
+    assert message.startswith(f"{tmp_path / 'validation.parquet'}: in column label, 1 is eel in this file, and dog in ")
+    # Fewer classes are none of other numbers.
+    data = load(dataset_name=tmp_path, validation_split="test", allow_missing_classes=True, **several)
+    assert len(data.validation) == 6
+
+
+@pytest.mark.parametrize(("labels", "kind"), [([b"a", b"b"] * 2, "bytes"), ([datetime(2026, 1, 1)] * 4, "datetime")])
+def test_labels_that_are_no_numbers_or_text_are_refused(labels: list[Any], kind: str, tmp_path: Path) -> None:
+    _saved(tmp_path, {"image": _cells([0] * 4), "label": labels})
+    assert f"row 0 has a label of type {kind} in column label" in refusal(dataset_name=tmp_path)
+
+
+def test_a_damaged_file_of_a_data_set_is_told_with_its_cause(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-000.tar", [(make_png(0, number), number % 2) for number in range(8)])
+    (tmp_path / "train-001.tar").write_bytes(b"")
+    assert "ReadError: empty file" in refusal(dataset_name=tmp_path)
 
 
 def test_columns_of_other_names_are_found_by_type_or_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import config, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, config, load_dataset
 from lora_dist_testing import unprivileged
 from lora_dist_testing.tiny import make_png, make_shards, write_parquet, write_tar
 
@@ -54,6 +54,16 @@ def test_the_index_tells_what_each_shard_holds(is_tar: bool, tmp_path: Path) -> 
         assert index.first_rows.tolist() == [0, 3, 0, 0, 3]
 
 
+def test_a_shard_that_numbers_its_classes_differently_is_refused(tmp_path: Path) -> None:
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        table = Dataset.from_dict({"image": [make_png(0, 0)] * 2, "label": [0, 1]}, features=features)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "data" / f"train-0000{number}-of-00002.parquet")
+    with pytest.raises(UserError, match=r"^\S+train-00001-of-00002.parquet: in column label, 0 is dog in this file"):
+        load_index(find_source(streaming(tmp_path / "data")))
+
+
 def test_a_damaged_index_is_written_anew(tmp_path: Path, own_cache: Path) -> None:
     source = find_source(streaming(make_shards(tmp_path / "data", COUNTS)))
     before = load_index(source)
@@ -65,8 +75,15 @@ def test_a_damaged_index_is_written_anew(tmp_path: Path, own_cache: Path) -> Non
         assert file.read_text() == whole
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("foreign", ["directory", "lock"])
+@pytest.mark.parametrize(
+    ("streamed", "foreign"),
+    [
+        (True, "directory"),
+        (False, "lock"),
+        pytest.param(False, "directory", marks=pytest.mark.slow),
+        pytest.param(True, "lock", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cache_of_others_is_not_needed(streamed: bool, foreign: str, tmp_path: Path) -> None:
     data, cache, temporary = make_shards(tmp_path / "data", COUNTS), tmp_path / "home" / "datasets", tmp_path / "tmp"
     cache.mkdir(parents=True)

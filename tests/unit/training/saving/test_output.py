@@ -216,6 +216,22 @@ def test_a_setting_that_changed_since_the_run_began_is_told(
     assert "resume_from_checkpoint" not in said
 
 
+def test_a_setting_that_changed_is_told_in_another_directory_as_well(
+    vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch("no")
+    first = flatten(Settings()) | {"output_dir": "first"}
+    other = first | {"output_dir": "other", "learning_rate": 0.1}
+    output = Output(tmp_path)
+    assert output.begin(other, SPLITS, model(vit), 4, False, first)["learning_rate"] == 0.1
+    said = capsys.readouterr().err
+    assert "--learning_rate was 0.005 when the run began and is now 0.1" in said
+    assert "--output_dir" not in said
+    output.config.unlink()
+    made_with = output.begin(other, SPLITS, model(vit), 20, True, first)
+    assert (made_with["learning_rate"], made_with["output_dir"]) == (0.005, "other")
+
+
 def test_a_finished_run_keeps_the_settings_that_it_was_made_with(
     vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

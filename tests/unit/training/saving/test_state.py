@@ -120,6 +120,22 @@ def test_a_checkpoint_of_other_releases_is_gone_on_from_with_a_word(
     assert ("may differ" in said) == bool(before)
 
 
+@pytest.mark.parametrize("before", ["bf16", "no", None])
+def test_another_precision_is_told(
+    before: str | None, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may come from the launch file, of which the settings know nothing. Older releases did not record it."""
+    one = engine(vit)
+    checkpointer(tmp_path, one).save(Progress(step=1))
+    content = checkpoint.read(checkpoint.path_of(tmp_path, 1))
+    assert content.state.pop("mixed_precision") == "no"
+    if before is not None:
+        content.state["mixed_precision"] = before
+    checkpointer(tmp_path, one).restore(content)
+    told = "trained with --mixed_precision bf16, and this run uses no" in capsys.readouterr().err
+    assert told == (before == "bf16")
+
+
 def test_a_checkpoint_of_other_targets_is_refused(vit: Path, tmp_path: Path) -> None:
     checkpointer(tmp_path, engine(vit)).save(Progress())
     content = checkpoint.read(checkpoint.path_of(tmp_path, 0))
