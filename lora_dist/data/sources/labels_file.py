@@ -223,7 +223,7 @@ def _rows(
             labels, wrong = indicated(cells, indicators)
             problems["cells that are neither 0 nor 1"] += [f"line {line}: {one}" for one in wrong]
         elif several:
-            labels = labels_in(values["label"], delimiter)
+            labels = labels_in("" if values["label"] in MISSING else values["label"], delimiter)
         else:
             is_label = visible_name(values["label"]) and values["label"] not in MISSING
             labels = (values["label"],) if is_label else ()

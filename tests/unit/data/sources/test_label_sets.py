@@ -59,6 +59,14 @@ def test_a_cell_has_labels_with_a_mark_between_them(
     assert caplog.text.count("2 of 8 images have no label") == 1
 
 
+def test_a_cell_that_says_missing_is_an_empty_one(photos: Path) -> None:
+    """As pandas writes an image without a label."""
+    rows = [f"{number}.png,{';'.join(names) or 'nan'},{SPLITS[number]}" for number, names in enumerate(SETS)]
+    data = _load(photos, ["path,label,split", *rows])
+    assert data.labels == ["bird", "cat", "dog"]
+    assert _all(data) == ENCODED
+
+
 def test_a_column_of_0_and_1_for_each_label_keeps_the_order_given(photos: Path) -> None:
     rows = [
         f"{number}.png,{SPLITS[number]},{','.join(str(float(name in names)) for name in ('bird', 'cat', 'dog', 'cow'))}"
