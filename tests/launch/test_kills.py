@@ -76,10 +76,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_p
     chance = random.Random(SEED)
     vit = make_model(tmp_path / "vit", num_labels=3)
     make_folder(tmp_path / "photos", per_class=6)
+    make_folder(tmp_path / "validation", per_class=6, first=100)
     arguments = flags(
         model_name_or_path=vit,
         train_dir=tmp_path / "photos",
-        validation_dir=tmp_path / "photos",
+        validation_dir=tmp_path / "validation",
         per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
         num_train_epochs=1,

@@ -102,11 +102,12 @@ def test_all_go_by_the_process_with_the_least_room_and_train_as_if_nothing_had_b
 def test_no_room_for_an_evaluation_is_said_with_the_way_out(tmp_path: Path) -> None:
     """Of 120 images at a time, what one layer says of them takes 24 MB."""
     make_model(tmp_path / "vit", image_size=224)
-    make_folder(tmp_path / "photos", per_class=40)
+    make_folder(tmp_path / "train", per_class=4)
+    make_folder(tmp_path / "validation", per_class=40, first=100)
     arguments = flags(
         model_name_or_path=tmp_path / "vit",
-        train_dir=tmp_path / "photos",
-        validation_dir=tmp_path / "photos",
+        train_dir=tmp_path / "train",
+        validation_dir=tmp_path / "validation",
         per_device_train_batch_size=4,
         max_train_steps=1,
         output_dir=tmp_path / "run",
