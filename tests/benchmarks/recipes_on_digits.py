@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "--head_learning_rate 2.4e-2": {"head_learning_rate": 2.4e-2},
     "--label_smoothing_factor 0.1": {"label_smoothing_factor": 0.1},
     "--weight_decay 0.01": {"weight_decay": 0.01},
+    "--layer_decay 0.8": {"layer_decay": 0.8},
     "--min_lr 8e-4": {"min_lr": 8e-4},
     "--lr_scheduler_type linear": {"lr_scheduler_type": "linear"},
     "--loraplus_lr_ratio 4": {"loraplus_lr_ratio": 4},
@@ -58,6 +59,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"},
+    "--lora_target_modules all-linear": {"lora_target_modules": "all-linear"},
     "head": {"tuning": "head"},
     "full, learning rate 1e-3": {"tuning": "full", "learning_rate": 1e-3},
 }
