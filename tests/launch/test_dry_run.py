@@ -24,7 +24,7 @@ def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
 
 def test_a_dry_run_foretells_the_run_and_writes_nothing(vit: Path, photos: Path, tmp_path: Path) -> None:
     arguments = _arguments(vit, photos, tmp_path / "run")
-    plan = train(*arguments, "--dry_run", launch_file="ddp_cpu.yaml", fresh=True)
+    plan = train(*arguments, "--dry_run", launch_file="ddp_cpu.yaml")
     assert not list(tmp_path.iterdir())
     settings, _, text = plan.stdout.partition("\n\n")
     assert yaml.safe_load(settings)["per_device_train_batch_size"] == 4
@@ -35,7 +35,7 @@ def test_a_dry_run_foretells_the_run_and_writes_nothing(vit: Path, photos: Path,
     assert "1 x [3, 32]  classifier" in text
     assert "4 evaluations" in text
     assert "nothing was written" in plan.stderr
-    train(*arguments, launch_file="ddp_cpu.yaml", fresh=True)
+    train(*arguments, launch_file="ddp_cpu.yaml")
     foretold = float(re.search(r"memory +([\d,]+) MiB", text)[1].replace(",", ""))  # type: ignore[index]
     measured = max(line["train/peak_memory_mb"] for line in lines_of(tmp_path / "run") if "train/loss" in line)
     assert foretold == pytest.approx(measured, rel=0.15)

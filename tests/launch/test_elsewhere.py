@@ -40,7 +40,7 @@ def test_the_guides_adapter_predicts_merges_and_goes_back(images: Path, tmp_path
     result = predict(
         *GUIDE,
         *flags(
-            labels=tmp_path / "labels.txt",
+            class_names=tmp_path / "labels.txt",
             images=images,
             top_k=3,
             merge_to=tmp_path / "merged",

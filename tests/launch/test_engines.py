@@ -254,7 +254,6 @@ def test_a_deepspeed_file_that_contradicts_the_settings_is_an_error_naming_both(
         *flags(model_name_or_path=vit, train_dir=photos / "train", output_dir=tmp_path / "run"),
         launch_file=str(file),
         code=None,
-        fresh=True,
     )
     assert "gradient_clipping: 0.5, but --max_grad_norm makes it 1.0" in result.stderr
 

@@ -49,7 +49,7 @@ def test_a_run_of_two_processes_keeps_others_out_until_it_is_dead(
         predict.main(["--adapter", str(out / "adapter"), "--images", str(photos / "validation")])
         assert capfd.readouterr().out.count("\n") == 9
         refused = f"in use by another run: process {pid} on {socket.gethostname()}, started 20"
-        second = train(*arguments, launch_file="ddp_cpu.yaml", code=None, fresh=True)
+        second = train(*arguments, launch_file="ddp_cpu.yaml", code=None)
         assert f"error: --output_dir {out} is {refused}" in second.stderr
         assert "exitcode  : 2" in second.stderr
         for more in (RESUME, (), ("--do_eval_only", "--adapter_name_or_path", out / "adapter")):

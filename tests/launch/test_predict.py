@@ -316,9 +316,9 @@ def test_processes_share_the_images_and_killed_ones_go_on(
         for one in launch.processes():
             one.kill()
     assert not out.exists()
-    refused = predict(*named[:-1], 1, "--output", out, launch_file="ddp_cpu.yaml", code=1, fresh=True)
+    refused = predict(*named[:-1], 1, "--output", out, launch_file="ddp_cpu.yaml", code=1)
     assert f"{parts} has parts of a prediction of other images, or by another model or settings" in refused.stderr
-    result = predict(*flags_, launch_file="ddp_cpu.yaml", code=1, fresh=True)
+    result = predict(*flags_, launch_file="ddp_cpu.yaml", code=1)
     assert "1 of 300 images could not be read" in result.stderr
     assert f"continuing {parts}, which has " in result.stderr
     if suffix == "csv":

@@ -41,7 +41,7 @@ BATCH = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
 def single(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three epochs of four updates: 27 samples in windows of 8, 8, 8 and 3."""
     out = tmp_path_factory.mktemp("single") / "run"
-    train(*_arguments(vit, photos, out, *BATCH, "--checkpointing_steps", 3), launch_file="single.yaml", fresh=True)
+    train(*_arguments(vit, photos, out, *BATCH, "--checkpointing_steps", 3), launch_file="single.yaml")
     return out
 
 
@@ -121,7 +121,7 @@ def test_two_processes_train_as_one_does(single: Path, vit: Path, photos: Path, 
     """The same effective batch, split over processes instead of accumulated, remainders included."""
     out = tmp_path / "run"
     batch = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--num_train_epochs", 3)
-    train(*_arguments(vit, photos, out, *batch), launch_file="ddp_cpu.yaml", fresh=True)
+    train(*_arguments(vit, photos, out, *batch), launch_file="ddp_cpu.yaml")
     assert results_of(out)["num_processes"] == 2
     for tag in ("train/loss", "eval/loss", "eval/accuracy"):
         assert [value for _, value in scalars_of(out, tag)] == pytest.approx(
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(vit: Path, photos: Path, tmp_path
         launch.process.kill()
         launch.wait()
     assert not (broken / "all_results.json").exists()
-    resumed = train(*_arguments(vit, photos, broken, *more), "--resume_from_checkpoint", "auto", fresh=True)
+    resumed = train(*_arguments(vit, photos, broken, *more), "--resume_from_checkpoint", "auto")
     assert "resuming from" in resumed.stderr
     assert_same_run(broken, whole)
 
@@ -211,7 +211,7 @@ def test_a_bad_image_stops_the_run_and_is_named_whichever_process_meets_it(vit: 
     arguments = _arguments(vit, tmp_path, tmp_path / "run", "--train_val_split", 0.25, *BATCH)
     validation = arguments.index("--validation_dir")
     del arguments[validation : validation + 2]
-    result = train(*arguments, launch_file="ddp_cpu.yaml", code=None, fresh=True)
+    result = train(*arguments, launch_file="ddp_cpu.yaml", code=None)
     assert str(bad) in result.stderr
     assert "cannot read an image" in result.stderr
 

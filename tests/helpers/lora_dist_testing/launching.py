@@ -20,7 +20,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lora_dist.training.saving.checkpoint import COMPLETE, STATE
-from lora_dist_testing.preloaded import LAUNCHER, Preloaded, read_before
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 240
@@ -101,7 +100,7 @@ def command(module: str, arguments: Sequence[object], launch_file: str | None = 
     words = [str(argument) for argument in arguments]
     if launch_file is None:
         return [sys.executable, "-m", module, *words]
-    launcher = [sys.executable, "-m", LAUNCHER, "--config_file"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     return [*launcher, str(ROOT / "accelerate_configs" / launch_file), "--main_process_port", "0", "-m", module, *words]
 
 
@@ -111,29 +110,21 @@ def run(
     launch_file: str | None = None,
     code: int | None = 0,
     cwd: Path | None = None,
-    fresh: bool = False,
     **extra: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a module to its end and checks the exit code (None for any other than 0).
-
-    It is a fork of a process that has loaded the libraries, unless `fresh` is set, or it has variables of its own that
-    libraries read when they are loaded.
-    """
-    words, variables = command(module, arguments, launch_file), environment(**extra)
-    if fresh or read_before(variables) != read_before(_preloaded().environment):
-        result = subprocess.run(
-            words, capture_output=True, text=True, timeout=TIMEOUT, env=variables, cwd=cwd, check=False
-        )
-    else:
-        result = _preloaded().run(words[words.index("-m") + 1 :], variables, cwd, TIMEOUT)
+    """Runs a module to its end and checks the exit code (None for any other than 0)."""
+    result = subprocess.run(
+        command(module, arguments, launch_file),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment(**extra),
+        cwd=cwd,
+        check=False,
+    )
     wrong = result.returncode == 0 if code is None else result.returncode != code
     assert not wrong, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
-
-
-@cache
-def _preloaded() -> Preloaded:
-    return Preloaded(environment())
 
 
 def train(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -190,7 +190,9 @@ def test_an_image_that_cannot_be_read_is_named_by_shard_and_row(workers: int, tm
     directory = make_shards(tmp_path / "data", (4, 6))
     samples = [(b"no image" if number == 5 else make_png(number % 3, number), number % 3) for number in range(6)]
     write_parquet(directory / "train-00001-of-00002.parquet", samples, rows_in_group=4)
-    with pytest.raises(UserError, match=r"cannot read an image .*: train-00001-of-00002\.parquet row 5: Unidentified"):
+    with pytest.raises(
+        UserError, match=r"cannot read an image .*: train-00001-of-00002\.parquet row 5: the content is text"
+    ):
         training_batches(streamed(directory), workers)
 
 

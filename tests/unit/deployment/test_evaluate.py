@@ -115,7 +115,7 @@ def test_other_predictions_are_compared(
 
 @pytest.mark.parametrize("name", ["compare_to", "labels_file"])
 def test_what_cannot_be_read_is_named_before_a_model_is_loaded(name: str, photos: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.csv: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.csv: No such file|no such file: nowhere\.csv"):
         predict(["--adapter", "no_model", "--images", str(photos / "train"), f"--{name}", "nowhere.csv"])
 
 

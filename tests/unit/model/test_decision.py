@@ -8,8 +8,7 @@ import pytest
 import torch
 from lora_dist_testing.tiny import write_bundle
 
-from lora_dist.deployment.classify import Row
-from lora_dist.deployment.outputs import writer
+from lora_dist.deployment.outputs import require_separable
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_weighted_sum
 from lora_dist.model.bundle import read_decision
@@ -71,9 +70,6 @@ def test_bundles_keep_their_problem_type(vit: Path, tmp_path: Path) -> None:
         read_decision(tmp_path / "several", LABELS)
 
 
-def test_a_csv_cannot_hold_a_label_with_a_semicolon(tmp_path: Path) -> None:
-    with (
-        writer(str(tmp_path / "rows.csv"), None, 1, multi_label=True) as write,
-        pytest.raises(UserError, match="use --format jsonl"),
-    ):
-        write(Row("1.png", [("a;b", 0.9)], labels=[("a;b", 0.9)]))
+def test_a_csv_cannot_hold_a_label_with_a_semicolon() -> None:
+    with pytest.raises(UserError, match="use --format jsonl"):
+        require_separable(["a", "a;b"], "rows.csv", None)
