@@ -14,10 +14,9 @@ demo: .venv/installed
 	@echo "pictures of the predictions: runs/demo/predictions.png"
 	@echo "curves: $(BIN)/tensorboard --logdir runs"
 
-# A file of tests stays on one worker; a launch takes a core or two. The launches come first, as the files that take
-# longest: without --no-loadscope-reorder those with the fewest tests, which they are, would come last.
+# A file of tests stays on one worker; a launch takes a core or two.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests with the marker gpu, which see the GPUs.
 test-gpu: .venv/installed-dev
