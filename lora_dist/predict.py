@@ -21,7 +21,8 @@ from lora_dist.processes.huge_pages import move_to_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
-from lora_dist.settings.predict import PredictSettings, contradictions, missing_paths, require_shareable
+from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.predict_contradictions import contradictions, missing_paths, require_shareable
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ METRICS = ("mAP", "micro_f1", "macro_f1")
 
 
 def draw(images: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a model says, the labels and the scores of images, each [images, labels]."""
+    """Returns the predicted labels, the true labels and the scores, each [images, labels]."""
     random = np.random.default_rng(seed)
     positive = random.random((images, LABELS)) < share
     scores = random.normal(size=positive.shape) + positive
@@ -29,7 +29,7 @@ def draw(images: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def held(images: int, share: float, draws: int) -> Counter[tuple[str, bool]]:
-    """How many intervals hold the truth, by metric and by whether they are plain percentiles."""
+    """Returns the number of intervals that hold the truth, by metric and by whether they are plain percentiles."""
     _, positive, scores = draw(100_000, share, 0)
     truth, _ = multi_label_metrics(scores, positive, np.full(LABELS, THRESHOLD))
     found: Counter[tuple[str, bool]] = Counter()

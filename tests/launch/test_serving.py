@@ -183,7 +183,7 @@ def test_dropped_and_chosen_images_come_back_with_bars(adapter: Path, images: li
         # The answer to the damaged file is the one error that the browser knows of.
         assert len(browser.problems) <= 1, browser.problems
         assert all("422" in problem for problem in browser.problems)
-        # What the browser cannot show is an empty box, without its icon of a broken image.
+        # A file that the browser cannot show gets an empty box, without the icon of a broken image.
         text = tmp_path / "text.png"
         text.write_text("no image")
         browser.choose("#choose", [text])

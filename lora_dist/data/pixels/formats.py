@@ -34,7 +34,7 @@ def decoded_formats() -> set[str]:
 
 
 def unidentified(start: bytes) -> str:
-    """What a file is that Pillow does not read, by its first `START_BYTES`."""
+    """Describes a file that Pillow does not read, from its first `START_BYTES`."""
     if not start:
         return "the file is empty"
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:

@@ -60,7 +60,7 @@ SPLITS = {
     for name in names
 }
 MISSING = ("nan", "NaN", "<NA>", "#N/A")
-"""What programs write for a label that is missing."""
+"""Texts by which other programs mark a missing label."""
 _SHOWN = 3
 _SHOWN_CHARACTERS = 80
 _HEADER_HINT = " (if that is a header, name its columns with --image_column_name and --label_column_name)"

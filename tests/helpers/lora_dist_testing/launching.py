@@ -40,7 +40,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 @cache
 def _cache_of_datasets() -> tempfile.TemporaryDirectory[str]:
-    """Not that of the user."""
+    """A cache of `datasets` for all launches, apart from the user's."""
     return tempfile.TemporaryDirectory()
 
 

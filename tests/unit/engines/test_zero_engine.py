@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration may contain."""
+"""Settings that a DeepSpeed configuration may contain, and those that are refused."""
 
 from types import SimpleNamespace
 from typing import Any, cast

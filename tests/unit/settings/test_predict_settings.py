@@ -6,7 +6,8 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.settings.cli import parse
-from lora_dist.settings.predict import PredictSettings, contradictions, missing_paths, require_shareable
+from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.predict_contradictions import contradictions, missing_paths, require_shareable
 
 
 def _parse(line: str) -> PredictSettings:
