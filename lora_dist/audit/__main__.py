@@ -67,11 +67,11 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist import demo
     from lora_dist.audit.checks import check
     from lora_dist.audit.findings import File
-    from lora_dist.audit.labels import label_findings
+    from lora_dist.audit.label_findings import label_findings
     from lora_dist.audit.report import Report
+    from lora_dist.data.sources.class_names import require_distinct, warn_of_case
     from lora_dist.data.sources.exclusions import absolute, read_exclusions
     from lora_dist.data.sources.folders import read_class_folders
-    from lora_dist.data.sources.labels import require_distinct, warn_of_case
 
     data = settings.data
     named = {"train": data.train_dir, "validation": data.validation_dir}
@@ -180,7 +180,7 @@ def _write(report: Report, output: Path, workers: int, judges_labels: bool) -> N
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.report import write_json, write_page, write_quarantine
     from lora_dist.audit.scan import thumbnail
-    from lora_dist.storage.files import replace_files
+    from lora_dist.storage.atomic import replace_files
     from lora_dist.storage.writable import writing
 
     def thumbnails(indices: Sequence[int]) -> dict[int, str]:

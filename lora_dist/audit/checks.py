@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from PIL import Image
 
 from lora_dist.audit.findings import FAULTS, KINDS, Finding, Scanned, left_out
-from lora_dist.audit.similar import connected, near_pairs
+from lora_dist.audit.near_duplicates import connected, near_pairs
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.formats import HEIC_ADVICE, HEIC_SUFFIXES
 from lora_dist.data.pixels.limits import is_too_thin
-from lora_dist.data.sources.files import by_kind
+from lora_dist.data.sources.image_files import by_kind
 from lora_dist.settings.audit import Checks
 
 SAME_FORMAT = {"MPO": "JPEG"}

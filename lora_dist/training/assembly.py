@@ -15,7 +15,7 @@ from lora_dist.data.loader import bytes_ahead
 from lora_dist.data.pixels.limits import allow_pixels
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
-from lora_dist.data.sampling.protocol import TrainingSplit
+from lora_dist.data.sampling.training_split import TrainingSplit
 from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_dist.data.sources.class_names import require_distinct, visible_name
 from lora_dist.data.sources.exclusions import absolute
-from lora_dist.data.sources.files import find_files
 from lora_dist.data.sources.folders import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES
+from lora_dist.data.sources.image_files import find_files
 from lora_dist.data.sources.label_arrays import class_counts, with_unlabelled
 from lora_dist.data.sources.label_cells import (
     delimiter_of,
@@ -28,7 +29,6 @@ from lora_dist.data.sources.label_cells import (
     labels_in,
     places_of,
 )
-from lora_dist.data.sources.labels import require_distinct, visible_name
 from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)

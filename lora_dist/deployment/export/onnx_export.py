@@ -34,7 +34,7 @@ from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 
 TOLERANCE = 1e-4
 """Largest difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit."""

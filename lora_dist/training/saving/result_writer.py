@@ -41,7 +41,7 @@ from lora_dist.training.reporting.report import (
     write_evaluation,
 )
 from lora_dist.training.run import TrainingRun
-from lora_dist.training.saving.card import model_card
+from lora_dist.training.saving.model_card import model_card
 from lora_dist.training.saving.output import Output, write_json
 from lora_dist.training.saving.publisher import Publisher, Push
 from lora_dist.training.saving.state import Progress

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lora_dist.model.license import License, license_of
-from lora_dist.training.saving.card import MOST_CLASSES, model_card
+from lora_dist.training.saving.model_card import MOST_CLASSES, model_card
 from lora_dist.training.single_label_problem import SingleLabel
 
 RESULTS: dict[str, Any] = {

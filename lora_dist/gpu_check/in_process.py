@@ -14,7 +14,7 @@ from lora_dist.bench.measure import assemble_unwritten
 from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped
-from lora_dist.gpu_check.photos import run_flags
+from lora_dist.gpu_check.small_run import run_flags
 from lora_dist.model.lora_layer import LoraLinear, draw_mask
 from lora_dist.model.parity import relative_difference, without_tf32
 from lora_dist.processes.runtime import versions
