@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_dist import extras
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.export.destinations import require_free_file
 from lora_dist.deployment.export.merge import check_images, logits
 from lora_dist.deployment.export.onnx_model import (
@@ -239,13 +239,12 @@ def _save(rounded: Any, proto: Any, weights: str, out: Path) -> None:
 def _cost(
     weights: str, exact: Classifier, rounded: Classifier, files: Sequence[str], batch_size: int | None
 ) -> RoundingCost:
-    cpu = torch.device("cpu")
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": cpu}
+    inference = Inference(torch.device("cpu"), batch_size)
     images = changed = labelled = right_before = right_after = 0
     several = exact.decision.problem_type == MULTI_LABEL
     names = set() if several else set(exact.labels)
-    rows = zip(classify(exact, files, **settings), classify(rounded, files, **settings), strict=True)
-    for before, after in rows:
+    rows = (classify(one, files, inference, top_k=1) for one in (exact, rounded))
+    for before, after in zip(*rows, strict=True):
         if before.error is not None:
             continue
         answer_before, answer_after = ([name for name, _ in row.answer] for row in (before, after))
