@@ -107,17 +107,7 @@ def export(
     temperature = classifier.calibration.temperature
     expected = logits(classifier.model, pixels) / temperature
     proto = _to_onnx(classifier.model, temperature, pixels[:1], out)
-    metadata = {
-        LABELS: json.dumps(classifier.labels, ensure_ascii=False),
-        PREPROCESSOR: classifier.processor.to_json_string(),
-        CONVERSION: json.dumps(classifier.conversion.record()),
-        "temperature": f"{temperature * classifier.calibration.folded:.6g}, by which the logits are divided already",
-        PROBLEM_TYPE: classifier.decision.problem_type,
-        THRESHOLDS: json.dumps(classifier.decision.record(classifier.labels), ensure_ascii=False),
-        "preprocessing": describe(transforms),
-        "weights": "fp32",
-    }
-    onnx.helper.set_model_props(proto, metadata)
+    onnx.helper.set_model_props(proto, _metadata(classifier, transforms))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as directory:
         file = Path(directory) / out.name
@@ -139,6 +129,22 @@ def export(
             cost = _cost("int8" if int8 else "fp16", exact, rounded, files, batch_size) if files else None
         replace_file(out, file.read_bytes())
     return Exported(difference, cost, half)
+
+
+def _metadata(classifier: Classifier, transforms: ImageTransforms) -> dict[str, str]:
+    """Returns what a user of the file has to know of the model."""
+    calibration = classifier.calibration
+    total = calibration.temperature * calibration.folded
+    return {
+        LABELS: json.dumps(classifier.labels, ensure_ascii=False),
+        PREPROCESSOR: classifier.processor.to_json_string(),
+        CONVERSION: json.dumps(classifier.conversion.record()),
+        "temperature": f"{total:.6g}, by which the logits are divided already",
+        PROBLEM_TYPE: classifier.decision.problem_type,
+        THRESHOLDS: json.dumps(classifier.decision.record(classifier.labels), ensure_ascii=False),
+        "preprocessing": describe(transforms),
+        "weights": "fp32",
+    }
 
 
 def _require(difference: float, largest: float, out: Path, what: str) -> None:
