@@ -203,7 +203,7 @@ def _write(report: Report, output: Path, workers: int, judges_labels: bool) -> N
     if count:
         print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
     if proposed := report.counts()["proposed"]:
-        print(f"{proposed:,} more are proposed behind a # on that list: look at them first")
+        print(f"that list proposes {proposed:,} more, commented out with #: look at them first")
     if judges_labels:
         number = sum(finding.kind.name == "label_issue" for finding in report.findings)
         print(f"{number:,} labels are likely wrong; to leave these out as well: --exclude {output / LIKELY_WRONG}")

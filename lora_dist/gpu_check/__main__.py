@@ -18,7 +18,7 @@ def main() -> None:
         "and needs no network. Exit codes: 0 nothing failed, 1 a check failed.",
     ).parse_args()
     end_with_launcher()
-    # Imported here, because the command is to end with its launcher while torch is being loaded, too.
+    # Imported here, so that the command ends with its launcher even while it imports torch.
     import os
 
     from lora_dist.gpu_check import commands, in_process

@@ -110,7 +110,7 @@ def launch(
 def _make_accelerator(precision: str, on_cpu: bool, timeout: timedelta) -> Accelerator:
     """Initializes the process group, unless an earlier run in this process has done so."""
     is_deepspeed = engine_launched() == "DEEPSPEED"
-    # Named only where there is a group to join: a backend makes accelerate expect one.
+    # A single process names no backend: accelerate would expect a process group.
     backend = "gloo" if on_cpu and _launched_processes() > 1 else None
     if not is_deepspeed and is_initialized() and AcceleratorState().mixed_precision != precision:
         # The earlier run had another precision. The process group stays.
@@ -166,7 +166,7 @@ def _require_company() -> None:
     """Raises an error if several processes were started but each would train alone and write to the same files."""
     if "WORLD_SIZE" in os.environ:
         return
-    # accelerate's launcher of single processes sets it if it was asked for several, and starts one all the same.
+    # `accelerate launch` sets MASTER_ADDR if several processes were requested, even where it starts only one.
     if "MASTER_ADDR" in os.environ:
         raise UserError(
             f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set, but WORLD_SIZE is not: several processes were requested, "
@@ -212,7 +212,7 @@ def engine_launched() -> str:
 
 
 def refuse_unsupported() -> None:
-    """Refuses what the launch file or the environment requests and this package does not do.
+    """Refuses what the launch file or the environment requests and this package does not support.
 
     Raises:
         UserError: torch dynamo, which renames all weights; Megatron-LM, a `parallelism_config`, or FSDP's activation
@@ -277,7 +277,7 @@ def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:
 
 
 def half_precision() -> str:
-    """The half precision of the CUDA device of this process: bf16 where it has that, or else fp16; no on a CPU."""
+    """The half precision of the CUDA device of this process: "bf16" if it has that, or else "fp16"; "no" on a CPU."""
     if computes_on_cpu() or not torch.cuda.is_available():
         return "no"
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -351,7 +351,7 @@ def git_commit(directory: Path) -> str | None:
         ).stdout.strip()
 
     try:
-        # An environment may lie in the repository of another project, which does not keep what is installed.
+        # The package may be installed inside the repository of another project, which does not track it.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
