@@ -78,7 +78,8 @@ _WARNINGS = {
     "large_share": ("Large part of a class", "Without all these copies, a class would lose many of its images. Not "
                     "left out, because there may be another cause: look at them first. The list proposes them, "
                     "commented out with #."),
-    "imbalance": ("Class imbalance", "Rare classes are hard to learn, and accuracy hides errors on them. Look at macro F1."),
+    "imbalance": ("Class imbalance", "Rare classes are hard to learn, and accuracy hides errors on them. Look at macro "
+                  "F1."),
     "few_images": ("Classes with few images", "Too few images to learn the class."),
 }  # fmt: skip
 KINDS = {name: Kind(name, Severity.ERROR, *texts) for name, texts in _ERRORS.items()} | {
