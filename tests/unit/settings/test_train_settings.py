@@ -263,10 +263,22 @@ def test_a_boolean_may_have_a_value(words: list[str], expected: bool) -> None:
     assert parse("--dataset_name", "x", *words).lora.use_dora is expected
 
 
-def test_the_last_of_two_equal_flags_wins_and_dashes_in_a_value_stay() -> None:
-    settings = parse("--dataset_name", "x", "--lora_r", 4, "--lora-r=8", "--output-dir", "my-runs/a-b")
+def test_the_last_of_two_equal_flags_counts_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    settings = parse("--dataset_name", "x", "--lora_r", 4, "--lora-r=8", "--seed", 1, "--seed", 1)
     assert settings.lora.lora_r == 8
-    assert settings.run.output_dir == "my-runs/a-b"
+    assert caplog.messages == ["--lora_r was given twice; the last value counts, 8"]
+
+
+def test_a_repeated_flag_that_takes_several_values_is_refused_with_one_that_has_all() -> None:
+    words = ("--report_to", "wandb", "--report_to=mlflow,aim", "--lora_rank_pattern", "query=4")
+    assert problems_of("--dataset_name", "x", *words).splitlines()[1:] == [
+        "  --report_to: given twice; write --report_to wandb,mlflow,aim"
+    ]
+    assert "--config: given twice, and one file is read" in problems_of("--config", "demo", "--config", "food101")
+
+
+def test_dashes_in_a_value_stay() -> None:
+    assert parse("--dataset_name", "x", "--output-dir", "my-runs/a-b").run.output_dir == "my-runs/a-b"
 
 
 def test_a_flag_overrides_a_wrong_value_in_yaml(tmp_path: Path) -> None:
