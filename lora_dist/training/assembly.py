@@ -228,6 +228,12 @@ def _load_inputs(
         conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
+    if transforms.crops and transforms.has_border():
+        logger.warning(
+            "the image processor surrounds images with a border in evaluation and prediction, which the random crops "
+            "of training do not have: its crop is larger than its resize. Correct preprocessor_config.json, or train "
+            "with --augmentation none"
+        )
     settings = settings.with_default_eval_batch_size(
         inference_batch_size(accelerator.device, transforms.height, transforms.width)
     )
