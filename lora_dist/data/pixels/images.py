@@ -61,6 +61,7 @@ class Picture:
         if conversion.pixel_range is None and is_deep(image):
             _warn_of_depth(image.mode, name)
         if image.format not in ("JPEG", "MPO"):
+            conversion.open(image)
             # Of other formats, the header alone need not tell the size.
             image.load()
         self._orientation = _orientation(image)
@@ -199,7 +200,9 @@ def deep_pixels(source: str | bytes | Image.Image, name: str) -> np.ndarray | No
         image = _image(source, name, stack)
         if is_deep(image):
             pixels = np.asarray(image, dtype=np.float64).ravel()
-            return pixels[:: -(-pixels.size // RANGE_PIXELS)]
+            # The color of transparent pixels says nothing about the others.
+            pixels = pixels[pixels != image.info.get("transparency")]
+            return pixels[:: -(-pixels.size // RANGE_PIXELS) or 1]
     return None
 
 
