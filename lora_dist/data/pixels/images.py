@@ -158,6 +158,10 @@ def opened(source: ImageSource, name: str = "", conversion: Conversion = AS_TRAN
 def _image(source: str | bytes | Image.Image, name: str, stack: ExitStack) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
+    if source is None:
+        raise UnreadableImageError(
+            f"{name}: not an image: None; in a tar file, all images need the same extension, in the same case"
+        )
     # The cells of a table may hold anything.
     if not isinstance(source, str | bytes | os.PathLike) or source == "":
         raise UnreadableImageError(f"{name}: not an image: {source!r:.40}")
