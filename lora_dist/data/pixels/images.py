@@ -235,6 +235,9 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UnreadableImageError:
         raise
+    except Image.DecompressionBombError as error:
+        size = str(error).partition(",")[0]
+        raise UnreadableImageError(f"{name}: {size}; --max_image_pixels sets another limit") from error
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file leads them to, struct.error and RuntimeError among them.
         raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
