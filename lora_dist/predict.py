@@ -128,10 +128,12 @@ def _classify(
         raise UserError("adapters of one class and of several labels per image cannot be evaluated together")
     # The mAP needs the scores of all labels.
     top_k = len(classes) if several and evaluation.is_needed else settings.images.top_k or 1
+    # An ONNX file has a precision of its own.
+    computed_in = getattr(next(iter(classifiers.values())).model, "precision", precision)
     record = {
         "model": settings.title,
         "labels": labels if settings.source.side_by_side else next(iter(labels.values())),
-        "precision": precision,
+        "precision": computed_in,
     }
     write = partial(
         _output,
@@ -144,8 +146,8 @@ def _classify(
     )
     rows_of = _rows_of(models, settings, device, precision, inputs, top_k)
     # No log line stands between rows on the terminal, unless the precision is reduced.
-    if settings.images.output or precision != "fp32":
-        logger.info("predicting on %s in %s", device, precision)
+    if settings.images.output or computed_in != "fp32":
+        logger.info("predicting on %s in %s", device, computed_in)
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
