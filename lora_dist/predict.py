@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dist.deployment.export import destinations
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
@@ -62,11 +63,12 @@ def predict(argv: list[str] | None) -> None:
         require_shareable(settings)
     if __name__ == "__main__":
         move_to_huge_pages()
-    # Settings errors are reported before torch is imported.
+    # Settings errors are reported before torch is imported, and so are outputs that cannot be written.
+    destinations.require_destinations(settings)
     from lora_dist import extras, logs
     from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.deployment import classify, evaluate, loading
-    from lora_dist.deployment.export import destinations, exports, onnx_export
+    from lora_dist.deployment.export import exports, onnx_export
     from lora_dist.deployment.inputs import files_of, find_inputs
     from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.processes.threads import share_cores
@@ -77,7 +79,6 @@ def predict(argv: list[str] | None) -> None:
         extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
     if settings.onnx_to_write:
         onnx_export.require_packages()
-    destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     if device.type == "cpu":
         share_cores()

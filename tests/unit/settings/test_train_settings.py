@@ -375,6 +375,43 @@ def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[st
 
 
 @pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        (
+            "lora_dist.train",
+            "--config demo --output_dir FILE",
+            "--output_dir FILE: cannot write there (Not a directory)",
+        ),
+        (
+            "lora_dist.train",
+            "--config demo --do_eval_only --adapter_name_or_path x --output_dir FILE/run",
+            "--output_dir FILE/run: cannot write there",
+        ),
+        (
+            "lora_dist.predict",
+            "--adapter x --images demo:digits --output FILE/p.csv",
+            "--output FILE: cannot write there",
+        ),
+        ("lora_dist.predict", "--adapter x --merge_to FILE", "--merge_to FILE is not empty"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named_before_torch_is_loaded(
+    module: str, words: str, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("taken")
+    code = (
+        "import sys, importlib\n"
+        "try: importlib.import_module(sys.argv[1]).main(sys.argv[2:])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, module, *words.replace("FILE", str(file)).split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.replace("FILE", str(file)) in result.stderr
+    assert result.stdout == "2 False\n"
+
+
+@pytest.mark.parametrize(
     ("module", "settings"),
     [
         ("lora_dist.train", Settings),

@@ -52,6 +52,13 @@ def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
 
 
 @pytest.mark.root
+def test_a_full_disk_is_named(disk: Path) -> None:
+    fill(disk)
+    with pytest.raises(UserError, match=r"--output_dir .*run: cannot write there \(No space left on device\)"):
+        require_writable(disk / "run")
+
+
+@pytest.mark.root
 def test_a_disk_that_cannot_be_written_to_is_named(disk: Path) -> None:
     require_writable(disk / "not" / "there" / "yet")
     assert not list(disk.iterdir())
