@@ -36,6 +36,8 @@ class _Field:
 
     def help(self) -> str:
         text = (self.info.description or "").replace("\n", " ").replace("%", "%%")
+        if self._has_many_choices:
+            text += f" One of {', '.join(self._choices)}."
         default = self.default
         if default is None or default in ([], {}):
             return text
@@ -47,17 +49,22 @@ class _Field:
         return next((kind for kind in (int, float) if kind in _members(self.info.annotation)), None)
 
     def metavar(self) -> str:
-        words: list[str] = []
-        choices: list[str] = []
-        for annotation in _members(self.info.annotation):
-            origin = get_origin(annotation)
-            if origin is Literal:
-                choices += map(str, get_args(annotation))
-            elif word := _METAVARS.get(origin or annotation):
-                words.append(word)
-        return "|".join([*words, *choices]) or "TEXT"
+        types = (get_origin(annotation) or annotation for annotation in _members(self.info.annotation))
+        words = [_METAVARS[kind] for kind in types if kind in _METAVARS]
+        return "|".join([*words, *(["NAME"] if self._has_many_choices else self._choices)]) or "TEXT"
+
+    @property
+    def _choices(self) -> list[str]:
+        literals = (one for one in _members(self.info.annotation) if get_origin(one) is Literal)
+        return [str(choice) for literal in literals for choice in get_args(literal)]
+
+    @property
+    def _has_many_choices(self) -> bool:
+        """Whether the choices are too long for the line of the flag in `--help`."""
+        return len("|".join(self._choices)) > _WIDEST_CHOICES
 
 
+_WIDEST_CHOICES = 60
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL", list: "A,B", dict: "A=N,B=N"}
 
 
