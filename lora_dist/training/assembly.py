@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
-from lora_dist.data.loader import bytes_ahead
+from lora_dist.data.loader import bytes_ahead, idle_workers
 from lora_dist.data.pixels.limits import allow_pixels
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
@@ -132,6 +132,12 @@ def assemble(
 
     train = _balanced(data.train, settings)
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
+    if idle := idle_workers(plan, settings.data, accelerator.device):
+        logger.info(
+            "%d worker processes of each process have no shard to read at a time: set --streaming_lanes higher or "
+            "--dataloader_num_workers lower, or write the data in more shards",
+            idle,
+        )
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
     problem = PROBLEM_TYPES[settings.data.problem_type]
     loss = problem.loss(settings, data)
