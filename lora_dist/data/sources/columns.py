@@ -133,7 +133,8 @@ def require_labels(values: Sequence[Any], feature: Any, column: str, source: str
         some = ", ".join(f"row {row} ({values[row]!r})" for row in rows[:NAMED_ROWS])
         raise UserError(
             f"{source}: {len(rows)} of {len(values)} rows have no label in column {column}, counted from 0: {some}"
-            f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set."
+            f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set. If "
+            f"images may have any number of labels, including none, add --problem_type multi_label_classification."
         )
     odd = next((row for row, value in enumerate(values) if not isinstance(value, int | float | str)), None)
     if odd is not None:

@@ -110,6 +110,11 @@ def test_flags_of_trainer_for_engines_are_answered_with_a_launch_file(
     assert "lora_dist.launch_files" in problem
 
 
+def test_a_flag_of_trainer_for_ddp_is_answered(folder: Path) -> None:
+    message = problems_of("--train_dir", folder, "--ddp_find_unused_parameters", "false")
+    assert "--ddp_find_unused_parameters: unknown flag; remove it: every update computes a gradient of" in message
+
+
 def test_every_replacement_of_a_foreign_flag_is_a_flag() -> None:
     known = cli.flat_fields(Settings)
     replacements = [*trainer_flags.RENAMED.values(), *trainer_flags.OF_TIMM.values()]
