@@ -437,6 +437,15 @@ def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: s
     assert indices == sorted(indices)
 
 
+def test_long_choices_are_in_the_text_of_help() -> None:
+    field = cli.flat_fields(Settings)["metric_for_best_model"]
+    assert field.metavar() == "NAME"
+    assert "One of accuracy, balanced_accuracy, top5_accuracy, mAP, micro_f1, macro_f1, loss." in field.help()
+    assert cli.flat_fields(Settings)["tuning"].metavar() == "lora|head|full"
+    classes = (Settings, PredictSettings, AuditSettings, BenchSettings)
+    assert all(len(one.metavar()) <= 60 for kind in classes for one in cli.flat_fields(kind).values())
+
+
 @pytest.mark.parametrize("name", cli.recipe_names())
 def test_flags_override_a_packaged_recipe(name: str) -> None:
     settings = parse("--config", name, "--lora_r=3", "--output_dir", "elsewhere")
