@@ -54,8 +54,7 @@ THREADS = 16
 _ADVICE = {
     "WebDataset format": "Each sample needs files of the same extensions, in the same case: name all images .jpg, for "
     "example, and all labels .cls",
-    "invalid literal for int()": "A .cls file holds a number: write names of classes as .txt, and set "
-    "--label_column_name txt",
+    "with base 10: b'": "A .cls file holds a number: write names of classes as .txt, and set --label_column_name txt",
     "corresponds to no data": "Its files have no rows",
     "BatchSize must be greater": "A file has no rows: remove it",
 }
