@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_dist.errors import UserError
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
-from lora_dist.settings.cli import argv_or
+from lora_dist.settings.cli import argv_or, note_repeats
 from lora_dist.settings.fields import fold_and_count
 from lora_dist.storage.atomic import replace_file
 from lora_dist.storage.writable import require_writable, writing
@@ -50,9 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora_dist.folds", description="Gather the runs of the folds of --fold.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Directory of the run of a fold.")
     default = f"Default: {OUT_OF_FOLD} beside the runs."
-    parser.add_argument("--output", type=Path, help=f"File for the out-of-fold predictions. {default}")
+    parser.add_argument(
+        "--output", action="append", type=Path, default=[], help=f"File for the out-of-fold predictions. {default}"
+    )
     arguments = parser.parse_args(argv_or(argv))
-    output = arguments.output or arguments.runs[0].resolve().parent / OUT_OF_FOLD
+    note_repeats("output", arguments.output)
+    output = arguments.output[-1] if arguments.output else arguments.runs[0].resolve().parent / OUT_OF_FOLD
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     require_writable(output.parent, "--output")
     gather(arguments.runs, output)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from PIL import Image
 
 
 def set_up_logs(is_main: bool) -> None:
@@ -23,6 +24,8 @@ def set_up_logs(is_main: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     # Pillow warns of damaged metadata without a name; an image that cannot be read is named by an error.
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    # Pillow warns from half of the limit of pixels on, at which it refuses an image.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     if not torch.accelerator.is_available():
         # Otherwise deepspeed, if installed, prints that there is no accelerator whenever a library looks for deepspeed.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

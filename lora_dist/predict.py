@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_dist.deployment.export import destinations
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
@@ -62,11 +63,12 @@ def predict(argv: list[str] | None) -> None:
         require_shareable(settings)
     if __name__ == "__main__":
         move_to_huge_pages()
-    # Settings errors are reported before torch is imported.
+    # Settings errors are reported before torch is imported, and so are outputs that cannot be written.
+    destinations.require_destinations(settings)
     from lora_dist import extras, logs
     from lora_dist.data.pixels.limits import allow_pixels
     from lora_dist.deployment import classify, evaluate, loading
-    from lora_dist.deployment.export import destinations, exports, onnx_export
+    from lora_dist.deployment.export import exports, onnx_export
     from lora_dist.deployment.inputs import files_of, find_inputs
     from lora_dist.model.adapter_set import AdapterSet
     from lora_dist.processes.threads import share_cores
@@ -77,7 +79,6 @@ def predict(argv: list[str] | None) -> None:
         extras.require("serve", "--serve", "fastapi", "uvicorn", "python_multipart")
     if settings.onnx_to_write:
         onnx_export.require_packages()
-    destinations.require_destinations(settings)
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     if device.type == "cpu":
         share_cores()
@@ -132,10 +133,12 @@ def _classify(
         raise UserError("adapters of one class and of several labels per image cannot be evaluated together")
     # The mAP needs the scores of all labels.
     top_k = len(classes) if several and evaluation.is_needed else settings.images.top_k or 1
+    # An ONNX file has a precision of its own.
+    computed_in = getattr(next(iter(classifiers.values())).model, "precision", inference.precision)
     record = {
         "model": settings.title,
         "labels": labels if settings.source.side_by_side else next(iter(labels.values())),
-        "precision": inference.precision,
+        "precision": computed_in,
     }
     write = partial(
         _output,
@@ -148,8 +151,8 @@ def _classify(
     )
     rows_of = _rows_of(models, settings, inference, inputs, top_k)
     # No log line stands between rows on the terminal, unless the precision is reduced.
-    if settings.images.output or inference.precision != "fp32":
-        logger.info("predicting on %s in %s", inference.device, inference.precision)
+    if settings.images.output or computed_in != "fp32":
+        logger.info("predicting on %s in %s", inference.device, computed_in)
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)

@@ -19,6 +19,7 @@ from lora_dist.processes.run_lock import RunLock
 from lora_dist.settings.cli import argv_or, flatten, from_keywords, parse
 from lora_dist.settings.train import Settings
 from lora_dist.settings.train_contradictions import contradictions
+from lora_dist.storage.writable import require_writable
 
 
 @exit_on_user_error
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         if __name__ == "__main__":
             move_to_huge_pages()
         if settings.run.do_eval_only:
+            require_writable(Path(settings.run.output_dir))
             from lora_dist.training.evaluate_only import evaluate_only
 
             evaluate_only(settings, lock)
@@ -92,12 +94,14 @@ def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> Traini
 
 def train(settings: Settings, lock: RunLock) -> None:
     """Trains, evaluates the best checkpoint, and writes the adapter."""
+    options, errors = settings.run, ErrorCollector(settings.run.dry_run)
+    with errors.collect():
+        require_writable(Path(options.output_dir))
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from lora_dist.data.sources import streaming
     from lora_dist.data.sources.split import Split
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.atomic import finish_replacing
-    from lora_dist.storage.writable import require_writable
     from lora_dist.training import loop
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
@@ -112,7 +116,6 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.saving.output import Output, find_resume
     from lora_dist.training.saving.publisher import open_publisher, require_token
 
-    options, errors = settings.run, ErrorCollector(settings.run.dry_run)
     watch = Watch(options.stall_timeout, patient=settings.data.streaming)
     with errors.raise_all():
         if settings.data.streaming:
@@ -121,7 +124,6 @@ def train(settings: Settings, lock: RunLock) -> None:
         watch.watch_peers()
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with errors.collect():
-            require_writable(output.root)
             if not options.dry_run:
                 lock.take(output.root, accelerator, options.ddp_timeout)
                 finish_replacing(output.checkpoints)

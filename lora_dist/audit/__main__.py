@@ -66,7 +66,7 @@ def audit(settings: AuditSettings) -> Report:
     """
     from lora_dist import demo
     from lora_dist.audit.checks import check
-    from lora_dist.audit.label_findings import label_findings
+    from lora_dist.audit.label_findings import label_findings, read_out_of_fold
     from lora_dist.audit.report import Report
     from lora_dist.data.sources.class_names import require_distinct, warn_of_case
     from lora_dist.data.sources.exclusions import read_exclusions
@@ -80,12 +80,14 @@ def audit(settings: AuditSettings) -> Report:
     warn_of_case(classes)
     has_validation = "validation" in folders or any(file.split == "validation" for file in files)
     training = [file.path for file in files if file.split == "train"]
+    # Ahead of the images, whose scan takes long.
+    predictions = read_out_of_fold(data.predictions, data.problem_type == MULTI_LABEL) if data.predictions else None
     conversion = _conversion(settings.data, training, _workers(settings))
     scanned = _scan(files, _workers(settings), conversion)
     findings = check(scanned, classes, has_validation, settings.checks, ignored, conversion)
     notes: list[str] = []
-    if data.predictions:
-        found_labels = label_findings(scanned, data.predictions)
+    if predictions is not None:
+        found_labels = label_findings(scanned, predictions, str(data.predictions))
         findings += found_labels.findings
         notes += found_labels.notes
     if has_validation:
@@ -160,7 +162,7 @@ def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversi
     else:
         sample = paths[:: -(-len(paths) // RANGE_IMAGES) or 1]
         limits = range_of(found for _, found in in_processes(range_pixels, sample, workers, None))
-    return Conversion(color_of(data.transparent_background), limits)
+    return Conversion(color_of(data.transparent_background), limits, all_depths=True)
 
 
 def _workers(settings: AuditSettings) -> int:

@@ -22,15 +22,17 @@ class LabelFindings(NamedTuple):
     notes: list[str]
 
 
-def label_findings(scanned: Scanned, file: str) -> LabelFindings:
-    """Judges the labels of the files of an audit by a file of predictions with the probabilities of every class.
+def read_out_of_fold(file: str, several: bool) -> Predictions:
+    """Reads a file of predictions with the probabilities of every class, or that of a run's directory.
+
+    Args:
+        several: whether the images have any number of labels, instead of one class.
 
     Raises:
-        UserError: the file has no probabilities, none of its images is among the files, or it is of another problem
-            type.
+        UserError: the file cannot be read, has no probabilities, or is of another problem type.
     """
     predictions = read_predictions(file)
-    if predictions.several != any(one.names is not None for one in scanned.files):
+    if predictions.several != several:
         kind, advice = ("several labels", "add") if predictions.several else ("one class", "remove")
         raise UserError(
             f"--predictions {file}: it has {kind} per image: {advice} --problem_type multi_label_classification"
@@ -40,6 +42,15 @@ def label_findings(scanned: Scanned, file: str) -> LabelFindings:
             f"--predictions {file}: it has no probabilities of every class; lora_dist.folds writes such a file from "
             f"runs with --fold"
         )
+    return predictions
+
+
+def label_findings(scanned: Scanned, predictions: Predictions, file: str) -> LabelFindings:
+    """Judges the labels of the files of an audit by the predictions that `read_out_of_fold` gave for `file`.
+
+    Raises:
+        UserError: none of the images of the predictions is among the files with the label that they have now.
+    """
     rows = {absolute(path): row for row, path in enumerate(predictions.paths)}
     known = set(predictions.classes)
     judged, relabelled, unknown = [], 0, 0

@@ -11,6 +11,7 @@ from lora_dist.data.feature_batches import TrainFeatures
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.prefetch import on_device
+from lora_dist.data.sampling.interleave import Interleave
 from lora_dist.data.sampling.order import BatchPlan, MicroBatches, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import ProcessError
@@ -146,6 +147,15 @@ def workers_of(settings: DataSettings, device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     return max(1, min(MAX_WORKERS, cores_per_process() - 1))
+
+
+def idle_workers(plan: BatchPlan, settings: DataSettings, device: torch.device) -> int:
+    """Worker processes of this process without a lane of the stream to read; 0 without a stream."""
+    order = plan.sample_order
+    if not isinstance(order, Interleave):
+        return 0
+    lanes = len(range(plan.rank, order.count, plan.world_size))
+    return max(workers_of(settings, device) - lanes, 0)
 
 
 def bytes_ahead(images: TrainImages, plan: BatchPlan, settings: DataSettings, device: torch.device) -> int:

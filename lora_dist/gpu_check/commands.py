@@ -23,6 +23,9 @@ from lora_dist.processes.devices import cpu_has_bf16
 from lora_dist.processes.runtime import half_precision
 
 SECONDS = 120
+"""Limit of a command."""
+COMPILE_SECONDS = 480
+"""What DeepSpeed may take besides to compile its extensions, as at its first start."""
 LINES = 15
 IMAGES_FOR_GPU = 1024
 """Images of each class: enough for the warmup and two updates of 512 images."""
@@ -195,7 +198,8 @@ def _launched(machine: Machine, engine: str) -> str:
     file = LAUNCH_FILES / "accelerate_configs" / f"{name}.yaml"
     launcher = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     launcher += ["--mixed_precision", half_precision()]
-    _run("accelerate.commands.launch", *launcher, "-m", "lora_dist.train", *flags)
+    seconds = SECONDS + (COMPILE_SECONDS if engine.startswith("zero") else 0)
+    _run("accelerate.commands.launch", *launcher, "-m", "lora_dist.train", *flags, seconds=seconds)
     results = _results(out)
     if results["num_processes"] != processes:
         raise Failed(f"{results['num_processes']} processes trained instead of {processes}")
@@ -206,11 +210,11 @@ def _results(out: Path) -> dict[str, Any]:
     return json.loads((out / "all_results.json").read_text(encoding="utf-8"))
 
 
-def _run(module: str, *arguments: str) -> None:
+def _run(module: str, *arguments: str, seconds: float = SECONDS) -> None:
     """Runs a module in a new process, without the environment variables of the launcher of this one.
 
     Raises:
-        Failed: with the last lines that it wrote.
+        Failed: with the last lines that it wrote, or because it took longer than `seconds`.
     """
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS) and name not in RANKS
@@ -218,9 +222,9 @@ def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     offline = {"HF_HUB_OFFLINE": "1"}
     try:
-        subprocess.run(command, env=inherited | offline, capture_output=True, text=True, timeout=SECONDS, check=True)
+        subprocess.run(command, env=inherited | offline, capture_output=True, text=True, timeout=seconds, check=True)
     except subprocess.CalledProcessError as error:
         said = "\n".join(error.stderr.splitlines()[-LINES:])
         raise Failed(f"{module} ended with {error.returncode}:\n{said}") from None
     except subprocess.TimeoutExpired:
-        raise Failed(f"{module} did not end within {SECONDS} s") from None
+        raise Failed(f"{module} did not end within {seconds:g} s") from None

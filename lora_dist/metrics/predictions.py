@@ -79,6 +79,11 @@ def read_predictions(name: str | Path) -> Predictions:
         UserError: the file cannot be read, is not a file of predictions, or names an image twice.
     """
     file = predictions_file(name)
+    if file != Path(name) and not file.exists():
+        raise UserError(
+            f"{name}: the directory has no {FILE}: name that of a finished run, or a file of predictions, such as the "
+            f"out_of_fold.jsonl of lora_dist.folds"
+        )
     rows: dict[str, Mapping[str, Any]] = {}
     try:
         for number, row in enumerate(_rows(file), start=1):

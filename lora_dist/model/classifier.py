@@ -161,7 +161,8 @@ def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any
     if bundle.fingerprint not in (None, base.fingerprint):
         raise UserError(
             f"{base.name} is not the base that the adapter in {directory} was trained on: its weights have the "
-            f"fingerprint {base.fingerprint}, and those of {bundle.trained_base} had {bundle.fingerprint}"
+            f"fingerprint {base.fingerprint}, and those of {bundle.trained_base} had {bundle.fingerprint}. Name "
+            f"the base that has these weights: --base_model in prediction, --model_name_or_path in training"
         )
     adapter = adapters.read_adapter(base.model, bundle.files)
     random = [parameter for parameter in base.missing if parameter not in adapter.state]

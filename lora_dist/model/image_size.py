@@ -75,6 +75,8 @@ def _as_user_error(model: Any, size: Size) -> Iterator[None]:
     except Exception as error:
         name = getattr(model.config, "architecture", None) or type(getattr(model, "backbone", model)).__name__
         reason = str(error).strip().partition("\n")[0].rstrip(".")
+        if isinstance(error, TypeError) and size[0] != size[1]:
+            reason = "its configuration has one number for both"
         advice = "" if size[0] == size[1] else ". It may take square ones"
         raise UserError(
             f"--image_size: {name} cannot take images of {_text(size)} (height x width): {reason}{advice}"

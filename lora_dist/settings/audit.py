@@ -1,5 +1,6 @@
 """Settings of an audit: names, types, defaults, help texts and contradictions."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,8 @@ class AuditData(Group):
     exclude: str | None = None
     """Text file with the paths of images and folders to leave out, one per line, e.g. an earlier quarantine.txt."""
     predictions: str | None = None
-    """File of out-of-fold predictions that lora_dist.folds writes, to find labels that are likely wrong."""
+    """File of out-of-fold predictions that lora_dist.folds writes, or the directory of a run with --fold, to find
+    labels that are likely wrong."""
     transparent_background: Color = "white"
     """Color behind transparent images, as for lora_dist.train: white, black, R,G,B or ignore."""
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
@@ -104,7 +106,7 @@ def contradictions(settings: AuditSettings) -> Iterator[Contradiction]:
         yield Contradiction(("problem_type", "validation_dir"), text)
     wrong = [*missing_paths(*paths), *impossible_output(settings.run.output_dir)]
     wrong += same_folders(data.train_dir, validation_dir=data.validation_dir)
-    if data.predictions and not Path(data.predictions).is_file():
+    if data.predictions and not os.path.lexists(data.predictions):
         wrong.append(Contradiction(("predictions",), f"no such file: {data.predictions}"))
     yield from wrong
     if wrong:

@@ -2,9 +2,10 @@
 
 import argparse
 import difflib
+import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -17,6 +18,7 @@ from lora_dist.errors import UserError
 from lora_dist.settings import trainer_flags
 from lora_dist.settings.fields import SEVERAL, Contradiction
 
+logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
 RECIPES = resources.files("lora_dist") / "recipes"
 _NO_VALUE = object()
@@ -30,10 +32,13 @@ class _Field:
         self.info = info
         self.takes_several = info.json_schema_extra == SEVERAL
         self.is_bool = info.annotation is bool
+        self.default = info.get_default(call_default_factory=True)
 
     def help(self) -> str:
         text = (self.info.description or "").replace("\n", " ").replace("%", "%%")
-        default = self.info.get_default(call_default_factory=True)
+        if self._has_many_choices:
+            text += f" One of {', '.join(self._choices)}."
+        default = self.default
         if default is None or default in ([], {}):
             return text
         shown = ",".join(default) if isinstance(default, list) else str(default).lower() if self.is_bool else default
@@ -44,17 +49,22 @@ class _Field:
         return next((kind for kind in (int, float) if kind in _members(self.info.annotation)), None)
 
     def metavar(self) -> str:
-        words: list[str] = []
-        choices: list[str] = []
-        for annotation in _members(self.info.annotation):
-            origin = get_origin(annotation)
-            if origin is Literal:
-                choices += map(str, get_args(annotation))
-            elif word := _METAVARS.get(origin or annotation):
-                words.append(word)
-        return "|".join([*words, *choices]) or "TEXT"
+        types = (get_origin(annotation) or annotation for annotation in _members(self.info.annotation))
+        words = [_METAVARS[kind] for kind in types if kind in _METAVARS]
+        return "|".join([*words, *(["NAME"] if self._has_many_choices else self._choices)]) or "TEXT"
+
+    @property
+    def _choices(self) -> list[str]:
+        literals = (one for one in _members(self.info.annotation) if get_origin(one) is Literal)
+        return [str(choice) for literal in literals for choice in get_args(literal)]
+
+    @property
+    def _has_many_choices(self) -> bool:
+        """Whether the choices are too long for the line of the flag in `--help`."""
+        return len("|".join(self._choices)) > _WIDEST_CHOICES
 
 
+_WIDEST_CHOICES = 60
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL", list: "A,B", dict: "A=N,B=N"}
 
 
@@ -103,8 +113,14 @@ def parse(
     fields = flat_fields(settings_class)
     parser = _parser(settings_class, fields, prog, description, takes_config)
     flags, leftover = parser.parse_known_args([_underscored(token) for token in argv])
-    given = {name: value for name, value in vars(flags).items() if value is not None}
+    found = {name: values for name, values in vars(flags).items() if values is not None}
+    given = {name: values[-1] for name, values in found.items()}
     problems = list(_unknown_flags(leftover, [*fields, *(["config"] if takes_config else [])]))
+    for name, values in found.items():
+        if name == "config" or isinstance(fields[name].default, list | dict):
+            problems += _lost(name, values, fields.get(name))
+        else:
+            note_repeats(name, values)
     return _combined(settings_class, given, problems, prog, contradictions)
 
 
@@ -188,6 +204,7 @@ def _parser(
     if takes_config:
         parser.add_argument(
             "--config",
+            action="append",
             nargs="?",
             const=_NO_VALUE,
             metavar="NAME|FILE",
@@ -200,12 +217,37 @@ def _parser(
     for name, field in fields.items():
         groups[field.group].add_argument(
             f"--{name}",
+            action="append",
             nargs="*" if field.takes_several else "?",
             const=None if field.takes_several else "true" if field.is_bool else _NO_VALUE,
             metavar=field.metavar(),
             help=field.help(),
         )
     return parser
+
+
+def _lost(name: str, values: Sequence[Any], field: _Field | None) -> Iterable[str]:
+    """Yields a problem if a flag that takes several values was repeated, because only its last values would count."""
+    if len(values) == 1:
+        return
+    if field is None:
+        yield f"--{name}: given {_times(values)}, and one file is read; put the settings of all into one"
+        return
+    words = [word for value in values for word in (value if isinstance(value, list) else [value])]
+    together = (" " if field.takes_several else ",").join(word for word in words if word is not _NO_VALUE)
+    yield f"--{name}: given {_times(values)}; write --{name} {together}"
+
+
+def note_repeats(name: str, values: Sequence[Any]) -> None:
+    """Logs that the last value of a repeated flag counts; a script may put defaults before the flags of its user."""
+    if len({str(value) for value in values}) > 1 and os.environ.get("RANK", "0") == "0":
+        last = " ".join(values[-1]) if isinstance(values[-1], list) else values[-1]
+        shown = "" if last is _NO_VALUE else f", {last}"
+        logger.warning("--%s was given %s; the last value counts%s", name, _times(values), shown)
+
+
+def _times(values: Sequence[Any]) -> str:
+    return "twice" if len(values) == 2 else f"{len(values)} times"
 
 
 def _underscored(token: str) -> str:

@@ -55,6 +55,7 @@ UNNECESSARY = {
     "dataloader_drop_last": "the last, short batch of an epoch counts each sample as much as any other",
     "dataloader_persistent_workers": _WORKERS,
     "dataloader_pin_memory": _WORKERS,
+    "ddp_find_unused_parameters": "every update computes a gradient of every trained weight",
     "disable_tqdm": "the bar appears on a terminal only",
     "do_eval": "every run evaluates",
     "do_predict": "set --test_dir, or use lora_dist.predict",

@@ -21,8 +21,10 @@ def require_writable(root: Path, flag: str = "--output_dir") -> None:
         for part in root.absolute().relative_to(there).parts:
             # Raises if the name is too long.
             _exists(there / part)
-        with tempfile.TemporaryFile(dir=there):
-            return
+        with tempfile.TemporaryFile(dir=there) as file:
+            # A full disk has room for an empty file.
+            file.write(bytes(1))
+            file.flush()
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
-from lora_dist.data.loader import bytes_ahead
+from lora_dist.data.loader import bytes_ahead, idle_workers
 from lora_dist.data.pixels.limits import allow_pixels
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
@@ -115,6 +115,12 @@ def assemble(
 
     train = _balanced(data.train, settings)
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
+    if idle := idle_workers(plan, settings.data, accelerator.device):
+        logger.info(
+            "%d worker processes of each process have no shard to read at a time: set --streaming_lanes higher or "
+            "--dataloader_num_workers lower, or write the data in more shards",
+            idle,
+        )
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
     loss = PROBLEM_TYPES[settings.data.problem_type].loss(settings, data)
     images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
@@ -197,6 +203,12 @@ def _load_inputs(
         conversion = conversion_of(settings.data, data, start, resumed)
     settings = with_conversion(settings, conversion)
     transforms = ImageTransforms(base.processor, settings.augmentation, conversion)
+    if transforms.crops and transforms.has_border():
+        logger.warning(
+            "the image processor surrounds images with a border in evaluation and prediction, which the random crops "
+            "of training do not have: its crop is larger than its resize. Correct preprocessor_config.json, or train "
+            "with --augmentation none"
+        )
     settings = settings.with_default_eval_batch_size(
         inference_batch_size(accelerator.device, transforms.height, transforms.width)
     )

@@ -153,8 +153,8 @@ def describe(
         ),
         (
             "updates",
-            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} per process x {plan.accumulation} "
-            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
+            f"{steps:,} of {min(plan.effective_batch, plan.num_samples)} samples: {plan.per_device_batch} per process "
+            f"x {plan.accumulation} accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),

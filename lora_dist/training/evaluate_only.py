@@ -16,7 +16,6 @@ from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
-from lora_dist.storage.writable import require_writable
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.launching import launch_run
 from lora_dist.training.problem_types import PROBLEM_TYPES
@@ -31,7 +30,6 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))
-    require_writable(output.root)
     lock.take(output.root, accelerator, settings.run.ddp_timeout)
     require_empty(output.root)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))

@@ -35,8 +35,8 @@ def test_a_file_is_all_that_is_needed(tmp_path: Path) -> None:
     for row, other in zip(map(json.loads, read.stdout.splitlines()), expected, strict=True):
         assert row["path"] == other.path
         assert [(entry["label"], pytest.approx(entry["score"], abs=1e-5)) for entry in row["top_k"]] == other.top_k
-    labels = [
-        json.loads(line)["label"] for line in predict("--onnx", small, "--images", image_folder).stdout.splitlines()
-    ]
+    told = predict("--onnx", small, "--images", image_folder)
+    assert "predicting on cpu in int8\n" in told.stderr
+    labels = [json.loads(line)["label"] for line in told.stdout.splitlines()]
     assert cost
     assert int(cost[1]) == sum(label != row.top_k[0][0] for label, row in zip(labels, expected, strict=True))

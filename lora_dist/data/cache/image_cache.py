@@ -247,7 +247,7 @@ def _fingerprint(images: Split, size: tuple[int, int], conversion: Conversion) -
     digest = xxhash.xxh3_128(repr((FORMAT, MARGIN, size, len(table))).encode())
     if conversion != AS_TRANSFORMERS:
         # Caches of older releases have no conversion in their digest.
-        digest.update(repr(tuple(conversion)).encode())
+        digest.update(repr(tuple(conversion) if conversion.all_depths else conversion[:2]).encode())
     for file in table.cache_files:
         digest.update(repr((file["filename"], _stamp(file["filename"]))).encode())
     if not holds_files(table, column):

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+
+_LEVEL = {"L;2": 85, "L;4": 17}
+"""Difference of two levels of a grey PNG image of 2 or 4 bits, in 8 bits."""
 
 
 class Conversion(NamedTuple):
@@ -16,10 +20,13 @@ class Conversion(NamedTuple):
             `transformers.image_utils.load_image` does.
         pixel_range: values that become 0 and 255 in images of more than 8 bits; None keeps the upper 8 of 16 bits, and
             clips floating-point values at 0 and 255.
+        all_depths: whether the background is also shown where a PNG of 2, 4 or 16 bits per channel has the color that
+            its header calls transparent (tRNS). Older releases ignored that color.
     """
 
     transparent_background: tuple[int, int, int] | None = None
     pixel_range: tuple[float, float] | None = None
+    all_depths: bool = False
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Conversion":
@@ -31,16 +38,38 @@ class Conversion(NamedTuple):
             raise ValueError(f"transparent_background {background} is not three numbers from 0 to 255")
         if limits is not None and (len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf):
             raise ValueError(f"pixel_range {limits} is not two ascending numbers")
-        return cls(None if background is None else tuple(background), None if limits is None else tuple(limits))
+        return cls(
+            None if background is None else tuple(background),
+            None if limits is None else tuple(limits),
+            record.get("all_depths") is True,
+        )
 
     def record(self) -> dict[str, Any]:
-        """The conversion as JSON values."""
-        return {name: None if value is None else list(value) for name, value in self._asdict().items()}
+        """The conversion as JSON values; that of an older release is the same as in that release."""
+        ranges = {"transparent_background": self.transparent_background, "pixel_range": self.pixel_range}
+        values: dict[str, Any] = {name: None if value is None else list(value) for name, value in ranges.items()}
+        return values | ({"all_depths": True} if self.all_depths else {})
+
+    def open(self, image: Image.Image) -> None:
+        """Makes the transparent color of a PNG image that is not loaded yet that of its pixels, which Pillow scales."""
+        color = image.info.get("transparency")
+        if not (self.all_depths and isinstance(image, PngImageFile) and image.tile) or color is None:
+            return
+        raw_mode = image.tile[0].args
+        if raw_mode in _LEVEL:
+            image.info["transparency"] = color * _LEVEL[raw_mode]
+        elif raw_mode == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in color)
 
     def to_rgb(self, image: Image.Image) -> Image.Image:
         """Converts a loaded image."""
         if is_deep(image):
-            return Image.fromarray(self._eight_bits(np.asarray(image), image.mode)).convert("RGB")
+            pixels = np.asarray(image)
+            shown = Image.fromarray(self._eight_bits(pixels, image.mode)).convert("RGB")
+            color = image.info.get("transparency")
+            if self.transparent_background is not None and self.all_depths and color is not None:
+                shown.paste(self.transparent_background, mask=Image.fromarray(pixels == color))
+            return shown
         if self.transparent_background is not None and image.has_transparency_data:
             shown = image.convert("RGBA")
             if np.asarray(shown.getchannel("A")).min() < 255:

@@ -61,6 +61,7 @@ class Picture:
         if conversion.pixel_range is None and is_deep(image):
             _warn_of_depth(image.mode, name)
         if image.format not in ("JPEG", "MPO"):
+            conversion.open(image)
             # Of other formats, the header alone need not tell the size.
             image.load()
         self._orientation = _orientation(image)
@@ -157,6 +158,10 @@ def opened(source: ImageSource, name: str = "", conversion: Conversion = AS_TRAN
 def _image(source: str | bytes | Image.Image, name: str, stack: ExitStack) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
+    if source is None:
+        raise UnreadableImageError(
+            f"{name}: not an image: None; in a tar file, all images need the same extension, in the same case"
+        )
     # The cells of a table may hold anything.
     if not isinstance(source, str | bytes | os.PathLike) or source == "":
         raise UnreadableImageError(f"{name}: not an image: {source!r:.40}")
@@ -199,7 +204,9 @@ def deep_pixels(source: str | bytes | Image.Image, name: str) -> np.ndarray | No
         image = _image(source, name, stack)
         if is_deep(image):
             pixels = np.asarray(image, dtype=np.float64).ravel()
-            return pixels[:: -(-pixels.size // RANGE_PIXELS)]
+            # The color of transparent pixels says nothing about the others.
+            pixels = pixels[pixels != image.info.get("transparency")]
+            return pixels[:: -(-pixels.size // RANGE_PIXELS) or 1]
     return None
 
 
@@ -228,6 +235,9 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UnreadableImageError:
         raise
+    except Image.DecompressionBombError as error:
+        size = str(error).partition(",")[0]
+        raise UnreadableImageError(f"{name}: {size}; --max_image_pixels sets another limit") from error
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file leads them to, struct.error and RuntimeError among them.
         raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error

@@ -83,6 +83,11 @@ class ImageTransforms:
         """Images as for evaluation, float32 [B, 3, H, W]."""
         return torch.stack([self.evaluation(image) for image in images])
 
+    def has_border(self) -> bool:
+        """Whether the processor surrounds an image with a border, as for a crop that is larger than the resize."""
+        made = self.evaluation(Image.new("RGB", (2 * self.width, 2 * self.height), "white"))
+        return bool((made - made[:, self.height // 2, self.width // 2, None, None]).abs().max() > 1e-3)
+
     def resized(self, images: Iterable[Image.Image]) -> Tensor:
         """The first part of `batch`, for another process: 8-bit [B, 3, H, W] where the other steps can wait.
 

@@ -17,17 +17,52 @@ NAMED_ROWS = 10
 def find_image_column(features: Mapping[str, Any]) -> str:
     """The column of type Image, or the one called `image`; raises `UserError` unless there is exactly one."""
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if not columns and "image" in features:
-        columns = ["image"]
+    if not columns:
+        columns = _called(features, ("image",))
     return only(columns, features, "images", "image_column_name")
+
+
+def _called(features: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The columns of these names, or else those of the same names in other case, such as CLS in a tar file."""
+    exact = [column for column in features if column in names]
+    return exact or [column for column in features if column.lower() in names]
 
 
 def only(columns: Sequence[str], features: Mapping[str, Any], content: str, flag: str) -> str:
     """The only one of `columns`; raises `UserError`, which names the flag to choose one with, unless there is one."""
     if len(columns) != 1:
         found = "no column" if not columns else f"columns {', '.join(columns)}"
-        raise UserError(f"{found} of {content} in the data set; name one with --{flag}: {', '.join(features)}")
+        raise UserError(f"{found} of {content} in the data set; name one with --{flag}: {listed(features)}")
     return columns[0]
+
+
+def listed(features: Mapping[str, Any]) -> str:
+    """The names of columns, and of the fields of columns that have any, such as `json.label`."""
+    fields = {name: list(feature) if isinstance(feature, dict) else [] for name, feature in features.items()}
+    return ", ".join(
+        chosen for name, inner in fields.items() for chosen in ([f"{name}.{one}" for one in inner] or [name])
+    )
+
+
+def path_of(features: Mapping[str, Any], column: str) -> list[str]:
+    """The column, and the fields in it that lead to the one that `column` names, such as `json.label` in a tar file."""
+    first, *fields = column.split(".")
+    return [first, *fields] if column not in features and isinstance(features.get(first), dict) else [column]
+
+
+def feature_of(features: Mapping[str, Any], column: str) -> Any:
+    """The feature of a column or of a field of one; None if there is no such column."""
+    found: Any = features
+    for name in path_of(features, column):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def field_of(value: Any, fields: Sequence[str]) -> Any:
+    """The field of a cell that the names lead to; None if the cell does not have it."""
+    for name in fields:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def holds_files(table: Dataset, column: str) -> bool:
@@ -48,7 +83,8 @@ def find_label_column(features: Mapping[str, Any]) -> str:
 
     Of several, `label` if it is a ClassLabel. Raises `UserError` otherwise.
     """
-    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name in LABEL_NAMES]
+    called = _called(features, LABEL_NAMES)
+    columns = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name in called]
     if isinstance(features.get("label"), ClassLabel):
         columns = ["label"]
     return only(columns, features, "labels", "label_column_name")
@@ -56,8 +92,8 @@ def find_label_column(features: Mapping[str, Any]) -> str:
 
 def require_column(features: Mapping[str, Any], column: str, flag: str) -> None:
     """Raises `UserError`, which names the flag that asks for the column, unless the column exists."""
-    if column not in features:
-        raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")
+    if feature_of(features, column) is None:
+        raise UserError(f"--{flag} {column}: the data set has {listed(features)}")
 
 
 def require_image_column(features: Mapping[str, Any], column: str) -> None:
@@ -69,11 +105,11 @@ def require_columns(features: Mapping[str, Any], image_column: str, label_column
     """Raises `UserError` unless both columns exist and the second holds one label per sample."""
     require_image_column(features, image_column)
     require_column(features, label_column, "label_column_name")
-    feature = features[label_column]
+    feature = feature_of(features, label_column)
     if not isinstance(feature, ClassLabel | Value):
         raise UserError(
             f"column {label_column} holds {type(feature).__name__}, not one label per sample; "
-            f"name another with --label_column_name: {', '.join(features)}"
+            f"name another with --label_column_name: {listed(features)}"
         )
 
 
@@ -97,7 +133,8 @@ def require_labels(values: Sequence[Any], feature: Any, column: str, source: str
         some = ", ".join(f"row {row} ({values[row]!r})" for row in rows[:NAMED_ROWS])
         raise UserError(
             f"{source}: {len(rows)} of {len(values)} rows have no label in column {column}, counted from 0: {some}"
-            f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set."
+            f"{' …' if len(rows) > NAMED_ROWS else ''}. Label these rows, or remove them from the data set. If "
+            f"images may have any number of labels, including none, add --problem_type multi_label_classification."
         )
     odd = next((row for row, value in enumerate(values) if not isinstance(value, int | float | str)), None)
     if odd is not None:

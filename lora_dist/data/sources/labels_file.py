@@ -184,7 +184,7 @@ def _rows_by_path(
                 problems["files that do not exist"].append(f"line {row.line}: {row.path[:_SHOWN_CHARACTERS]}{hint}")
             continue
         if not row.labels and not several:
-            problems["lines without a label"].append(f"line {row.line}: {row.path}")
+            problems["lines without a label (see --problem_type)"].append(f"line {row.line}: {row.path}")
         if row.split not in ("", *SPLITS):
             problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
         if path not in chosen:

@@ -22,7 +22,7 @@ from lora_dist.data.sources.image_files import warn_of_ignored
 from lora_dist.data.sources.label_arrays import classes_in
 from lora_dist.data.sources.label_column import READINGS, LabelReading
 from lora_dist.data.sources.labels_file import given_columns, grouped_split, read_labels_file
-from lora_dist.data.sources.shards import load_alone, local_parquet_files, reading_data
+from lora_dist.data.sources.shards import load_alone, local_parquet_files, options_for, reading_data
 from lora_dist.data.sources.slice_columns import named_slices, read_slices
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
 from lora_dist.data.sources.stratified_folds import fold_numbers
@@ -243,8 +243,9 @@ def load_split(settings: DataSettings, split: str) -> Dataset:
         return load_alone(settings, split)
     with reading_data(name, split):
         if not saved_to_disk:
+            options = options_for(local_parquet_files(settings))
             table = with_writable_cache(
-                lambda cache: load_dataset(name, settings.dataset_config_name, split=split, cache_dir=cache)
+                lambda cache: load_dataset(name, settings.dataset_config_name, split=split, cache_dir=cache, **options)
             )
             require_same_numbers_in(local_parquet_files(settings, split), table.features)
             return table
@@ -303,7 +304,9 @@ def _labelled(
     Excluded files stay in the table, so that `table_rows` shows which were excluded.
     """
     label_column = label_column or reading.find_column(table.features)
-    names, rows = reading.read(table, image_column, label_column, f"split {table.split or 'train'}")
+    # A field such as `json.label` becomes a column.
+    whole = table if label_column in table.features or "." not in label_column else table.flatten()
+    names, rows = reading.read(whole, image_column, label_column, f"split {table.split or 'train'}")
     table_rows = np.arange(len(rows))
     if excluded:
         table_rows = np.flatnonzero([file not in excluded for file in _files(table)])

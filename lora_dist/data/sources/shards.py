@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetBuilder, Features, IterableDataset, config, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
@@ -25,9 +26,12 @@ from tqdm import tqdm
 from lora_dist import hub_client, waiting
 from lora_dist.data.sources.class_numbers import require_same_numbers, require_same_numbers_in
 from lora_dist.data.sources.columns import (
+    feature_of,
+    field_of,
     find_image_column,
     find_label_column,
     has_label,
+    path_of,
     require_columns,
     require_image_column,
     require_labels,
@@ -39,11 +43,22 @@ from lora_dist.storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 FORMATS = ("parquet", "webdataset")
+ROWS = 1000
+"""Rows of a batch where `datasets` cannot choose a number."""
 READ_ROWS = 16
 READ_BYTES = 2**20
 """Bytes of a row group that are fetched at a time. A row group can have gigabytes, and each lane has one open."""
 SURVEY_READ_BYTES = 2**16
 THREADS = 16
+
+_ADVICE = {
+    "WebDataset format": "Each sample needs files of the same extensions, in the same case: name all images .jpg, for "
+    "example, and all labels .cls",
+    "with base 10: b'": "A .cls file holds a number: write names of classes as .txt, and set --label_column_name txt",
+    "corresponds to no data": "Its files have no rows",
+    "BatchSize must be greater": "A file has no rows: remove it",
+}
+"""What to do about errors of `datasets`, by words in them."""
 
 
 class Row(NamedTuple):
@@ -69,36 +84,47 @@ class ShardSource:
     @property
     def label_feature(self) -> Any:
         """The feature of the label column; None without one."""
-        return self.stream.features[self.label_column] if self.label_column else None
+        return feature_of(self.stream.features, self.label_column) if self.label_column else None
+
+    @property
+    def _path_of_label(self) -> list[str]:
+        """The column of labels, and the fields in it that lead to the label."""
+        return path_of(self.stream.features, self.label_column) if self.label_column else []
 
     def survey(self, file: int) -> tuple[list[int], list[Any]]:
         """Rows in each shard of a file, and the labels of all its rows. Parquet files are read in this column only."""
+        column, *fields = self._path_of_label or [self.image_column]
         if self.format != "parquet":
             # Without labels, to count the rows.
-            columns = [self.label_column or self.image_column]
-            labels = [value if self.label_column else None for (value,) in self._rows_of_tar(file, columns)]
+            labels = [
+                field_of(value, fields) if self.label_column else None for (value,) in self._rows_of_tar(file, [column])
+            ]
             return [len(labels)], labels if self.label_column else []
         with xopen(self.files[file], "rb", block_size=SURVEY_READ_BYTES) as opened, _parquet(opened) as parquet:
             require_same_numbers(parquet.schema_arrow, self.stream.features, self.files[file])
             groups = range(parquet.num_row_groups)
             if self.label_column is None:
                 return [parquet.metadata.row_group(group).num_rows for group in groups], []
-            batches = parquet.iter_batches(row_groups=list(groups), columns=[self.label_column], use_threads=False)
-            labels = [value for batch in batches for value in batch.column(0).to_pylist()]
+            batches = parquet.iter_batches(row_groups=list(groups), columns=[column], use_threads=False)
+            labels = [field_of(value, fields) for batch in batches for value in batch.column(0).to_pylist()]
             return [parquet.metadata.row_group(group).num_rows for group in groups], labels
 
     def read(self, file: int, group: int, start: int) -> Iterator[Row]:
         """The rows of a shard from `start` on."""
-        columns = [self.image_column, *([self.label_column] if self.label_column else [])]
+        columns = [self.image_column, *self._path_of_label[:1]]
+        for row in self._rows(file, group, start, columns):
+            yield Row(row[0], *(field_of(value, self._path_of_label[1:]) for value in row[1:]))
+
+    def _rows(self, file: int, group: int, start: int, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         if self.format != "parquet":
-            yield from (Row(*row) for row in self._rows_of_tar(file, columns, start))
+            yield from self._rows_of_tar(file, columns, start)
             return
         with xopen(self.files[file], "rb") as opened, _parquet(opened) as parquet:
             # A thread that still holds the file when the process ends would abort it (apache/arrow#45214).
             for batch in parquet.iter_batches(READ_ROWS, row_groups=[group], columns=columns, use_threads=False):
                 kept = batch.slice(min(start, len(batch)))
                 start = max(start - len(batch), 0)
-                yield from map(Row, *(kept.column(name).to_pylist() for name in columns))
+                yield from zip(*(kept.column(name).to_pylist() for name in columns), strict=True)
 
     def _rows_of_tar(self, file: int, columns: list[str], start: int = 0) -> Iterator[tuple[Any, ...]]:
         tar = self.stream.shard(len(self.files), file).select_columns(columns).decode(False)
@@ -138,10 +164,11 @@ def load_alone(settings: DataSettings, split: str) -> Dataset:
     """Loads a split, or a slice of one, without downloading the other splits as `load_dataset` does."""
     base = split.partition("[")[0]
     file_format, files, features = _find_files(settings, base)
+    options = options_for(files) if file_format == "parquet" else {}
     with reading_data(settings.dataset_name, split):
         table = with_writable_cache(
             lambda cache: load_dataset(
-                file_format, data_files={base: files}, split=split, features=features, cache_dir=cache
+                file_format, data_files={base: files}, split=split, features=features, cache_dir=cache, **options
             )
         )
         if file_format == "parquet":
@@ -149,15 +176,37 @@ def load_alone(settings: DataSettings, split: str) -> Dataset:
         return table
 
 
-def local_parquet_files(settings: DataSettings, split: str) -> list[str]:
-    """The parquet files of a split, a slice or a sum of splits in a local directory; none of other data sets."""
+def local_parquet_files(settings: DataSettings, split: str | None = None) -> list[str]:
+    """The parquet files of a split, a slice or a sum of splits in a local directory; none of other data sets.
+
+    Without a split, those of all splits.
+    """
     if not Path(settings.dataset_name or "").is_dir():
         return []
-    builder = _builder(settings, split)
+    builder = _builder(settings, split or settings.train_split)
     if builder.name != "parquet":
         return []
-    parts = {part.partition("[")[0] for part in split.split("+")}
-    return [str(file) for name, files in builder.config.data_files.items() if name in parts for file in files]
+    parts = None if split is None else {part.partition("[")[0] for part in split.split("+")}
+    found = builder.config.data_files.items()
+    return [str(file) for name, files in found if parts is None or name in parts for file in files]
+
+
+def options_for(files: Iterable[str]) -> dict[str, int]:
+    """Options of `load_dataset` for parquet files on this machine that begin with an empty row group, if there are any.
+
+    `datasets` reads a file in batches of the size of its first row group, which cannot be 0.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    is_empty = False
+    for file in (file for file in files if Path(file).is_file()):
+        try:
+            metadata = pq.read_metadata(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"cannot read {file}: {error}. Remove the file, or write it again") from error
+        is_empty |= metadata.num_row_groups > 0 and metadata.row_group(0).num_rows == 0
+    return {"batch_size": ROWS} if is_empty else {}
 
 
 def _find_files(settings: DataSettings, split: str) -> tuple[str, list[str], Features | None]:
@@ -200,7 +249,11 @@ def reading_data(name: str | None, split: str) -> Iterator[None]:
     except Exception as error:
         # `datasets` raises a different class for each of a missing name, split, file and network.
         cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
-        raise UserError(f"cannot load split {split!r} of data set {name!r}: {type(cause).__name__}: {cause}") from error
+        advice = next((f". {advice}" for words, advice in _ADVICE.items() if words in str(cause)), "")
+        raise UserError(
+            f"cannot load split {split!r} of data set {name!r}: {type(cause).__name__}: "
+            f"{str(cause).rstrip('.!') if advice else cause}{advice}"
+        ) from error
 
 
 @dataclass(frozen=True)

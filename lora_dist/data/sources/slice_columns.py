@@ -28,8 +28,20 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
             raise UserError(f"--slice_columns {name}: it does not hold one value per sample")
         if isinstance(feature, ClassLabel):
             values = [None if value is None or value < 0 else feature.names[value] for value in values]
-        found[name] = named_slices(name, values)
+        found[name] = named_slices(name, _whole(values))
     return found
+
+
+def _whole(values: list[Any]) -> list[Any]:
+    """The values as integers if they are whole numbers, which a table with missing values may hold as 1.0."""
+    is_whole = all(
+        value is None or value != value or (isinstance(value, float) and value.is_integer()) for value in values
+    )
+    return (
+        [int(value) if isinstance(value, float) and value == value else value for value in values]
+        if is_whole
+        else values
+    )
 
 
 def _text(value: Any) -> str:

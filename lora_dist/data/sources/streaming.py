@@ -148,6 +148,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     """
     source = find_source(settings)
     index = load_index(source)
+    lanes = _lanes(settings, index, seed, processes)
     names = class_names(source.label_feature, set(index.labels))
     labels = list(names.values())
     require_distinct(labels)
@@ -155,7 +156,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     validation = load_validation(settings, seed, labels)
     class_of = {value: label for label, value in enumerate(names)}
     check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)
-    train = StreamedSplit(source, index, class_of, _lanes(settings, index, seed, processes))
+    train = StreamedSplit(source, index, class_of, lanes)
     return ImageData(labels, train, validation, load_test(settings, labels))
 
 

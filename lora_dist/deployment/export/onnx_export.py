@@ -24,6 +24,7 @@ from lora_dist.deployment.export.onnx_model import (
     PREPROCESSOR,
     PROBLEM_TYPE,
     THRESHOLDS,
+    WEIGHTS,
     OnnxModel,
     load_onnx,
 )
@@ -143,7 +144,7 @@ def _metadata(classifier: Classifier, transforms: ImageTransforms) -> dict[str, 
         PROBLEM_TYPE: classifier.decision.problem_type,
         THRESHOLDS: json.dumps(classifier.decision.record(classifier.labels), ensure_ascii=False),
         "preprocessing": describe(transforms),
-        "weights": "fp32",
+        WEIGHTS: "fp32",
     }
 
 
@@ -238,7 +239,7 @@ def _save(rounded: Any, proto: Any, weights: str, out: Path) -> None:
     import onnx
 
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    onnx.helper.set_model_props(rounded, metadata | {"weights": weights})
+    onnx.helper.set_model_props(rounded, metadata | {WEIGHTS: weights})
     onnx.save(rounded, out)
 
 

@@ -28,15 +28,23 @@ PROBLEM_TYPE = "problem_type"
 THRESHOLDS = "thresholds"
 """Metadata key of the content of `thresholds.json`; `null` for one class per image."""
 
+WEIGHTS = "weights"
+"""Metadata key of the precision of the weights, followed by details: `fp32`, `fp16` or `int8, dynamic`."""
+
 
 class OnnxModel(nn.Module):
-    """Runs ONNX Runtime on the CPU with the interface of a `transformers` classifier."""
+    """Runs ONNX Runtime on the CPU with the interface of a `transformers` classifier.
+
+    Attributes:
+        precision: of the weights, such as `int8`.
+    """
 
     session: Any
 
     def __init__(self, session: Any) -> None:
         super().__init__()
         self.session = session
+        self.precision = session.get_modelmeta().custom_metadata_map.get(WEIGHTS, "fp32").partition(",")[0]
 
     def forward(self, pixel_values: Tensor) -> Any:
         """Takes float32 [B, 3, H, W], returns an object with `logits` [B, classes]."""

@@ -83,17 +83,22 @@ def _optional(missing: str) -> Iterator[None]:
         logger.warning("%s: %s: %s", missing, type(error).__name__, error)
 
 
-def headline(evaluation: EvaluationResult) -> str:
-    """The metrics that have intervals, with these, as text."""
+def headline_lines(evaluation: EvaluationResult) -> list[str]:
+    """The metrics that have intervals, with these, as lines of text."""
     told = {name: evaluation.metrics[name] for name in NAMES if name in evaluation.metrics}
-    return str(Measured(told, dict(evaluation.intervals)))
+    return _lines(Measured(told, dict(evaluation.intervals)).texts())
 
 
 def slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Yields a line for each value of each column."""
+    """Yields lines for each value of each column: its images, and below these its metrics."""
     for row in slice_rows(slices):
-        metrics = ", ".join(f"{name} {text}" for name, text in row.metrics.items())
-        yield f"{row.column} {row.value}: {metrics}, {row.images}"
+        yield f"{row.column} {row.value}: {row.images}"
+        yield from (f"  {line}" for line in _lines([f"{name} {text}" for name, text in row.metrics.items()]))
+
+
+def _lines(metrics: Sequence[str]) -> list[str]:
+    """Two metrics with their intervals to a line, which has about 100 characters then."""
+    return [", ".join(metrics[start : start + 2]) for start in range(0, len(metrics), 2)]
 
 
 def measured(evaluation: EvaluationResult) -> dict[str, Any]:

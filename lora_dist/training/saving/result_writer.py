@@ -34,7 +34,7 @@ from lora_dist.training.probe import in_words, read_probe
 from lora_dist.training.problem import EvaluationResult
 from lora_dist.training.reporting.report import (
     explain_worst,
-    headline,
+    headline_lines,
     measured,
     slice_lines,
     warn_of_chance_level,
@@ -160,8 +160,11 @@ class ResultWriter:
             tuning = {"lora": "LoRA", "head": "head", "full": "full training"}[run.settings.model.tuning]
             yield f"{in_words(results)}, {tuning} {evaluation.metrics[run.evaluator.problem.headline]:.4f}"
         yield from slice_lines(evaluation.slices)
-        on_test = f"; on the test data {headline(test)}" if test is not None else ""
-        yield f"{headline(evaluation)}{on_test}; wrote {self._result(run)}"
+        yield from headline_lines(evaluation)
+        if test is not None:
+            yield "on the test data:"
+            yield from (f"  {line}" for line in headline_lines(test))
+        yield f"wrote {self._result(run)}"
 
     def _check(self, run: TrainingRun, images: list[Image.Image], expected: Tensor) -> None:
         """Checks that the written result gives the logits of the trained model."""

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +247,15 @@ def write_parquet(path: Path, samples: Iterable[tuple[bytes, int]], rows_in_grou
 
 def write_tar(path: Path, samples: Iterable[tuple[bytes, int]]) -> None:
     """Writes encoded images and their labels as a shard of WebDataset."""
+    write_members(path, ({"png": content, "cls": str(label).encode()} for content, label in samples))
+
+
+def write_members(path: Path, samples: Iterable[Mapping[str, bytes]]) -> None:
+    """Writes samples as a shard of WebDataset: the content of each member by its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for number, (content, label) in enumerate(samples):
-            for extension, data in (("png", content), ("cls", str(label).encode())):
+        for number, members in enumerate(samples):
+            for extension, data in members.items():
                 member = tarfile.TarInfo(f"{path.stem}-{number:05d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

@@ -82,6 +82,16 @@ def test_other_files_are_refused(photos: Path, capsys: pytest.CaptureFixture[str
     assert "no such file" in capsys.readouterr().err
 
 
+def test_a_directory_is_that_of_a_run(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _audit(photos, 2, "--predictions", photos)
+    assert "the directory has no validation_predictions.jsonl: name that of a finished run" in capsys.readouterr().err
+    run = photos.parent / "run"
+    run.mkdir()
+    _predictions(photos, {"a/003.png": "c"}).rename(run / "validation_predictions.jsonl")
+    _audit(photos, 3, "--predictions", run)
+    assert "warning: labels that are likely wrong: 1" in capsys.readouterr().out
+
+
 @pytest.fixture
 def sets(photos: Path) -> Path:
     """A file of labels for the photos: `a` shows a, `b` shows a and b, and `c` none of them."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import ViTImageProcessor
 
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.loader import batches, train_loader
+from lora_dist.data.loader import batches, idle_workers, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan
 from lora_dist.data.sampling.training_split import TrainingSplit
@@ -140,6 +140,18 @@ def test_a_process_whose_lanes_have_run_out_keeps_step_with_padding(mixup: float
             None if field is None else field.dtype for field in shares[0][0]
         ]
     assert sum(float(batch.weights.sum()) for share in shares for batch in share) == 2 * 33
+
+
+def test_workers_without_a_lane_are_counted_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Three shards, two processes, and two workers each: one of the second process has nothing to read."""
+    split = streamed(make_shards(tmp_path / "data", (5, 3, 4)))
+    plans = [BatchPlan(split.sample_order(3), 4, 1, 2, rank) for rank in (0, 1)]
+    idle = [
+        [idle_workers(plan, DataSettings(dataloader_num_workers=count), CPU) for plan in plans] for count in (0, 1, 2)
+    ]
+    assert idle == [[0, 0], [0, 0], [1, 1]], "three shards are two lanes by default"
+    parts = [part for rank in (0, 1) for part in training_batches(split, 2, (4, 1, 2, rank), epochs=(0, 1))]
+    assert sorted(row for part in parts for row in part.indices[part.weights > 0].tolist()) == [*range(12)]
 
 
 class Workers(Dataset):

@@ -141,7 +141,7 @@ def test_another_base_is_refused_and_both_are_named(adapter: Path, base_model: P
     with pytest.raises(UserError, match="is not the base") as caught:
         load_classifier(adapter, str(other))
     identity = json.loads((adapter / "base_model.json").read_text())
-    for part in (other, adapter, base_model, identity["fingerprint"]):
+    for part in (other, adapter, base_model, identity["fingerprint"], "Name the base that has these weights: --base"):
         assert str(part) in str(caught.value)
 
 

@@ -45,6 +45,11 @@ def test_valid_combinations_are_accepted(line: str) -> None:
     _parse(line)
 
 
+def test_a_repeated_adapter_is_refused_with_one_flag_for_all() -> None:
+    with pytest.raises(UserError, match="--adapter: given 3 times; write --adapter a b c d"):
+        _parse("--adapter a --adapter=b --adapter c d --images x")
+
+
 @pytest.mark.parametrize(
     ("line", "title"),
     [

@@ -110,6 +110,11 @@ def test_flags_of_trainer_for_engines_are_answered_with_a_launch_file(
     assert "lora_dist.launch_files" in problem
 
 
+def test_a_flag_of_trainer_for_ddp_is_answered(folder: Path) -> None:
+    message = problems_of("--train_dir", folder, "--ddp_find_unused_parameters", "false")
+    assert "--ddp_find_unused_parameters: unknown flag; remove it: every update computes a gradient of" in message
+
+
 def test_every_replacement_of_a_foreign_flag_is_a_flag() -> None:
     known = cli.flat_fields(Settings)
     replacements = [*trainer_flags.RENAMED.values(), *trainer_flags.OF_TIMM.values()]
@@ -263,10 +268,22 @@ def test_a_boolean_may_have_a_value(words: list[str], expected: bool) -> None:
     assert parse("--dataset_name", "x", *words).lora.use_dora is expected
 
 
-def test_the_last_of_two_equal_flags_wins_and_dashes_in_a_value_stay() -> None:
-    settings = parse("--dataset_name", "x", "--lora_r", 4, "--lora-r=8", "--output-dir", "my-runs/a-b")
+def test_the_last_of_two_equal_flags_counts_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    settings = parse("--dataset_name", "x", "--lora_r", 4, "--lora-r=8", "--seed", 1, "--seed", 1)
     assert settings.lora.lora_r == 8
-    assert settings.run.output_dir == "my-runs/a-b"
+    assert caplog.messages == ["--lora_r was given twice; the last value counts, 8"]
+
+
+def test_a_repeated_flag_that_takes_several_values_is_refused_with_one_that_has_all() -> None:
+    words = ("--report_to", "wandb", "--report_to=mlflow,aim", "--lora_rank_pattern", "query=4")
+    assert problems_of("--dataset_name", "x", *words).splitlines()[1:] == [
+        "  --report_to: given twice; write --report_to wandb,mlflow,aim"
+    ]
+    assert "--config: given twice, and one file is read" in problems_of("--config", "demo", "--config", "food101")
+
+
+def test_dashes_in_a_value_stay() -> None:
+    assert parse("--dataset_name", "x", "--output-dir", "my-runs/a-b").run.output_dir == "my-runs/a-b"
 
 
 def test_a_flag_overrides_a_wrong_value_in_yaml(tmp_path: Path) -> None:
@@ -363,6 +380,43 @@ def test_a_command_ends_with_code_2_and_no_traceback(module: str, words: list[st
 
 
 @pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        (
+            "lora_dist.train",
+            "--config demo --output_dir FILE",
+            "--output_dir FILE: cannot write there (Not a directory)",
+        ),
+        (
+            "lora_dist.train",
+            "--config demo --do_eval_only --adapter_name_or_path x --output_dir FILE/run",
+            "--output_dir FILE/run: cannot write there",
+        ),
+        (
+            "lora_dist.predict",
+            "--adapter x --images demo:digits --output FILE/p.csv",
+            "--output FILE: cannot write there",
+        ),
+        ("lora_dist.predict", "--adapter x --merge_to FILE", "--merge_to FILE is not empty"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named_before_torch_is_loaded(
+    module: str, words: str, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("taken")
+    code = (
+        "import sys, importlib\n"
+        "try: importlib.import_module(sys.argv[1]).main(sys.argv[2:])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, module, *words.replace("FILE", str(file)).split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.replace("FILE", str(file)) in result.stderr
+    assert result.stdout == "2 False\n"
+
+
+@pytest.mark.parametrize(
     ("module", "settings"),
     [
         ("lora_dist.train", Settings),
@@ -381,6 +435,15 @@ def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: s
         text = "\n".join(lines[indices[-1] :]).partition("\n\n")[0]
         assert all(re.search(rf"^  --{name} ", text, re.MULTILINE) for name in field.annotation.model_fields)
     assert indices == sorted(indices)
+
+
+def test_long_choices_are_in_the_text_of_help() -> None:
+    field = cli.flat_fields(Settings)["metric_for_best_model"]
+    assert field.metavar() == "NAME"
+    assert "One of accuracy, balanced_accuracy, top5_accuracy, mAP, micro_f1, macro_f1, loss." in field.help()
+    assert cli.flat_fields(Settings)["tuning"].metavar() == "lora|head|full"
+    classes = (Settings, PredictSettings, AuditSettings, BenchSettings)
+    assert all(len(one.metavar()) <= 60 for kind in classes for one in cli.flat_fields(kind).values())
 
 
 @pytest.mark.parametrize("name", cli.recipe_names())

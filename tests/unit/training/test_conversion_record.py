@@ -23,7 +23,7 @@ from lora_dist.errors import UserError
 from lora_dist.model.bundle import CONVERSION
 from lora_dist.model.classifier import Classifier, load_classifier
 
-ON_WHITE = Conversion((255, 255, 255))
+ON_WHITE = Conversion((255, 255, 255), all_depths=True)
 STEPS = ("--max_train_steps", 2, "--augmentation", "none")
 RESUME = ("--resume_from_checkpoint", "auto")
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_an_older_release_goes_on_to_ignore_transparency(
 def test_a_run_goes_on_with_its_own_background(vit: Path, icons: Path, tmp_path: Path) -> None:
     out = _run(vit, icons, tmp_path / "black", *STEPS, "--transparent_background", "10,20,30")
     _run(vit, icons, out, *STEPS, "--max_train_steps", 3, *RESUME)
-    assert _record(out) == Conversion((10, 20, 30)).record()
+    assert _record(out) == Conversion((10, 20, 30), all_depths=True).record()
 
 
 def test_a_warm_start_keeps_the_adapters_conversion(trained: Path, icons: Path, vit: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_warm_start_keeps_the_adapters_conversion(trained: Path, icons: Path, 
         out = _run(vit, icons, tmp_path / "warm", *STEPS, *more)
         assert _record(out) == Conversion((1, 2, 3)).record()
         out = _run(vit, icons, tmp_path / "black", *STEPS, *more, "--transparent_background", "black")
-        assert _record(out) == Conversion((0, 0, 0)).record()
+        assert _record(out) == Conversion((0, 0, 0), all_depths=True).record()
     finally:
         (trained / "adapter" / CONVERSION).write_text(json.dumps(ON_WHITE.record()))
 

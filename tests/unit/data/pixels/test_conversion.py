@@ -1,6 +1,8 @@
 """Transparent and deep images as 8-bit RGB, and opaque 8-bit images, which no conversion changes."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from lora_dist.settings.train import DataSettings
 
 WHITE = (255, 255, 255)
 ON_WHITE = Conversion(WHITE)
-CONVERSIONS = (AS_TRANSFORMERS, ON_WHITE, Conversion((0, 128, 255), (0.0, 4095.0)))
+CONVERSIONS = (AS_TRANSFORMERS, ON_WHITE, Conversion((0, 128, 255), (0.0, 4095.0)), Conversion(WHITE, None, True))
 
 
 def icon(mode: str) -> Image.Image:
@@ -68,6 +70,58 @@ def test_every_kind_of_transparency_shows_the_background(
     assert np.array_equal(np.asarray(load_rgb(Path(file).read_bytes(), "bytes", conversion)), expected)
     with opened(file, conversion=conversion) as picture:
         assert np.array_equal(picture.part((0, 0, 16, 16), (16, 16)), expected)
+
+
+def _png(samples: np.ndarray, depth: int, color_type: int, transparent: bytes) -> bytes:
+    """A PNG file of rows [h, w, channels] with a transparent color; Pillow writes none of fewer or more than 8 bits."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b""
+    for row in samples.reshape(len(samples), -1):
+        bits = "".join(format(value, f"0{depth}b") for value in row)
+        rows += b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    height, width = samples.shape[:2]
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
+        + chunk(b"tRNS", transparent)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("depth", "color_type"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_transparent_color_of_a_png_of_any_depth_shows_the_background(depth: int, color_type: int) -> None:
+    top, channels = 2**depth - 1, 1 + color_type
+    for key in {0, 1, top // 3, top}:
+        # For 16 bits, colors that are different in 8 bits.
+        key, other = key * (257 if key == 1 and depth == 16 else 1), 0 if key else top
+        samples = np.full((5, 3, channels), other)
+        samples[1:3, 1:] = key
+        content = _png(samples, depth, color_type, struct.pack(f">{channels}H", *[key] * channels))
+        expected = np.full((5, 3, 3), 255 if other else 0)
+        expected[1:3, 1:] = (12, 200, 99)
+        conversion = Conversion((12, 200, 99), (0, 65535), all_depths=True)
+        assert np.array_equal(np.asarray(load_rgb(content, conversion=conversion)), expected), key
+        with opened(content, conversion=conversion) as picture:
+            assert np.array_equal(picture.part((1, 1, 3, 3), (2, 2)), expected[1:3, 1:])
+
+
+def test_the_transparent_color_of_a_deep_image_is_no_part_of_the_range() -> None:
+    samples = np.full((4, 4, 1), 65535)
+    samples[1:3] = np.arange(8).reshape(2, 4, 1)
+    content = _png(samples, 16, 0, struct.pack(">H", 65535))
+    assert find_pixel_range([(content, "icon")]) == pytest.approx((0, 7), abs=0.01)
+    assert find_pixel_range([(_png(samples[:1], 16, 0, struct.pack(">H", 65535)), "icon")]) is None
+
+
+def test_a_bundle_of_an_older_release_goes_on_to_ignore_the_transparent_color_of_other_depths() -> None:
+    content = _png(np.full((2, 2, 1), 3), 2, 0, struct.pack(">H", 3))
+    assert Conversion.of({"transparent_background": [0, 0, 0], "pixel_range": None}).all_depths is False
+    assert load_rgb(content, conversion=Conversion((0, 0, 0))).getpixel((0, 0)) == WHITE
+    assert "all_depths" not in ON_WHITE.record()
 
 
 def test_half_transparent_pixels_are_mixed_with_the_background() -> None:

@@ -12,7 +12,7 @@ from lora_dist_testing.processors import PROCESSORS
 from PIL import Image
 from transformers import BitImageProcessor
 
-from lora_dist.data.pixels.images import UnreadableImageError
+from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.data.pixels.limits import CentreCrop, TooLongError, allow_pixels, is_too_thin
 from lora_dist.data.pixels.transforms import ImageTransforms
 
@@ -91,6 +91,26 @@ def test_the_most_pixels_hold_for_child_processes(monkeypatch: pytest.MonkeyPatc
     code = "import lora_dist.data.pixels.images; from PIL import Image; print(Image.MAX_IMAGE_PIXELS)"
     found = subprocess.run([sys.executable, "-c", code], env=os.environ, check=True, capture_output=True, text=True)
     assert int(found.stdout) == Image.MAX_IMAGE_PIXELS == 500_000_000
+
+
+def test_an_image_of_too_many_pixels_is_named_with_the_setting(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "huge.png")
+    allow_pixels(1000)
+    try:
+        with pytest.raises(UnreadableImageError, match=r"huge\.png: .* limit of 1000 pixels; --max_image_pixels sets"):
+            load_rgb(str(tmp_path / "huge.png"))
+    finally:
+        allow_pixels(None)
+
+
+def test_a_command_prints_no_warning_of_pillow_for_an_image_within_the_limit(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    code = (
+        "import sys; from lora_dist.logs import set_up_logs; from lora_dist.data.pixels import images\n"
+        "set_up_logs(is_main=True); images.limits.allow_pixels(2000); images.load_rgb(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "large.png")]
+    assert "Bomb" not in subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def test_a_later_run_of_one_process_has_the_usual_limit_again() -> None:

@@ -87,6 +87,12 @@ def test_a_processor_that_crops_does_not_crop_a_view_again() -> None:
     assert max(float(view_of(transforms, edged, (seed,))[:, 0].mean()) for seed in range(30)) > 0.9
 
 
+def test_a_crop_that_is_larger_than_the_resize_makes_a_border(processor_name: str) -> None:
+    assert not transforms_of(processor_name).has_border()
+    padding = BitImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 32, "width": 32}, do_normalize=True)
+    assert ImageTransforms(padding, AugmentationSettings()).has_border()
+
+
 def test_mobilevit_wants_blue_first_in_training_too() -> None:
     image = Image.new("RGB", (64, 64), (255, 0, 0))
     view = view_of(transforms_of("mobilevit", crop_scale_min=1.0, horizontal_flip=0.0), image, (0, 0, 0))

@@ -84,7 +84,7 @@ def test_everything_that_is_wrong_is_told_at_once(photos: Path) -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  files that do not exist: 2, e.g. line 12: gone.png; line 13: also gone.png",
         "  files listed twice with different values: 1, e.g. lines 2 and 14: 00.png",
-        "  lines without a label: 1, e.g. line 16: deep/er/11.png",
+        "  lines without a label (see --problem_type): 1, e.g. line 16: deep/er/11.png",
         "  files listed twice: 1, e.g. line 15: deep/er/01.png",
         f"  images that are not listed, and left out: 1, e.g. {photos / '10.png'}",
     ]
@@ -103,7 +103,7 @@ def test_absolute_paths_may_lead_through_other_links(photos: Path, tmp_path: Pat
 
 def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
     _write(photos, "path,label", *_lines()[:9], f"{_path(9)},nan", f"{_path(10)},NaN", f"{_path(11)},<NA>")
-    with pytest.raises(UserError, match="lines without a label: 3"):
+    with pytest.raises(UserError, match=r"lines without a label \(see --problem_type\): 3"):
         _load(photos)
 
 

@@ -731,6 +731,7 @@ def test_samples_without_a_label_are_refused(labels: list[Any], kind: Any, tmp_p
     _saved(tmp_path, {"image": _cells([0] * 4), "label": labels}, _features(kind))
     message = refusal(dataset_name=tmp_path, on_bad_image="skip")
     assert message.startswith("split train: 2 of 4 rows have no label in column label, counted from 0: row 1 (")
+    assert message.endswith("including none, add --problem_type multi_label_classification.")
     assert ", row 3 (" in message
 
 

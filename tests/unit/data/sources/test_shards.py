@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, config, load_dataset
 from lora_dist_testing import unprivileged
-from lora_dist_testing.tiny import make_png, make_shards, write_parquet, write_tar
+from lora_dist_testing.tiny import make_png, make_shards, write_members, write_parquet, write_tar
 
-from lora_dist.data.pixels.images import from_cell
+from lora_dist.data.pixels.images import UnreadableImageError, from_cell, load_rgb
 from lora_dist.data.sources import shards
+from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.shards import find_source, load_alone, load_index
+from lora_dist.data.sources.streaming import load_streamed
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
 
@@ -173,6 +175,72 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "train-0.parquet")
     settings = streaming(tmp_path / "data", image_column_name="picture", label_column_name="kind")
     assert load_index(find_source(settings)).labels == ["x", "y"]
+
+
+def _kind(number: int) -> str:
+    return "xyz"[number % 3]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize(
+    ("members", "flags", "labels"),
+    [
+        (lambda n: {"PNG": make_png(0, n), "CLS": str(n % 3).encode()}, {}, ["0", "1", "2"]),
+        (
+            lambda n: {"png": make_png(0, n), "json": json.dumps({"id": n, "kind": {"name": _kind(n)}}).encode()},
+            {"label_column_name": "json.kind.name"},
+            ["x", "y", "z"],
+        ),
+    ],
+    ids=["upper case", "json"],
+)
+def test_labels_of_a_tar_file_may_be_in_upper_case_or_in_json(
+    members: Any, flags: dict[str, str], labels: list[str], streamed: bool, tmp_path: Path
+) -> None:
+    for split, count in (("train", 9), ("validation", 6)):
+        write_members(tmp_path / "data" / f"{split}-0.tar", [members(number) for number in range(count)])
+    settings = streaming(tmp_path / "data", **flags).model_copy(update={"streaming": streamed})
+    data = load_streamed(settings, 0, 1) if streamed else load_data(settings, 0)
+    assert data.labels == labels
+    found = data.train.reader().read(0, range(9))
+    assert [found[number].label for number in range(9)] == [0, 1, 2] * 3
+    assert load_rgb(found[8].source).size == (40, 32)
+
+
+def test_members_that_cannot_be_read_are_answered_with_a_way_out(tmp_path: Path) -> None:
+    def refusal(name: str, members: Callable[[int], dict[str, bytes]]) -> str:
+        for split in ("train", "validation"):
+            write_members(tmp_path / name / f"{split}-0.tar", [members(number) for number in range(6)])
+        with pytest.raises(UserError) as caught:
+            load_index(find_source(streaming(tmp_path / name)))
+        return str(caught.value)
+
+    png = make_png(0, 0)
+    assert "in the same case: name all images .jpg" in refusal("1", lambda n: {("png", "PNG")[n % 2]: png, "cls": b"0"})
+    assert "names of classes as .txt, and set --label_column_name txt" in refusal(
+        "2", lambda _: {"png": png, "cls": b"cat"}
+    )
+    assert "--label_column_name: png, json.kind, json.at, " in refusal(
+        "3", lambda n: {"png": png, "json": json.dumps({"kind": _kind(n), "at": n}).encode()}
+    )
+    with pytest.raises(
+        UnreadableImageError, match=r"row 3: not an image: None; in a tar file, all images need the same extension"
+    ):
+        load_rgb(None, "row 3")  # type: ignore[arg-type]  # as in an empty cell of a table
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_parquet_files_without_rows_are_left_out(split: str, tmp_path: Path) -> None:
+    """`datasets` reads a file in batches of the size of its first row group, and fails if that is 0."""
+    data = make_shards(tmp_path / "data", (9,))
+    write_parquet(data / f"{split}-00000-of-00000.parquet", [])
+    settings = streaming(data).model_copy(update={"streaming": False})
+    loaded = load_data(settings, 0)
+    assert (len(loaded.train), len(loaded.validation)) == (9, 9)
+    assert load_alone(streaming(data), split).num_rows == 9
+    (data / f"{split}-00000-of-00000.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"00000-of-00000\.parquet: .*0 bytes.* Remove the file, or write it again"):
+        load_data(settings, 0)
 
 
 def test_only_the_validation_split_is_loaded(is_tar: bool, tmp_path: Path, own_cache: Path) -> None:

@@ -39,16 +39,19 @@ def test_columns_of_a_data_set(tmp_path: Path) -> None:
         "site": [n % 3 for n in range(20)],
         "name": [None if n == 0 else [n] for n in range(20)],
         "age": [float("nan") if n % 2 else 5.0 for n in range(20)],
+        "dose": [None if n % 2 else 0.5 + n % 4 for n in range(20)],
     }
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table = table.cast_column("label", datasets.ClassLabel(names=["a", "b"]))
     table = table.cast_column("site", datasets.ClassLabel(names=["north", "south", "west"]))
     datasets.DatasetDict({"train": table, "validation": table.select(range(9))}).save_to_disk(tmp_path / "data")
     settings = {"dataset_name": str(tmp_path / "data")}
-    held_out = load_data(DataSettings(**settings, slice_columns=["site", "age"]), seed=0).validation
+    held_out = load_data(DataSettings(**settings, slice_columns=["site", "age", "dose"]), seed=0).validation
     sites = ["north", "south", "west"]
     assert held_out.slices["site"].tolist() == [sites[row % 3] for row in held_out.table_rows]
-    assert held_out.slices["age"].tolist() == ["(none)" if row % 2 else "5.0" for row in held_out.table_rows]
+    assert held_out.slices["age"].tolist() == ["(none)" if row % 2 else "5" for row in held_out.table_rows]
+    doses = ["(none)" if row % 2 else str(0.5 + row % 4) for row in held_out.table_rows]
+    assert held_out.slices["dose"].tolist() == doses
     assert held_out.names() == [f"row {row}" for row in held_out.table_rows]
     split = DataSettings(**settings, validation_split="validation", slice_columns=["site"])
     assert load_data(split, seed=0).validation.slices["site"].tolist() == sites * 3

@@ -1,6 +1,7 @@
 """A run that has no room or no leave to write does not begin."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,13 @@ def test_what_is_there_of_a_run_is_not_asked_for_again(disk: Path) -> None:
     (disk / "run").mkdir()
     (disk / "run" / "checkpoint").write_bytes(bytes(60_000))
     require_disk_space(disk / "run", sizes)
+
+
+@pytest.mark.root
+def test_a_full_disk_is_named(disk: Path) -> None:
+    fill(disk)
+    with pytest.raises(UserError, match=r"--output_dir .*run: cannot write there \(No space left on device\)"):
+        require_writable(disk / "run")
 
 
 @pytest.mark.root
@@ -109,6 +117,8 @@ def test_an_evaluation_that_cannot_be_written_is_printed(
     evaluation: list[str], disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fill(disk)
+    # Room for the check at the start.
+    os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 4096)
     with pytest.raises(SystemExit) as end:
         train.main([*evaluation, str(disk / "run")])
     assert end.value.code == 1
