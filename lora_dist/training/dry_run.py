@@ -134,7 +134,7 @@ def describe(
     plan, schedule, accelerator = run.plan, run.schedule, run.engine.accelerator
     options = run.settings.run
     trainable, total = parameters
-    steps = schedule.total_steps - first_step
+    steps, samples = schedule.total_steps - first_step, min(plan.effective_batch, plan.num_samples)
     evaluations = sum(
         is_due(options.eval_steps, step, plan.steps_per_epoch, schedule.total_steps)
         for step in range(first_step + 1, schedule.total_steps + 1)
@@ -153,7 +153,7 @@ def describe(
         ),
         (
             "updates",
-            f"{steps:,} of {plan.effective_batch} samples: {plan.per_device_batch} per process x {plan.accumulation} "
+            f"{steps:,} of {samples} samples: {plan.per_device_batch} per process x {plan.accumulation} "
             f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
