@@ -22,6 +22,7 @@ from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.training.failures import data_failure, update_explained
+from lora_dist.training.reporting.report import processes_text
 from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.disk_budget import Sizes
@@ -149,12 +150,13 @@ def describe(
         ("classes", f"{len(data.labels)}: {', '.join(data.labels[:6])}{' …' if len(data.labels) > 6 else ''}"),
         (
             "launch",
-            f"{_processes(plan.world_size)} on {socket.gethostname()}, {engine}{precision}, {accelerator.device.type}",
+            f"{processes_text(plan.world_size)} on {socket.gethostname()}, {engine}{precision}, "
+            f"{accelerator.device.type}",
         ),
         (
             "updates",
             f"{steps:,} of {samples} samples: {plan.per_device_batch} per process x {plan.accumulation} "
-            f"accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
+            f"accumulated x {processes_text(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
@@ -187,10 +189,6 @@ def _groups(model: nn.Module) -> Iterator[str]:
     yield from lines[:MOST_LINES]
     if len(lines) > MOST_LINES:
         yield f"  … and {len(lines) - MOST_LINES} more"
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' if count > 1 else ''}"
 
 
 def _interval(seconds: float) -> str:
