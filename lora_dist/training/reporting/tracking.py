@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lora_dist.processes.lifetime import at_end
 from lora_dist.training.reporting.board import Board, Lines
 from lora_dist.training.reporting.external_trackers import ExternalTrackers
+from lora_dist.training.reporting.hyperparameters import add_hyperparameters
 
 logger = logging.getLogger(__name__)
 HPARAM_TYPES = (bool, str, float, int)
@@ -135,7 +136,7 @@ class Tracker:
                 name: value if isinstance(value, HPARAM_TYPES) else json.dumps(value) for name, value in flat.items()
             }
             results = {f"hparam/{name}": value for name, value in metrics.items()}
-            self._board.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
+            self._board.write(add_hyperparameters, hparams, results)
 
     def flush(self) -> None:
         """Flushes the files before a checkpoint: a run that resumes from it logs nothing twice.

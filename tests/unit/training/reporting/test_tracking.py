@@ -15,7 +15,12 @@ import pytest
 import torch
 from lora_dist_testing.disks import fill, small_disk
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import backend_context
 
 from lora_dist.training.reporting.board import Lines
 from lora_dist.training.reporting.throughput import peak_memory_mb
@@ -135,6 +140,23 @@ def test_pictures_settings_and_the_comparison_of_runs_are_on_the_board(tmp_path:
     assert "- query" in text
     assert reader.Scalars("hparam/accuracy")[0].value == 0.75
     assert len(list((tmp_path / "tensorboard").rglob("events*"))) == len(list((tmp_path / "tensorboard").iterdir()))
+
+
+def test_the_comparison_of_runs_begins_with_the_settings_that_people_compare(tmp_path: Path) -> None:
+    """As TensorBoard's own server orders them."""
+    one = tracker(tmp_path)
+    names = ("adam_beta1", "adam_epsilon", "tuning", "learning_rate", "lora_r", "seed", "num_train_epochs")
+    one.hyperparameters(dict.fromkeys(names, 1), {"accuracy": 0.75})
+    one.close()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    backend = backend_context.Context(TBContext(data_provider=provider))
+    experiment = backend.experiment_from_metadata(
+        RequestContext(), "", True, backend.hparams_metadata(RequestContext(), ""), []
+    )
+    shown = [info.name for info in experiment.hparam_infos]
+    assert shown == ["learning_rate", "lora_r", "num_train_epochs", "tuning", "adam_beta1", "adam_epsilon", "seed"]
 
 
 def test_memory_is_that_of_this_process() -> None:
