@@ -96,7 +96,8 @@ class Tracker:
     def say(self, message: str) -> None:
         """Shows a message above the progress bar, or logs it if there is no bar."""
         if self.enabled:
-            if self._bar.disable:
+            # `tqdm.write` would draw the bar, even before the first update.
+            if self._bar.disable or self._bar.n == self._bar.initial:
                 logger.info(message)
             else:
                 self._bar.write(message, file=sys.stderr)

@@ -189,6 +189,23 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
     assert (erased.strip(), line) == ("", "")
 
 
+def test_a_message_before_the_first_update_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is logged next, such as on features after --probe, would continue the line of the bar."""
+    reading, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        one = tracker(tmp_path)
+        one.say("before training")
+        one.close()
+        print("the end", file=stderr)
+        shown = b""
+        while b"the end" not in shown:
+            shown += os.read(reading, 10_000)
+        assert b"step 0/10" not in shown
+    os.close(reading)
+
+
 def test_a_run_without_updates_left_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one that was killed in its last evaluation, and resumes."""
     reading, terminal = pty.openpty()
