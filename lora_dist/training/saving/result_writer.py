@@ -152,8 +152,9 @@ class ResultWriter:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():
                     tracker.picture("calibration/reliability", picture, progress.step)
-            warn_of_chance_level(problem, evaluation)
             tracker.close()
+            # Below the progress bar, which ends here.
+            warn_of_chance_level(problem, evaluation)
         accelerator.wait_for_everyone()
 
     def _summary(
