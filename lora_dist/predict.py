@@ -19,6 +19,7 @@ from lora_dist.deployment.export import destinations
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.launch_summary import write_reason
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.cli import argv_or, parse
@@ -156,8 +157,7 @@ def _classify(
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
-        parts.write_mine(rows_of)
-        if not parts.wait_for_others():
+        if not parts.write(rows_of):
             return True
         all_readable = write(evaluation.seen(parts.rows()))
         parts.remove()
@@ -327,7 +327,9 @@ def _output(
     if images.output:
         logger.info("wrote %s", images.output)
     if bad:
-        logger.warning("%d of %d images could not be read; their rows have the errors", bad, len(inputs))
+        unread = f"{bad:,} of {len(inputs):,} images could not be read; their rows have the errors"
+        write_reason(unread)
+        logger.warning(unread)
     return not bad
 
 

@@ -23,7 +23,7 @@ def local_path(name: str) -> str:
     """The directory of a model or data set of the demo; other names are returned unchanged.
 
     The first use of the digits writes them as PNG files to `$LORA_DIST_CACHE` (default `~/.cache/lora_dist`). Raises
-    `UserError` for a name that the demo does not have.
+    `UserError` for a name that the demo does not have, and if the digits cannot be written.
     """
     from lora_dist.errors import UserError
 
@@ -37,7 +37,12 @@ def local_path(name: str) -> str:
 
         cache = Path(os.environ.get("LORA_DIST_CACHE", Path.home() / ".cache" / "lora_dist"))
         root = cache / "digits"
-        digits.write(root)
+        try:
+            digits.write(root)
+        except OSError as error:
+            raise UserError(
+                f"{name}: cannot write the digits to {root} ({error.strerror}); LORA_DIST_CACHE sets another directory"
+            ) from error
         if inside and (root / inside).is_dir():
             return str(root / inside)
     raise UserError(f"{name}: the demo has {PREFIX}vit, {PREFIX}digits/train and {PREFIX}digits/validation")

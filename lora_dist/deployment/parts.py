@@ -12,7 +12,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, groupby, islice, product
 from pathlib import Path
@@ -112,26 +112,55 @@ class Parts:
                 f"that one to its end, delete the directory, or choose another --output"
             )
 
-    def write_mine(self, rows_of: RowsOf) -> None:
+    def write(self, rows_of: RowsOf) -> bool:
         """Classifies the images of this process and writes their parts, except those that an earlier run has written.
 
+        The first process then waits until the others have written theirs.
+
+        Returns:
+            Whether this process is the first one, which joins the parts.
+
         Raises:
-            UserError: the disk is full or cannot be written.
+            UserError: the disk is full or cannot be written, or another process has failed.
         """
         written = self._written()
         pending = [part for part in self._parts[self._rank :: self._world_size] if part.number not in written]
         done, total = self._images_of(written), self._images_of(range(len(self._parts)))
         if written:
-            logger.info("continuing %s, which has %d rows", self.directory, done)
-        with Progress(total, done, silent=self._rank > 0) as progress:
+            logger.info("continuing %s, which has %s rows", self.directory, f"{done:,}")
+        with self._interruptible(total), Progress(total, done, silent=self._rank > 0) as progress:
+
+            def show() -> None:
+                if self._rank == 0:
+                    progress.advance_to(self._images_of(self._written()))
+
             for adapter, group in groupby(pending, key=lambda part: part.adapter):
                 mine = list(group)
                 indices = array("q", chain.from_iterable(part.indices for part in mine))
                 rows = rows_of[adapter](indices)
                 for part in mine:
                     self._write(part, islice(rows, len(part.indices)))
-                    if self._rank == 0:
-                        progress.advance_to(self._images_of(self._written()))
+                    show()
+            self._tell("written")
+            if self._rank == 0:
+                self._wait_for("written", range(self._world_size), show)
+        return self._rank == 0
+
+    @contextmanager
+    def _interruptible(self, total: int) -> Iterator[None]:
+        """Says on Ctrl-C how much is kept."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._rank == 0:
+                kept = self._images_of(self._written())
+                logger.warning(
+                    "%s has %s of %s rows: the same command continues from them",
+                    self.directory,
+                    f"{kept:,}",
+                    f"{total:,}",
+                )
+            raise
 
     def _written(self) -> set[int]:
         """Numbers of the parts that are written, by any process."""
@@ -145,22 +174,11 @@ class Parts:
         with writing(self.directory, "output"), replace_files(self.directory) as aside:
             (aside / self._path(part).name).write_text(content, encoding="utf-8")
 
-    def wait_for_others(self) -> bool:
-        """Waits on the first process until the others have written their parts; returns whether to join them here.
-
-        Raises:
-            UserError: another process has failed.
-        """
-        self._tell("written")
-        if self._rank == 0:
-            self._wait_for("written", range(self._world_size))
-        return self._rank == 0
-
     def _tell(self, stage: str) -> None:
         if self._store is not None:
             self._store.set(f"predict/{stage}/{self._rank}", "")
 
-    def _wait_for(self, stage: str, ranks: Iterable[int]) -> None:
+    def _wait_for(self, stage: str, ranks: Iterable[int], meanwhile: Callable[[], None] = lambda: None) -> None:
         if self._store is None:
             return
         waited_for = list(ranks)
@@ -168,7 +186,9 @@ class Parts:
             while waited_for := [rank for rank in waited_for if not self._store.check([f"predict/{stage}/{rank}"])]:
                 if failure := read_failure(self._store):
                     raise failure
+                meanwhile()
                 time.sleep(_POLL_SECONDS)
+        meanwhile()
 
     def rows(self) -> Iterator[Row]:
         """Yields the rows of all parts, in the order of adapters and files.

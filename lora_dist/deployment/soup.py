@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.errors import UserError
-from lora_dist.metrics.predictions import folder_of
+from lora_dist.metrics.predictions import class_folder
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
 
@@ -55,9 +55,9 @@ def accuracy(classifier: Classifier, files: Sequence[str], inference: Inference)
     if classifier.decision.problem_type == MULTI_LABEL:
         raise UserError("--greedy_soup measures one class per image, and these adapters give several labels: --average")
     labels = set(classifier.labels)
-    labelled = [file for file in files if folder_of(file) in labels]
-    rows = classify(classifier, labelled, inference, top_k=1)
-    right = [row.top_k[0][0] == folder_of(row.path) for row in rows if row.error is None]
+    folders = {file: folder for file in files if (folder := class_folder(file, labels))}
+    rows = classify(classifier, list(folders), inference, top_k=1)
+    right = [row.top_k[0][0] == folders[row.path] for row in rows if row.error is None]
     if not right:
         raise UserError(
             f"--greedy_soup: no readable image is in a folder named after a class ({classifier.labels[0]}, …)"

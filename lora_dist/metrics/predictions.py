@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +218,18 @@ def no_label(_: str) -> None:
 
 
 def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[str], str | None]:
-    """Returns the function that gives the label of an image by its path: the name of its folder.
+    """Returns the function that gives the label of an image by its path, as `class_folder` does.
 
-    Folders are labels if there are at least two, and all of them are classes; otherwise, the function is `no_label`.
+    Folders are labels if there are at least two, and all images are in such folders; otherwise, it is `no_label`.
     """
-    folders = {folder_of(path) for path in paths}
-    return folder_of if len(folders) > 1 and folders <= set(classes) else no_label
+    names = frozenset(classes)
+    folders = {class_folder(path, names) for path in paths}
+    return partial(class_folder, classes=names) if len(folders) > 1 and None not in folders else no_label
+
+
+def class_folder(path: str, classes: Collection[str]) -> str | None:
+    """Returns the innermost folder around an image that is named after a class, at any depth; None without one."""
+    return next((folder.name for folder in Path(path).parents if folder.name in classes), None)
 
 
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
@@ -234,10 +241,5 @@ def folder_label_by_predictions(first: Predictions, second: Predictions) -> Call
     if first.several or second.several:
         return no_label
     predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
-    folders = {folder_of(path) for path in first.paths}
+    folders = {class_folder(path, predicted) or Path(path).parent.name for path in first.paths}
     return folder_label(first.paths, predicted | folders if predicted <= folders else predicted)
-
-
-def folder_of(path: str) -> str:
-    """The name of the folder that a file lies in."""
-    return Path(path).parent.name

@@ -21,6 +21,7 @@ from functools import wraps
 from typing import NoReturn, ParamSpec, TypeVar
 
 from lora_dist.errors import ProcessError, UserError
+from lora_dist.processes.launch_summary import write_reason
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +80,7 @@ def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except UserError as error:
+            write_reason(f"{error.label}: {error}")
             rank = os.environ.get("RANK", "0")
             if isinstance(error, ProcessError) or os.environ.get("LOCAL_RANK", "0") == "0":
                 who = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
@@ -142,8 +144,10 @@ def _exit_code(error: BaseException) -> int:
         return error.code or 0
     limit_exit(1)
     if isinstance(error, SystemExit):
+        write_reason(str(error.code))
         print(error.code, file=sys.stderr)
     else:
+        write_reason(f"{type(error).__name__}: {error}")
         sys.excepthook(type(error), error, error.__traceback__)
     return 1
 

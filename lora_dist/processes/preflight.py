@@ -18,6 +18,7 @@ from torch.distributed import DistError, all_reduce, is_initialized
 from lora_dist import waiting
 from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
 from lora_dist.processes.failure import format_ranks, read_failure
+from lora_dist.processes.launch_summary import write_reason
 from lora_dist.processes.lifetime import end_process, limit_exit
 from lora_dist.processes.rendezvous import launch_store, store_lost
 
@@ -199,6 +200,7 @@ def _time_limit(seconds: float, message: str) -> Iterator[None]:
     def give_up() -> None:
         limit_exit(TrainingStoppedError.exit_code)
         if message:
+            write_reason(f"error: {message}")
             print(f"error: {message}", file=sys.stderr, flush=True)
         end_process(TrainingStoppedError.exit_code)
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import NamedTuple, NoReturn, TypeVar
 
 from lora_dist.errors import TrainingStoppedError, UserError
+from lora_dist.processes.launch_summary import write_reason
 from lora_dist.processes.lifetime import (
     GRACE_SECONDS,
     at_end,
@@ -232,6 +233,7 @@ class Watch:
             self._peers, self._failure = None, peers.store_lost()
         if self._failure is not None and not self._finishes():
             limit_exit(self._failure.exit_code)
+            write_reason(f"error: {self._failure}")
             print(f"error: {self._failure}", file=sys.stderr, flush=True)
             end_process(self._failure.exit_code)
 
@@ -257,6 +259,7 @@ class Watch:
         if lines:
             hint = [self.resume_hint] if self.resume_hint else []
             heading = "\n  ".join([f"error: no progress for {seconds:.0f} s (--stall_timeout):", *lines])
+            write_reason("\n".join([heading, *hint]))
             stacks = "\n".join([heading, *hint, stacks])
         print(stacks, file=sys.stderr, flush=True)
         show_stacks_of_children()

@@ -210,9 +210,11 @@ def _parser(
             metavar="NAME|FILE",
             help=f"YAML file of settings or packaged recipe ({', '.join(recipe_names())}). Flags override it.",
         )
+    # The groups of the command itself come before those that it shares with training.
+    own = settings_class.__annotations__
     groups = {
         name: parser.add_argument_group((_group_class(info).__doc__ or name).splitlines()[0])
-        for name, info in settings_class.model_fields.items()
+        for name, info in sorted(settings_class.model_fields.items(), key=lambda item: item[0] not in own)
     }
     for name, field in fields.items():
         groups[field.group].add_argument(

@@ -22,6 +22,7 @@ from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.training.failures import data_failure, update_explained
+from lora_dist.training.reporting.report import processes_text
 from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.disk_budget import Sizes
@@ -134,7 +135,7 @@ def describe(
     plan, schedule, accelerator = run.plan, run.schedule, run.engine.accelerator
     options = run.settings.run
     trainable, total = parameters
-    steps = schedule.total_steps - first_step
+    steps, samples = schedule.total_steps - first_step, min(plan.effective_batch, plan.num_samples)
     evaluations = sum(
         is_due(options.eval_steps, step, plan.steps_per_epoch, schedule.total_steps)
         for step in range(first_step + 1, schedule.total_steps + 1)
@@ -149,12 +150,13 @@ def describe(
         ("classes", f"{len(data.labels)}: {', '.join(data.labels[:6])}{' …' if len(data.labels) > 6 else ''}"),
         (
             "launch",
-            f"{_processes(plan.world_size)} on {socket.gethostname()}, {engine}{precision}, {accelerator.device.type}",
+            f"{processes_text(plan.world_size)} on {socket.gethostname()}, {engine}{precision}, "
+            f"{accelerator.device.type}",
         ),
         (
             "updates",
-            f"{steps:,} of {min(plan.effective_batch, plan.num_samples)} samples: {plan.per_device_batch} per process "
-            f"x {plan.accumulation} accumulated x {_processes(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
+            f"{steps:,} of {samples} samples: {plan.per_device_batch} per process x {plan.accumulation} "
+            f"accumulated x {processes_text(plan.world_size)}; {plan.steps_per_epoch:,} per epoch"
             + (f"; {first_step:,} are done" if first_step else ""),
         ),
         ("trains", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"),
@@ -187,10 +189,6 @@ def _groups(model: nn.Module) -> Iterator[str]:
     yield from lines[:MOST_LINES]
     if len(lines) > MOST_LINES:
         yield f"  … and {len(lines) - MOST_LINES} more"
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' if count > 1 else ''}"
 
 
 def _interval(seconds: float) -> str:

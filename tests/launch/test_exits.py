@@ -129,6 +129,8 @@ def test_a_run_ends_with_all_that_it_started(
         if expected:
             assert re.search(rf"exitcode  : {expected} ", launch.text), launch.text
     assert re.search(said, launch.text), launch.text
+    if way in ("signal", "unreadable image") and processes > 1:
+        assert re.search(said, launch.text.split("Root Cause")[1]), launch.text
     assert seconds < SECONDS + (4 if way == "hanging worker" else 0), launch.text
     assert launch.processes() == []
     if "is saved" in said or "are saved" in said:

@@ -30,7 +30,7 @@ from lora_dist.deployment.export.onnx_model import (
 )
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
-from lora_dist.metrics.predictions import folder_of
+from lora_dist.metrics.predictions import class_folder
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
@@ -255,11 +255,11 @@ def _cost(
         if before.error is not None:
             continue
         answer_before, answer_after = ([name for name, _ in row.answer] for row in (before, after))
-        folder = folder_of(before.path)
+        folder = class_folder(before.path, names)
         images += 1
         changed += set(answer_before) != set(answer_after)
-        labelled += folder in names
-        right_before += folder in names and answer_before == [folder]
-        right_after += folder in names and answer_after == [folder]
+        labelled += folder is not None
+        right_before += answer_before == [folder]
+        right_after += answer_after == [folder]
     answer = "set of labels" if several else "class"
     return RoundingCost(weights, images, changed, labelled, right_before, right_after, answer)

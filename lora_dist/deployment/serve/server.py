@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, UploadFile
+from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from lora_dist.deployment.serve.batching import Batcher
@@ -112,6 +114,15 @@ def _add_predictions(app: FastAPI, service: Service, default_top_k: int) -> None
     @app.exception_handler(RefusedUploadError)
     async def refuse(_: Request, refusal: RefusedUploadError) -> JSONResponse:
         return JSONResponse({"detail": str(refusal)}, refusal.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_form(request: Request, error: RequestValidationError) -> Response:
+        field, images = ("file", "an image") if request.url.path == "/explain" else ("files", "images")
+        if not any(problem["loc"] == ("body", field) for problem in error.errors()):
+            return await request_validation_exception_handler(request, error)
+        url = request.url.replace(query="")
+        detail = f"send {images} in the field '{field}' of a form: curl -F {field}=@one.jpg {url}"
+        return JSONResponse({"detail": detail}, 422)
 
     @app.post("/predict", responses=refusals)
     async def predict(

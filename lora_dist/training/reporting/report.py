@@ -49,7 +49,7 @@ def announce(
         f"{f'; fold {data.fold}' if data.fold else ''}\n"
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.2f}\n"
         f"{schedule.total_steps:,} updates of {min(plan.effective_batch, plan.num_samples)} samples: at most "
-        f"{plan.per_device_batch} per process x {plan.accumulation} accumulated x {plan.world_size} processes; "
+        f"{plan.per_device_batch} per process x {plan.accumulation} accumulated x {processes_text(plan.world_size)}; "
         f"{precision} on {accelerator.device}"
     )
     if plan.effective_batch > plan.num_samples:
@@ -59,6 +59,11 @@ def announce(
             plan.num_samples,
             plan.effective_batch,
         )
+
+
+def processes_text(count: int) -> str:
+    """Returns `1 process` or `2 processes`."""
+    return f"{count} process{'es' if count > 1 else ''}"
 
 
 def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: EvaluationResult, step: int) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lora_dist.processes.lifetime import at_end
 from lora_dist.training.reporting.curve_files import EventFile, JsonLines
 from lora_dist.training.reporting.external_trackers import ExternalTrackers
+from lora_dist.training.reporting.hyperparameters import add_hyperparameters
 
 logger = logging.getLogger(__name__)
 HPARAM_TYPES = (bool, str, float, int)
@@ -95,7 +96,8 @@ class Tracker:
     def say(self, message: str) -> None:
         """Shows a message above the progress bar, or logs it if there is no bar."""
         if self.enabled:
-            if self._bar.disable:
+            # `tqdm.write` would draw the bar, even before the first update.
+            if self._bar.disable or self._bar.n == self._bar.initial:
                 logger.info(message)
             else:
                 self._bar.write(message, file=sys.stderr)
@@ -135,7 +137,7 @@ class Tracker:
                 name: value if isinstance(value, HPARAM_TYPES) else json.dumps(value) for name, value in flat.items()
             }
             results = {f"hparam/{name}": value for name, value in metrics.items()}
-            self._events.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
+            self._events.write(add_hyperparameters, hparams, results)
 
     def flush(self) -> None:
         """Flushes the files before a checkpoint: a run that resumes from it logs nothing twice.

@@ -3,7 +3,8 @@
 import gc
 import logging
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,14 +122,17 @@ class ResultWriter:
             results = self._results(run, progress, evaluation, test)
             results |= {} if report is None else {"calibration": report.record()}
             written = self._result(run)
+            write = partial(
+                self._write, run=run, trained=trained, evaluation=evaluation, results=results, report=report
+            )
             try:
-                remaining = self._write(written, run, trained, evaluation, results, report)
+                remaining = write(written)
                 write_evaluation(self.output.evaluation, problem, evaluation, self.data.labels)
                 problem.write_predictions(self.output.predictions, evaluation, validation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
                 raise ResultNotWrittenError(
-                    f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
+                    f"cannot write the result to {self.output.root}: {error}. {_written_elsewhere(written.name, write)}"
                 ) from error
             _, model = self._fresh_model(run.settings)
             explain_worst(tracker, run.evaluator, model, evaluation, progress.step)
@@ -148,8 +152,9 @@ class ResultWriter:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():
                     tracker.picture("calibration/reliability", picture, progress.step)
-            warn_of_chance_level(problem, evaluation)
             tracker.close()
+            # Below the progress bar, which ends here.
+            warn_of_chance_level(problem, evaluation)
         accelerator.wait_for_everyone()
 
     def _summary(
@@ -292,6 +297,16 @@ class ResultWriter:
             base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
+
+
+def _written_elsewhere(name: str, write: Callable[[Path], Any]) -> str:
+    """Writes a result to the directory for temporary files; returns a sentence that says whether it is there."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="lora_dist-result-")) / name
+        write(directory)
+    except (OSError, SafetensorError) as error:
+        return f"The directory for temporary files cannot take it either ({error})."
+    return f"It is in {directory} instead."
 
 
 def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:

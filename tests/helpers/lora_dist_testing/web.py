@@ -35,10 +35,12 @@ def multipart(files: Sequence[tuple[str, bytes]], field: str = "files") -> bytes
     return b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
 
 
-def post(url: str, files: Sequence[tuple[str, bytes]], query: str = "", field: str = "files") -> tuple[int, Any]:
-    """Uploads files to the endpoint; the status, and the JSON of the answer."""
+def post(
+    url: str, files: Sequence[tuple[str, bytes]], query: str = "", field: str = "files", path: str = "/predict"
+) -> tuple[int, Any]:
+    """Uploads files to an endpoint; the status, and the JSON of the answer."""
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-    request = urllib.request.Request(f"{url}/predict{query}", multipart(files, field), headers)
+    request = urllib.request.Request(f"{url}{path}{query}", multipart(files, field), headers)
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return response.status, json.load(response)

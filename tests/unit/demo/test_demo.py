@@ -51,6 +51,15 @@ def test_the_configuration_of_the_base_is_packaged() -> None:
     assert (directory / "preprocessor_config.json").is_file()
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_DIST_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"cannot write the digits to .*\(Not a directory\); LORA_DIST_CACHE sets"):
+        demo.local_path("demo:digits/train")
+
+
 def test_the_digits_are_written_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_DIST_CACHE", str(tmp_path))
     assert demo.local_path("demo:digits/train") == str(tmp_path / "digits" / "train")

@@ -24,17 +24,28 @@ def _rows(indices: Sequence[int], **fields: Any) -> Iterator[Row]:
 
 def test_rows_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "rows.csv", ["day", "night"], Files(FILES), {"top_k": 1})
-    parts.write_mine({name: partial(_rows, adapter=name) for name in ("day", "night")})
+    parts.write({name: partial(_rows, adapter=name) for name in ("day", "night")})
     expected = [row for name in ("day", "night") for row in _rows(range(len(FILES)), adapter=name)]
     assert list(parts.rows()) == expected
     parts.remove()
     assert not parts.directory.exists()
 
 
+def test_an_interruption_says_what_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def interrupted(indices: Sequence[int]) -> Iterator[Row]:
+        yield from _rows(indices[:7])
+        raise KeyboardInterrupt
+
+    parts = Parts(tmp_path / "rows.csv", [None], Files(FILES), {})
+    with pytest.raises(KeyboardInterrupt):
+        parts.write({None: interrupted})
+    assert f"{parts.directory} has 6 of 130 rows: the same command continues from them" in caplog.text
+
+
 def test_values_come_back_to_the_bit(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).normal(size=(len(FILES), 7)).astype(np.float32)
     parts = Parts(tmp_path / "rows.parquet", [None], Files(FILES), {})
-    parts.write_mine({None: lambda indices: (Row(FILES[i], [("a", 0.5)], values=numbers[i]) for i in indices)})
+    parts.write({None: lambda indices: (Row(FILES[i], [("a", 0.5)], values=numbers[i]) for i in indices)})
     assert np.array_equal(np.stack([row.values for row in parts.rows() if row.values is not None]), numbers)
 
 

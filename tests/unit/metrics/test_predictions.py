@@ -77,12 +77,17 @@ def test_folders_are_labels_if_they_are_classes() -> None:
     assert folder_label(["a//1.png", "b//1.png"], ["a", "b"])("a//1.png") == "a"
     assert folder_label(two.paths, ["a", "c"])("a/1.png") is None
     assert folder_label(two.paths[:1], ["a", "b"])("a/1.png") is None
+    nested = ["photos/a/monday/1.png", "photos/b/2.png", "photos/b/monday/3.png"]
+    assert [folder_label(nested, ["a", "b"])(path) for path in nested] == ["a", "b", "b"]
+    assert folder_label([*nested, "photos/other/4.png"], ["a", "b"])(nested[0]) is None
 
 
 def test_a_class_that_is_never_predicted_counts_as_one() -> None:
     """Without it, only images of predicted classes would be compared."""
     label_of = folder_label_by_predictions(_rows(a_1="a", b_1="a", c_1="b"), _rows(a_1="a", b_1="a", c_1="a"))
     assert label_of("c/1.png") == "c"
+    label_of = folder_label_by_predictions(_rows(a_x_1="a", b_1="a", c_1="b"), _rows(a_x_1="a", b_1="a", c_1="a"))
+    assert [label_of(path) for path in ("a/x/1.png", "c/1.png")] == ["a", "c"]
     label_of = folder_label_by_predictions(_rows(a_1="a", misc_1="b"), _rows(a_1="a", misc_1="a"))
     assert label_of("a/1.png") is None
 

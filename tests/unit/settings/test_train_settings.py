@@ -429,7 +429,8 @@ def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: s
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     indices = []
-    for field in settings.model_fields.values():
+    own_first = sorted(settings.model_fields, key=lambda name: name not in settings.__annotations__)
+    for field in (settings.model_fields[name] for name in own_first):
         assert field.annotation is not None
         indices.append(lines.index(f"{(field.annotation.__doc__ or '').splitlines()[0]}:"))
         text = "\n".join(lines[indices[-1] :]).partition("\n\n")[0]

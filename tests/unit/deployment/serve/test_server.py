@@ -195,8 +195,12 @@ def test_a_wrong_parameter_is_refused(url: str, query: str) -> None:
     assert post(url, [("a.png", GOOD)], query)[0] == 422
 
 
-def test_another_field_of_the_form_is_no_file(url: str) -> None:
-    assert post(url, [("a.png", GOOD)], field="image")[0] == 422
+def test_a_request_without_the_field_of_the_form_is_told_how_to_send_a_file(url: str) -> None:
+    for status, answer in (post(url, [("a.png", GOOD)], field="image"), post(url, [])):
+        assert status == 422
+        assert answer["detail"] == f"send images in the field 'files' of a form: curl -F files=@one.jpg {url}/predict"
+    explained = post(url, [("a.png", GOOD)], field="files", path="/explain")
+    assert explained[1]["detail"] == f"send an image in the field 'file' of a form: curl -F file=@one.jpg {url}/explain"
 
 
 def _raw(url: str, head: str, chunks: list[bytes]) -> bytes:

@@ -15,7 +15,12 @@ import pytest
 import torch
 from lora_dist_testing.disks import fill, small_disk
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import backend_context
 
 from lora_dist.training.reporting.curve_files import JsonLines
 from lora_dist.training.reporting.throughput import peak_memory_mb
@@ -137,6 +142,23 @@ def test_pictures_settings_and_the_comparison_of_runs_are_on_the_board(tmp_path:
     assert len(list((tmp_path / "tensorboard").rglob("events*"))) == len(list((tmp_path / "tensorboard").iterdir()))
 
 
+def test_the_comparison_of_runs_begins_with_the_settings_that_people_compare(tmp_path: Path) -> None:
+    """As TensorBoard's own server orders them."""
+    one = tracker(tmp_path)
+    names = ("adam_beta1", "adam_epsilon", "tuning", "learning_rate", "lora_r", "seed", "num_train_epochs")
+    one.hyperparameters(dict.fromkeys(names, 1), {"accuracy": 0.75})
+    one.close()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    backend = backend_context.Context(TBContext(data_provider=provider))
+    experiment = backend.experiment_from_metadata(
+        RequestContext(), "", True, backend.hparams_metadata(RequestContext(), ""), []
+    )
+    shown = [info.name for info in experiment.hparam_infos]
+    assert shown == ["learning_rate", "lora_r", "num_train_epochs", "tuning", "adam_beta1", "adam_epsilon", "seed"]
+
+
 def test_memory_is_that_of_this_process() -> None:
     """Importing torch alone takes more than 50 MB, and no test of this project takes 100 GB."""
     assert 50 < peak_memory_mb(torch.device("cpu")) < 100_000
@@ -165,6 +187,23 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
     assert "step 2/10" in before
     *_, erased, line = before.split("\r")
     assert (erased.strip(), line) == ("", "")
+
+
+def test_a_message_before_the_first_update_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is logged next, such as on features after --probe, would continue the line of the bar."""
+    reading, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        one = tracker(tmp_path)
+        one.say("before training")
+        one.close()
+        print("the end", file=stderr)
+        shown = b""
+        while b"the end" not in shown:
+            shown += os.read(reading, 10_000)
+        assert b"step 0/10" not in shown
+    os.close(reading)
 
 
 def test_a_run_without_updates_left_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
