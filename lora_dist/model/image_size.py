@@ -74,7 +74,11 @@ def _as_user_error(model: Any, size: Size) -> Iterator[None]:
         raise
     except Exception as error:
         name = getattr(model.config, "architecture", None) or type(getattr(model, "backbone", model)).__name__
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        first, _, rest = str(error).strip().partition("\n")
+        # torch lists what does not fit on the lines below a heading.
+        reason = (f"{first} {rest.strip().splitlines()[0]}" if first.endswith(":") and rest.strip() else first).rstrip(
+            "."
+        )
         advice = "" if size[0] == size[1] else ". It may take square ones"
         raise UserError(
             f"--image_size: {name} cannot take images of {_text(size)} (height x width): {reason}{advice}"

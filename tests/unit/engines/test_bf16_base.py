@@ -8,7 +8,7 @@ from lora_dist_testing.tiny import make_model, perturb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lora_dist.engines.bf16_base import cast_base
+from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, lora_layer
@@ -115,3 +115,30 @@ def test_launches_without_such_a_base_are_refused(precision: str, engine: str) -
     with pytest.raises(UserError, match=r"--base_dtype bfloat16: .*(DeepSpeed|fp16)"):
         require_bf16(precision, on_cpu=False, engine=engine)
     require_bf16("bf16", on_cpu=False, engine="FSDP")
+
+
+class _Constants(nn.Module):
+    """A layer of saved constants, as the cosine transform of CSATv2, or constants beside parameters."""
+
+    def __init__(self, beside_parameters: bool) -> None:
+        super().__init__()
+        self.own = nn.Linear(1, 1) if beside_parameters else nn.Identity()
+        self.register_buffer("cosines", torch.eye(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.cosines)
+
+
+@pytest.mark.parametrize("beside_parameters", [False, True])
+def test_constants_in_fp32_are_supported_or_one_sentence(beside_parameters: bool, vit: Path) -> None:
+    base = load_base(str(vit), LABELS)
+    constants = _Constants(beside_parameters)
+    base.model.vit.layernorm = nn.Sequential(constants, base.model.vit.layernorm)
+    model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=2))
+    cast_base(model, base.heads)
+    if not beside_parameters:
+        require_bf16_forward(model, _pixels())
+        assert constants.cosines.dtype == torch.float32
+        return
+    with pytest.raises(UserError, match=r"--base_dtype bfloat16: the model does not run in bf16 .*--mixed_precision"):
+        require_bf16_forward(model, _pixels())
