@@ -54,12 +54,12 @@ def require_bf16_forward(model: nn.Module, pixel_values: Tensor) -> None:
     """Classifies images [B, 3, H, W] with a model whose base is in bf16.
 
     Raises:
-        UserError: the model mixes bf16 with constants in fp32.
+        UserError: the model does not run, for example because it has constants in fp32 (CSATv2 of timm).
     """
     try:
         model.eval()(pixel_values=pixel_values)
     except RuntimeError as error:
         raise UserError(
-            f"--base_dtype bfloat16: the model does not run in bf16 ({error}). Use --mixed_precision bf16 instead"
+            f"--base_dtype bfloat16: the model does not run in bf16 ({error}). Leave --base_dtype out"
         ) from error
     clear_cached(model)

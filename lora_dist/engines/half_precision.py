@@ -4,7 +4,6 @@ Neither casts buffers, and DeepSpeed casts positional arguments only.
 """
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_in(model: nn.Module, mixed_precision: str) -> None:
-    """Casts the input and the constants of `model` to the dtype of its parameters, and runs its batch norms and layers
-    of saved constants in fp32.
+    """Casts the input and the constants of `model` to the dtype of its parameters, and runs its batch norms in fp32.
 
     Called before the engine wraps the model.
 
@@ -34,8 +32,8 @@ def compute_in(model: nn.Module, mixed_precision: str) -> None:
 
     model.register_forward_pre_hook(cast, with_kwargs=True)
     for module in model.modules():
-        if isinstance(module, _BatchNorm) or _has_constants_alone(module):
-            module.forward = _InFp32(module)  # type: ignore[assignment, method-assign]
+        if isinstance(module, _BatchNorm):
+            module.forward = _Fp32BatchNorm(module)  # type: ignore[assignment, method-assign]
         elif next(module.parameters(), None) is not None:
             # Such as the table of coordinates of Swinv2. Rotary frequencies, in modules without parameters, stay fp32.
             for name in module._non_persistent_buffers_set & module._buffers.keys():
@@ -44,29 +42,16 @@ def compute_in(model: nn.Module, mixed_precision: str) -> None:
                     module._buffers[name] = buffer.to(dtype)
 
 
-def _has_constants_alone(module: nn.Module) -> bool:
-    """Whether a layer computes with saved constants and without parameters, as the cosine transform of CSATv2."""
-    constants = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
-    floating = any(
-        module.get_buffer(name).is_floating_point() for name in constants if module._buffers[name] is not None
-    )
-    takes_features_alone = len(inspect.signature(module.forward).parameters) == 1
-    return floating and takes_features_alone and next(module.parameters(), None) is None
+class _Fp32BatchNorm:
+    """The forward pass of a batch norm in fp32, the dtype of its running statistics, which it updates in place."""
 
-
-class _InFp32:
-    """The forward pass of a batch norm or layer of constants in fp32, the dtype of its buffers.
-
-    A batch norm updates its running statistics in place.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        # Without the hooks of the engine, which has gathered the weights of `layer` when its forward pass begins.
-        self._without_hooks = copy.deepcopy(layer)
+    def __init__(self, norm: _BatchNorm) -> None:
+        self._norm = norm
+        # Without the hooks of the engine, which has gathered the weights of `norm` when its forward pass begins.
+        self._without_hooks = copy.deepcopy(norm)
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._without_hooks.train(self._layer.training)
-        tensors = dict(self._layer.named_parameters(recurse=False)) | dict(self._layer.named_buffers(recurse=False))
+        self._without_hooks.train(self._norm.training)
+        tensors = dict(self._norm.named_parameters(recurse=False)) | dict(self._norm.named_buffers(recurse=False))
         in_fp32 = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         return functional_call(self._without_hooks, in_fp32, x.float()).to(x.dtype)
