@@ -25,7 +25,7 @@ from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import UNCALIBRATED, Calibration
-from lora_dist.storage.files import whole_directory
+from lora_dist.storage.atomic import whole_directory
 
 logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"
