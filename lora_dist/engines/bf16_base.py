@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
 from lora_dist.model.parameter_names import is_head, lora_layer_of
+from lora_dist.model.trainable import clear_cached
 
 
 def cast_base(model: nn.Module, heads: Sequence[str]) -> None:
@@ -46,3 +47,19 @@ def _in_its_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
     """Casts the input of a module to the dtype of its own parameters."""
     dtype = next(module.parameters(recurse=False)).dtype
     return tuple(one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one for one in inputs)
+
+
+@torch.no_grad()
+def require_bf16_forward(model: nn.Module, pixel_values: Tensor) -> None:
+    """Classifies images [B, 3, H, W] with a model whose base is in bf16.
+
+    Raises:
+        UserError: the model does not run, for example because it has constants in fp32 (CSATv2 of timm).
+    """
+    try:
+        model.eval()(pixel_values=pixel_values)
+    except RuntimeError as error:
+        raise UserError(
+            f"--base_dtype bfloat16: the model does not run in bf16 ({error}). Leave --base_dtype out"
+        ) from error
+    clear_cached(model)

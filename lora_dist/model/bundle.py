@@ -23,6 +23,7 @@ from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
 from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
+from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import UNCALIBRATED, Calibration
 from lora_dist.storage.atomic import whole_directory
 
@@ -73,7 +74,7 @@ def write_model(
 ) -> None:
     """Writes a whole `transformers` model; an existing one is replaced when the new one is complete."""
     with whole_directory(directory) as temporary:
-        model.save_pretrained(temporary)
+        save_model(model, temporary)
         write_metadata(temporary, model.config, processor, card, records, pictures)
 
 

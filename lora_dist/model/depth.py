@@ -1,6 +1,7 @@
 """Finds the blocks of a backbone in the order of computation, and how far each parameter is from the head."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,17 +105,18 @@ def first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
     return calls
 
 
-@torch.no_grad()
 def layer_positions(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
-    """Returns the linear layers and convolutions that a forward pass calls, with the positions that each computes.
+    """Returns the linear layers and convolutions through which features pass, with the positions that each computes.
 
-    That is 1 after pooling, as in squeeze-and-excitation. Arguments as `find_blocks`.
+    That is 1 after pooling, as in squeeze-and-excitation. Layers that a forward pass does not call are left out, and
+    those that compute a table from constants, such as the relative positions of Swin v2. Arguments as `find_blocks`.
     """
     positions: dict[str, int] = {}
 
     def note(name: str, layer: Any, output: Tensor) -> None:
-        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        positions[name] = max(positions.get(name, 1), output.numel() // (channels * len(pixel_values)))
+        if output.requires_grad:
+            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            positions[name] = max(positions.get(name, 1), output.numel() // (channels * len(pixel_values)))
 
     # A value that a hook returns replaces the output of its module, so `note` returns none.
     hooks = [
@@ -123,11 +125,26 @@ def layer_positions(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     try:
-        model(pixel_values=pixel_values)
+        with torch.enable_grad(), _only_features_require_gradients(model):
+            model(pixel_values=pixel_values.detach().clone().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
     return positions
+
+
+@contextmanager
+def _only_features_require_gradients(model: nn.Module) -> Iterator[None]:
+    """Freezes the parameters of linear layers and convolutions; others, such as a class token, are features."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not isinstance(module, nn.Linear | nn.Conv2d))
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def _blocks(model: nn.Module, heads: Sequence[str], calls: Mapping[str, int], flag: str) -> list[str]:

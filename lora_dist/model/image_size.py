@@ -74,7 +74,10 @@ def _as_user_error(model: Any, size: Size) -> Iterator[None]:
         raise
     except Exception as error:
         name = getattr(model.config, "architecture", None) or type(getattr(model, "backbone", model)).__name__
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        first, _, rest = str(error).strip().partition("\n")
+        # torch lists what does not fit on the lines below a heading.
+        reason = f"{first} {rest.strip().splitlines()[0]}" if first.endswith(":") and rest.strip() else first
+        reason = reason.rstrip(".")
         if isinstance(error, TypeError) and size[0] != size[1]:
             reason = "its configuration has one number for both"
         advice = "" if size[0] == size[1] else ". It may take square ones"

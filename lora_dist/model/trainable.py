@@ -25,7 +25,7 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
     Raises:
         UserError: the model does not support these settings.
     """
-    model, blank = base.model, _blank(base.processor)
+    model, blank = base.model, blank_image(base.processor)
     model.eval()
     if settings.tuning == "lora":
         blocks = None if lora.layers_to_transform is None else blocks_of(base, lora.layers_to_transform)
@@ -113,21 +113,21 @@ def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 def layers_called(base: Base) -> dict[str, int]:
     """Returns the layers that a base model calls for an image, as `layer_positions`."""
-    return layer_positions(base.model, _blank(base.processor))
+    return layer_positions(base.model, blank_image(base.processor))
 
 
 def blocks_of(base: Base, wanted: Sequence[int] | str) -> list[str]:
     """Returns the names of the blocks of a base that `layers_to_transform` names (see `choose_blocks`)."""
-    found = find_blocks(base.model.eval(), base.heads, _blank(base.processor))
+    found = find_blocks(base.model.eval(), base.heads, blank_image(base.processor))
     return choose_blocks(found, wanted)
 
 
 def parameter_steps(base: Base) -> dict[str, int]:
     """Returns how many layers each parameter of a base, before LoRA, is from the head (see `steps_from_head`)."""
-    return steps_from_head(base.model.eval(), base.heads, _blank(base.processor))
+    return steps_from_head(base.model.eval(), base.heads, blank_image(base.processor))
 
 
-def _blank(processor: Any) -> Tensor:
+def blank_image(processor: Any) -> Tensor:
     """One grey image as the model takes it, float32 [1, 3, H, W]."""
     return processor(Image.new("RGB", (64, 64), (127, 127, 127)), return_tensors="pt")["pixel_values"]
 

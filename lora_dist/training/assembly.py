@@ -22,13 +22,13 @@ from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
-from lora_dist.engines.bf16_base import cast_base
+from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
 from lora_dist.engines.engine import Engine, fuses, make_engine
 from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.model.backbone import Base
 from lora_dist.model.injection import adapted_layers
-from lora_dist.model.trainable import count_parameters, make_trainable, parameter_steps
+from lora_dist.model.trainable import blank_image, count_parameters, make_trainable, parameter_steps
 from lora_dist.model.warm_start import WarmStart, load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.devices import inference_batch_size
@@ -247,6 +247,7 @@ def _make_model(
         start.load_into(model)
     if settings.model.base_dtype == "bfloat16":
         cast_base(model, base.heads)
+        require_bf16_forward(model, blank_image(base.processor))
     if settings.optimization.auto_batch_size:
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})

@@ -20,6 +20,7 @@ from lora_dist.model import adapters, bundle
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.license import License, license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
+from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import Calibration, fold
 from lora_dist.storage.atomic import whole_directory
 
@@ -87,7 +88,7 @@ def merge_to(
             )
     with whole_directory(out) as temporary:
         card = _card(source, measured, dtype, len(images), calibration, _license(classifier))
-        merged.to(dtype).save_pretrained(temporary)
+        save_model(merged.to(dtype), temporary)
         records = bundle.Records(classifier.conversion, calibration, classifier.decision)
         bundle.write_metadata(temporary, merged.config, classifier.processor, card, records)
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)

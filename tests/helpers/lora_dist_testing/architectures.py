@@ -1,5 +1,6 @@
 """Tiny checkpoints of every class behind `AutoModelForImageClassification`, with processors as on the Hub."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -220,6 +221,11 @@ TIMM: dict[str, tuple[str, dict[str, Any], int]] = {
         {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]},
         32,
     ),
+    "timm coat": (
+        "coat_lite_tiny",
+        {"img_size": 64, "embed_dims": [16, 16, 16, 16], "serial_depths": [1, 1, 1, 1], "num_heads": 8},
+        64,
+    ),
 }
 """Name in timm, arguments, and image size."""
 
@@ -278,9 +284,19 @@ def _make_timm(directory: Path, name: str, num_labels: int) -> Path:
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
     if norms:
         _train_norms(model, norms, torch.randn(8, 3, 64, 64))
+    _unshare(model)
     model.pretrained_cfg |= {"input_size": (3, size, size), "num_classes": num_labels, "crop_pct": 0.9}
     timm.models.save_for_hf(model, directory, model_args=arguments, safe_serialization=True)
     config = json.loads((directory / "config.json").read_text())
     del config["model_args"]["num_classes"]
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def _unshare(model: torch.nn.Module) -> None:
+    """Gives each name of a module that has several its own copy of the weights, as in the files of CoaT on the Hub."""
+    seen: set[int] = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in seen and any(True for _ in module.parameters()):
+            model.set_submodule(name, copy.deepcopy(module))
+        seen.add(id(module))

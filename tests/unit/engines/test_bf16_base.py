@@ -8,7 +8,7 @@ from lora_dist_testing.tiny import make_model, perturb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lora_dist.engines.bf16_base import cast_base
+from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, lora_layer
@@ -115,3 +115,25 @@ def test_launches_without_such_a_base_are_refused(precision: str, engine: str) -
     with pytest.raises(UserError, match=r"--base_dtype bfloat16: .*(DeepSpeed|fp16)"):
         require_bf16(precision, on_cpu=False, engine=engine)
     require_bf16("bf16", on_cpu=False, engine="FSDP")
+
+
+class _Constants(nn.Module):
+    """A layer of saved constants, as the cosine transform of CSATv2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cosines", torch.eye(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.cosines)
+
+
+def test_a_base_that_does_not_run_in_bf16_is_refused(vit: Path) -> None:
+    model, _, _ = _model(vit, in_bf16=True)
+    require_bf16_forward(model, _pixels())
+    base = load_base(str(vit), LABELS)
+    base.model.vit.layernorm = nn.Sequential(_Constants(), base.model.vit.layernorm)
+    refused = make_trainable(base, ModelSettings(), LoraSettings(lora_r=2))
+    cast_base(refused, base.heads)
+    with pytest.raises(UserError, match=r"--base_dtype bfloat16: the model does not run in bf16 \(.*Leave"):
+        require_bf16_forward(refused, _pixels())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.tiny import make_image, make_model, make_remote_model, perturb, write_bundle
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -93,6 +94,15 @@ def test_a_whole_model_classifies_as_the_adapter(adapter: Path, whole: Path) -> 
     torch.testing.assert_close(
         _logits(actual.model, actual.processor), _logits(expected.model, expected.processor), rtol=1e-4, atol=1e-4
     )
+
+
+def test_modules_that_share_weights_are_written(tmp_path: Path) -> None:
+    """As in CoaT, whose blocks share their convolutions of positions."""
+    base = load_base(str(make_checkpoint(tmp_path / "coat", "timm coat")), LABELS)
+    assert len({id(tensor) for tensor in base.model.state_dict(keep_vars=True).values()}) < len(base.model.state_dict())
+    write_model(tmp_path / "whole", base.model, base.processor, "card\n")
+    loaded = load_classifier(tmp_path / "whole")
+    assert torch.equal(_logits(loaded.model, loaded.processor), _logits(base.model, base.processor))
 
 
 def test_labels_that_look_like_no_labels_survive(base_model: Path, tmp_path: Path) -> None:

@@ -32,6 +32,6 @@ def test_the_table_has_all_classes_and_most_of_them_are_clean() -> None:
     clean = {name for name in ALL if set(rows[name].replace("|", " ").split()) <= {MARKS["done"], MARKS["absent"]}}
     assert {name for name in ALL if name.startswith("timm ")} <= clean
     assert MARKS["failed"] not in "".join(rows.values())
-    # The seven of timm stand for one class.
+    # Those of timm stand for one class.
     classes = {name for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if name in clean} | {"timm_wrapper"}
     assert len(classes) >= 33

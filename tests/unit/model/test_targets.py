@@ -107,3 +107,27 @@ def test_layers_after_pooling_do_not_decide_what_auto_adapts(plain: bool, caplog
     assert positions == {"conv": 64, "gate": 1, "wide": 1, "head": 1}
     assert resolve_targets(model, ["auto"], ["head"], positions) == (["conv", "gate"] if plain else ["wide"])
     assert ("after pooling (gate, wide)" in caplog.text) != plain
+
+
+class _WithTable(nn.Module):
+    """A table of relative positions that layers compute from constants, and a query that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offsets", torch.arange(4.0)[:, None])
+        self.table = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.start = nn.Parameter(torch.zeros(1, 4))
+        self.ask = nn.Linear(4, 4)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        tokens = pixel_values.flatten(1)[:, :4] + self.table(self.offsets).mean(0)
+        return self.mix(tokens) * self.ask(self.start)
+
+
+def test_layers_that_compute_a_table_of_positions_get_no_lora() -> None:
+    model = _WithTable().requires_grad_(False)
+    positions = layer_positions(model, torch.zeros(2, 3, 8, 8))
+    assert positions.keys() == {"ask", "mix"}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert resolve_targets(model, ["all-linear"], [], positions) == ["ask", "mix"]
