@@ -153,11 +153,6 @@ def test_a_base_that_changed_in_place_is_refused(adapter: Path, base_model: Path
         load_classifier(adapter)
 
 
-def test_a_base_of_another_architecture_is_refused(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not the base"):
-        load_classifier(adapter, str(make_model(tmp_path / "swin", "swin")))
-
-
 def test_a_base_that_moved_is_missed_by_name_and_found_where_it_is(
     adapter: Path, base_model: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from lora_dist_testing.tiny import write_bundle
 
-from lora_dist.deployment.outputs import require_separable
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_weighted_sum
 from lora_dist.model.bundle import read_decision
@@ -68,8 +67,3 @@ def test_bundles_keep_their_problem_type(vit: Path, tmp_path: Path) -> None:
     (tmp_path / "several" / "thresholds.json").write_text('{"c": 0.3}')
     with pytest.raises(UserError, match=r"thresholds\.json is damaged: the thresholds are those of other labels"):
         read_decision(tmp_path / "several", LABELS)
-
-
-def test_a_csv_cannot_hold_a_label_with_a_semicolon() -> None:
-    with pytest.raises(UserError, match="use --format jsonl"):
-        require_separable(["a", "a;b"], "rows.csv", None)
