@@ -16,7 +16,7 @@ from lora_dist.errors import UserError
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.settings.cli import argv_or
 from lora_dist.settings.fields import fold_and_count
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 from lora_dist.storage.writable import require_writable, writing
 
 if TYPE_CHECKING:

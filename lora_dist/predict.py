@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_dist.data.pixels.conversion import Conversion
-    from lora_dist.deployment.classify import Precision, Row
+    from lora_dist.deployment.classify import Inference, Row
     from lora_dist.deployment.evaluate import Evaluation, Reference
     from lora_dist.deployment.inputs import Inputs
     from lora_dist.deployment.parts import RowsOf
@@ -81,7 +81,12 @@ def predict(argv: list[str] | None) -> None:
     device = classify.choose_device("cpu" if settings.exporting.onnx else settings.images.device)
     if device.type == "cpu":
         share_cores()
-    precision = classify.choose_precision(settings.images.precision, device)
+    inference = classify.Inference(
+        device,
+        settings.images.batch_size,
+        settings.images.num_workers,
+        classify.choose_precision(settings.images.precision, device),
+    )
     inputs = find_inputs(settings)
     other = evaluate.read_other_predictions(settings.images)
     settings, adapters = loading.choose_adapters(settings, device)
@@ -98,7 +103,7 @@ def predict(argv: list[str] | None) -> None:
         return
     if not len(inputs):
         return
-    if not _classify(models, adapters, inputs, reference, settings, device, precision):
+    if not _classify(models, adapters, inputs, reference, settings, inference):
         sys.exit(EXIT_BAD_IMAGES)
 
 
@@ -108,8 +113,7 @@ def _classify(
     inputs: Inputs,
     reference: Reference,
     settings: PredictSettings,
-    device: torch.device,
-    precision: Precision,
+    inference: Inference,
 ) -> bool:
     """Classifies and evaluates the images of this process; returns False if an image of the output cannot be read."""
     from lora_dist.deployment import outputs
@@ -131,7 +135,7 @@ def _classify(
     record = {
         "model": settings.title,
         "labels": labels if settings.source.side_by_side else next(iter(labels.values())),
-        "precision": precision,
+        "precision": inference.precision,
     }
     write = partial(
         _output,
@@ -142,10 +146,10 @@ def _classify(
         evaluation=evaluation,
         several=several,
     )
-    rows_of = _rows_of(models, settings, device, precision, inputs, top_k)
+    rows_of = _rows_of(models, settings, inference, inputs, top_k)
     # No log line stands between rows on the terminal, unless the precision is reduced.
-    if settings.images.output or precision != "fp32":
-        logger.info("predicting on %s in %s", device, precision)
+    if settings.images.output or inference.precision != "fp32":
+        logger.info("predicting on %s in %s", inference.device, inference.precision)
     if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
         plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
@@ -193,8 +197,7 @@ def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) 
 def _rows(
     classifier: Classifier,
     settings: PredictSettings,
-    device: torch.device,
-    precision: Precision,
+    inference: Inference,
     inputs: Inputs,
     top_k: int,
     indices: Sequence[int],
@@ -202,34 +205,25 @@ def _rows(
     from lora_dist.deployment import classify, explain
 
     rows = classify.classify(
-        classifier,
-        inputs,
-        top_k=top_k,
-        batch_size=settings.images.batch_size,
-        num_workers=settings.images.num_workers,
-        device=device,
-        indices=indices,
-        output_type=settings.images.output_type,
-        precision=precision,
+        classifier, inputs, inference, top_k=top_k, indices=indices, output_type=settings.images.output_type
     )
     if settings.images.explain is None:
         return rows
-    directory, batch_size = Path(settings.images.explain), settings.images.batch_size
-    return explain.explained(rows, inputs, indices, classifier, directory, batch_size, device)
+    directory = Path(settings.images.explain)
+    return explain.explained(rows, inputs, indices, classifier, directory, inference.batch_size, inference.device)
 
 
 def _rows_of(
     models: AdapterSet,
     settings: PredictSettings,
-    device: torch.device,
-    precision: Precision,
+    inference: Inference,
     inputs: Inputs,
     top_k: int,
 ) -> RowsOf:
     """Returns functions that classify images with one model each: by its name, or under None if there is only one."""
 
     def rows(name: str, adapter: str | None, indices: Sequence[int]) -> Iterator[Row]:
-        for row in _rows(models.set_adapter(name), settings, device, precision, inputs, top_k, indices):
+        for row in _rows(models.set_adapter(name), settings, inference, inputs, top_k, indices):
             yield row._replace(adapter=adapter)
 
     adapters = {name: name if settings.source.side_by_side else None for name in models.classifiers}

@@ -96,7 +96,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.data.sources import streaming
     from lora_dist.data.sources.split import Split
     from lora_dist.processes.watch import Watch
-    from lora_dist.storage.files import finish_replacing
+    from lora_dist.storage.atomic import finish_replacing
     from lora_dist.storage.writable import require_writable
     from lora_dist.training import loop
     from lora_dist.training.assembly import assemble

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -66,17 +66,41 @@ def audit(settings: AuditSettings) -> Report:
     """
     from lora_dist import demo
     from lora_dist.audit.checks import check
-    from lora_dist.audit.findings import File
-    from lora_dist.audit.labels import label_findings
+    from lora_dist.audit.label_findings import label_findings
     from lora_dist.audit.report import Report
-    from lora_dist.data.sources.exclusions import absolute, read_exclusions
-    from lora_dist.data.sources.folders import read_class_folders
-    from lora_dist.data.sources.labels import require_distinct, warn_of_case
+    from lora_dist.data.sources.class_names import require_distinct, warn_of_case
+    from lora_dist.data.sources.exclusions import read_exclusions
 
     data = settings.data
     named = {"train": data.train_dir, "validation": data.validation_dir}
     folders = {split: demo.local_path(name) for split, name in named.items() if name}
     excluded = read_exclusions(data.exclude) if data.exclude else frozenset()
+    files, classes, ignored = _images(data, folders, excluded)
+    require_distinct(classes)
+    warn_of_case(classes)
+    has_validation = "validation" in folders or any(file.split == "validation" for file in files)
+    training = [file.path for file in files if file.split == "train"]
+    conversion = _conversion(settings.data, training, _workers(settings))
+    scanned = _scan(files, _workers(settings), conversion)
+    findings = check(scanned, classes, has_validation, settings.checks, ignored, conversion)
+    notes: list[str] = []
+    if data.predictions:
+        found_labels = label_findings(scanned, data.predictions)
+        findings += found_labels.findings
+        notes += found_labels.notes
+    if has_validation:
+        folders.setdefault("validation", folders["train"])
+    return Report(folders, classes, scanned, findings, excluded, conversion, notes)
+
+
+def _images(
+    data: AuditData, folders: Mapping[str, str], excluded: Collection[str]
+) -> tuple[list[File], list[str], list[tuple[str, str]]]:
+    """Returns the images, the names of all classes, and the split and relative path of each file that is ignored."""
+    from lora_dist.audit.findings import File
+    from lora_dist.data.sources.exclusions import absolute
+    from lora_dist.data.sources.folders import read_class_folders
+
     files: list[File] = []
     classes: dict[str, None] = {}
     ignored: list[tuple[str, str]] = []
@@ -91,7 +115,6 @@ def audit(settings: AuditSettings) -> Report:
             if absolute(path) not in excluded
         )
         ignored += (("train", os.path.relpath(path, folders["train"])) for path in listed.ignored)
-    has_validation = "validation" in folders or any(file.split == "validation" for file in files)
     for split, folder in folders.items():
         if split == "train" and data.labels_file:
             continue
@@ -103,20 +126,7 @@ def audit(settings: AuditSettings) -> Report:
             for path, label in zip(found.paths, found.labels, strict=True)
             if absolute(path) not in excluded
         )
-    require_distinct(classes)
-    warn_of_case(classes)
-    training = [file.path for file in files if file.split == "train"]
-    conversion = _conversion(settings.data, training, _workers(settings))
-    scanned = _scan(files, _workers(settings), conversion)
-    findings = check(scanned, list(classes), has_validation, settings.checks, ignored, conversion)
-    notes: list[str] = []
-    if data.predictions:
-        found_labels = label_findings(scanned, data.predictions)
-        findings += found_labels.findings
-        notes += found_labels.notes
-    if has_validation:
-        folders.setdefault("validation", folders["train"])
-    return Report(folders, list(classes), scanned, findings, excluded, conversion, notes)
+    return files, list(classes), ignored
 
 
 def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
@@ -180,7 +190,7 @@ def _write(report: Report, output: Path, workers: int, judges_labels: bool) -> N
     from lora_dist.audit.pool import in_processes
     from lora_dist.audit.report import write_json, write_page, write_quarantine
     from lora_dist.audit.scan import thumbnail
-    from lora_dist.storage.files import replace_files
+    from lora_dist.storage.atomic import replace_files
     from lora_dist.storage.writable import writing
 
     def thumbnails(indices: Sequence[int]) -> dict[int, str]:
@@ -203,7 +213,7 @@ def _write(report: Report, output: Path, workers: int, judges_labels: bool) -> N
     if count:
         print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
     if proposed := report.counts()["proposed"]:
-        print(f"{proposed:,} more are proposed behind a # on that list: look at them first")
+        print(f"that list proposes {proposed:,} more, commented out with #: look at them first")
     if judges_labels:
         number = sum(finding.kind.name == "label_issue" for finding in report.findings)
         print(f"{number:,} labels are likely wrong; to leave these out as well: --exclude {output / LIKELY_WRONG}")

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from PIL import Image
 
 from lora_dist.audit.findings import FAULTS, KINDS, Finding, Scanned, left_out
-from lora_dist.audit.similar import connected, near_pairs
+from lora_dist.audit.near_duplicates import connected, near_pairs
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.formats import HEIC_ADVICE, HEIC_SUFFIXES
 from lora_dist.data.pixels.limits import is_too_thin
-from lora_dist.data.sources.files import by_kind
+from lora_dist.data.sources.image_files import by_kind
 from lora_dist.settings.audit import Checks
 
 SAME_FORMAT = {"MPO": "JPEG"}
 """Phones write MPO files (several JPEG images in one file) with the suffix .jpg."""
 SMALL_SHARE = 0.2
-"""Largest share of the readable images of a class and split that is left out without a question."""
+"""Largest share of the readable images of a class in a split that the audit leaves out without asking."""
 SHOWN_NAMES = 3
 """Number of ignored files to name in a message."""
 
@@ -133,7 +133,7 @@ def _near(scanned: Scanned, distance: float) -> Iterator[Finding]:
     """Yields groups of images that near duplicates connect."""
     if not distance:
         return
-    # Of exact duplicates, compares only one per class and split.
+    # Compares only one of several exact duplicates per class and split.
     firsts: dict[tuple[bytes, str, str], int] = {}
     for index, (file, facts) in enumerate(zip(*scanned, strict=True)):
         if facts.digest and not facts.flat:
@@ -169,7 +169,7 @@ def _labels(scanned: Scanned, group: Iterable[int]) -> str:
 
 
 def _with_questions(scanned: Scanned, findings: Sequence[Finding]) -> list[Finding]:
-    """Findings that would leave out more than `SMALL_SHARE` of the readable images of a class only propose it."""
+    """Replaces findings that leave out more than `SMALL_SHARE` of a class by findings that only propose it."""
     files = scanned.files
     readable = Counter(part for file, facts in zip(*scanned, strict=True) if not facts.fault for part in file.parts)
     judged = [finding for finding in findings if finding.left_out and finding.kind.name not in FAULTS]

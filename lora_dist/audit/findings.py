@@ -36,8 +36,8 @@ _ERRORS = {
     "empty": ("Empty files", "Files of 0 bytes. Left out."),
     "truncated": ("Truncated images", "The end of the file is missing. Left out."),
     "unreadable": ("Unreadable images", "The file cannot be decoded. Left out."),
-    "bomb": ("Decompression bombs", "Too many pixels to decode; if the images are meant, raise --max_image_pixels. "
-             "Left out."),
+    "bomb": ("Decompression bombs", "The image has too many pixels to decode. Left out. To keep such images, "
+             "raise --max_image_pixels."),
     "leak": ("Leaks", "The same pixels are in training and validation, which makes validation metrics too good. Left "
              "out of training; the first copy in validation is kept."),
     "conflict": ("Same image in several classes", "The same pixels have different labels; at most one label is right. "
@@ -52,10 +52,10 @@ _WARNINGS = {
                   "out of training."),
     "near_conflict": ("Near duplicates in several classes", "Almost the same image has different labels. Not left out, "
                       "because one label may be right."),
-    "label_issue": ("Labels that are likely wrong", "A model that did not train on the image is confident of another "
-                    "class, or that a label is missing or wrong (--predictions); the surest come first. Not left out, "
-                    "because the model may be wrong: correct the labels that are, or leave all of them out with "
-                    "--exclude likely_wrong.txt."),
+    "label_issue": ("Labels that are likely wrong", "A model that did not train on the image confidently predicts "
+                    "another class, or other labels (--predictions). The most confident predictions come first. "
+                    "Not left out, because the model may be wrong: correct the labels that are wrong, or leave out all "
+                    "of these images with --exclude likely_wrong.txt."),
     "duplicate": ("Duplicates", "The same pixels are in a class several times. All but the first are left out."),
     "near_duplicate": ("Near duplicates", "Almost the same image is in a class several times. Not left out; the list "
                        "proposes all copies except the first, commented out with #."),
@@ -73,11 +73,13 @@ _WARNINGS = {
                "Train with another --transparent_background."),
     "constant": ("Constant images", "All pixels have nearly the same color, so the image shows nothing. Not compared "
                  "with other images."),
-    "ignored": ("Ignored files", "Files in no class folder or without an image suffix, and folders of the system. "
-                "Training ignores them."),
-    "large_share": ("Large part of a class", "Leaving out all copies would take much of a class away. They are not "
-                    "left out, because the cause may be another: look at them first. The list has them behind a #."),
-    "imbalance": ("Class imbalance", "Rare classes are learned badly, which accuracy hides. Look at macro F1."),
+    "ignored": ("Ignored files", "Training ignores files outside of class folders, files without an image suffix, "
+                "and folders of the system."),
+    "large_share": ("Large part of a class", "Without all these copies, a class would lose many of its images. Not "
+                    "left out, because there may be another cause: look at them first. The list proposes them, "
+                    "commented out with #."),
+    "imbalance": ("Class imbalance", "Rare classes are hard to learn, and accuracy hides errors on them. Look at macro "
+                  "F1."),
     "few_images": ("Classes with few images", "Too few images to learn the class."),
 }  # fmt: skip
 KINDS = {name: Kind(name, Severity.ERROR, *texts) for name, texts in _ERRORS.items()} | {

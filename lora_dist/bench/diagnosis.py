@@ -7,13 +7,13 @@ from lora_dist.bench.measure import Measurements
 from lora_dist.settings.train import Settings
 
 HIGH_DATA_WAIT = 0.05
-"""Fraction of an update. From here on, waiting for data is the first thing to fix."""
+"""If waiting for data takes this fraction of an update, it is the bottleneck."""
 HIGH_COMMUNICATION = 0.2
-"""Fraction of a step outside of the forward and backward pass."""
+"""If this fraction of a step is spent outside of forward and backward, communication is the bottleneck."""
 HIGH_MFU = 0.6
-"""Fraction of the matrix product speed that is near the limit of the hardware."""
+"""At this fraction of the speed of matrix products, a run is near the limit of the hardware."""
 FAST_LOADER = 2.0
-"""Loader speed / step speed from which on the loader is no bottleneck. On a CPU, both compete for cores."""
+"""If the loader alone is this many times as fast as the step alone, it is no bottleneck. On a CPU, they share cores."""
 
 
 class Hardware(NamedTuple):

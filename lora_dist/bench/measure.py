@@ -30,7 +30,7 @@ from lora_dist.training.step import make_update
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_base": torch.bfloat16}
 MATRIX_PRODUCTS = 10
 MATRIX_SECONDS = 5.0
-"""No matrix product starts after this time. A CPU may need it for a single one in bf16."""
+"""No matrix product starts after this time. A CPU may take longer for a single product in bf16."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def measure(run: TrainingRun, updates: int) -> Measurements:
 
 
 def _time_loader(run: TrainingRun, updates: int) -> float:
-    """Seconds to load the batches of as many updates, without training."""
+    """Seconds to load the batches of the measured updates, without training."""
     steps = _steps(run, updates)
     stream = _stream(run, steps.stop)
     for _ in range(sum(map(run.plan.micro_batches_in, range(steps.start)))):
@@ -150,8 +150,8 @@ def _time_loader(run: TrainingRun, updates: int) -> float:
 def count_flops(run: TrainingRun, micro_batches: Sequence[Batch]) -> int:
     """Floating-point operations of an update on this process; a multiply-add counts as two.
 
-    The counter sees dispatched operators, so the model runs in eager mode. It counts fused attention on CUDA only;
-    elsewhere attention is computed unfused, whose scores take gigabytes.
+    The counter sees dispatched operators, so the model runs in eager mode. It counts fused attention on CUDA only. On
+    other devices, attention is computed unfused, and its scores take gigabytes.
     """
     plain = torch.compiler.set_stance("force_eager")
     cuda = run.engine.accelerator.device.type == "cuda"

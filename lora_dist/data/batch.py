@@ -29,7 +29,7 @@ from lora_dist.data.pixels.mixing import NOWHERE, Mixture, draw_mixture
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import View, black, stack
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample
-from lora_dist.data.sampling.protocol import EncodedSample, Reader, TrainingSplit
+from lora_dist.data.sampling.training_split import EncodedSample, Reader, TrainingSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.settings.train import AugmentationSettings
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from lora_dist.data.batch import Batch, EvaluationImages, TrainImages, WorkerShard
-from lora_dist.data.features import TrainFeatures
+from lora_dist.data.feature_batches import TrainFeatures
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.prefetch import on_device

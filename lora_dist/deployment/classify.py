@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
@@ -39,6 +40,23 @@ MAX_WORKERS = 16
 """Decoding processes, at most, where `--num_workers` is not set."""
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a model runs over images.
+
+    Attributes:
+        device: where the model runs.
+        batch_size: images per forward pass; None as in `choose_batch_size`.
+        num_workers: decoding processes; None for a number that suits the device, which is 0 for few or tiny files.
+        precision: of autocast; fp32 for no autocast.
+    """
+
+    device: torch.device
+    batch_size: int | None = None
+    num_workers: int | None = None
+    precision: Precision = "fp32"
 
 
 class Row(NamedTuple):
@@ -117,53 +135,35 @@ def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torc
 def classify(
     classifier: Classifier,
     images: Sequence[str] | Inputs,
+    inference: Inference,
     *,
     top_k: int,
-    batch_size: int | None,
-    num_workers: int | None,
-    device: torch.device,
     indices: Sequence[int] | None = None,
     output_type: OutputType = "top_k",
-    precision: Precision = "fp32",
 ) -> Iterator[Row]:
     """Yields a row with `top_k` classes for each image, in order; that of an unreadable image has an error.
 
     Args:
-        classifier: moved to `device`.
+        classifier: moved to the device of `inference`.
         images: paths, or other inputs.
+        inference: how the model runs.
         top_k: number of classes in a row.
-        batch_size: images per forward pass; None as in `choose_batch_size`.
-        num_workers: decoding processes; None for a number that suits the device, which is 0 for few or tiny files.
-        device: where the model runs.
         indices: of the images to classify. Default: all.
         output_type: kind of the `values` of the rows.
-        precision: of autocast; fp32 for no autocast.
 
     Raises:
         UserError: a logit is not finite, or a data set cannot be read.
     """
+    device = inference.device
     classifier.model.to(device)
     inputs = Files(images) if isinstance(images, Sequence) else images
     chosen = range(len(inputs)) if indices is None else indices
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
-    batch_size = choose_batch_size(batch_size, device, transforms)
-    size = max(batch_size, MIN_DECODED)
-    if num_workers is not None:
-        workers = num_workers
-    elif len(chosen) <= size or not _are_slow_to_decode(inputs, chosen[:size]):
-        workers = 0
-    else:
-        workers = choose_workers(device, size * 3 * transforms.height * transforms.width)
-    loader = worker_loader(
-        _Decoder(inputs, transforms),
-        batch_sampler=_Slices(chosen, size),
-        workers=workers,
-        pin_memory=device.type == "cuda",
-        timeout=POLL_SECONDS,
-    )
+    batch_size = choose_batch_size(inference.batch_size, device, transforms)
+    loader = _decoding_loader(inputs, chosen, transforms, max(batch_size, MIN_DECODED), inference)
     with ExitStack() as stack:
         features = stack.enter_context(PooledFeatures(classifier.model)) if output_type == "embeddings" else None
-        predict = partial(_predict, classifier, features, top_k, output_type, precision)
+        predict = partial(_predict, classifier, features, top_k, output_type, inference.precision)
         for decoded in from_workers(loader, SILENT_SECONDS):
             if isinstance(decoded, UserError):
                 raise decoded
@@ -174,6 +174,25 @@ def classify(
             for name, error in zip(decoded.names, decoded.errors, strict=True):
                 best, labels, values = ([], None, None) if error else next(predictions)
                 yield Row(name, best, error, values=values, labels=labels)
+
+
+def _decoding_loader(
+    inputs: Inputs, indices: Sequence[int], transforms: ImageTransforms, size: int, inference: Inference
+) -> DataLoader:
+    """Returns a loader that decodes `size` images at once."""
+    if inference.num_workers is not None:
+        workers = inference.num_workers
+    elif len(indices) <= size or not _are_slow_to_decode(inputs, indices[:size]):
+        workers = 0
+    else:
+        workers = choose_workers(inference.device, size * 3 * transforms.height * transforms.width)
+    return worker_loader(
+        _Decoder(inputs, transforms),
+        batch_sampler=_Slices(indices, size),
+        workers=workers,
+        pin_memory=inference.device.type == "cuda",
+        timeout=POLL_SECONDS,
+    )
 
 
 def choose_workers(device: torch.device, batch_bytes: int) -> int:

@@ -15,7 +15,7 @@ from datasets import Dataset, Image
 from lora_dist import demo
 from lora_dist.data.pixels.images import ImageSource, from_cell
 from lora_dist.data.sources.columns import find_image_column, require_image_column
-from lora_dist.data.sources.files import find_files, warn_of_ignored
+from lora_dist.data.sources.image_files import find_files, warn_of_ignored
 from lora_dist.data.sources.load import load_split
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.data.sources.split import Split

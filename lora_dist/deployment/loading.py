@@ -16,6 +16,7 @@ import torch
 
 from lora_dist import demo, hub
 from lora_dist.deployment import soup
+from lora_dist.deployment.classify import Inference
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.inputs import find_images
 from lora_dist.model import adapter_io, adapters, checkpoint_adapter, infer_metadata
@@ -68,13 +69,9 @@ def _soup(settings: PredictSettings, found: Mapping[str, Path], device: torch.de
         trust_remote_code=source.trust_remote_code,
         labels=read_labels(source),
     )
-    accuracy = partial(
-        soup.accuracy,
-        files=find_images([demo.local_path(source.greedy_soup or "")]),
-        batch_size=images.batch_size,
-        num_workers=images.num_workers,
-        device=device,
-    )
+    inference = Inference(device, images.batch_size, images.num_workers)
+    files = find_images([demo.local_path(source.greedy_soup or "")])
+    accuracy = partial(soup.accuracy, files=files, inference=inference)
     return soup.greedy(found, blend, accuracy)
 
 

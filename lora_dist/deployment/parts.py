@@ -27,7 +27,7 @@ from lora_dist.deployment.progress import Progress
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import format_ranks, read_failure
 from lora_dist.processes.rendezvous import launch_store
-from lora_dist.storage.files import remove_directory, replace_files
+from lora_dist.storage.atomic import remove_directory, replace_files
 from lora_dist.storage.writable import writing
 
 MAX_IMAGES = 512

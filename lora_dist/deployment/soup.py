@@ -4,9 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.errors import UserError
 from lora_dist.metrics.predictions import folder_of
 from lora_dist.model.classifier import Classifier
@@ -48,9 +46,7 @@ def greedy(directories: Mapping[str, Path], blend: Blend, accuracy: Callable[[Cl
     return soup
 
 
-def accuracy(
-    classifier: Classifier, files: Sequence[str], batch_size: int | None, num_workers: int | None, device: torch.device
-) -> float:
+def accuracy(classifier: Classifier, files: Sequence[str], inference: Inference) -> float:
     """Returns the share of the readable images in folders named after classes that are classified as such.
 
     Raises:
@@ -60,7 +56,7 @@ def accuracy(
         raise UserError("--greedy_soup measures one class per image, and these adapters give several labels: --average")
     labels = set(classifier.labels)
     labelled = [file for file in files if folder_of(file) in labels]
-    rows = classify(classifier, labelled, top_k=1, batch_size=batch_size, num_workers=num_workers, device=device)
+    rows = classify(classifier, labelled, inference, top_k=1)
     right = [row.top_k[0][0] == folder_of(row.path) for row in rows if row.error is None]
     if not right:
         raise UserError(

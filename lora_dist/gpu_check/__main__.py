@@ -18,20 +18,20 @@ def main() -> None:
         "and needs no network. Exit codes: 0 nothing failed, 1 a check failed.",
     ).parse_args()
     end_with_launcher()
-    # Imported here, because the command is to end with its launcher while torch is being loaded, too.
+    # Imported here, so that the command ends with its launcher even while it imports torch.
     import os
 
-    from lora_dist.gpu_check import commands, tensors
+    from lora_dist.gpu_check import commands, in_process
     from lora_dist.gpu_check.outcome import Machine, run_checks
     from lora_dist.processes.runtime import launch
 
     checks = (
-        tensors.hardware,
-        tensors.lora_layer,
-        tensors.model_input,
-        tensors.splits,
-        tensors.waits,
-        tensors.bandwidth,
+        in_process.hardware,
+        in_process.lora_layer,
+        in_process.model_input,
+        in_process.splits,
+        in_process.waits,
+        in_process.bandwidth,
         commands.train_fp32,
         commands.train_bf16,
         commands.train_fp16,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped
-from lora_dist.gpu_check.photos import run_flags
+from lora_dist.gpu_check.small_run import run_flags
 from lora_dist.launch_files import LAUNCH_FILES
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.parity import relative_difference, without_tf32
@@ -25,10 +25,10 @@ from lora_dist.processes.runtime import half_precision
 SECONDS = 120
 LINES = 15
 IMAGES_FOR_GPU = 1024
-"""Of each class: enough for the warmup and two updates of 512."""
+"""Images of each class: enough for the warmup and two updates of 512 images."""
 PREDICT_TOLERANCE = 1e-3
 RESUME_TOLERANCE = 1e-2
-"""Largest difference of trained weights, relative to the largest, where kernels add in another order each time."""
+"""Largest difference of trained weights, relative to the largest weight. Kernels may add in another order each time."""
 OF_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
@@ -47,14 +47,14 @@ def train_bf16(machine: Machine) -> str:
 
 
 def train_fp16(machine: Machine) -> str:
-    """The same in fp16, with loss scaling."""
+    """Trains as `train_fp32`, but in fp16 with loss scaling."""
     machine.require_one_process()
     machine.require_gpu()
     return _trained(machine, "fp16")
 
 
 def train_bf16_base(machine: Machine) -> str:
-    """The same with the frozen base in bf16, without autocast."""
+    """Trains as `train_fp32`, but with the frozen base in bf16, without autocast."""
     machine.require_one_process()
     _require_bf16(machine)
     return _described(_train(machine, "no", machine.directory / "bf16_base", "--base_dtype", "bfloat16"))
@@ -207,7 +207,7 @@ def _results(out: Path) -> dict[str, Any]:
 
 
 def _run(module: str, *arguments: str) -> None:
-    """Runs a module in a new process, which knows nothing of the launcher of this one.
+    """Runs a module in a new process, without the environment variables of the launcher of this one.
 
     Raises:
         Failed: with the last lines that it wrote.

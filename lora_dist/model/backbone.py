@@ -1,7 +1,8 @@
 """Loads the base model of a classifier."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,26 +56,11 @@ class Base:
         return recorded | {name: value for name, value in changes.items() if value is not None}
 
 
-def load_base(
-    name: str,
-    labels: Sequence[str],
-    *,
-    revision: str | None = None,
-    seed: int = 0,
-    init_from_config: bool = False,
-    trust_remote_code: bool = False,
-    fit_classes: bool = False,
-    pooling: str | None = None,
-    image_size: tuple[int, int] | None = None,
-    processor: Any = None,
-    problem_type: str = SINGLE_LABEL,
-    drop_path: float | None = None,
-) -> Base:
-    """Loads a base model in fp32 with a head for `labels`, and its processor.
+@dataclass(frozen=True)
+class BaseOptions:
+    """How a base model is loaded, and what is changed in it.
 
-    Args:
-        name: Hub name, local directory, or a packaged model.
-        labels: class names in order.
+    Attributes:
         revision: branch, tag or commit on the Hub.
         seed: for weights that the checkpoint lacks, such as a new head.
         init_from_config: initialise all weights at random.
@@ -85,45 +71,57 @@ def load_base(
         processor: image processor; None for that of the base.
         problem_type: that of the labels, for `pipeline`.
         drop_path: rate of stochastic depth in training; None for that of the checkpoint.
+    """
+
+    revision: str | None = None
+    seed: int = 0
+    init_from_config: bool = False
+    trust_remote_code: bool = False
+    fit_classes: bool = False
+    pooling: str | None = None
+    image_size: tuple[int, int] | None = None
+    processor: Any = None
+    problem_type: str = SINGLE_LABEL
+    drop_path: float | None = None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that say which files to read."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+DEFAULTS = BaseOptions()
+
+
+def load_base(name: str, labels: Sequence[str], options: BaseOptions = DEFAULTS) -> Base:
+    """Loads a base model in fp32 with a head for `labels`, and its processor.
+
+    Args:
+        name: Hub name, local directory, or a packaged model.
+        labels: class names in order.
+        options: how it is loaded.
 
     Raises:
         UserError: the model is not found, is not an image classifier, or cannot take images of this size.
     """
-    place = demo.local_path(name)
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    torch.manual_seed(seed)
-    try:
-        with hub_client.reading(f"the base model {name}", f"`hf download {name}`"):
-            config = read_config(place, **source)
-            named, processor = processor, processor or AutoImageProcessor.from_pretrained(place, **source)
-            _require_pair(config, named, source, resized=image_size is not None)
-            if named is None and image_size == output_size(processor) and configured_size(config) in (None, image_size):
-                image_size = None
-            before = dict(config.id2label or {})
-            # An adapter's processor makes images of another size, if it was trained with --image_size.
-            size = (image_size and configured_size(config)) or output_size(processor)
-            config = classifier_config(config, pooling, size)
-            config.num_labels = len(labels)
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: index for index, label in enumerate(labels)}
-            # The base may have another problem type.
-            config.problem_type = problem_type
-            rate = None if drop_path is None else with_rate(config, drop_path)
-            model, missing = (
-                _random(config, trust_remote_code) if init_from_config else _pretrained(place, config, source)
-            )
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        # A missing name, an unreachable Hub, a missing package, a truncated file, or a configuration that a library
-        # does not take: each model has its own exception.
-        if drop_path is not None and RATE in str(error):
-            raise UserError(f"--drop_path: {name} has no stochastic depth; leave it out ({error})") from error
-        raise cannot_load(place, error) from error
+    place, drop_path = demo.local_path(name), options.drop_path
+    torch.manual_seed(options.seed)
+    with (
+        _loading_errors(name, place, drop_path),
+        hub_client.reading(f"the base model {name}", f"`hf download {name}`"),
+    ):
+        config = read_config(place, **options.source)
+        processor = options.processor or AutoImageProcessor.from_pretrained(place, **options.source)
+        _require_pair(config, options)
+        image_size = _changed_size(config, processor, options)
+        old_labels = dict(config.id2label or {})
+        config = _with_labels(config, labels, options, processor, image_size)
+        rate = None if drop_path is None else with_rate(config, drop_path)
+        model, missing = _random(config, options) if options.init_from_config else _pretrained(place, config, options)
     random = list(missing)
-    if fit_classes and not init_from_config:
-        torch.manual_seed(seed)
-        random += fit_head(model, before, labels, missing)
+    if options.fit_classes and not options.init_from_config:
+        torch.manual_seed(options.seed)
+        random += fit_head(model, old_labels, labels, missing)
     heads = find_heads(model, random)
     # Taken before resizing, so that it is that of the checkpoint.
     identity = fingerprint(model, heads)
@@ -145,14 +143,54 @@ def load_base(
     )
 
 
-def _require_pair(config: Any, processor: Any, source: dict[str, Any], resized: bool) -> None:
+@contextmanager
+def _loading_errors(name: str, place: str, drop_path: float | None) -> Iterator[None]:
+    """Raises each error of loading as a `UserError`.
+
+    A missing name, an unreachable Hub, a missing package, a truncated file, and a configuration that a library does not
+    take: each model has its own exception for them.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if drop_path is not None and RATE in str(error):
+            raise UserError(f"--drop_path: {name} has no stochastic depth; leave it out ({error})") from error
+        raise cannot_load(place, error) from error
+
+
+def _changed_size(config: Any, processor: Any, options: BaseOptions) -> tuple[int, int] | None:
+    """Returns the size of the options; None if the checkpoint has it already."""
+    size = options.image_size
+    is_own = options.processor is None and size == output_size(processor) and configured_size(config) in (None, size)
+    return None if is_own else size
+
+
+def _with_labels(
+    config: Any, labels: Sequence[str], options: BaseOptions, processor: Any, image_size: tuple[int, int] | None
+) -> Any:
+    """Returns the configuration of a classifier of `labels`."""
+    # An adapter's processor makes images of another size, if it was trained with --image_size.
+    size = (image_size and configured_size(config)) or output_size(processor)
+    config = classifier_config(config, options.pooling, size)
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    # The base may have another problem type.
+    config.problem_type = options.problem_type
+    return config
+
+
+def _require_pair(config: Any, options: BaseOptions) -> None:
     """Raises a `ValueError` if a processor is given that timm's configuration would replace when a result is read."""
+    processor = options.processor
     if processor is None or "timm" not in {config.model_type.partition("_")[0], _kind(processor)}:
         return
     if config.model_type != "timm_wrapper":
         raise ValueError("--image_processor_name: timm's image processors fit timm's models only")
-    own = AutoImageProcessor.from_pretrained(config.name_or_path, **source)
-    size = {"input_size": None} if resized else {}
+    own = AutoImageProcessor.from_pretrained(config.name_or_path, **options.source)
+    size = {} if options.image_size is None else {"input_size": None}
     if _kind(processor) != "timm" or {**processor.data_config, **size} != {**own.data_config, **size}:
         raise ValueError("timm's models have their own image processor: leave --image_processor_name out")
 
@@ -199,9 +237,7 @@ def load_base_of(
     given = settings.model.image_processor_name
     if processor is None and given is not None:
         processor = read_processor(demo.local_path(given), settings.model.trust_remote_code)
-    return load_base(
-        settings.model.model_name_or_path,
-        labels,
+    options = BaseOptions(
         revision=revision or settings.model.model_revision,
         seed=settings.run.seed,
         init_from_config=settings.model.init_from_config,
@@ -213,6 +249,7 @@ def load_base_of(
         problem_type=settings.data.problem_type,
         drop_path=settings.model.drop_path,
     )
+    return load_base(settings.model.model_name_or_path, labels, options)
 
 
 def cannot_load(name: str, error: Exception) -> UserError:
@@ -251,13 +288,13 @@ def cannot_load(name: str, error: Exception) -> UserError:
     )
 
 
-def _random(config: Any, trust_remote_code: bool) -> tuple[Any, list[str]]:
+def _random(config: Any, options: BaseOptions) -> tuple[Any, list[str]]:
     config.architectures = config.architectures or []
-    made = AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    return made, []
+    remote = options.trust_remote_code
+    return AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=remote), []
 
 
-def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, list[str]]:
+def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list[str]]:
     """The model, and the names of weights that are missing or of another shape."""
     renamed = prefixes_to_remove(config)
     model, loading = AutoModelForImageClassification.from_pretrained(
@@ -267,7 +304,7 @@ def _pretrained(name: str, config: Any, source: dict[str, Any]) -> tuple[Any, li
         output_loading_info=True,
         dtype=torch.float32,
         key_mapping=renamed,
-        **source,
+        **options.source,
     )
     if renamed:
         # `save_pretrained` would put the prefix back, where loading does not look for it.

@@ -23,7 +23,7 @@ from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
 from lora_dist.model.decision import Decision, MostLikely, decision_of
 from lora_dist.model.temperature import UNCALIBRATED, Calibration
-from lora_dist.storage.files import whole_directory
+from lora_dist.storage.atomic import whole_directory
 
 logger = logging.getLogger(__name__)
 BASE_MODEL = "base_model.json"

@@ -11,7 +11,7 @@ from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, parameter_names
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
-from lora_dist.model.backbone import Base, load_base, read_processor
+from lora_dist.model.backbone import Base, BaseOptions, load_base, read_processor
 from lora_dist.model.bundle import (
     BASE_MODEL,
     AdapterBundle,
@@ -104,7 +104,9 @@ def load_classifier(
         raise UserError(f"{directory} is not a model: it has no config.json{result_of_run(directory)}")
     names = read_labels(directory)
     decision = read_decision(directory, names)
-    whole = load_base(str(directory), names, trust_remote_code=trust_remote_code, problem_type=decision.problem_type)
+    whole = load_base(
+        str(directory), names, BaseOptions(trust_remote_code=trust_remote_code, problem_type=decision.problem_type)
+    )
     if whole.missing:
         raise UserError(
             f"{directory} is not a complete {type(whole.model).__name__}: its weights lack "
@@ -125,12 +127,14 @@ def load_base_of_bundle(bundle: AdapterBundle) -> Base:
     return load_base(
         bundle.base,
         bundle.labels,
-        revision=bundle.revision,
-        trust_remote_code=bundle.trust_remote_code,
-        pooling=bundle.pooling,
-        image_size=bundle.image_size,
-        processor=own_processor(bundle),
-        problem_type=bundle.decision.problem_type,
+        BaseOptions(
+            revision=bundle.revision,
+            trust_remote_code=bundle.trust_remote_code,
+            pooling=bundle.pooling,
+            image_size=bundle.image_size,
+            processor=own_processor(bundle),
+            problem_type=bundle.decision.problem_type,
+        ),
     )
 
 

@@ -30,7 +30,7 @@ def cpu_quotas() -> Iterator[float]:
         _, controllers, group = line.split(":", 2)
         if not controllers or "cpu" in controllers.split(","):
             base = CONTROL_GROUPS / "cpu" if controllers else CONTROL_GROUPS  # version 1, or 2
-            # In a container, the path may be that outside of it; then only the root is there.
+            # In a container, the path may be the one outside of it. Only the root exists then.
             for directory in (PurePosixPath(group), *PurePosixPath(group).parents):
                 quota = _quota(base / directory.relative_to("/"))
                 if quota is not None:

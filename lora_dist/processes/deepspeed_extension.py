@@ -5,8 +5,8 @@ from lora_dist.errors import UserError
 
 
 def compile_extension() -> None:
-    """Compiles or loads the extension. DeepSpeed would do so while it connects, and an error would look like one of
-    the network.
+    """Compiles or loads the extension. Otherwise DeepSpeed would do so while it connects, and an error would look
+    like one of the network.
 
     Raises:
         UserError: DeepSpeed is not installed, or the extension cannot be compiled.
@@ -15,7 +15,7 @@ def compile_extension() -> None:
     from deepspeed.comm.torch import build_shm_op
 
     try:
-        with waiting.log_wait("waiting for DeepSpeed to compile its extension for CPUs, as at its first start"):
+        with waiting.log_wait("waiting for DeepSpeed to compile its extension for CPUs; it does so once"):
             build_shm_op()
     except (RuntimeError, OSError) as error:
         reason = f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}".splitlines()[0]

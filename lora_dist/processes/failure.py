@@ -22,7 +22,7 @@ _FAILED = "failed"
 CONNECT_SECONDS = 2.0
 """Limit for a failing process to reach the store after `init_process_group`: a live store answers at once."""
 READ_SECONDS = 3.0
-"""Seconds for which rank 0 then keeps the store alive. The other processes check it every second."""
+"""Seconds for which a failed rank 0 keeps the store alive. The other processes check it every second."""
 STARTUP_SECONDS = 30.0
 """Limit for the others to start and to read a failure from before `init_process_group`."""
 

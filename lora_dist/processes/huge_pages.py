@@ -10,7 +10,7 @@ GPU_DRIVERS = [Path("/dev/nvidiactl"), Path("/dev/kfd")]
 
 _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.mmap_threshold=1073741824"
 _ADDED = {"GLIBC_TUNABLES": _TUNABLES, "LORA_DIST_ON_HUGE_PAGES": "1"}
-"""The second marks the process, because the user may unset the first or give it the same value."""
+"""Variables of a restarted process. The second marks it: users may unset GLIBC_TUNABLES, or set the same value."""
 
 
 def move_to_huge_pages() -> None:
@@ -22,8 +22,8 @@ def move_to_huge_pages() -> None:
     Call this function only in a command that has done nothing but read its command line, and only under `__name__ ==
     "__main__"`: a program that calls the command's `main` would start over in the middle of its own work.
 
-    Nothing happens on a host with a GPU, unless `ACCELERATE_USE_CPU` is set; where `GLIBC_TUNABLES` is set, even to an
-    empty text; under a tracing debugger; and on other systems than Linux.
+    The command continues without a restart on a host with a GPU (unless `ACCELERATE_USE_CPU` is set), if
+    `GLIBC_TUNABLES` is set (even to an empty text), under a tracing debugger, and on systems other than Linux.
 
     Source: https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
     """
@@ -35,6 +35,6 @@ def move_to_huge_pages() -> None:
 
 
 def environment_before(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables without those that `move_to_huge_pages` has added, if it has."""
+    """Returns the environment variables without those that `move_to_huge_pages` added."""
     added = _ADDED.keys() if _ADDED.items() <= environment.items() else set()
     return {name: value for name, value in environment.items() if name not in added}

@@ -62,7 +62,8 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     try:
         main()
     except BaseException as error:
-        # While the exception is held, its frames keep their loaders: freeing these would wait for each worker.
+        # Ends the process while it holds the exception, whose frames hold the loaders: freeing a loader would wait for
+        # each of its workers.
         end_process(_exit_code(error))
     end_process(0)
 

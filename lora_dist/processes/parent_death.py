@@ -32,7 +32,8 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 def _is_orphan() -> bool:
     """Whether the launcher died before this module was imported: the parent is then process 1.
 
-    In a container the launcher itself, a Python program, may be process 1, or a shell that sets its variables by hand.
+    In a container, process 1 may also be the launcher itself, which is a Python program, or a shell that sets the
+    variables of a launch by hand.
     """
     if os.getppid() != 1 or not _SET_BY_LAUNCHERS & os.environ.keys():
         return False

@@ -30,7 +30,7 @@ class Peers:
         here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         # accelerate sets LOCAL_WORLD_SIZE to 1 if the launcher has not set it.
         candidates = here if len(here) > 1 else range(self._world_size)
-        # Not all of them need be on this machine; `failure` compares the identities.
+        # Some of them may be on other machines: `failure` compares the identities.
         self._maybe_here = [rank for rank in candidates if rank != self._rank]
         self._here: dict[int, int] = {}
         store.set(f"process/{self._rank}", _identity())

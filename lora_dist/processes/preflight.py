@@ -119,7 +119,7 @@ class Preflight:
                 all_reduce(numbers)
                 float(numbers[0])
                 seconds.append(time.perf_counter() - start)
-        # The first one makes the connections.
+        # The first all-reduce opens the connections.
         logger.info(
             "%d processes; an all-reduce of %d MiB takes %.1f ms",
             self._world_size,
@@ -189,10 +189,11 @@ def _store_errors() -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Ends this process, with `message` as its error, if the block takes longer; nothing can interrupt what it calls.
+    """Ends this process if the block takes longer. For calls that nothing can interrupt.
 
     Args:
-        message: empty for none.
+        seconds: the limit.
+        message: of the error; empty for none.
     """
 
     def give_up() -> None:

@@ -112,7 +112,7 @@ def launch_store(timeout: timedelta) -> "Store | None":
     if launch.hosts():
         _host(launch)
     client = _connect(launch, timeout.total_seconds())
-    # The launcher's store outlives a restart of the processes (torchrun --max-restarts), and so do failures before it.
+    # The launcher's store outlives a restart of the processes (torchrun --max-restarts) and keeps earlier failures.
     store = PrefixStore(f"lora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
     try:
         _register(store, launch)
@@ -137,7 +137,7 @@ def _host(launch: Launch) -> None:
         if launch.port in _hosted:
             return
         try:
-            # Several tenants: torch takes the same server when it joins the processes.
+            # With `multi_tenant`, `init_process_group` uses the same server.
             _hosted[launch.port] = TCPStore(
                 "127.0.0.1", launch.port, is_master=True, wait_for_workers=False, multi_tenant=True
             )

@@ -84,10 +84,10 @@ class RunLock:
         """Releases the lock and removes its file, and the directory as well if this run made it and left it empty."""
         if self._path is not None:
             with suppress(OSError):
-                # Somebody may have removed the directory, and another run may have made it anew.
+                # Somebody may have removed the directory, and another run may have created it again.
                 if _is_at(self._descriptor, self._path):
                     self._path.unlink()
-            # Last: a moment later the file could be that of another run.
+            # Closed last: as soon as the lock is free, another run may take it.
             os.close(self._descriptor)
             self._path = None
         for directory in self._made:
@@ -119,14 +119,14 @@ class RunLock:
             root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            # The run before has just removed the directory.
+            # The previous run has just removed the directory.
             return False
         except OSError as error:
             raise UserError(f"--output_dir {root}: cannot open {path} ({error.strerror})") from error
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(descriptor, path):
-                # The run before has just removed it, and the next one may lock another file of this name.
+                # The previous run has just removed the file, and the next run may lock a new file of this name.
                 os.close(descriptor)
                 return False
         except OSError as error:
@@ -161,7 +161,7 @@ def _warn(root: Path, why: str, who: str) -> None:
 def _write_holder(descriptor: int) -> None:
     started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-    # On a full disk the lock holds all the same.
+    # The lock holds even if a full disk keeps its file empty.
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)

@@ -84,45 +84,17 @@ def launch(
     timeout = timedelta(seconds=ddp_timeout)
     preflight = Preflight(timeout)
     preflight.arrive("started")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # Named only where there is a group to join: a backend makes accelerate expect one.
-    group = InitProcessGroupKwargs(backend="gloo" if on_cpu and launched > 1 else None, timeout=timeout)
-    if engine_launched() != "DEEPSPEED" and is_initialized() and AcceleratorState().mixed_precision != precision:
-        # An earlier run in this process had another precision. The process group stays.
-        AcceleratorState._reset_state()
     if on_cpu and engine_launched() == "DEEPSPEED":
         compile_extension()
     with preflight.connecting(), _refusals():
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            # `cpu` would quietly turn ZeRO into plain data parallel.
-            cpu=on_cpu and engine_launched() != "DEEPSPEED",
-            kwargs_handlers=[group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-            # `backward` divides the loss by this number, which would otherwise come from the environment.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )
-    if accelerator.num_processes != launched:
-        unset = "" if "LOCAL_RANK" in os.environ else "LOCAL_RANK (rank within the node) is not set; "
-        raise UserError(
-            f"WORLD_SIZE is {launched}, but the process group has {accelerator.num_processes} process(es); {unset}"
-            f"see accelerate_configs/ for launch files that work"
-        )
+        accelerator = _make_accelerator(precision, on_cpu, timeout)
     if on_cpu and engine_launched() == "FSDP":
         # accelerate shards on GPUs alone, but torch anywhere; what follows is the same.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if precision != "no":
             accelerator.state.fsdp_plugin.set_mixed_precision(precision)
-    if engine_launched() not in ("NO", accelerator.distributed_type.value):
-        raise UserError(
-            f"the launch file requests {engine_launched()}, but {accelerator.distributed_type.value} is in use; "
-            f"see accelerate_configs/ for launch files that work"
-        )
-    if accelerator.mixed_precision != precision:
-        raise UserError(
-            f"mixed precision {precision} was requested, but {accelerator.mixed_precision} is in use; if a DeepSpeed "
-            f"configuration file sets fp16 or bf16, remove it there and use --mixed_precision"
-        )
+    _require_as_launched(accelerator, precision)
     if engine_launched() == "DEEPSPEED":
         # Otherwise from_pretrained would shard the model while it loads, and the code before ZeRO could not read, probe
         # or adapt it. Whole image models fit a host's memory.
@@ -133,6 +105,51 @@ def launch(
     if on_cpu:
         share_cores()
     return accelerator
+
+
+def _make_accelerator(precision: str, on_cpu: bool, timeout: timedelta) -> Accelerator:
+    """Initializes the process group, unless an earlier run in this process has done so."""
+    is_deepspeed = engine_launched() == "DEEPSPEED"
+    # A single process names no backend: accelerate would expect a process group.
+    backend = "gloo" if on_cpu and _launched_processes() > 1 else None
+    if not is_deepspeed and is_initialized() and AcceleratorState().mixed_precision != precision:
+        # The earlier run had another precision. The process group stays.
+        AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision=precision,
+        # `cpu` would quietly turn ZeRO into plain data parallel.
+        cpu=on_cpu and not is_deepspeed,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=timeout),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+        # `backward` divides the loss by this number, which would otherwise come from the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+
+
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _require_as_launched(accelerator: Accelerator, precision: str) -> None:
+    """Raises `UserError` if the processes, the engine or the precision are others than those of the launch."""
+    if accelerator.num_processes != _launched_processes():
+        unset = "" if "LOCAL_RANK" in os.environ else "LOCAL_RANK (rank within the node) is not set; "
+        raise UserError(
+            f"WORLD_SIZE is {_launched_processes()}, but the process group has {accelerator.num_processes} "
+            f"process(es); {unset}see accelerate_configs/ for launch files that work"
+        )
+    if engine_launched() not in ("NO", accelerator.distributed_type.value):
+        raise UserError(
+            f"the launch file requests {engine_launched()}, but {accelerator.distributed_type.value} is in use; "
+            f"see accelerate_configs/ for launch files that work"
+        )
+    if accelerator.mixed_precision != precision:
+        raise UserError(
+            f"mixed precision {precision} was requested, but {accelerator.mixed_precision} is in use; if a DeepSpeed "
+            f"configuration file sets fp16 or bf16, remove it there and use --mixed_precision"
+        )
 
 
 @contextmanager
@@ -149,7 +166,7 @@ def _require_company() -> None:
     """Raises an error if several processes were started but each would train alone and write to the same files."""
     if "WORLD_SIZE" in os.environ:
         return
-    # accelerate's launcher of single processes sets it if it was asked for several, and starts one all the same.
+    # `accelerate launch` sets MASTER_ADDR if several processes were requested, even where it starts only one.
     if "MASTER_ADDR" in os.environ:
         raise UserError(
             f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set, but WORLD_SIZE is not: several processes were requested, "
@@ -195,7 +212,7 @@ def engine_launched() -> str:
 
 
 def refuse_unsupported() -> None:
-    """Refuses what the launch file or the environment requests and this package does not do.
+    """Refuses what the launch file or the environment requests and this package does not support.
 
     Raises:
         UserError: torch dynamo, which renames all weights; Megatron-LM, a `parallelism_config`, or FSDP's activation
@@ -260,7 +277,7 @@ def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:
 
 
 def half_precision() -> str:
-    """The half precision of the CUDA device of this process: bf16 where it has that, or else fp16; no on a CPU."""
+    """The half precision of the CUDA device of this process: "bf16" if it has that, or else "fp16"; "no" on a CPU."""
     if computes_on_cpu() or not torch.cuda.is_available():
         return "no"
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -334,7 +351,7 @@ def git_commit(directory: Path) -> str | None:
         ).stdout.strip()
 
     try:
-        # An environment may lie in the repository of another project, which does not keep what is installed.
+        # The package may be installed inside the repository of another project, which does not track it.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):

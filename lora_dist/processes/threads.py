@@ -30,7 +30,7 @@ def share_cores() -> None:
 
 
 def _set_by_launcher(parent: int) -> bool:
-    """Whether a launcher has set OMP_NUM_THREADS without having been told a number; False where that is unknown."""
+    """Whether a launcher has set OMP_NUM_THREADS, rather than the user; False if that is unknown."""
     try:
         started_with, command = (
             (Path("/proc") / str(parent) / name).read_bytes().decode(errors="replace").split("\0")

@@ -107,7 +107,7 @@ class Watch:
 
     @contextmanager
     def watching_step(self, name: str) -> Iterator[None]:
-        """Ends this process if the block, which comes before `watching`, takes too long. Does as `now` with `name`."""
+        """Ends this process if a step before `watching` takes too long. Records the activity `name`, as `now` does."""
         self.now(name, first=True)
         if not (owns_process() and self._timeout):
             yield

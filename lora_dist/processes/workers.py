@@ -63,7 +63,7 @@ def worker_loader(dataset: Dataset, *, workers: int, pin_memory: bool = False, *
         collate_fn=_as_is,
         worker_init_fn=set_up_worker,
         pin_memory=pin_memory,
-        # Not to draw from torch's global generator.
+        # Otherwise the loader would draw from torch's global generator.
         generator=torch.Generator(),
         **options,
     )
@@ -98,7 +98,7 @@ def from_workers(loader: DataLoader, silent_seconds: float | None = None) -> Ite
     finally:
         if not finished:
             _kill_workers(loader._iterator if iterator is None else iterator)
-            # The next pass starts new ones, where they would have stayed.
+            # Makes the next pass over a loader with persistent workers start new ones.
             loader._iterator = None
 
 
@@ -113,7 +113,7 @@ def _started(loader: DataLoader) -> Iterator[Any]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if multiprocessing.get_start_method() == "forkserver":
-            # Its children need not import everything again.
+            # The workers that the fork server starts need not import these modules again.
             multiprocessing.set_forkserver_preload(["__main__", type(loader.dataset).__module__])
             multiprocessing.forkserver.ensure_running()
         return iter(loader)
@@ -126,7 +126,7 @@ def _started(loader: DataLoader) -> Iterator[Any]:
 
 
 def _next_before(deadline: float, iterator: Iterator[Any]) -> Any:
-    """The next item. A loader with a `timeout` raises each time that this passes, and may be asked again."""
+    """Returns the next item. A loader with a `timeout` raises an error whenever it passes, and can be asked again."""
     while True:
         try:
             return next(iterator)
@@ -148,7 +148,7 @@ def _kill_workers(iterator: Any) -> None:
     end = time.monotonic() + 1
     for worker in workers:
         worker.join(max(0.0, end - time.monotonic()))
-    # Not even SIGKILL ends one that waits for a disk. The kernel ends it, once the disk answers.
+    # Even SIGKILL ends a worker that waits for a disk only when the disk answers.
     if workers and not any(worker.is_alive() for worker in workers):
         iterator._shutdown_workers()
 
@@ -217,7 +217,7 @@ def _explained(error: Exception, iterator: Any) -> Exception:
 
 
 def _shared_memory_is_nearly_full() -> bool:
-    """Whether less than a fifth is free. The batch that did not fit is gone by now."""
+    """Whether less than a fifth of it is free. The batch that did not fit no longer takes up space."""
     return SHARED_MEMORY.is_dir() and free_bytes(SHARED_MEMORY) < shutil.disk_usage(SHARED_MEMORY).total / 5
 
 

@@ -12,8 +12,8 @@ import yaml
 from optuna.trial import FrozenTrial
 
 from lora_dist.settings.sweep import given_settings, value_of, with_alpha, with_values
-from lora_dist.storage.files import replace_file
-from lora_dist.sweep.picture import sweep_picture
+from lora_dist.storage.atomic import replace_file
+from lora_dist.sweep.plot import plot_sweep
 from lora_dist.sweep.study import REASON, SECONDS, Sweep, ended_as
 from lora_dist.sweep.trials import shown
 
@@ -42,7 +42,7 @@ def report(sweep: Sweep) -> bool:
     if not complete:
         return False
     picture = io.BytesIO()
-    sweep_picture(sweep).savefig(picture, format="png")
+    plot_sweep(sweep).savefig(picture, format="png")
     replace_file(root / "sweep.png", picture.getvalue())
     _write_best(sweep, complete[0])
     print(f"best: trial {complete[0].number}, in {sweep.output_of(complete[0].number)}")

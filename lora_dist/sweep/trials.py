@@ -18,9 +18,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from lora_dist.errors import PreemptedError, TrainingStoppedError
 from lora_dist.processes.signals import SAME_REQUEST_SECONDS, STOP_SIGNALS
 from lora_dist.settings.sweep import given_settings, with_alpha
-from lora_dist.storage.files import replace_file
-from lora_dist.sweep.job import Job
+from lora_dist.storage.atomic import replace_file
 from lora_dist.sweep.study import REASON, SECONDS, Sweep
+from lora_dist.sweep.trial_process import TrialProcess
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run_trials(sweep: Sweep) -> None:
     total, gpus = sweep.settings.sweep.trials, visible_gpus()
     workers = sweep.settings.sweep.workers or len(gpus) or 1
     waiting, before = deque(sweep.unfinished()), {trial.number for trial in sweep.ended()}
-    running: dict[int, tuple[Trial, Job]] = {}
+    running: dict[int, tuple[Trial, TrialProcess]] = {}
     with _stop_requests() as requests:
         try:
             while True:
@@ -58,18 +58,20 @@ def run_trials(sweep: Sweep) -> None:
                 if not running:
                     break
                 time.sleep(POLL_SECONDS)
-                _pass_on(requests, [job for _, job in running.values()])
-                for worker in [worker for worker, (trial, job) in running.items() if _has_ended(sweep, trial, job)]:
-                    trial, job = running.pop(worker)
-                    was_stopped = requests or job.exit_code() == PreemptedError.exit_code
-                    if job.exit_code() and was_stopped and not job.is_pruned:
+                _pass_on(requests, [process for _, process in running.values()])
+                for worker in [
+                    worker for worker, (trial, process) in running.items() if _has_ended(sweep, trial, process)
+                ]:
+                    trial, process = running.pop(worker)
+                    was_stopped = requests or process.exit_code() == PreemptedError.exit_code
+                    if process.exit_code() and was_stopped and not process.is_pruned:
                         waiting.append(trial)
                     else:
-                        _tell(sweep, trial, job)
+                        _tell(sweep, trial, process)
                         _require_a_success([one for one in sweep.ended() if one.number not in before])
         finally:
-            for _, job in running.values():
-                job.kill()
+            for _, process in running.values():
+                process.kill()
     if (done := len(sweep.ended())) < total:
         raise PreemptedError(f"{done} of {total} trials have ended. The same command continues the sweep")
 
@@ -106,33 +108,33 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _start(sweep: Sweep, trial: Trial, environment: dict[str, str]) -> Job:
+def _start(sweep: Sweep, trial: Trial, environment: dict[str, str]) -> TrialProcess:
     values = sweep.values_of(trial)
     logger.info("trial %d: %s", trial.number, ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
     flags = ["--config", str(sweep.root / SETTINGS)]
     for name, value in with_alpha(sweep.settings, values).items():
         flags.append(f"--{name}={value}")
-    return Job(sweep.output_of(trial.number), flags, environment)
+    return TrialProcess(sweep.output_of(trial.number), flags, environment)
 
 
-def _has_ended(sweep: Sweep, trial: Trial, job: Job) -> bool:
+def _has_ended(sweep: Sweep, trial: Trial, process: TrialProcess) -> bool:
     """Reports new evaluations to the study, and stops a run that the pruner rejects; returns whether it has ended."""
-    has_ended = job.exit_code() is not None
-    for number, value in enumerate(job.evaluations(sweep.metric)):
+    has_ended = process.exit_code() is not None
+    for number, value in enumerate(process.evaluations(sweep.metric)):
         if number in sweep.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
             continue  # evaluations from before the sweep was stopped included
         trial.report(value, number)
         if trial.should_prune() and not has_ended:
-            job.prune()
+            process.prune()
     return has_ended
 
 
-def _tell(sweep: Sweep, trial: Trial, job: Job) -> None:
+def _tell(sweep: Sweep, trial: Trial, process: TrialProcess) -> None:
     """Reports the end of a run to the study."""
-    code = job.exit_code()
+    code = process.exit_code()
     value = None
     if code == 0:
-        results = job.result()
+        results = process.result()
         value = results[f"eval_{sweep.metric}"]
         trial.set_user_attr(SECONDS, results["train_runtime"])
     if value is not None:
@@ -140,11 +142,11 @@ def _tell(sweep: Sweep, trial: Trial, job: Job) -> None:
         best = sweep.best_first()[0]
         of_best = "the best so far" if best.number == trial.number else f"trial {best.number} has {shown(best.value)}"
         logger.info("trial %d: %s %s (%s)", trial.number, sweep.metric, shown(value), of_best)
-    elif code and job.is_pruned:
+    elif code and process.is_pruned:
         told = sweep.study.tell(trial, state=TrialState.PRUNED)
         logger.info("trial %d: pruned, with %s %s", trial.number, sweep.metric, shown(told.value))
     else:
-        reason = job.failure() if code else f"{sweep.metric} is not finite"
+        reason = process.failure() if code else f"{sweep.metric} is not finite"
         trial.set_user_attr(REASON, reason)
         sweep.study.tell(trial, state=TrialState.FAIL)
         logger.warning("trial %d failed: %s", trial.number, reason)
@@ -175,9 +177,9 @@ def _stop_requests() -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _pass_on(requests: Sequence[float], jobs: Sequence[Job]) -> None:
-    for job in jobs:
+def _pass_on(requests: Sequence[float], processes: Sequence[TrialProcess]) -> None:
+    for process in processes:
         if requests:
-            job.ask_to_end()
+            process.ask_to_end()
         if requests and requests[-1] - requests[0] > SAME_REQUEST_SECONDS:
-            job.kill()
+            process.kill()

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lora_dist.data.batch import TrainImages
 from lora_dist.data.cache.image_cache import cached
@@ -15,13 +17,13 @@ from lora_dist.data.loader import bytes_ahead
 from lora_dist.data.pixels.limits import allow_pixels
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan
-from lora_dist.data.sampling.protocol import TrainingSplit
+from lora_dist.data.sampling.training_split import TrainingSplit
 from lora_dist.data.sources import streaming
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.engines.bf16_base import cast_base
-from lora_dist.engines.engine import fuses, make_engine
+from lora_dist.engines.engine import Engine, fuses, make_engine
 from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.model.backbone import Base
@@ -102,30 +104,11 @@ def assemble(
     Raises:
         UserError: something is missing, does not fit, or differs between processes.
     """
-    options, preflight = settings.run, Preflight(timedelta(seconds=settings.run.ddp_timeout))
+    preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
     settings, data, base, start, transforms = _load_inputs(settings, accelerator, resumed, errors, watch, preflight)
-    steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
-    model = make_trainable(base, settings.model, settings.lora)
-    if settings.model.tuning == "lora":
-        logger.info("LoRA adapts %s", adapted_layers(model))
-    if start is not None:
-        start.load_into(model)
-    if settings.model.base_dtype == "bfloat16":
-        cast_base(model, base.heads)
-    if settings.optimization.auto_batch_size:
-        fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
-        settings = settings.model_copy(update={"optimization": fitting})
-    optimization, parameters = settings.optimization, count_parameters(model)
-    optimizer = make_optimizer(
-        model, optimization, settings.lora.loraplus_lr_ratio, base.heads, steps, fused=fuses(accelerator)
-    )
-    sizes = Sizes.of(
-        model,
-        settings.model.tuning == "full",
-        options.save_total_limit,
-        optimization.ema_decay is not None,
-        len(moments_of(optimizer)),
-    )
+    settings, model, optimizer = _make_model(settings, accelerator, base, start, transforms)
+    options, optimization, parameters = settings.run, settings.optimization, count_parameters(model)
+    sizes = _sizes(settings, model, optimizer)
     with errors.collect():
         if accelerator.is_main_process:
             require_disk_space(output.root, sizes)
@@ -133,14 +116,10 @@ def assemble(
     train = _balanced(data.train, settings)
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
-    problem = PROBLEM_TYPES[settings.data.problem_type]
-    loss = problem.loss(settings, data)
+    loss = PROBLEM_TYPES[settings.data.problem_type].loss(settings, data)
     images = TrainImages(train, transforms, settings.augmentation, options.seed, settings.data.on_bad_image == "skip")
     with errors.collect():
-        ahead = bytes_ahead(images, plan, settings.data, accelerator.device)
-        # The batches of an evaluation are added; they have at most as many bytes per sample.
-        ahead += ahead * optimization.per_device_eval_batch_size // plan.per_device_batch
-        require_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * ahead)
+        _require_shared_memory(images, plan, settings, accelerator.device)
     identity = identity_of(settings, base, start, data, plan, transforms.conversion)
     preflight.arrive("ready")
     require_agreement(
@@ -159,12 +138,10 @@ def assemble(
     writes = accelerator.is_main_process and not options.dry_run
     made_with = flatten(settings)
     if writes:
-        splits = data.describe_splits()
         finished = is_over(settings, progress, schedule.total_steps)
         finished = finished and not must_reselect(settings, data.validation, progress)
         origin = settings_of_run(resumed)
-        made_with = output.begin(made_with, splits, engine.unwrapped, progress.step, finished, origin)
-    result_writer = ResultWriter(base, data, parameters, made_with, output, publisher)
+        made_with = output.begin(made_with, data.describe_splits(), engine.unwrapped, progress.step, finished, origin)
     run = TrainingRun(
         settings=settings,
         engine=engine,
@@ -173,16 +150,7 @@ def assemble(
         plan=plan,
         loss=loss,
         schedule=schedule,
-        evaluator=Evaluator(
-            accelerator,
-            engine.model,
-            data.validation,
-            transforms,
-            data.labels,
-            optimization.per_device_eval_batch_size,
-            settings.data,
-            problem=problem,
-        ),
+        evaluator=_make_evaluator(settings, engine, data, transforms),
         checkpointer=checkpointer,
         preemption=Preemption(accelerator, output.save_request),
         tracker=Tracker(
@@ -196,6 +164,7 @@ def assemble(
         ),
         watch=watch,
     )
+    result_writer = ResultWriter(base, data, parameters, made_with, output, publisher)
     return Assembled(run, progress, result_writer, data, parameters, sizes)
 
 
@@ -249,6 +218,43 @@ def _load(settings: Settings, accelerator: Accelerator, errors: ErrorCollector) 
         raise
 
 
+def _make_model(
+    settings: Settings, accelerator: Accelerator, base: Base, start: WarmStart | None, transforms: ImageTransforms
+) -> tuple[Settings, nn.Module, torch.optim.Optimizer]:
+    """Makes the base trainable, from the initial adapter if there is one.
+
+    Returns:
+        The settings with a batch size that fits into memory, the model and its optimizer.
+    """
+    # Of the base alone: training changes the names of parameters.
+    steps = parameter_steps(base) if settings.optimization.layer_decay != 1 else None
+    model = make_trainable(base, settings.model, settings.lora)
+    if settings.model.tuning == "lora":
+        logger.info("LoRA adapts %s", adapted_layers(model))
+    if start is not None:
+        start.load_into(model)
+    if settings.model.base_dtype == "bfloat16":
+        cast_base(model, base.heads)
+    if settings.optimization.auto_batch_size:
+        fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
+        settings = settings.model_copy(update={"optimization": fitting})
+    optimizer = make_optimizer(
+        model, settings.optimization, settings.lora.loraplus_lr_ratio, base.heads, steps, fused=fuses(accelerator)
+    )
+    return settings, model, optimizer
+
+
+def _sizes(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sizes:
+    """Returns the bytes of the checkpoints and of the result."""
+    return Sizes.of(
+        model,
+        settings.model.tuning == "full",
+        settings.run.save_total_limit,
+        settings.optimization.ema_decay is not None,
+        len(moments_of(optimizer)),
+    )
+
+
 def make_plan(settings: Settings, split: TrainingSplit, world_size: int, rank: int) -> BatchPlan:
     """Returns the samples that process `rank` of `world_size` trains on in each update."""
     return BatchPlan(
@@ -271,6 +277,27 @@ def _cached(data: ImageData, settings: Settings, transforms: ImageTransforms, bu
 def _balanced(split: TrainingSplit, settings: Settings) -> TrainingSplit:
     """Returns the split, with every class equally often if --balanced_sampling is set."""
     return OversampledSplit(split) if settings.data.balanced_sampling and isinstance(split, Split) else split
+
+
+def _require_shared_memory(images: TrainImages, plan: BatchPlan, settings: Settings, device: torch.device) -> None:
+    """Raises `UserError` if the batches that the processes of this node prepare do not fit into shared memory."""
+    ahead = bytes_ahead(images, plan, settings.data, device)
+    # The batches of an evaluation are added; they have at most as many bytes per sample.
+    ahead += ahead * settings.optimization.per_device_eval_batch_size // plan.per_device_batch
+    require_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * ahead)
+
+
+def _make_evaluator(settings: Settings, engine: Engine, data: ImageData, transforms: ImageTransforms) -> Evaluator:
+    return Evaluator(
+        engine.accelerator,
+        engine.model,
+        data.validation,
+        transforms,
+        data.labels,
+        settings.optimization.per_device_eval_batch_size,
+        settings.data,
+        problem=PROBLEM_TYPES[settings.data.problem_type],
+    )
 
 
 def _facts(settings: Settings, identity: dict[str, Any], data: ImageData, resumed: Checkpoint | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dist.data.batch import Batch
-from lora_dist.data.features import EvaluationFeatures, Features
+from lora_dist.data.feature_batches import EvaluationFeatures, Features
 from lora_dist.data.loader import batches, evaluation_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import PADDING_INDEX, evaluation_batches

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from lora_dist.data.features import Features, TrainFeatures
+from lora_dist.data.feature_batches import Features, TrainFeatures
 from lora_dist.data.loader import WorkerBatchSampler, batches, workers_of
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split

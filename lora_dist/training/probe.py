@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from lora_dist.data.features import Features
+from lora_dist.data.feature_batches import Features
 from lora_dist.data.sources.split import Split
 from lora_dist.model.adapters import base_of
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 from lora_dist.training.frozen_backbone import collect
 from lora_dist.training.run import TrainingRun
 

@@ -1,7 +1,7 @@
 """`ProblemType`: the interface of a kind of labels to training. The settings choose one once.
 
 `single_label_problem.py` implements it for one class per image, `multi_label_problem.py` for several labels, and
-`problem_types.py` lists both by name. `data/sources/reading_labels.py` reads the labels, and `model/decision.py` turns
+`problem_types.py` lists both by name. `data/sources/label_column.py` reads the labels, and `model/decision.py` turns
 logits into answers.
 """
 

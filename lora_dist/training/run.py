@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_dist.data.batch import Batch, TrainImages
-from lora_dist.data.features import TrainFeatures
+from lora_dist.data.feature_batches import TrainFeatures
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.engines.engine import Engine

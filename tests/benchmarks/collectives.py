@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_dist.bench.measure import assemble_unwritten
 from lora_dist.engines.engine import engine_name
-from lora_dist.gpu_check.photos import run_flags
+from lora_dist.gpu_check.small_run import run_flags
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.cli import parse

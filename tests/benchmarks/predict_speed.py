@@ -38,7 +38,7 @@ from transformers import (
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
-from lora_dist.deployment.classify import choose_batch_size, classify
+from lora_dist.deployment.classify import Inference, choose_batch_size, classify
 from lora_dist.model.classifier import Classifier
 from lora_dist.processes.huge_pages import move_to_huge_pages
 
@@ -98,8 +98,8 @@ def contenders(classifier: Classifier, files: Sequence[str], batch_size: int) ->
             classifier.model(pixel_values=part)
 
     def predict() -> None:
-        settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": CPU}
-        assert all(row.error is None for row in classify(classifier, files, **settings))
+        inference = Inference(CPU, batch_size=batch_size)
+        assert all(row.error is None for row in classify(classifier, files, inference, top_k=1))
 
     def pipeline_as_it_is() -> None:
         pipe(list(files), top_k=1)
@@ -129,10 +129,10 @@ def _cpu_seconds() -> float:
 
 def watch_memory(classifier: Classifier, files: Sequence[str], batch_size: int) -> None:
     """Goes over all files once, and writes down ten times what the process and its worker keep."""
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": 1, "device": CPU}
+    inference = Inference(CPU, batch_size=batch_size, num_workers=1)
     own = psutil.Process()
     rows: list[dict[str, object]] = []
-    for done, row in enumerate(classify(classifier, files, **settings), 1):
+    for done, row in enumerate(classify(classifier, files, inference, top_k=1), 1):
         assert row.error is None
         if done % (len(files) // 10) == 0:
             memory = [one.memory_info().rss / 1e6 for one in (own, *own.children())]

@@ -4,14 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lora_dist_testing.launching import predict
 from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.inputs import find_images
 from lora_dist.model.classifier import load_classifier
 
@@ -24,8 +23,8 @@ def test_a_file_is_all_that_is_needed(tmp_path: Path) -> None:
     write_bundle(there / "adapter", make_model(there / "base"), CLASSES, scale=0.5, lora_r=4)
     exact, small = tmp_path / "exact.onnx", tmp_path / "small.onnx"
     images = ("--images", image_folder, "--top_k", 3)
-    options: dict[str, Any] = {"top_k": 3, "batch_size": 4, "num_workers": 0, "device": torch.device("cpu")}
-    expected = list(classify(load_classifier(there / "adapter"), find_images([str(image_folder)]), **options))
+    inference = Inference(torch.device("cpu"), batch_size=4, num_workers=0)
+    expected = list(classify(load_classifier(there / "adapter"), find_images([str(image_folder)]), inference, top_k=3))
     written = predict("--adapter", there / "adapter", "--onnx", exact, *images)
     assert re.search(r"wrote \S+exact\.onnx; its logits differ from PyTorch's by \d\.\de-\d\d of", written.stderr)
     quantised = predict("--adapter", there / "adapter", "--onnx", small, "--int8", *images)

@@ -20,7 +20,7 @@ from lora_dist_testing.tiny import make_image, write_bundle
 from PIL import Image
 from transformers import pipeline
 
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.model.classifier import load_classifier
 
 LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
@@ -180,10 +180,8 @@ def test_a_merged_model_is_a_plain_one_and_predicts_the_same(adapter: Path, fold
     unmerged = classify(
         load_classifier(adapter),
         [row["path"] for row in expected],
+        Inference(torch.device("cpu"), batch_size=8, num_workers=0),
         top_k=3,
-        batch_size=8,
-        num_workers=0,
-        device=torch.device("cpu"),
     )
     for row, own in zip(expected, unmerged, strict=True):
         served = serve(Image.open(row["path"]).convert("RGB"), top_k=3)

@@ -97,7 +97,7 @@ def test_folders_import_one_way() -> None:
 
 def test_data_imports_go_down() -> None:
     """From the loader to batches and their cache, to the sources of samples, to their order and their pixels."""
-    floors = ({"sampling", "pixels"}, {"sources"}, {"batch", "cache", "features", "prefetch"}, {"loader"})
+    floors = ({"sampling", "pixels"}, {"sources"}, {"batch", "cache", "feature_batches", "prefetch"}, {"loader"})
     floor_of = {f"lora_dist.data.{room}": number for number, rooms in enumerate(floors) for room in rooms}
 
     def floor(module: str) -> int | None:

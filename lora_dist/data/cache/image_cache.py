@@ -19,7 +19,7 @@ from lora_dist.data.cache.pixel_files import DamagedFileError, PixelFile, remove
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.images import Picture, UnreadableImageError, opened
 from lora_dist.data.pixels.transforms import interpolated
-from lora_dist.data.sampling.protocol import EncodedSample, Reader
+from lora_dist.data.sampling.training_split import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError

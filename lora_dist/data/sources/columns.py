@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, Value
 
-from lora_dist.data.sources.labels import visible_name
+from lora_dist.data.sources.class_names import visible_name
 from lora_dist.errors import UserError
 
 LABEL_NAMES = ("label", "labels", "cls")

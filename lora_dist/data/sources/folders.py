@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lora_dist.data.pixels.images import leads_back
 from lora_dist.data.sources.exclusions import absolute
-from lora_dist.data.sources.files import find_files, is_image_name, is_system_folder
+from lora_dist.data.sources.image_files import find_files, is_image_name, is_system_folder
 from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)

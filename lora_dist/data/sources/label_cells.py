@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lora_dist.data.sources.labels import visible_name
+from lora_dist.data.sources.class_names import visible_name
 from lora_dist.errors import UserError
 
 _VALUES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_dist.data.sources.class_names import require_distinct, visible_name
 from lora_dist.data.sources.exclusions import absolute
-from lora_dist.data.sources.files import find_files
 from lora_dist.data.sources.folders import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES
+from lora_dist.data.sources.image_files import find_files
 from lora_dist.data.sources.label_arrays import class_counts, with_unlabelled
 from lora_dist.data.sources.label_cells import (
     delimiter_of,
@@ -28,7 +29,6 @@ from lora_dist.data.sources.label_cells import (
     labels_in,
     places_of,
 )
-from lora_dist.data.sources.labels import require_distinct, visible_name
 from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -135,26 +135,7 @@ def read_labels_file(
     names = indicator_columns((columns or {}).get("label")) if several else []
     rows = list(_rows(file, columns or {}, slice_columns, several, names, problems))
     notes: dict[str, list[str]] = defaultdict(list)
-    path_of = _Finder(directory, found.images)
-    chosen: dict[str, _Row] = {}
-    for row in rows:
-        path = path_of(row.path)
-        if path is None:
-            if not _is_excluded(os.path.join(directory, row.path), excluded):
-                hint = _HEADER_HINT if row.line == 1 else ""
-                problems["files that do not exist"].append(f"line {row.line}: {row.path[:_SHOWN_CHARACTERS]}{hint}")
-            continue
-        if not row.labels and not several:
-            problems["lines without a label"].append(f"line {row.line}: {row.path}")
-        if row.split not in ("", *SPLITS):
-            problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
-        if path not in chosen:
-            chosen[path] = row
-        elif chosen[path][2:] == row[2:]:
-            notes["files listed twice"].append(f"line {row.line}: {row.path}")
-        else:
-            named = f"lines {chosen[path].line} and {row.line}: {row.path}"
-            problems["files listed twice with different values"].append(named)
+    chosen = _rows_by_path(rows, directory, found.images, excluded, several, problems, notes)
     unlisted = [path for path in found.images if path not in chosen and absolute(path) not in excluded]
     notes["images that are not listed, and left out"] += unlisted
     splits = {path: SPLITS.get(row.split, "train") for path, row in chosen.items()}
@@ -181,6 +162,39 @@ def read_labels_file(
         [path for path in found.ignored if absolute(path) != absolute(file)],
         {name: [chosen[path].slices[place] for path in paths] for place, name in enumerate(slice_columns)},
     )
+
+
+def _rows_by_path(
+    rows: Sequence[_Row],
+    directory: str,
+    images: Sequence[str],
+    excluded: Collection[str],
+    several: bool,
+    problems: dict[str, list[str]],
+    notes: dict[str, list[str]],
+) -> dict[str, _Row]:
+    """Returns the row of each listed image. Adds what is wrong with the other rows to `problems` and `notes`."""
+    path_of = _Finder(directory, images)
+    chosen: dict[str, _Row] = {}
+    for row in rows:
+        path = path_of(row.path)
+        if path is None:
+            if not _is_excluded(os.path.join(directory, row.path), excluded):
+                hint = _HEADER_HINT if row.line == 1 else ""
+                problems["files that do not exist"].append(f"line {row.line}: {row.path[:_SHOWN_CHARACTERS]}{hint}")
+            continue
+        if not row.labels and not several:
+            problems["lines without a label"].append(f"line {row.line}: {row.path}")
+        if row.split not in ("", *SPLITS):
+            problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
+        if path not in chosen:
+            chosen[path] = row
+        elif chosen[path][2:] == row[2:]:
+            notes["files listed twice"].append(f"line {row.line}: {row.path}")
+        else:
+            named = f"lines {chosen[path].line} and {row.line}: {row.path}"
+            problems["files listed twice with different values"].append(named)
+    return chosen
 
 
 def _rows(

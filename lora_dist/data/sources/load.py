@@ -11,21 +11,21 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
 
 from lora_dist import demo
-from lora_dist.data.sampling.protocol import TrainingSplit
-from lora_dist.data.sources import slices
+from lora_dist.data.sampling.training_split import TrainingSplit
+from lora_dist.data.sources.class_names import require_distinct, warn_of_case
 from lora_dist.data.sources.class_numbers import require_same_numbers_in
 from lora_dist.data.sources.columns import find_image_column
 from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
-from lora_dist.data.sources.files import warn_of_ignored
 from lora_dist.data.sources.folders import read_class_folders
-from lora_dist.data.sources.folds import fold_numbers
+from lora_dist.data.sources.image_files import warn_of_ignored
 from lora_dist.data.sources.label_arrays import classes_in
-from lora_dist.data.sources.labels import require_distinct, warn_of_case
+from lora_dist.data.sources.label_column import READINGS, LabelReading
 from lora_dist.data.sources.labels_file import given_columns, grouped_split, read_labels_file
-from lora_dist.data.sources.reading_labels import READINGS, LabelReading
 from lora_dist.data.sources.shards import load_alone, local_parquet_files, reading_data
+from lora_dist.data.sources.slice_columns import named_slices, read_slices
 from lora_dist.data.sources.split import Split, stratified_sample, stratified_split
+from lora_dist.data.sources.stratified_folds import fold_numbers
 from lora_dist.errors import UserError
 from lora_dist.settings.fields import MULTI_LABEL, fold_and_count
 from lora_dist.settings.train import DataSettings
@@ -96,7 +96,7 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     splits, groups = np.array(listed.splits)[rows], np.array(listed.groups)[rows]
     if len(set(groups.tolist())) < len(groups):
         whole = replace(whole, groups=groups)
-    whole = replace(whole, slices={name: slices.named(name, values)[rows] for name, values in listed.slices.items()})
+    whole = replace(whole, slices={name: named_slices(name, values)[rows] for name, values in listed.slices.items()})
     train = whole.select(np.flatnonzero(splits == "train"))
     test = whole.select(np.flatnonzero(splits == "test")) if "test" in listed.splits else None
     if settings.validation_dir:
@@ -194,7 +194,7 @@ def _with_slices(split: Split, table: Dataset, settings: DataSettings) -> Split:
     """Adds the values of --slice_columns to a split of a data set; a folder of classes has none."""
     if settings.dataset_name is None or not settings.slice_columns:
         return split
-    found = slices.read_slices(table, settings.slice_columns)
+    found = read_slices(table, settings.slice_columns)
     return replace(split, slices={name: values[split.table_rows] for name, values in found.items()})
 
 

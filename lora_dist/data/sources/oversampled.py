@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_dist.data.sampling.balanced import BalancedOrder
 from lora_dist.data.sampling.order import SampleOrder
-from lora_dist.data.sampling.protocol import EncodedSample, Reader
+from lora_dist.data.sampling.training_split import EncodedSample, Reader
 from lora_dist.data.sources.split import Split
 
 

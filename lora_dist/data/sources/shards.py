@@ -35,7 +35,7 @@ from lora_dist.data.sources.columns import (
 from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 FORMATS = ("parquet", "webdataset")

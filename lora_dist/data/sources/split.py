@@ -16,7 +16,7 @@ from datasets import Dataset
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.images import RANGE_IMAGES, find_pixel_range, from_cell, load_rgb
 from lora_dist.data.sampling.order import SampleOrder, ShuffledOrder
-from lora_dist.data.sampling.protocol import EncodedSample, Reader
+from lora_dist.data.sampling.training_split import EncodedSample, Reader
 from lora_dist.data.sources.columns import files_of, holds_files
 from lora_dist.data.sources.iterative_stratification import stratified_halves, stratified_selection
 

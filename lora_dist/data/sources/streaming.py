@@ -12,9 +12,9 @@ from lora_dist import waiting
 from lora_dist.data.pixels.images import UnreadableImageError, from_cell
 from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
 from lora_dist.data.sampling.order import SampleOrder
-from lora_dist.data.sampling.protocol import EncodedSample, Reader
+from lora_dist.data.sampling.training_split import EncodedSample, Reader
+from lora_dist.data.sources.class_names import require_distinct, warn_of_case
 from lora_dist.data.sources.columns import class_names
-from lora_dist.data.sources.labels import require_distinct, warn_of_case
 from lora_dist.data.sources.load import ImageData, check_classes, load_test, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.errors import UserError

@@ -21,7 +21,7 @@ from lora_dist.model.classifier import Classifier
 from lora_dist.model.license import License, license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
 from lora_dist.model.temperature import Calibration, fold
-from lora_dist.storage.files import whole_directory
+from lora_dist.storage.atomic import whole_directory
 
 MAX_IMAGES = 16
 """Images on which logits are compared."""

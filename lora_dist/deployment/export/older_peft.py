@@ -21,7 +21,7 @@ from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.legacy_names import LegacyNames
-from lora_dist.storage.files import whole_directory
+from lora_dist.storage.atomic import whole_directory
 
 
 def card_of(directories: Sequence[Path], title: str, is_scaled: bool = False) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_dist import extras
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.export.destinations import require_free_file
 from lora_dist.deployment.export.merge import check_images, logits
 from lora_dist.deployment.export.onnx_model import (
@@ -34,7 +34,7 @@ from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 
 TOLERANCE = 1e-4
 """Largest difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit."""
@@ -107,17 +107,7 @@ def export(
     temperature = classifier.calibration.temperature
     expected = logits(classifier.model, pixels) / temperature
     proto = _to_onnx(classifier.model, temperature, pixels[:1], out)
-    metadata = {
-        LABELS: json.dumps(classifier.labels, ensure_ascii=False),
-        PREPROCESSOR: classifier.processor.to_json_string(),
-        CONVERSION: json.dumps(classifier.conversion.record()),
-        "temperature": f"{temperature * classifier.calibration.folded:.6g}, by which the logits are divided already",
-        PROBLEM_TYPE: classifier.decision.problem_type,
-        THRESHOLDS: json.dumps(classifier.decision.record(classifier.labels), ensure_ascii=False),
-        "preprocessing": describe(transforms),
-        "weights": "fp32",
-    }
-    onnx.helper.set_model_props(proto, metadata)
+    onnx.helper.set_model_props(proto, _metadata(classifier, transforms))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as directory:
         file = Path(directory) / out.name
@@ -139,6 +129,22 @@ def export(
             cost = _cost("int8" if int8 else "fp16", exact, rounded, files, batch_size) if files else None
         replace_file(out, file.read_bytes())
     return Exported(difference, cost, half)
+
+
+def _metadata(classifier: Classifier, transforms: ImageTransforms) -> dict[str, str]:
+    """Returns what a user of the file has to know of the model."""
+    calibration = classifier.calibration
+    total = calibration.temperature * calibration.folded
+    return {
+        LABELS: json.dumps(classifier.labels, ensure_ascii=False),
+        PREPROCESSOR: classifier.processor.to_json_string(),
+        CONVERSION: json.dumps(classifier.conversion.record()),
+        "temperature": f"{total:.6g}, by which the logits are divided already",
+        PROBLEM_TYPE: classifier.decision.problem_type,
+        THRESHOLDS: json.dumps(classifier.decision.record(classifier.labels), ensure_ascii=False),
+        "preprocessing": describe(transforms),
+        "weights": "fp32",
+    }
 
 
 def _require(difference: float, largest: float, out: Path, what: str) -> None:
@@ -239,13 +245,12 @@ def _save(rounded: Any, proto: Any, weights: str, out: Path) -> None:
 def _cost(
     weights: str, exact: Classifier, rounded: Classifier, files: Sequence[str], batch_size: int | None
 ) -> RoundingCost:
-    cpu = torch.device("cpu")
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": batch_size, "num_workers": None, "device": cpu}
+    inference = Inference(torch.device("cpu"), batch_size)
     images = changed = labelled = right_before = right_after = 0
     several = exact.decision.problem_type == MULTI_LABEL
     names = set() if several else set(exact.labels)
-    rows = zip(classify(exact, files, **settings), classify(rounded, files, **settings), strict=True)
-    for before, after in rows:
+    rows = (classify(one, files, inference, top_k=1) for one in (exact, rounded))
+    for before, after in zip(*rows, strict=True):
         if before.error is not None:
             continue
         answer_before, answer_after = ([name for name, _ in row.answer] for row in (before, after))

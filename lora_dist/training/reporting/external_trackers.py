@@ -13,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from PIL import Image
 
 from lora_dist.errors import UserError
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 

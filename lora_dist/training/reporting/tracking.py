@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lora_dist.processes.lifetime import at_end
-from lora_dist.training.reporting.board import Board, Lines
+from lora_dist.training.reporting.curve_files import EventFile, JsonLines
 from lora_dist.training.reporting.external_trackers import ExternalTrackers
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class Tracker:
         if not enabled:
             return
         self._external = ExternalTrackers(report_to, output_dir, resumes=first_step > 0, settings=settings or {})
-        self._lines = Lines(output_dir / "metrics.jsonl", first_step, evaluated)
-        self._board = Board(output_dir / "tensorboard", first_step, evaluated)
+        self._lines = JsonLines(output_dir / "metrics.jsonl", first_step, evaluated)
+        self._events = EventFile(output_dir / "tensorboard", first_step, evaluated)
         if not evaluated:
             # TensorBoard hides whole steps only: the valid entries of this step are written again.
             for line in self._lines.last:
@@ -90,7 +90,7 @@ class Tracker:
 
     def _write_scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         for name, value in values.items():
-            self._board.write(SummaryWriter.add_scalar, name, math.inf if value is None else value, step)
+            self._events.write(SummaryWriter.add_scalar, name, math.inf if value is None else value, step)
 
     def say(self, message: str) -> None:
         """Shows a message above the progress bar, or logs it if there is no bar."""
@@ -118,15 +118,15 @@ class Tracker:
         """Adds a picture to the trackers."""
         if self.enabled:
             self._external.picture(name, image, step)
-            self._board.write(SummaryWriter.add_image, name, np.asarray(image), step, dataformats="HWC")
-            self._board.write(SummaryWriter.flush)
+            self._events.write(SummaryWriter.add_image, name, np.asarray(image), step, dataformats="HWC")
+            self._events.write(SummaryWriter.flush)
 
     def settings(self, flat: Mapping[str, Any]) -> None:
         """Adds the settings as text."""
         if self.enabled:
             text = yaml.safe_dump(dict(flat), sort_keys=False, allow_unicode=True)
             indented = "\n".join(f"    {line}" for line in text.splitlines())
-            self._board.write(SummaryWriter.add_text, "settings", indented)
+            self._events.write(SummaryWriter.add_text, "settings", indented)
 
     def hyperparameters(self, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Adds the settings with the final metrics, for TensorBoard's comparison of runs."""
@@ -135,7 +135,7 @@ class Tracker:
                 name: value if isinstance(value, HPARAM_TYPES) else json.dumps(value) for name, value in flat.items()
             }
             results = {f"hparam/{name}": value for name, value in metrics.items()}
-            self._board.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
+            self._events.write(SummaryWriter.add_hparams, hparams, results, run_name=".")
 
     def flush(self) -> None:
         """Flushes the files before a checkpoint: a run that resumes from it logs nothing twice.
@@ -144,11 +144,11 @@ class Tracker:
         """
         if self.enabled:
             self._bar.clear()
-            self._board.write(SummaryWriter.flush)
+            self._events.write(SummaryWriter.flush)
 
     def close(self) -> None:
         """Ends the progress bar and the files."""
         if self.enabled:
             self._bar.close()
             self._external.close()
-            self._board.write(SummaryWriter.close)
+            self._events.write(SummaryWriter.close)

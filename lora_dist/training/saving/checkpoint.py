@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.errors import UserError
+from lora_dist.storage.atomic import remove_directory, remove_leftovers, unused, whole_directory
 from lora_dist.storage.checkpoint_files import (
     AVERAGE,
     COMPLETE,
@@ -26,7 +27,6 @@ from lora_dist.storage.checkpoint_files import (
     find_damage,
     read_optimizer,
 )
-from lora_dist.storage.files import remove_directory, remove_leftovers, unused, whole_directory
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from lora_dist.training.reporting.report import (
     write_evaluation,
 )
 from lora_dist.training.run import TrainingRun
-from lora_dist.training.saving.card import model_card
+from lora_dist.training.saving.model_card import ModelCard, Reference
 from lora_dist.training.saving.output import Output, write_json
 from lora_dist.training.saving.publisher import Publisher, Push
 from lora_dist.training.saving.state import Progress
@@ -240,24 +240,7 @@ class ResultWriter:
         if settings.model.tuning == "full":
             calibration = fold(model, calibration)
         pictures = _pictures(report)
-        card = model_card(
-            title=self.output.root.resolve().name,
-            tuning=settings.model.tuning,
-            base_model=base.name,
-            base_is_on_hub=base.revision is not None,
-            start=settings.model.adapter_name_or_path,
-            data=settings.data.dataset_name or settings.data.train_dir or "",
-            data_is_on_hub=bool(settings.data.dataset_name) and not Path(settings.data.dataset_name or "").exists(),
-            name_on_hub=self.publisher.name if self.publisher else None,
-            problem=run.evaluator.problem,
-            labels=self.data.labels,
-            per_class=evaluation.per_class,
-            results=results,
-            settings=self.made_with,
-            license_=license_of(base.name, base.revision, base.revision is not None),
-            calibration=calibration,
-            reliability=next(iter(pictures), None),
-        )
+        card = self._card(run, evaluation, results, calibration, next(iter(pictures), None))
         decision = run.evaluator.problem.decision(evaluation)
         records = bundle.Records(run.evaluator.transforms.conversion, calibration, decision)
         if settings.model.tuning != "full":
@@ -266,6 +249,38 @@ class ResultWriter:
         else:
             bundle.write_model(directory, model, base.processor, card, records, pictures)
         return calibration
+
+    def _card(
+        self,
+        run: TrainingRun,
+        evaluation: EvaluationResult,
+        results: dict[str, Any],
+        calibration: Calibration,
+        reliability: str | None,
+    ) -> str:
+        """The model card as text. `reliability` is the file name of the reliability diagram."""
+        data, model = run.settings.data, run.settings.model
+        base = Reference(self.base.name, is_on_hub=self.base.revision is not None)
+        card = ModelCard(
+            title=self.output.root.resolve().name,
+            tuning=model.tuning,
+            base=base,
+            data=Reference(
+                data.dataset_name or data.train_dir or "",
+                is_on_hub=bool(data.dataset_name) and not Path(data.dataset_name or "").exists(),
+            ),
+            problem=run.evaluator.problem,
+            labels=self.data.labels,
+            per_class=evaluation.per_class,
+            results=results,
+            settings=self.made_with,
+            start=model.adapter_name_or_path,
+            name_on_hub=self.publisher.name if self.publisher else None,
+            license_=license_of(base.name, self.base.revision, base.is_on_hub),
+            calibration=calibration,
+            reliability=reliability,
+        )
+        return str(card)
 
     def _fresh_model(self, settings: Settings) -> tuple[Base, nn.Module]:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""

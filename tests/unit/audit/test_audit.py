@@ -32,10 +32,10 @@ from lora_dist.audit import pool
 from lora_dist.audit.__main__ import audit, main
 from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
+from lora_dist.audit.near_duplicates import connected, near_pairs
 from lora_dist.audit.pool import in_processes
 from lora_dist.audit.report import Report, visible, write_json, write_page, write_quarantine
 from lora_dist.audit.scan import Facts, scan, thumbnail
-from lora_dist.audit.similar import connected, near_pairs
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.demo import local_path
 from lora_dist.errors import UserError

@@ -17,7 +17,7 @@ from lora_dist.data.batch import Batch, TrainImages
 from lora_dist.data.loader import batches, train_loader
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import PADDING_INDEX, BatchPlan
-from lora_dist.data.sampling.protocol import TrainingSplit
+from lora_dist.data.sampling.training_split import TrainingSplit
 from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.streaming import load_streamed
 from lora_dist.errors import UserError

@@ -19,6 +19,8 @@ from transformers import ViTImageProcessor
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import (
+    Inference,
+    Precision,
     Row,
     choose_batch_size,
     choose_device,
@@ -229,8 +231,8 @@ def _colors(root: Path) -> list[str]:
 def test_every_file_gets_its_own_prediction_in_order(batch_size: int, workers: int | None, tmp_path: Path) -> None:
     files = _colors(tmp_path)
     classifier = _classifier()
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers, "device": torch.device("cpu")}
-    rows = list(classify(classifier, files, top_k=9, **settings))
+    inference = Inference(torch.device("cpu"), batch_size=batch_size, num_workers=workers)
+    rows = list(classify(classifier, files, inference, top_k=9))
     assert [row.path for row in rows] == files
     assert [row.top_k[0][0] if row.top_k else None for row in rows] == ["red", "green", None, "blue", "red", "blue"]
     assert [row.error is not None for row in rows] == [False, False, True, False, False, False]
@@ -245,9 +247,9 @@ def test_every_file_gets_its_own_prediction_in_order(batch_size: int, workers: i
 @pytest.mark.parametrize("workers", [0, 1])
 def test_any_part_of_the_images_can_be_classified_with_all_values(workers: int, tmp_path: Path) -> None:
     files = _colors(tmp_path)
-    options: dict[str, Any] = {"top_k": 1, "batch_size": 2, "num_workers": workers, "device": torch.device("cpu")}
+    inference = Inference(torch.device("cpu"), batch_size=2, num_workers=workers)
     found = {
-        kind: list(classify(_classifier(), files, indices=[4, 2, 3], output_type=kind, **options))
+        kind: list(classify(_classifier(), files, inference, indices=[4, 2, 3], output_type=kind, top_k=1))
         for kind in ("probabilities", "logits")
     }
     for kind, rows in found.items():
@@ -273,9 +275,10 @@ def test_the_forward_pass_takes_the_precision_that_is_asked_for(tmp_path: Path) 
             return SimpleNamespace(logits=logits)
 
     classifier = Classifier(Layer(), ViTImageProcessor(size={"height": 8, "width": 8}), ["red", "green", "blue"])
-    options: dict[str, Any] = {"top_k": 3, "batch_size": 8, "num_workers": 0, "device": torch.device("cpu")}
-    for precision in ("fp32", "bf16"):
-        rows = list(classify(classifier, _colors(tmp_path), precision=precision, output_type="logits", **options))
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        inference = Inference(torch.device("cpu"), batch_size=8, num_workers=0, precision=precision)
+        rows = list(classify(classifier, _colors(tmp_path), inference, top_k=3, output_type="logits"))
         assert rows[0].values is not None
         assert rows[0].values.dtype == np.float32
         # Or a score could be above 1.
@@ -306,14 +309,14 @@ def test_logits_that_are_not_finite_end_it_in_words(tmp_path: Path) -> None:
     """NaN is no JSON, and a class that it was rounded to is no prediction."""
     classifier = _classifier()
     classifier.model.register_forward_hook(lambda _, __, output: SimpleNamespace(logits=output.logits / 0))
-    options: dict[str, Any] = {"top_k": 1, "batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
+    inference = Inference(torch.device("cpu"), batch_size=2, num_workers=0)
     with pytest.raises(UserError, match=r"logits of the model are not finite"):
-        list(classify(classifier, _colors(tmp_path), **options))
+        list(classify(classifier, _colors(tmp_path), inference, top_k=1))
 
 
 def test_rows_come_while_the_rest_is_still_to_be_done(tmp_path: Path) -> None:
     classifier = _classifier()
-    rows = classify(classifier, _colors(tmp_path), top_k=1, batch_size=1, num_workers=0, device=torch.device("cpu"))
+    rows = classify(classifier, _colors(tmp_path), Inference(torch.device("cpu"), batch_size=1, num_workers=0), top_k=1)
     assert next(rows).top_k[0][0] == "red"
     assert classifier.model.sizes == [1]
 
@@ -392,6 +395,6 @@ def test_only_files_that_take_time_get_a_process_of_their_own(
     files = [str(tmp_path / f"{number}.png") for number in range(40)]
     for file in files:
         Path(file).hardlink_to(tmp_path / "one.png")
-    rows = list(classify(_classifier(), files, top_k=1, batch_size=8, num_workers=None, device=torch.device("cpu")))
+    rows = list(classify(_classifier(), files, Inference(torch.device("cpu"), batch_size=8), top_k=1))
     assert [row.path for row in rows] == files
     assert used == [workers]

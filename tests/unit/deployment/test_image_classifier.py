@@ -14,7 +14,7 @@ from PIL import Image
 
 import lora_dist
 from lora_dist.data.pixels.images import UnreadableImageError
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.onnx_export import export
 from lora_dist.deployment.image_classifier import ImageClassifier
@@ -51,7 +51,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
 
 def _of_predict(classifier: Classifier, files: list[str]) -> list[list[dict[str, Any]]]:
     cpu = torch.device("cpu")
-    rows = classify(classifier, files, top_k=3, batch_size=4, num_workers=0, device=cpu)
+    rows = classify(classifier, files, Inference(cpu, batch_size=4, num_workers=0), top_k=3)
     return [[{"label": label, "score": score} for label, score in row.top_k] for row in rows]
 
 

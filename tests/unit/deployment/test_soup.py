@@ -8,7 +8,7 @@ from lora_dist_testing.tiny import make_image, write_bundle
 from safetensors.torch import load_file, save_file
 
 from lora_dist.deployment import soup
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_weighted_sum
 from lora_dist.model.classifier import Classifier, load_classifier
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def _accuracy(classifier: Classifier, files: list[str]) -> float:
-    return soup.accuracy(classifier, files, batch_size=4, num_workers=0, device=CPU)
+    return soup.accuracy(classifier, files, Inference(CPU, batch_size=4, num_workers=0))
 
 
 def _opposite(adapter: Path, directory: Path) -> None:
@@ -49,7 +49,7 @@ def files(adapters: dict[str, Path], tmp_path: Path) -> list[str]:
         images.append(tmp_path / f"{number}.png")
         make_image(number % 3, number).save(images[-1])
     rows = classify(
-        load_classifier(adapters["good"]), list(map(str, images)), top_k=1, batch_size=4, num_workers=0, device=CPU
+        load_classifier(adapters["good"]), list(map(str, images)), Inference(CPU, batch_size=4, num_workers=0), top_k=1
     )
     for row in rows:
         folder = tmp_path / "validation" / row.top_k[0][0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dist.gpu_check import __main__, commands, tensors
+from lora_dist.gpu_check import __main__, commands, in_process
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped, run_checks
 from lora_dist.processes.runtime import launch
 
@@ -56,13 +56,13 @@ def test_each_check_has_a_line_and_those_that_fail_are_named(
 
 
 def test_the_checks_of_tensors_pass_or_say_what_is_missing(machine: Machine) -> None:
-    assert "float32" in tensors.lora_layer(machine)
-    assert "in each" in tensors.splits(machine)
-    for check in (tensors.model_input, tensors.waits):
+    assert "float32" in in_process.lora_layer(machine)
+    assert "in each" in in_process.splits(machine)
+    for check in (in_process.model_input, in_process.waits):
         with pytest.raises(Skipped, match="needs a GPU"):
             check(machine)
     with pytest.raises(Skipped, match="several processes"):
-        tensors.bandwidth(machine)
+        in_process.bandwidth(machine)
 
 
 def test_bf16_is_checked_where_the_cpu_has_it(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,19 +73,21 @@ def test_bf16_is_checked_where_the_cpu_has_it(machine: Machine, monkeypatch: pyt
 
 
 def test_a_wrong_layer_and_a_wrong_gradient_are_noticed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = tensors.LoraLinear.apply
-    monkeypatch.setattr(tensors.LoraLinear, "apply", lambda *tensors: layer(*tensors) * 1.001)
+    layer = in_process.LoraLinear.apply
+    monkeypatch.setattr(in_process.LoraLinear, "apply", lambda *tensors: layer(*tensors) * 1.001)
     with pytest.raises(Failed, match=r"float32, dropout 0\.0: error 1\.0e-03"):
-        tensors.lora_layer(machine)
+        in_process.lora_layer(machine)
     monkeypatch.undo()
-    update = tensors._update
-    monkeypatch.setattr(tensors, "_update", lambda run, parts: update(run, parts)._replace(grad_norm=float(len(parts))))
+    update = in_process._update
+    monkeypatch.setattr(
+        in_process, "_update", lambda run, parts: update(run, parts)._replace(grad_norm=float(len(parts)))
+    )
     with pytest.raises(Failed, match="grad_norm in micro-batches of 4 is 2, and in one of 8 1"):
-        tensors.splits(machine)
+        in_process.splits(machine)
 
 
 def test_layers_in_every_precision_are_compared() -> None:
-    assert set(tensors.LAYER_TOLERANCES) == {torch.float32, torch.bfloat16, torch.float16}
+    assert set(in_process.LAYER_TOLERANCES) == {torch.float32, torch.bfloat16, torch.float16}
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, injection, parameter_names
-from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.backbone import Base, BaseOptions, load_base
 from lora_dist.model.targets import resolve_targets
 from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
@@ -37,7 +37,7 @@ AUTO = {
 
 
 def _base(directory: Path, seed: int = 0) -> Base:
-    return load_base(str(directory), LABELS, seed=seed)
+    return load_base(str(directory), LABELS, BaseOptions(seed=seed))
 
 
 def _targets(base: Base, *names: str) -> set[str]:

@@ -24,7 +24,7 @@ from transformers import (
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, parameter_names
-from lora_dist.model.backbone import Base, cannot_load, load_base
+from lora_dist.model.backbone import Base, BaseOptions, cannot_load, load_base
 from lora_dist.model.head import find_heads, fingerprint
 from lora_dist.model.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
 from lora_dist.settings.train import LoraSettings, ModelSettings
@@ -35,7 +35,7 @@ WITHOUT_CHECKPOINTING = ("convnext", "resnet")
 
 
 def _base(directory: Path, labels: list[str] = LABELS, **more: Any) -> Base:
-    return load_base(str(directory), labels, **more)
+    return load_base(str(directory), labels, BaseOptions(**more))
 
 
 def _pixels(base: Base) -> Tensor:

@@ -17,7 +17,7 @@ from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.older_peft import export_legacy_names
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.model.bundle import read_labels, write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.parity import relative_difference, require_same_logits
@@ -268,7 +268,7 @@ def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(t
     remote = make_remote_model(tmp_path / "remote")
     with pytest.raises(UserError, match=rf"{remote}' contains its own code.* --trust_remote_code runs it"):
         load_base(str(remote), LABELS)
-    base = load_base(str(remote), LABELS, trust_remote_code=True)
+    base = load_base(str(remote), LABELS, BaseOptions(trust_remote_code=True))
     model = make_trainable(base, ModelSettings(), LoraSettings(lora_r=4))
     perturb(model)
     adapter = tmp_path / "adapter"
@@ -286,7 +286,7 @@ def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(t
 
 
 def test_code_that_comes_with_the_base_of_a_foreign_adapter_is_not_run(tmp_path: Path) -> None:
-    base = load_base(str(make_remote_model(tmp_path / "remote")), LABELS, trust_remote_code=True)
+    base = load_base(str(make_remote_model(tmp_path / "remote")), LABELS, BaseOptions(trust_remote_code=True))
     adapters.save_adapter(make_trainable(base, ModelSettings(), LoraSettings()), tmp_path / "adapter")
     with pytest.raises(UserError, match=r"remote' contains its own code.* --trust_remote_code runs it"):
         load_classifier(tmp_path / "adapter")

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.backbone import Base, load_base, load_base_of
+from lora_dist.model.backbone import Base, BaseOptions, load_base, load_base_of
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.head import class_dimensions, find_heads, fingerprint
@@ -62,7 +62,7 @@ def test_the_head_trains_and_with_lora_its_matrices_and_nothing_else(name: str, 
     directory = _make(name, tmp_path)
     base = load_base(str(directory), LABELS)
     assert base.heads == HEADS.get(name, ["classifier"])
-    assert base.fingerprint == load_base(str(directory), ["x", "y"], seed=5).fingerprint
+    assert base.fingerprint == load_base(str(directory), ["x", "y"], BaseOptions(seed=5)).fingerprint
     assert base.fingerprint != load_base(str(_make(name, tmp_path / "other", seed=1)), LABELS).fingerprint
     model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(lora_r=4))
     trained = [key.removeprefix("base_model.model.") for key, value in model.named_parameters() if value.requires_grad]

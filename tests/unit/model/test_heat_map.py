@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
 from lora_dist.deployment.inputs import Files
 from lora_dist.errors import UserError
@@ -100,7 +100,7 @@ def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) ->
     (tmp_path / "bad.png").write_bytes(b"no image")
     files = [str(paths[0]), str(tmp_path / "bad.png"), str(paths[1])]
     device = torch.device("cpu")
-    rows = list(classify(classifier, files, top_k=1, batch_size=2, num_workers=0, device=device))
+    rows = list(classify(classifier, files, Inference(device, batch_size=2, num_workers=0), top_k=1))
     found = list(explained(iter(rows), Files(files), range(3), classifier, tmp_path / "maps", 2, device))
     assert found == rows
     other = {"a": "b", "b": "a"}

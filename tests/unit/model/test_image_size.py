@@ -26,7 +26,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms, output_size
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_adapter_set
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.image_size import resize_model, resize_processor
@@ -109,7 +109,7 @@ def test_tables_and_embeddings_of_stages_are_resized(config: Any, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["clip_vision", "aimv2", "siglip_vision", "dinov3_vit", "radio"])
 def test_backbones_without_a_head_are_resized(name: str, tmp_path: Path) -> None:
-    base = load_base(str(make_backbone(tmp_path, name)), LABELS, image_size=(48, 48))
+    base = load_base(str(make_backbone(tmp_path, name)), LABELS, BaseOptions(image_size=(48, 48)))
     assert base.fingerprint == load_base(str(tmp_path), LABELS).fingerprint
     assert base.model.config.backbone_config.image_size == 48
     assert _logits(base.model, torch.randn(1, 3, 48, 48)).shape == (1, 3)
@@ -117,7 +117,7 @@ def test_backbones_without_a_head_are_resized(name: str, tmp_path: Path) -> None
 
 def test_what_cannot_be_resized_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--image_size: SamVisionModel cannot take images of 48 x 48 .*pos_embed"):
-        load_base(str(make_backbone(tmp_path, "sam_vision")), LABELS, image_size=(48, 48))
+        load_base(str(make_backbone(tmp_path, "sam_vision")), LABELS, BaseOptions(image_size=(48, 48)))
 
 
 @pytest.mark.parametrize("size", [(48, 48), (20, 20), (48, 40)])
@@ -144,7 +144,7 @@ def test_the_margin_of_a_center_crop_stays() -> None:
 @pytest.mark.parametrize("size", [(48, 48), (48, 32)])
 def test_the_size_travels_with_the_adapter_and_the_merged_model(size: Any, tmp_path: Path) -> None:
     directory = make_model(tmp_path / "base")
-    base = load_base(str(directory), LABELS, image_size=size)
+    base = load_base(str(directory), LABELS, BaseOptions(image_size=size))
     assert base.fingerprint == load_base(str(directory), LABELS).fingerprint
     model = make_trainable(base, ModelSettings(), LORA)
     perturb(model)
@@ -166,7 +166,7 @@ def test_the_size_travels_with_the_adapter_and_the_merged_model(size: Any, tmp_p
 
 def test_training_goes_on_at_another_size(tmp_path: Path) -> None:
     directory = make_model(tmp_path / "base")
-    base = load_base(str(directory), LABELS, image_size=(48, 48))
+    base = load_base(str(directory), LABELS, BaseOptions(image_size=(48, 48)))
     model = make_trainable(base, ModelSettings(), LORA)
     write_adapter(tmp_path / "adapter", model, base, "card\n")
     for given, expected in ((None, (48, 48)), ([64, 64], (64, 64))):
@@ -178,11 +178,11 @@ def test_training_goes_on_at_another_size(tmp_path: Path) -> None:
 
 
 def test_the_size_of_the_base_is_no_change(tmp_path: Path) -> None:
-    assert load_base(str(make_model(tmp_path)), LABELS, image_size=(32, 32)).image_size is None
+    assert load_base(str(make_model(tmp_path)), LABELS, BaseOptions(image_size=(32, 32))).image_size is None
 
 
 def test_random_weights_of_another_size(tmp_path: Path) -> None:
-    base = load_base(str(make_model(tmp_path)), LABELS, init_from_config=True, image_size=(64, 64))
+    base = load_base(str(make_model(tmp_path)), LABELS, BaseOptions(init_from_config=True, image_size=(64, 64)))
     assert base.model.config.image_size == 64
 
 
@@ -190,7 +190,7 @@ def test_adapters_of_several_sizes_do_not_share_a_base(tmp_path: Path) -> None:
     directory = make_model(tmp_path / "base")
     adapters = {}
     for name, size in {"first": None, "second": (48, 48)}.items():
-        base = load_base(str(directory), LABELS, image_size=size)
+        base = load_base(str(directory), LABELS, BaseOptions(image_size=size))
         write_adapter(tmp_path / name, make_trainable(base, ModelSettings(), LORA), base, "card\n")
         adapters[name] = tmp_path / name
     with pytest.raises(UserError, match=r"a different --image_size \(None and \(48, 48\)\)"):
@@ -213,7 +213,7 @@ def test_timm_resizes_its_embeddings(name: str, size: Any, tmp_path: Path) -> No
 def test_the_size_of_a_timm_model_travels(name: str, tmp_path: Path) -> None:
     size = (64, 96)
     directory = make_checkpoint(tmp_path / "base", name)
-    base = load_base(str(directory), LABELS, image_size=size)
+    base = load_base(str(directory), LABELS, BaseOptions(image_size=size))
     assert base.fingerprint == load_base(str(directory), LABELS).fingerprint
     model = make_trainable(base, ModelSettings(), LORA)
     perturb(model, scale=0.02)
@@ -237,10 +237,10 @@ def test_a_timm_model_that_cannot_be_resized_says_so(tmp_path: Path) -> None:
     model = timm.create_model("levit_128s", num_classes=3)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     with pytest.raises(UserError, match=r"^--image_size: levit_128s cannot take images of 64 x 64"):
-        load_base(str(tmp_path), LABELS, image_size=(64, 64))
+        load_base(str(tmp_path), LABELS, BaseOptions(image_size=(64, 64)))
 
 
 def test_a_timm_model_has_no_other_pooling(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "timm vit")
     with pytest.raises(UserError, match=r"a timm model has a head .* leave --pooling out$"):
-        load_base(str(directory), LABELS, pooling="pooler")
+        load_base(str(directory), LABELS, BaseOptions(pooling="pooler"))

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImage
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base, load_base_of
+from lora_dist.model.backbone import BaseOptions, load_base, load_base_of
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.injection import adapted_layers
@@ -158,4 +158,4 @@ def test_timm_models_and_processors_go_together(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=sentence):
             load_base_of(settings, LABELS)
     with pytest.raises(UserError, match="leave --pooling out"):
-        load_base(str(base), LABELS, pooling="mean")
+        load_base(str(base), LABELS, BaseOptions(pooling="mean"))

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.model.legacy_names import LegacyNames
 from lora_dist.model.trainable import make_trainable
 from lora_dist.settings.train import LoraSettings, ModelSettings
@@ -266,7 +266,7 @@ def test_an_adapter_renamed_to_the_old_names_loads_on_every_architecture(
     renamed = _rename(tmp_path, LegacyNames.of(base.model))
     if architecture.name in ("vit", "deit", "beit", "swin", "dinov2"):
         assert not {key for key in renamed if ".q_proj." in key or ".v_proj." in key}
-    found = load_adapter(load_base(str(architecture), LABELS, seed=1).model, tmp_path)
+    found = load_adapter(load_base(str(architecture), LABELS, BaseOptions(seed=1)).model, tmp_path)
     torch.testing.assert_close(logits(found, size), expected)
 
 

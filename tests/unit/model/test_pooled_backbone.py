@@ -19,7 +19,7 @@ from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import Base, load_base
+from lora_dist.model.backbone import Base, BaseOptions, load_base
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable, set_training
@@ -57,7 +57,7 @@ def test_the_checkpoint_of_a_backbone_is_loaded_whole(backbone: Path) -> None:
     base = load_base(str(backbone), LABELS)
     assert base.heads == ["classifier"]
     assert sorted(base.missing) == ["classifier.bias", "classifier.weight"]
-    assert base.fingerprint == load_base(str(backbone), ["a", "b"], seed=7).fingerprint
+    assert base.fingerprint == load_base(str(backbone), ["a", "b"], BaseOptions(seed=7)).fingerprint
     assert _logits(base.model, _pixels(base)).shape == (3, 3)
     if backbone.name == "vit_mae":
         assert torch.equal(_logits(base.model, _pixels(base)), _logits(base.model, _pixels(base))), "patches are masked"
@@ -115,7 +115,7 @@ def test_the_features_are_those_of_the_pooling(name: str, tmp_path: Path) -> Non
     patches = {"dinov3_convnext": 1}.get(name, 16)
     for pooling in ("pooler", "class_token", "mean"):
         try:
-            base = load_base(str(directory), LABELS, pooling=pooling)
+            base = load_base(str(directory), LABELS, BaseOptions(pooling=pooling))
         except UserError as error:
             assert "no pooler" in str(error) or "no class token" in str(error)  # noqa: PT017
             lacking = {"aimv2_without_pooler": ("pooler", "class_token"), "sam_vision": ("pooler", "class_token")}
@@ -148,13 +148,13 @@ def test_pooling_takes_the_vision_tower_of_two(name: str, tmp_path: Path) -> Non
     """That of BLIP and GroupViT is none of `AutoModel`, and GroupViT's has a module of the name of the tower."""
     directory = make_backbone(tmp_path, name)
     assert load_base(str(directory), LABELS).pooling == ("pooler" if name in ("blip", "groupvit") else None)
-    base = load_base(str(directory), LABELS, pooling="pooler")
+    base = load_base(str(directory), LABELS, BaseOptions(pooling="pooler"))
     assert not any("text" in parameter for parameter, _ in base.model.named_parameters())
     assert sorted(base.missing) == ["classifier.bias", "classifier.weight"]
 
 
 def test_pooling_replaces_the_classifier_of_a_model_that_has_one(tmp_path: Path) -> None:
-    base = load_base(str(make_model(tmp_path)), LABELS, pooling="mean")
+    base = load_base(str(make_model(tmp_path)), LABELS, BaseOptions(pooling="mean"))
     assert sorted(base.missing) == [
         "backbone.pooler.dense.bias",
         "backbone.pooler.dense.weight",
@@ -177,13 +177,13 @@ def test_the_tables_of_positions_are_no_meta_tensors_afterwards(tmp_path: Path) 
     )
     AutoModel.from_config(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 40, "width": 40}).save_pretrained(tmp_path)
-    load_base(str(tmp_path), LABELS, pooling="mean")
+    load_base(str(tmp_path), LABELS, BaseOptions(pooling="mean"))
     assert BeitRelativePositionBias.generate_relative_position_index((5, 5)).device.type == "cpu"
 
 
 def test_a_bundle_records_the_pooling(tmp_path: Path) -> None:
     """The default of a later release may be another one."""
-    base = load_base(str(make_backbone(tmp_path / "base", "dinov3_vit")), LABELS, pooling="mean")
+    base = load_base(str(make_backbone(tmp_path / "base", "dinov3_vit")), LABELS, BaseOptions(pooling="mean"))
     model = make_trainable(base, ModelSettings(), LORA)
     perturb(model)
     write_adapter(tmp_path / "adapter", model, base, "card\n")
@@ -195,7 +195,7 @@ def test_a_bundle_records_the_pooling(tmp_path: Path) -> None:
 def test_a_merged_backbone_is_a_plain_checkpoint(name: str, tmp_path: Path) -> None:
     """Also of a base whose weights have a prefix, which is taken away."""
     make = make_model(tmp_path / "base") if name == "vit" else make_backbone(tmp_path / "base", name)
-    base = load_base(str(make), LABELS, pooling="pooler" if name in ("siglip", "vit") else None)
+    base = load_base(str(make), LABELS, BaseOptions(pooling="pooler" if name in ("siglip", "vit") else None))
     model = make_trainable(base, ModelSettings(), LORA)
     perturb(model)
     expected = _logits(model, _pixels(base))

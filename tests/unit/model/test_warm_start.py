@@ -20,7 +20,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
 from lora_dist.model import adapters
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.trainable import make_trainable, trained_tensors
@@ -236,7 +236,7 @@ def test_without_an_adapter_nothing_changes(vit: Path) -> None:
 def test_an_adapter_goes_on_with_the_targets_that_it_was_given(tmp_path: Path) -> None:
     """SigLIP's tower has a layer whose weights are read, and which LoRA leaves out for this reason."""
     directory = make_backbone(tmp_path / "base", "siglip")
-    base = load_base(str(directory), LABELS, pooling="pooler")
+    base = load_base(str(directory), LABELS, BaseOptions(pooling="pooler"))
     everywhere = LoraSettings(lora_r=4, lora_target_modules=["all-linear"])
     write_adapter(tmp_path / "adapter", make_trainable(base, ModelSettings(), everywhere), base, "card\n")
     given = Settings(model=ModelSettings(adapter_name_or_path=str(tmp_path / "adapter")), lora=everywhere)

@@ -16,7 +16,7 @@ from lora_dist.settings.cli import parse
 from lora_dist.settings.sweep import Axis, SweepSettings, axes_of, contradictions
 from lora_dist.settings.train import Settings
 from lora_dist.settings.train_contradictions import contradictions as of_training
-from lora_dist.sweep import picture
+from lora_dist.sweep import plot
 from lora_dist.sweep.report import report, table
 from lora_dist.sweep.study import REASON, SECONDS, Sweep
 from lora_dist.sweep.trials import remove_unneeded
@@ -131,7 +131,7 @@ def _dots(panel: Axes) -> dict[str, list[list[float]]]:
 
 
 def test_the_picture_has_the_trials_in_each_panel_and_the_best_on_top(sweep: Sweep) -> None:
-    history, rate, rank = picture.sweep_picture(sweep).axes
+    history, rate, rank = plot.plot_sweep(sweep).axes
     complete, pruned = [0.5, 0.25, 0.9], [0.125]
     assert _dots(history) == {
         "best": [[1, 0.9]],
@@ -156,6 +156,6 @@ def test_many_trials_and_settings_have_room(tmp_path: Path, sweep: Sweep) -> Non
         ranges = {name: FloatDistribution(0, 9) for name in params}
         study.add_trial(create_trial(value=1.0, params=params, distributions=ranges))
     axes = [Axis(f"setting_{axis}", low=0.0, high=9.0) for axis in range(7)]
-    figure = picture.sweep_picture(Sweep(tmp_path, sweep.settings, axes, "loss", study))
-    assert figure.get_size_inches().tolist() == [3 * picture.WIDTH, 4 * picture.HEIGHT]
+    figure = plot.plot_sweep(Sweep(tmp_path, sweep.settings, axes, "loss", study))
+    assert figure.get_size_inches().tolist() == [3 * plot.WIDTH, 4 * plot.HEIGHT]
     assert [panel.get_xlabel() for panel in figure.axes] == ["trial", *(axis.name for axis in axes)]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from lora_dist_testing.launching import flags, run
 
-from lora_dist.sweep.job import LOG, Job
+from lora_dist.sweep.trial_process import LOG, TrialProcess
 from lora_dist.sweep.trials import environment_of, visible_gpus
 
 
-def _code_of(job: Job) -> int:
+def _code_of(job: TrialProcess) -> int:
     while (code := job.exit_code()) is None:
         time.sleep(0.05)
     return code
@@ -29,7 +29,7 @@ def test_workers_have_gpus_of_their_own_or_share_them_and_share_the_cores(monkey
 
 
 def test_a_failure_is_told_in_one_line(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", flags(train_dir=tmp_path / "none"), dict(os.environ))
+    job = TrialProcess(tmp_path / "run", flags(train_dir=tmp_path / "none"), dict(os.environ))
     assert _code_of(job) == 2
     assert job.failure() == (
         f"1 problem with the settings of lora_dist.train --train_dir: no such directory: {tmp_path / 'none'}"
@@ -41,14 +41,14 @@ def test_a_failure_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_says_by_what(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", flags(config="demo"), dict(os.environ))
+    job = TrialProcess(tmp_path / "run", flags(config="demo"), dict(os.environ))
     job.kill()
     assert _code_of(job) == -9
     assert job.failure() == "killed by SIGKILL"
 
 
 def test_evaluations_are_read_from_whole_lines(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", flags(train_dir=tmp_path / "none"), dict(os.environ))
+    job = TrialProcess(tmp_path / "run", flags(train_dir=tmp_path / "none"), dict(os.environ))
     _code_of(job)
     assert job.evaluations("accuracy") == []
     lines = '{"step": 1, "train/loss": 1}\n{"step": 4, "eval/accuracy": 0.5}\n{"step": 8, "eval/accuracy": null}\n{"st'

@@ -17,7 +17,7 @@ from lora_dist import train
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.errors import UserError
 from lora_dist.model.bundle import CONVERSION
@@ -72,8 +72,8 @@ def _record(out: Path) -> Any:
 
 
 def _scores(classifier: Classifier, files: list[str]) -> list[float]:
-    options: dict[str, Any] = {"top_k": 2, "batch_size": 8, "num_workers": 0, "device": torch.device("cpu")}
-    return [dict(row.top_k)["a"] for row in classify(classifier, files, **options)]
+    inference = Inference(torch.device("cpu"), batch_size=8, num_workers=0)
+    return [dict(row.top_k)["a"] for row in classify(classifier, files, inference, top_k=2)]
 
 
 @torch.inference_mode()

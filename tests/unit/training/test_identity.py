@@ -4,13 +4,13 @@ from pathlib import Path
 
 from lora_dist_testing.backbones import make_backbone
 
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.training.identity import _entries, differences
 
 
 def test_the_location_of_a_backbone_does_not_count_and_its_size_does(tmp_path: Path) -> None:
     def entries(name: str, **more: tuple[int, int]) -> dict[str, object]:
-        base = load_base(str(make_backbone(tmp_path / name, "clip_vision")), ["x", "y"], **more)
+        base = load_base(str(make_backbone(tmp_path / name, "clip_vision")), ["x", "y"], BaseOptions(**more))
         return _entries("config", base.model.config.to_json_string(use_diff=False))
 
     here = entries("here")

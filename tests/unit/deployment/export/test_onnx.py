@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor
 from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.export import onnx_export
 from lora_dist.deployment.export.onnx_export import RoundingCost, export
 from lora_dist.deployment.export.onnx_model import load_onnx
@@ -307,9 +307,12 @@ def test_int8_is_smaller_and_its_cost_is_what_can_be_counted(adapter: Path, tmp_
     export(load_classifier(adapter), tmp_path / "fp32.onnx", files)
     assert (tmp_path / "int8.onnx").stat().st_size < (tmp_path / "fp32.onnx").stat().st_size
     # The batches of a prediction: int8 scales its inputs by the largest of a batch.
-    settings: dict[str, Any] = {"top_k": 1, "batch_size": None, "num_workers": 0, "device": torch.device("cpu")}
+    inference = Inference(torch.device("cpu"), num_workers=0)
     before, after = (
-        [row.top_k[0][0] if row.top_k else None for row in classify(load_onnx(tmp_path / name), files, **settings)]
+        [
+            row.top_k[0][0] if row.top_k else None
+            for row in classify(load_onnx(tmp_path / name), files, inference, top_k=1)
+        ]
         for name in ("fp32.onnx", "int8.onnx")
     )
     truth = [Path(file).parent.name for file in files]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, ViTImageProcessor
 
 import lora_dist
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.serve import request_limits
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.server import make_app, run
@@ -99,7 +99,7 @@ def test_several_files_come_back_in_order_as_predict_says(url: str, classifier: 
     for name, data in files:
         (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / name) for name, _ in files]
-    rows = classify(classifier, paths, top_k=2, batch_size=8, num_workers=0, device=torch.device("cpu"))
+    rows = classify(classifier, paths, Inference(torch.device("cpu"), batch_size=8, num_workers=0), top_k=2)
     status, answer = post(url, files)
     assert status == 200
     assert [entry["file"] for entry in answer["predictions"]] == [name for name, _ in files]
@@ -131,7 +131,7 @@ def test_an_image_that_is_too_long_and_thin_is_refused_and_has_a_row(tmp_path: P
     for name, size in (("strip.png", (3, 4_001)), ("line.png", (1, 4_000)), ("good.png", (20, 30))):
         Image.new("RGB", size).save(tmp_path / name)
     paths = [str(tmp_path / name) for name in ("good.png", "strip.png", "line.png")]
-    rows = list(classify(classifier, paths, top_k=2, batch_size=8, num_workers=0, device=torch.device("cpu")))
+    rows = list(classify(classifier, paths, Inference(torch.device("cpu"), batch_size=8, num_workers=0), top_k=2))
     assert [bool(row.top_k) for row in rows] == [True, False, True]
     assert "3 x 4001 pixels are too long and thin" in (rows[1].error or "")
     with _serving(classifier) as url:

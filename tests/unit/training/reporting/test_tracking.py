@@ -17,7 +17,7 @@ from lora_dist_testing.disks import fill, small_disk
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lora_dist.training.reporting.board import Lines
+from lora_dist.training.reporting.curve_files import JsonLines
 from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.reporting.tracking import Tracker
 
@@ -82,7 +82,7 @@ def test_lines_stay_where_there_is_no_room_to_drop_some(tmp_path: Path, caplog: 
         log(tracker(disk), 1, 2)
         before = (disk / "metrics.jsonl").read_bytes()
         fill(disk)
-        Lines(disk / "metrics.jsonl", 1)
+        JsonLines(disk / "metrics.jsonl", 1)
         assert (disk / "metrics.jsonl").read_bytes() == before
     assert "No space left on device" in caplog.text
 

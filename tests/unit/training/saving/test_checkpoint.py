@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_dist.errors import UserError
-from lora_dist.storage.files import finish_replacing
+from lora_dist.storage.atomic import finish_replacing
 from lora_dist.training.saving import checkpoint
 from lora_dist.training.saving.checkpoint import COMPLETE, OPTIMIZER, STATE, TRAINED, Checkpoint
 

@@ -12,7 +12,7 @@ from lora_dist.metrics.label_issues import find_label_issues, find_label_set_iss
 from lora_dist.metrics.predictions import Predictions, label_matrix, read_predictions
 
 MOST_LISTED = 0.2
-"""Largest share of the images with labels that are likely wrong which may be the fault of the labels."""
+"""If a larger share of the labels looks wrong, the model is probably wrong instead."""
 
 
 class LabelFindings(NamedTuple):
@@ -54,8 +54,8 @@ def label_findings(scanned: Scanned, file: str) -> LabelFindings:
             judged.append((index, row))
     if not judged:
         raise UserError(
-            f"--predictions {file}: it has no image of this data with the label that the image has now; its first one "
-            f"is {predictions.paths[0]}"
+            f"--predictions {file}: none of its images is in this data with the same label. Its first image is "
+            f"{predictions.paths[0]}"
         )
     counts = {
         f"images have no prediction in {file}": unknown,
@@ -69,14 +69,14 @@ def label_findings(scanned: Scanned, file: str) -> LabelFindings:
     listed = {index for finding in findings for index in finding.files}
     if len(listed) > MOST_LISTED * len(judged):
         notes.append(
-            f"{len(listed):,} of {len(judged):,} judged images are listed for their labels: so many that the model of "
-            f"the predictions may be wrong rather than the labels. Look at the first ones only, or train it better"
+            f"{len(listed):,} of {len(judged):,} judged images have labels that are likely wrong. So many suggest that "
+            f"the model is wrong rather than the labels: look at the first ones only, or train a better model"
         )
     return LabelFindings(findings, notes)
 
 
 def _answer(file: File) -> str | tuple[str, ...]:
-    """The label of a file, or its labels, as predictions have them."""
+    """The label of a file, or its labels in the order in which a file of predictions has them."""
     return file.label if file.names is None else tuple(sorted(file.names))
 
 

@@ -1,6 +1,6 @@
 """The numbers of docs/scaling.md, from formulas: bytes an update sends, when that matters, images that a node reads.
 
-    PYTHONPATH=. python tests/benchmarks/on_paper.py
+    PYTHONPATH=. python tests/benchmarks/scaling_formulas.py
 
 Nothing of it was run on a GPU. `SPEED` is an assumption. The order of the samples is measured.
 """

@@ -19,7 +19,7 @@ _COLORS = {"pruned": "tab:gray", "complete": "tab:blue", "best": "tab:red"}
 """Color of the dots of a group; later groups cover earlier ones."""
 
 
-def sweep_picture(sweep: Sweep) -> Figure:
+def plot_sweep(sweep: Sweep) -> Figure:
     """Draws the metric over the number of the trial, and over each axis in a panel of its own.
 
     Args:

@@ -16,7 +16,7 @@ MAX_MATCHES = 64
 SHIFT = 24.0
 """Largest difference in mean brightness between copies, in levels of 256."""
 LOW_CONTRAST = 8.0
-"""Smallest contrast, in levels of 256, that differences are relative to; less is noise."""
+"""Smallest contrast by which differences are divided, in levels of 256. A lower contrast is noise."""
 _BATCH = 512
 _CHUNK = 2**20
 _ONES = np.array([number.bit_count() for number in range(2**16)], dtype=np.uint8)

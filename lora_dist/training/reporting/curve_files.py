@@ -11,12 +11,12 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lora_dist.storage.files import replace_file
+from lora_dist.storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 
 
-class Board:
+class EventFile:
     """TensorBoard's writer. On a full disk it fails at any later call, and the run continues without it."""
 
     def __init__(self, directory: Path, first_step: int, evaluated: bool = True) -> None:
@@ -26,7 +26,7 @@ class Board:
             first_step: entries of later steps are hidden.
             evaluated: whether the evaluation after `first_step` counts; if not, all of that step is hidden.
         """
-        _leave_writers_to_boards()
+        _suppress_writer_tracebacks()
         self._directory = directory
         self._writer: SummaryWriter | None = None
         try:
@@ -49,7 +49,7 @@ class Board:
             self._writer = None
 
 
-def _leave_writers_to_boards() -> None:
+def _suppress_writer_tracebacks() -> None:
     """Suppresses the traceback of TensorBoard's writer thread; the next call of the writer raises its error."""
     before = threading.excepthook
 
@@ -60,7 +60,7 @@ def _leave_writers_to_boards() -> None:
     threading.excepthook = hook
 
 
-class Lines:
+class JsonLines:
     """A file of JSON lines. A line that cannot be written is kept for the next call.
 
     Attributes:

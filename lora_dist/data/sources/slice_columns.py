@@ -28,7 +28,7 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
             raise UserError(f"--slice_columns {name}: it does not hold one value per sample")
         if isinstance(feature, ClassLabel):
             values = [None if value is None or value < 0 else feature.names[value] for value in values]
-        found[name] = named(name, values)
+        found[name] = named_slices(name, values)
     return found
 
 
@@ -37,7 +37,7 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
-def named(column: str, values: Sequence[Any]) -> np.ndarray:
+def named_slices(column: str, values: Sequence[Any]) -> np.ndarray:
     """The values of a column as text, shape [N]; raises `UserError` if they are too many."""
     texts = np.array([_text(value) or NO_VALUE for value in values])
     if (count := len(np.unique(texts))) > MAX_VALUES:

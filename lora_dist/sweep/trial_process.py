@@ -22,7 +22,7 @@ _REASON_LINES = 4
 _LABEL = "error: "
 
 
-class Job:
+class TrialProcess:
     """A training process that resumes from its newest checkpoint, and ends with this process.
 
     Attributes:

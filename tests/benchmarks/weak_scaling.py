@@ -1,6 +1,6 @@
 """Weak scaling to many GPUs, predicted from the bytes that engine_costs.py measured on two: a table of Markdown.
 
-    python tests/benchmarks/scale.py vit_b
+    python tests/benchmarks/weak_scaling.py vit_b
 
 Nothing of it was run. An update is computing and then sending, one after the other; where an engine overlaps them it
 does better. Bytes are those of `results/engine_costs.csv`, in fp32, which grow with P processes as (P - 1) / P. Each

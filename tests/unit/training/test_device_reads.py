@@ -8,7 +8,7 @@ import torch
 from lora_dist_testing.tiny import perturb
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from reads import Reads
+from device_reads import Reads
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import make_engine

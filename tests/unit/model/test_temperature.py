@@ -15,7 +15,7 @@ from lora_dist.deployment.export.onnx_export import export
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_adapter_set, load_weighted_sum
-from lora_dist.model.backbone import load_base
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.model.bundle import CALIBRATION, Records, read_calibration, write_adapter, write_model
 from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.model.temperature import UNCALIBRATED, Calibration, fold
@@ -135,7 +135,7 @@ def test_a_damaged_record_is_named(content: str, tmp_path: Path) -> None:
 
 def test_a_pooled_backbone_can_be_divided(tmp_path: Path) -> None:
     make_model(tmp_path / "dinov2", "dinov2")
-    base = load_base(str(tmp_path / "dinov2"), LABELS, pooling="mean")
+    base = load_base(str(tmp_path / "dinov2"), LABELS, BaseOptions(pooling="mean"))
     before = base.model.classifier.weight.clone()
     assert fold(base.model, CALIBRATED) == Calibration(1, 2.5)
     torch.testing.assert_close(base.model.classifier.weight, before / 2.5)

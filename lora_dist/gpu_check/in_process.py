@@ -14,7 +14,7 @@ from lora_dist.bench.measure import assemble_unwritten
 from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped
-from lora_dist.gpu_check.photos import run_flags
+from lora_dist.gpu_check.small_run import run_flags
 from lora_dist.model.lora_layer import LoraLinear, draw_mask
 from lora_dist.model.parity import relative_difference, without_tf32
 from lora_dist.processes.runtime import versions
@@ -28,7 +28,7 @@ LAYER_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e
 """Largest error against float64, relative to the largest value."""
 SPLIT_TOLERANCES = {"no": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 MOST_WAITS = 1
-"""Waits for the device that one update may have: to read its loss and its gradient norm."""
+"""How often one update may wait for the device: it reads its loss and its gradient norm at once."""
 REDUCED_BYTES = 64 * 2**20
 
 
@@ -47,7 +47,7 @@ def hardware(machine: Machine) -> str:
 
 
 def lora_layer(machine: Machine) -> str:
-    """Compares the LoRA layer and its gradients with float64, with dropout by a replayed mask."""
+    """Compares the LoRA layer and its gradients with a computation in float64 that has the same dropout mask."""
     worst: dict[str, float] = {}
     for dtype, tolerance in LAYER_TOLERANCES.items():
         for rate in (0.0, 0.25):
@@ -106,7 +106,7 @@ def model_input(machine: Machine) -> str:
 
 
 def splits(machine: Machine) -> str:
-    """Compares loss and gradient norm of one update of 8 samples a process: as 1 x 8, 2 x 4 and 4 x 2."""
+    """Compares loss and gradient norm of an update of 8 samples per process, in micro-batches of 8, 4 and 2."""
     run, tolerance = _assembled(machine), SPLIT_TOLERANCES[machine.accelerator.mixed_precision]
     found = {size: _update(run, _micro_batches(run, size)) for size in (8, 4, 2)}
     for size, update in found.items():
@@ -118,7 +118,7 @@ def splits(machine: Machine) -> str:
 
 
 def waits(machine: Machine) -> str:
-    """Counts the operations that wait for the device: none may be in a micro-batch, and few in an update."""
+    """Counts the operations that wait for the device: few in an update, however many micro-batches it has."""
     machine.require_gpu()
     machine.require_one_process()
     run = _assembled(machine)
@@ -131,7 +131,7 @@ def waits(machine: Machine) -> str:
 
 
 def _count_waits(run: TrainingRun, micro_batches: list[Batch]) -> int:
-    _update(run, micro_batches)  # The first one allocates.
+    _update(run, micro_batches)  # The first update allocates memory.
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -162,9 +162,9 @@ def bandwidth(machine: Machine) -> str:
 
 
 def _assembled(machine: Machine) -> TrainingRun:
-    """A run on the packaged base without dropout, 8 samples a process in an update."""
+    """A run on the packaged base without dropout, with 8 samples per process in an update."""
     if machine.directory not in _runs:
-        # Without workers: a sample is drawn from its seed, wherever that is done.
+        # No workers are needed: a sample depends on its seed alone.
         flags = run_flags(machine.directory, lora_dropout=0, dataloader_num_workers=0, mixed_precision="auto")
         settings = parse(
             BenchSettings, flags, prog="lora_dist.gpu_check", description="", contradictions=contradictions
@@ -174,7 +174,7 @@ def _assembled(machine: Machine) -> TrainingRun:
 
 
 _runs: dict[Any, TrainingRun] = {}
-"""One for each directory, which is one for each process: DeepSpeed prepares a model once."""
+"""The run of each directory, and so of each process. It is kept, because DeepSpeed prepares a model only once."""
 
 
 def _micro_batches(run: TrainingRun, size: int) -> list[Batch]:

@@ -12,7 +12,7 @@ from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_folder, write_bundle
 from safetensors.torch import load_file
 
-from lora_dist.deployment.classify import classify
+from lora_dist.deployment.classify import Inference, classify
 from lora_dist.model.adapters import scale_update
 from lora_dist.model.classifier import load_classifier
 
@@ -128,7 +128,7 @@ def test_a_greedy_soup_is_merged_at_half_its_update(vit: Path, images: Path, tmp
     one, other = _bundle(tmp_path / "1", vit, ["cat", "dog"], 1), tmp_path / "2"
     write_bundle(other, vit, ["cat", "dog"], seed=2, scale=5, lora_r=4)
     files = [str(file) for file in sorted(images.rglob("*.png"))]
-    rows = classify(load_classifier(one), files, top_k=1, batch_size=8, num_workers=0, device=torch.device("cpu"))
+    rows = classify(load_classifier(one), files, Inference(torch.device("cpu"), batch_size=8, num_workers=0), top_k=1)
     for number, row in enumerate(rows):
         sorted_to = tmp_path / "validation" / row.top_k[0][0] / f"{number}.png"
         sorted_to.parent.mkdir(parents=True, exist_ok=True)

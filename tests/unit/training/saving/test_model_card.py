@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lora_dist.model.license import License, license_of
-from lora_dist.training.saving.card import MOST_CLASSES, model_card
+from lora_dist.training.saving.model_card import MOST_CLASSES, ModelCard, Reference
 from lora_dist.training.single_label_problem import SingleLabel
 
 RESULTS: dict[str, Any] = {
@@ -26,19 +26,15 @@ def card(labels: list[str], tuning: str = "lora", **more: Any) -> str:
     given: dict[str, Any] = {
         "title": "food",
         "tuning": tuning,
-        "base_model": "google/vit",
-        "base_is_on_hub": True,
-        "start": None,
-        "data": "ethz/food101",
-        "data_is_on_hub": True,
-        "name_on_hub": None,
+        "base": Reference("google/vit", is_on_hub=True),
+        "data": Reference("ethz/food101", is_on_hub=True),
         "problem": SingleLabel(),
         "labels": labels,
         "per_class": rows,
         "results": RESULTS,
         "settings": {"lora_r": 16, "lora_target_modules": ["query"]},
     }
-    return model_card(**(given | more))
+    return str(ModelCard(**(given | more)))
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -101,7 +97,7 @@ def test_any_class_name_is_one_row_of_the_table(name: str) -> None:
 @pytest.mark.parametrize("name", ["C:\\models\\vit", "my: model #1", "---", "a|b"])
 def test_any_path_of_base_and_data_leaves_the_metadata_valid(name: str) -> None:
     """The Hub refuses a card whose `base_model` or `datasets` is a path."""
-    text = card(["a"], base_model=name, base_is_on_hub=False, data=name, data_is_on_hub=False, title=name)
+    text = card(["a"], base=Reference(name, False), data=Reference(name, False), title=name)
     found = metadata(text)
     assert not {"base_model", "base_model_relation", "datasets"} & found.keys()
     assert found["model-index"][0]["name"] == name

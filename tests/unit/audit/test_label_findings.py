@@ -67,7 +67,7 @@ def test_a_poor_model_is_named_as_such(photos: Path, capsys: pytest.CaptureFixtu
     """Of a list of a third of the images, most are mistakes of the model."""
     wrong = {f"{label}/{number:03d}.png": "c" for label in "ab" for number in range(5)}
     _audit(photos, 3, "--predictions", _predictions(photos, wrong))
-    assert "10 of 35 judged images are listed for their labels" in capsys.readouterr().out
+    assert "10 of 35 judged images have labels that are likely wrong" in capsys.readouterr().out
 
 
 def test_other_files_are_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_other_files_are_refused(photos: Path, capsys: pytest.CaptureFixture[str
     assert "it has no probabilities of every class" in capsys.readouterr().err
     file.write_text('{"path": "x.png", "label": "a", "given_label": "b", "probabilities": {"a": 0.7, "b": 0.3}}\n')
     _audit(photos, 2, "--predictions", file)
-    assert "it has no image of this data" in capsys.readouterr().err
+    assert "none of its images is in this data" in capsys.readouterr().err
     _audit(photos, 2, "--predictions", photos / "none.jsonl")
     assert "no such file" in capsys.readouterr().err
 

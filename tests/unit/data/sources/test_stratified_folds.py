@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from lora_dist_testing.tiny import make_folder
 
-from lora_dist.data.sources.folds import fold_numbers
 from lora_dist.data.sources.load import load_data
+from lora_dist.data.sources.stratified_folds import fold_numbers
 from lora_dist.errors import UserError
 from lora_dist.settings.train import DataSettings, Settings
 from lora_dist.settings.train_contradictions import contradictions
