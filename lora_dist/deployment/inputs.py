@@ -44,11 +44,9 @@ class Inputs(Protocol):
         Raises:
             UserError: the data set cannot be read.
         """
-        ...
 
     def fingerprint(self) -> str:
         """Digest of the names and the order of the images."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,15 @@ class Decision(Protocol):
     @property
     def problem_type(self) -> str:
         """The problem type of `transformers`, as `config.json` records it."""
-        ...
 
     def scores(self, logits: Tensor) -> Tensor:
         """The score of each class, shape [B, classes], of finite logits in fp32."""
-        ...
 
     def chosen(self, scores: Tensor) -> list[list[int]] | None:
         """The labels of each row, the highest score first; None if an image has one class: the most likely."""
-        ...
 
     def record(self, labels: Sequence[str]) -> dict[str, float] | None:
         """The content of `thresholds.json` in a bundle, as JSON values; None for no such file."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Finds the blocks of a backbone in the order of computation, and how far each parameter is from the head."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -93,15 +93,11 @@ def first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
     def note(name: str) -> None:
         calls.setdefault(name, len(calls))
 
-    # A value that a hook returns replaces the input of its module, so `note` returns none.
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: note(name)) for name, module in model.named_modules()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            # A value that a hook returns replaces the input of its module, so `note` returns none.
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: note(name)))
         model(pixel_values=pixel_values)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 
@@ -118,18 +114,14 @@ def layer_positions(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
             channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             positions[name] = max(positions.get(name, 1), output.numel() // (channels * len(pixel_values)))
 
-    # A value that a hook returns replaces the output of its module, so `note` returns none.
-    hooks = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: note(name, layer, output))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                # A value that a hook returns replaces the output of its module, so `note` returns none.
+                hook = module.register_forward_hook(lambda layer, _, output, name=name: note(name, layer, output))
+                hooks.enter_context(hook)
         with torch.enable_grad(), _only_features_require_gradients(model):
             model(pixel_values=pixel_values.detach().clone().requires_grad_())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return positions
 
 

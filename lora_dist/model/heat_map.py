@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -87,12 +87,10 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             outputs.append(tensor)
 
-    hooks = [module.register_forward_hook(keep) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(keep))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _grid(features: Tensor, size: tuple[int, int]) -> tuple[int, int, int] | None:

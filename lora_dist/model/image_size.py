@@ -35,7 +35,7 @@ def resize_model(model: Any, size: Size) -> Any:
     if before in (None, size):
         return _require_images(model, model, size)
     try:
-        return _require_images(_rebuilt(model, before, size), model, size)
+        return _require_images(_rebuilt(model, size), model, size)
     except UserError as error:
         try:
             return _require_images(model, model, size)
@@ -153,7 +153,7 @@ def _with_image_size(config: Any, size: Size) -> Any:
     return config
 
 
-def _rebuilt(model: Any, before: Size, size: Size) -> Any:
+def _rebuilt(model: Any, size: Size) -> Any:
     """The model with a configuration of another image size; it shares the weights that stay as they are."""
     with _as_user_error(model, size):
         config = _with_image_size(copy.deepcopy(model.config), size)

@@ -1,7 +1,7 @@
 """Adds LoRA to an image classifier, and chooses the parameters that train."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -91,16 +91,12 @@ def adapted_layers(model: nn.Module) -> str:
 def without_lora(model: nn.Module) -> Iterator[None]:
     """Disables LoRA but keeps the backward pass as long as with it, to measure the cost of LoRA."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    hooks = [layer.register_forward_hook(_with_gradient) for layer in layers]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for layer in layers:
-            layer.enable_adapters(True)
-        for hook in hooks:
-            hook.remove()
+            stack.enter_context(layer.register_forward_hook(_with_gradient))
+            stack.callback(layer.enable_adapters, True)
+            layer.enable_adapters(False)
+        yield
 
 
 def _require_own_names(model: nn.Module) -> None:

@@ -61,7 +61,7 @@ class Preflight:
             self._wait_for(where, range(self._world_size))
 
     @contextmanager
-    def first_process_first(self, where: str, accelerator: Accelerator) -> Iterator[None]:
+    def first_process_first(self, where: str) -> Iterator[None]:
         """Makes all other processes wait until rank 0 has left the context.
 
         Like `accelerator.main_process_first`, but if rank 0 fails, the others raise an error instead of waiting.

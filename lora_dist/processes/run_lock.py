@@ -65,7 +65,7 @@ class RunLock:
         from lora_dist.processes.preflight import Preflight
 
         preflight = Preflight(timedelta(seconds=ddp_timeout))
-        with preflight.first_process_first("locked", accelerator):
+        with preflight.first_process_first("locked"):
             if accelerator.is_main_process:
                 seconds = min(OTHER_HOST_SECONDS, ddp_timeout / 2)
                 self._wait_for(root, seconds, "resume with --resume_from_checkpoint auto")

@@ -4,7 +4,7 @@ The names are those of `transformers.TrainingArguments`, `peft.LoraConfig` and t
 The defaults are the recipe of the PEFT guide "Image classification using LoRA".
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -352,23 +352,18 @@ class Settings(Group):
         The rate that suits LoRA and a new head ruins pretrained weights that are trained in full.
         """
         is_pretrained_in_full = self.model.tuning == "full" and not self.model.init_from_config
-        if not is_pretrained_in_full or "learning_rate" in self.optimization.model_fields_set:
-            return self
-        optimization = self.optimization.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
-        return self.model_copy(update={"optimization": optimization})
+        return self._with_default("learning_rate", FULL_LEARNING_RATE) if is_pretrained_in_full else self
 
     def with_default_eval_batch_size(self, size: int) -> "Settings":
         """Returns the settings with this batch size of evaluations, unless one was given."""
-        if "per_device_eval_batch_size" in self.optimization.model_fields_set:
-            return self
-        optimization = self.optimization.model_copy(update={"per_device_eval_batch_size": size})
-        return self.model_copy(update={"optimization": optimization})
+        return self._with_default("per_device_eval_batch_size", size)
 
     def with_default_metric(self) -> "Settings":
         """Returns the settings with the default metric of their problem type, unless a metric was given."""
-        is_given = "metric_for_best_model" in self.optimization.model_fields_set
-        if is_given or self.data.problem_type == SINGLE_LABEL:
+        return self if self.data.problem_type == SINGLE_LABEL else self._with_default("metric_for_best_model", "mAP")
+
+    def _with_default(self, name: str, value: Any) -> "Settings":
+        """Returns the settings with a value of `OptimizationSettings`, unless one was given."""
+        if name in self.optimization.model_fields_set:
             return self
-        return self.model_copy(
-            update={"optimization": self.optimization.model_copy(update={"metric_for_best_model": "mAP"})}
-        )
+        return self.model_copy(update={"optimization": self.optimization.model_copy(update={name: value})})

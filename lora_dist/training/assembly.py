@@ -195,7 +195,7 @@ def _load_inputs(
     """Loads data and base, and resolves the settings that depend on them. Arguments as `assemble`."""
     allow_pixels(settings.data.max_image_pixels)
     settings = as_resumed(settings, resumed).with_default_learning_rate().with_default_metric()
-    with preflight.first_process_first("loaded", accelerator):
+    with preflight.first_process_first("loaded"):
         data = _load(settings, accelerator, errors)
         settings, base, start = load_warm_start(settings, data.labels)
     settings = with_pooling(settings, base)

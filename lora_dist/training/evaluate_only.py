@@ -33,13 +33,13 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     lock.take(output.root, accelerator, settings.run.ddp_timeout)
     require_empty(output.root)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
-    with preflight.first_process_first("adapter", accelerator):
+    with preflight.first_process_first("adapter"):
         directory = local_directory(settings.model.adapter_name_or_path or "")
     classifier = load_classifier(directory, trust_remote_code=settings.model.trust_remote_code)
     if classifier.decision.problem_type != settings.data.problem_type:
         raise UserError(f"the model was trained with --problem_type {classifier.decision.problem_type}: add it")
     problem = PROBLEM_TYPES[settings.data.problem_type].fixed(classifier.decision)
-    with preflight.first_process_first("loaded", accelerator):
+    with preflight.first_process_first("loaded"):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
     transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)

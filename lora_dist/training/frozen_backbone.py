@@ -148,11 +148,8 @@ def _calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         if len(inputs) == 1:
             calls.append((inputs[0], output))
 
-    hook = module.register_forward_hook(add)
-    try:
+    with module.register_forward_hook(add):
         yield calls
-    finally:
-        hook.remove()
 
 
 def _accept_features(base: nn.Module, head: nn.Module, shape: torch.Size) -> None:

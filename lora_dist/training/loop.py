@@ -15,7 +15,7 @@ from lora_dist.model.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.evaluation import NothingToEvaluateError
 from lora_dist.training.failures import saved_on_failure, update_explained
-from lora_dist.training.problem import EvaluationResult
+from lora_dist.training.problem_types import EvaluationResult
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun

@@ -15,15 +15,12 @@ class SampleLoss(Protocol):
     @property
     def weighs_samples(self) -> bool:
         """Whether `weights_of` differs between samples."""
-        ...
 
     def of_samples(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of each sample, shape [B], towards both labels of mixed images; 0 for samples of weight 0."""
-        ...
 
     def weights_of(self, labels: Tensor, partner_labels: Tensor | None = None, shares: Tensor | None = None) -> Tensor:
         """The weight of each sample by its labels, shape [B]."""
-        ...
 
 
 class Loss(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -93,20 +93,18 @@ class MultiLabel:
     """
 
     thresholds: tuple[float, ...] | None = None
-    headline: str = "mAP"
-    labels_word: str = "labels"
-    is_calibrated: bool = False
-    keeps_scores: bool = True
-    class_columns: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "average_precision": "average precision",
-            "precision": "precision",
-            "recall": "recall",
-            "f1": "F1",
-            "threshold": "threshold",
-            "support": "images",
-        }
-    )
+    headline: ClassVar = "mAP"
+    labels_word: ClassVar = "labels"
+    is_calibrated: ClassVar = False
+    keeps_scores: ClassVar = True
+    class_columns: ClassVar[Mapping[str, str]] = {
+        "average_precision": "average precision",
+        "precision": "precision",
+        "recall": "recall",
+        "f1": "F1",
+        "threshold": "threshold",
+        "support": "images",
+    }
 
     def loss(self, settings: Settings, data: ImageData) -> BinaryLoss:
         return make_binary_loss(settings, data)

@@ -1,8 +1,10 @@
-"""The problem types by name; `problem.py` has their interface."""
+"""The problem types by name, and the results of their evaluations; `problem.py` has their interface."""
 
 from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
-from lora_dist.training.multi_label_problem import MultiLabel
+from lora_dist.training.multi_label_problem import LabelSetEvaluation, MultiLabel
 from lora_dist.training.problem import ProblemType
-from lora_dist.training.single_label_problem import SingleLabel
+from lora_dist.training.single_label_problem import Evaluation, SingleLabel
 
 PROBLEM_TYPES: dict[str, ProblemType] = {SINGLE_LABEL: SingleLabel(), MULTI_LABEL: MultiLabel()}
+
+EvaluationResult = Evaluation | LabelSetEvaluation

@@ -20,7 +20,7 @@ from lora_dist.settings.train import Settings
 from lora_dist.training.class_weights import planned_weight
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.loss import SampleLoss
-from lora_dist.training.problem import EvaluationResult
+from lora_dist.training.problem_types import EvaluationResult
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule, is_due

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,17 +90,19 @@ class Evaluation:
         return None if self.groups is None else self.groups[chosen]
 
 
-@dataclass(frozen=True)
 class SingleLabel:
     """One class per image; a `ProblemType`."""
 
-    headline: str = "accuracy"
-    labels_word: str = "classes"
-    is_calibrated: bool = True
-    keeps_scores: bool = False
-    class_columns: Mapping[str, str] = field(
-        default_factory=lambda: {"precision": "precision", "recall": "recall", "f1": "F1", "support": "images"}
-    )
+    headline: ClassVar = "accuracy"
+    labels_word: ClassVar = "classes"
+    is_calibrated: ClassVar = True
+    keeps_scores: ClassVar = False
+    class_columns: ClassVar[Mapping[str, str]] = {
+        "precision": "precision",
+        "recall": "recall",
+        "f1": "F1",
+        "support": "images",
+    }
 
     def loss(self, settings: Settings, data: ImageData) -> Loss:
         if settings.optimization.metric_for_best_model == "top5_accuracy" and len(data.labels) <= TOP:

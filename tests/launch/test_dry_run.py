@@ -24,7 +24,7 @@ def _arguments(vit: Path, photos: Path, out: Path) -> list[object]:
 
 def test_a_dry_run_foretells_the_run_and_writes_nothing(vit: Path, photos: Path, tmp_path: Path) -> None:
     arguments = _arguments(vit, photos, tmp_path / "run")
-    plan = train(*arguments, "--dry_run", launch_file="ddp_cpu.yaml")
+    plan = train(*arguments, "--dry_run", "--cache_dir", tmp_path / "cache", launch_file="ddp_cpu.yaml")
     assert not list(tmp_path.iterdir())
     settings, _, text = plan.stdout.partition("\n\n")
     assert yaml.safe_load(settings)["per_device_train_batch_size"] == 4

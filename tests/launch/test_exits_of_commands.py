@@ -1,12 +1,12 @@
 """Prediction, serving, audits, the image cache and benchmarks leave nothing behind, whatever way they end."""
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.launching import started
 from lora_dist_testing.tiny import make_model
 from PIL import Image
@@ -18,8 +18,7 @@ SECONDS = 10
 def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny classifier whose classes have names."""
     model = make_model(tmp_path_factory.mktemp("named") / "vit")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (model / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}), encoding="utf-8")
+    edit_json(model / "config.json", id2label={"0": "a", "1": "b"})
     return model
 
 

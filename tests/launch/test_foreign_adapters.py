@@ -143,21 +143,3 @@ def test_a_greedy_soup_is_merged_at_half_its_update(vit: Path, images: Path, tmp
     half = load_classifier(one).model
     scale_update(half, 0.5)
     torch.testing.assert_close(logits(load_classifier(tmp_path / "merged").model, 32), logits(half, 32))
-
-
-def test_what_cannot_be_is_told_in_words(vit: Path, images: Path, tmp_path: Path) -> None:
-    pair = ("--adapter", "a=x", "b=y")
-    for words, part in (
-        ((*pair, "--merge_to", "z"), "--merge_to needs one model: merge the adapters with --average or"),
-        ((*pair, "--weights", 0.5, "--images", images), "1 weights for 2 adapters"),
-        ((*pair, "--weights", 0.5, 0.6, "--images", images), "the weights add up to 1.1 instead of 1"),
-        ((*pair, "--images", images, "--grid", "g.png"), "--grid shows the predictions of one adapter"),
-        (("--adapter", "x", "--dtype", "bf16", "--images", images), "--dtype needs --merge_to"),
-        (("--model", "x", "--class_names", "y", "--images", images), "--class_names needs an adapter"),
-        (("--model", "x", "--export_legacy_names", "y"), "only adapters can be merged or converted"),
-        (("--adapter", "x", "x", "--images", images), "two adapters are named x"),
-        ((*GUIDE, "--class_names", tmp_path / "nowhere", "--images", images), "nowhere"),
-    ):
-        result = predict(*words, code=2)
-        assert part in result.stderr, words
-        assert "Traceback" not in result.stderr

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from lora_dist_testing.launching import flags, lines_of, run_flags, train
+from lora_dist_testing.launching import lines_of, run_flags, train
 from lora_dist_testing.tiny import make_folder
 
 
@@ -38,19 +38,3 @@ def test_two_processes_share_a_cache_and_train_as_one(vit: Path, tmp_path: Path)
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert losses["device"] == pytest.approx(losses["one"], rel=1e-2)
     assert len(list((tmp_path / "cache").rglob("part-*.pixels"))) == 2
-
-
-def test_a_dry_run_leaves_no_cache(vit: Path, photos: Path, tmp_path: Path) -> None:
-    result = train(
-        *flags(
-            model_name_or_path=vit,
-            train_dir=photos / "train",
-            validation_dir=photos / "validation",
-            output_dir=tmp_path / "run",
-            cache_dir=tmp_path / "cache",
-            augment_on_device=True,
-            dry_run=True,
-        ),
-    )
-    assert "nothing was written" in result.stderr
-    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lora_dist_testing.launching import command, environment, flags, predict, started
-from lora_dist_testing.tiny import make_image, make_model, write_bundle
+from lora_dist_testing.tiny import make_image, write_bundle
 from PIL import Image
 from transformers import pipeline
 
@@ -199,12 +199,6 @@ def _refused(*arguments: object, words: Sequence[str]) -> None:
     assert result.stdout == ""
 
 
-def test_a_merge_into_a_directory_in_use_is_refused(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    _refused("--adapter", adapter, "--merge_to", tmp_path, words=["is not empty", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
 def test_places_and_adapters_are_looked_at_before_anything_is_done(adapter: Path, vit: Path, tmp_path: Path) -> None:
     """Nothing is merged where the file of the ONNX model is there already, or where there is nothing to merge."""
     (tmp_path / "old.onnx").touch()
@@ -214,19 +208,6 @@ def test_places_and_adapters_are_looked_at_before_anything_is_done(adapter: Path
     words = [f"{vit} is not an adapter", "a whole model", "--model"]
     _refused("--adapter", vit, "--merge_to", merged, "--export_legacy_names", tmp_path / "old", words=words)
     assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
-
-
-def test_another_base_is_refused(adapter: Path, folder: Path, tmp_path: Path) -> None:
-    other = make_model(tmp_path / "other", seed=1)
-    _refused("--adapter", adapter, "--base_model", other, "--images", folder, words=["is not the base", str(other)])
-
-
-def test_an_adapter_without_a_label_map_is_refused(vit: Path, folder: Path, tmp_path: Path) -> None:
-    """Two classes, since `transformers` makes up two names where there are none."""
-    adapter = _bundle(tmp_path / "adapter", vit, labels=["cat", "dog"])
-    config = json.loads((adapter / "config.json").read_text())
-    (adapter / "config.json").write_text(json.dumps({key: config[key] for key in config if "label" not in key}))
-    _refused("--adapter", adapter, "--images", folder, words=["no label map"])
 
 
 def test_a_name_of_nothing_is_refused_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -280,12 +261,6 @@ def test_prediction_builds_no_accelerator_even_under_the_variables_of_a_launch(a
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["path"] == os.fspath(folder / "turned.png")
-
-
-def test_contradictions_are_told_in_words_and_at_once(adapter: Path, folder: Path) -> None:
-    _refused(words=["--adapter", "--model", "--images"])
-    _refused("--adapter", adapter, "--model", adapter, "--images", folder, words=["use only one of them"])
-    _refused("--model", adapter, "--merge_to", folder, words=["only adapters can be merged"])
 
 
 @pytest.fixture(scope="module")

@@ -196,9 +196,3 @@ def test_dropped_and_chosen_images_come_back_with_bars(adapter: Path, images: li
             browser.wait_for(f"document.querySelector('.explain img').naturalWidth === {width}")
         browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 5000
-
-
-def test_what_a_server_cannot_use_is_told_in_words(vit: Path) -> None:
-    result = predict("--serve", "--images", "x.png", code=2)
-    assert "--serve, --images: the server does not use --images" in result.stderr
-    assert "--adapter, --model, --onnx: no model: set one of them" in result.stderr

@@ -73,18 +73,3 @@ def test_a_run_goes_on_to_other_classes_and_is_itself_resumed(first: Path, tmp_p
         code=2,
     )
     assert "start was" in other.stderr
-
-
-def test_flags_that_differ_from_the_adapter_are_refused(first: Path, photos: Path, tmp_path: Path) -> None:
-    result = train(
-        *flags(
-            adapter_name_or_path=first / "adapter",
-            train_dir=photos / "train",
-            validation_dir=photos / "validation",
-            output_dir=tmp_path / "run",
-            lora_r=8,
-        ),
-        code=2,
-    )
-    assert "--lora_r is 8, and that of the adapter is 4" in result.stderr
-    assert "Traceback" not in result.stderr

@@ -9,12 +9,10 @@ import yaml
 from lora_dist_testing.launching import (
     RESULTS,
     adapter_of,
-    assert_same_run,
     flags,
     lines_of,
     results_of,
     scalars_of,
-    started,
     train,
 )
 from lora_dist_testing.tiny import make_folder
@@ -151,31 +149,6 @@ def _confusion(out: Path) -> list[list[int]]:
     return json.loads((out / "evaluation.json").read_text())["confusion_matrix"]["rows_true_columns_predicted"]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(vit: Path, photos: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of an epoch, then `--resume_from_checkpoint auto`; dropout and augmentation are on."""
-    more = (*BATCH, "--lora_dropout", 0.1, "--augmentation", "randaugment", "--checkpointing_steps", 2)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(*_arguments(vit, photos, whole, *more))
-    with started(tmp_path / "log", *_arguments(vit, photos, broken, *more)) as launch:
-        launch.wait_for(lambda: sorted((broken / "checkpoints").glob("step-*")))
-        launch.process.kill()
-        launch.wait()
-    assert not (broken / "all_results.json").exists()
-    resumed = train(*_arguments(vit, photos, broken, *more), "--resume_from_checkpoint", "auto")
-    assert "resuming from" in resumed.stderr
-    assert_same_run(broken, whole)
-
-
-def test_an_output_dir_in_use_and_a_resume_of_another_run_are_refused(single: Path, vit: Path, photos: Path) -> None:
-    again = train(*_arguments(vit, photos, single, *BATCH), code=2)
-    assert "--resume_from_checkpoint auto" in again.stderr
-    assert "Traceback" not in again.stderr
-    before = (single / "config.yaml").read_text()
-    other = train(*_arguments(vit, photos, single, *BATCH), "--resume_from_checkpoint", "auto", "--seed", 1, code=2)
-    assert "seed was 42 and is now 1" in other.stderr
-    assert (single / "config.yaml").read_text() == before
-
-
 def test_evaluation_of_a_given_adapter(single: Path, photos: Path, tmp_path: Path) -> None:
     result = train(
         *flags(
@@ -195,13 +168,6 @@ def test_settings_saved_with_a_run_repeat_it(single: Path, tmp_path: Path) -> No
     train("--config", single / "config.yaml", "--output_dir", tmp_path / "run")
     expected = adapter_of(single)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_of(tmp_path / "run").items())
-
-
-def test_half_precision_without_a_gpu_is_refused(vit: Path, photos: Path, tmp_path: Path) -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("this machine has an accelerator")
-    result = train(*_arguments(vit, photos, tmp_path / "run"), "--mixed_precision", "fp16", code=2)
-    assert "use --mixed_precision no" in result.stderr
 
 
 def test_a_bad_image_stops_the_run_and_is_named_whichever_process_meets_it(vit: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The real client and a Hub on this machine: what arrives, what is tried again, what comes back, what stays secret."""
 
-import json
 import logging
 import shutil
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.hub_server import SIGNATURE, TOKEN, Hub, point_client_at, serving
 from lora_dist_testing.launching import assert_same_run, free_port, lines_of, results_of, run_flags
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
@@ -420,8 +420,7 @@ def test_a_whole_model_of_an_old_release_comes_back(server: Hub, vit: Path, tmp_
     weights = load_file(tmp_path / "old" / "model.safetensors")
     (tmp_path / "old" / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "old" / "pytorch_model.bin")
-    path = tmp_path / "old" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {0: "a", 1: "b"}}))
+    edit_json(tmp_path / "old" / "config.json", id2label={0: "a", 1: "b"})
     torch.save({}, tmp_path / "old" / "training_args.bin")
     upload(open_repository("flowers", private=False), tmp_path / "old", "message")
     directory = local_directory("ada/flowers")

@@ -13,7 +13,6 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
-from lora_dist.data.pixels.crops import draw_crop
 from lora_dist.data.pixels.deferred import DeferredOps, combine, resize
 from lora_dist.data.pixels.images import ImageSource, Picture, UnreadableImageError, load_rgb
 from lora_dist.data.pixels.limits import CentreCrop, TooLongError
@@ -51,7 +50,7 @@ class ImageTransforms:
         self.height, self.width = output_size(processor)
         settings = augmentation or AugmentationSettings(augmentation="none")
         self.crops = settings.augmentation != "none"
-        self._crop_scale_min = settings.crop_scale_min
+        self._random_crop = v2.RandomResizedCrop((self.height, self.width), scale=(settings.crop_scale_min, 1.0))
         self._flip = settings.horizontal_flip
         self._policy = _POLICIES[settings.augmentation]() if settings.augmentation in _POLICIES else None
         self._on_device = settings.augment_on_device
@@ -215,7 +214,8 @@ class ImageTransforms:
 
     def _crop(self, picture: Picture) -> View:
         size = self.height, self.width
-        box = draw_crop(picture.size, self._crop_scale_min)
+        area = self._random_crop.make_params([torch.empty(3, *picture.size[::-1], device="meta")])
+        box = (area["left"], area["top"], area["left"] + area["width"], area["top"] + area["height"])
         flipped = bool(self._flip and torch.rand(1) < self._flip)
         part = picture.part(box, size[::-1])
         # A large crop is resized in the worker all the same: it would take too long to transfer.

@@ -42,22 +42,18 @@ class SampleOrder(Protocol):
     @property
     def num_samples(self) -> int:
         """Samples in an epoch."""
-        ...
 
     @property
     def description(self) -> str:
         """The facts that decide the order besides the data and the seed."""
-        ...
 
     def micro_batch_count(self, epoch: int, window: range, batch: int, world_size: int) -> int:
         """Number of micro-batches that each process makes of the positions in `window`, `batch` samples at most."""
-        ...
 
     def micro_batches(
         self, epoch: int, window: range, batch: int, world_size: int, rank: int
     ) -> Iterator[list[Sample]]:
         """The samples of process `rank` in each of these micro-batches; never empty."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ class Reader(Protocol):
         Raises:
             UnreadableImageError: names the sample.
         """
-        ...
 
 
 class TrainingSplit(Protocol):
@@ -40,24 +39,18 @@ class TrainingSplit(Protocol):
     @property
     def label_shape(self) -> tuple[int, ...]:
         """Shape of the label of a sample: () of one class, (labels,) of several labels."""
-        ...
 
     def name(self, index: int) -> str:
         """The file of sample `index`, or its row where the data set has no files."""
-        ...
 
     def fingerprint(self) -> str:
         """Digest of the samples and their labels."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """The selected samples as JSON, for the record of the run."""
-        ...
 
     def sample_order(self, seed: int) -> SampleOrder:
         """The order in which training reads the samples."""
-        ...
 
     def reader(self) -> Reader:
         """A new reader, private to the calling process."""
-        ...

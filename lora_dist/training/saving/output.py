@@ -5,7 +5,6 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,76 +29,41 @@ MEASURED_BY = (
 """Settings that also apply when a finished run is resumed, because they affect only selection and evaluation."""
 
 
-@dataclass(frozen=True)
 class Output:
-    """Paths in a run's `output_dir`."""
+    """Paths in a run's `output_dir`.
 
-    root: Path
+    Attributes:
+        root: this directory.
+        checkpoints: checkpoints to resume from.
+        adapter: the result of `--tuning lora` and `head`.
+        adapter_init: the adapter before training, if its initialization changes the base weights (PiSSA).
+        model: the result of `--tuning full`.
+        outbox: files waiting to be pushed to the Hub; deleted at the end of the run.
+        save_request: file that requests a checkpoint if it exists.
+        config: the settings of the run, which `--config` can read.
+        split: the rows of the data that train, and those that validate.
+        results: final metrics and the record of the run.
+        evaluation: report by class and confusion matrix.
+        predictions: the prediction of the result for each validation image.
+        probe: accuracies of a linear probe and of nearest neighbours before training.
+        metrics: the logged metrics as JSON lines.
+    """
 
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoints to resume from."""
-        return self.root / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The result of `--tuning lora` and `head`."""
-        return self.root / "adapter"
-
-    @property
-    def adapter_init(self) -> Path:
-        """The adapter before training, if its initialization changes the base weights (PiSSA)."""
-        return self.root / "adapter_init"
-
-    @property
-    def model(self) -> Path:
-        """The result of `--tuning full`."""
-        return self.root / "model"
-
-    @property
-    def outbox(self) -> Path:
-        """Files waiting to be pushed to the Hub; deleted at the end of the run."""
-        return self.root / "outbox"
-
-    @property
-    def save_request(self) -> Path:
-        """File that requests a checkpoint if it exists."""
-        return self.root / "SAVE"
-
-    @property
-    def config(self) -> Path:
-        """The settings of the run, which `--config` can read."""
-        return self.root / "config.yaml"
-
-    @property
-    def split(self) -> Path:
-        """The rows of the data that train, and those that validate."""
-        return self.root / "split.json"
-
-    @property
-    def results(self) -> Path:
-        """Final metrics and the record of the run."""
-        return self.root / "all_results.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Report by class and confusion matrix."""
-        return self.root / "evaluation.json"
-
-    @property
-    def predictions(self) -> Path:
-        """The prediction of the result for each validation image."""
-        return self.root / FILE
-
-    @property
-    def probe(self) -> Path:
-        """Accuracies of a linear probe and of nearest neighbours before training."""
-        return self.root / "probe.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The logged metrics as JSON lines."""
-        return self.root / "metrics.jsonl"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.adapter = root / "adapter"
+        self.adapter_init = root / "adapter_init"
+        self.model = root / "model"
+        self.outbox = root / "outbox"
+        self.save_request = root / "SAVE"
+        self.config = root / "config.yaml"
+        self.split = root / "split.json"
+        self.results = root / "all_results.json"
+        self.evaluation = root / "evaluation.json"
+        self.predictions = root / FILE
+        self.probe = root / "probe.json"
+        self.metrics = root / "metrics.jsonl"
 
     def results_found(self) -> list[Path]:
         """Returns the existing results of a finished run."""

@@ -32,7 +32,7 @@ from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.probe import in_words, read_probe
-from lora_dist.training.problem import EvaluationResult
+from lora_dist.training.problem_types import EvaluationResult
 from lora_dist.training.reporting.report import (
     explain_worst,
     headline_lines,

@@ -1,7 +1,6 @@
 """Tiny models with random weights and small learnable image folders, written to disk as users have them."""
 
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from transformers import (
 from lora_dist.data.pixels.images import opened
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.pixels.views import stack
+from lora_dist_testing.edits import edit_json
 
 ARCHITECTURES = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "convnext", "resnet", "mobilevit")
 WITHOUT_PREFIX = ("clip", "siglip", "metaclip_2", "hgnet_v2")
@@ -150,8 +150,7 @@ def make_remote_model(directory: Path) -> Path:
         },
     }
     for name, changes in remote.items():
-        path = directory / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        edit_json(directory / name, **changes)
     return directory
 
 

@@ -11,7 +11,7 @@ from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import make_folder
 
 from lora_dist.bench.compare import Comparison, Throughput
-from lora_dist.bench.diagnosis import Hardware, diagnose, flag
+from lora_dist.bench.diagnosis import Hardware, diagnose
 from lora_dist.bench.measure import Measurements, assemble_unwritten, count_flops, measure, warmup_updates
 from lora_dist.bench.report import row
 from lora_dist.bench.results import COLUMNS, append_row, require_appendable, table
@@ -133,11 +133,6 @@ def test_the_diagnosis_names_the_bottleneck_and_settings_that_may_help(
     assert said.count(".") == 1 + said.count("%.")
     names = [word.strip(";,().") for word in said.split() if word.startswith("--")]
     assert {name.removeprefix("--") for name in names} <= cli.flat_fields(Settings).keys()
-
-
-def test_an_unknown_flag_cannot_be_advised() -> None:
-    with pytest.raises(ValueError, match="faster"):
-        flag("faster")
 
 
 def test_ratios_of_a_comparison_are_within_a_round() -> None:

@@ -1,11 +1,11 @@
 """Several adapters on one base: chosen without loading it again, and blended exactly."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_model, write_bundle
 from safetensors.torch import load_file, save_file
@@ -80,9 +80,8 @@ def test_adapters_of_different_bases_are_refused(vit: Path, tmp_path: Path) -> N
 def test_a_label_map_of_another_number_of_classes_is_refused(vit: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         _write(tmp_path / str(number), vit, number)
-    path = tmp_path / "2" / "config.json"
     names = {str(number): f"class {number}" for number in range(5)}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": names, "label2id": None}))
+    edit_json(tmp_path / "2" / "config.json", id2label=names, label2id=None)
     with pytest.raises(UserError, match=r"2 has a head of 3 classes, and names for 5"):
         load_adapter_set({"1": tmp_path / "1", "2": tmp_path / "2"})
 
@@ -207,11 +206,9 @@ def test_an_adapter_that_trains_biases_stands_alone(indices: tuple[int, int], vi
 def test_adapters_that_bring_different_modules_whole_are_not_blended(vit: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         _write(tmp_path / str(number), vit, number)
-    file = tmp_path / "2" / "adapter_model.safetensors"
     more = {f"base_model.model.vit.layernorm.{part}": torch.ones(32) for part in ("weight", "bias")}
-    save_file(load_file(file) | more, file)
-    path = tmp_path / "2" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["classifier", "layernorm"]}))
+    edit_tensors(tmp_path / "2" / "adapter_model.safetensors", lambda state: state.update(more))
+    edit_json(tmp_path / "2" / "adapter_config.json", modules_to_save=["classifier", "layernorm"])
     with pytest.raises(UserError, match=r"do not train the same modules in full.* vit\.layernorm\.bias"):
         load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 
@@ -233,8 +230,7 @@ def test_a_key_that_is_missing_from_one_of_them_is_no_module_left_out(load: Any,
 def test_adapters_that_see_other_pixels_are_not_blended(vit: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         _write(tmp_path / str(number), vit, number)
-    path = tmp_path / "2" / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    edit_json(tmp_path / "2" / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
     with pytest.raises(UserError, match="prepare images differently"):
         load_weighted_sum({"1": tmp_path / "1", "2": tmp_path / "2"}, [0.5, 0.5])
 

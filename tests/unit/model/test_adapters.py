@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import load_adapter, make_image, make_model, perturb
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
@@ -61,6 +62,13 @@ def _trained(directory: Path, model: ModelSettings | None = None, **lora: Any) -
     trained = make_trainable(base, model or ModelSettings(), LoraSettings(lora_r=4, lora_alpha=8, **lora))
     perturb(trained)
     return trained, base
+
+
+def _read_by_peft(base: Path, adapter: Path) -> Any:
+    plain = AutoModelForImageClassification.from_pretrained(
+        base, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    return PeftModel.from_pretrained(plain, adapter)
 
 
 def _without_lora(model: nn.Module) -> None:
@@ -171,10 +179,7 @@ def test_plain_peft_and_load_adapter_give_the_logits_of_the_trained_model(archit
     trained, base = _trained(architecture)
     expected = _logits(trained, base)
     adapters.save_adapter(trained, tmp_path)
-    plain = AutoModelForImageClassification.from_pretrained(
-        architecture, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
-    torch.testing.assert_close(_logits(PeftModel.from_pretrained(plain, tmp_path), base), expected)
+    torch.testing.assert_close(_logits(_read_by_peft(architecture, tmp_path), base), expected)
     loaded = load_adapter(_base(architecture, seed=1).model, tmp_path)
     torch.testing.assert_close(_logits(loaded, base), expected)
     assert not loaded.training
@@ -283,10 +288,7 @@ def test_pissa_is_handed_over_as_plain_lora_on_the_unchanged_base(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     assert config["r"] == 8
-    plain = AutoModelForImageClassification.from_pretrained(
-        vit, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
-    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    peft = _read_by_peft(vit, tmp_path / "adapter")
     torch.testing.assert_close(_logits(peft, base), expected, rtol=1e-4, atol=1e-4)
     loaded = load_adapter(_base(vit, seed=1).model, tmp_path / "adapter")
     torch.testing.assert_close(_logits(loaded, base), expected, rtol=1e-4, atol=1e-4)
@@ -323,13 +325,6 @@ def saved(vit: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def _rewrite(adapter: Path, change: Any) -> None:
-    file = adapter / "adapter_model.safetensors"
-    state = load_file(file)
-    change(state)
-    save_file(state, file, metadata={"format": "pt"})
-
-
 def test_missing_left_over_and_misshaped_keys_are_listed(saved: Path, vit: Path) -> None:
     prefix = "base_model.model."
     missing = f"{prefix}vit.layers.0.attention.q_proj.lora_A.weight"
@@ -341,7 +336,7 @@ def test_missing_left_over_and_misshaped_keys_are_listed(saved: Path, vit: Path)
         state[misshaped] = state[misshaped][:-1].contiguous()
         state.pop(head)
 
-    _rewrite(saved, damage)
+    edit_tensors(saved / "adapter_model.safetensors", damage)
     with pytest.raises(UserError) as caught:
         load_adapter(_base(vit).model, saved)
     message = str(caught.value)
@@ -355,7 +350,7 @@ def test_missing_left_over_and_misshaped_keys_are_listed(saved: Path, vit: Path)
 def test_numbers_that_are_not_finite_are_named_with_their_file(value: float, saved: Path, vit: Path) -> None:
     """An adapter of a training that diverged would predict something for every image."""
     name = "base_model.model.vit.layers.1.attention.v_proj.lora_B.weight"
-    _rewrite(saved, lambda state: state[name].view(-1)[3:4].fill_(value))
+    edit_tensors(saved / "adapter_model.safetensors", lambda state: state[name].view(-1)[3:4].fill_(value))
     with pytest.raises(UserError, match=rf"is damaged: {name} in adapter_model\.safetensors is not finite"):
         load_adapter(_base(vit).model, saved)
 
@@ -396,8 +391,7 @@ def test_a_missing_or_damaged_file_is_named(name: str, saved: Path, vit: Path) -
     ids=str,
 )
 def test_a_configuration_that_makes_no_sense_is_refused(changed: dict[str, Any], saved: Path, vit: Path) -> None:
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    edit_json(saved / "adapter_config.json", **changed)
     with pytest.raises(UserError, match=re.escape(str(saved))):
         load_adapter(_base(vit).model, saved)
 
@@ -448,7 +442,10 @@ def test_several_adapters_stand_side_by_side(architecture: Path, tmp_path: Path)
 
 def test_a_second_adapter_is_loaded_as_strictly_as_the_first(saved: Path, vit: Path) -> None:
     model = load_adapter(_base(vit).model, saved, "first")
-    _rewrite(saved, lambda state: state.pop("base_model.model.vit.layers.1.attention.v_proj.lora_A.weight"))
+    edit_tensors(
+        saved / "adapter_model.safetensors",
+        lambda state: state.pop("base_model.model.vit.layers.1.attention.v_proj.lora_A.weight"),
+    )
     with pytest.raises(UserError, match=r"missing .*layers\.1\.attention\.v_proj\.lora_A"):
         load_adapter(model, saved, "third", num_labels=3)
 
@@ -488,11 +485,8 @@ def test_patterns_chosen_blocks_and_norms_are_what_plain_peft_loads(vit: Path, t
     }
     assert len(norms) == 5
     adapters.save_adapter(trained, tmp_path)
-    plain = AutoModelForImageClassification.from_pretrained(
-        vit, num_labels=3, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
     expected = _logits(trained, base)
-    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    loaded = _read_by_peft(vit, tmp_path)
     torch.testing.assert_close(_logits(loaded, base), expected)
     with torch.no_grad():
         for name, one in loaded.named_parameters():

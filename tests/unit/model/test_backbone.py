@@ -1,15 +1,15 @@
 """The classifier: what of it trains, in which precision, what the base is recognised by, and memory savers."""
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import load_adapter, make_image, make_model, perturb
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -158,13 +158,6 @@ def test_trained_tensors_are_all_that_a_model_needs_to_become_the_trained_one(ar
         assert torch.equal(_loss(other.eval(), base), _loss(trained.eval(), base))
 
 
-def _rewrite(directory: Path, change: Any) -> None:
-    file = directory / "model.safetensors"
-    state = load_file(file)
-    change(state)
-    save_file(state, file, metadata={"format": "pt"})
-
-
 def _is_of_first_layer(name: str) -> bool:
     return ".stages.1." not in name and any(part in name for part in (".layer.0.", ".layers.0.", ".stages.0."))
 
@@ -179,7 +172,7 @@ def test_a_layer_missing_from_the_checkpoint_trains_and_travels(name: str, tunin
         for key in [key for key in state if _is_of_first_layer(key)]:
             del state[key]
 
-    _rewrite(directory, remove_first_layer)
+    edit_tensors(directory / "model.safetensors", remove_first_layer)
     base = _base(directory)
     assert len(base.heads) > 1
     assert not any(a != b and a.startswith(f"{b}.") for a in base.heads for b in base.heads), "one head in another"
@@ -230,7 +223,7 @@ def test_a_parameter_of_another_shape_in_the_backbone_trains(tmp_path: Path) -> 
         name = next(name for name in state if name.endswith("layer.0.intermediate.dense.bias"))
         state[name] = state[name][:-1].clone()
 
-    _rewrite(directory, reshape)
+    edit_tensors(directory / "model.safetensors", reshape)
     base = _base(directory)
     assert base.heads == ["classifier", "vit.layers.0.mlp.fc1"]
 
@@ -359,8 +352,7 @@ def test_a_module_that_peft_takes_for_its_own_is_refused(tuning: Any, vit: Path)
 
 def test_a_damaged_configuration_is_refused_in_a_sentence(vit: Path, tmp_path: Path) -> None:
     shutil.copytree(vit, tmp_path, dirs_exist_ok=True)
-    config = json.loads((vit / "config.json").read_text()) | {"hidden_size": "many"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "config.json", hidden_size="many")
     reason = "config.json is damaged: .*hidden_size"
     with pytest.raises(UserError, match=f"cannot load the base model '{tmp_path}'.*{reason}") as caught:
         _base(tmp_path)

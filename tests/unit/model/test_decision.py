@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.tiny import write_bundle
 
-from lora_dist.deployment.outputs import require_separable
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import load_weighted_sum
 from lora_dist.model.bundle import read_decision
@@ -56,9 +56,8 @@ def test_bundles_keep_their_problem_type(vit: Path, tmp_path: Path) -> None:
         write_bundle(tmp_path / name, vit, LABELS)
     assert load_classifier(tmp_path / "one").decision == MostLikely()
     config = tmp_path / "several" / "config.json"
-    content = json.loads(config.read_text())
-    assert content["problem_type"] == "single_label_classification"
-    config.write_text(json.dumps(content | {"problem_type": "multi_label_classification"}))
+    assert json.loads(config.read_text())["problem_type"] == "single_label_classification"
+    edit_json(config, problem_type="multi_label_classification")
     (tmp_path / "several" / "thresholds.json").write_text('{"c": 0.3, "a": 0.1, "b": 0.2}')
     classifier = load_classifier(tmp_path / "several")
     assert classifier.decision == AboveThresholds((0.1, 0.2, 0.3))
@@ -68,8 +67,3 @@ def test_bundles_keep_their_problem_type(vit: Path, tmp_path: Path) -> None:
     (tmp_path / "several" / "thresholds.json").write_text('{"c": 0.3}')
     with pytest.raises(UserError, match=r"thresholds\.json is damaged: the thresholds are those of other labels"):
         read_decision(tmp_path / "several", LABELS)
-
-
-def test_a_csv_cannot_hold_a_label_with_a_semicolon() -> None:
-    with pytest.raises(UserError, match="use --format jsonl"):
-        require_separable(["a", "a;b"], "rows.csv", None)

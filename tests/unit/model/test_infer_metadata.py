@@ -4,11 +4,11 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lora_dist_testing.backbones import make_backbone
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import perturb, write_bundle
 
@@ -27,13 +27,8 @@ def guide(tmp_path: Path) -> Path:
     """The guide's adapter as it lies on the Hub, beside its base."""
     shutil.copytree(OLD / "base", tmp_path / "base")
     adapter = Path(shutil.copytree(OLD / "peft_0_2", tmp_path / "adapter"))
-    _edit(adapter, base_model_name_or_path=str(tmp_path / "base"))
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     return adapter
-
-
-def _edit(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_base_classes_and_processor_are_found(guide: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,7 +65,7 @@ def test_a_base_elsewhere_or_nowhere(guide: Path, tmp_path: Path) -> None:
         load_classifier(guide)
     expected = expected_of(guide)
     torch.testing.assert_close(logits(load_classifier(guide, str(moved)).model), expected, rtol=1e-5, atol=1e-5)
-    _edit(guide, base_model_name_or_path=None)
+    edit_json(guide / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(UserError, match="does not name the base; name it with --base_model"):
         load_classifier(guide)
     torch.testing.assert_close(logits(load_classifier(guide, str(moved)).model), expected, rtol=1e-5, atol=1e-5)
@@ -79,9 +74,8 @@ def test_a_base_elsewhere_or_nowhere(guide: Path, tmp_path: Path) -> None:
 def test_an_adapter_without_a_head_has_that_of_its_base(guide: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = torch.load(guide / "adapter_model.bin", weights_only=True)
     torch.save({name: tensor for name, tensor in state.items() if "lora_" in name}, guide / "adapter_model.bin")
-    _edit(guide, modules_to_save=None)
-    path = guide.parent / "base" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "no", "1": "yes"}}))
+    edit_json(guide / "adapter_config.json", modules_to_save=None)
+    edit_json(guide.parent / "base" / "config.json", id2label={"0": "no", "1": "yes"})
     with caplog.at_level(logging.WARNING):
         classifier = load_classifier(guide)
     assert classifier.labels == ["no", "yes"]
@@ -130,7 +124,7 @@ def test_a_bundle_that_lost_a_file_can_be_helped_in_words(own: Path, vit: Path) 
         load_classifier(own)
     assert load_classifier(own, labels=["a", "b"]).labels == ["a", "b"]
     (own / "base_model.json").unlink()
-    _edit(own, base_model_name_or_path=None)
+    edit_json(own / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(UserError, match="name it with --base_model"):
         load_classifier(own)
     assert load_classifier(own, str(vit), labels=["a", "b"]).labels == ["a", "b"]

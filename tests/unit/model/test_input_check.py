@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from lora_dist_testing.architectures import make_checkpoint
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.tiny import CLASSES, make_image, make_model, view_of
 from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImageProcessor, ViTImageProcessor
 
@@ -116,8 +117,7 @@ def test_a_checkpoint_that_timm_saved_is_a_base(tmp_path: Path) -> None:
 def test_an_architecture_that_timm_does_not_have_is_refused_in_a_sentence(tmp_path: Path) -> None:
     """As of a release that is newer than the installed one."""
     directory = make_checkpoint(tmp_path, "timm resnet")
-    config = json.loads((directory / "config.json").read_text()) | {"architecture": "resnet_of_next_year"}
-    (directory / "config.json").write_text(json.dumps(config))
+    edit_json(directory / "config.json", architecture="resnet_of_next_year")
     with pytest.raises(UserError, match="package that is not installed: pip install -U timm"):
         load_base(str(directory), LABELS)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import load_adapter, make_config, perturb
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,7 @@ def test_nothing_is_said_of_settings_that_early_peft_wrote_and_nobody_uses(recwa
 
 def test_keys_and_targets_may_be_of_different_generations(guide: Path) -> None:
     """Whoever read of the new names has renamed the targets, with which PEFT loads nothing at all."""
-    _edit(guide, target_modules=["q_proj", "v_proj"])
+    edit_json(guide / "adapter_config.json", target_modules=["q_proj", "v_proj"])
     torch.testing.assert_close(logits(load_adapter(base(), guide)), expected_of(guide), rtol=1e-5, atol=1e-5)
 
 
@@ -73,7 +74,7 @@ def test_keys_and_targets_may_be_of_different_generations(guide: Path) -> None:
 )
 def test_a_choice_of_layers_is_read_in_the_old_names(guide: Path, option: dict[str, Any]) -> None:
     """The keys of layers that are not chosen are then unexpected."""
-    _edit(guide, **option)
+    edit_json(guide / "adapter_config.json", **option)
     with pytest.raises(
         UserError, match=r"unexpected base_model\.model\.vit\.encoder\.layer\.0\.attention\.attention\.query\.lora_A"
     ):
@@ -112,7 +113,7 @@ def test_missing_left_over_and_misshaped_keys_are_listed_in_the_names_of_the_fil
 
 
 def test_targets_that_are_nowhere_are_refused(guide: Path) -> None:
-    _edit(guide, target_modules=["qkv"])
+    edit_json(guide / "adapter_config.json", target_modules=["qkv"])
     with pytest.raises(UserError, match=r"does not fit ViTForImageClassification: it has no modules .*qkv"):
         load_adapter(base(), guide)
 
@@ -207,7 +208,7 @@ def test_a_pickle_of_something_else_is_refused(guide: Path, content: Any) -> Non
     ],
 )
 def test_what_would_give_other_numbers_is_refused(guide: Path, change: dict[str, Any], words: str) -> None:
-    _edit(guide, **change)
+    edit_json(guide / "adapter_config.json", **change)
     with pytest.raises(UserError, match=words):
         load_adapter(base(), guide)
 
@@ -295,14 +296,9 @@ def test_what_chose_by_old_names_does_not_choose_again_by_new_ones(option: dict[
     perturb(trained)
     adapters.save_adapter(trained, tmp_path)
     _rename(tmp_path, LegacyNames.of(base.model))
-    _edit(tmp_path, target_modules=["query", "value"], **option)
+    edit_json(tmp_path / "adapter_config.json", target_modules=["query", "value"], **option)
     found = load_adapter(load_base(str(tmp_path / "deep"), LABELS).model, tmp_path)
     torch.testing.assert_close(logits(found, 32), logits(trained, 32))
-
-
-def _edit(directory: Path, **changes: Any) -> None:
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def _change(directory: Path, change: Any) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lora_dist_testing import unprivileged
 from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import make_folder, make_image, write_bundle
+from PIL import features
 
 from lora_dist import predict
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
@@ -145,7 +146,8 @@ def _encoded(kind: str) -> bytes:
     return content.getvalue()
 
 
-KINDS = {kind: _encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", *(("AVIF",) if features.check("avif") else ()))
+KINDS = {kind: _encoded(kind) for kind in FORMATS}
 
 
 def _spoiled(content: bytes, chance: random.Random) -> bytes:

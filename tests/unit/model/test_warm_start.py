@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.backbones import make_backbone
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.launching import flags, results_of
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_model, write_bundle
@@ -149,8 +150,7 @@ def test_settings_that_differ_are_told_with_both_values(vit: Path, tmp_path: Pat
 def test_a_run_goes_on_with_the_pixels_that_the_adapter_was_trained_on(vit: Path, photos: Path, tmp_path: Path) -> None:
     """And hands them over."""
     _write(tmp_path / "adapter", vit, ["a", "b", "c"])
-    processor = tmp_path / "adapter" / "preprocessor_config.json"
-    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.2, 0.3, 0.4]}))
+    edit_json(tmp_path / "adapter" / "preprocessor_config.json", image_mean=[0.2, 0.3, 0.4])
     train.main(
         flags(
             adapter_name_or_path=tmp_path / "adapter",

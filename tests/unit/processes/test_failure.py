@@ -139,32 +139,28 @@ def test_a_launcher_that_is_gone_is_a_sentence_and_a_crash(monkeypatch: pytest.M
     assert end.value.exit_code == 1
 
 
-def test_others_are_held_back_until_the_first_has_been_there(
-    store: TCPStore, alone: Accelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_others_are_held_back_until_the_first_has_been_there(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     second = Preflight(timedelta(seconds=0.3))
-    with pytest.raises(ProcessError, match="rank 0 of 3 did not arrive"), second.first_process_first("x", alone):
+    with pytest.raises(ProcessError, match="rank 0 of 3 did not arrive"), second.first_process_first("x"):
         raise AssertionError
     monkeypatch.setenv("RANK", "0")
-    with Preflight(timedelta(seconds=1)).first_process_first("x", alone):
+    with Preflight(timedelta(seconds=1)).first_process_first("x"):
         pass
-    with second.first_process_first("x", alone):
+    with second.first_process_first("x"):
         store.set("been there", "yes")
     assert store.check(["been there"])
 
 
-def test_a_first_process_that_fails_lets_nobody_pass(
-    store: TCPStore, alone: Accelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_process_that_fails_lets_nobody_pass(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     first = Preflight(timedelta(seconds=60))
-    with pytest.raises(UserError), report_failure(), first.first_process_first("x", alone):
+    with pytest.raises(UserError), report_failure(), first.first_process_first("x"):
         raise UserError("no data")
     monkeypatch.setenv("RANK", "1")
     with (
         pytest.raises(UserError, match=r"rank 0 on .* failed: no data"),
-        Preflight(timedelta(seconds=60)).first_process_first("x", alone),
+        Preflight(timedelta(seconds=60)).first_process_first("x"),
     ):
         raise AssertionError
     assert not store.check(["x/0"])

@@ -238,22 +238,6 @@ def test_mistakes_end_with_code_2_before_torch_is_loaded() -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("module", ["lora_dist.train", "lora_dist.predict", "lora_dist.audit", "lora_dist.bench"])
-def test_help_is_grouped_and_quick(module: str) -> None:
-    """In time on a processor: what else the machine does is not counted."""
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert 0 < min(seconds) < 1
-    assert re.search(r"^(Model|Data):$", result.stdout, re.MULTILINE)
-    fields = cli.flat_fields(Settings)
-    assert all(f"--{name}" in result.stdout for name in fields) or not module.endswith(("train", "bench"))
-    assert all(field.info.description for field in fields.values())
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -425,8 +409,18 @@ def test_an_output_that_cannot_be_written_is_named_before_torch_is_loaded(
         ("lora_dist.bench", BenchSettings),
     ],
 )
-def test_help_has_a_heading_for_each_group_and_a_line_for_each_setting(module: str, settings: type[BaseModel]) -> None:
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+def test_help_is_quick_and_has_a_heading_for_each_group_and_a_line_for_each_setting(
+    module: str, settings: type[BaseModel]
+) -> None:
+    """In time on a processor: what else the machine does is not counted."""
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0 < min(seconds) < 1
+    assert all(field.info.description for field in cli.flat_fields(settings).values())
     lines = result.stdout.splitlines()
     indices = []
     own_first = sorted(settings.model_fields, key=lambda name: name not in settings.__annotations__)
@@ -445,12 +439,6 @@ def test_long_choices_are_in_the_text_of_help() -> None:
     assert cli.flat_fields(Settings)["tuning"].metavar() == "lora|head|full"
     classes = (Settings, PredictSettings, AuditSettings, BenchSettings)
     assert all(len(one.metavar()) <= 60 for kind in classes for one in cli.flat_fields(kind).values())
-
-
-@pytest.mark.parametrize("name", cli.recipe_names())
-def test_flags_override_a_packaged_recipe(name: str) -> None:
-    settings = parse("--config", name, "--lora_r=3", "--output_dir", "elsewhere")
-    assert (settings.lora.lora_r, settings.run.output_dir) == (3, "elsewhere")
 
 
 @pytest.mark.parametrize("name", cli.recipe_names())

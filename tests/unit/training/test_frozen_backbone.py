@@ -1,12 +1,12 @@
 """A head trains on features as it trains on the images, and only where that is the same."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.launching import adapter_of, results_of, run_flags
 from lora_dist_testing.tiny import make_model
 
@@ -65,9 +65,8 @@ def test_what_differs_between_epochs_trains_on_images(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    base = shutil.copytree(vit, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": dropout}))
+    base = Path(shutil.copytree(vit, tmp_path / "base"))
+    edit_json(base / "config.json", hidden_dropout_prob=dropout)
     _run(base, photos, tmp_path / "run", max_train_steps=1, **more)
     assert f"the head trains on images, not on features computed once: {reason}" in capfd.readouterr().err
 

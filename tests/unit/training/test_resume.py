@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.launching import (
     RESULTS,
     adapter_of,
@@ -216,7 +217,7 @@ def test_other_pixels_and_other_classes_are_another_run(
     before = _contents(out)
     processor = base / "preprocessor_config.json"
     original = processor.read_text()
-    processor.write_text(json.dumps(json.loads(original) | {"image_mean": [0.4, 0.5, 0.6], "resample": 3}))
+    edit_json(processor, image_mean=[0.4, 0.5, 0.6], resample=3)
     said = _refused(capfd, base, tmp_path / "photos", out, *RESUME)
     assert "processor.image_mean was [0.5, 0.5, 0.5] and is now [0.4, 0.5, 0.6]" in said
     assert "processor.resample was 2 and is now 3" in said
@@ -224,7 +225,7 @@ def test_other_pixels_and_other_classes_are_another_run(
     processor.write_text(original)
     config = base / "config.json"
     original = config.read_text()
-    config.write_text(json.dumps(json.loads(original) | {"hidden_act": "relu"}))
+    edit_json(config, hidden_act="relu")
     said = _refused(capfd, base, tmp_path / "photos", out, *RESUME)
     assert "config.hidden_act was gelu and is now relu" in said
     config.write_text(original)
@@ -249,7 +250,7 @@ def test_an_adapter_whose_scale_has_changed_is_another_start(
     out = _run(vit, photos, tmp_path / "run", *more)
     path = first / "adapter" / "adapter_config.json"
     original = path.read_text()
-    path.write_text(json.dumps(json.loads(original) | {"lora_alpha": 8}))
+    edit_json(path, lora_alpha=8)
     assert "lora_alpha was 64 and is now 8" in _refused(capfd, vit, photos, out, *RESUME, *more)
     path.write_text(original)
     assert results_of(_run(vit, photos, out, *RESUME, *more, "--max_train_steps", 5))["step"] == 5
@@ -272,10 +273,10 @@ def test_a_processor_entry_that_is_gone_is_another_run(
 ) -> None:
     model = Path(shutil.copytree(vit, tmp_path / "vit"))
     path = model / "preprocessor_config.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}))
+    original = path.read_text()
+    edit_json(path, do_center_crop=True, crop_size={"height": 32, "width": 32})
     out = _run(model, photos, tmp_path / "run", "--max_train_steps", 2)
-    path.write_text(json.dumps(content))
+    path.write_text(original)
     said = _refused(capfd, model, photos, out, *RESUME, "--max_train_steps", 3)
     assert "processor.do_center_crop was True and is now None" in said
 

@@ -16,7 +16,6 @@ import torch
 from lora_dist_testing.disks import small_disk
 from lora_dist_testing.tiny import make_folder, make_image, make_shards
 from PIL import Image
-from test_pixel_files import as_older_release
 from transformers import ViTImageProcessor
 
 from lora_dist.data.batch import Batch, TrainImages
@@ -197,16 +196,6 @@ def test_a_file_that_is_removed_during_a_run_changes_nothing(folder: Path, tmp_p
     expected = images_of(split)
     split.cache.path(0).unlink()
     assert all(map(np.array_equal, images_of(split), expected))
-
-
-def test_a_cache_of_an_older_release_is_read_and_not_rebuilt(folder: Path, tmp_path: Path) -> None:
-    split = build(folder, tmp_path / "cache")
-    expected = [image.copy() for image in images_of(split)]
-    for path in written(tmp_path / "cache"):
-        as_older_release(path)
-    before = written(tmp_path / "cache")
-    assert all(map(np.array_equal, images_of(build(folder, tmp_path / "cache")), expected))
-    assert written(tmp_path / "cache") == before
 
 
 BUILD = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 from transformers.image_utils import load_image
 
 from lora_dist.data.pixels.images import UnreadableImageError, from_cell, load_rgb, opened
@@ -137,13 +137,6 @@ def test_what_cannot_be_read_is_named(content: bytes | str | None, tmp_path: Pat
         load_rgb(str(file))
 
 
-def test_a_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("L", (300, 300)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImageError, match=r"bomb\.png"):
-        load_rgb(str(tmp_path / "bomb.png"))
-
-
 @pytest.mark.parametrize("mode", ["PA", "HSV", "YCbCr", "LAB"])
 def test_an_opened_image_of_a_rare_mode_becomes_rgb_and_stays_as_it_was(mode: str) -> None:
     image = sample("RGB").convert(mode)
@@ -157,28 +150,6 @@ def test_deep_tiffs_are_scaled_too(kind: str, tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 320).reshape(16, 20).astype(kind)
     Image.fromarray(ramp).save(tmp_path / "deep.tiff")
     assert np.array_equal(np.asarray(load_rgb(str(tmp_path / "deep.tiff")))[..., 1], ramp >> 8)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "avif"])
-def test_no_damage_to_a_file_raises_anything_else(suffix: str) -> None:
-    """Pillow's decoders raise RuntimeError, struct.error and more; one that escapes would end a run without a name."""
-    if f".{suffix}" not in Image.registered_extensions() or (suffix == "avif" and not features.check("avif")):
-        pytest.skip(f"this Pillow cannot write {suffix}")
-    file = io.BytesIO()
-    sample("RGB").save(file, suffix)
-    whole = file.getvalue()
-    random = np.random.default_rng(1)
-    unreadable = 0
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for index in random.integers(0, len(whole), 4):
-            damaged[index] = random.integers(256)
-        try:
-            load_rgb(bytes(damaged), "x")
-        except UnreadableImageError:
-            unreadable += 1
-    assert unreadable
 
 
 def test_exif_that_pillow_cannot_write_back_turns_an_image_all_the_same() -> None:
@@ -263,17 +234,13 @@ def test_a_damaged_jpeg_is_named_when_a_part_of_it_is_asked_for() -> None:
         picture.whole()
 
 
-def test_a_folder_with_the_name_of_an_image_is_unreadable(tmp_path: Path) -> None:
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UnreadableImageError, match=r"folder\.png"):
-        load_rgb(str(tmp_path / "folder.png"))
-
-
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
 def test_what_is_no_file_is_unreadable_and_not_waited_for(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    if kind == "pipe":
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as one:

@@ -63,14 +63,6 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert first != other
 
 
-def test_a_resumed_sampler_yields_the_tail() -> None:
-    whole = list(MicroBatches(order(27, 4, 2, 1), 0, 9))
-    head = list(MicroBatches(order(27, 4, 2, 1), 0, 5))
-    tail = list(MicroBatches(order(27, 4, 2, 1), 5, 9))
-    assert head + tail == whole
-    assert len(MicroBatches(order(27, 4, 2, 1), 0, 9)) == len(whole)
-
-
 def test_partners_are_pairs_of_neighbours_independent_of_the_split() -> None:
     def partners(batch: int, world: int) -> dict[int, int]:
         return {

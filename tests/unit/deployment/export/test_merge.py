@@ -100,10 +100,3 @@ def test_what_gives_other_logits_when_read_is_removed_again(vit: Path, tmp_path:
         with pytest.raises(UserError, match=rf"--{flag} .*out: the written model gave other logits .* was removed"):
             write(classifier, tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_merge_that_changes_the_logits_is_refused(vit: Path, tmp_path: Path) -> None:
-    classifier = load_classifier(_adapter(tmp_path / "adapter", vit))
-    with pytest.raises(UserError, match="nothing was written"):
-        merge_to(classifier, "x", tmp_path / "merged", [], 1e-12)
-    assert not (tmp_path / "merged").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.disks import small_disk
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.launching import flags
 from lora_dist_testing.old_adapters import OLD, expected_of, logits
 from lora_dist_testing.tiny import make_image, write_bundle
@@ -101,8 +102,7 @@ def test_one_of_several_is_exported_with_its_own_labels(vit: Path, tmp_path: Pat
 
 def test_the_revision_of_a_base_that_was_replaced_is_not_that_of_the_new_one(tmp_path: Path) -> None:
     source = Path(shutil.copytree(OLD / "peft_0_14", tmp_path / "adapter"))
-    path = source / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "v1"}))
+    edit_json(source / "adapter_config.json", revision="v1")
     export_legacy_names(load_classifier(source, str(OLD / "base")), "card\n", tmp_path / "old", [])
     config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
     assert "revision" not in config
