@@ -3,8 +3,7 @@
 import gc
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,17 +121,14 @@ class ResultWriter:
             results = self._results(run, progress, evaluation, test)
             results |= {} if report is None else {"calibration": report.record()}
             written = self._result(run)
-            write = partial(
-                self._write, run=run, trained=trained, evaluation=evaluation, results=results, report=report
-            )
             try:
-                remaining = write(written)
+                remaining = self._write(written, run, trained, evaluation, results, report)
                 write_evaluation(self.output.evaluation, problem, evaluation, self.data.labels)
                 problem.write_predictions(self.output.predictions, evaluation, validation, self.data.labels)
                 write_json(self.output.results, results)
             except (OSError, SafetensorError) as error:
                 raise ResultNotWrittenError(
-                    f"cannot write the result to {self.output.root}: {error}. {_written_elsewhere(written.name, write)}"
+                    f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
             _, model = self._fresh_model(run.settings)
             explain_worst(tracker, run.evaluator, model, evaluation, progress.step)
@@ -297,16 +293,6 @@ class ResultWriter:
             base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
-
-
-def _written_elsewhere(name: str, write: Callable[[Path], Any]) -> str:
-    """Writes a result to the directory for temporary files; returns a sentence that says whether it is there."""
-    try:
-        directory = Path(tempfile.mkdtemp(prefix="lora_dist-result-")) / name
-        write(directory)
-    except (OSError, SafetensorError) as error:
-        return f"The directory for temporary files cannot take it either ({error})."
-    return f"It is in {directory} instead."
 
 
 def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:
