@@ -16,7 +16,7 @@ demo: .venv/installed
 
 # A file of tests stays on one worker; a launch takes a core or two.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # The tests with the marker gpu, which see the GPUs.
 test-gpu: .venv/installed-dev
