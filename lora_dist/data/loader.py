@@ -1,4 +1,4 @@
-"""Data loaders for training and evaluation; `batch.py` describes the parts of the workers and of the device."""
+"""Data loaders for training and evaluation; `batch.py` describes what the workers do and what the device does."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any

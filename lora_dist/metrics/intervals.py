@@ -12,7 +12,7 @@ NAMES = {"accuracy": "accuracy", "mAP": "mAP", "micro_f1": "micro F1", "macro_f1
 """Metrics with intervals, in the order of the output, and their names in it."""
 _SEED = 0
 _HELD = 2**22
-"""Largest number of weights in memory at the same time."""
+"""Largest number of sample weights (images x resamples) in memory at the same time."""
 
 Interval = tuple[float, float]
 Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]

@@ -1,4 +1,4 @@
-"""Chooses the classifier of a checkpoint: its own class, or pooled features for a backbone without one."""
+"""Chooses the classifier of a checkpoint: its own class, or a head on pooled features if it has none."""
 
 from typing import Any
 

@@ -129,7 +129,7 @@ def _cannot_resize(processor: Any, size: Size) -> UserError:
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """The configurations that may have an image size, that of the model first."""
+    """Yields the model's configuration, then nested ones (backbone, vision) that may have an image size."""
     yield config
     for name in ("backbone_config", "vision_config"):
         if getattr(config, name, None) is not None:
@@ -154,7 +154,7 @@ def _with_image_size(config: Any, size: Size) -> Any:
 
 
 def _rebuilt(model: Any, size: Size) -> Any:
-    """The model with a configuration of another image size; it shares the weights that stay as they are."""
+    """The model rebuilt for another image size; it shares the weights whose shape does not change."""
     with _as_user_error(model, size):
         config = _with_image_size(copy.deepcopy(model.config), size)
         with torch.device("meta"):

@@ -10,7 +10,7 @@ MODEL_TYPE = "timm_wrapper"
 
 
 def rebuilt(model: Any, size: Size) -> Any:
-    """Returns the model as timm builds it for height and width `size`; timm resizes its tables of positions.
+    """Returns the model as timm builds it for height and width `size`; timm interpolates its position embeddings.
 
     Raises:
         Exception: of any class; each model has its own for a size that it does not take.

@@ -70,7 +70,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
-    """Makes a command print a `UserError` once on each node, not on each of its processes, and exit with its code.
+    """Makes a command print a `UserError` once on each node, not once a process, and exit with the code of the error.
 
     Ctrl-C, if nothing else handles it, makes the command exit with 128 + the signal number, as shells expect.
     """

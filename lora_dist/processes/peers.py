@@ -37,7 +37,7 @@ class Peers:
 
     @classmethod
     def of_launch(cls, timeout: timedelta) -> Self | None:
-        """The processes of this launch; None for a single one, or where the store is gone."""
+        """The processes of this launch; None if there is only one, or if its store cannot be reached."""
         with suppress(RuntimeError, OSError, UserError):
             store = launch_store(timeout)
             return None if store is None else cls(store)

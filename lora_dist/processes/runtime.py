@@ -182,8 +182,8 @@ def _require_company() -> None:
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
                 f"{name}={os.environ[name]} but WORLD_SIZE is not set: each of these processes would train alone. "
-                f"Start one task per node, and in each task run accelerate launch --num_machines … "
-                f"--machine_rank …, as slurm/train.sbatch does."
+                f"Start one task per node, and in each task run `accelerate launch --num_machines … "
+                f"--machine_rank …`, as slurm/train.sbatch does."
             )
 
 

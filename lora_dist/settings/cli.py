@@ -323,7 +323,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _validate(
     settings_class: type[S], fields: Mapping[str, _Field], values: Mapping[str, Any]
 ) -> tuple[S, dict[str, str]]:
-    """Builds settings from the valid values; returns a message for each invalid one."""
+    """Returns settings built from the valid values, and a message for each invalid one, by name."""
 
     def build(names: Iterable[str]) -> S:
         grouped: dict[str, dict[str, Any]] = {group: {} for group in settings_class.model_fields}

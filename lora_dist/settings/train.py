@@ -178,8 +178,8 @@ class DataSettings(Group):
     transparent_background: Color = "white"
     """Color behind transparent images: white, black or R,G,B. ignore: drop the alpha channel. The model records it."""
     pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
-    """LOW HIGH: values that become 0 and 255 in images of more than 8 bits. Default: the range of 64 training images,
-    or validation images with --streaming. The model records it."""
+    """LOW HIGH: in images of more than 8 bits, LOW becomes 0 and HIGH becomes 255. Default: the range of 64 training
+    images, or validation images with --streaming. The model records it."""
     max_image_pixels: MaxPixels | None = None
     """Largest image to decode, in pixels. Default: Pillow's limit, 178,956,970."""
     cache_dir: str | None = None

@@ -233,7 +233,7 @@ def _load(settings: Settings, accelerator: Accelerator, errors: ErrorCollector) 
 def _make_model(
     settings: Settings, accelerator: Accelerator, base: Base, start: WarmStart | None, transforms: ImageTransforms
 ) -> tuple[Settings, nn.Module, torch.optim.Optimizer]:
-    """Makes the base trainable, from the initial adapter if there is one.
+    """Adds what trains to the base model, from the initial adapter if there is one, and makes the optimizer.
 
     Returns:
         The settings with a batch size that fits into memory, the model and its optimizer.

@@ -90,7 +90,7 @@ class Evaluator:
         with_probabilities: bool = False,
         keep_logits: bool = False,
     ) -> Any:
-        """Gathers the result of each sample from all processes, and computes the metrics.
+        """Runs the model on all samples, gathers the outcomes from all processes, and computes the metrics.
 
         Args:
             after_batch: called on all processes after each batch; what it raises ends the evaluation.

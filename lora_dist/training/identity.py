@@ -117,8 +117,8 @@ def _without_bookkeeping(content: Any) -> Any:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yields one line for each difference between the identity in a checkpoint and that of a run.
 
-    Skips entries that an older release did not save. Also skips the target modules, which can be named in several ways;
-    `Checkpointer.restore` compares the trained tensors instead.
+    Skips entries that an older release did not save. Skips the target modules too, because the same modules can be
+    named in several ways; `Checkpointer.restore` compares the trained tensors instead.
     """
     # A processor leaves entries out that are not set.
     unset = {name: None for name in saved if name.startswith("processor.") and saved[name] and name not in now}

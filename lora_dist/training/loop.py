@@ -40,7 +40,7 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
         push_best: called after each evaluation that is the best so far, once a checkpoint of it is saved.
 
     Raises:
-        TrainingStoppedError: the loss is not finite, and the last good state has been saved; or no image can be read.
+        TrainingStoppedError: the loss is not finite, or no image can be read; the message says from where to resume.
         StopRequested: a stop was requested, and the state saved if possible.
         RankFailedError: another process could not load its data; the state has been saved.
         UserError: something else went wrong; the message says whether the state has been saved.
@@ -107,19 +107,20 @@ def _skip(run: TrainingRun, progress: Progress, error: NonFiniteLossError) -> No
     """Skips an update that is not finite, unless `max_nonfinite_updates` in a row is reached or skipping is impossible.
 
     Raises:
-        TrainingStoppedError: the update cannot be skipped; the last good state has been saved.
+        TrainingStoppedError: the update cannot be skipped; the message says from where to resume.
     """
     indices = gather_object([index for index in error.indices if index != PADDING_INDEX])
     names = sorted({run.images.split.name(index) for index in indices})
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
     what = f"the {error.what} of update {progress.step + 1} is not finite"
-    if run.engine.drop_update() and progress.skipped_in_a_row + 1 < run.settings.optimization.max_nonfinite_updates:
+    can_continue = run.engine.drop_update()
+    if can_continue and progress.nonfinite_in_a_row + 1 < run.settings.optimization.max_nonfinite_updates:
         run.tracker.say(f"{what}: update skipped. Samples:\n  {shown}")
         return
     run.save(progress)
     fp16 = run.engine.accelerator.mixed_precision == "fp16"
     raise TrainingStoppedError(
-        f"{what}. The update was not applied; --resume_from_checkpoint auto resumes from the state before it. "
+        f"{what}. {run.resume_hint} "
         f"{'Activations may exceed the range of fp16: use --mixed_precision bf16 or no. ' if fp16 else ''}"
         f"Try a lower --learning_rate or --max_grad_norm, or add --warmup_steps. Samples:\n  {shown}"
     ) from error
@@ -129,18 +130,20 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     """Adds an update to the counters.
 
     Raises:
-        TrainingStoppedError: fp16 loss scaling skips every update, or no image can be read; the state has been saved.
+        TrainingStoppedError: fp16 loss scaling skips every update, or no image can be read; the message says from where
+            to resume.
     """
     samples = run.plan.samples_in(progress.step)
     if isinstance(update, NonFiniteLossError):
-        progress.note_skipped()
+        progress.note_nonfinite()
     else:
         progress.note_update(update.loss, update.grad_norm, update.skipped)
         if progress.skipped_in_a_row > MAX_CONSECUTIVE_SKIPPED:
             run.save(progress)
             raise TrainingStoppedError(
                 f"fp16 loss scaling has skipped {progress.skipped_in_a_row} consecutive updates: the gradient is not "
-                f"finite at any scale. Use bf16 or fp32 (--mixed_precision), or a lower --learning_rate."
+                f"finite at any scale. Use bf16 or fp32 (--mixed_precision), or a lower --learning_rate. "
+                f"{run.resume_hint}"
             )
     progress.note_samples(samples, update.unreadable, meter.end_update(samples))
     run.watch.warmed_up()
@@ -216,22 +219,30 @@ def _log(run: TrainingRun, progress: Progress, meter: ThroughputMeter) -> None:
         "train/loss": progress.mean_loss,
         "train/learning_rate": run.schedule.learning_rate(step - 1),
         "train/grad_norm": progress.grad_norm,
-        "train/samples_per_second": meter.samples_per_second,
-        **_step_times(run, meter),
-        "train/data_wait": min(1.0, meter.waited / max(meter.seconds, 1e-9)),
         "train/peak_memory_mb": peak_memory_mb(device),
         "train/skipped_updates": float(progress.skipped_updates),
         "train/unreadable_images": float(progress.unreadable_images),
     }
+    # A resumed run that first logs what the stopped one left has measured no update.
+    if meter.updates:
+        values |= _speed(run, meter)
+        left = (run.schedule.total_steps - step) * meter.seconds / meter.updates
+        run.tracker.progress_line(step, run.epoch(step), values, left)
     run.tracker.scalars(step, run.epoch(step), values)
-    left = (run.schedule.total_steps - step) * meter.seconds / max(1, meter.updates)
-    run.tracker.progress_line(step, run.epoch(step), values, left)
     progress.note_log()
     meter.reset()
 
 
-def _step_times(run: TrainingRun, meter: ThroughputMeter) -> dict[str, float]:
-    """Returns the mean and maximum over processes of the time per update before waiting for the others."""
+def _speed(run: TrainingRun, meter: ThroughputMeter) -> dict[str, float]:
+    """Returns the speed since the last log. Call it on every process.
+
+    The step times are the mean and the maximum over processes of the time per update before waiting for the others.
+    """
     accelerator = run.engine.accelerator
-    times = accelerator.gather(torch.tensor([meter.own_seconds / max(1, meter.updates)], device=accelerator.device))
-    return {"train/step_time": float(times.mean()), "train/step_time_slowest_rank": float(times.max())}
+    times = accelerator.gather(torch.tensor([meter.own_seconds / meter.updates], device=accelerator.device))
+    return {
+        "train/samples_per_second": meter.samples_per_second,
+        "train/step_time": float(times.mean()),
+        "train/step_time_slowest_rank": float(times.max()),
+        "train/data_wait": min(1.0, meter.waited / max(meter.seconds, 1e-9)),
+    }

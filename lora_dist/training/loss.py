@@ -10,7 +10,7 @@ from lora_dist.data.batch import Batch
 
 
 class SampleLoss(Protocol):
-    """The loss of each sample, and its weight in the mean over an update."""
+    """Computes the loss of each sample, and the weight of the sample in the mean over an update."""
 
     @property
     def weighs_samples(self) -> bool:

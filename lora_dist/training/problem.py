@@ -22,7 +22,7 @@ from lora_dist.training.loss import SampleLoss
 
 
 class ProblemType(Protocol):
-    """The loss, the metrics, the decision and the pictures of a kind of labels.
+    """What training needs for one kind of labels: its loss, metrics, decision rule and pictures.
 
     Attributes:
         headline: the metric that reports name first.

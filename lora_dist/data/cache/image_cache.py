@@ -71,7 +71,11 @@ class ImageCache(Dataset):
         return range(len(self.images))[number * self.images_per_file :][: self.images_per_file]
 
     def __getitem__(self, number: int) -> tuple[int, int] | OSError:
-        """Builds a file; returns the number of its images, and how many of them are unreadable."""
+        """Builds file `number`, so that workers of a `DataLoader` can build files at the same time.
+
+        Returns:
+            The number of its images and how many of them are unreadable; or the error that kept it from being written.
+        """
         table_rows, unreadable = self.table_rows(number), 0
 
         def images() -> Iterator[np.ndarray | None]:

@@ -31,7 +31,11 @@ class DeferredOps(NamedTuple):
 
 
 def combine(values: Tensor, deferred: DeferredOps) -> Tensor:
-    """Erases and mixes views [V, 3, H, W] that are model input already; returns the samples [B, 3, H, W]."""
+    """Erases areas of views [V, 3, H, W], which are model input, and applies mixup and CutMix to them.
+
+    Returns:
+        The samples [B, 3, H, W].
+    """
     size = values.shape[-2:]
     if deferred.erased is not None:
         values = values.masked_fill(_mask(deferred.erased, size), 0.0)

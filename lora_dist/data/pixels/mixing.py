@@ -1,4 +1,4 @@
-"""Mixup and CutMix, drawn from a seed, and the areas that they replace."""
+"""Draws mixup and CutMix from a seed: the share and the area of the partner image. `deferred.combine` mixes them."""
 
 from typing import NamedTuple
 

@@ -31,7 +31,7 @@ def indicator_columns(label_column: str | None) -> list[str]:
 
 
 def is_indicator(sets: Collection[tuple[str, ...]]) -> bool:
-    """Whether the labels of all images are one 0 or 1 each: those of a column for one label, and not of all labels."""
+    """Whether each image has a single 0 or 1, so that the column says of one label whether an image has it."""
     return all(len(labels) == 1 and labels[0].lower() in _VALUES for labels in sets)
 
 

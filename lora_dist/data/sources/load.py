@@ -45,7 +45,7 @@ class ImageData:
     fold: str | None = None
 
     def describe_splits(self) -> dict[str, Any]:
-        """Number and digest of the samples of each split, with their table rows or their shards, as JSON."""
+        """Of each split, as JSON values: the number of its samples, their digest, and their table rows or shards."""
         test = {"test": self.test.describe()} if self.test is not None else {}
         fold = {"fold": self.fold} if self.fold is not None else {}
         return {"train": self.train.describe(), "validation": self.validation.describe(), **test, **fold}

@@ -12,7 +12,7 @@ FIRST = ("augmentation", "learning_rate", "lora_r", "num_train_epochs", "tuning"
 
 
 def add_hyperparameters(writer: SummaryWriter, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Does what `SummaryWriter.add_hparams` does in the directory of the writer, and puts `FIRST` first."""
+    """Like `SummaryWriter.add_hparams`, but writes into the writer's own directory, and shows `FIRST` first."""
     experiment, start, end = hparams(dict(settings), dict(metrics))
     plugin = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin.content)

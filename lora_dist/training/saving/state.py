@@ -46,7 +46,8 @@ class Progress:
         best_data: fingerprint of the validation data that it was measured on.
         stale_evaluations: evaluations since the metric last improved, for early stopping.
         skipped_updates: updates skipped by fp16 loss scaling or because they were not finite.
-        skipped_in_a_row: updates skipped since the last applied one.
+        skipped_in_a_row: updates that fp16 loss scaling skipped since the last applied one.
+        nonfinite_in_a_row: updates that were skipped since the last applied one because they were not finite.
         unreadable_images: samples skipped because their image could not be read; counted again in each epoch.
         consecutive_unreadable: updates in a row, up to this one, without a readable image.
         train_seconds: time spent in updates, evaluation and saving not counted.
@@ -70,6 +71,7 @@ class Progress:
     stale_evaluations: int = 0
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
+    nonfinite_in_a_row: int = 0
     unreadable_images: int = 0
     consecutive_unreadable: int = 0
     train_seconds: float = 0.0
@@ -100,11 +102,12 @@ class Progress:
         self.grad_norm = grad_norm
         self.skipped_updates += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row if skipped else 0
 
-    def note_skipped(self) -> None:
+    def note_nonfinite(self) -> None:
         """Counts an update that was skipped because it was not finite."""
         self.skipped_updates += 1
-        self.skipped_in_a_row += 1
+        self.nonfinite_in_a_row += 1
 
     def note_samples(self, samples: int, unreadable: int, seconds: float) -> None:
         """Counts an update, with its samples over all processes and the seconds that it took."""

@@ -177,6 +177,16 @@ def test_of_equal_metrics_the_one_with_the_lower_loss_is_the_best_without_ending
     assert (progress.best_step, progress.best_loss, progress.stale_evaluations) == (2, 0.478, 4)
 
 
+def test_updates_that_loss_scaling_skips_are_not_counted_as_not_finite() -> None:
+    progress = Progress()
+    for _ in range(2):
+        progress.note_update(1.0, 0.0, skipped=True)
+    progress.note_nonfinite()
+    assert (progress.skipped_in_a_row, progress.nonfinite_in_a_row, progress.skipped_updates) == (2, 1, 3)
+    progress.note_update(1.0, 0.5, skipped=False)
+    assert (progress.skipped_in_a_row, progress.nonfinite_in_a_row) == (0, 0)
+
+
 def test_a_best_of_an_older_checkpoint_has_no_loss_and_wins_a_tie() -> None:
     progress = Progress(step=2, best_step=1, best_value=0.75)
     assert not progress.note_evaluation(0.75, 0.1, lower_is_better=False)
