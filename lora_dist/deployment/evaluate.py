@@ -59,8 +59,7 @@ def read_labels(settings: PredictSettings, several: bool) -> Listed | None:
 class Evaluation:
     """Collects the answer for each image, and compares it with labels and with other predictions.
 
-    Labels come from --labels_file. Without it, for one class per image, they are the names of the images' folders, if
-    there are at least two folders and all are named after classes.
+    Labels come from --labels_file. Without it, for one class per image, they are those of `folder_label`.
 
     Attributes:
         disagreements: the first rows whose answer differs from that of --compare_to, as many as a grid shows.

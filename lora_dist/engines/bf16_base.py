@@ -51,13 +51,14 @@ def _in_its_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 @torch.no_grad()
 def require_bf16_forward(model: nn.Module, pixel_values: Tensor) -> None:
-    """Classifies images [B, 3, H, W] with a model whose base is in bf16.
+    """Classifies images [B, 3, H, W], on the device of the model, whose base is in bf16.
 
     Raises:
         UserError: the model does not run, for example because it has constants in fp32 (CSATv2 of timm).
     """
     try:
-        model.eval()(pixel_values=pixel_values)
+        with torch.compiler.set_stance("force_eager"):
+            model.eval()(pixel_values=pixel_values)
     except RuntimeError as error:
         raise UserError(
             f"--base_dtype bfloat16: the model does not run in bf16 ({error}). Leave --base_dtype out"

@@ -241,5 +241,9 @@ def folder_label_by_predictions(first: Predictions, second: Predictions) -> Call
     if first.several or second.several:
         return no_label
     predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
-    folders = {class_folder(path, predicted) or Path(path).parent.name for path in first.paths}
-    return folder_label(first.paths, predicted | folders if predicted <= folders else predicted)
+    folders = {path: class_folder(path, predicted) for path in first.paths}
+    others = {Path(path).parent.name for path, folder in folders.items() if folder is None}
+    # A name that is also that of a folder inside a class is no class.
+    nested = any(class_folder(path, others) for path, folder in folders.items() if folder is not None)
+    all_have_folders = predicted <= set(folders.values()) and not nested
+    return folder_label(first.paths, predicted | others if all_have_folders else predicted)

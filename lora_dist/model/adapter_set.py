@@ -86,8 +86,8 @@ def load_weighted_sum(
         if prepared != (first.processor.to_dict(), first.conversion):
             raise UserError(
                 f"{next(iter(directories))} and {name} prepare images differently, and cannot be blended: their "
-                f"preprocessor_config.json or conversion.json differs (adapters of older releases have no "
-                f"conversion.json, and ignore transparency)"
+                f"preprocessor_config.json or conversion.json differs (older releases wrote no conversion.json, "
+                f"or one without all_depths: they treat transparency otherwise)"
             )
         if classifier.decision.problem_type != first.decision.problem_type:
             raise UserError(f"{next(iter(directories))} and {name} have different problem types, and cannot be blended")

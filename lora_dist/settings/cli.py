@@ -117,8 +117,8 @@ def parse(
     given = {name: values[-1] for name, values in found.items()}
     problems = list(_unknown_flags(leftover, [*fields, *(["config"] if takes_config else [])]))
     for name, values in found.items():
-        if name == "config" or isinstance(fields[name].default, list | dict):
-            problems += _lost(name, values, fields.get(name))
+        if name == "config" or (fields[name].takes_several and isinstance(fields[name].default, list)):
+            problems += _lost(name, values)
         else:
             note_repeats(name, values)
     return _combined(settings_class, given, problems, prog, contradictions)
@@ -228,16 +228,14 @@ def _parser(
     return parser
 
 
-def _lost(name: str, values: Sequence[Any], field: _Field | None) -> Iterable[str]:
-    """Yields a problem if a flag that takes several values was repeated, because only its last values would count."""
-    if len(values) == 1:
+def _lost(name: str, values: Sequence[Any]) -> Iterable[str]:
+    """Yields a problem if --config or a list of words has other values the second time: only the last would count."""
+    if all(value == values[0] for value in values):
         return
-    if field is None:
-        yield f"--{name}: given {_times(values)}, and one file is read; put the settings of all into one"
-        return
-    words = [word for value in values for word in (value if isinstance(value, list) else [value])]
-    together = (" " if field.takes_several else ",").join(word for word in words if word is not _NO_VALUE)
-    yield f"--{name}: given {_times(values)}; write --{name} {together}"
+    if name == "config":
+        yield f"--config: given {_times(values)}, and one file is read; put the settings of all into one"
+    else:
+        yield f"--{name}: given {_times(values)}; write --{name} {' '.join(word for value in values for word in value)}"
 
 
 def note_repeats(name: str, values: Sequence[Any]) -> None:

@@ -23,7 +23,7 @@ from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.data.sources.oversampled import OversampledSplit
 from lora_dist.data.sources.split import Split
 from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
-from lora_dist.engines.engine import Engine, fuses, make_engine
+from lora_dist.engines.engine import Engine, fuses, make_engine, on_device
 from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.model.backbone import Base
@@ -206,8 +206,8 @@ def _load_inputs(
     if transforms.crops and transforms.has_border():
         logger.warning(
             "the image processor surrounds images with a border in evaluation and prediction, which the random crops "
-            "of training do not have: its crop is larger than its resize. Correct preprocessor_config.json, or train "
-            "with --augmentation none"
+            "of training do not have: it pads, or its crop is larger than its resize. Correct "
+            "preprocessor_config.json, or train with --augmentation none"
         )
     settings = settings.with_default_eval_batch_size(
         inference_batch_size(accelerator.device, transforms.height, transforms.width)
@@ -247,7 +247,7 @@ def _make_model(
         start.load_into(model)
     if settings.model.base_dtype == "bfloat16":
         cast_base(model, base.heads)
-        require_bf16_forward(model, blank_image(base.processor))
+        require_bf16_forward(on_device(model, accelerator), blank_image(base.processor).to(accelerator.device))
     if settings.optimization.auto_batch_size:
         fitting = fit_batch_size(accelerator, model, transforms, settings.optimization)
         settings = settings.model_copy(update={"optimization": fitting})

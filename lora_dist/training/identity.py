@@ -208,7 +208,8 @@ def conversion_of(
         logger.info("the adapter ignores transparency; --transparent_background changes that")
     found = Conversion(color_of(settings.transparent_background)) if start is None else start.conversion
     found = found._replace(**given)
-    if found.transparent_background is not None and (start is None or "transparent_background" in given):
+    recorded = None if start is None else start.conversion.transparent_background
+    if found.transparent_background not in (None, recorded):
         found = found._replace(all_depths=True)
     if found.pixel_range is None:
         # A stream has no random access.

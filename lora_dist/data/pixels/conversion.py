@@ -55,7 +55,7 @@ class Conversion(NamedTuple):
         color = image.info.get("transparency")
         if not (self.all_depths and isinstance(image, PngImageFile) and image.tile) or color is None:
             return
-        raw_mode = image.tile[0].args
+        raw_mode = image.tile[0][3]  # a plain tuple before Pillow 11
         if raw_mode in _LEVEL:
             image.info["transparency"] = color * _LEVEL[raw_mode]
         elif raw_mode == "RGB;16B":

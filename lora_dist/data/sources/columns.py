@@ -97,8 +97,9 @@ def require_column(features: Mapping[str, Any], column: str, flag: str) -> None:
 
 
 def require_image_column(features: Mapping[str, Any], column: str) -> None:
-    """Raises `UserError` unless the column exists."""
-    require_column(features, column, "image_column_name")
+    """Raises `UserError` unless the column exists; a field of a column holds no images."""
+    if column not in features:
+        raise UserError(f"--image_column_name {column}: the data set has {', '.join(features)}")
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:

@@ -55,7 +55,7 @@ _ADVICE = {
     "WebDataset format": "Each sample needs files of the same extensions, in the same case: name all images .jpg, for "
     "example, and all labels .cls",
     "with base 10: b'": "A .cls file holds a number: write names of classes as .txt, and set --label_column_name txt",
-    "corresponds to no data": "Its files have no rows",
+    "corresponds to no data": "Its files have no rows: remove the split, or add rows",
     "BatchSize must be greater": "A file has no rows: remove it",
 }
 """What to do about errors of `datasets`, by words in them."""

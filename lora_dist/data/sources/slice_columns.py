@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from lora_dist.data.sources.columns import require_column
 from lora_dist.errors import UserError
 
 MAX_VALUES = 200
@@ -22,7 +21,8 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
     """
     found = {}
     for name in columns:
-        require_column(table.features, name, "slice_columns")
+        if name not in table.features:
+            raise UserError(f"--slice_columns {name}: the data set has {', '.join(table.features)}")
         values, feature = list(table[name]), table.features[name]
         if any(isinstance(value, list | dict) for value in values):
             raise UserError(f"--slice_columns {name}: it does not hold one value per sample")

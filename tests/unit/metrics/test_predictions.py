@@ -88,6 +88,9 @@ def test_a_class_that_is_never_predicted_counts_as_one() -> None:
     assert label_of("c/1.png") == "c"
     label_of = folder_label_by_predictions(_rows(a_x_1="a", b_1="a", c_1="b"), _rows(a_x_1="a", b_1="a", c_1="a"))
     assert [label_of(path) for path in ("a/x/1.png", "c/1.png")] == ["a", "c"]
+    nested = {"a_x_1": "a", "a_y_1": "b", "b_x_1": "b", "b_y_1": "b", "c_x_1": "a", "c_y_1": "b"}
+    label_of = folder_label_by_predictions(_rows(**nested), _rows(**nested))
+    assert label_of("a/x/1.png") is None
     label_of = folder_label_by_predictions(_rows(a_1="a", misc_1="b"), _rows(a_1="a", misc_1="a"))
     assert label_of("a/1.png") is None
 

@@ -258,11 +258,8 @@ def test_the_last_of_two_equal_flags_counts_and_is_logged(caplog: pytest.LogCapt
     assert caplog.messages == ["--lora_r was given twice; the last value counts, 8"]
 
 
-def test_a_repeated_flag_that_takes_several_values_is_refused_with_one_that_has_all() -> None:
-    words = ("--report_to", "wandb", "--report_to=mlflow,aim", "--lora_rank_pattern", "query=4")
-    assert problems_of("--dataset_name", "x", *words).splitlines()[1:] == [
-        "  --report_to: given twice; write --report_to wandb,mlflow,aim"
-    ]
+def test_another_configuration_file_is_refused() -> None:
+    assert parse("--config", "demo", "--config", "demo").model.model_name_or_path == "demo:vit"
     assert "--config: given twice, and one file is read" in problems_of("--config", "demo", "--config", "food101")
 
 
