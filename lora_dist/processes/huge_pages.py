@@ -34,6 +34,11 @@ def move_to_huge_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _ADDED)
 
 
+def is_restarted() -> bool:
+    """Whether `move_to_huge_pages` has restarted the running command, which has read its command line before."""
+    return _ADDED.items() <= os.environ.items()
+
+
 def environment_before(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment variables without those that `move_to_huge_pages` added."""
     added = _ADDED.keys() if _ADDED.items() <= environment.items() else set()

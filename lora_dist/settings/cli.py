@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_dist.errors import UserError
+from lora_dist.processes.huge_pages import is_restarted
 from lora_dist.settings import trainer_flags
 from lora_dist.settings.fields import SEVERAL, Contradiction
 
@@ -240,7 +241,7 @@ def _lost(name: str, values: Sequence[Any]) -> Iterable[str]:
 
 def note_repeats(name: str, values: Sequence[Any]) -> None:
     """Logs that the last value of a repeated flag counts; a script may put defaults before the flags of its user."""
-    if len({str(value) for value in values}) > 1 and os.environ.get("RANK", "0") == "0":
+    if len({str(value) for value in values}) > 1 and os.environ.get("RANK", "0") == "0" and not is_restarted():
         last = " ".join(values[-1]) if isinstance(values[-1], list) else values[-1]
         shown = "" if last is _NO_VALUE else f", {last}"
         logger.warning("--%s was given %s; the last value counts%s", name, _times(values), shown)

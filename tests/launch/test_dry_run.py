@@ -68,7 +68,13 @@ def test_a_dry_run_that_cannot_go_on_says_all_that_it_found(photos: Path, tmp_pa
         *flags(train_dir=tmp_path / "data", dry_run=True),
         code=2,
     )
-    for part in ("this run would not start:", "is not empty", f"{tmp_path / 'data'}", "cannot load the base model"):
+    parts = (
+        "this run would not start:",
+        "is not empty",
+        f"{tmp_path / 'data'}: no images",
+        "cannot load the base model",
+    )
+    for part in (*parts, "--train_dir was given twice; the last value counts"):
         assert result.stderr.count(part) == 1, f"{part}\n{result.stderr}"
 
 
