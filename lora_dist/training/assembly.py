@@ -117,8 +117,8 @@ def assemble(
     plan = make_plan(settings, train, accelerator.num_processes, accelerator.process_index)
     if idle := idle_workers(plan, settings.data, accelerator.device):
         logger.info(
-            "%d worker processes of each process have no shard to read at a time: set --streaming_lanes higher or "
-            "--dataloader_num_workers lower, or write the data in more shards",
+            "%d data loader workers of each process are idle, because there are fewer shards to read at a time than "
+            "workers: set --streaming_lanes higher or --dataloader_num_workers lower, or write the data in more shards",
             idle,
         )
     schedule = Schedule.of(optimization, plan.steps_per_epoch)
