@@ -127,6 +127,11 @@ def run(
     return result
 
 
+def said_by_processes(result: subprocess.CompletedProcess[str]) -> str:
+    """Standard error without the summary at its end, in which torchrun repeats what the failed processes said."""
+    return result.stderr.partition("=" * 40)[0]
+
+
 def train(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs `lora_dist.train`."""
     return run("lora_dist.train", *arguments, **options)
