@@ -22,6 +22,7 @@ from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
 from lora_dist.model.decision import Decision, MostLikely, decision_of
+from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import UNCALIBRATED, Calibration
 from lora_dist.storage.atomic import whole_directory
@@ -154,6 +155,9 @@ def read_bundle(
     fingerprint = pooling = image_size = None
     if is_ours := (directory / BASE_MODEL).is_file():
         trained_base, revision, fingerprint, pooling, image_size = _read_identity(directory / BASE_MODEL)
+        if fingerprint == EMPTY_FINGERPRINT:
+            fingerprint = None
+            logger.warning("%s has no fingerprint of the backbone: cannot check its base", directory / BASE_MODEL)
     else:
         trained_base, revision = (base_model, None) if base_model else infer_metadata.recorded_base(files)
         logger.warning("%s has no %s: cannot check that %s is its base", directory, BASE_MODEL, trained_base)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lora_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
+EMPTY_FINGERPRINT = hashlib.sha256().hexdigest()[:32]
+"""Earlier versions recorded this for models whose backbone they did not find: it identifies nothing."""
 
 
 def find_heads(model: Any, missing: Sequence[str] = ()) -> list[str]:

@@ -16,11 +16,11 @@ from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model import adapters
+from lora_dist.model import adapters, injection
 from lora_dist.model.backbone import Base, BaseOptions, load_base, load_base_of
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
-from lora_dist.model.head import class_dimensions, find_heads, fingerprint
+from lora_dist.model.head import EMPTY_FINGERPRINT, class_dimensions, find_heads, fingerprint
 from lora_dist.model.targets import shortest
 from lora_dist.model.trainable import make_trainable, set_training
 from lora_dist.settings.train import LoraSettings, ModelSettings, RunSettings, Settings
@@ -62,7 +62,8 @@ def test_the_head_trains_and_with_lora_its_matrices_and_nothing_else(name: str, 
     directory = _make(name, tmp_path)
     base = load_base(str(directory), LABELS)
     assert base.heads == HEADS.get(name, ["classifier"])
-    assert base.fingerprint == load_base(str(directory), ["x", "y"], BaseOptions(seed=5)).fingerprint
+    other = load_base(str(directory), ["x", "y"], BaseOptions(seed=5))
+    assert base.fingerprint == other.fingerprint != EMPTY_FINGERPRINT
     assert base.fingerprint != load_base(str(_make(name, tmp_path / "other", seed=1)), LABELS).fingerprint
     model = make_trainable(base, ModelSettings(tuning=tuning), LoraSettings(lora_r=4))
     trained = [key.removeprefix("base_model.model.") for key, value in model.named_parameters() if value.requires_grad]
@@ -95,6 +96,23 @@ def test_a_tower_of_a_checkpoint_with_two_is_a_base(tmp_path: Path) -> None:
     base = load_base(str(tmp_path), LABELS)
     assert base.heads == ["classifier"]
     assert base.missing == ["classifier.bias", "classifier.weight"]
+
+
+def test_an_adapter_whose_head_was_the_whole_model_still_loads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Earlier versions trained both and recorded the fingerprint of nothing."""
+    directory = _make("clip", tmp_path)
+    base = load_base(str(directory), LABELS)
+    model = injection.inject_head_only(base.model, ["vision_model", "classifier"])
+    perturb(model)
+    expected = _logits(model, base)
+    write_adapter(tmp_path / "adapter", model, base, "card\n")
+    path = tmp_path / "adapter" / "base_model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": EMPTY_FINGERPRINT}))
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(_logits(load_classifier(tmp_path / "adapter").model, base), expected)
+    assert "cannot check its base" in caplog.text
 
 
 def test_a_model_without_logits_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lora_dist.errors import UserError
 from lora_dist.model.backbone import Base, BaseOptions, load_base
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
+from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.model.trainable import make_trainable, set_training
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
@@ -57,6 +58,7 @@ def test_the_checkpoint_of_a_backbone_is_loaded_whole(backbone: Path) -> None:
     base = load_base(str(backbone), LABELS)
     assert base.heads == ["classifier"]
     assert sorted(base.missing) == ["classifier.bias", "classifier.weight"]
+    assert base.fingerprint != EMPTY_FINGERPRINT
     assert base.fingerprint == load_base(str(backbone), ["a", "b"], BaseOptions(seed=7)).fingerprint
     assert _logits(base.model, _pixels(base)).shape == (3, 3)
     if backbone.name == "vit_mae":
