@@ -92,20 +92,25 @@ def find_label_column(features: Mapping[str, Any]) -> str:
 
 def require_column(features: Mapping[str, Any], column: str, flag: str) -> None:
     """Raises `UserError`, which names the flag that asks for the column, unless the column exists."""
-    if feature_of(features, column) is None:
-        raise UserError(f"--{flag} {column}: the data set has {listed(features)}")
+    if column not in features:
+        raise UserError(f"--{flag} {column}: the data set has {', '.join(features)}")
 
 
 def require_image_column(features: Mapping[str, Any], column: str) -> None:
-    """Raises `UserError` unless the column exists; a field of a column holds no images."""
-    if column not in features:
-        raise UserError(f"--image_column_name {column}: the data set has {', '.join(features)}")
+    """Raises `UserError` unless the column exists."""
+    require_column(features, column, "image_column_name")
+
+
+def require_label_column(features: Mapping[str, Any], column: str) -> None:
+    """Raises `UserError` unless the column exists, or the field of a column that it names."""
+    if feature_of(features, column) is None:
+        raise UserError(f"--label_column_name {column}: the data set has {listed(features)}")
 
 
 def require_columns(features: Mapping[str, Any], image_column: str, label_column: str) -> None:
     """Raises `UserError` unless both columns exist and the second holds one label per sample."""
     require_image_column(features, image_column)
-    require_column(features, label_column, "label_column_name")
+    require_label_column(features, label_column)
     feature = feature_of(features, label_column)
     if not isinstance(feature, ClassLabel | Value):
         raise UserError(

@@ -14,9 +14,9 @@ from lora_dist.data.sources.columns import (
     find_label_column,
     has_label,
     only,
-    require_column,
     require_columns,
     require_image_column,
+    require_label_column,
     require_labels,
 )
 from lora_dist.data.sources.label_cells import indicated_value, indicator_columns
@@ -69,7 +69,7 @@ def _read_lists(table: Dataset, image_column: str, label_column: str, source: st
     require_image_column(table.features, image_column)
     if label_column not in table.features and (columns := indicator_columns(label_column)):
         return columns, _read_indicators(table, columns, source)
-    require_column(table.features, label_column, "label_column_name")
+    require_label_column(table.features, label_column)
     feature = _label_of(table.features[label_column])
     if feature is None:
         kind = type(table.features[label_column]).__name__
@@ -104,7 +104,7 @@ def _are_indicators(rows: Sequence[tuple[Any, ...]]) -> bool:
 def _read_indicators(table: Dataset, names: Sequence[str], source: str) -> list[tuple[str, ...]]:
     """The labels of each row by its columns of 0 and 1, one for each label."""
     for name in names:
-        require_column(table.features, name, "label_column_name")
+        require_label_column(table.features, name)
     if len(set(names)) < len(names):
         raise UserError("--label_column_name names a column twice")
     columns = {name: [indicated_value(value) for value in table[name]] for name in names}

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,11 +244,14 @@ def load_split(settings: DataSettings, split: str) -> Dataset:
         return load_alone(settings, split)
     with reading_data(name, split):
         if not saved_to_disk:
-            options = options_for(local_parquet_files(settings))
+            files = local_parquet_files(settings)
+            options = options_for(chain.from_iterable(files.values()))
             table = with_writable_cache(
                 lambda cache: load_dataset(name, settings.dataset_config_name, split=split, cache_dir=cache, **options)
             )
-            require_same_numbers_in(local_parquet_files(settings, split), table.features)
+            # A split may be a slice, or a sum of splits.
+            for part in {part.partition("[")[0] for part in split.split("+")}:
+                require_same_numbers_in(files.get(part, ()), table.features)
             return table
         saved = load_from_disk(name)
         if not isinstance(saved, DatasetDict):

@@ -58,7 +58,7 @@ _ADVICE = {
     "corresponds to no data": "Its files have no rows: remove the split, or add rows",
     "BatchSize must be greater": "A file has no rows: remove it",
 }
-"""What to do about errors of `datasets`, by words in them."""
+"""Advice on errors of `datasets`: each key is a part of the message of an error."""
 
 
 class Row(NamedTuple):
@@ -176,19 +176,14 @@ def load_alone(settings: DataSettings, split: str) -> Dataset:
         return table
 
 
-def local_parquet_files(settings: DataSettings, split: str | None = None) -> list[str]:
-    """The parquet files of a split, a slice or a sum of splits in a local directory; none of other data sets.
-
-    Without a split, those of all splits.
-    """
+def local_parquet_files(settings: DataSettings) -> dict[str, list[str]]:
+    """The parquet files of each split in a local directory; none of other data sets."""
     if not Path(settings.dataset_name or "").is_dir():
-        return []
-    builder = _builder(settings, split or settings.train_split)
+        return {}
+    builder = _builder(settings, settings.train_split)
     if builder.name != "parquet":
-        return []
-    parts = None if split is None else {part.partition("[")[0] for part in split.split("+")}
-    found = builder.config.data_files.items()
-    return [str(file) for name, files in found if parts is None or name in parts for file in files]
+        return {}
+    return {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
 
 
 def options_for(files: Iterable[str]) -> dict[str, int]:

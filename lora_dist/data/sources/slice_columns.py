@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from lora_dist.data.sources.columns import require_column
 from lora_dist.errors import UserError
 
 MAX_VALUES = 200
@@ -21,8 +22,7 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
     """
     found = {}
     for name in columns:
-        if name not in table.features:
-            raise UserError(f"--slice_columns {name}: the data set has {', '.join(table.features)}")
+        require_column(table.features, name, "slice_columns")
         values, feature = list(table[name]), table.features[name]
         if any(isinstance(value, list | dict) for value in values):
             raise UserError(f"--slice_columns {name}: it does not hold one value per sample")
@@ -34,14 +34,10 @@ def read_slices(table: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray]
 
 def _whole(values: list[Any]) -> list[Any]:
     """The values as integers if they are whole numbers, which a table with missing values may hold as 1.0."""
-    is_whole = all(
-        value is None or value != value or (isinstance(value, float) and value.is_integer()) for value in values
-    )
-    return (
-        [int(value) if isinstance(value, float) and value == value else value for value in values]
-        if is_whole
-        else values
-    )
+    known = [value for value in values if value is not None and value == value]
+    if not all(isinstance(value, float) and value.is_integer() for value in known):
+        return values
+    return [None if value is None or value != value else int(value) for value in values]
 
 
 def _text(value: Any) -> str:
