@@ -36,10 +36,14 @@ def move_to_huge_pages() -> None:
 
 def is_restarted() -> bool:
     """Whether `move_to_huge_pages` has restarted the running command, which has read its command line before."""
-    return _ADDED.items() <= os.environ.items()
+    return _has_added(os.environ)
+
+
+def _has_added(environment: Mapping[str, str]) -> bool:
+    return _ADDED.items() <= environment.items()
 
 
 def environment_before(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment variables without those that `move_to_huge_pages` added."""
-    added = _ADDED.keys() if _ADDED.items() <= environment.items() else set()
+    added = _ADDED.keys() if _has_added(environment) else set()
     return {name: value for name, value in environment.items() if name not in added}

@@ -110,6 +110,14 @@ def limit_exit(code: int, seconds: float | None = None) -> None:
     threading.Thread(target=_exit_after, args=(seconds, code), name="exit", daemon=True).start()
 
 
+def end_with_error(message: str, code: int) -> NoReturn:
+    """Ends this process as `end_process`; the log and the summary of the launcher have the error."""
+    limit_exit(code)
+    write_reason(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    end_process(code)
+
+
 def end_process(code: int) -> NoReturn:
     """Runs the cleanup functions, kills child processes and exits, within `GRACE_SECONDS`."""
     limit_exit(code)

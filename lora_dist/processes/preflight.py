@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,7 @@ from torch.distributed import DistError, all_reduce, is_initialized
 from lora_dist import waiting
 from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
 from lora_dist.processes.failure import format_ranks, read_failure
-from lora_dist.processes.launch_summary import write_reason
-from lora_dist.processes.lifetime import end_process, limit_exit
+from lora_dist.processes.lifetime import end_process, end_with_error
 from lora_dist.processes.rendezvous import launch_store, store_lost
 
 logger = logging.getLogger(__name__)
@@ -198,10 +196,8 @@ def _time_limit(seconds: float, message: str) -> Iterator[None]:
     """
 
     def give_up() -> None:
-        limit_exit(TrainingStoppedError.exit_code)
         if message:
-            write_reason(f"error: {message}")
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            end_with_error(message, TrainingStoppedError.exit_code)
         end_process(TrainingStoppedError.exit_code)
 
     timer = threading.Timer(seconds, give_up)

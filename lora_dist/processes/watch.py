@@ -18,6 +18,7 @@ from lora_dist.processes.lifetime import (
     GRACE_SECONDS,
     at_end,
     end_process,
+    end_with_error,
     limit_exit,
     owns_process,
     show_stacks_of_children,
@@ -232,10 +233,7 @@ class Watch:
             # If rank 0 hosts the store, rank 0 has died; otherwise the launcher has, and signals this process.
             self._peers, self._failure = None, peers.store_lost()
         if self._failure is not None and not self._finishes():
-            limit_exit(self._failure.exit_code)
-            write_reason(f"error: {self._failure}")
-            print(f"error: {self._failure}", file=sys.stderr, flush=True)
-            end_process(self._failure.exit_code)
+            end_with_error(str(self._failure), self._failure.exit_code)
 
     def _finishes(self) -> bool:
         """Waits for the main thread to end by itself, longer if it writes a checkpoint; returns whether it did.

@@ -181,14 +181,20 @@ def test_a_rank_that_ends_ends_the_first_one_within_seconds(main: str, said: str
 
 def test_a_stall_is_found_although_the_host_of_the_store_is_suspended(tmp_path: Path) -> None:
     body = "with watched.watching():\n    Path(f'watched-{rank}').touch()\n    time.sleep(600)"
-    with _started_by_hand(_watched(tmp_path, body, stall=3), cwd=tmp_path) as (first, second):
-        _wait_for(tmp_path / "watched-0")
+    code, text, seconds = _with_suspended_host(_watched(tmp_path, body, stall=3), tmp_path / "watched-0")
+    assert code == 124, text
+    assert "error: no progress for 3 s (--stall_timeout):\n  rank 1 on " in text
+    assert seconds < 25
+
+
+def _with_suspended_host(script: Path, ready: Path) -> tuple[int, str, float]:
+    """Suspends rank 0 once the file `ready` exists; returns the exit code and output of rank 1, and its seconds."""
+    with _started_by_hand(script, cwd=script.parent) as (first, second):
+        _wait_for(ready)
         first.send_signal(signal.SIGSTOP)
         start = time.monotonic()
         text = second.communicate(timeout=60)[0]
-    assert second.returncode == 124, text
-    assert "error: no progress for 3 s (--stall_timeout):\n  rank 1 on " in text
-    assert time.monotonic() - start < 25
+    return second.returncode, text, time.monotonic() - start
 
 
 def test_a_wait_ends_although_the_host_of_the_store_is_suspended_while_loading(tmp_path: Path) -> None:
@@ -196,14 +202,10 @@ def test_a_wait_ends_although_the_host_of_the_store_is_suspended_while_loading(t
     body = "Path(f'waits-{rank}').touch()\nif rank:\n    preflight.arrive('loaded')\ntime.sleep(600)"
     script = _watched(tmp_path, body)
     script.write_text(script.read_text().replace("seconds=60", "seconds=5"))
-    with _started_by_hand(script, cwd=tmp_path) as (first, second):
-        _wait_for(tmp_path / "waits-0")
-        first.send_signal(signal.SIGSTOP)
-        start = time.monotonic()
-        text = second.communicate(timeout=60)[0]
-    assert second.returncode == 1, text
+    code, text, seconds = _with_suspended_host(script, tmp_path / "waits-0")
+    assert code == 1, text
     assert "error: rank 1: the store of the launch has not answered within 5 s (stage: loaded). " in text
-    assert time.monotonic() - start < 30
+    assert seconds < 30
 
 
 def test_a_checkpoint_is_written_to_its_end_although_another_rank_has_died(tmp_path: Path) -> None:
