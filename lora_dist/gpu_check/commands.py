@@ -25,7 +25,7 @@ from lora_dist.processes.runtime import half_precision
 SECONDS = 120
 """Limit of a command."""
 COMPILE_SECONDS = 480
-"""What DeepSpeed may take besides to compile its extensions, as at its first start."""
+"""Seconds added for DeepSpeed, which compiles its extensions at its first start."""
 LINES = 15
 IMAGES_FOR_GPU = 1024
 """Images of each class: enough for the warmup and two updates of 512 images."""
@@ -198,12 +198,16 @@ def _launched(machine: Machine, engine: str) -> str:
     file = LAUNCH_FILES / "accelerate_configs" / f"{name}.yaml"
     launcher = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     launcher += ["--mixed_precision", half_precision()]
-    seconds = SECONDS + (COMPILE_SECONDS if engine.startswith("zero") else 0)
-    _run("accelerate.commands.launch", *launcher, "-m", "lora_dist.train", *flags, seconds=seconds)
+    _run("accelerate.commands.launch", *launcher, "-m", "lora_dist.train", *flags, seconds=limit_of(engine))
     results = _results(out)
     if results["num_processes"] != processes:
         raise Failed(f"{results['num_processes']} processes trained instead of {processes}")
     return f"{processes} processes, {results['mixed_precision']}, loss {results['train_loss']:.4f}"
+
+
+def limit_of(engine: str) -> float:
+    """Returns the seconds that a launch with this engine may take."""
+    return SECONDS + (COMPILE_SECONDS if engine.startswith("zero") else 0)
 
 
 def _results(out: Path) -> dict[str, Any]:

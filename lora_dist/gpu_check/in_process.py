@@ -28,7 +28,7 @@ LAYER_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e
 """Largest error against float64, relative to the largest value."""
 SPLIT_TOLERANCES = {"no": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 MOST_WAITS = 1
-"""How often one update may wait for the device: it reads its loss and its gradient norm at once."""
+"""Largest number of waits for the device in an update, which reads its loss and its gradient norm at once."""
 REDUCED_BYTES = 64 * 2**20
 
 
