@@ -44,7 +44,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Inference:
-    """How a model runs over images.
+    """Options of a pass of a model over images.
 
     Attributes:
         device: where the model runs.

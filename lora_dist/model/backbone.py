@@ -58,7 +58,7 @@ class Base:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """How a base model is loaded, and what is changed in it.
+    """Options for loading a base model.
 
     Attributes:
         revision: branch, tag or commit on the Hub.

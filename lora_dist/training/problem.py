@@ -22,7 +22,7 @@ from lora_dist.training.loss import SampleLoss
 
 
 class ProblemType(Protocol):
-    """What training needs for one kind of labels: its loss, metrics, decision rule and pictures.
+    """Defines the loss, metrics, decision rule and pictures for one kind of labels.
 
     Attributes:
         headline: the metric that reports name first.

@@ -190,7 +190,7 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
 
 
 def test_a_message_before_the_first_update_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is logged next, such as on features after --probe, would continue the line of the bar."""
+    """An empty bar would share its line with the next log, such as that of the features after --probe."""
     reading, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(terminal, "w", buffering=1) as stderr:
