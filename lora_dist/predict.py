@@ -179,10 +179,11 @@ def _is_multi_label(models: AdapterSet) -> bool:
 
 
 def _serve(served: AdapterSet, settings: PredictSettings, device: torch.device) -> None:
-    from lora_dist.deployment.serve import server, uploads
+    from lora_dist.deployment.serve import server
+    from lora_dist.deployment.serve.request_limits import Limits
 
     serving = settings.serving
-    limits = uploads.Limits(
+    limits = Limits(
         body=int(serving.max_upload_mb * 1e6), pixels=int(serving.max_megapixels * 1e6), files=serving.max_files
     )
     app = server.make_app(

@@ -135,28 +135,28 @@ def train(settings: Settings, lock: RunLock) -> None:
             publisher = open_publisher(accelerator, settings.hub, output, resumes=resumed is not None)
 
         assembled = assemble(settings, accelerator, output, resumed, publisher, errors, watch)
-        run, progress, result_writer = assembled.run, assembled.progress, assembled.result_writer
+        run, result_writer = assembled.run, assembled.result_writer
         announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator, run.precision)
         if options.dry_run:
             with watch.watching():
-                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, progress.step, errors)
+                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, run.progress.step, errors)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run, progress.step)
-    with stopped_on_request(run, progress), watch.watching():
+    show_inputs(run, run.progress.step)
+    with stopped_on_request(run), watch.watching():
         heads = list(result_writer.base.heads)
         if options.probe and isinstance(assembled.data.train, Split):
-            probe(run, heads, assembled.data.train, output.probe, progress.step)
+            probe(run, heads, assembled.data.train, output.probe, run.progress.step)
         run = on_features(run, heads)
-        reselect_best(run, progress)
-        loop.fit(run, progress, result_writer.push_best)
-        run.checkpointer.restore_best(progress)
+        reselect_best(run)
+        loop.fit(run, result_writer.push_best)
+        run.checkpointer.restore_best(run.progress)
         evaluation, test = final_evaluations(run, assembled.data)
-        result_writer.finalize(run, progress, evaluation, test)
+        result_writer.finalize(run, evaluation, test)
         run.preemption.saved()
     accelerator.end_training()
     # No process waits for another one any more, and all files of the run are written.
-    result_writer.publish(run, progress)
+    result_writer.publish(run)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from lora_dist.processes.watch import Watch
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble
 from lora_dist.training.dry_run import time_updates
+from lora_dist.training.progress import Progress
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import Output
-from lora_dist.training.saving.state import Progress
 from lora_dist.training.step import make_update
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_base": torch.bfloat16}

@@ -50,15 +50,16 @@ from lora_dist.training.identity import (
 )
 from lora_dist.training.optimizer import make_optimizer
 from lora_dist.training.problem_types import PROBLEM_TYPES
+from lora_dist.training.progress import Progress
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
 from lora_dist.training.run import TrainingRun, is_over
 from lora_dist.training.saving.checkpoint import Checkpoint
+from lora_dist.training.saving.checkpointer import Checkpointer
 from lora_dist.training.saving.disk_budget import Sizes, require_disk_space
 from lora_dist.training.saving.output import Output
 from lora_dist.training.saving.publisher import Publisher
 from lora_dist.training.saving.result_writer import ResultWriter
-from lora_dist.training.saving.state import Checkpointer, Progress
 from lora_dist.training.schedule import Schedule
 from lora_dist.training.weight_average import WeightAverage
 
@@ -71,13 +72,11 @@ class Assembled:
 
     Attributes:
         run: what `fit` trains.
-        progress: where the run starts or resumes.
         parameters: numbers of trainable and of all parameters.
         sizes: bytes of the checkpoints and the result.
     """
 
     run: TrainingRun
-    progress: Progress
     result_writer: ResultWriter
     data: ImageData
     parameters: tuple[int, int]
@@ -169,9 +168,10 @@ def assemble(
             settings=made_with,
         ),
         watch=watch,
+        progress=progress,
     )
     result_writer = ResultWriter(base, data, parameters, made_with, output, publisher)
-    return Assembled(run, progress, result_writer, data, parameters, sizes)
+    return Assembled(run, result_writer, data, parameters, sizes)
 
 
 class _Inputs(NamedTuple):

@@ -11,14 +11,13 @@ from lora_dist.errors import PreemptedError, ProcessError, TrainingStoppedError,
 from lora_dist.processes.failure import RankFailedError
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.run import TrainingRun
-from lora_dist.training.saving.state import Progress
 from lora_dist.training.step import BrokenUpdateError, LostBatchError
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def stopped_on_request(run: TrainingRun, progress: Progress) -> Iterator[None]:
+def stopped_on_request(run: TrainingRun) -> Iterator[None]:
     """Takes signals as requests to stop, from the first update until the result has been written.
 
     Adds to every error the update from which the run can be resumed.
@@ -32,8 +31,8 @@ def stopped_on_request(run: TrainingRun, progress: Progress) -> Iterator[None]:
             yield
     except StopRequested:
         run.engine.accelerator.end_training()
-        stopped_after = f"after update {progress.step} of {run.schedule.total_steps}"
-        if run.checkpointer.saved_step != progress.step:
+        stopped_after = f"after update {run.progress.step} of {run.schedule.total_steps}"
+        if run.checkpointer.saved_step != run.progress.step:
             raise TrainingStoppedError(
                 f"asked to stop {stopped_after}, which could not be saved. "
                 + (run.resume_hint or "There is no checkpoint.")
@@ -42,14 +41,14 @@ def stopped_on_request(run: TrainingRun, progress: Progress) -> Iterator[None]:
     except TrainingStoppedError:
         raise
     except Exception as error:
-        _add_resume_hint(error, run, progress)
+        _add_resume_hint(error, run)
         raise
     finally:
         run.tracker.flush()
 
 
 @contextmanager
-def saved_on_failure(run: TrainingRun, progress: Progress) -> Iterator[None]:
+def saved_on_failure(run: TrainingRun) -> Iterator[None]:
     """Saves the state before an error ends the run, if the state is intact.
 
     Several processes can save together only where all of them know of the error, as of a `LostBatchError`.
@@ -60,12 +59,12 @@ def saved_on_failure(run: TrainingRun, progress: Progress) -> Iterator[None]:
         raise
     except Exception as error:
         known_to_all = isinstance(error, LostBatchError) or run.engine.accelerator.num_processes == 1
-        is_saved = run.checkpointer.saved_step == progress.step or not progress.step
+        is_saved = run.checkpointer.saved_step == run.progress.step or not run.progress.step
         in_doubt = any(isinstance(one, BrokenUpdateError) for one in (error, error.__cause__))
         if known_to_all and not is_saved and not in_doubt:
             with suppress(RuntimeError):  # a device that has failed cannot be read
                 run.engine.drop_update()
-                run.save(progress)
+                run.save()
         if isinstance(error, LostBatchError):
             raise data_failure(error) from error
         raise
@@ -104,14 +103,15 @@ def data_failure(lost: LostBatchError) -> Exception:
     return RankFailedError(f"rank {rank} could not load its data: {message}", code)
 
 
-def _add_resume_hint(error: Exception, run: TrainingRun, progress: Progress) -> None:
+def _add_resume_hint(error: Exception, run: TrainingRun) -> None:
     """Adds the update to resume from to a `UserError`; logs it for any other error."""
-    if not progress.step:
+    step = run.progress.step
+    if not step:
         return
-    if run.checkpointer.saved_step == progress.step:
+    if run.checkpointer.saved_step == step:
         hint = f"All updates are saved: {run.resume_hint}"
     else:
-        hint = f"Update {progress.step} is not saved. {run.resume_hint or 'There is no checkpoint.'}"
+        hint = f"Update {step} is not saved. {run.resume_hint or 'There is no checkpoint.'}"
     if isinstance(error, UserError):
         sentence = str(error)
         error.args = (f"{sentence}{'' if sentence.endswith('.') else '.'} {hint}",)

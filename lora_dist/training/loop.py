@@ -19,7 +19,6 @@ from lora_dist.training.problem_types import EvaluationResult
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun
-from lora_dist.training.saving.state import Progress
 from lora_dist.training.step import NonFiniteLossError, Update
 
 MAX_CONSECUTIVE_SKIPPED = 32
@@ -27,16 +26,15 @@ MAX_CONSECUTIVE_SKIPPED = 32
 MAX_CONSECUTIVE_UNREADABLE = 32
 """Consecutive updates without a readable image after which training stops; fewer if an epoch is shorter."""
 
-PushBest = Callable[[TrainingRun, Progress, EvaluationResult], None]
+PushBest = Callable[[TrainingRun, EvaluationResult], None]
 
 
-def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
-    """Trains from `progress` to the end of the schedule, or until early stopping. Saves the final state.
+def fit(run: TrainingRun, push_best: PushBest) -> None:
+    """Trains from `run.progress` to the end of the schedule, or until early stopping. Saves the final state.
 
-    Must be called on every process. Changes `progress`.
+    Must be called on every process.
 
     Args:
-        progress: where the run starts or resumes.
         push_best: called after each evaluation that is the best so far, once a checkpoint of it is saved.
 
     Raises:
@@ -45,45 +43,46 @@ def fit(run: TrainingRun, progress: Progress, push_best: PushBest) -> None:
         RankFailedError: another process could not load its data; the state has been saved.
         UserError: something else went wrong; the message says whether the state has been saved.
     """
-    meter, max_grad_norm = ThroughputMeter(), run.settings.optimization.max_grad_norm
+    progress, meter, max_grad_norm = run.progress, ThroughputMeter(), run.settings.optimization.max_grad_norm
     with (
         closing(run.stream(progress.step, run.schedule.total_steps, meter.timed)) as stream,
-        saved_on_failure(run, progress),
+        saved_on_failure(run),
     ):
-        _finish_last_update(run, progress, meter, push_best)
+        _finish_last_update(run, meter, push_best)
         set_training(run.engine.model)
-        while not run.is_over(progress):
+        while not run.is_over():
             step = progress.step
             meter.start_update()
             try:
                 with update_explained(step):
-                    gradient = run.begin_update(step, before_exchange=lambda: _wait_for_others(run, progress, meter))
+                    gradient = run.begin_update(step, before_exchange=lambda: _wait_for_others(run, meter))
                     for batch in gradient.loaded(_reported(run, step, stream)):
                         gradient.backward(batch)
                     update: Update | NonFiniteLossError = gradient.step(max_grad_norm, run.preemption.requests())
                     if run.average is not None:
                         run.average.update(step)
             except NonFiniteLossError as error:
-                _skip(run, progress, error)
+                _skip(run, error)
                 update = error
-            _count(run, progress, meter, update)
+            _count(run, meter, update)
             if progress.step % run.settings.run.logging_steps == 0:
-                _log(run, progress, meter)
-            save_requested = _check_requests(run, progress, update.requests)
-            _evaluate_and_save(run, progress, meter, push_best, save_requested)
+                _log(run, meter)
+            save_requested = _check_requests(run, update.requests)
+            _evaluate_and_save(run, meter, push_best, save_requested)
             if save_requested:
                 run.preemption.saved()
         share_statistics(run.engine)
 
 
-def _finish_last_update(run: TrainingRun, progress: Progress, meter: ThroughputMeter, push_best: PushBest) -> None:
+def _finish_last_update(run: TrainingRun, meter: ThroughputMeter, push_best: PushBest) -> None:
     """Saves, logs and evaluates after the update that the run resumes from, if it ended before that was done."""
+    progress = run.progress
     if progress.step and run.checkpointer.saved_step is None:
-        run.save(progress)  # the checkpoint is in another directory
+        run.save()  # the checkpoint is in another directory
     if progress.logged_step < progress.step and progress.step % run.settings.run.logging_steps == 0:
-        _log(run, progress, meter)
+        _log(run, meter)
     if progress.last_evaluated_step < progress.step:
-        _evaluate_and_save(run, progress, meter, push_best, save=True)
+        _evaluate_and_save(run, meter, push_best, save=True)
 
 
 def _reported(run: TrainingRun, step: int, stream: Iterator[Batch]) -> Iterator[Batch]:
@@ -98,12 +97,12 @@ def _reported(run: TrainingRun, step: int, stream: Iterator[Batch]) -> Iterator[
         yield batch
 
 
-def _wait_for_others(run: TrainingRun, progress: Progress, meter: ThroughputMeter) -> None:
-    run.watch.now(f"update {progress.step + 1}: last backward pass, which waits for the other processes")
+def _wait_for_others(run: TrainingRun, meter: ThroughputMeter) -> None:
+    run.watch.now(f"update {run.progress.step + 1}: last backward pass, which waits for the other processes")
     meter.note_own_work()
 
 
-def _skip(run: TrainingRun, progress: Progress, error: NonFiniteLossError) -> None:
+def _skip(run: TrainingRun, error: NonFiniteLossError) -> None:
     """Skips an update that is not finite, unless `max_nonfinite_updates` in a row is reached or skipping is impossible.
 
     Raises:
@@ -112,12 +111,12 @@ def _skip(run: TrainingRun, progress: Progress, error: NonFiniteLossError) -> No
     indices = gather_object([index for index in error.indices if index != PADDING_INDEX])
     names = sorted({run.images.split.name(index) for index in indices})
     shown = "\n  ".join(names[:8] + ([f"… and {len(names) - 8} more"] if len(names) > 8 else []))
-    what = f"the {error.what} of update {progress.step + 1} is not finite"
+    what = f"the {error.what} of update {run.progress.step + 1} is not finite"
     can_continue = run.engine.drop_update()
-    if can_continue and progress.nonfinite_in_a_row + 1 < run.settings.optimization.max_nonfinite_updates:
+    if can_continue and run.progress.nonfinite_in_a_row + 1 < run.settings.optimization.max_nonfinite_updates:
         run.tracker.say(f"{what}: update skipped. Samples:\n  {shown}")
         return
-    run.save(progress)
+    run.save()
     fp16 = run.engine.accelerator.mixed_precision == "fp16"
     raise TrainingStoppedError(
         f"{what}. {run.resume_hint} "
@@ -126,20 +125,21 @@ def _skip(run: TrainingRun, progress: Progress, error: NonFiniteLossError) -> No
     ) from error
 
 
-def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update: Update | NonFiniteLossError) -> None:
+def _count(run: TrainingRun, meter: ThroughputMeter, update: Update | NonFiniteLossError) -> None:
     """Adds an update to the counters.
 
     Raises:
         TrainingStoppedError: fp16 loss scaling skips every update, or no image can be read; the message says from where
             to resume.
     """
+    progress = run.progress
     samples = run.plan.samples_in(progress.step)
     if isinstance(update, NonFiniteLossError):
         progress.note_nonfinite()
     else:
         progress.note_update(update.loss, update.grad_norm, update.skipped)
         if progress.skipped_in_a_row > MAX_CONSECUTIVE_SKIPPED:
-            run.save(progress)
+            run.save()
             raise TrainingStoppedError(
                 f"fp16 loss scaling has skipped {progress.skipped_in_a_row} consecutive updates: the gradient is not "
                 f"finite at any scale. Use bf16 or fp32 (--mixed_precision), or a lower --learning_rate. "
@@ -150,7 +150,7 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     if progress.consecutive_unreadable >= min(
         MAX_CONSECUTIVE_UNREADABLE, run.plan.steps_per_epoch, run.schedule.total_steps
     ):
-        run.save(progress)
+        run.save()
         raise TrainingStoppedError(
             f"no image could be read in the last {progress.consecutive_unreadable} updates, up to update "
             f"{progress.step}; the log above names each image and its error. {run.resume_hint}"
@@ -158,46 +158,45 @@ def _count(run: TrainingRun, progress: Progress, meter: ThroughputMeter, update:
     run.tracker.advance(progress.step, progress.mean_loss, meter.samples_per_second)
 
 
-def _check_requests(run: TrainingRun, progress: Progress, requests: Sequence[float]) -> bool:
+def _check_requests(run: TrainingRun, requests: Sequence[float]) -> bool:
     """Returns whether a checkpoint was requested. If a stop was requested, saves and re-raises."""
     try:
         return run.preemption.check(requests)
     except StopRequested:
-        run.save(progress)
+        run.save()
         raise
 
 
-def _evaluate_and_save(
-    run: TrainingRun, progress: Progress, meter: ThroughputMeter, push_best: PushBest, save: bool
-) -> None:
+def _evaluate_and_save(run: TrainingRun, meter: ThroughputMeter, push_best: PushBest, save: bool) -> None:
     """Evaluates and saves if due after an update; also saves if `save` is True.
 
     A checkpoint records which updates have been logged, so that a resumed run logs nothing twice.
     """
-    best, evaluates = None, run.is_due(run.settings.run.eval_steps, progress)
+    progress, best, evaluates = run.progress, None, run.is_due(run.settings.run.eval_steps)
     if evaluates:
         share_statistics(run.engine)
         # Saved before the evaluation, which may fail. A resumed run repeats the evaluation.
-        run.save(progress)
+        run.save()
         with run.with_result_weights():
-            best = _evaluate(run, progress)
+            best = _evaluate(run)
         set_training(run.engine.model)
-    if run.is_over(progress) and progress.logged_step < progress.step:
-        _log(run, progress, meter)
+    if run.is_over() and progress.logged_step < progress.step:
+        _log(run, meter)
     progress.last_evaluated_step = progress.step
-    if save or evaluates or run.is_due(run.settings.run.checkpointing_steps, progress) or run.is_over(progress):
-        run.save(progress)
+    if save or evaluates or run.is_due(run.settings.run.checkpointing_steps) or run.is_over():
+        run.save()
     if best:
         run.watch.now("writing the best model so far, for the Hub", first=True)
-        push_best(run, progress, best)
+        push_best(run, best)
 
 
-def _evaluate(run: TrainingRun, progress: Progress) -> EvaluationResult | None:
+def _evaluate(run: TrainingRun) -> EvaluationResult | None:
     """Evaluates the model and logs the result; returns it if it is the best so far.
 
     Raises:
         TrainingStoppedError: no validation image can be read.
     """
+    progress = run.progress
     try:
         evaluation = run.evaluate(f"evaluating after update {progress.step}")
     except NothingToEvaluateError as error:
@@ -213,8 +212,9 @@ def _evaluate(run: TrainingRun, progress: Progress) -> EvaluationResult | None:
     return evaluation if best else None
 
 
-def _log(run: TrainingRun, progress: Progress, meter: ThroughputMeter) -> None:
-    step, device = progress.step, run.engine.accelerator.device
+def _log(run: TrainingRun, meter: ThroughputMeter) -> None:
+    progress, device = run.progress, run.engine.accelerator.device
+    step = progress.step
     values = {
         "train/loss": progress.mean_loss,
         "train/learning_rate": run.schedule.learning_rate(step - 1),

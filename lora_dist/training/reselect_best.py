@@ -2,8 +2,8 @@
 
 from lora_dist.data.sources.split import Split
 from lora_dist.settings.train import Settings
+from lora_dist.training.progress import Progress
 from lora_dist.training.run import TrainingRun
-from lora_dist.training.saving.state import Progress
 
 
 def must_reselect(settings: Settings, validation: Split, progress: Progress) -> bool:
@@ -13,7 +13,7 @@ def must_reselect(settings: Settings, validation: Split, progress: Progress) -> 
     return now != (progress.best_metric or now[0], progress.best_data or now[1])
 
 
-def reselect_best(run: TrainingRun, progress: Progress) -> None:
+def reselect_best(run: TrainingRun) -> None:
     """Selects the best update again if `metric_for_best_model` or the validation data has changed.
 
     Evaluates the best checkpoint and, if it was evaluated before, the current one; then restores the current weights.
@@ -23,7 +23,8 @@ def reselect_best(run: TrainingRun, progress: Progress) -> None:
         StopRequested: a stop was requested; the checkpoint to resume from has not changed.
         NothingToEvaluateError: no validation image can be read.
     """
-    metric, data = run.settings.optimization.metric_for_best_model, run.evaluator.split.fingerprint()
+    progress, metric = run.progress, run.settings.optimization.metric_for_best_model
+    data = run.evaluator.split.fingerprint()
     selects_again = must_reselect(run.settings, run.evaluator.split, progress)
     old_metric, old_data = progress.best_metric or metric, progress.best_data or data
     old_step, old_value = progress.best_step, progress.best_value
@@ -46,7 +47,7 @@ def reselect_best(run: TrainingRun, progress: Progress) -> None:
     run.engine.load_trainable_state(current)
     progress.best_step, progress.best_value, progress.best_loss = chosen.best_step, chosen.best_value, chosen.best_loss
     progress.stale_evaluations = 0
-    run.save(progress)
+    run.save()
     if old_value is not None and values:
         elsewhere = " on other validation data" if old_data != data else ""
         measured = ", ".join(f"update {step} has {metric} {value:.4f}" for step, value in values.items())

@@ -21,8 +21,9 @@ from lora_dist.training.class_weights import planned_weight
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.loss import SampleLoss
 from lora_dist.training.problem_types import EvaluationResult
+from lora_dist.training.progress import Progress
 from lora_dist.training.reporting.tracking import Tracker
-from lora_dist.training.saving.state import Checkpointer, Progress
+from lora_dist.training.saving.checkpointer import Checkpointer
 from lora_dist.training.schedule import Schedule, is_due
 from lora_dist.training.step import GradientAccumulator
 from lora_dist.training.weight_average import WeightAverage
@@ -30,7 +31,7 @@ from lora_dist.training.weight_average import WeightAverage
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The parts of a training run. Methods must be called on every process.
+    """The parts of a training run, and its progress. Methods must be called on every process.
 
     Attributes:
         settings: resolved settings.
@@ -43,6 +44,7 @@ class TrainingRun:
         preemption: requests from outside to stop or to save.
         tracker: log lines and TensorBoard.
         watch: ends the process if the run stalls.
+        progress: where the run starts or resumes, and then where it is.
         features: of the training images, on which the head trains; None if it trains on the images.
     """
 
@@ -58,6 +60,7 @@ class TrainingRun:
     preemption: Preemption
     tracker: Tracker
     watch: Watch
+    progress: Progress
     features: TrainFeatures | None = None
 
     def stream(
@@ -148,11 +151,11 @@ class TrainingRun:
         self.watch.now(f"{name}: batch 1", first=True)
         return (evaluator or self.evaluator)(after_batch, with_probabilities, keep_logits)
 
-    def save(self, progress: Progress) -> None:
+    def save(self) -> None:
         """Saves a checkpoint."""
-        self.watch.now(f"saving after update {progress.step}", first=True)
+        self.watch.now(f"saving after update {self.progress.step}", first=True)
         self.tracker.flush()
-        self.checkpointer.save(progress)
+        self.checkpointer.save(self.progress)
         self.watch.resume_hint = self.resume_hint
 
     @property
@@ -161,13 +164,13 @@ class TrainingRun:
         saved = self.checkpointer.saved_step
         return "" if saved is None else f"--resume_from_checkpoint auto resumes from update {saved}."
 
-    def is_due(self, every: int | Literal["epoch", "no"], progress: Progress) -> bool:
+    def is_due(self, every: int | Literal["epoch", "no"]) -> bool:
         """Whether an action with the interval `every` (updates, or an epoch) is due after this update."""
-        return is_due(every, progress.step, self.plan.steps_per_epoch, self.schedule.total_steps)
+        return is_due(every, self.progress.step, self.plan.steps_per_epoch, self.schedule.total_steps)
 
-    def is_over(self, progress: Progress) -> bool:
+    def is_over(self) -> bool:
         """Whether all updates are done, or early stopping has run out of patience."""
-        return is_over(self.settings, progress, self.schedule.total_steps)
+        return is_over(self.settings, self.progress, self.schedule.total_steps)
 
     def epoch(self, step: int) -> float:
         """Epochs trained after `step` updates."""

@@ -29,7 +29,8 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
 from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
-from lora_dist.training.saving.state import Checkpointer, Progress
+from lora_dist.training.progress import Progress
+from lora_dist.training.saving.checkpointer import Checkpointer
 from lora_dist.training.step import GradientAccumulator, make_update
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -20,8 +20,8 @@ from transformers import pipeline
 from lora_dist import folds, predict, train
 from lora_dist.audit.__main__ import main as audit
 from lora_dist.deployment.export.onnx_model import load_onnx
+from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.server import make_app
-from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.metrics.predictions import label_matrix, read_predictions
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import load_classifier

@@ -1,8 +1,8 @@
-"""ASGI middleware that limits the size, the duration and the number of uploads, and adds security headers."""
+"""Limits of a request, and ASGI middleware that enforces its size, duration and number, and adds security headers."""
 
 import asyncio
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -18,6 +18,14 @@ HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+
+
+class Limits(NamedTuple):
+    """Limits of a request: bytes of its body, pixels of an image, and number of files."""
+
+    body: int
+    pixels: int
+    files: int
 
 
 class Guard:

@@ -21,10 +21,10 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTex
 
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
-from lora_dist.deployment.serve.request_limits import Guard
+from lora_dist.deployment.serve.request_limits import Guard, Limits
 from lora_dist.deployment.serve.responses import Health, Predictions
 from lora_dist.deployment.serve.service import Service
-from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError
+from lora_dist.deployment.serve.uploads import RefusedUploadError
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.classifier import Classifier

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.deployment.serve.batching import Batcher
+from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.responses import Predictions, predictions_of
-from lora_dist.deployment.serve.uploads import Limits, RefusedUploadError, check_name, decode
+from lora_dist.deployment.serve.uploads import RefusedUploadError, check_name, decode
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.processes.cores import available_cores
 

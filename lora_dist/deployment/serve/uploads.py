@@ -3,7 +3,6 @@
 import io
 import re
 import warnings
-from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -14,14 +13,6 @@ Image.init()
 FORMATS: list[str] = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN]
 """Formats that browsers show; further decoders would only add attack surface."""
 MAX_NAME_LENGTH = 255
-
-
-class Limits(NamedTuple):
-    """Limits of a request: bytes of its body, pixels of an image, and number of files."""
-
-    body: int
-    pixels: int
-    files: int
 
 
 class RefusedUploadError(Exception):

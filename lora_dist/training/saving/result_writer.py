@@ -44,7 +44,6 @@ from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.model_card import ModelCard, Reference
 from lora_dist.training.saving.output import Output, write_json
 from lora_dist.training.saving.publisher import Publisher, Push
-from lora_dist.training.saving.state import Progress
 from lora_dist.training.temperature_fit import MIN_IMAGES, CalibrationReport, calibrate
 
 logger = logging.getLogger(__name__)
@@ -77,29 +76,26 @@ class ResultWriter:
     publisher: Publisher | None
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
-    def push_best(self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult) -> None:
+    def push_best(self, run: TrainingRun, evaluation: EvaluationResult) -> None:
         """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
         if not run.settings.hub.push_to_hub:
             return
         trained = run.result_weights()
         if self.publisher is None or not all(tensor.isfinite().all() for tensor in trained.values()):
             return
-        directory = self.output.outbox / f"step-{progress.step:08d}"
+        directory = self.output.outbox / f"step-{run.progress.step:08d}"
         try:
-            self._write(directory, run, trained, evaluation, self._results(run, progress, evaluation), None)
+            self._write(directory, run, trained, evaluation, self._results(run, evaluation), None)
         except (OSError, SafetensorError, UserError) as error:
             logger.warning("cannot write the files for the Hub: %s", error)
             return
-        self.publisher.push(Push(directory, _message(run, progress), is_temporary=True))
+        self.publisher.push(Push(directory, _message(run), is_temporary=True))
 
-    def finalize(
-        self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult, test: EvaluationResult | None = None
-    ) -> None:
+    def finalize(self, run: TrainingRun, evaluation: EvaluationResult, test: EvaluationResult | None = None) -> None:
         """Writes the result, and checks that it gives the logits of the trained model when it is read back.
 
         Args:
             run: the run, whose model holds the best weights.
-            progress: counters at the end.
             evaluation: metrics of the best weights.
             test: the same on the test data.
 
@@ -118,7 +114,7 @@ class ResultWriter:
             report = None
             if evaluation.scored is not None:
                 report = calibrate(evaluation.scored, None if test is None else test.scored)
-            results = self._results(run, progress, evaluation, test)
+            results = self._results(run, evaluation, test)
             results |= {} if report is None else {"calibration": report.record()}
             written = self._result(run)
             try:
@@ -131,7 +127,7 @@ class ResultWriter:
                     f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
                 ) from error
             _, model = self._fresh_model(run.settings)
-            explain_worst(tracker, run.evaluator, model, evaluation, progress.step)
+            explain_worst(tracker, run.evaluator, model, evaluation, run.progress.step)
             del model
             # The check loads the base once more. Wrapped modules hold each other.
             self._loaded.clear()
@@ -147,7 +143,7 @@ class ResultWriter:
             if report is not None:
                 tracker.say(str(report))
                 for picture in _pictures(report).values():
-                    tracker.picture("calibration/reliability", picture, progress.step)
+                    tracker.picture("calibration/reliability", picture, run.progress.step)
             tracker.close()
             # Below the progress bar, which ends here.
             warn_of_chance_level(problem, evaluation)
@@ -176,19 +172,19 @@ class ResultWriter:
         remote = run.settings.model.trust_remote_code
         require_same_logits(self._result(run), images, expected, tolerance, remote, prepare)
 
-    def publish(self, run: TrainingRun, progress: Progress) -> None:
+    def publish(self, run: TrainingRun) -> None:
         """Pushes the result to the Hub if requested, and waits for it. A failure is logged."""
         if self.publisher is not None:
-            self.publisher.finish(Push(self._result(run), _message(run, progress), is_temporary=False))
+            self.publisher.finish(Push(self._result(run), _message(run), is_temporary=False))
             shutil.rmtree(self.output.outbox, ignore_errors=True)
 
     def _result(self, run: TrainingRun) -> Path:
         return self.output.model if run.settings.model.tuning == "full" else self.output.adapter
 
     def _results(
-        self, run: TrainingRun, progress: Progress, evaluation: EvaluationResult, test: EvaluationResult | None = None
+        self, run: TrainingRun, evaluation: EvaluationResult, test: EvaluationResult | None = None
     ) -> dict[str, Any]:
-        trainable, total = self.parameters
+        progress, (trainable, total) = run.progress, self.parameters
         tested: dict[str, Any] = {}
         if test is not None and self.data.test is not None:
             tested = {f"test_{name}": value for name, value in measured(test).items()}
@@ -319,9 +315,9 @@ def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
         return run.engine.model(pixel_values=pixels).logits.float().cpu()
 
 
-def _message(run: TrainingRun, progress: Progress) -> str:
+def _message(run: TrainingRun) -> str:
     """The message of the commit: the update and the metric of its weights."""
-    name = run.settings.optimization.metric_for_best_model
+    progress, name = run.progress, run.settings.optimization.metric_for_best_model
     if progress.best_step is None or progress.best_value is None:
         return f"Step {progress.step}"
     return f"Step {progress.best_step}: {name} {progress.best_value:.4f}"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_dist.deployment import parts
 from lora_dist.deployment.serve import server
-from lora_dist.deployment.serve.uploads import Limits
+from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.model.bundle import Records, write_adapter

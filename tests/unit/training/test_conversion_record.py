@@ -112,8 +112,8 @@ def test_the_server_shows_an_upload_on_the_recorded_background(trained: Path, ic
     pytest.importorskip("fastapi")
     from fastapi.testclient import TestClient
 
+    from lora_dist.deployment.serve.request_limits import Limits
     from lora_dist.deployment.serve.server import make_app
-    from lora_dist.deployment.serve.uploads import Limits
     from lora_dist.model.adapter_set import AdapterSet
 
     file = icons / "validation" / "a" / "0.png"

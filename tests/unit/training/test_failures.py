@@ -14,7 +14,7 @@ from lora_dist_testing.tiny import make_folder, make_model
 from lora_dist import train
 from lora_dist.data.batch import Batch, EvaluationImages
 from lora_dist.training.reporting.tracking import Tracker
-from lora_dist.training.saving.state import Checkpointer
+from lora_dist.training.saving.checkpointer import Checkpointer
 
 RESUME = ("--resume_from_checkpoint", "auto")
 

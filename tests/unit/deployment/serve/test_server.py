@@ -31,8 +31,8 @@ import lora_dist
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.serve import request_limits
 from lora_dist.deployment.serve.batching import Batcher
+from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.server import make_app, run
-from lora_dist.deployment.serve.uploads import Limits
 from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet, load_adapter_set
 from lora_dist.model.classifier import Classifier

@@ -14,7 +14,7 @@ from lora_dist_testing.launching import adapter_of, lines_of, results_of, run_fl
 
 from lora_dist import train
 from lora_dist.training.reporting.tracking import Tracker
-from lora_dist.training.saving import checkpoint, state
+from lora_dist.training.saving import checkpoint
 
 # No thread ends with a traceback.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -192,7 +192,7 @@ def test_the_best_weights_outlive_a_directory_that_is_deleted(
 def test_weights_too_large_to_keep_in_memory_leave_the_last_ones_when_deleted(
     vit: Path, misled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(state, "KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr("lora_dist.training.saving.checkpointer.KEPT_IN_MEMORY", 0)
     run = tmp_path / "run"
     _run(vit, misled, run, {8: lambda: shutil.rmtree(run)}, monkeypatch)
     said = capfd.readouterr().err

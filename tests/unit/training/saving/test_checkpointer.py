@@ -16,8 +16,9 @@ from lora_dist.model.trainable import make_trainable, set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer
-from lora_dist.training.saving import checkpoint, state
-from lora_dist.training.saving.state import Checkpointer, Progress
+from lora_dist.training.progress import Progress
+from lora_dist.training.saving import checkpoint
+from lora_dist.training.saving.checkpointer import KEPT_IN_MEMORY, Checkpointer
 
 IDENTITY = {"base": "1234", "seed": 42, "effective_batch": 512}
 
@@ -153,50 +154,11 @@ def test_a_checkpoint_of_another_rank_is_refused(rank: int, vit: Path, tmp_path:
         checkpointer(tmp_path, engine(vit)).restore(content)
 
 
-@pytest.mark.parametrize(
-    ("lower_is_better", "values"), [(False, (0.5, 0.4, 0.7, 0.7, 0.6)), (True, (0.5, 0.6, 0.3, 0.3, 0.4))]
-)
-def test_the_best_evaluation_is_the_first_of_those_with_the_best_metric_and_loss(
-    lower_is_better: bool, values: tuple[float, ...]
-) -> None:
-    progress = Progress()
-    better = []
-    for step, value in enumerate(values, 1):
-        progress.step = step
-        better.append(progress.note_evaluation(value, 1.0, lower_is_better))
-    assert better == [True, False, True, False, False]
-    assert (progress.best_step, progress.best_value, progress.stale_evaluations) == (3, values[2], 2)
-
-
-def test_of_equal_metrics_the_one_with_the_lower_loss_is_the_best_without_ending_the_patience() -> None:
-    progress = Progress()
-    better = []
-    for progress.step, loss in enumerate((0.527, 0.478, 0.5, float("nan"), 0.478), 1):
-        better.append(progress.note_evaluation(0.75, loss, lower_is_better=False))
-    assert better == [True, True, False, False, False]
-    assert (progress.best_step, progress.best_loss, progress.stale_evaluations) == (2, 0.478, 4)
-
-
-def test_updates_that_loss_scaling_skips_are_not_counted_as_not_finite() -> None:
-    progress = Progress()
-    for _ in range(2):
-        progress.note_update(1.0, 0.0, skipped=True)
-    progress.note_nonfinite()
-    assert (progress.skipped_in_a_row, progress.nonfinite_in_a_row, progress.skipped_updates) == (2, 1, 3)
-    progress.note_update(1.0, 0.5, skipped=False)
-    assert (progress.skipped_in_a_row, progress.nonfinite_in_a_row) == (0, 0)
-
-
-def test_a_best_of_an_older_checkpoint_has_no_loss_and_wins_a_tie() -> None:
-    progress = Progress(step=2, best_step=1, best_value=0.75)
-    assert not progress.note_evaluation(0.75, 0.1, lower_is_better=False)
-
-
-@pytest.mark.parametrize("kept", [state.KEPT_IN_MEMORY, 0], ids=["memory", "disk"])
+@pytest.mark.parametrize("kept", [KEPT_IN_MEMORY, 0], ids=["memory", "disk"])
 def test_the_best_weights_come_back_at_the_end(
     kept: int, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "KEPT_IN_MEMORY", kept)
+    monkeypatch.setattr("lora_dist.training.saving.checkpointer.KEPT_IN_MEMORY", kept)
     one = engine(vit)
     keeper = checkpointer(tmp_path, one)
     train(one, 1)
@@ -260,11 +222,3 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_is_looked_for_anew(
     progress = keeper.restore(checkpoint.read(checkpoint.path_of(tmp_path, 2)))
     assert (progress.step, progress.best_step, progress.best_value) == (2, None, None)
     assert "the best checkpoint (update 1)" in capsys.readouterr().err
-
-
-def test_a_metric_that_is_not_a_number_is_beaten_by_any_other() -> None:
-    progress = Progress()
-    assert progress.note_evaluation(float("nan"), float("nan"), lower_is_better=True)
-    assert progress.note_evaluation(3.0, 3.0, lower_is_better=True)
-    assert not progress.note_evaluation(float("nan"), float("nan"), lower_is_better=True)
-    assert progress.best_value == 3.0
