@@ -77,13 +77,10 @@ def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> Traini
         read = from_keywords(Settings, config, settings, prog="lora_dist.fit", contradictions=contradictions)
         if read.run.dry_run or read.run.do_eval_only:
             raise UserError("lora_dist.fit trains: for --dry_run and --do_eval_only use python -m lora_dist.train")
-        import torch
+        from lora_dist.processes.runtime import torch_flags_restored
 
-        before = torch.get_deterministic_debug_mode()
-        try:
+        with torch_flags_restored():
             train(read, lock)
-        finally:
-            torch.set_deterministic_debug_mode(before)
 
     from lora_dist.training.saving.output import Output
 

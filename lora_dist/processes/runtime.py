@@ -257,6 +257,18 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@contextmanager
+def torch_flags_restored() -> Iterator[None]:
+    """Restores the flags of torch that `launch` changes, for a caller that has other work to do."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = torch.get_deterministic_debug_mode(), matmul.allow_tf32, cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        matmul.allow_tf32, cudnn.benchmark = before[1:]
+
+
 def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:
     """Raises an error where the base cannot be in bf16.
 
