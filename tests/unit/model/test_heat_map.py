@@ -10,13 +10,13 @@ import torch
 from lora_dist_testing.tiny import make_config, make_image, make_model, write_bundle
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
 from lora_dist.deployment.inputs import Files
 from lora_dist.errors import UserError
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.model.heat_map import heat_maps
 
 
@@ -117,3 +117,20 @@ def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) ->
         assert (maps[0] != maps[1]).any()
     with pytest.raises(UserError, match="--explain"):
         list(explained(rows, Files(files), range(3), classifier, paths[0], 2, device))
+
+
+def test_of_classes_with_one_name_the_predicted_one_is_explained(tmp_path: Path) -> None:
+    """ImageNet has two cranes."""
+    image = Image.new("RGB", (32, 32))
+    image.paste((0, 0, 255), (16, 16, 24, 24))
+    image.save(tmp_path / "a.png")
+    maps: list[np.ndarray] = []
+    for labels in (["crane", "crane"], ["red", "blue"]):
+        processor = ViTImageProcessor(size={"height": 32, "width": 32}, do_normalize=False)
+        classifier = Classifier(Red(), processor, labels)
+        inputs = Files([str(tmp_path / "a.png")])
+        inference = Inference(torch.device("cpu"))
+        rows = classify(classifier, inputs, inference, top_k=1)
+        list(explained(rows, inputs, [0], classifier, tmp_path / labels[1], None, inference.device))
+        maps.append(np.asarray(Image.open(file_of(tmp_path / labels[1], str(tmp_path / "a.png"))))[:SIDE])
+    assert (maps[0] == maps[1]).all()
