@@ -104,13 +104,23 @@ def _grid(features: Tensor, size: tuple[int, int]) -> tuple[int, int, int] | Non
         return (int(h), int(w), 0) if h * w > 1 else None
     if features.dim() != 3:
         return None
+    found: list[tuple[int, int, int]] = []
     for prefix in range(min(MOST_PREFIX_TOKENS + 1, features.shape[1])):
         positions = features.shape[1] - prefix
         h = math.isqrt(positions * height // width) or 1
-        for rows in (h, h + 1):
-            if positions > 1 and positions % rows == 0 and _is_same_shape(rows, positions // rows, size):
-                return rows, positions // rows, prefix
-    return None
+        found += [
+            (rows, positions // rows, prefix)
+            for rows in (h, h + 1)
+            if positions > 1 and positions % rows == 0 and _is_same_shape(rows, positions // rows, size)
+        ]
+    # 26 tokens of 32 x 32 pixels are 10 and 4 x 4 rather than 1 and 5 x 5.
+    return next((grid for grid in found if _has_whole_patches(grid, size)), found[0] if found else None)
+
+
+def _has_whole_patches(grid: tuple[int, int, int], size: tuple[int, int]) -> bool:
+    """Whether square patches of whole pixels make this grid of an image."""
+    (rows, columns, _), (height, width) = grid, size
+    return height % rows == 0 and width % columns == 0 and height // rows == width // columns
 
 
 def _is_same_shape(rows: int, columns: int, size: tuple[int, int]) -> bool:

@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.tiny import make_config, make_image, make_model, write_bundle
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
 from lora_dist.deployment.inputs import Files
 from lora_dist.errors import UserError
+from lora_dist.model.backbone import BaseOptions, load_base
 from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.model.heat_map import heat_maps
 
@@ -46,6 +49,24 @@ def test_the_map_is_where_the_class_is(size: tuple[int, int]) -> None:
     assert maps.amax(dim=(1, 2)).tolist() == [1, 1]
     images[0] += images[1]
     assert heat_maps(Red(), images[:1], classes=[1])[0, 12:28, -12:].sum() > 0.99 * maps[1].sum()
+
+
+def test_tokens_before_those_of_the_patches_are_left_out(tmp_path: Path) -> None:
+    """RADIO has ten of them; without one of them the rest would be a larger square."""
+    model = load_base(str(make_backbone(tmp_path, "radio")), ["x", "y"], BaseOptions(pooling="mean")).model
+    block, image = model.backbone.encoder.layer[-1], torch.randn(1, 3, 32, 32)
+    seen: list[Tensor] = []
+    with block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)), torch.no_grad():
+        model(image)
+    last = seen[0].requires_grad_()
+    assert last.shape[1] == 26
+    with block.register_forward_hook(lambda _module, _inputs, _output: last):
+        logit = model(image).logits.max()
+    (steep,) = torch.autograd.grad(logit, last)
+    assert not steep[:, :10].any(), "only patches are pooled"
+    expected = (steep[:, 10:].mean(1, keepdim=True) * last[:, 10:]).sum(-1).relu().reshape(1, 1, 4, 4).detach()
+    expected = interpolate(expected, (32, 32), mode="bilinear")[0]
+    torch.testing.assert_close(heat_maps(model, image), expected / expected.max())
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "dinov2", "swin", "convnext", "resnet", "mobilevit"])
