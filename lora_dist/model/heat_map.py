@@ -35,6 +35,11 @@ def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | N
     Raises:
         UserError: no block of the model has a feature map.
     """
+    if hasattr(getattr(getattr(base_of(model), "config", None), "backbone_config", None), "num_output_groups"):
+        raise UserError(
+            "GroupViT has no feature map to explain its predictions by: its last tokens are groups of patches, not "
+            "places in the image"
+        )
     for modules in (_blocks(model), list(model.modules())):
         found = _heat_maps(model, modules, pixel_values, classes)
         if found is not None:
