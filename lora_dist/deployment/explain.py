@@ -91,12 +91,32 @@ def _overlays_of(
 ) -> list[list[Image.Image]]:
     """Returns the heat map of each label of each image; `answers` has the labels with their scores."""
     drawn: list[list[Image.Image]] = [[] for _ in answers]
+    numbers = _class_numbers(answers, classifier, pixels)
     for place in range(max(map(len, answers))):
         chosen = [index for index, answer in enumerate(answers) if len(answer) > place]
-        classes = [classifier.labels.index(answers[index][place][0]) for index in chosen]
+        classes = [numbers[index][place] for index in chosen]
         for index, picture in zip(chosen, overlays(classifier.model, pixels[chosen], classes), strict=True):
             drawn[index].append(picture)
     return drawn
+
+
+def _class_numbers(
+    answers: Sequence[Sequence[tuple[str, float]]], classifier: Classifier, pixels: Tensor
+) -> list[list[int]]:
+    """Returns the class numbers of the labels of each image. Of classes with one name, such as the two cranes of
+    ImageNet, the one with the highest logit comes first."""
+    labels = classifier.labels
+    if len(set(labels)) == len(labels):
+        return [[labels.index(label) for label, _ in answer] for answer in answers]
+    with torch.no_grad():
+        ranked: list[list[int]] = classifier.logits(pixels).argsort(descending=True, stable=True).tolist()
+    found: list[list[int]] = []
+    for answer, left in zip(answers, ranked, strict=True):
+        found.append([])
+        for label, _ in answer:
+            found[-1].append(next(number for number in left if labels[number] == label))
+            left.remove(found[-1][-1])
+    return found
 
 
 def file_of(directory: Path, path: str) -> Path:

@@ -1,5 +1,6 @@
 """Loads the base model of a classifier."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
-from lora_dist.model.head import find_heads, fingerprint, fit_head
+from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.input_check import require_fit
 from lora_dist.settings.fields import SINGLE_LABEL
 from lora_dist.settings.train import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Base:
         processor: image processor.
         heads: names of the modules to train in full (see `head.find_heads`).
         missing: parameters that the checkpoint lacked or had in another shape; they are random.
+        unused: weights of the checkpoint that the model does not have.
         name: path or Hub name.
         revision: commit on the Hub; None for a directory.
         fingerprint: digest of the backbone's weights.
@@ -43,6 +47,7 @@ class Base:
     processor: Any
     heads: list[str]
     missing: list[str]
+    unused: list[str]
     name: str
     revision: str | None
     fingerprint: str
@@ -111,13 +116,15 @@ def load_base(name: str, labels: Sequence[str], options: BaseOptions = DEFAULTS)
         hub_client.reading(f"the base model {name}", f"`hf download {name}`"),
     ):
         config = read_config(place, **options.source)
+        _require_whole_weights(config)
         processor = options.processor or AutoImageProcessor.from_pretrained(place, **options.source)
         _require_pair(config, options)
         image_size = _changed_size(config, processor, options)
         old_labels = dict(config.id2label or {})
         config = _with_labels(config, labels, options, processor, image_size)
         rate = None if drop_path is None else with_rate(config, drop_path)
-        model, missing = _random(config, options) if options.init_from_config else _pretrained(place, config, options)
+        made = _random(config, options) if options.init_from_config else _pretrained(place, config, options)
+    model, missing, unused = made
     random = list(missing)
     if options.fit_classes and not options.init_from_config:
         torch.manual_seed(options.seed)
@@ -135,6 +142,7 @@ def load_base(name: str, labels: Sequence[str], options: BaseOptions = DEFAULTS)
         processor=processor,
         heads=heads,
         missing=missing,
+        unused=unused,
         name=name,
         revision=getattr(config, "_commit_hash", None),
         fingerprint=identity,
@@ -193,6 +201,16 @@ def _require_pair(config: Any, options: BaseOptions) -> None:
     size = {} if options.image_size is None else {"input_size": None}
     if _kind(processor) != "timm" or {**processor.data_config, **size} != {**own.data_config, **size}:
         raise ValueError("timm's models have their own image processor: leave --image_processor_name out")
+
+
+def _require_whole_weights(config: Any) -> None:
+    """Raises a `ValueError` if the weights are quantized: LoRA could not be merged into them exactly."""
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise ValueError(
+            f"its weights are quantized ({method or 'quantization_config'}); take the checkpoint before it"
+        )
 
 
 def _kind(processor: Any) -> str:
@@ -263,9 +281,15 @@ def cannot_load(name: str, error: Exception) -> UserError:
         return UserError(
             f"the model {name!r} contains its own code. If you trust its source, --trust_remote_code runs it"
         )
+    if (Path(name) / "adapter_config.json").is_file():
+        return UserError(
+            f"{name!r} is an adapter, not a base model: continue its training with --adapter_name_or_path, or merge it "
+            f"with lora_dist.predict --merge_to"
+        )
     message = f"cannot load the base model {name!r} as an image classifier: "
     # `transformers` goes on with the names of all models that it has.
-    reason = str(error).partition("\nModel type should be one of")[0] or type(error).__name__
+    reason = re.split(r"\nModel type should be one of|, or one of the following `model_type`", str(error))[0]
+    reason = reason or type(error).__name__
     if isinstance(error, StrictDataclassError):
         reason = f"config.json is damaged: {' '.join(reason.split())}"
     lacks_processor = "load image processor" in reason
@@ -288,14 +312,33 @@ def cannot_load(name: str, error: Exception) -> UserError:
     )
 
 
-def _random(config: Any, options: BaseOptions) -> tuple[Any, list[str]]:
+def report_weights(base: Base) -> None:
+    """Says which weights of a base are random besides its head, and which ones of its checkpoint it does not use."""
+    head = find_heads(base.model) if base.missing else []
+    if random := [name for name in base.missing if not is_in(name, head)]:
+        logger.warning(
+            "the checkpoint of %s has no weights of this shape for %s: they are random, and their layers train in full",
+            base.name,
+            _first_of(random),
+        )
+    if base.unused:
+        logger.info("the model does not use all weights of %s: %s", base.name, _first_of(base.unused))
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first of some names, with the number of the others."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} others" if len(names) > 3 else shown
+
+
+def _random(config: Any, options: BaseOptions) -> tuple[Any, list[str], list[str]]:
     config.architectures = config.architectures or []
     remote = options.trust_remote_code
-    return AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=remote), []
+    return AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=remote), [], []
 
 
-def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list[str]]:
-    """The model, and the names of weights that are missing or of another shape."""
+def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list[str], list[str]]:
+    """The model, and the names of weights that are missing or of another shape, and of those that it does not have."""
     renamed = prefixes_to_remove(config)
     model, loading = AutoModelForImageClassification.from_pretrained(
         name,
@@ -311,4 +354,5 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
         model._weight_conversions = [
             one for one in model._weight_conversions if not {*one.source_patterns} & {*renamed}
         ]
-    return model, sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
+    missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
+    return model, missing, sorted(loading["unexpected_keys"])

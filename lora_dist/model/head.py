@@ -86,7 +86,7 @@ def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missi
     Returns:
         The parameters that are random now.
     """
-    names = [before[index] for index in sorted(before)]
+    names = [str(before[index]) for index in sorted(before)]
     if len(names) != len(labels) or names == list(labels):
         return []
     dimensions = class_dimensions(model.config, type(model))

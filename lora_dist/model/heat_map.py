@@ -35,6 +35,11 @@ def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | N
     Raises:
         UserError: no block of the model has a feature map.
     """
+    if hasattr(getattr(getattr(base_of(model), "config", None), "backbone_config", None), "num_output_groups"):
+        raise UserError(
+            "GroupViT has no feature map to explain its predictions by: its last tokens are groups of patches, not "
+            "places in the image"
+        )
     for modules in (_blocks(model), list(model.modules())):
         found = _heat_maps(model, modules, pixel_values, classes)
         if found is not None:
@@ -104,13 +109,23 @@ def _grid(features: Tensor, size: tuple[int, int]) -> tuple[int, int, int] | Non
         return (int(h), int(w), 0) if h * w > 1 else None
     if features.dim() != 3:
         return None
+    found: list[tuple[int, int, int]] = []
     for prefix in range(min(MOST_PREFIX_TOKENS + 1, features.shape[1])):
         positions = features.shape[1] - prefix
         h = math.isqrt(positions * height // width) or 1
-        for rows in (h, h + 1):
-            if positions > 1 and positions % rows == 0 and _is_same_shape(rows, positions // rows, size):
-                return rows, positions // rows, prefix
-    return None
+        found += [
+            (rows, positions // rows, prefix)
+            for rows in (h, h + 1)
+            if positions > 1 and positions % rows == 0 and _is_same_shape(rows, positions // rows, size)
+        ]
+    # 26 tokens of 32 x 32 pixels are 10 and 4 x 4 rather than 1 and 5 x 5.
+    return next((grid for grid in found if _has_whole_patches(grid, size)), found[0] if found else None)
+
+
+def _has_whole_patches(grid: tuple[int, int, int], size: tuple[int, int]) -> bool:
+    """Whether square patches of whole pixels make this grid of an image."""
+    (rows, columns, _), (height, width) = grid, size
+    return height % rows == 0 and width % columns == 0 and height // rows == width // columns
 
 
 def _is_same_shape(rows: int, columns: int, size: tuple[int, int]) -> bool:

@@ -42,11 +42,13 @@ def inject(
         targets = targets_in(targets, blocks, model)
     layers = selected(targets, model)
     whole = [*heads, *(norm_layers(model, heads) if settings.train_norms else ())]
-    if settings.init_lora_weights == "orthogonal":
-        # PEFT would give convolutions matrices of the wrong shape.
+    if settings.init_lora_weights in ("orthogonal", "pissa"):
+        # PEFT would give convolutions orthogonal matrices of the wrong shape.
         for name in layers:
             if not isinstance(model.get_submodule(name), nn.Linear):
-                raise UserError(f"--init_lora_weights orthogonal supports linear layers only, and {name} is none")
+                raise UserError(
+                    f"--init_lora_weights {settings.init_lora_weights} supports linear layers only, and {name} is none"
+                )
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -63,10 +65,7 @@ def inject(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be adapted with these LoRA settings: {error} "
-            f"(for example, --init_lora_weights pissa supports linear layers only)"
-        ) from error
+        raise UserError(f"{type(model).__name__} cannot be adapted with these LoRA settings: {error}") from error
     _freeze_others(adapted, whole)
     lora_layer.speed_up(adapted)
     return adapted

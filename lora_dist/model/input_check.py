@@ -49,6 +49,8 @@ def require_fit(model: Any, processor: Any) -> None:
             f"{kind} returns logits of shape {list(logits.shape)} for two images, not {expected}: take a base model "
             f"that classifies each image by itself, and whose head pools its features (global_pool of timm)"
         )
+    if not logits.isfinite().all():
+        raise UserError(f"{kind} gives logits that are not finite: the weights of the checkpoint are damaged")
 
 
 def _expected(config: Any) -> str:

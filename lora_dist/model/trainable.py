@@ -26,6 +26,11 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
         UserError: the model does not support these settings.
     """
     model, blank = base.model, blank_image(base.processor)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{base.name} is a base model with an adapter beside it (adapter_config.json): merge it with "
+            f"lora_dist.predict --adapter {base.name} --merge_to DIRECTORY, and train from there"
+        )
     model.eval()
     if settings.tuning == "lora":
         blocks = None if lora.layers_to_transform is None else blocks_of(base, lora.layers_to_transform)

@@ -14,7 +14,7 @@ from lora_dist.hub import local_directory
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
-from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.backbone import Base, load_base_of, report_weights
 from lora_dist.model.bundle import AdapterBundle, read_bundle
 from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
@@ -82,7 +82,9 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
         UserError: given settings differ from the adapter's, or the adapter was trained on another base.
     """
     if not settings.model.adapter_name_or_path:
-        return settings, load_base_of(settings, labels), None
+        base = load_base_of(settings, labels)
+        report_weights(base)
+        return settings, base, None
     directory = local_directory(settings.model.adapter_name_or_path)
     if not directory.is_dir():
         raise UserError(f"--adapter_name_or_path: no such directory: {directory}")

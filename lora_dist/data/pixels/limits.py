@@ -9,7 +9,7 @@ from PIL import Image
 
 MAX_RESIZED = 50_000_000
 """Largest number of pixels of a resized image: about 350 MB while it is processed."""
-_CROPPED_RATIO, _KEPT_RATIO = 32, 16
+CROPPED_RATIO, _KEPT_RATIO = 32, 16
 """Images longer than this multiple of their shorter side are cropped to about the second multiple before the resize."""
 _USUAL_EDGE = 256
 _VARIABLE = "LORA_DIST_MAX_IMAGE_PIXELS"
@@ -83,7 +83,7 @@ def _cut(size: tuple[int, int], edge: int) -> int:
     The resized pixels stay the same only where whole pixels of the result are cut off.
     """
     short, long = sorted(size)
-    if long <= _CROPPED_RATIO * short or edge * long % short:
+    if long <= CROPPED_RATIO * short or edge * long % short:
         return 0
     step = short // gcd(short, edge)
     return (long - _KEPT_RATIO * short) // 2 // step * step
@@ -100,7 +100,10 @@ def _shortest_edge(processor: Any) -> int | None:
         whole, centre = (
             processor(image, return_tensors="pt")["pixel_values"] for image in (long, long.crop((40, 0, 120, 4)))
         )
-    except (AttributeError, TypeError, ValueError):
+    except MemoryError:
+        raise
+    except Exception:
+        # Each processor has its own for an image or an option that it does not take.
         return None
     # The part that `_cut` keeps has to contain the crop.
     is_kept = bool((whole == centre).all()) and _KEPT_RATIO * edge >= max(whole.shape[-2:])

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.deferred import DeferredOps, combine, resize
 from lora_dist.data.pixels.images import ImageSource, Picture, UnreadableImageError, load_rgb
-from lora_dist.data.pixels.limits import CentreCrop, TooLongError
+from lora_dist.data.pixels.limits import CROPPED_RATIO, CentreCrop, TooLongError
 from lora_dist.data.pixels.mixing import NOWHERE, Area
 from lora_dist.data.pixels.views import View
 from lora_dist.errors import UserError
@@ -66,9 +66,21 @@ class ImageTransforms:
     def centred(self, image: Image.Image, name: str) -> Image.Image:
         """The part of a long and thin image that the processor keeps; otherwise the whole image. As `load`."""
         try:
-            return self._centre_crop(image)
+            part = self._centre_crop(image)
         except TooLongError as error:
             raise UnreadableImageError(f"{name}: {error}") from error
+        if max(part.size) > CROPPED_RATIO * min(part.size):
+            try:
+                self.processor(part, return_tensors="pt")
+            except MemoryError:
+                raise
+            except Exception as error:
+                # Where the longer side is fixed, the shorter one may become 0; each processor has its own for that.
+                reason = (
+                    f"{part.width} x {part.height} pixels are too long and thin for {type(self.processor).__name__}"
+                )
+                raise UnreadableImageError(f"{name}: {reason}: {error}") from error
+        return part
 
     @cached_property
     def _centre_crop(self) -> CentreCrop:
@@ -142,7 +154,10 @@ class ImageTransforms:
         pixels = torch.zeros(1, 3, self.height + 1, self.width, dtype=torch.uint8)
         try:
             made = self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        except (TypeError, ValueError):
+        except MemoryError:
+            raise
+        except Exception:
+            # Each processor has its own for options that it does not take.
             return False
         return made.shape == pixels.shape
 
@@ -196,7 +211,10 @@ class ImageTransforms:
         try:
             first = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
             both = self._last_steps(first)
-        except (TypeError, ValueError):
+        except MemoryError:
+            raise
+        except Exception:
+            # Each processor has its own for options that it does not take.
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 

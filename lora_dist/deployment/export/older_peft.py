@@ -17,6 +17,7 @@ from lora_dist import demo
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.destinations import require_free_directory
 from lora_dist.deployment.export.merge import check_images, logits, require_same_after_loading
+from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
 from lora_dist.model.classifier import Classifier
@@ -103,8 +104,13 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
 
 def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """Fields that every release knows, and others only if they are set: many releases refuse unknown fields."""
-    layers = {target: names.modules[target] for target, lora in map(split_lora_name, state) if lora}
-    adapted = list(layers.values())
+    adapted = {target for target, lora in map(split_lora_name, state) if lora}
+    if fused := sorted(adapted - names.modules.keys()):
+        raise UserError(
+            f"--export_legacy_names: {', '.join(fused[:3])} have no names in transformers 4, whose checkpoints join "
+            f"their weights with those of other layers"
+        )
+    layers = {target: names.modules[target] for target in adapted}
     ranks_and_alphas = {old: adapters.rank_and_alpha(config, layer) for layer, old in layers.items()}
     content = {
         "base_model_name_or_path": base,
@@ -116,7 +122,9 @@ def _config(config: Any, base: str | None, state: dict[str, Tensor], names: Lega
         "modules_to_save": [names.modules.get(name, name) for name in config.modules_to_save or []] or None,
         "peft_type": "LORA",
         "r": config.r,
-        "target_modules": _targets(adapted, names.modules.values()) if adapted else sorted(config.target_modules),
+        "target_modules": _targets(layers.values(), names.modules.values())
+        if layers
+        else sorted(config.target_modules),
         "task_type": None,
     }
     in_use = {

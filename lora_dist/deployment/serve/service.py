@@ -14,6 +14,7 @@ from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.responses import Predictions, predictions_of
 from lora_dist.deployment.serve.uploads import RefusedUploadError, check_name, decode
+from lora_dist.errors import UserError
 from lora_dist.model.adapter_set import AdapterSet
 from lora_dist.processes.cores import available_cores
 
@@ -67,13 +68,18 @@ class Service:
         return predictions_of(self.classifiers[name], names, probabilities, top_k, self._min_confidence)
 
     async def explain(self, file: UploadFile, adapter: str | None) -> bytes:
-        """Returns the image with a heat map of its class, as a PNG file. Errors as `predict`, and 501 for ONNX."""
+        """Returns the image with a heat map of its class, as a PNG file. Errors as `predict`, and 501 for ONNX and
+        models without a feature map."""
         if self.unexplained:
             raise HTTPException(501, self.unexplained)
         name, file_name = self._adapter(adapter), check_name(file.filename or "")
         image = await self._decoded(name, await file.read(), file_name)
         content = io.BytesIO()
-        (await asyncio.wrap_future(self._batcher.explain(name, image))).save(content, "PNG")
+        try:
+            picture = await asyncio.wrap_future(self._batcher.explain(name, image))
+        except UserError as error:
+            raise HTTPException(501, str(error)) from error
+        picture.save(content, "PNG")
         return content.getvalue()
 
     def close(self) -> None:

@@ -303,7 +303,8 @@ def _pictures(report: CalibrationReport | None) -> dict[str, Image.Image]:
 def _as_trained(accelerator: Accelerator, heads_beside_bf16: list[str] | None, model: nn.Module) -> nn.Module:
     """Makes a loaded model compute as in training; with heads, the rest of its base in bf16."""
     if heads_beside_bf16 is not None:
-        cast_base(model, heads_beside_bf16)
+        # PEFT lets modules that it takes for heads by their names train, as those of PoolFormer.
+        cast_base(model.requires_grad_(False), heads_beside_bf16)
     return unsharded(accelerator, model)
 
 

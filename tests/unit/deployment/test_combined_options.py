@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.launching import flags
 from lora_dist_testing.tiny import write_bundle
 from lora_dist_testing.uploads import encoded
@@ -87,6 +88,18 @@ def test_a_server_of_several_labels_explains_the_highest_score(several: Path) ->
     assert 'data-explains="yes"' in page
     assert "<p>3 labels</p>" in page
     assert answer.headers["content-type"] == "image/png"
+
+
+def test_a_server_says_why_it_cannot_explain(tmp_path: Path) -> None:
+    """GroupViT pools groups of patches: a map of them would be of no place."""
+    write_bundle(tmp_path / "adapter", make_backbone(tmp_path / "groupvit", "groupvit"), LABELS)
+    models = AdapterSet({"x": load_classifier(tmp_path / "adapter")})
+    app = server.make_app(models, "x", Limits(10**6, 10**6, 9), top_k=2, batch_size=4, device=torch.device("cpu"))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        answer = client.post("/explain", files={"file": ("a.png", encoded())})
+        assert client.post("/predict", files={"files": ("a.png", encoded())}).status_code == 200
+    assert answer.status_code == 501
+    assert "its last tokens are groups of patches" in answer.json()["detail"]
 
 
 def test_each_label_of_an_image_is_explained(several: Path, images: Path, tmp_path: Path) -> None:

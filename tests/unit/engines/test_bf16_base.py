@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.tiny import make_model, perturb
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import lora_dist
 from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import UserError
@@ -137,3 +139,18 @@ def test_a_base_that_does_not_run_in_bf16_is_refused(vit: Path) -> None:
     cast_base(refused, base.heads)
     with pytest.raises(UserError, match=r"--base_dtype bfloat16: the model does not run in bf16 \(.*Leave"):
         require_bf16_forward(refused, _pixels())
+
+
+def test_a_result_with_norms_that_are_called_as_a_head_is_written(photos: Path, tmp_path: Path) -> None:
+    """PEFT wraps all norms of PoolFormer, because its head has one; the check of the result refused them."""
+    result = lora_dist.fit(
+        model_name_or_path=make_checkpoint(tmp_path / "poolformer", "poolformer"),
+        train_dir=photos / "train",
+        validation_dir=photos / "validation",
+        output_dir=tmp_path / "run",
+        max_train_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        base_dtype="bfloat16",
+    )
+    assert result.path.is_dir()

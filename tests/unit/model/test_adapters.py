@@ -524,8 +524,9 @@ def test_an_orthogonal_start_changes_nothing_and_is_for_linear_layers(vit: Path,
     assert all(one.abs().max() > 0 for name, one in model.named_parameters() if ".lora_" in name)
     torch.testing.assert_close(_logits(model, base), before)
     resnet = _base(make_model(tmp_path / "resnet", "resnet"))
-    with pytest.raises(UserError, match="orthogonal supports linear layers only"):
-        make_trainable(resnet, ModelSettings(), LoraSettings(init_lora_weights="orthogonal"))
+    for init in ("orthogonal", "pissa"):
+        with pytest.raises(UserError, match=f"{init} supports linear layers only"):
+            make_trainable(resnet, ModelSettings(), LoraSettings.model_validate({"init_lora_weights": init}))
 
 
 def test_lora_plus_the_head_and_weight_decay_make_groups(architecture: Path) -> None:

@@ -1,6 +1,7 @@
 """The classifier: what of it trains, in which precision, what the base is recognised by, and memory savers."""
 
 import importlib.util
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lora_dist_testing.edits import edit_json, edit_tensors
-from lora_dist_testing.tiny import load_adapter, make_image, make_model, perturb
+from lora_dist_testing.tiny import load_adapter, make_image, make_model, perturb, write_bundle
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,7 +28,8 @@ from lora_dist.model import adapters, parameter_names
 from lora_dist.model.backbone import Base, BaseOptions, cannot_load, load_base
 from lora_dist.model.head import find_heads, fingerprint
 from lora_dist.model.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
-from lora_dist.settings.train import LoraSettings, ModelSettings
+from lora_dist.model.warm_start import load_warm_start
+from lora_dist.settings.train import LoraSettings, ModelSettings, Settings
 
 LABELS = ["x", "y", "z"]
 LORA = LoraSettings(lora_r=4, lora_dropout=0.0)
@@ -417,3 +419,49 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"cannot load the base model '{directory}'"):
         _base(directory)
+
+
+def test_weights_without_values_and_without_a_place_are_named(
+    vit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint that lacks a layer, or has one more than its configuration, is probably not the one that was
+    meant."""
+    directory = shutil.copytree(vit, tmp_path / "vit")
+    settings = Settings(model=ModelSettings(model_name_or_path=str(directory)))
+    with caplog.at_level(logging.INFO):
+        load_warm_start(settings, LABELS)
+        assert "no weights of this shape" not in caplog.text, "a new head is no surprise"
+        edit_tensors(directory / "model.safetensors", lambda state: state.pop("vit.embeddings.position_embeddings"))
+        edit_tensors(directory / "model.safetensors", lambda state: state.update(other=torch.zeros(2)))
+        load_warm_start(settings, LABELS)
+    named = "no weights of this shape for vit.embeddings.position_embeddings: they are random"
+    assert [record.levelname for record in caplog.records if named in record.message] == ["WARNING"]
+    assert f"does not use all weights of {directory}: other" in caplog.text
+
+
+def test_quantized_weights_are_refused(vit: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(vit, tmp_path / "vit")
+    edit_json(directory / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match=r"its weights are quantized \(fp8\); take the checkpoint before it"):
+        _base(directory)
+
+
+def test_an_adapter_in_place_of_a_base_is_told(vit: Path, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "adapter", vit, LABELS)
+    for is_of_peft in (False, True):
+        if is_of_peft:
+            (tmp_path / "adapter" / "config.json").unlink()
+        with pytest.raises(UserError, match=r"is an adapter, not a base model: .* --adapter_name_or_path"):
+            _base(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_base_with_an_adapter_beside_it_is_to_be_merged_first(vit: Path, tmp_path: Path, tuning: Any) -> None:
+    directory = shutil.copytree(vit, tmp_path / "vit")
+    labels = ["LABEL_0", "LABEL_1"]
+    write_bundle(tmp_path / "adapter", vit, labels, lora_target_modules=["q_proj"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, directory)
+    edit_json(directory / "adapter_config.json", base_model_name_or_path=str(directory))
+    with pytest.raises(UserError, match=r"with an adapter beside it .* --merge_to DIRECTORY, and train from there"):
+        make_trainable(_base(directory, labels), ModelSettings(tuning=tuning), LORA)

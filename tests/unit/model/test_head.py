@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.tiny import CLASSES, WITHOUT_PREFIX, make_config, make_image, make_model, perturb
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -229,6 +230,15 @@ def test_the_head_of_a_base_that_does_not_name_its_classes_stays(
         base = load_base_of(_settings(directory), ["z", "x", "y"])
     torch.testing.assert_close(_logits(base.model, base), expected)
     assert "keeping the head of the base" in caplog.text
+
+
+def test_class_names_that_are_numbers_are_those_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory, expected = _classifier(tmp_path, "vit", ["7", "8", "9"])
+    edit_json(directory / "config.json", id2label={"0": 7, "1": 8, "2": 9})
+    base = load_base_of(_settings(directory), ["8", "9", "7"])
+    torch.testing.assert_close(_logits(base.model, base), expected[:, [1, 2, 0]])
+    load_base_of(_settings(directory), ["x", "y", "z"])
+    assert "the base has other classes (7, 8, 9, …) than the data" in caplog.text
 
 
 def test_the_problem_type_of_the_base_does_not_stay(tmp_path: Path) -> None:

@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.tiny import make_config, make_image, make_model, write_bundle
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from torch.nn.functional import interpolate
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
 from lora_dist.deployment.inputs import Files
 from lora_dist.errors import UserError
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.backbone import BaseOptions, load_base
+from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.model.heat_map import heat_maps
 
 
@@ -46,6 +49,24 @@ def test_the_map_is_where_the_class_is(size: tuple[int, int]) -> None:
     assert maps.amax(dim=(1, 2)).tolist() == [1, 1]
     images[0] += images[1]
     assert heat_maps(Red(), images[:1], classes=[1])[0, 12:28, -12:].sum() > 0.99 * maps[1].sum()
+
+
+def test_tokens_before_those_of_the_patches_are_left_out(tmp_path: Path) -> None:
+    """RADIO has ten of them; without one of them the rest would be a larger square."""
+    model = load_base(str(make_backbone(tmp_path, "radio")), ["x", "y"], BaseOptions(pooling="mean")).model
+    block, image = model.backbone.encoder.layer[-1], torch.randn(1, 3, 32, 32)
+    seen: list[Tensor] = []
+    with block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)), torch.no_grad():
+        model(image)
+    last = seen[0].requires_grad_()
+    assert last.shape[1] == 26
+    with block.register_forward_hook(lambda _module, _inputs, _output: last):
+        logit = model(image).logits.max()
+    (steep,) = torch.autograd.grad(logit, last)
+    assert not steep[:, :10].any(), "only patches are pooled"
+    expected = (steep[:, 10:].mean(1, keepdim=True) * last[:, 10:]).sum(-1).relu().reshape(1, 1, 4, 4).detach()
+    expected = interpolate(expected, (32, 32), mode="bilinear")[0]
+    torch.testing.assert_close(heat_maps(model, image), expected / expected.max())
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "dinov2", "swin", "convnext", "resnet", "mobilevit"])
@@ -117,3 +138,20 @@ def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) ->
         assert (maps[0] != maps[1]).any()
     with pytest.raises(UserError, match="--explain"):
         list(explained(rows, Files(files), range(3), classifier, paths[0], 2, device))
+
+
+def test_of_classes_with_one_name_the_predicted_one_is_explained(tmp_path: Path) -> None:
+    """ImageNet has two cranes."""
+    image = Image.new("RGB", (32, 32))
+    image.paste((0, 0, 255), (16, 16, 24, 24))
+    image.save(tmp_path / "a.png")
+    maps: list[np.ndarray] = []
+    for labels in (["crane", "crane"], ["red", "blue"]):
+        processor = ViTImageProcessor(size={"height": 32, "width": 32}, do_normalize=False)
+        classifier = Classifier(Red(), processor, labels)
+        inputs = Files([str(tmp_path / "a.png")])
+        inference = Inference(torch.device("cpu"))
+        rows = classify(classifier, inputs, inference, top_k=1)
+        list(explained(rows, inputs, [0], classifier, tmp_path / labels[1], None, inference.device))
+        maps.append(np.asarray(Image.open(file_of(tmp_path / labels[1], str(tmp_path / "a.png"))))[:SIDE])
+    assert (maps[0] == maps[1]).all()

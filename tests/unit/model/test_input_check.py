@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from lora_dist_testing.architectures import make_checkpoint
-from lora_dist_testing.edits import edit_json
+from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import CLASSES, make_image, make_model, view_of
 from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImageProcessor, ViTImageProcessor
 
@@ -55,6 +55,13 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     model.config.num_channels = 1
     type(model)(model.config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"takes 1 x 32 x 32, and its image processor gives 3 x 32 x 32"):
+        load_base(str(tmp_path), LABELS)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    edit_tensors(tmp_path / "model.safetensors", lambda state: state["vit.layernorm.weight"].fill_(torch.nan))
+    with pytest.raises(UserError, match="logits that are not finite: the weights of the checkpoint are damaged"):
         load_base(str(tmp_path), LABELS)
 
 

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lora_dist_testing.processors import PROCESSORS
 from PIL import Image
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, Owlv2ImageProcessor, SamImageProcessor
 
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.data.pixels.limits import CentreCrop, TooLongError, allow_pixels, is_too_thin
@@ -64,6 +65,31 @@ def test_an_image_that_is_too_long_is_unreadable_by_name(tmp_path: Path) -> None
     with pytest.raises(UnreadableImageError, match=r"strip\.png: 7 x 300001"):
         transforms.load(str(tmp_path / "strip.png"))
     assert ImageTransforms(PROCESSORS["vit"]()).load(str(tmp_path / "strip.png")).size == (7, 300_001)
+
+
+def test_an_image_whose_shorter_side_would_vanish_is_unreadable_by_name(tmp_path: Path) -> None:
+    """The processor raises an error of its own, which would end a prediction of many images."""
+    Image.new("RGB", (3000, 20)).save(tmp_path / "strip.png")
+    Image.new("RGB", (20, 3)).save(tmp_path / "short.png")
+    sides = {"height": 32, "width": 32}
+    transforms = ImageTransforms(SamImageProcessor(size={"longest_edge": 32}, pad_size=sides, do_pad=True))
+    with pytest.raises(UnreadableImageError, match=r"strip\.png: 3000 x 20 pixels are too long and thin for SamImage"):
+        transforms.load(str(tmp_path / "strip.png"))
+    assert transforms.resized([transforms.load(str(tmp_path / "short.png"))]).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        Owlv2ImageProcessor(size={"height": 32, "width": 32}),
+        BitImageProcessor(size={"max_height": 32, "max_width": 32}, crop_size=32),
+    ],
+    ids=["Owlv2", "longer side"],
+)
+def test_a_processor_with_errors_of_its_own_prepares_images(processor: Any) -> None:
+    transforms = ImageTransforms(processor)
+    images = [noise(64, 48), noise(40, 60)]
+    torch.testing.assert_close(transforms.finished(transforms.resized(images)), transforms.batch(images))
 
 
 def test_a_long_image_takes_little_memory(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.disks import small_disk
 from lora_dist_testing.edits import edit_json
 from lora_dist_testing.launching import flags
@@ -137,3 +138,14 @@ def test_a_directory_in_use_is_left_alone(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--export_legacy_names .* is not empty"):
         export_legacy_names(classifier, "card\n", tmp_path, [])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_layers_that_transformers_4_joins_with_others_are_refused(tmp_path: Path) -> None:
+    """The checkpoints of RADIO have queries, keys and values in one matrix."""
+    write_bundle(tmp_path / "adapter", make_backbone(tmp_path / "radio", "radio"), ["x", "y"])
+    classifier = load_classifier(tmp_path / "adapter")
+    with pytest.raises(
+        UserError, match=r"--export_legacy_names: backbone\S+q_proj, .* have no names in transformers 4"
+    ):
+        export_legacy_names(classifier, "card\n", tmp_path / "old", [])
+    assert not (tmp_path / "old").exists()
