@@ -22,7 +22,6 @@ from lora_dist.model.license import License, license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
 from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import Calibration, fold
-from lora_dist.model.trainable import clear_cached
 from lora_dist.storage.atomic import whole_directory
 
 MAX_IMAGES = 16
@@ -108,8 +107,8 @@ def _round(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(dtype))
-    clear_cached(model)
-    return model
+    # Training mode drops what LeViT kept of its weights.
+    return model.train().eval()
 
 
 def _license(classifier: Classifier) -> License | None:
