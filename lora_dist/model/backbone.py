@@ -17,7 +17,7 @@ from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
-from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in
+from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.input_check import require_fit
 from lora_dist.settings.fields import SINGLE_LABEL
@@ -338,7 +338,11 @@ def _random(config: Any, options: BaseOptions) -> tuple[Any, list[str], list[str
 
 
 def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list[str], list[str]]:
-    """The model, and the names of weights that are missing or of another shape, and of those that it does not have."""
+    """The model, and the names of weights that are missing or of another shape, and of those that it does not have.
+
+    Raises:
+        UserError: as `require_same_layers`.
+    """
     renamed = prefixes_to_remove(config)
     model, loading = AutoModelForImageClassification.from_pretrained(
         name,
@@ -355,4 +359,6 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
             one for one in model._weight_conversions if not {*one.source_patterns} & {*renamed}
         ]
     missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
-    return model, missing, sorted(loading["unexpected_keys"])
+    unused = sorted(loading["unexpected_keys"])
+    require_same_layers(model, missing, unused)
+    return model, missing, unused

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,38 @@ def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
     if not digests:
         raise UserError(f"{type(model).__name__} has no weights in fp32 outside its head ({', '.join(heads)})")
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def require_same_layers(model: Any, missing: Sequence[str], unexpected: Iterable[str]) -> None:
+    """Raises a `UserError` if a checkpoint has other weights than the model inside one of its modules.
+
+    Such weights are of another architecture, or were fused for inference, as timm's `reparameterize_model` does. Layers
+    that it lacks, and modules that only the checkpoint has, such as a decoder, are no such case.
+
+    Args:
+        missing: parameters and buffers that the checkpoint lacked, or had in another shape.
+        unexpected: names in the checkpoint that the model does not have.
+    """
+    modules = {above for name, _ in model.named_parameters() for above in _above(name)} - {model.base_model_prefix}
+    owners = {
+        next((above for above in _above(name) if above in modules), ""): name
+        for name in sorted(unexpected, reverse=True)
+    }
+    pairs = [(name, owners[above]) for name in missing for above in _above(name) if above in owners]
+    of_classes = class_dimensions(model.config, type(model)) if pairs else {}
+    for lacking, other in pairs:
+        if lacking not in of_classes:
+            raise UserError(
+                f"the checkpoint does not fit {getattr(model.config, 'architecture', None) or type(model).__name__}: "
+                f"it lacks {lacking} and has {other} instead. If it was fused for inference, take the one from before; "
+                f"otherwise correct its config.json"
+            )
+
+
+def _above(name: str) -> list[str]:
+    """The modules in which a parameter is, from the innermost one, without the model itself."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
 
 
 def _require_backbone(model: Any, heads: Sequence[str], missing: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ def targets_in(targets: Sequence[str], blocks: Sequence[str], model: nn.Module) 
     found = [name for name in selected(targets, model) if is_in(name, blocks)]
     if not found:
         raise UserError(
-            f"--layers_to_transform: no layer to adapt is inside {', '.join(patterns(blocks))}; the others are "
+            f"--layers_to_transform: no layer to adapt is inside {', '.join(blocks[:4])}; the others are "
             f"{', '.join(patterns(selected(targets, model))[:3])}"
         )
     return shortest(found, model)

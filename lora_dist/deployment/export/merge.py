@@ -107,7 +107,8 @@ def _round(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(dtype))
-    return model
+    # Training mode drops what LeViT kept of its weights.
+    return model.train().eval()
 
 
 def _license(classifier: Classifier) -> License | None:

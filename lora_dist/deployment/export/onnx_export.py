@@ -178,6 +178,10 @@ def _to_onnx(model: nn.Module, temperature: float, example: Tensor, out: Path) -
     size = sum(parameter.numel() * parameter.element_size() for parameter in merged.parameters())
     if size > MAX_BYTES:
         raise UserError(f"--onnx {out}: {size / 2**30:.1f} GB of weights; an ONNX file can have 2 GB")
+    for module in merged.modules():
+        # timm's name for attention in one operator, which torch.onnx has for inputs of four dimensions only.
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False  # type: ignore[assignment]
     try:
         # With gradients, Swin's attention cannot be decomposed into ONNX operators.
         with warnings.catch_warnings(), torch.no_grad():

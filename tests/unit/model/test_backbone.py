@@ -197,6 +197,30 @@ def test_a_layer_missing_from_the_checkpoint_trains_and_travels(name: str, tunin
     torch.testing.assert_close(merged(pixel_values=_pixels(base)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_checkpoint_whose_layers_have_other_weights_is_refused(tmp_path: Path) -> None:
+    """Random weights would stand in their place, and train beside LoRA."""
+    directory = make_model(tmp_path / "convnext", "convnext")
+
+    def rename(state: dict[str, Tensor]) -> None:
+        for key in [key for key in state if ".pwconv1." in key]:
+            state[key.replace("pwconv1", "fc1")] = state.pop(key)
+
+    edit_tensors(directory / "model.safetensors", rename)
+    with pytest.raises(UserError, match=r"it lacks convnext\..*pwconv1\.bias and has convnext\..*fc1\.bias instead"):
+        _base(directory)
+
+
+def test_a_timm_checkpoint_that_was_fused_for_inference_is_refused(tmp_path: Path) -> None:
+    """Less than half of FastViT's weights are of layers that are fused, the others would load."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("fastvit_t8", layers=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_classes=2).eval()
+    fused = timm.utils.model.reparameterize_model(model)
+    arguments = {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32)}
+    timm.models.save_for_hf(fused, tmp_path, model_args=arguments, safe_serialization=True)
+    with pytest.raises(UserError, match=r"does not fit fastvit_t8: it lacks .* If it was fused for inference"):
+        _base(tmp_path)
+
+
 def test_the_pooler_that_a_masked_image_model_lacks_trains(tmp_path: Path) -> None:
     config = BeitConfig(
         hidden_size=32,

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from lora_dist_testing.architectures import make_checkpoint
+from lora_dist_testing.edits import edit_tensors
 from lora_dist_testing.old_adapters import logits
 from lora_dist_testing.tiny import make_image, perturb, write_bundle
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForImageClassification, pipeline
 
 from lora_dist.deployment.export.merge import merge_to
@@ -54,6 +57,21 @@ def test_half_precision_is_what_is_left_of_the_fp32_merge(architecture: Path, pr
     served = pipeline("image-classification", model=str(tmp_path / "half"), device="cpu")
     assert served.model.dtype == dtype
     assert {entry["label"] for entry in served(make_image(0, 0))} == set(LABELS)
+
+
+def test_what_a_model_keeps_of_its_weights_is_rounded_as_they_are(tmp_path: Path) -> None:
+    """LeViT keeps a table that it made of its attention biases."""
+    base = make_checkpoint(tmp_path / "base", "levit")
+
+    def set_biases(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if name.endswith("attention_biases")]:
+            state[name] = 5 * torch.randn_like(state[name])
+
+    torch.manual_seed(0)
+    edit_tensors(base / "model.safetensors", set_biases)
+    classifier = load_classifier(_adapter(tmp_path / "adapter", base, scale=0.02))
+    # The written model is compared as strictly as ever, with that in memory.
+    assert merge_to(classifier, "x", tmp_path / "half", [], 10.0, "bf16").rounding
 
 
 def test_weights_too_large_for_fp16_are_refused(vit: Path, tmp_path: Path) -> None:

@@ -176,6 +176,17 @@ def test_other_architectures_can_be_exported(architecture: str, tmp_path: Path) 
     torch.testing.assert_close(_logits(load_onnx(tmp_path / "model.onnx"), images), _logits(model, images))
 
 
+def test_attention_over_more_than_tokens_and_heads_can_be_exported(tmp_path: Path) -> None:
+    """Hiera of timm has windows as well, and torch.onnx has fused attention for [B, heads, tokens, width] alone."""
+    timm = pytest.importorskip("timm")
+    arguments = {"img_size": [64, 64], "embed_dim": 16, "stages": [1, 1, 1, 1]}
+    hiera = timm.create_model("hiera_tiny_224", num_classes=3, **arguments)
+    hiera.pretrained_cfg |= {"input_size": (3, 64, 64), "num_classes": 3}
+    timm.models.save_for_hf(hiera, tmp_path / "hiera", model_args=arguments, safe_serialization=True)
+    difference, *_ = export(_random(tmp_path / "hiera"), tmp_path / "model.onnx", [])
+    assert difference <= 1e-4
+
+
 class Wrong(nn.Module):
     """Says something else when it is exported than when it is asked."""
 
