@@ -154,12 +154,13 @@ def _classify(
     # No log line stands between rows on the terminal, unless the precision is reduced.
     if settings.images.output or computed_in != "fp32":
         logger.info("predicting on %s in %s", inference.device, computed_in)
-    if _is_shared() or (len(inputs) > MAX_IMAGES and _is_plain_file(settings.images.output)):
+    if _is_shared() or (len(inputs) > MAX_IMAGES and outputs.is_plain_file(settings.images.output)):
         plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
-        if not parts.write(rows_of):
-            return True
-        all_readable = write(evaluation.seen(parts.rows()))
+        with parts.kept():
+            if not parts.write(rows_of):
+                return True
+            all_readable = write(evaluation.seen(parts.rows()))
         parts.remove()
         return all_readable
     rows = evaluation.seen(chain.from_iterable(rows_of[name](range(len(inputs))) for name in rows_of))
@@ -258,11 +259,6 @@ def _with_progress(rows: Iterator[Row], total: int, settings: PredictSettings) -
         for done, row in enumerate(rows, 1):
             yield row
             progress.advance_to(done)
-
-
-def _is_plain_file(output: str | None) -> bool:
-    """Whether rows go to a file, rather than to the terminal, a pipe or a device."""
-    return output is not None and (not Path(output).exists() or Path(output).is_file())
 
 
 def _require_single_label(settings: PredictSettings) -> None:

@@ -97,6 +97,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from lora_dist.data.sources import streaming
     from lora_dist.data.sources.split import Split
+    from lora_dist.processes.preflight import lock_output
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.atomic import finish_replacing
     from lora_dist.training import loop
@@ -122,7 +123,7 @@ def train(settings: Settings, lock: RunLock) -> None:
         output, resumed, publisher = Output(Path(options.output_dir)), None, None
         with errors.collect():
             if not options.dry_run:
-                lock.take(output.root, accelerator, options.ddp_timeout)
+                lock_output(lock, output.root, accelerator, options.ddp_timeout)
                 finish_replacing(output.checkpoints)
             resumed = find_resume(output, options.resume_from_checkpoint)
         with errors.collect():

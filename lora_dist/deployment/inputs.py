@@ -4,7 +4,7 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,12 +15,13 @@ from datasets import Dataset, Image
 from lora_dist import demo
 from lora_dist.data.pixels.images import ImageSource, from_cell
 from lora_dist.data.sources.columns import find_image_column, require_image_column
+from lora_dist.data.sources.exclusions import absolute
 from lora_dist.data.sources.image_files import find_files, warn_of_ignored
 from lora_dist.data.sources.load import load_split
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
-from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.predict import Images, PredictSettings
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -162,11 +163,37 @@ def find_inputs(settings: PredictSettings) -> Inputs:
     """
     if settings.data.dataset_name:
         return _find_rows(settings)
-    paths = find_images([demo.local_path(name) for name in settings.images.images])
-    if settings.images.images_from:
-        listed = read_list(settings.images.images_from)
-        paths = list(dict.fromkeys([*paths, *listed]))
-    return Files(paths)
+    images = settings.images
+    found = find_images([demo.local_path(name) for name in images.images])
+    paths = _not_written_by(images, found)
+    if found and not paths:
+        raise UserError("--images has only pictures that --explain or --grid of this command write")
+    if left_out := len(found) - len(paths):
+        logger.info("left out %s pictures that --explain or --grid of this command write", f"{left_out:,}")
+    return Files(_once([*paths, *read_list(images.images_from)]) if images.images_from else paths)
+
+
+def _not_written_by(images: Images, paths: Sequence[str]) -> list[str]:
+    """The paths without the pictures that a command with these settings writes, and perhaps has written before."""
+    grid, maps = (absolute(name) if name else None for name in (images.grid, images.explain))
+    if not (grid or maps):
+        return list(paths)
+    wholes = [absolute(path) for path in paths]
+    return [
+        path
+        for path, whole in zip(paths, wholes, strict=True)
+        if whole != grid and not (maps and whole.startswith(maps + os.sep))
+    ]
+
+
+def _once(paths: Iterable[str]) -> list[str]:
+    """Each file once, under the first of its paths; links are not followed."""
+    first: dict[str, str] = {}
+    for path in paths:
+        whole = absolute(path)
+        # One object for equal texts takes less memory.
+        first.setdefault(path if path == whole else whole, path)
+    return list(first.values())
 
 
 def _find_rows(settings: PredictSettings) -> Inputs:
@@ -204,7 +231,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     Raises:
         UserError: a name matches no image.
     """
-    found: dict[str, None] = {}
+    found: list[str] = []
     for name in names:
         # `Path.is_dir` fails on a name that is too long.
         if os.path.isdir(name):  # noqa: PTH112
@@ -214,8 +241,8 @@ def find_images(names: Sequence[str]) -> list[str]:
             files = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         if not files:
             raise UserError(f"--images {name}: no images found")
-        found.update(dict.fromkeys(files))
-    return list(found)
+        found.extend(files)
+    return _once(found)
 
 
 def read_list(file: str) -> list[str]:
@@ -233,7 +260,7 @@ def read_list(file: str) -> list[str]:
     if "\0" in text:
         raise UserError(f"--images_from {file}: not a text file with one path per line")
     listed = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
-    paths = list(dict.fromkeys(listed))
+    paths = _once(listed)
     if not paths:
         raise UserError(f"--images_from {file}: the list names no file")
     if len(paths) < len(listed):

@@ -27,6 +27,7 @@ from lora_dist.deployment.progress import Progress
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import format_ranks, read_failure
 from lora_dist.processes.rendezvous import launch_store
+from lora_dist.processes.run_lock import RunLock
 from lora_dist.storage.atomic import remove_directory, replace_files
 from lora_dist.storage.writable import writing
 
@@ -79,7 +80,7 @@ class Parts:
             plan: all that the rows depend on besides the images, as JSON values.
 
         Raises:
-            UserError: the directory has parts of another prediction, or cannot be written.
+            UserError: the directory has parts of another prediction, is in use by one, or cannot be written.
         """
         self.directory = output.with_name(f"{output.name}.parts")
         count = len(inputs)
@@ -96,12 +97,13 @@ class Parts:
         # The others wait, so that only the first process reports an error of the directory.
         if self._rank:
             self._wait_for("begun", [0])
+        self._lock = RunLock("output")
         with writing(self.directory, "output"):
             self._begin()
         self._tell("begun")
 
     def _begin(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock.take(self.directory)
         plan = self.directory / _PLAN
         if not plan.exists():
             with replace_files(self.directory) as aside:
@@ -128,7 +130,7 @@ class Parts:
         done, total = self._images_of(written), self._images_of(range(len(self._parts)))
         if written:
             logger.info("continuing %s, which has %s rows", self.directory, f"{done:,}")
-        with self._interruptible(total), Progress(total, done, silent=self._rank > 0) as progress:
+        with Progress(total, done, silent=self._rank > 0) as progress:
 
             def show() -> None:
                 if self._rank == 0:
@@ -147,19 +149,15 @@ class Parts:
         return self._rank == 0
 
     @contextmanager
-    def _interruptible(self, total: int) -> Iterator[None]:
-        """Says on Ctrl-C how much is kept."""
+    def kept(self) -> Iterator[None]:
+        """Says how much is kept if this block ends with an error, such as a full disk, or with Ctrl-C."""
         try:
             yield
-        except KeyboardInterrupt:
-            if self._rank == 0:
-                kept = self._images_of(self._written())
-                logger.warning(
-                    "%s has %s of %s rows: the same command continues from them",
-                    self.directory,
-                    f"{kept:,}",
-                    f"{total:,}",
-                )
+        except BaseException:
+            kept, total = self._images_of(self._written()), self._images_of(range(len(self._parts)))
+            if self._rank == 0 and kept:
+                rows = f"{kept:,} of {total:,} rows"
+                logger.warning("%s has %s: the same command continues from them", self.directory, rows)
             raise
 
     def _written(self) -> set[int]:
@@ -210,6 +208,7 @@ class Parts:
         """Removes the parts, after they have been joined."""
         with suppress(OSError):
             remove_directory(self.directory)
+        self._lock.release()
 
     def _path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06d}.jsonl"

@@ -8,15 +8,12 @@ import os
 import socket
 import time
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_dist.errors import UserError
 from lora_dist.processes.lifetime import at_end
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +38,12 @@ class RunLock:
     no other code of a run may open that file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flag: str = "output_dir") -> None:
+        """
+        Args:
+            flag: the setting that names the directory, for messages.
+        """
+        self._flag = flag
         self._path: Path | None = None
         self._descriptor = -1
         self._made: list[Path] = []
@@ -52,32 +54,20 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def take(self, root: Path, accelerator: "Accelerator", ddp_timeout: int) -> None:
-        """Takes the lock of an output directory on the first process. Called on every process.
+    def take(
+        self, root: Path, to_go_on: str = "give its command again", other_host_seconds: float = OTHER_HOST_SECONDS
+    ) -> None:
+        """Takes the lock of a directory, which is created if it does not exist.
 
         Args:
-            root: the directory; created if it does not exist.
-            ddp_timeout: seconds after which the other processes give up.
+            root: the directory.
+            to_go_on: what a user does after stopping the other run, for the message.
+            other_host_seconds: how long to wait for a holder on another machine.
 
         Raises:
-            UserError: on every process, if another run holds the lock; it names host, process and start of that run.
+            UserError: another run holds the lock; names host, process and start of that run.
         """
-        from lora_dist.processes.preflight import Preflight
-
-        preflight = Preflight(timedelta(seconds=ddp_timeout))
-        with preflight.first_process_first("locked"):
-            if accelerator.is_main_process:
-                seconds = min(OTHER_HOST_SECONDS, ddp_timeout / 2)
-                self._wait_for(root, seconds, "resume with --resume_from_checkpoint auto")
-                at_end(self.release)
-
-    def take_alone(self, root: Path) -> None:
-        """Takes the lock of a directory in a command of one process that continues its work when it is repeated.
-
-        Raises:
-            UserError: another process holds the lock.
-        """
-        self._wait_for(root, OTHER_HOST_SECONDS, "give its command again")
+        self._wait_for(root, other_host_seconds, to_go_on)
         at_end(self.release)
 
     def release(self) -> None:
@@ -100,12 +90,12 @@ class RunLock:
         start, said = time.monotonic(), False
         while not self._try(root):
             holder = _read_holder(root / LOCK)
-            in_use = f"--output_dir {root} is in use by another run: {_describe(holder)}."
+            in_use = f"--{self._flag} {root} is in use by another run: {_describe(holder)}."
             is_here = holder.get("host", socket.gethostname()) == socket.gethostname()
             seconds = SAME_HOST_SECONDS if is_here else other_host_seconds
             if time.monotonic() - start > seconds:
                 raise UserError(
-                    f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or choose another --output_dir."
+                    f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or choose another --{self._flag}."
                 )
             if not said:
                 logger.warning("%s Waiting up to %.0f s for that process to end", in_use, seconds)
@@ -122,7 +112,7 @@ class RunLock:
             # The previous run has just removed the directory.
             return False
         except OSError as error:
-            raise UserError(f"--output_dir {root}: cannot open {path} ({error.strerror})") from error
+            raise UserError(f"--{self._flag} {root}: cannot open {path} ({error.strerror})") from error
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(descriptor, path):
@@ -135,15 +125,19 @@ class RunLock:
                 return False
             if error.errno in _UNSUPPORTED:
                 path.unlink(missing_ok=True)
-                _warn(root, f"its file system does not support locks ({error.strerror})", "a second run")
+                self._warn(root, f"its file system does not support locks ({error.strerror})", "a second run")
                 return True
             raise
         self._path, self._descriptor = path, descriptor
         _write_holder(descriptor)
         with suppress(FileNotFoundError):
             if _locks_are_local(Path("/proc/self/mountinfo").read_text(encoding="utf-8"), root.stat().st_dev):
-                _warn(root, "its file system keeps locks local to this machine", "a run on another machine")
+                self._warn(root, "its file system keeps locks local to this machine", "a run on another machine")
         return True
+
+    def _warn(self, root: Path, why: str, who: str) -> None:
+        text = "--%s %s cannot be locked, because %s: %s could use it at the same time"
+        logger.warning(text, self._flag, root, why, who)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -152,10 +146,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _warn(root: Path, why: str, who: str) -> None:
-    logger.warning("--output_dir %s cannot be locked, because %s: %s could use it at the same time", root, why, who)
 
 
 def _write_holder(descriptor: int) -> None:

@@ -100,7 +100,7 @@ class Images(Group):
     the label map, or embeddings, the pooled features that go into the head. Lists of numbers need JSON Lines or
     parquet."""
     output: str | None = None
-    """File for the predictions. Default: print them."""
+    """File for the predictions; an existing one is replaced. Default: print them."""
     format: Format | None = None
     """JSON Lines, CSV or parquet. Default: by the suffix of --output; JSON Lines without a suffix."""
     grid: str | None = None

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lora_dist").setLevel(logging.INFO)
     with RunLock() as lock, writing(root, "output_dir"):
-        lock.take_alone(root)
+        lock.take(root)
         sweep(settings, root)
 
 

@@ -12,7 +12,7 @@ from lora_dist.errors import TrainingStoppedError, UserError
 from lora_dist.hub import local_directory
 from lora_dist.model.classifier import load_classifier
 from lora_dist.processes.devices import inference_batch_size
-from lora_dist.processes.preflight import Preflight
+from lora_dist.processes.preflight import Preflight, lock_output
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
@@ -30,7 +30,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     watch = Watch(settings.run.stall_timeout)
     watch.watch_peers()
     output = Output(Path(settings.run.output_dir))
-    lock.take(output.root, accelerator, settings.run.ddp_timeout)
+    lock_output(lock, output.root, accelerator, settings.run.ddp_timeout)
     require_empty(output.root)
     preflight = Preflight(timedelta(seconds=settings.run.ddp_timeout))
     with preflight.first_process_first("adapter"):

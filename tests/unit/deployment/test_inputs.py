@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, Image, config, load_dataset
-from lora_dist_testing.tiny import make_image, make_png, make_shards
+from lora_dist_testing.tiny import make_folder, make_image, make_png, make_shards
 
 from lora_dist.deployment.inputs import Files, Inputs, StreamedRows, TableRows, find_inputs, read_list
 from lora_dist.errors import UserError
@@ -36,6 +36,33 @@ def test_a_list_has_a_path_on_each_line_and_missing_files_stay(tmp_path: Path) -
     inputs = find_inputs(PredictSettings(images=both))
     assert isinstance(inputs, Files)
     assert inputs.paths == [str(tmp_path / "b.png"), *expected]
+
+
+def test_a_file_under_several_spellings_is_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_folder(tmp_path / "photos", per_class=1).parent)
+    (tmp_path / "photos" / "link.png").symlink_to("a/000.png")
+    (tmp_path / "list.txt").write_text(f"./photos/b/../c/000.png\n{tmp_path}/photos/a/000.png\ngone.png\n./gone.png\n")
+    images = Images(images=["photos", "./photos/", f"{tmp_path}/photos/*/*.png"], images_from="list.txt")
+    inputs = find_inputs(PredictSettings(images=images))
+    assert isinstance(inputs, Files)
+    assert inputs.paths == [f"photos/{name}" for name in ("link.png", *(f"{one}/000.png" for one in "abc"))] + [
+        "gone.png"
+    ]
+
+
+def test_pictures_that_the_command_writes_are_no_images_of_the_same_command(tmp_path: Path) -> None:
+    """Otherwise a prediction that was killed has other images when it is continued."""
+    photos = make_folder(tmp_path / "photos", per_class=1)
+    written = {"explain": str(photos / "maps"), "grid": str(photos / "grid.png")}
+    images = Images(images=[str(photos), str(photos / "*.png")], **written)
+    make_folder(photos / "maps", per_class=1)
+    make_image(0, 0).save(photos / "grid.png")
+    make_image(0, 0).save(photos / "maps and more.png")
+    inputs = find_inputs(PredictSettings(images=images))
+    assert isinstance(inputs, Files)
+    assert inputs.paths == [f"{photos}/{name}" for name in ("maps and more.png", "a/000.png", "b/000.png", "c/000.png")]
+    with pytest.raises(UserError, match="--images has only pictures that --explain or --grid of this command write"):
+        find_inputs(PredictSettings(images=Images(images=[str(photos / "grid.png")], **written)))
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "No such file"), (b"\n \n", "names no file"), (b"\0", "text")])

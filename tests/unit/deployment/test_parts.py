@@ -1,7 +1,9 @@
 """Parts of a prediction: what makes them those of the same one."""
 
+import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from lora_dist.deployment.classify import Row
 from lora_dist.deployment.inputs import Files
 from lora_dist.deployment.parts import Parts, digest_of
 from lora_dist.errors import UserError
+from lora_dist.processes import run_lock
 
 FILES = [f"photo {number}.jpg" for number in range(130)]
 
@@ -31,15 +34,50 @@ def test_rows_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
     assert not parts.directory.exists()
 
 
-def test_an_interruption_says_what_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def interrupted(indices: Sequence[int]) -> Iterator[Row]:
-        yield from _rows(indices[:7])
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("count", [7, len(FILES)], ids=["while writing", "while joining"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("the disk is full")], ids=["Ctrl-C", "full disk"])
+def test_an_end_before_its_time_says_what_is_kept(
+    error: BaseException, count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ended(indices: Sequence[int]) -> Iterator[Row]:
+        yield from _rows(indices[:count])
+        raise error
+
+    def predict() -> None:
+        parts.write({None: ended if count < len(FILES) else _rows})
+        raise error
 
     parts = Parts(tmp_path / "rows.csv", [None], Files(FILES), {})
-    with pytest.raises(KeyboardInterrupt):
-        parts.write({None: interrupted})
-    assert f"{parts.directory} has 6 of 130 rows: the same command continues from them" in caplog.text
+    with pytest.raises(type(error)), parts.kept():
+        predict()
+    kept = {7: 6, len(FILES): len(FILES)}[count]
+    assert f"{parts.directory} has {kept} of 130 rows: the same command continues from them" in caplog.text
+
+
+def _hold(output: Path, ready: Any) -> None:
+    Parts(output, [None], Files(FILES), {})
+    ready.set()
+    time.sleep(600)
+
+
+def test_a_second_prediction_into_the_same_file_waits_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the one that ends first removes the parts of the other, which then empties the finished output."""
+    monkeypatch.setattr(run_lock, "SAME_HOST_SECONDS", 0.1)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    other = fork.Process(target=_hold, args=(tmp_path / "rows.csv", ready))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match=rf"--output .*rows.csv.parts is in use by another run: process {other.pid}"):
+        Parts(tmp_path / "rows.csv", [None], Files(FILES), {})
+    other.kill()
+    other.join()
+    parts = Parts(tmp_path / "rows.csv", [None], Files(FILES), {})
+    parts.write({None: _rows})
+    parts.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_come_back_to_the_bit(tmp_path: Path) -> None:

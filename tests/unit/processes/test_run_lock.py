@@ -17,6 +17,7 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.processes import run_lock
+from lora_dist.processes.preflight import lock_output
 from lora_dist.processes.run_lock import LOCK, RunLock
 from lora_dist.processes.runtime import launch
 
@@ -25,7 +26,7 @@ FORK = multiprocessing.get_context("fork")
 
 def _take(root: Path, ddp_timeout: int = 1800) -> RunLock:
     lock = RunLock()
-    lock.take(root, launch("no"), ddp_timeout)
+    lock_output(lock, root, launch("no"), ddp_timeout)
     return lock
 
 
