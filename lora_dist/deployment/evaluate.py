@@ -99,6 +99,7 @@ class Evaluation:
         self._other_answer = dict(zip(self._other.paths, self._other.predicted, strict=True)) if self._other else {}
         self._known: dict[Any, Any] = {}
         self._answers: dict[str | None, list[Any]] = {}
+        self._is_known: dict[str | None, bytearray] = {}
         self._scores: dict[str | None, array] = {}
         self._labels: dict[str | None, list[str]] = {}
         self.disagreements: list[Row] = []
@@ -124,6 +125,8 @@ class Evaluation:
         self._answers.setdefault(row.adapter, []).append(self._known.setdefault(answer, answer))
         if answer is None:
             return
+        is_known = row.known_from(self._settings.min_confidence).is_known
+        self._is_known.setdefault(row.adapter, bytearray()).append(is_known)
         if self._several:
             scored = sorted(row.top_k)
             self._labels.setdefault(row.adapter, [label for label, _ in scored])
@@ -139,15 +142,28 @@ class Evaluation:
                 continue
             if adapter is not None:
                 yield f"adapter {adapter}:"
-            labelled = found.select([row for row, label in enumerate(found.given) if label is not None])
+            rows = [row for row, label in enumerate(found.given) if label is not None]
+            labelled = found.select(rows)
             if len(labelled):
                 yield from evaluation_lines(labelled)
+                answered = found.select([row for row in rows if self._is_known[adapter][row]])
+                yield from self._rejection_lines(answered, len(labelled))
             if len(labelled) < len(found) and self._settings.labels_file:
                 yield f"{len(found) - len(labelled):,} images are not in {self._settings.labels_file}"
             if self._other:
                 yield ""
                 names = ("this model", self._settings.compare_to or "")
                 yield from comparison_lines(paired(found, self._other), names, self._label_of)
+
+    def _rejection_lines(self, answered: Predictions, count: int) -> Iterator[str]:
+        """Yields how many of `count` labelled images are answered with --min_confidence, and how accurately."""
+        if self._settings.min_confidence is None:
+            return
+        share = f"{len(answered):,} of {count:,} images ({len(answered) / count:.1%}) are answered"
+        hits = sum(said == given for said, given in zip(answered.predicted, answered.given, strict=True))
+        accuracy = f", with accuracy {hits / len(answered):.4f}" if len(answered) else ""
+        yield ""
+        yield f"with --min_confidence {self._settings.min_confidence:g}: {share}{accuracy}"
 
     def _predictions(self, adapter: str | None) -> Predictions:
         answers, labels = self._answers[adapter], self._labels.get(adapter, [])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,26 @@ def test_folders_of_classes_are_evaluated(
     assert f"{names[0]}          {report[0][0]:.3f}   {report[1][0]:.3f}  {report[2][0]:.3f}" in said
     with out.open(newline="") as file:
         assert [row["label"] for row in csv.DictReader(file)] == predicted
+
+
+def test_the_evaluation_says_what_a_threshold_of_confidence_costs(
+    adapter: Path, photos: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the photos are answered; one that cannot be read is none of them."""
+    scores = [json.loads(line)["score"] for line in rows.read_text().splitlines()]
+    threshold = sorted(scores)[len(scores) // 2]
+    answered = [one for one, score in zip(zip(*_pairs(rows), strict=True), scores, strict=True) if score >= threshold]
+    accuracy = sum(given == said for given, said in answered) / len(answered)
+    shutil.copytree(photos / "train", tmp_path / "train")
+    (tmp_path / "train" / "a" / "!.png").write_text("no image")
+    command = ["--adapter", str(adapter), "--images", str(tmp_path / "train"), "--output", str(tmp_path / "rows.csv")]
+    for given, line in (
+        (threshold, f"{len(answered)} of 27 images (51.9%) are answered, with accuracy {accuracy:.4f}"),
+        (1, "0 of 27 images (0.0%) are answered"),
+    ):
+        with pytest.raises(SystemExit):
+            predict([*command, "--min_confidence", str(given)])
+        assert f"with --min_confidence {given:g}: {line}\n" in capsys.readouterr().out
 
 
 def test_a_single_folder_is_no_set_of_labels(adapter: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
