@@ -170,7 +170,8 @@ def find_inputs(settings: PredictSettings) -> Inputs:
         raise UserError("--images has only pictures that --explain or --grid of this command write")
     if left_out := len(found) - len(paths):
         logger.info("left out %s pictures that --explain or --grid of this command write", f"{left_out:,}")
-    return Files(_once([*paths, *read_list(images.images_from)]) if images.images_from else paths)
+    listed = read_list(images.images_from) if images.images_from else []
+    return Files(_once([*paths, *listed]) if paths and listed else [*paths, *listed])
 
 
 def _not_written_by(images: Images, paths: Sequence[str]) -> list[str]:

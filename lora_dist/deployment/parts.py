@@ -99,11 +99,13 @@ class Parts:
             self._wait_for("begun", [0])
         self._lock = RunLock("output")
         with writing(self.directory, "output"):
+            if not self._rank:
+                self._lock.take(self.directory)
             self._begin()
         self._tell("begun")
 
     def _begin(self) -> None:
-        self._lock.take(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
         plan = self.directory / _PLAN
         if not plan.exists():
             with replace_files(self.directory) as aside:
