@@ -335,7 +335,7 @@ def _validate(
     except ValidationError as error:
         messages: dict[str, list[str]] = {}
         for entry in error.errors():
-            messages.setdefault(str(entry["loc"][1]), []).append(entry["msg"])
+            messages.setdefault(str(entry["loc"][1]), []).append(entry["msg"].removeprefix("Value error, "))
     invalid = {
         name: f"{values[name]!r} is not valid: {' or '.join(dict.fromkeys(found))}" for name, found in messages.items()
     }

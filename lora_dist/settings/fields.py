@@ -63,10 +63,18 @@ def _blocks(value: Any) -> Any:
     return [value] if isinstance(value, int) else _split_commas(value)
 
 
+def _trackers(value: Any) -> Any:
+    """Splits names at commas; refuses the words that `Trainer` has for no tracker and for every installed one."""
+    names = _split_commas(value)
+    if isinstance(names, list) and {"none", "all"} & {*names}:
+        raise ValueError("TensorBoard is always written; name other trackers, or leave this out for none")
+    return names
+
+
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
-    BeforeValidator(_split_commas),
+    BeforeValidator(_trackers),
 ]
 Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
 Count = Annotated[int, Field(gt=0)]
