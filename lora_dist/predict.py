@@ -154,7 +154,7 @@ def _classify(
     # No log line stands between rows on the terminal, unless the precision is reduced.
     if settings.images.output or computed_in != "fp32":
         logger.info("predicting on %s in %s", inference.device, computed_in)
-    if _is_shared() or (len(inputs) > MAX_IMAGES and outputs.is_plain_file(settings.images.output)):
+    if _is_shared() or (len(inputs) > MAX_IMAGES and destinations.is_plain_file(settings.images.output)):
         plan = _identity(adapters, settings) | {"record": record, "top_k": top_k}
         parts = Parts(Path(settings.images.output or ""), list(rows_of), inputs, plan)
         with parts.kept():

@@ -125,8 +125,9 @@ class Evaluation:
         self._answers.setdefault(row.adapter, []).append(self._known.setdefault(answer, answer))
         if answer is None:
             return
-        is_known = row.known_from(self._settings.min_confidence).is_known
-        self._is_known.setdefault(row.adapter, bytearray()).append(is_known)
+        if self._settings.min_confidence is not None:
+            is_known = row.known_from(self._settings.min_confidence).is_known
+            self._is_known.setdefault(row.adapter, bytearray()).append(is_known)
         if self._several:
             scored = sorted(row.top_k)
             self._labels.setdefault(row.adapter, [label for label, _ in scored])
@@ -146,8 +147,9 @@ class Evaluation:
             labelled = found.select(rows)
             if len(labelled):
                 yield from evaluation_lines(labelled)
-                answered = found.select([row for row in rows if self._is_known[adapter][row]])
-                yield from self._rejection_lines(answered, len(labelled))
+                if self._settings.min_confidence is not None:
+                    answered = found.select([row for row in rows if self._is_known[adapter][row]])
+                    yield from self._rejection_lines(answered, len(labelled))
             if len(labelled) < len(found) and self._settings.labels_file:
                 yield f"{len(found) - len(labelled):,} images are not in {self._settings.labels_file}"
             if self._other:
@@ -157,8 +159,6 @@ class Evaluation:
 
     def _rejection_lines(self, answered: Predictions, count: int) -> Iterator[str]:
         """Yields how many of `count` labelled images are answered with --min_confidence, and how accurately."""
-        if self._settings.min_confidence is None:
-            return
         share = f"{len(answered):,} of {count:,} images ({len(answered) / count:.1%}) are answered"
         hits = sum(said == given for said, given in zip(answered.predicted, answered.given, strict=True))
         accuracy = f", with accuracy {hits / len(answered):.4f}" if len(answered) else ""

@@ -103,8 +103,10 @@ def _overlays_of(
 def _class_numbers(
     answers: Sequence[Sequence[tuple[str, float]]], classifier: Classifier, pixels: Tensor
 ) -> list[list[int]]:
-    """Returns the class numbers of the labels of each image. Of classes with one name, such as the two cranes of
-    ImageNet, the one with the highest logit comes first."""
+    """Returns the class numbers of the labels of each image.
+
+    Of classes with one name, such as the two cranes of ImageNet, the one with the highest logit comes first.
+    """
     labels = classifier.labels
     if len(set(labels)) == len(labels):
         return [[labels.index(label) for label, _ in answer] for answer in answers]

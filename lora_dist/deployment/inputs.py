@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from lora_dist.settings.predict import Images, PredictSettings
 from lora_dist.settings.train import DataSettings
 
 logger = logging.getLogger(__name__)
+
+_EXPLANATION = re.compile(r"-[0-9a-f]{8}\.png$")
+"""The end of the names that `explain.file_of` gives."""
 
 
 class NamedImage(NamedTuple):
@@ -179,12 +183,12 @@ def _not_written_by(images: Images, paths: Sequence[str]) -> list[str]:
     grid, maps = (absolute(name) if name else None for name in (images.grid, images.explain))
     if not (grid or maps):
         return list(paths)
-    wholes = [absolute(path) for path in paths]
-    return [
-        path
-        for path, whole in zip(paths, wholes, strict=True)
-        if whole != grid and not (maps and whole.startswith(maps + os.sep))
-    ]
+
+    def is_written(whole: str) -> bool:
+        directory, name = os.path.split(whole)
+        return whole == grid or (directory == maps and bool(_EXPLANATION.search(name)))
+
+    return [path for path in paths if not is_written(absolute(path))]
 
 
 def _once(paths: Iterable[str]) -> list[str]:
@@ -192,6 +196,9 @@ def _once(paths: Iterable[str]) -> list[str]:
     first: dict[str, str] = {}
     for path in paths:
         whole = absolute(path)
+        if os.pardir in path:  # "link/.." is not always where the link is
+            directory, name = os.path.split(path)
+            whole = os.path.join(os.path.realpath(directory), name)
         # One object for equal texts takes less memory.
         first.setdefault(path if path == whole else whole, path)
     return list(first.values())

@@ -80,11 +80,6 @@ def writer(
             file.close()
 
 
-def is_plain_file(output: str | None) -> bool:
-    """Whether rows go to a file, rather than to the terminal, a pipe or a device."""
-    return output is not None and (not Path(output).exists() or Path(output).is_file())
-
-
 def _utf8_stdout() -> Any:
     """Standard output in UTF-8 in any locale, with bytes of other file names escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -165,8 +160,6 @@ def _schema(output_type: OutputType, with_adapter: bool, multi_label: bool) -> p
 @contextmanager
 def _parquet_file(path: Path, schema: pa.Schema) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yields a function that adds a row to a file, which replaces `path` at the end."""
-    if not is_plain_file(str(path)):
-        raise UserError(f"--output {path}: not a file, as parquet needs; use --format jsonl or csv")
     final = path.resolve()
     aside = final.with_name(f".writing-{final.name}")
     pending: list[dict[str, Any]] = []

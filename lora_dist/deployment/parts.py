@@ -97,11 +97,15 @@ class Parts:
         # The others wait, so that only the first process reports an error of the directory.
         if self._rank:
             self._wait_for("begun", [0])
-        self._lock = RunLock("output")
+        self._lock = RunLock(f"--output {output}")
         with writing(self.directory, "output"):
             if not self._rank:
                 self._lock.take(self.directory)
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                self._lock.release()
+                raise
         self._tell("begun")
 
     def _begin(self) -> None:
@@ -156,11 +160,16 @@ class Parts:
         try:
             yield
         except BaseException:
-            kept, total = self._images_of(self._written()), self._images_of(range(len(self._parts)))
-            if self._rank == 0 and kept:
-                rows = f"{kept:,} of {total:,} rows"
-                logger.warning("%s has %s: the same command continues from them", self.directory, rows)
+            if self._rank == 0:
+                self._say_kept()
+            self._lock.release()
             raise
+
+    def _say_kept(self) -> None:
+        kept, total = self._images_of(self._written()), self._images_of(range(len(self._parts)))
+        if kept:
+            rows = f"{kept:,} of {total:,} rows"
+            logger.warning("%s has %s: the same command continues from them", self.directory, rows)
 
     def _written(self) -> set[int]:
         """Numbers of the parts that are written, by any process."""
@@ -209,8 +218,7 @@ class Parts:
     def remove(self) -> None:
         """Removes the parts, after they have been joined."""
         with suppress(OSError):
-            remove_directory(self.directory)
-        self._lock.release()
+            remove_directory(self.directory, self._lock.release)
 
     def _path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06d}.jsonl"

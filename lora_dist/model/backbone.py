@@ -205,12 +205,8 @@ def _require_pair(config: Any, options: BaseOptions) -> None:
 
 def _require_whole_weights(config: Any) -> None:
     """Raises a `ValueError` if the weights are quantized: LoRA could not be merged into them exactly."""
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise ValueError(
-            f"its weights are quantized ({method or 'quantization_config'}); take the checkpoint before it"
-        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError("its weights are quantized; take the checkpoint from before the quantization")
 
 
 def _kind(processor: Any) -> str:
@@ -281,10 +277,10 @@ def cannot_load(name: str, error: Exception) -> UserError:
         return UserError(
             f"the model {name!r} contains its own code. If you trust its source, --trust_remote_code runs it"
         )
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / "adapter_config.json").is_file() and not _weight_files(Path(name)):
         return UserError(
             f"{name!r} is an adapter, not a base model: continue its training with --adapter_name_or_path, or merge it "
-            f"with lora_dist.predict --merge_to"
+            f"with lora_dist.predict --adapter {name} --merge_to DIRECTORY"
         )
     message = f"cannot load the base model {name!r} as an image classifier: "
     # `transformers` goes on with the names of all models that it has.
@@ -312,12 +308,16 @@ def cannot_load(name: str, error: Exception) -> UserError:
     )
 
 
+def _weight_files(directory: Path) -> list[Path]:
+    return [*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*")]
+
+
 def report_weights(base: Base) -> None:
     """Says which weights of a base are random besides its head, and which ones of its checkpoint it does not use."""
     head = find_heads(base.model) if base.missing else []
     if random := [name for name in base.missing if not is_in(name, head)]:
         logger.warning(
-            "the checkpoint of %s has no weights of this shape for %s: they are random, and their layers train in full",
+            "the checkpoint of %s lacks %s, or has them in another shape: these weights are random, and train in full",
             base.name,
             _first_of(random),
         )
@@ -360,5 +360,5 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
         ]
     missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
     unused = sorted(loading["unexpected_keys"])
-    require_same_layers(model, missing, unused)
+    require_same_layers(model, loading["missing_keys"], unused)
     return model, missing, unused

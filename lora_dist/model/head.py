@@ -138,7 +138,7 @@ def require_same_layers(model: Any, missing: Sequence[str], unexpected: Iterable
     that it lacks, and modules that only the checkpoint has, such as a decoder, are no such case.
 
     Args:
-        missing: parameters and buffers that the checkpoint lacked, or had in another shape.
+        missing: parameters and buffers that the checkpoint lacks.
         unexpected: names in the checkpoint that the model does not have.
     """
     modules = {above for name, _ in model.named_parameters() for above in _above(name)} - {model.base_model_prefix}
@@ -152,8 +152,8 @@ def require_same_layers(model: Any, missing: Sequence[str], unexpected: Iterable
         if lacking not in of_classes:
             raise UserError(
                 f"the checkpoint does not fit {getattr(model.config, 'architecture', None) or type(model).__name__}: "
-                f"it lacks {lacking} and has {other} instead. If it was fused for inference, take the one from before; "
-                f"otherwise correct its config.json"
+                f"it lacks {lacking} and has {other} instead. If it was fused for inference, take the checkpoint from "
+                f"before that; otherwise correct its config.json"
             )
 
 

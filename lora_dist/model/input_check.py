@@ -50,7 +50,7 @@ def require_fit(model: Any, processor: Any) -> None:
             f"that classifies each image by itself, and whose head pools its features (global_pool of timm)"
         )
     if not logits.isfinite().all():
-        raise UserError(f"{kind} gives logits that are not finite: the weights of the checkpoint are damaged")
+        raise UserError(f"{kind} gives logits that are not finite for a black image: its weights are probably damaged")
 
 
 def _expected(config: Any) -> str:

@@ -38,12 +38,12 @@ class RunLock:
     no other code of a run may open that file.
     """
 
-    def __init__(self, flag: str = "output_dir") -> None:
+    def __init__(self, setting: str | None = None) -> None:
         """
         Args:
-            flag: the setting that names the directory, for messages.
+            setting: for messages, the flag and value that a user gave; by default --output_dir and the directory.
         """
-        self._flag = flag
+        self._setting = setting
         self._path: Path | None = None
         self._descriptor = -1
         self._made: list[Path] = []
@@ -55,7 +55,7 @@ class RunLock:
         self.release()
 
     def take(
-        self, root: Path, to_go_on: str = "give its command again", other_host_seconds: float = OTHER_HOST_SECONDS
+        self, root: Path, to_go_on: str = "repeat this command", other_host_seconds: float = OTHER_HOST_SECONDS
     ) -> None:
         """Takes the lock of a directory, which is created if it does not exist.
 
@@ -90,13 +90,12 @@ class RunLock:
         start, said = time.monotonic(), False
         while not self._try(root):
             holder = _read_holder(root / LOCK)
-            in_use = f"--{self._flag} {root} is in use by another run: {_describe(holder)}."
+            in_use = f"{self._named(root)} is in use by another run: {_describe(holder)}."
             is_here = holder.get("host", socket.gethostname()) == socket.gethostname()
             seconds = SAME_HOST_SECONDS if is_here else other_host_seconds
             if time.monotonic() - start > seconds:
-                raise UserError(
-                    f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or choose another --{self._flag}."
-                )
+                other = f"choose another {self._named(root).split()[0]}"
+                raise UserError(f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or {other}.")
             if not said:
                 logger.warning("%s Waiting up to %.0f s for that process to end", in_use, seconds)
                 said = True
@@ -112,7 +111,7 @@ class RunLock:
             # The previous run has just removed the directory.
             return False
         except OSError as error:
-            raise UserError(f"--{self._flag} {root}: cannot open {path} ({error.strerror})") from error
+            raise UserError(f"{self._named(root)}: cannot open {path} ({error.strerror})") from error
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(descriptor, path):
@@ -136,8 +135,11 @@ class RunLock:
         return True
 
     def _warn(self, root: Path, why: str, who: str) -> None:
-        text = "--%s %s cannot be locked, because %s: %s could use it at the same time"
-        logger.warning(text, self._flag, root, why, who)
+        text = "%s cannot be locked, because %s: %s could use it at the same time"
+        logger.warning(text, self._named(root), why, who)
+
+    def _named(self, root: Path) -> str:
+        return self._setting or f"--output_dir {root}"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

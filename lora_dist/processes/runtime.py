@@ -261,12 +261,15 @@ def be_deterministic() -> None:
 def torch_flags_restored() -> Iterator[None]:
     """Restores the flags of torch that `launch` changes, for a caller that has other work to do."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = torch.get_deterministic_debug_mode(), matmul.allow_tf32, cudnn.benchmark
+    # The older flag cannot be read where a caller has set the newer one, which torch 2.8 lacks.
+    tf32 = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = torch.get_deterministic_debug_mode(), getattr(matmul, tf32), cudnn.benchmark
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before[0])
-        matmul.allow_tf32, cudnn.benchmark = before[1:]
+        setattr(matmul, tf32, before[1])
+        cudnn.benchmark = before[2]
 
 
 def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:

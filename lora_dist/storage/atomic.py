@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -91,12 +91,18 @@ def unused(path: Path) -> Path:
     return next(candidate for candidate in names if not candidate.exists())
 
 
-def remove_directory(path: Path) -> None:
-    """Removes a directory; it is never visible half removed under its name."""
+def remove_directory(path: Path, renamed: Callable[[], object] = lambda: None) -> None:
+    """Removes a directory; it is never visible half removed under its name.
+
+    Args:
+        path: the directory.
+        renamed: closes files in it, which NFS could not remove, once the directory has another name.
+    """
     doomed = path.with_name(_REMOVING + path.name)
     if doomed.exists():
         shutil.rmtree(doomed)
     path.rename(doomed)
+    renamed()
     shutil.rmtree(doomed)
 
 

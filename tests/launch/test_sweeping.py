@@ -42,7 +42,7 @@ def test_two_workers_train_and_leave_a_table_a_picture_and_the_best_settings(
         launch.wait_for(lambda: len(_trainings(launch)) == 2)
         second = run(SWEEP, *arguments, code=2)
         assert "is in use by another run" in second.stderr
-        assert "stop it and give its command again" in second.stderr
+        assert "stop it and repeat this command" in second.stderr
         assert launch.wait() == 0
     rows = _rows(out)
     assert [row["ended"] for row in rows] == ["complete", "complete"]

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from lora_dist.errors import UserError
-from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.predict import Images, PredictSettings, format_of
 from lora_dist.storage.writable import require_writable, writing
 
 
@@ -21,7 +21,7 @@ def require_destinations(settings: PredictSettings) -> None:
         "merge_to": (merging.merge_to, require_free_directory),
         "onnx": (settings.onnx_to_write, require_free_file),
         "explain": (images.explain, _require_directory),
-        "output": (images.output, _require_file),
+        "output": (images.output, _require_parquet_file if _is_parquet(images) else _require_file),
         "grid": (images.grid, _require_file),
     }
     problems: list[str] = []
@@ -73,6 +73,22 @@ def _require_directory(path: Path, flag: str) -> None:
         if path.exists() and not path.is_dir():
             raise UserError(f"--{flag} {path} is not a directory; choose another path")
         require_writable(path, f"--{flag}")
+
+
+def is_plain_file(output: str | None) -> bool:
+    """Whether rows go to a file, rather than to the terminal, a pipe or a device."""
+    return output is not None and (not Path(output).exists() or Path(output).is_file())
+
+
+def _is_parquet(images: Images) -> bool:
+    return format_of(images.output, images.format) == "parquet"
+
+
+def _require_parquet_file(path: Path, flag: str) -> None:
+    """As `_require_file`, but a pipe or device would be replaced by a file."""
+    _require_file(path, flag)
+    if not is_plain_file(str(path)):
+        raise UserError(f"--{flag} {path}: not a file, as parquet needs; use --format jsonl or csv")
 
 
 def _require_file(path: Path, flag: str) -> None:

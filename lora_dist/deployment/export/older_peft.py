@@ -90,7 +90,7 @@ def export_legacy_names(
 
 
 def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]:
-    adapted = {target for target, lora in map(split_lora_name, state) if lora}
+    adapted = dict.fromkeys(target for target, lora in map(split_lora_name, state) if lora)
     keys: dict[str, Tensor] = {}
     for name, tensor in state.items():
         key = PREFIX + names.to_old(name)
@@ -104,13 +104,14 @@ def _old_keys(state: dict[str, Tensor], names: LegacyNames) -> dict[str, Tensor]
 
 def _config(config: Any, base: str | None, state: dict[str, Tensor], names: LegacyNames) -> dict[str, Any]:
     """Fields that every release knows, and others only if they are set: many releases refuse unknown fields."""
-    adapted = {target for target, lora in map(split_lora_name, state) if lora}
-    if fused := sorted(adapted - names.modules.keys()):
+    adapted = dict.fromkeys(target for target, lora in map(split_lora_name, state) if lora)
+    if fused := sorted(adapted.keys() - names.modules.keys()):
         raise UserError(
             f"--export_legacy_names: {', '.join(fused[:3])} have no names in transformers 4, whose checkpoints join "
             f"their weights with those of other layers"
         )
     layers = {target: names.modules[target] for target in adapted}
+    targets = _targets(layers.values(), names.modules.values()) if layers else sorted(config.target_modules)
     ranks_and_alphas = {old: adapters.rank_and_alpha(config, layer) for layer, old in layers.items()}
     content = {
         "base_model_name_or_path": base,
@@ -122,9 +123,7 @@ def _config(config: Any, base: str | None, state: dict[str, Tensor], names: Lega
         "modules_to_save": [names.modules.get(name, name) for name in config.modules_to_save or []] or None,
         "peft_type": "LORA",
         "r": config.r,
-        "target_modules": _targets(layers.values(), names.modules.values())
-        if layers
-        else sorted(config.target_modules),
+        "target_modules": targets,
         "task_type": None,
     }
     in_use = {

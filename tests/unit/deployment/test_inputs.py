@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset, Image, config, load_dataset
 from lora_dist_testing.tiny import make_folder, make_image, make_png, make_shards
 
+from lora_dist.deployment.explain import file_of
 from lora_dist.deployment.inputs import Files, Inputs, StreamedRows, TableRows, find_inputs, read_list
 from lora_dist.errors import UserError
 from lora_dist.settings.predict import DataSet, Images, PredictSettings
@@ -41,12 +42,18 @@ def test_a_list_has_a_path_on_each_line_and_missing_files_stay(tmp_path: Path) -
 def test_a_file_under_several_spellings_is_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make_folder(tmp_path / "photos", per_class=1).parent)
     (tmp_path / "photos" / "link.png").symlink_to("a/000.png")
-    (tmp_path / "list.txt").write_text(f"./photos/b/../c/000.png\n{tmp_path}/photos/a/000.png\ngone.png\n./gone.png\n")
+    (tmp_path / "elsewhere" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "folder").symlink_to(tmp_path / "elsewhere" / "a")
+    make_image(0, 0).save(tmp_path / "elsewhere" / "link.png")
+    (tmp_path / "list.txt").write_text(
+        f"./photos/b/../c/000.png\n{tmp_path}/photos/a/000.png\ngone.png\n./gone.png\nphotos/folder/../link.png\n"
+    )
     images = Images(images=["photos", "./photos/", f"{tmp_path}/photos/*/*.png"], images_from="list.txt")
     inputs = find_inputs(PredictSettings(images=images))
     assert isinstance(inputs, Files)
     assert inputs.paths == [f"photos/{name}" for name in ("link.png", *(f"{one}/000.png" for one in "abc"))] + [
-        "gone.png"
+        "gone.png",
+        "photos/folder/../link.png",
     ]
 
 
@@ -55,12 +62,16 @@ def test_pictures_that_the_command_writes_are_no_images_of_the_same_command(tmp_
     photos = make_folder(tmp_path / "photos", per_class=1)
     written = {"explain": str(photos / "maps"), "grid": str(photos / "grid.png")}
     images = Images(images=[str(photos), str(photos / "*.png")], **written)
-    make_folder(photos / "maps", per_class=1)
-    make_image(0, 0).save(photos / "grid.png")
-    make_image(0, 0).save(photos / "maps and more.png")
+    (photos / "maps").mkdir()
+    for path in (file_of(photos / "maps", "a/000.png"), photos / "maps" / "own.png", photos / "grid.png"):
+        make_image(0, 0).save(path)
+    kept = [f"{photos}/{name}" for name in ("a/000.png", "b/000.png", "c/000.png", "maps/own.png")]
     inputs = find_inputs(PredictSettings(images=images))
     assert isinstance(inputs, Files)
-    assert inputs.paths == [f"{photos}/{name}" for name in ("maps and more.png", "a/000.png", "b/000.png", "c/000.png")]
+    assert inputs.paths == kept
+    beside = find_inputs(PredictSettings(images=Images(images=kept, explain=str(photos / "a"))))
+    assert isinstance(beside, Files)
+    assert beside.paths == kept
     with pytest.raises(UserError, match="--images has only pictures that --explain or --grid of this command write"):
         find_inputs(PredictSettings(images=Images(images=[str(photos / "grid.png")], **written)))
 

@@ -12,7 +12,6 @@ import pytest
 from lora_dist.deployment import outputs
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.outputs import RECORD, writer
-from lora_dist.errors import UserError
 
 LISTS: tuple[Literal["probabilities", "logits", "embeddings"], ...] = ("probabilities", "logits", "embeddings")
 
@@ -72,13 +71,3 @@ def test_a_parquet_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write(Row("second", []))
     assert pq.read_table(tmp_path / "rows.parquet")["path"].to_pylist() == ["first"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
-
-
-def test_parquet_for_a_device_is_refused(tmp_path: Path) -> None:
-    """It would replace /dev/null, which root can do; a terminal stands for it here, which nothing can replace."""
-    master, terminal = os.openpty()
-    (tmp_path / "rows.parquet").symlink_to(os.ttyname(terminal))
-    with pytest.raises(UserError, match=r"rows.parquet: not a file, as parquet needs; use --format jsonl or csv"):
-        _write(tmp_path / "rows.parquet", [])
-    for descriptor in (master, terminal):
-        os.close(descriptor)

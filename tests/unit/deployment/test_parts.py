@@ -67,10 +67,10 @@ def test_a_second_prediction_into_the_same_file_waits_or_is_refused(
     monkeypatch.setattr(run_lock, "SAME_HOST_SECONDS", 0.1)
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
-    other = fork.Process(target=_hold, args=(tmp_path / "rows.csv", ready))
+    other = fork.Process(target=_hold, args=(tmp_path / "rows.csv", ready), daemon=True)
     other.start()
     assert ready.wait(60)
-    with pytest.raises(UserError, match=rf"--output .*rows.csv.parts is in use by another run: process {other.pid}"):
+    with pytest.raises(UserError, match=rf"--output .*rows.csv is in use by another run: process {other.pid}"):
         Parts(tmp_path / "rows.csv", [None], Files(FILES), {})
     other.kill()
     other.join()

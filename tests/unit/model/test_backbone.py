@@ -454,23 +454,31 @@ def test_weights_without_values_and_without_a_place_are_named(
     settings = Settings(model=ModelSettings(model_name_or_path=str(directory)))
     with caplog.at_level(logging.INFO):
         load_warm_start(settings, LABELS)
-        assert "no weights of this shape" not in caplog.text, "a new head is no surprise"
+        assert "lacks" not in caplog.text, "a new head is no surprise"
         edit_tensors(directory / "model.safetensors", lambda state: state.pop("vit.embeddings.position_embeddings"))
         edit_tensors(directory / "model.safetensors", lambda state: state.update(other=torch.zeros(2)))
         load_warm_start(settings, LABELS)
-    named = "no weights of this shape for vit.embeddings.position_embeddings: they are random"
-    assert [record.levelname for record in caplog.records if named in record.message] == ["WARNING"]
-    assert f"does not use all weights of {directory}: other" in caplog.text
+        named = "lacks vit.embeddings.position_embeddings, or has them in another shape: these weights are random"
+        assert [record.levelname for record in caplog.records if named in record.message] == ["WARNING"]
+        assert f"does not use all weights of {directory}: other" in caplog.text
+        caplog.clear()
+        unrelated = {
+            "vit.embeddings.position_embeddings": torch.zeros(1, 2, 2),
+            "vit.embeddings.mask_token": torch.zeros(2),
+        }
+        edit_tensors(directory / "model.safetensors", lambda state: state.update(unrelated))
+        load_warm_start(settings, LABELS)
+        assert named in caplog.text, "a mask token does not stand in the place of a table of another size"
 
 
 def test_quantized_weights_are_refused(vit: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(vit, tmp_path / "vit")
     edit_json(directory / "config.json", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(UserError, match=r"its weights are quantized \(fp8\); take the checkpoint before it"):
+    with pytest.raises(UserError, match="its weights are quantized; take the checkpoint from before the quantization"):
         _base(directory)
 
 
-def test_an_adapter_in_place_of_a_base_is_told(vit: Path, tmp_path: Path) -> None:
+def test_an_adapter_in_place_of_a_base_is_named(vit: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "adapter", vit, LABELS)
     for is_of_peft in (False, True):
         if is_of_peft:

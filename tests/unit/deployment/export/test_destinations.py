@@ -1,5 +1,6 @@
 """Where predict may write: what is taken or cannot be made is said before anything else is done, all of it at once."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,13 @@ def test_heat_maps_may_lie_beside_other_outputs(tmp_path: Path) -> None:
     require_destinations(_settings(explain=tmp_path / "x", **inside))
     (problem,) = _problems(explain=tmp_path / "x" / "old.png")
     assert "is not a directory" in problem
+
+
+def test_parquet_for_a_device_is_refused(tmp_path: Path) -> None:
+    """It would replace /dev/null, which root can do; a terminal stands for it here, which nothing can replace."""
+    master, terminal = os.openpty()
+    (tmp_path / "rows.parquet").symlink_to(os.ttyname(terminal))
+    (problem,) = _problems(output=tmp_path / "rows.parquet")
+    assert problem.endswith("rows.parquet: not a file, as parquet needs; use --format jsonl or csv")
+    for descriptor in (master, terminal):
+        os.close(descriptor)
