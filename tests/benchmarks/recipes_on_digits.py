@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"},
+    "--train_norms true --lora_bias all": {"train_norms": True, "lora_bias": "all"},
     "--lora_target_modules all-linear": {"lora_target_modules": "all-linear"},
     "head": {"tuning": "head"},
     "full, learning rate 1e-3": {"tuning": "full", "learning_rate": 1e-3},
