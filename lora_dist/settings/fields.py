@@ -66,7 +66,7 @@ def _blocks(value: Any) -> Any:
 def _trackers(value: Any) -> Any:
     """Splits names at commas; refuses the words that `Trainer` has for no tracker and for every installed one."""
     names = _split_commas(value)
-    if isinstance(names, list) and {"none", "all"} & {*names}:
+    if isinstance(names, list) and ("none" in names or "all" in names):
         raise ValueError("TensorBoard is always written; name other trackers, or leave --report_to out")
     return names
 
