@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-_LEVEL = {"L;2": 85, "L;4": 17}
-"""Difference of two levels of a grey PNG image of 2 or 4 bits, in 8 bits."""
+_LEVEL = {"1": 255, "L;2": 85, "L;4": 17}
+"""Difference of two levels of a grey PNG image of 1, 2 or 4 bits, in 8 bits."""
 
 
 class Conversion(NamedTuple):
@@ -57,7 +57,8 @@ class Conversion(NamedTuple):
             return
         raw_mode = image.tile[0][3]  # a plain tuple before Pillow 11
         if raw_mode in _LEVEL:
-            image.info["transparency"] = color * _LEVEL[raw_mode]
+            # Pillow 12 has already scaled the color of 1 bit.
+            image.info["transparency"] = min(255, color * _LEVEL[raw_mode])
         elif raw_mode == "RGB;16B":
             image.info["transparency"] = tuple(value >> 8 for value in color)
 

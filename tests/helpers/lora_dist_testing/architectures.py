@@ -288,7 +288,7 @@ def _make_timm(directory: Path, name: str, num_labels: int) -> Path:
     model.pretrained_cfg |= {"input_size": (3, size, size), "num_classes": num_labels, "crop_pct": 0.9}
     timm.models.save_for_hf(model, directory, model_args=arguments, safe_serialization=True)
     config = json.loads((directory / "config.json").read_text())
-    del config["model_args"]["num_classes"]
+    config.get("model_args", {}).pop("num_classes", None)
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 

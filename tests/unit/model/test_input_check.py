@@ -76,7 +76,7 @@ def test_a_timm_model_of_other_channels_is_refused(channels: int, message: str, 
     directory = make_checkpoint(tmp_path, "timm resnet")
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config["model_args"]["in_chans"] = channels
+    config.setdefault("model_args", {})["in_chans"] = channels
     config["pretrained_cfg"] |= {"input_size": [channels, 32, 32], "mean": [0.5] * channels, "std": [0.5] * channels}
     path.write_text(json.dumps(config))
     timm.models.save_for_hf(
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_timm_saved_is_a_base(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "timm vit")
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config["model_args"]["num_classes"] = 2
+    config.setdefault("model_args", {})["num_classes"] = 2
     path.write_text(json.dumps(config))
     base = load_base(str(directory), LABELS)
     assert base.heads == ["timm_model.head"]
