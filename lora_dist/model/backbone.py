@@ -360,5 +360,5 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
         ]
     missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
     unused = sorted(loading["unexpected_keys"])
-    require_same_layers(model, loading["missing_keys"], unused)
+    require_same_layers(model, sorted(loading["missing_keys"]), unused)
     return model, missing, unused
