@@ -97,7 +97,6 @@ def train(settings: Settings, lock: RunLock) -> None:
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
     from lora_dist.data.sources import streaming
     from lora_dist.data.sources.split import Split
-    from lora_dist.processes.preflight import lock_output
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.atomic import finish_replacing
     from lora_dist.training import loop
@@ -106,7 +105,7 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.training.failures import stopped_on_request
     from lora_dist.training.final_evaluation import final_evaluations
     from lora_dist.training.frozen_backbone import on_features
-    from lora_dist.training.launching import launch_run
+    from lora_dist.training.launching import launch_run, lock_output
     from lora_dist.training.probe import probe
     from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs

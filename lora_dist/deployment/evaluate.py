@@ -13,6 +13,7 @@ from lora_dist.data.sources.labels_file import Listed, read_labels_file
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.outputs import GRID_IMAGES
 from lora_dist.errors import UserError
+from lora_dist.metrics.calibration import coverage
 from lora_dist.metrics.predictions import Predictions, folder_label, no_label, read_predictions
 from lora_dist.metrics.report import comparison_lines, evaluation_lines, paired, shown
 from lora_dist.settings.predict import Images, PredictSettings
@@ -99,7 +100,7 @@ class Evaluation:
         self._other_answer = dict(zip(self._other.paths, self._other.predicted, strict=True)) if self._other else {}
         self._known: dict[Any, Any] = {}
         self._answers: dict[str | None, list[Any]] = {}
-        self._is_known: dict[str | None, bytearray] = {}
+        self._confidences: dict[str | None, array] = {}
         self._scores: dict[str | None, array] = {}
         self._labels: dict[str | None, list[str]] = {}
         self.disagreements: list[Row] = []
@@ -126,8 +127,7 @@ class Evaluation:
         if answer is None:
             return
         if self._settings.min_confidence is not None:
-            is_known = row.known_from(self._settings.min_confidence).is_known
-            self._is_known.setdefault(row.adapter, bytearray()).append(is_known)
+            self._confidences.setdefault(row.adapter, array("d")).append(row.top_k[0][1])
         if self._several:
             scored = sorted(row.top_k)
             self._labels.setdefault(row.adapter, [label for label, _ in scored])
@@ -148,22 +148,14 @@ class Evaluation:
             if len(labelled):
                 yield from evaluation_lines(labelled)
                 if self._settings.min_confidence is not None:
-                    answered = found.select([row for row in rows if self._is_known[adapter][row]])
-                    yield from self._rejection_lines(answered, len(labelled))
+                    confidence = np.array(self._confidences[adapter])[rows]
+                    yield from _rejection_lines(labelled, confidence, self._settings.min_confidence)
             if len(labelled) < len(found) and self._settings.labels_file:
                 yield f"{len(found) - len(labelled):,} images are not in {self._settings.labels_file}"
             if self._other:
                 yield ""
                 names = ("this model", self._settings.compare_to or "")
                 yield from comparison_lines(paired(found, self._other), names, self._label_of)
-
-    def _rejection_lines(self, answered: Predictions, count: int) -> Iterator[str]:
-        """Yields how many of `count` labelled images are answered with --min_confidence, and how accurately."""
-        share = f"{len(answered):,} of {count:,} images ({len(answered) / count:.1%}) are answered"
-        hits = sum(said == given for said, given in zip(answered.predicted, answered.given, strict=True))
-        accuracy = f", with accuracy {hits / len(answered):.4f}" if len(answered) else ""
-        yield ""
-        yield f"with --min_confidence {self._settings.min_confidence:g}: {share}{accuracy}"
 
     def _predictions(self, adapter: str | None) -> Predictions:
         answers, labels = self._answers[adapter], self._labels.get(adapter, [])
@@ -183,6 +175,15 @@ class Evaluation:
         """Returns the answer for an image, and that of --compare_to."""
         said = ", ".join(f"{label} {score:.0%}" for label, score in row.answer) or "(none)"
         return f"{said}\nother: {shown(self._other_answer[row.path])}"
+
+
+def _rejection_lines(labelled: Predictions, confidence: np.ndarray, threshold: float) -> Iterator[str]:
+    """Yields which share of the labelled images is answered with --min_confidence, and how accurately."""
+    correct = np.array([said == given for said, given in zip(labelled.predicted, labelled.given, strict=True)])
+    (row,) = coverage(confidence, correct, [threshold])
+    accuracy = "" if row.accuracy is None else f", with accuracy {row.accuracy:.4f}"
+    yield ""
+    yield f"with --min_confidence {threshold:g}: {row.answered:.1%} of {len(labelled):,} images are answered{accuracy}"
 
 
 def _answer(row: Row) -> Any:

@@ -175,6 +175,7 @@ def find_inputs(settings: PredictSettings) -> Inputs:
     if left_out := len(found) - len(paths):
         logger.info("left out %s pictures that --explain or --grid of this command write", f"{left_out:,}")
     listed = read_list(images.images_from) if images.images_from else []
+    # Each alone is without repeats, and looking for them in a million names takes memory.
     return Files(_once([*paths, *listed]) if paths and listed else [*paths, *listed])
 
 

@@ -97,7 +97,7 @@ class Parts:
         # The others wait, so that only the first process reports an error of the directory.
         if self._rank:
             self._wait_for("begun", [0])
-        self._lock = RunLock(f"--output {output}")
+        self._lock = RunLock("--output", output)
         with writing(self.directory, "output"):
             if not self._rank:
                 self._lock.take(self.directory)

@@ -108,11 +108,16 @@ def reliability(scored: Confidences) -> list[ReliabilityBin]:
     return [ReliabilityBin(float(a), float(b), int(n)) for a, b, n in zip(*means, counts, strict=True)]
 
 
-def coverage(scored: Confidences, thresholds: Sequence[float]) -> list[Coverage]:
-    """Returns the share of the samples above each threshold of confidence, and their accuracy."""
+def coverage(confidence: np.ndarray, correct: np.ndarray, thresholds: Sequence[float]) -> list[Coverage]:
+    """Returns the share of the samples above each threshold of confidence, and their accuracy.
+
+    Args:
+        confidence: [N], of the predictions.
+        correct: [N], whether they are right.
+    """
     rows = []
     for threshold in thresholds:
-        answered = scored.confidence >= threshold
-        accuracy = float(scored.correct[answered].mean()) if answered.any() else None
+        answered = confidence >= threshold
+        accuracy = float(correct[answered].mean()) if answered.any() else None
         rows.append(Coverage(threshold, float(answered.mean()), accuracy))
     return rows

@@ -14,8 +14,8 @@ from lora_dist.model.classifier import load_classifier
 
 TOLERANCE = 1e-3
 """Largest difference of fp32 logits, relative to the largest logit, on the same or another device."""
-HALF_PRECISION_TOLERANCE = 1e-1
-"""The same if one side is computed in fp16 or bf16, whose rounding a tiny MobileViT raises to 5e-2."""
+HALF_PRECISION_TOLERANCE = 5e-2
+"""The same if one side is computed in fp16 or bf16."""
 
 
 def require_same_logits(

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +19,6 @@ from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
 from lora_dist.processes.failure import format_ranks, read_failure
 from lora_dist.processes.lifetime import end_process, end_with_error
 from lora_dist.processes.rendezvous import launch_store, store_lost
-from lora_dist.processes.run_lock import OTHER_HOST_SECONDS, RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -209,20 +207,3 @@ def _time_limit(seconds: float, message: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def lock_output(lock: RunLock, root: Path, accelerator: Accelerator, ddp_timeout: int) -> None:
-    """Takes the lock of an output directory on the first process. Called on every process.
-
-    Args:
-        lock: of this run.
-        root: the directory; created if it does not exist.
-        accelerator: tells the first process.
-        ddp_timeout: seconds after which the other processes give up.
-
-    Raises:
-        UserError: on every process, if another run holds the lock; it names host, process and start of that run.
-    """
-    with Preflight(timedelta(seconds=ddp_timeout)).first_process_first("locked"):
-        if accelerator.is_main_process:
-            lock.take(root, "resume with --resume_from_checkpoint auto", min(OTHER_HOST_SECONDS, ddp_timeout / 2))

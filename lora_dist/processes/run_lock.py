@@ -38,12 +38,13 @@ class RunLock:
     no other code of a run may open that file.
     """
 
-    def __init__(self, setting: str | None = None) -> None:
+    def __init__(self, flag: str = "--output_dir", value: Path | None = None) -> None:
         """
         Args:
-            setting: for messages, the flag and value that a user gave; by default --output_dir and the directory.
+            flag: the setting that names what is locked, for messages.
+            value: its value, for messages; by default the locked directory.
         """
-        self._setting = setting
+        self._flag, self._value = flag, value
         self._path: Path | None = None
         self._descriptor = -1
         self._made: list[Path] = []
@@ -94,8 +95,9 @@ class RunLock:
             is_here = holder.get("host", socket.gethostname()) == socket.gethostname()
             seconds = SAME_HOST_SECONDS if is_here else other_host_seconds
             if time.monotonic() - start > seconds:
-                other = f"choose another {self._named(root).split()[0]}"
-                raise UserError(f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or {other}.")
+                raise UserError(
+                    f"{in_use} Wait until that run ends, or stop it and {to_go_on}, or choose another {self._flag}."
+                )
             if not said:
                 logger.warning("%s Waiting up to %.0f s for that process to end", in_use, seconds)
                 said = True
@@ -139,7 +141,7 @@ class RunLock:
         logger.warning(text, self._named(root), why, who)
 
     def _named(self, root: Path) -> str:
-        return self._setting or f"--output_dir {root}"
+        return f"{self._flag} {self._value or root}"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -12,12 +12,12 @@ from lora_dist.errors import TrainingStoppedError, UserError
 from lora_dist.hub import local_directory
 from lora_dist.model.classifier import load_classifier
 from lora_dist.processes.devices import inference_batch_size
-from lora_dist.processes.preflight import Preflight, lock_output
+from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.run_lock import RunLock
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.launching import launch_run
+from lora_dist.training.launching import launch_run, lock_output
 from lora_dist.training.problem_types import PROBLEM_TYPES
 from lora_dist.training.reporting.report import measured, write_evaluation
 from lora_dist.training.saving.output import Output, require_empty, without_nan

@@ -99,6 +99,7 @@ def calibrate(validation: ScoredSamples, test: ScoredSamples | None = None) -> C
     measured = test if test is not None and on_test else validation
     before = confidences(measured)
     after = confidences(measured, temperature) if on_test or crossed is None else crossed
+    scored = confidences(validation, temperature)
     return CalibrationReport(
         temperature,
         images,
@@ -106,7 +107,7 @@ def calibrate(validation: ScoredSamples, test: ScoredSamples | None = None) -> C
         ON_TEST if on_test else CROSS_FITTED if crossed is not None else "validation",
         ConfidenceMeasurement.of(before),
         ConfidenceMeasurement.of(after),
-        coverage(confidences(validation, temperature), THRESHOLDS),
+        coverage(scored.confidence, scored.correct, THRESHOLDS),
     )
 
 

@@ -36,7 +36,12 @@ def test_every_name_leads_somewhere() -> None:
 
 
 def test_a_run_returns_its_results(vit: Path, photos: Path, tmp_path: Path) -> None:
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.benchmark = "tf32", True
+    matmul, flag, value = torch.backends.cuda.matmul, "fp32_precision", "tf32"
+    if not hasattr(matmul, flag):  # before torch 2.9
+        flag, value = "allow_tf32", True
+    before = getattr(matmul, flag)
+    setattr(matmul, flag, value)
+    torch.backends.cudnn.benchmark = True
     result = lora_dist.fit(
         model_name_or_path=vit,
         train_dir=photos / "train",
@@ -50,9 +55,10 @@ def test_a_run_returns_its_results(vit: Path, photos: Path, tmp_path: Path) -> N
         deterministic=True,
     )
     assert not torch.are_deterministic_algorithms_enabled(), "what follows in the process is not of the run"
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert getattr(matmul, flag) == value
     assert torch.backends.cudnn.benchmark
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.benchmark = "none", False
+    setattr(matmul, flag, before)
+    torch.backends.cudnn.benchmark = False
     assert result.path == tmp_path / "run" / "adapter"
     assert result.output_dir == tmp_path / "run"
     assert result.metrics == results_of(tmp_path / "run")

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lora_dist.data.pixels.processor import ProcessorError, processed
+
 MAX_RESIZED = 50_000_000
 """Largest number of pixels of a resized image: about 350 MB while it is processed."""
 CROPPED_RATIO, _KEPT_RATIO = 32, 16
@@ -94,16 +96,11 @@ def _shortest_edge(processor: Any) -> int | None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 160, 3)).astype(np.uint8)
     long = Image.fromarray(pixels)
     try:
-        sides = processor(long, do_center_crop=False, return_tensors="pt")["pixel_values"].shape[-2:]
+        sides = processed(processor, long, do_center_crop=False).shape[-2:]
         # Where the crop is a part of the resize, the size is that of the crop.
         edge = int(min(sides) / (getattr(processor, "crop_pct", None) or 1)) if sides[0] == sides[1] else min(sides)
-        whole, centre = (
-            processor(image, return_tensors="pt")["pixel_values"] for image in (long, long.crop((40, 0, 120, 4)))
-        )
-    except MemoryError:
-        raise
-    except Exception:
-        # Each processor has its own for an image or an option that it does not take.
+        whole, centre = (processed(processor, image) for image in (long, long.crop((40, 0, 120, 4))))
+    except ProcessorError:
         return None
     # The part that `_cut` keeps has to contain the crop.
     is_kept = bool((whole == centre).all()) and _KEPT_RATIO * edge >= max(whole.shape[-2:])

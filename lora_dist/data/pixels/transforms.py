@@ -17,6 +17,7 @@ from lora_dist.data.pixels.deferred import DeferredOps, combine, resize
 from lora_dist.data.pixels.images import ImageSource, Picture, UnreadableImageError, load_rgb
 from lora_dist.data.pixels.limits import CROPPED_RATIO, CentreCrop, TooLongError
 from lora_dist.data.pixels.mixing import NOWHERE, Area
+from lora_dist.data.pixels.processor import ProcessorError, processed
 from lora_dist.data.pixels.views import View
 from lora_dist.errors import UserError
 from lora_dist.settings.train import AugmentationSettings
@@ -71,11 +72,8 @@ class ImageTransforms:
             raise UnreadableImageError(f"{name}: {error}") from error
         if max(part.size) > CROPPED_RATIO * min(part.size):
             try:
-                self.processor(part, return_tensors="pt")
-            except MemoryError:
-                raise
-            except Exception as error:
-                # Where the longer side is fixed, the shorter one may become 0; each processor has its own for that.
+                processed(self.processor, part)
+            except ProcessorError as error:  # where the longer side is fixed, the shorter one may become 0
                 reason = (
                     f"{part.width} x {part.height} pixels are too long and thin for {type(self.processor).__name__}"
                 )
@@ -153,11 +151,8 @@ class ImageTransforms:
         """Whether the processor can leave out resizing and cropping; timm's transforms cannot."""
         pixels = torch.zeros(1, 3, self.height + 1, self.width, dtype=torch.uint8)
         try:
-            made = self.processor(pixels, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        except MemoryError:
-            raise
-        except Exception:
-            # Each processor has its own for options that it does not take.
+            made = processed(self.processor, pixels, do_resize=False, do_center_crop=False)
+        except ProcessorError:
             return False
         return made.shape == pixels.shape
 
@@ -209,12 +204,9 @@ class ImageTransforms:
         pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 2 * self.width + 7, 3)).astype(np.uint8)
         images = [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
         try:
-            first = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-            both = self._last_steps(first)
-        except MemoryError:
-            raise
-        except Exception:
-            # Each processor has its own for options that it does not take.
+            first = processed(self.processor, images, do_rescale=False, do_normalize=False)
+            both = processed(self.processor, first, do_resize=False, do_center_crop=False)
+        except ProcessorError:
             return False
         return first.dtype == torch.uint8 and torch.equal(both, self.batch(images))
 

@@ -48,6 +48,9 @@ from lora_dist.training.temperature_fit import MIN_IMAGES, CalibrationReport, ca
 
 logger = logging.getLogger(__name__)
 
+BF16_BASE_TOLERANCE = 1e-1
+"""Largest relative difference of logits with a base in bf16; the rounding of a tiny MobileViT reached 5.3e-2."""
+
 CHECKED_IMAGES = 8
 RELIABILITY = "reliability.png"
 
@@ -166,8 +169,8 @@ class ResultWriter:
     def _check(self, run: TrainingRun, images: list[Image.Image], expected: Tensor) -> None:
         """Checks that the written result gives the logits of the trained model."""
         in_bf16 = run.settings.model.base_dtype == "bfloat16"
-        in_fp32 = run.engine.accelerator.mixed_precision == "no" and not in_bf16
-        tolerance = TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
+        in_fp32 = run.engine.accelerator.mixed_precision == "no"
+        tolerance = BF16_BASE_TOLERANCE if in_bf16 else TOLERANCE if in_fp32 else HALF_PRECISION_TOLERANCE
         prepare = partial(_as_trained, run.engine.accelerator, self.base.heads if in_bf16 else None)
         remote = run.settings.model.trust_remote_code
         require_same_logits(self._result(run), images, expected, tolerance, remote, prepare)

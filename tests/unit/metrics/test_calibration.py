@@ -70,7 +70,7 @@ def test_the_calibration_error_is_the_gap_of_the_reliability_diagram() -> None:
 def test_coverage_by_hand() -> None:
     logits = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.45, 0.55]]).log()
     scored = confidences(ScoredSamples(logits, torch.tensor([0, 1, 1, 1])))
-    rows = coverage(scored, (0.0, 0.6, 0.75, 0.95))
+    rows = coverage(scored.confidence, scored.correct, (0.0, 0.6, 0.75, 0.95))
     assert [row.answered for row in rows] == [1, 0.75, 0.5, 0]
     assert [row.accuracy for row in rows] == [0.75, pytest.approx(2 / 3), 0.5, None]
 

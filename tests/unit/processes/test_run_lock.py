@@ -17,9 +17,9 @@ import pytest
 
 from lora_dist.errors import UserError
 from lora_dist.processes import run_lock
-from lora_dist.processes.preflight import lock_output
 from lora_dist.processes.run_lock import LOCK, RunLock
 from lora_dist.processes.runtime import launch
+from lora_dist.training.launching import lock_output
 
 FORK = multiprocessing.get_context("fork")
 

@@ -92,12 +92,12 @@ def test_a_rounding_that_changes_the_logits_is_refused(vit: Path, tmp_path: Path
         model.get_base_model().classifier.weight.add_(300)
     write_adapter(tmp_path / "adapter", model, base, "card\n")
     classifier = load_classifier(tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"in bf16 the merged model differs .* more than 1\.0e-01; nothing was written"):
+    with pytest.raises(UserError, match=r"in bf16 the merged model differs .* more than 5\.0e-02; nothing was written"):
         merge_to(classifier, "x", tmp_path / "half", [], 1e-2, "bf16")
     assert not (tmp_path / "half").exists()
     loose = merge_to(load_classifier(tmp_path / "adapter"), "x", tmp_path / "half", [], 10.0, "bf16")
     assert loose.rounding is not None
-    assert 0.1 < loose.rounding < 10
+    assert 0.05 < loose.rounding < 10
 
 
 def _disturb(classifier: Any) -> None:
