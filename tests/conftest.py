@@ -1,5 +1,6 @@
 """Models and folders that many tests share, and what machines the markers need."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -39,6 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in MISSING.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[None]:
+    """Puts back logging: a command that a test calls in its process would leave a handler with a closed stream."""
+    root, package = logging.getLogger(), logging.getLogger("lora_dist")
+    handlers, level, level_of_package = root.handlers[:], root.level, package.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    package.setLevel(level_of_package)
 
 
 @pytest.fixture(scope="session")

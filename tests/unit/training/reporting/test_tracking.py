@@ -21,10 +21,17 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import backend_context
+from tensorboard.summary.writer import event_file_writer
 
 from lora_dist.training.reporting.curve_files import JsonLines
 from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.reporting.tracking import Tracker
+
+
+@pytest.fixture(autouse=True)
+def _counter_of_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of one second are ordered by a counter, as text: the file with 10 would come before that with 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def tracker(root: Path, first_step: int = 0, enabled: bool = True) -> Tracker:
