@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.processes.failure import report_failure
-from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.processes.run_lock import RunLock
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             contradictions=contradictions,
         )
         if __name__ == "__main__":
-            move_to_huge_pages()
+            restart_with_huge_pages()
         if settings.run.do_eval_only:
             require_writable(Path(settings.run.output_dir))
             from lora_dist.training.evaluate_only import evaluate_only

@@ -110,7 +110,7 @@ class Evaluation:
         """Whether there is anything to compare with."""
         return self._label_of is not no_label or self._other is not None
 
-    def seen(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def collect(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yields `rows` unchanged, and collects their answers. They are in the order of the files, by adapter.
 
         With several labels per image, `top_k` of the rows has the scores of all labels.
