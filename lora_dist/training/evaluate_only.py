@@ -58,7 +58,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         problem=problem,
     )
     with watch.watching():
-        evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)
+        evaluation = evaluator(after_batch=watch.progressed, with_probabilities=settings.data.fold is not None)
     if accelerator.is_main_process:
         metrics = {f"eval_{name}": value for name, value in measured(evaluation).items()}
         print(json.dumps(without_nan(metrics)), flush=True)

@@ -30,7 +30,7 @@ ROWS = 1024
 """Images whose distances to all training images are in memory at once."""
 
 
-def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: int) -> None:
+def probe(run: TrainingRun, heads: list[str], train: Split, path: Path) -> None:
     """Measures both accuracies and writes them to a file, unless a resumed run has changed the features already.
 
     Must be called on every process, in the watch's context.
@@ -40,22 +40,22 @@ def probe(run: TrainingRun, heads: list[str], train: Split, path: Path, step: in
         heads: modules that are trained in full.
         train: training images; seen as in an evaluation.
         path: file for the accuracies.
-        step: updates done.
     """
+    step = run.progress.step
     if step or len(heads) != 1:
         if not path.exists():
             reason = "the run has trained already" if step else f"several modules train in full: {', '.join(heads)}"
             logger.warning("--probe: no linear probe, because %s", reason)
         return
     start = time.perf_counter()
-    run.watch.now("computing the features of the base", first=True)
+    run.watch.enter("computing the features of the base", extra_time=True)
     accelerator, validation = run.engine.accelerator, run.evaluator.split
     head = base_of(run.engine.unwrapped).get_submodule(heads[0])
     known, asked = (
         collect(run, run.engine.model, head, split, replace(run.evaluator, split=split).loader)
         for split in (train, validation)
     )
-    run.watch.now("fitting the linear probe", first=True)
+    run.watch.enter("fitting the linear probe", extra_time=True)
     found: list[dict[str, float]] = [{}]
     if accelerator.is_main_process:
         found = [accuracies(known, asked, len(run.evaluator.labels), accelerator.device)]

@@ -105,7 +105,7 @@ class ResultWriter:
         Raises:
             ResultNotWrittenError: the directory cannot be written to.
         """
-        run.watch.now("writing the result", first=True)
+        run.watch.enter("writing the result", extra_time=True)
         accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
         problem = run.evaluator.problem
         trained = run.engine.trainable_state()

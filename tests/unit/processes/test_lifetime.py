@@ -151,7 +151,7 @@ def _full_pipe() -> tuple[int, int]:
     [
         ("raise ZeroDivisionError", 1),
         ("raise UserError('no such file')", 2),
-        ("stalled.now('hangs')\nstalled.warmed_up()\nwith stalled.watching(): time.sleep(600)", 124),
+        ("stalled.enter('hangs')\nstalled.end_warm_up()\nwith stalled.watching(): time.sleep(600)", 124),
     ],
 )
 def test_a_command_ends_although_standard_error_blocks(body: str, code: int, tmp_path: Path) -> None:
