@@ -95,7 +95,13 @@ def _ranking(scores: np.ndarray, positive: np.ndarray) -> _Ranking:
 
 
 def _sums(weights: np.ndarray, images: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sums of the weights [R, N] of images from each start to the next one, shape [R, starts]."""
+    """Sums of weights per segment, shape [R, starts]; a segment of `images` goes from one of `starts` to the next.
+
+    Args:
+        weights: shape [R, N].
+        images: columns of `weights`.
+        starts: first index into `images` of each segment.
+    """
     return np.add.reduceat(np.take(weights, images, axis=1), starts, axis=1)
 
 

@@ -53,7 +53,10 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = N
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of McNemar's exact test: the chance that a fair coin gives a split at least as uneven."""
+    """Returns the two-sided p-value of McNemar's exact test.
+
+    It is the probability that as many fair coin tosses split at least as unevenly.
+    """
     count, fewer = only_first + only_second, min(only_first, only_second)
     k = np.arange(fewer)
     # Logarithms of the binomial coefficients, which overflow for some thousands of images.

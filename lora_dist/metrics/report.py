@@ -66,7 +66,7 @@ def _metric_lines(count: int, measured: Measured) -> Iterator[str]:
 
 
 def _all_labels(*several: Predictions) -> list[str]:
-    """The labels that images have, or are said to have, and those with scores."""
+    """Returns all labels that occur as given or predicted ones, or that have scores, sorted."""
     found = {name for one in several for names in (*one.given, *one.predicted) for name in names or ()}
     return sorted(found.union(*(one.classes for one in several)))
 

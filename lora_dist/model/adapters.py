@@ -157,7 +157,7 @@ def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Te
     """Loads tensors under plain names into an adapter of a model.
 
     Raises:
-        UserError: keys are missing or unexpected, or shapes differ; in the names of the adapter's files.
+        UserError: keys are missing or unexpected, or shapes differ; the message has the names of the adapter's files.
     """
     assert isinstance(model, PeftModel)
     found = list(_adapter_tensors(model, name))

@@ -38,7 +38,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a bundle about its input and output: images to model input, and logits to an answer."""
+    """What a bundle stores besides weights: how images become model input, and how logits become an answer."""
 
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED

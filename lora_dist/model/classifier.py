@@ -152,7 +152,7 @@ def attach_adapter(base: Base, bundle: AdapterBundle, name: str = parameter_name
 
 
 def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:
-    """Returns a bundle's adapter in the names of its base, and the processor that it was trained with.
+    """Returns a bundle's adapter with the parameter names of its base, and its processor, or else that of the base.
 
     Raises:
         UserError: the adapter was trained on another base, or neither has weights that the model needs.

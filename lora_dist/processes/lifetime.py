@@ -102,7 +102,7 @@ def owns_process() -> bool:
 
 
 def limit_exit(code: int, seconds: float | None = None) -> None:
-    """Exits with this code after some seconds (default: `GRACE_SECONDS`), whatever the process does until then.
+    """Starts a timer that ends the process with this code after `seconds` (default: `GRACE_SECONDS`).
 
     Call it before anything that may block, such as writing to a pipe that nobody reads.
     """

@@ -1,4 +1,4 @@
-"""Checks that all processes start and can communicate, before the model and the data are loaded."""
+"""Barriers of the start-up that name the missing processes, and a timed all-reduce."""
 
 import logging
 import os
@@ -104,7 +104,7 @@ class Preflight:
         unfinished = (
             f"all {self._world_size} processes have arrived, but an all-reduce did not finish within {self._limit}. "
             f"Check that no firewall blocks traffic between the nodes and that NCCL_SOCKET_IFNAME and "
-            f"GLOO_SOCKET_IFNAME name the right interface. NCCL_DEBUG=INFO logs details."
+            f"GLOO_SOCKET_IFNAME name the right network interface. NCCL_DEBUG=INFO logs details."
         )
         numbers = torch.zeros(SIZE, device=accelerator.device)
         seconds = []

@@ -55,7 +55,7 @@ def _named_numbers(value: Any) -> Any:
 
 
 def _blocks(value: Any) -> Any:
-    """Checks `last:N`, and makes a list of the numbers of blocks."""
+    """Checks `last:N`; makes a list of block indices of anything else, such as `0,1,2`."""
     if isinstance(value, str) and value.startswith("last:"):
         if not value[5:].isdecimal() or int(value[5:]) == 0:
             raise ValueError("expected last:N, such as last:4")

@@ -246,7 +246,7 @@ class OptimizationSettings(Group):
     warmup_ratio: Fraction = 0.0
     """Warmup as a fraction of all updates."""
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Optimizer. sgd has one moment instead of two, and needs a higher --learning_rate."""
+    """Optimizer. sgd keeps one number per weight instead of the two of AdamW, and needs a higher --learning_rate."""
     momentum: Fraction = 0.9
     """Momentum of SGD, without Nesterov."""
     weight_decay: NonNegative = 0.0

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from lora_dist.data.batch import Batch
 from lora_dist.data.sampling.order import PADDING_INDEX
-from lora_dist.engines.engine import share_statistics
+from lora_dist.engines.engine import broadcast_statistics
 from lora_dist.errors import TrainingStoppedError
 from lora_dist.model.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
@@ -73,7 +73,7 @@ def training_loop(run: TrainingRun, push_best: PushBest) -> None:
             _evaluate_and_save(run, meter, push_best, save_requested)
             if save_requested:
                 run.preemption.clear_save_request()
-        share_statistics(run.engine)
+        broadcast_statistics(run.engine)
 
 
 def _catch_up(run: TrainingRun, meter: ThroughputMeter, push_best: PushBest) -> None:
@@ -178,7 +178,7 @@ def _evaluate_and_save(run: TrainingRun, meter: ThroughputMeter, push_best: Push
     best = None
     evaluates = run.is_due(run.settings.run.eval_steps)
     if evaluates:
-        share_statistics(run.engine)
+        broadcast_statistics(run.engine)
         # Saved before the evaluation, which may fail. A resumed run repeats the evaluation.
         run.save()
         with run.with_result_weights():

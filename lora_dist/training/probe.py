@@ -114,7 +114,7 @@ def neighbours(x: Tensor, y: Tensor, asked: Tensor, classes: int) -> Tensor:
 
 
 def read_probe(path: Path) -> dict[str, float]:
-    """Reads the accuracies that `probe` wrote; none without the file."""
+    """Returns the accuracies that `probe` wrote; empty if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -114,7 +114,7 @@ class SingleLabel:
     def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
 
-        Where a logit is not finite the prediction is -1, the rank `NO_RANK`, confidence and loss NaN.
+        If a logit of a sample is not finite, its prediction is -1, its rank `NO_RANK`, and confidence and loss are NaN.
         """
         log_probabilities = logits.log_softmax(dim=-1)
         confidence, prediction = log_probabilities.max(dim=-1)

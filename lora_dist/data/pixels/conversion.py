@@ -30,7 +30,7 @@ class Conversion(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Conversion":
-        """From the JSON object that `record` gave; raises `ValueError` or `TypeError` for anything else."""
+        """Reads what `record` returned; missing fields have their defaults. Raises any exception for anything else."""
         background, limits = record.get("transparent_background"), record.get("pixel_range")
         if background is not None and (
             len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background)

@@ -1,4 +1,4 @@
-"""Several labels of an image in a table or a file of labels: in one cell with a separator, or in columns of 0 and 1."""
+"""Several labels per image in a table or a file: in one cell with a separator, or in a column of 0 and 1 per label."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Exports a classifier to one ONNX file, merged, with dynamic batch size, labels and preprocessing, and checks it."""
+"""Merges an adapter and writes one ONNX file, with labels and preprocessing in its metadata; checks its logits."""
 
 import json
 import logging

@@ -82,7 +82,7 @@ def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: Evaluati
 
 @contextmanager
 def _optional(missing: str) -> Iterator[None]:
-    """Logs a warning in place of an error, because a missing picture is no reason to stop a run."""
+    """Logs an exception of the block as a warning: a run must not stop for a missing picture."""
     try:
         yield
     except Exception as error:

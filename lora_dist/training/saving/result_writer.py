@@ -80,7 +80,7 @@ class ResultWriter:
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
     def push_best(self, run: TrainingRun, evaluation: EvaluationResult) -> None:
-        """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
+        """Writes the current best model for the Hub and queues the upload. Failures are logged; the run goes on."""
         if not run.settings.hub.push_to_hub:
             return
         trained = run.result_weights()
@@ -320,7 +320,7 @@ def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
 
 
 def _message(run: TrainingRun) -> str:
-    """The message of the commit: the update and the metric of its weights."""
+    """Returns the message of the commit on the Hub, such as `Step 120: accuracy 0.9130`."""
     progress, name = run.progress, run.settings.optimization.metric_for_best_model
     if progress.best_step is None or progress.best_value is None:
         return f"Step {progress.step}"
