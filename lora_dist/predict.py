@@ -10,7 +10,7 @@ import sys
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from lora_dist.deployment.export import destinations
+from lora_dist.deployment import destinations
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import report_failure
 from lora_dist.processes.huge_pages import restart_with_huge_pages

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist import hub
-from lora_dist.deployment import classify, explain, outputs
+from lora_dist.deployment import classify, destinations, explain, outputs
 from lora_dist.deployment.classify import Inference, Row
 from lora_dist.deployment.evaluate import Evaluation, Reference
-from lora_dist.deployment.export import destinations
 from lora_dist.deployment.inputs import Inputs, files_of
 from lora_dist.deployment.parts import MAX_IMAGES, Parts, RowsOf, digest_of
 from lora_dist.deployment.progress import Progress

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, parameter_names
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
@@ -46,6 +47,10 @@ class Classifier:
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED
     decision: Decision = field(default_factory=MostLikely)
+
+    def transforms(self) -> ImageTransforms:
+        """Returns what turns images into inputs of the model."""
+        return ImageTransforms(self.processor, conversion=self.conversion)
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model: its own, divided by

@@ -154,7 +154,7 @@ def main() -> None:
     if arguments.memory:
         restart_with_huge_pages()  # as the command does
     classifier = make_classifier(arguments.model, arguments.image_size)
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     arguments.batch_size = choose_batch_size(arguments.batch_size, CPU, transforms)
     size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
     with tempfile.TemporaryDirectory() as folder:

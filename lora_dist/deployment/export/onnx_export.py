@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lora_dist import extras
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import Inference, classify
-from lora_dist.deployment.export.destinations import require_free_file
-from lora_dist.deployment.export.merge import check_images, logits
+from lora_dist.deployment.destinations import require_free_file
+from lora_dist.deployment.export.checks import check_images, logits
 from lora_dist.deployment.export.onnx_model import (
     CONVERSION,
     INPUT,
@@ -103,7 +103,7 @@ def export(
     import onnx
 
     require_free_file(out, "onnx")
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     pixels = transforms.batch(check_images(files, transforms))
     temperature = classifier.calibration.temperature
     expected = logits(classifier.model, pixels) / temperature
