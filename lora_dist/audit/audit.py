@@ -95,8 +95,8 @@ def _images(
 
 
 def _listed(data: AuditData, folder: str, excluded: Collection[str]) -> Listed:
-    several = data.problem_type == MULTI_LABEL
-    return read_labels_file(folder, data.labels_file or "", given_columns(data), excluded, several=several)
+    multi_label = data.problem_type == MULTI_LABEL
+    return read_labels_file(folder, data.labels_file or "", given_columns(data), excluded, multi_label=multi_label)
 
 
 def _listed_file(path: str, split: str, classes: Sequence[str], label: int | list[int]) -> File:

@@ -252,8 +252,8 @@ def _cost(
 ) -> RoundingCost:
     inference = Inference(torch.device("cpu"), batch_size)
     images = changed = labelled = right_before = right_after = 0
-    several = exact.decision.problem_type == MULTI_LABEL
-    names = set() if several else set(exact.labels)
+    multi_label = exact.decision.problem_type == MULTI_LABEL
+    names = set() if multi_label else set(exact.labels)
     rows = (classify(one, files, inference, top_k=1) for one in (exact, rounded))
     for before, after in zip(*rows, strict=True):
         if before.error is not None:
@@ -265,5 +265,5 @@ def _cost(
         labelled += folder is not None
         right_before += answer_before == [folder]
         right_after += answer_after == [folder]
-    answer = "set of labels" if several else "class"
+    answer = "set of labels" if multi_label else "class"
     return RoundingCost(weights, images, changed, labelled, right_before, right_after, answer)
