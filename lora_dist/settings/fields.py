@@ -71,12 +71,34 @@ def _trackers(value: Any) -> Any:
     return names
 
 
+def _interval(value: Any) -> Any:
+    """Checks `epoch`, `no` or a number of updates."""
+    if value not in ("epoch", "no") and not (str(value).isdecimal() and int(value) > 0):
+        raise ValueError("expected a number of updates, epoch or no")
+    return value
+
+
+def _resume(value: Any) -> Any:
+    """Makes `auto`, or None, of the yes and no that `Trainer` takes."""
+    return {"true": "auto", "yes": "auto", "false": None, "no": None}.get(str(value).lower(), value)
+
+
+def _metric(value: Any) -> Any:
+    """The name of a metric without the `eval_` that it has in `Trainer` and in results."""
+    return value.removeprefix("eval_") if isinstance(value, str) else value
+
+
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
     BeforeValidator(_trackers),
 ]
-Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
+Interval = Annotated[int | Literal["epoch", "no"], BeforeValidator(_interval)]
+Resume = Annotated[str | None, BeforeValidator(_resume)]
+Metric = Annotated[
+    Literal["accuracy", "balanced_accuracy", "top5_accuracy", "mAP", "micro_f1", "macro_f1", "loss"],
+    BeforeValidator(_metric),
+]
 Count = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -213,6 +213,11 @@ def _evaluate(run: TrainingRun) -> EvaluationResult | None:
     shown = "  ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items())
     run.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
     show_evaluation(run.tracker, run.evaluator, evaluation, progress.step)
+    if run.is_over() and progress.step < run.schedule.total_steps:
+        run.tracker.say(
+            f"stopped early: {name} has not improved since update {progress.best_step} "
+            f"(--early_stopping_patience {progress.stale_evaluations})"
+        )
     return evaluation if best else None
 
 
@@ -230,7 +235,7 @@ def _log(run: TrainingRun, meter: ThroughputMeter) -> None:
     # Right after a resume, no update has been measured yet.
     if meter.updates:
         values |= _speed(run, meter)
-        left = (run.schedule.total_steps - step) * meter.seconds / meter.updates
+        left = 0 if run.is_over() else (run.schedule.total_steps - step) * meter.seconds / meter.updates
         run.tracker.progress_line(step, run.epoch(step), values, left)
     run.tracker.scalars(step, run.epoch(step), values)
     progress.note_log()
