@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
 from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
@@ -230,8 +230,21 @@ def read_processor(name: str | Path, trust_remote_code: bool) -> Any:
 
 
 def read_config(name: str, **source: Any) -> Any:
-    """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`."""
-    config = AutoConfig.from_pretrained(name, **source)
+    """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`.
+
+    Raises:
+        ValueError: its label map is none; other errors are those of `transformers`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+    except (AttributeError, TypeError, ValueError) as error:
+        found = PreTrainedConfig.get_config_dict(name, **source)[0].get("id2label")
+        if found and not (isinstance(found, dict) and all(str(number).isdecimal() for number in found)):
+            raise ValueError(
+                'the label map (id2label) in its config.json does not map numbers to names: write it as {"0": "first '
+                'class", "1": "second class", …}, or remove it'
+            ) from error
+        raise
     # timm saves it with the other arguments, and `transformers` would pass it a second time.
     (getattr(config, "model_args", None) or {}).pop("num_classes", None)
     return config

@@ -227,7 +227,10 @@ def read_labels(directory: Path) -> list[str]:
     try:
         names = {int(number): str(label) for number, label in found.items()}
     except (AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: its label map (id2label) does not map numbers to names") from error
+        raise UserError(
+            f'{path} is damaged: its label map (id2label) does not map numbers to names: write it as {{"0": "first '
+            f'class", "1": "second class", …}}'
+        ) from error
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"the label map in {path} is not numbered from 0")
     return [names[index] for index in range(len(names))]

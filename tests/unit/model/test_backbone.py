@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,29 @@ def test_a_checkpoint_whose_layers_have_other_weights_is_refused(tmp_path: Path)
 
     edit_tensors(directory / "model.safetensors", rename)
     with pytest.raises(UserError, match=r"it lacks convnext\..*pwconv1\.bias and has convnext\..*fc1\.bias instead"):
+        _base(directory)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "renamed", "message"),
+    [
+        (r"^", "module.", r"names such as module\.\S+, which a wrapper gave them"),
+        (r"^", "_orig_mod.", r"names such as _orig_mod\.\S+, which a wrapper gave them"),
+        (r"layer\.1\.", "layer.1._orig_mod.", r"names such as vit\.\S+\._orig_mod\.\S+, which a wrapper gave them"),
+        (r"^", "net.", r"names such as net\.\S+, and none such as \S+\. Rename its weights"),
+    ],
+)
+def test_a_checkpoint_with_the_names_of_a_wrapper_is_refused(
+    pattern: str, renamed: str, message: str, tmp_path: Path
+) -> None:
+    directory = make_model(tmp_path / "vit", num_labels=3)
+
+    def rename(state: dict[str, Tensor]) -> None:
+        for key in list(state):
+            state[re.sub(pattern, renamed, key)] = state.pop(key)
+
+    edit_tensors(directory / "model.safetensors", rename)
+    with pytest.raises(UserError, match=message):
         _base(directory)
 
 

@@ -10,7 +10,13 @@ import torch
 from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import CLASSES, make_image, make_model, view_of
-from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    LlavaOnevisionImageProcessor,
+    Siglip2ImageProcessor,
+    TextNetImageProcessor,
+    ViTImageProcessor,
+)
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
@@ -28,6 +34,10 @@ LABELS = list(CLASSES)
 PROCESSORS = [
     (ViTImageProcessor(size={"height": 48, "width": 40}), r"takes 3 x 32 x 32, and its image processor gives 3 x 48 x"),
     (Siglip2ImageProcessor(patch_size=8, max_num_patches=16), r"makes \[16, 192\] of an image, not \[3, height, width"),
+    (
+        LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64]]),
+        r"makes \[\d, 3, 32, 32\] of an image, not \[3, height, width\]; .* with --image_processor_name",
+    ),
     (TextNetImageProcessor(size={"shortest_edge": 32}), r"keeps each image's own shape \(32 x 64 or 64 x 32\)"),
     (ViTImageProcessor(size={"longest_edge": 32}), r"ViTImageProcessor cannot prepare an RGB image: .*Size must"),
     (
@@ -38,7 +48,7 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(
-    ("processor", "message"), PROCESSORS, ids=["size", "patches", "own shape", "edge", "no deviation"]
+    ("processor", "message"), PROCESSORS, ids=["size", "patches", "crops", "own shape", "edge", "no deviation"]
 )
 def test_a_processor_that_does_not_fit_is_said_when_the_base_is_loaded(
     processor: ViTImageProcessor, message: str, tmp_path: Path
