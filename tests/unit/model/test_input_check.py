@@ -15,8 +15,10 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     Siglip2ImageProcessor,
     TextNetImageProcessor,
+    ViTConfig,
     ViTImageProcessor,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
@@ -24,6 +26,7 @@ from lora_dist.model.backbone import BaseOptions, load_base, load_base_of
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.injection import adapted_layers
+from lora_dist.model.input_check import require_fit
 from lora_dist.model.trainable import make_trainable
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings, Settings
@@ -66,6 +69,20 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     type(model)(model.config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"takes 1 x 32 x 32, and its image processor gives 3 x 32 x 32"):
         load_base(str(tmp_path), LABELS)
+
+
+def test_a_model_with_an_auxiliary_head_is_refused(tmp_path: Path) -> None:
+    class TwoHeads(torch.nn.Module):
+        """As `TimmWrapperForImageClassification` of Inception v3 with `aux_logits`."""
+
+        config = ViTConfig(num_labels=3)
+
+        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+            logits = torch.zeros(len(pixel_values), 3)
+            return ImageClassifierOutput(logits=(logits, logits))
+
+    with pytest.raises(UserError, match=r"TwoHeads returns 2 outputs in place of logits: turn its auxiliary head off"):
+        require_fit(TwoHeads(), ViTImageProcessor())
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
