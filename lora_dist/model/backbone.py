@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_io import require_content
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
@@ -299,6 +300,12 @@ def cannot_load(name: str, error: Exception) -> UserError:
     # `transformers` goes on with the names of all models that it has.
     reason = re.split(r"\nModel type should be one of|, or one of the following `model_type`", str(error))[0]
     reason = reason or type(error).__name__
+    if "Weights only load failed" in reason:
+        # torch's own message advises to run the code in it.
+        reason = (
+            "pytorch_model.bin is damaged, or holds more than tensors, and is not opened. Ask its author for "
+            "model.safetensors, or for a file that torch.load reads with weights_only=True"
+        )
     if isinstance(error, StrictDataclassError):
         reason = f"config.json is damaged: {' '.join(reason.split())}"
     lacks_processor = "load image processor" in reason
@@ -354,8 +361,10 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     """The model, and the names of weights that are missing or of another shape, and of those that it does not have.
 
     Raises:
-        UserError: as `require_same_layers`.
+        UserError: as `require_same_layers` and `require_content`.
     """
+    for file in _weight_files(Path(name)):
+        require_content(file)
     renamed = prefixes_to_remove(config)
     model, loading = AutoModelForImageClassification.from_pretrained(
         name,

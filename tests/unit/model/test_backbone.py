@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -466,6 +467,25 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"cannot load the base model '{directory}'"):
+        _base(directory)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", POINTER, r"model\.safetensors is a pointer of Git LFS.*: run `git lfs pull`"),
+        ("pytorch_model.bin", POINTER, r"pytorch_model\.bin is a pointer of Git LFS.*: run `git lfs pull`"),
+        ("pytorch_model.bin", pickle.dumps(Path), r"pytorch_model\.bin is damaged, or holds more than tensors"),
+    ],
+)
+def test_files_without_weights_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "vit")
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
         _base(directory)
 
 
