@@ -18,6 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 
+_POINTER = b"version https://git-lfs"
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 
@@ -71,6 +72,13 @@ def result_of_run(directory: Path) -> str:
         if (inside / file).is_file():
             return f". It is {what}; pass its result, {inside}"
     return ""
+
+
+def require_content(file: Path) -> None:
+    """Raises a `UserError` if a file is what `git clone` leaves of a large file where Git LFS is not installed."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{file} is a pointer of Git LFS, and not the file itself: run `git lfs pull` beside it")
 
 
 def plain_name(key: str) -> str | None:
@@ -145,6 +153,7 @@ def _weights_file(directory: Path) -> Path:
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     damaged = f"the adapter in {file.parent} is damaged:"
+    require_content(file)
     try:
         if file.name == WEIGHTS:
             return load_file(file)

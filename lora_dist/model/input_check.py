@@ -43,6 +43,11 @@ def require_fit(model: Any, processor: Any) -> None:
         model.train(was_training)
     if logits is None:
         raise UserError(f"{kind} returns no logits and cannot be trained as a classifier")
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(
+            f"{kind} returns {len(logits)} outputs in place of logits: turn its auxiliary head off, such as aux_logits "
+            f"in the model_args of timm's config.json"
+        )
     expected = [2, model.config.num_labels]
     if list(logits.shape) != expected:
         raise UserError(

@@ -103,6 +103,11 @@ def export(
     import onnx
 
     require_free_file(out, "onnx")
+    if classifier.processor.to_dict().get("auto_map"):
+        raise UserError(
+            f"--onnx {out}: the image processor {type(classifier.processor).__name__} has code of its own, which an "
+            f"ONNX file does not contain; write the model with --merge_to instead"
+        )
     transforms = classifier.transforms()
     pixels = transforms.batch(check_images(files, transforms))
     temperature = classifier.calibration.temperature

@@ -232,6 +232,39 @@ def test_the_head_of_a_base_that_does_not_name_its_classes_stays(
     assert "keeping the head of the base" in caplog.text
 
 
+@pytest.mark.parametrize("names", [None, {}])
+def test_the_head_of_a_base_without_a_label_map_stays(
+    names: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, expected = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    edit_json(directory / "config.json", id2label=names)
+    with caplog.at_level(logging.INFO):
+        base = load_base_of(_settings(directory), ["z", "x", "y"])
+    torch.testing.assert_close(_logits(base.model, base), expected)
+    assert "keeping the head of the base, which does not name its 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize("names", [{"1": "x", "2": "y", "3": "z"}, {"0": "x", "1": "y", "5": "z"}])
+def test_the_head_of_a_base_whose_classes_are_not_numbered_from_0_is_made_anew(
+    names: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows which of its outputs is which class."""
+    directory, expected = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    edit_json(directory / "config.json", id2label=names, label2id=None)
+    for labels in (["x", "y", "z"], ["z", "x", "y"]):
+        base = load_base_of(_settings(directory), labels)
+        assert not torch.allclose(_logits(base.model, base).sort().values, expected.sort().values)
+    assert caplog.text.count("the base has classes that are not numbered from 0 (") == 2
+
+
+@pytest.mark.parametrize("names", [["x", "y", "z"], {"x": 0, "y": 1, "z": 2}, "x, y, z"])
+def test_a_base_whose_label_map_is_none_is_refused(names: Any, tmp_path: Path) -> None:
+    directory, _ = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    edit_json(directory / "config.json", id2label=names)
+    with pytest.raises(UserError, match=r"id2label\) in its config\.json does not map numbers to names: write it as "):
+        load_base_of(_settings(directory), ["x", "y", "z"])
+
+
 def test_class_names_that_are_numbers_are_those_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory, expected = _classifier(tmp_path, "vit", ["7", "8", "9"])
     edit_json(directory / "config.json", id2label={"0": 7, "1": 8, "2": 9})

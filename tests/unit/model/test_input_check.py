@@ -10,7 +10,15 @@ import torch
 from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import CLASSES, make_image, make_model, view_of
-from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    LlavaOnevisionImageProcessor,
+    Siglip2ImageProcessor,
+    TextNetImageProcessor,
+    ViTConfig,
+    ViTImageProcessor,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
@@ -18,6 +26,7 @@ from lora_dist.model.backbone import BaseOptions, load_base, load_base_of
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.injection import adapted_layers
+from lora_dist.model.input_check import require_fit
 from lora_dist.model.trainable import make_trainable
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings, Settings
@@ -28,6 +37,10 @@ LABELS = list(CLASSES)
 PROCESSORS = [
     (ViTImageProcessor(size={"height": 48, "width": 40}), r"takes 3 x 32 x 32, and its image processor gives 3 x 48 x"),
     (Siglip2ImageProcessor(patch_size=8, max_num_patches=16), r"makes \[16, 192\] of an image, not \[3, height, width"),
+    (
+        LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64]]),
+        r"makes \[\d, 3, 32, 32\] of an image, not \[3, height, width\]; .* with --image_processor_name",
+    ),
     (TextNetImageProcessor(size={"shortest_edge": 32}), r"keeps each image's own shape \(32 x 64 or 64 x 32\)"),
     (ViTImageProcessor(size={"longest_edge": 32}), r"ViTImageProcessor cannot prepare an RGB image: .*Size must"),
     (
@@ -38,7 +51,7 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(
-    ("processor", "message"), PROCESSORS, ids=["size", "patches", "own shape", "edge", "no deviation"]
+    ("processor", "message"), PROCESSORS, ids=["size", "patches", "crops", "own shape", "edge", "no deviation"]
 )
 def test_a_processor_that_does_not_fit_is_said_when_the_base_is_loaded(
     processor: ViTImageProcessor, message: str, tmp_path: Path
@@ -56,6 +69,20 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     type(model)(model.config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"takes 1 x 32 x 32, and its image processor gives 3 x 32 x 32"):
         load_base(str(tmp_path), LABELS)
+
+
+def test_a_model_with_an_auxiliary_head_is_refused(tmp_path: Path) -> None:
+    class TwoHeads(torch.nn.Module):
+        """As `TimmWrapperForImageClassification` of Inception v3 with `aux_logits`."""
+
+        config = ViTConfig(num_labels=3)
+
+        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+            logits = torch.zeros(len(pixel_values), 3)
+            return ImageClassifierOutput(logits=(logits, logits))
+
+    with pytest.raises(UserError, match=r"TwoHeads returns 2 outputs in place of logits: turn its auxiliary head off"):
+        require_fit(TwoHeads(), ViTImageProcessor())
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
