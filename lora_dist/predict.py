@@ -132,8 +132,9 @@ def _classify(
     evaluation = Evaluation(settings.images, reference, files_of(inputs), classes, several)
     if evaluation.is_needed and len({one.decision.problem_type for one in classifiers.values()}) > 1:
         raise UserError("adapters of one class and of several labels per image cannot be evaluated together")
+    shown = min(settings.images.top_k or 1, max(map(len, labels.values())))
     # The mAP needs the scores of all labels.
-    top_k = len(classes) if several and evaluation.is_needed else settings.images.top_k or 1
+    top_k = len(classes) if several and evaluation.is_needed else shown
     # An ONNX file has a precision of its own.
     computed_in = getattr(next(iter(classifiers.values())).model, "precision", inference.precision)
     record = {
@@ -149,6 +150,7 @@ def _classify(
         record=record,
         evaluation=evaluation,
         several=several,
+        top_k=shown,
     )
     rows_of = _rows_of(models, settings, inference, inputs, top_k)
     # No log line stands between rows on the terminal, unless the precision is reduced.
@@ -278,6 +280,7 @@ def _output(
     record: Mapping[str, Any],
     evaluation: Evaluation,
     several: bool,
+    top_k: int,
 ) -> bool:
     """Writes the rows and a grid of images, and prints the evaluation; returns False if an image is unreadable.
 
@@ -289,6 +292,7 @@ def _output(
         record: of the model, for a parquet file.
         evaluation: printed to the standard output, or to the error stream if the rows are printed.
         several: whether rows have labels instead of one class.
+        top_k: number of classes in a row.
     """
     from lora_dist.deployment import outputs
 
@@ -302,7 +306,7 @@ def _output(
         drawn.update(outputs.spread(len(inputs), outputs.GRID_IMAGES))
     in_grid = []
     bad = 0
-    side_by_side, top_k = settings.source.side_by_side, images.top_k or 1
+    side_by_side = settings.source.side_by_side
     with outputs.writer(
         images.output, images.format, top_k, side_by_side, images.output_type, record, several
     ) as write:
