@@ -6,9 +6,38 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import torch
 from PIL import Image
+from tqdm import tqdm
+
+
+class AboveBars(logging.StreamHandler):
+    """Writes messages to a stream, on lines of their own above the progress bars that this process shows there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._process = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        # A process that was forked has copies of bars that it does not show.
+        if not self.stream.isatty() or os.getpid() != self._process:
+            super().emit(record)
+            return
+        with tqdm.get_lock():
+            # A bar that was not drawn yet is not drawn now.
+            bars = [
+                bar
+                for bar in tqdm._instances
+                if bar.fp == self.stream and not bar.disable and bar.last_print_n > bar.initial
+            ]
+            for bar in bars:
+                bar.clear(nolock=True)
+            super().emit(record)
+            for bar in bars:
+                bar.refresh(nolock=True)
 
 
 def set_up_logs(is_main: bool) -> None:
@@ -17,7 +46,7 @@ def set_up_logs(is_main: bool) -> None:
     Args:
         is_main: whether this is the first process; the others log errors alone.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveBars(sys.stderr)], force=True)
     logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
     # DeepSpeed calls functions that torch is about to rename.
     for module in ("transformers", "torch.distributed"):
