@@ -51,10 +51,7 @@ def set_up_logs(is_main: bool) -> None:
     # DeepSpeed calls functions that torch is about to rename.
     for module in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    # Pillow warns of damaged metadata without a name; an image that cannot be read is named by an error.
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-    # Pillow warns from half of the limit of pixels on, at which it refuses an image.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    ignore_warnings_of_pillow()
     if not torch.accelerator.is_available():
         # Otherwise deepspeed, if installed, prints that there is no accelerator whenever a library looks for deepspeed.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -69,6 +66,14 @@ def set_up_logs(is_main: bool) -> None:
     huggingface_hub.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+def ignore_warnings_of_pillow() -> None:
+    """Ignores Pillow's warnings, which do not name the image, in this process and in those that it forks."""
+    # An image with damaged metadata that cannot be read is named by an error.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    # Pillow warns from half of the limit of pixels on, at which it refuses an image.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @contextmanager
