@@ -27,17 +27,16 @@ class AboveBars(logging.StreamHandler):
             super().emit(record)
             return
         with tqdm.get_lock():
-            # A bar that was not drawn yet is not drawn now.
-            bars = [
-                bar
-                for bar in tqdm._instances
-                if bar.fp == self.stream and not bar.disable and bar.last_print_n > bar.initial
-            ]
+            bars = [bar for bar in getattr(tqdm, "_instances", ()) if self._shows(bar)]
             for bar in bars:
                 bar.clear(nolock=True)
             super().emit(record)
             for bar in bars:
                 bar.refresh(nolock=True)
+
+    def _shows(self, bar: tqdm) -> bool:
+        """Whether a bar has been drawn; another thread may be making it."""
+        return hasattr(bar, "start_t") and bar.fp == self.stream and not bar.disable and bar.last_print_n > bar.initial
 
 
 def set_up_logs(is_main: bool) -> None:

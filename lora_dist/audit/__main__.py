@@ -156,13 +156,12 @@ def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversi
     from lora_dist.data.pixels.images import RANGE_IMAGES, range_of
     from lora_dist.settings.fields import color_of
 
-    limits: tuple[float, float] | None
+    conversion = Conversion(color_of(data.transparent_background), all_depths=True)
     if data.pixel_range is not None:
-        limits = (data.pixel_range[0], data.pixel_range[1])
-    else:
-        sample = paths[:: -(-len(paths) // RANGE_IMAGES) or 1]
-        limits = range_of(found for _, found in in_processes(range_pixels, sample, workers, None))
-    return Conversion(color_of(data.transparent_background), limits, all_depths=True)
+        return conversion._replace(pixel_range=(data.pixel_range[0], data.pixel_range[1]))
+    sample = paths[:: -(-len(paths) // RANGE_IMAGES) or 1]
+    found = in_processes(partial(range_pixels, conversion=conversion), sample, workers, None)
+    return conversion._replace(pixel_range=range_of(pixels for _, pixels in found))
 
 
 def _workers(settings: AuditSettings) -> int:
