@@ -9,7 +9,6 @@ from pydantic import Field
 
 from lora_dist.settings.fields import (
     MULTI_LABEL,
-    SEVERAL,
     Color,
     Contradiction,
     Count,
@@ -21,6 +20,7 @@ from lora_dist.settings.fields import (
     impossible_output,
     missing_paths,
     same_folders,
+    several,
 )
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
@@ -53,7 +53,7 @@ class AuditData(Group):
     labels that are likely wrong."""
     transparent_background: Color = "white"
     """Color behind transparent images, as for lora_dist.train: white, black, R,G,B or ignore."""
-    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
+    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=several("X"))
     """LOW HIGH: values that become 0 and 255 in images of more than 8 bits, as for lora_dist.train. Default: the range
     of 64 training images."""
     max_image_pixels: MaxPixels | None = None

@@ -15,8 +15,13 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 ProblemType = Literal["single_label_classification", "multi_label_classification"]
 """Values of `problem_type` in `transformers`: one class per image, or any number of labels."""
 
-SEVERAL: dict[str, Any] = {"several": True}
-"""`json_schema_extra` of a list setting whose flag takes several values, separated by spaces."""
+
+def several(word: str) -> dict[str, Any]:
+    """`json_schema_extra` of a list setting whose flag takes several values, separated by spaces.
+
+    In `--help`, `word` stands for one of them.
+    """
+    return {"several": word}
 
 
 class Group(BaseModel):

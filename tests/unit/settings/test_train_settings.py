@@ -16,6 +16,7 @@ from lora_dist.settings import cli, trainer_flags
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.sweep import SweepSettings
 from lora_dist.settings.train import Settings
 from lora_dist.settings.train_contradictions import contradictions
 
@@ -437,6 +438,15 @@ def test_long_choices_are_in_the_text_of_help() -> None:
     assert cli.flat_fields(Settings)["tuning"].metavar() == "lora|head|full"
     classes = (Settings, PredictSettings, AuditSettings, BenchSettings)
     assert all(len(one.metavar()) <= 60 for kind in classes for one in cli.flat_fields(kind).values())
+
+
+def test_a_flag_of_several_words_shows_one_of_them() -> None:
+    fields = {name: field for kind in (SweepSettings, PredictSettings) for name, field in cli.flat_fields(kind).items()}
+    shown = {name: field.metavar() for name, field in fields.items() if field.takes_several}
+    assert shown == {
+        "adapter": "ADAPTER", "weights": "X", "images": "FILE", "image_size": "N", "pixel_range": "X",
+        "search": "NAME=RANGE",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", cli.recipe_names())
