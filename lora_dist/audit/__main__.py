@@ -68,7 +68,7 @@ def audit(settings: AuditSettings) -> Report:
     from lora_dist.audit.checks import check
     from lora_dist.audit.label_findings import label_findings, read_out_of_fold
     from lora_dist.audit.report import Report
-    from lora_dist.data.sources.class_names import require_distinct, warn_of_case
+    from lora_dist.data.sources.class_names import require_distinct, warn_of_similar
     from lora_dist.data.sources.exclusions import read_exclusions
 
     data = settings.data
@@ -77,7 +77,7 @@ def audit(settings: AuditSettings) -> Report:
     excluded = read_exclusions(data.exclude) if data.exclude else frozenset()
     files, classes, ignored = _images(data, folders, excluded)
     require_distinct(classes)
-    warn_of_case(classes)
+    warn_of_similar(classes)
     has_validation = "validation" in folders or any(file.split == "validation" for file in files)
     training = [file.path for file in files if file.split == "train"]
     # Ahead of the images, whose scan takes long.

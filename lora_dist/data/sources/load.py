@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, load_dataset
 
 from lora_dist import demo
 from lora_dist.data.sampling.training_split import TrainingSplit
-from lora_dist.data.sources.class_names import require_distinct, warn_of_case
+from lora_dist.data.sources.class_names import require_distinct, warn_of_similar
 from lora_dist.data.sources.class_numbers import require_same_numbers_in
 from lora_dist.data.sources.columns import find_image_column
 from lora_dist.data.sources.datasets_cache import with_writable_cache
@@ -322,7 +322,7 @@ def _labelled(
     unknown = sorted(reading.names_in(named) - index_of.keys())
     require_distinct([*labels, *unknown])
     if known is None:
-        warn_of_case(labels)
+        warn_of_similar(labels)
     if unknown:
         raise UserError(
             f"the {name} data has classes that the training data lacks: {', '.join(unknown)}. "

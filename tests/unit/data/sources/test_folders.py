@@ -92,6 +92,21 @@ def test_a_folder_of_images_beside_a_split_is_no_class(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "val", "more"), ("train",)])
+def test_splits_without_class_folders_beside_a_file_of_labels_are_no_classes(
+    splits: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the archives of competitions. Without the file, it is said that they are taken for classes."""
+    make_folder(tmp_path, classes=splits, per_class=3)
+    load_data(DataSettings(train_dir=str(tmp_path)), 42)
+    assert "are taken for classes, and are named as splits" in caplog.text
+    for name in ("sample_submission.csv", "train.csv"):
+        (tmp_path / name).write_text("id,label\n")
+    advice = f"--train_dir {tmp_path / splits[0]} --labels_file {tmp_path / 'train.csv'}"
+    for message in refusals(train_dir=tmp_path):
+        assert message.endswith(f"are splits, not classes; name the folder and the file of its labels: {advice}")
+
+
 @pytest.mark.parametrize("depth", ["flowers", "flowers/flowers"])
 def test_a_single_folder_around_the_class_folders_is_no_class(depth: str, tmp_path: Path) -> None:
     make_folder(tmp_path / depth, classes=("rose", "tulip"), per_class=2)
