@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -18,6 +17,7 @@ from lora_dist.settings.fields import (
     PixelRange,
     ProblemType,
     impossible_output,
+    inside_data,
     missing_paths,
     same_folders,
     several,
@@ -114,7 +114,5 @@ def contradictions(settings: AuditSettings) -> Iterator[Contradiction]:
     for name in ("image_column_name", "label_column_name", "split_column_name", "group_column_name"):
         if getattr(data, name) and not data.labels_file:
             yield Contradiction((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
-    output = Path(settings.run.output_dir).resolve()
-    for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
-        if directory and output.is_relative_to(Path(directory).resolve()):
-            yield Contradiction(("output_dir", name), "the report would become part of the data: use another directory")
+    folders = {"train_dir": data.train_dir, "validation_dir": data.validation_dir}
+    yield from inside_data("output_dir", settings.run.output_dir, **folders)

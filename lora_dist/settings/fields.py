@@ -185,6 +185,13 @@ def same_folders(train_dir: str | None, **others: str | None) -> Iterator[Contra
             yield Contradiction((name, "train_dir"), text)
 
 
+def inside_data(name: str, output: str | None, **folders: str | None) -> Iterator[Contradiction]:
+    """Yields a contradiction for each folder of data, by the name of its setting, that the output would be inside."""
+    for other, folder in folders.items():
+        if output and folder and Path(output).resolve().is_relative_to(Path(folder).resolve()):
+            yield Contradiction((name, other), f"{output} would become part of the data: use another directory")
+
+
 def impossible_output(output_dir: str) -> Iterator[Contradiction]:
     """Yields a contradiction if `output_dir` is not a possible path."""
     _, why = _mode(output_dir)

@@ -177,6 +177,14 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--train_dir", "/tmp", "--validation_dir", "/tmp/../tmp"], "--validation_dir, --train_dir: the same folder"),
         (["--train_dir", "/tmp", "--test_dir", "/tmp"], "--test_dir, --train_dir: the same folder"),
+        (
+            ["--train_dir", "/tmp", "--output_dir", "/tmp/x/run"],
+            "--output_dir, --train_dir: /tmp/x/run would become part",
+        ),
+        (
+            ["--train_dir", "/usr", "--test_dir", "/tmp", "--cache_dir", "/tmp/c"],
+            "--cache_dir, --test_dir: /tmp/c would",
+        ),
         (["--dataset_name", "x", "--validation_split", "train"], "--validation_split, --train_split: the same split"),
         (["--dataset_name", "x", "--do_eval_only"], "set --adapter_name_or_path"),
         (["--train_dir", "/tmp", "--streaming"], "folders cannot be streamed"),
@@ -519,7 +527,7 @@ def test_the_device_supports_only_crops_and_flips(folder: Path) -> None:
 
 def test_pretrained_weights_trained_in_full_have_a_lower_default_rate() -> None:
     def rate(*flags: str) -> float:
-        return parse("--train_dir", ".", *flags).with_default_learning_rate().optimization.learning_rate
+        return parse("--train_dir", "/usr", *flags).with_default_learning_rate().optimization.learning_rate
 
     assert rate() == rate("--tuning", "head") == 5e-3
     assert rate("--tuning", "full") == 5e-5
@@ -571,7 +579,7 @@ def test_other_channels_than_rgb_are_refused_in_a_sentence(folder: Path) -> None
 
 def test_the_batch_size_of_evaluations_has_a_default_unless_given() -> None:
     sizes = [
-        parse("--train_dir", ".", *flags).with_default_eval_batch_size(8).optimization.per_device_eval_batch_size
+        parse("--train_dir", "/usr", *flags).with_default_eval_batch_size(8).optimization.per_device_eval_batch_size
         for flags in ((), ("--per_device_eval_batch_size", "64"), ("--per_device_train_batch_size", "64"))
     ]
     assert sizes == [8, 64, 8]
