@@ -103,12 +103,16 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
     right = {name: right[name] for name in ((flag,) if flag != "train_dir" else ("train_dir", "validation_dir"))}
     wanted = right[flag]
     splits = [folder for name, folder in names.items() if name in SPLIT_NAMES and _holds_classes(folder)]
+    within = [folder for folder in splits if len(inner) > 2 and _inner_names(folder) <= {one.name for one in inner}]
     if len(splits) > 1 or (splits == [wanted] and len(inner) > 1 and names.keys() <= SPLIT_NAMES):
         listed = ", ".join(folder.name for folder in inner if folder.name.lower() in SPLIT_NAMES)
         cause = f"its folders {listed} are splits, not classes"
     elif wanted and _holds_classes(wanted) and (beside := [one for one in inner if not _holds_classes(one)]):
         others = ", ".join(folder.name for folder in beside)
         cause, right = f"its folder {wanted.name} contains class folders; these do not: {others}", {flag: wanted}
+    elif within:
+        cause = f"its folder {within[0].name} is a split with the classes of the others, not a class"
+        raise UserError(f"--{flag} {root}: {cause}; move it to another place, or list it for --exclude")
     elif directory != root:
         cause, right = f"its only folder {folders[0].name} contains the class folders", {flag: directory}
     else:

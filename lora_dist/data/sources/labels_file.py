@@ -61,7 +61,7 @@ SPLITS = {
     for name in names
 }
 MISSING = ("nan", "NaN", "<NA>", "#N/A")
-"""Texts by which other programs mark a missing label."""
+"""Texts by which other programs mark a missing value."""
 _DOUBTFUL = {"na", "n/a", "none", "null", "-nan"}
 """Further such texts, in lower case, which may also be the names of classes."""
 _SHOWN = 3
@@ -243,16 +243,16 @@ def _rows(
         raise UserError(f"{where}: no column {missing[0]} of --slice_columns; the first line has {', '.join(header)}")
     sliced = [header.index(name) for name in slice_columns]
     for line, cells in lines[has_header:]:
-        values = {name: cells[place] if place < len(cells) else "" for name, place in places.items()}
-        slices = tuple(cells[place] if place < len(cells) else "" for place in sliced)
+        known = ["" if cell in MISSING else cell for cell in cells]
+        values = {name: known[place] if place < len(known) else "" for name, place in places.items()}
+        slices = tuple(known[place] if place < len(known) else "" for place in sliced)
         if names:
             labels, wrong = indicated(cells, indicators)
             problems["cells that are neither 0 nor 1"] += [f"line {line}: {one}" for one in wrong]
         elif several:
-            labels = labels_in("" if values["label"] in MISSING else values["label"], delimiter)
+            labels = labels_in(values["label"], delimiter)
         else:
-            is_label = visible_name(values["label"]) and values["label"] not in MISSING
-            labels = (values["label"],) if is_label else ()
+            labels = (values["label"],) if visible_name(values["label"]) else ()
         yield _Row(line, values["path"], labels, values.get("split", "").lower(), values.get("group", ""), slices)
 
 

@@ -84,6 +84,18 @@ def test_class_folders_with_the_same_folders_are_told(
     assert (advice in caplog.text) if advice else not caplog.text
 
 
+def test_a_split_among_the_classes_is_none_of_them(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=("cat", "dog", "val/cat", "val/dog"), per_class=2)
+    for message in refusals(train_dir=tmp_path):
+        assert message == (
+            f"--train_dir {tmp_path}: its folder val is a split with the classes of the others, not a class; move it "
+            f"to another place, or list it for --exclude"
+        )
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'val'}\n")
+    settings = DataSettings(train_dir=str(tmp_path), exclude=str(tmp_path / "list.txt"))
+    assert load_data(settings, 42).labels == ["cat", "dog"]
+
+
 def test_a_folder_of_images_beside_a_split_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, classes=("train/cat", "train/dog", "new"), per_class=2)
     for message in refusals(train_dir=tmp_path):

@@ -206,6 +206,14 @@ def test_the_audit_takes_the_columns_of_training(photos: Path) -> None:
         _load(photos, group_column_name="clinic")
 
 
+def test_a_missing_value_is_no_value_of_any_column(photos: Path) -> None:
+    """Images of unknown patients are not those of one patient called nan."""
+    lines = [f"{line},nan,NaN,<NA>" for line in _lines()]
+    file = _write(photos, "path,label,split,group,site", *lines)
+    listed = read_labels_file(str(photos), str(file), slice_columns=("site",))
+    assert (set(listed.splits), listed.groups, set(listed.slices["site"])) == ({"train"}, listed.paths, {""})
+
+
 def test_groups_stay_on_one_side(photos: Path) -> None:
     lines = [f"{_path(number)},{'ab'[number % 2]},,{number // 3}" for number in range(12)]
     _write(photos, "path,label,split,patient", *lines)
