@@ -6,9 +6,37 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import torch
 from PIL import Image
+from tqdm import tqdm
+
+
+class AboveBars(logging.StreamHandler):
+    """Writes messages to a stream, on lines of their own above the progress bars that this process shows there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._process = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        # A process that was forked has copies of bars that it does not show.
+        if not self.stream.isatty() or os.getpid() != self._process:
+            super().emit(record)
+            return
+        with tqdm.get_lock():
+            bars = [bar for bar in getattr(tqdm, "_instances", ()) if self._shows(bar)]
+            for bar in bars:
+                bar.clear(nolock=True)
+            super().emit(record)
+            for bar in bars:
+                bar.refresh(nolock=True)
+
+    def _shows(self, bar: tqdm) -> bool:
+        """Whether a bar has been drawn; another thread may be making it."""
+        return hasattr(bar, "start_t") and bar.fp == self.stream and not bar.disable and bar.last_print_n > bar.initial
 
 
 def set_up_logs(is_main: bool) -> None:
@@ -17,15 +45,12 @@ def set_up_logs(is_main: bool) -> None:
     Args:
         is_main: whether this is the first process; the others log errors alone.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveBars(sys.stderr)], force=True)
     logging.getLogger("lora_dist").setLevel(logging.INFO if is_main else logging.ERROR)
     # DeepSpeed calls functions that torch is about to rename.
     for module in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    # Pillow warns of damaged metadata without a name; an image that cannot be read is named by an error.
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-    # Pillow warns from half of the limit of pixels on, at which it refuses an image.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    ignore_warnings_of_pillow()
     if not torch.accelerator.is_available():
         # Otherwise deepspeed, if installed, prints that there is no accelerator whenever a library looks for deepspeed.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -40,6 +65,14 @@ def set_up_logs(is_main: bool) -> None:
     huggingface_hub.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+def ignore_warnings_of_pillow() -> None:
+    """Ignores Pillow's warnings, which do not name the image, in this process and in those that it forks."""
+    # An image with damaged metadata that cannot be read is named by an error.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    # Pillow warns from half of the limit of pixels on, at which it refuses an image.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @contextmanager

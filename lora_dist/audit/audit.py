@@ -19,7 +19,7 @@ from lora_dist.audit.report import Report, write_json, write_page, write_quarant
 from lora_dist.audit.scan import Facts, range_pixels, scan, thumbnail
 from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import RANGE_IMAGES, range_of
-from lora_dist.data.sources.class_names import require_distinct, warn_of_case
+from lora_dist.data.sources.class_names import require_distinct, warn_of_similar
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.data.sources.folders import read_class_folders
 from lora_dist.data.sources.labels_file import Listed, given_columns, read_labels_file
@@ -44,7 +44,7 @@ def audit(settings: AuditSettings) -> Report:
     excluded = read_exclusions(data.exclude) if data.exclude else frozenset()
     files, classes, ignored = _images(data, folders, excluded)
     require_distinct(classes)
-    warn_of_case(classes)
+    warn_of_similar(classes)
     has_validation = "validation" in folders or any(file.split == "validation" for file in files)
     training = [file.path for file in files if file.split == "train"]
     # Ahead of the images, whose scan takes long.
@@ -109,13 +109,12 @@ def _listed_file(path: str, split: str, classes: Sequence[str], label: int | lis
 
 def _conversion(data: AuditData, paths: Sequence[str], workers: int) -> Conversion:
     """Returns the conversion of training. The pixel range is approximate: training may hold out some of the images."""
-    limits: tuple[float, float] | None
+    conversion = Conversion(color_of(data.transparent_background), all_depths=True)
     if data.pixel_range is not None:
-        limits = (data.pixel_range[0], data.pixel_range[1])
-    else:
-        sample = paths[:: -(-len(paths) // RANGE_IMAGES) or 1]
-        limits = range_of(found for _, found in in_processes(range_pixels, sample, workers, None))
-    return Conversion(color_of(data.transparent_background), limits, all_depths=True)
+        return conversion._replace(pixel_range=(data.pixel_range[0], data.pixel_range[1]))
+    sample = paths[:: -(-len(paths) // RANGE_IMAGES) or 1]
+    found = in_processes(partial(range_pixels, conversion=conversion), sample, workers, None)
+    return conversion._replace(pixel_range=range_of(pixels for _, pixels in found))
 
 
 def _workers(settings: AuditSettings) -> int:

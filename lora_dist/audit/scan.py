@@ -116,12 +116,12 @@ def _phash(small: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
-def range_pixels(path: str) -> np.ndarray | None:
+def range_pixels(path: str, conversion: Conversion) -> np.ndarray | None:
     """Pixels of an image of more than 8 bits, for the range of the data set; None for any other image."""
     with warnings.catch_warnings():
         # The report covers what Pillow warns about.
         warnings.simplefilter("ignore")
-        return deep_pixels(path, path)
+        return deep_pixels(path, path, conversion)
 
 
 def thumbnail(path: str, conversion: Conversion = AS_TRANSFORMERS) -> str:

@@ -70,8 +70,8 @@ def _soup(settings: PredictSettings, found: Mapping[str, Path], device: torch.de
         labels=read_labels(source),
     )
     inference = Inference(device, images.batch_size, images.num_workers)
-    files = find_images([demo.local_path(source.greedy_soup or "")])
-    accuracy = partial(soup.accuracy, files=files, inference=inference)
+    root = demo.local_path(source.greedy_soup or "")
+    accuracy = partial(soup.accuracy, root=root, files=find_images([root]), inference=inference)
     return soup.greedy(found, blend, accuracy)
 
 

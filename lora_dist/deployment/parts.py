@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_dist import waiting
 from lora_dist.deployment.classify import Row
-from lora_dist.deployment.inputs import Inputs
+from lora_dist.deployment.inputs import Inputs, files_of
 from lora_dist.deployment.progress import Progress
 from lora_dist.errors import UserError
 from lora_dist.processes.failure import format_ranks, read_failure
@@ -102,7 +102,7 @@ class Parts:
             if not self._rank:
                 self._lock.take(self.directory)
             try:
-                self._begin()
+                self._begin(files_of(inputs))
             except BaseException:
                 self._lock.release()
                 raise
@@ -113,7 +113,7 @@ class Parts:
         """Whether this process is the first one, which joins the parts."""
         return self._rank == 0
 
-    def _begin(self) -> None:
+    def _begin(self, files: Sequence[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         plan = self.directory / _PLAN
         if not plan.exists():
@@ -124,6 +124,22 @@ class Parts:
                 f"{self.directory} has parts of a prediction of other images, or by another model or settings: run "
                 f"that one to its end, delete the directory, or choose another --output"
             )
+        if files:
+            self._remove_outdated(files)
+
+    def _remove_outdated(self, files: Sequence[str]) -> None:
+        """Removes the parts of files that were changed, replaced or repaired after they were classified."""
+        outdated = []
+        with waiting.log_wait(lambda: "looking for images that changed since they were classified"):
+            for number in self._written():
+                path, indices = self._path(self._parts[number]), self._parts[number].indices
+                written = path.stat().st_ctime
+                if any(_change_time(files[index]) > written for index in indices):
+                    path.unlink()
+                    outdated.append(number)
+        if outdated:
+            count = self._images_of(outdated)
+            logger.info("%s: %s rows are made again, because images changed since", self.directory, f"{count:,}")
 
     def write(self, rows_of: RowsOf) -> None:
         """Classifies the images of this process and writes their parts, except those that an earlier run has written.
@@ -223,6 +239,14 @@ class Parts:
 
     def _path(self, part: Part) -> Path:
         return self.directory / f"part-{part.number:06d}.jsonl"
+
+
+def _change_time(file: str) -> float:
+    """When a file was last written, replaced or touched; 0 if it is gone, or never was there."""
+    try:
+        return os.stat(file).st_ctime  # noqa: PTH116
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _pairs(classes: list[list[Any]]) -> list[tuple[str, float]]:

@@ -57,8 +57,9 @@ def classify_and_write(
     evaluation = Evaluation(settings.images, reference, files_of(inputs), classes, models.multi_label)
     if evaluation.is_needed and len({one.decision.problem_type for one in models.classifiers.values()}) > 1:
         raise UserError("adapters of one class and of several labels per image cannot be evaluated together")
+    shown = min(settings.images.top_k or 1, max(len(one.labels) for one in models.classifiers.values()))
     # The mAP needs the scores of all labels.
-    top_k = len(classes) if models.multi_label and evaluation.is_needed else settings.images.top_k or 1
+    top_k = len(classes) if models.multi_label and evaluation.is_needed else shown
     # An ONNX file has a precision of its own.
     precision = getattr(first.model, "precision", inference.precision)
     labels = {name: one.labels for name, one in models.classifiers.items()}
@@ -67,7 +68,9 @@ def classify_and_write(
         "labels": labels if settings.source.side_by_side else first.labels,
         "precision": precision,
     }
-    write = partial(_write, inputs=inputs, models=models, settings=settings, record=record, evaluation=evaluation)
+    write = partial(
+        _write, inputs=inputs, models=models, settings=settings, record=record, evaluation=evaluation, top_k=shown
+    )
     rows_of = _rows_of(models, settings, inference, inputs, top_k)
     # No log line stands between rows on the terminal, unless the precision is reduced.
     if settings.images.output or precision != "fp32":
@@ -132,6 +135,7 @@ def _write(
     settings: PredictSettings,
     record: Mapping[str, Any],
     evaluation: Evaluation,
+    top_k: int,
 ) -> bool:
     """Writes the rows and a grid of images, and prints the evaluation; returns whether all images could be read.
 
@@ -142,8 +146,9 @@ def _write(
         settings: name the outputs.
         record: of the models, for a parquet file.
         evaluation: printed to the standard output, or to the error stream if the rows are printed.
+        top_k: number of classes in a row.
     """
-    images, top_k = settings.images, settings.images.top_k or 1
+    images = settings.images
     if hasattr(signal, "SIGPIPE"):
         # Ends `… | head` without a traceback. Not set earlier: a lost connection to the Hub is an error.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

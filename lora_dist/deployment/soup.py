@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lora_dist.data.sources.exclusions import absolute
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.errors import UserError
 from lora_dist.metrics.predictions import class_folder
@@ -46,8 +47,8 @@ def greedy(directories: Mapping[str, Path], blend: Blend, accuracy: Callable[[Cl
     return soup
 
 
-def accuracy(classifier: Classifier, files: Sequence[str], inference: Inference) -> float:
-    """Returns the share of the readable images in folders named after classes that are classified as such.
+def accuracy(classifier: Classifier, root: str, files: Sequence[str], inference: Inference) -> float:
+    """Returns the share of the readable images in folders below `root` named after classes that are classified as such.
 
     Raises:
         UserError: there is no such image, or an image has several labels.
@@ -55,7 +56,7 @@ def accuracy(classifier: Classifier, files: Sequence[str], inference: Inference)
     if classifier.decision.problem_type == MULTI_LABEL:
         raise UserError("--greedy_soup measures one class per image, and these adapters give several labels: --average")
     labels = set(classifier.labels)
-    folders = {file: folder for file in files if (folder := class_folder(file, labels))}
+    folders = {file: folder for file in files if (folder := class_folder(file, labels, absolute(root)))}
     rows = classify(classifier, list(folders), inference, top_k=1)
     right = [row.top_k[0][0] == folders[row.path] for row in rows if row.error is None]
     if not right:

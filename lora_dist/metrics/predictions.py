@@ -13,9 +13,11 @@ Reads both, and writes the first: a line of JSON for each image:
 import csv
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -219,19 +221,27 @@ def no_label(_: str) -> None:
     return None
 
 
-def folder_label(paths: Iterable[str], classes: Collection[str]) -> Callable[[str], str | None]:
+def folder_label(paths: Collection[str], classes: Collection[str]) -> Callable[[str], str | None]:
     """Returns the function that gives the label of an image by its path, as `class_folder` does.
 
     Folders are labels if there are at least two, and all images are in such folders; otherwise, it is `no_label`.
+    Folders around all of the images are not.
     """
-    names = frozenset(classes)
-    folders = {class_folder(path, names) for path in paths}
-    return partial(class_folder, classes=names) if len(folders) > 1 and None not in folders else no_label
+    label_of = partial(class_folder, classes=frozenset(classes), root=common_folder(paths))
+    folders = {label_of(path) for path in paths}
+    return label_of if len(folders) > 1 and None not in folders else no_label
 
 
-def class_folder(path: str, classes: Collection[str]) -> str | None:
-    """Returns the innermost folder around an image that is named after a class, at any depth; None without one."""
-    return next((folder.name for folder in Path(path).parents if folder.name in classes), None)
+def common_folder(paths: Iterable[str]) -> str:
+    """Returns the innermost folder around all images, as an absolute path; empty if there are no images."""
+    folders = {os.path.dirname(path) for path in paths}  # noqa: PTH120
+    return os.path.commonpath([os.path.abspath(folder) for folder in folders]) if folders else ""  # noqa: PTH100
+
+
+def class_folder(path: str, classes: Collection[str], root: str) -> str | None:
+    """Returns the innermost folder around an image that is named after a class, at any depth below `root`, or None."""
+    inside = takewhile(lambda folder: str(folder) != root, Path(os.path.abspath(path)).parents)  # noqa: PTH100
+    return next((folder.name for folder in inside if folder.name in classes), None)
 
 
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
@@ -243,9 +253,10 @@ def folder_label_by_predictions(first: Predictions, second: Predictions) -> Call
     if first.multi_label or second.multi_label:
         return no_label
     predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
-    folders = {path: class_folder(path, predicted) for path in first.paths}
+    root = common_folder(first.paths)
+    folders = {path: class_folder(path, predicted, root) for path in first.paths}
     others = {Path(path).parent.name for path, folder in folders.items() if folder is None}
     # A name that is also that of a folder inside a class is no class.
-    nested = any(class_folder(path, others) for path, folder in folders.items() if folder is not None)
+    nested = any(class_folder(path, others, root) for path, folder in folders.items() if folder is not None)
     all_have_folders = predicted <= set(folders.values()) and not nested
     return folder_label(first.paths, predicted | others if all_have_folders else predicted)

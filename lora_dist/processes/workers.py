@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lora_dist.errors import ProcessError, UserError
+from lora_dist.logs import ignore_warnings_of_pillow
 from lora_dist.processes.lifetime import STACKS_SIGNAL
 from lora_dist.processes.parent_death import end_with_parent, end_with_starter
 from lora_dist.processes.signals import STOP_SIGNALS
@@ -161,6 +162,7 @@ def set_up_worker(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    ignore_warnings_of_pillow()
     # Keeps the worker from finalizing objects that it inherited through fork: a store's destructor joins a thread that
     # only the parent has.
     gc.freeze()

@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from lora_dist.settings.fields import (
     MULTI_LABEL,
-    SEVERAL,
     Color,
     Contradiction,
     Count,
@@ -19,8 +17,10 @@ from lora_dist.settings.fields import (
     PixelRange,
     ProblemType,
     impossible_output,
+    inside_data,
     missing_paths,
     same_folders,
+    several,
 )
 
 Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
@@ -53,7 +53,7 @@ class AuditData(Group):
     labels that are likely wrong."""
     transparent_background: Color = "white"
     """Color behind transparent images, as for lora_dist.train: white, black, R,G,B or ignore."""
-    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
+    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=several("X"))
     """LOW HIGH: values that become 0 and 255 in images of more than 8 bits, as for lora_dist.train. Default: the range
     of 64 training images."""
     max_image_pixels: MaxPixels | None = None
@@ -114,7 +114,5 @@ def contradictions(settings: AuditSettings) -> Iterator[Contradiction]:
     for name in ("image_column_name", "label_column_name", "split_column_name", "group_column_name"):
         if getattr(data, name) and not data.labels_file:
             yield Contradiction((name, "labels_file"), f"--{name} is a column of --labels_file: set it as well")
-    output = Path(settings.run.output_dir).resolve()
-    for name, directory in (("train_dir", data.train_dir), ("validation_dir", data.validation_dir)):
-        if directory and output.is_relative_to(Path(directory).resolve()):
-            yield Contradiction(("output_dir", name), "the report would become part of the data: use another directory")
+    folders = {"train_dir": data.train_dir, "validation_dir": data.validation_dir}
+    yield from inside_data("output_dir", settings.run.output_dir, **folders)

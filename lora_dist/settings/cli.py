@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from lora_dist.errors import UserError
 from lora_dist.processes.huge_pages import is_restarted
 from lora_dist.settings import trainer_flags
-from lora_dist.settings.fields import SEVERAL, Contradiction
+from lora_dist.settings.fields import Contradiction
 
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
@@ -31,7 +31,9 @@ class _Field:
     def __init__(self, group: str, info: FieldInfo) -> None:
         self.group = group
         self.info = info
-        self.takes_several = info.json_schema_extra == SEVERAL
+        extra = info.json_schema_extra
+        self._word = str(extra["several"]) if isinstance(extra, dict) and "several" in extra else ""
+        self.takes_several = bool(self._word)
         self.is_bool = info.annotation is bool
         self.default = info.get_default(call_default_factory=True)
 
@@ -50,6 +52,8 @@ class _Field:
         return next((kind for kind in (int, float) if kind in _members(self.info.annotation)), None)
 
     def metavar(self) -> str:
+        if self._word:
+            return self._word
         types = (get_origin(annotation) or annotation for annotation in _members(self.info.annotation))
         words = [_METAVARS[kind] for kind in types if kind in _METAVARS]
         return "|".join([*words, *(["NAME"] if self._has_many_choices else self._choices)]) or "TEXT"

@@ -15,8 +15,13 @@ SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classifi
 ProblemType = Literal["single_label_classification", "multi_label_classification"]
 """Values of `problem_type` in `transformers`: one class per image, or any number of labels."""
 
-SEVERAL: dict[str, Any] = {"several": True}
-"""`json_schema_extra` of a list setting whose flag takes several values, separated by spaces."""
+
+def several(word: str) -> dict[str, Any]:
+    """`json_schema_extra` of a list setting whose flag takes several values, separated by spaces.
+
+    In `--help`, `word` stands for one of them.
+    """
+    return {"several": word}
 
 
 class Group(BaseModel):
@@ -200,6 +205,13 @@ def same_folders(train_dir: str | None, **others: str | None) -> Iterator[Contra
         if train_dir and folder and os.path.realpath(folder) == os.path.realpath(train_dir):
             text = "the same folder: metrics on training images are too good; without this setting, some are held out"
             yield Contradiction((name, "train_dir"), text)
+
+
+def inside_data(name: str, output: str | None, **folders: str | None) -> Iterator[Contradiction]:
+    """Yields a contradiction for each folder of data, by the name of its setting, that the output would be inside."""
+    for other, folder in folders.items():
+        if output and folder and Path(output).resolve().is_relative_to(Path(folder).resolve()):
+            yield Contradiction((name, other), f"{output} would become part of the data: use another directory")
 
 
 def impossible_output(output_dir: str) -> Iterator[Contradiction]:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lora_dist.settings.fields import (
-    SEVERAL,
     Count,
     Group,
     MaxPixels,
@@ -15,6 +14,7 @@ from lora_dist.settings.fields import (
     NonNegative,
     NonNegativeInt,
     Positive,
+    several,
 )
 
 Format = Literal["jsonl", "csv", "parquet"]
@@ -41,10 +41,10 @@ def suffix_of(output: str | None) -> str:
 class ModelSource(Group):
     """Model"""
 
-    adapter: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
+    adapter: Annotated[Names, Field(json_schema_extra=several("ADAPTER"))] = Field(default=[])
     """Adapter: a directory, e.g. runs/demo/adapter, a checkpoint of a finished run, or a Hub name (org/name or
     org/name@revision). Several adapters of one base model may be given, each optionally named: NAME=DIRECTORY."""
-    weights: Annotated[list[float], Field(json_schema_extra=SEVERAL)] = Field(default=[])
+    weights: Annotated[list[float], Field(json_schema_extra=several("X"))] = Field(default=[])
     """Merge several adapters into one weighted sum: one weight per adapter, adding up to 1."""
     average: bool = False
     """Merge several adapters into one, with equal weights."""
@@ -86,7 +86,7 @@ class ModelSource(Group):
 class Images(Group):
     """Images"""
 
-    images: Annotated[Names, Field(json_schema_extra=SEVERAL)] = Field(default=[])
+    images: Annotated[Names, Field(json_schema_extra=several("FILE"))] = Field(default=[])
     """Files, folders and patterns such as 'photos/*.jpg'."""
     images_from: str | None = None
     """Text file with the paths of images, one per line."""

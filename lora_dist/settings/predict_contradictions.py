@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_dist.demo import is_packaged
 from lora_dist.errors import UserError
-from lora_dist.settings.fields import MAX_IMAGE_PIXELS, Contradiction, Group
+from lora_dist.settings.fields import MAX_IMAGE_PIXELS, Contradiction, Group, inside_data
 from lora_dist.settings.predict import FOR_FILES, SUFFIXES, PredictSettings, format_of, suffix_of
 
 
@@ -184,6 +184,15 @@ def _output_problems(settings: PredictSettings) -> Iterator[Contradiction]:
             yield Contradiction(
                 (name, "output_type"), f"--output_type {images.output_type} has all values: remove --top_k"
             )
+    written = {"output": images.output, "grid": images.grid, "onnx": settings.onnx_to_write}
+    read = {name: getattr(images, name) for name in ("images_from", "labels_file", "compare_to")}
+    read["class_names"] = settings.source.class_names
+    for name, output in written.items():
+        for other, file in read.items():
+            if output and file and Path(file).is_file() and os.path.realpath(output) == os.path.realpath(file):
+                yield Contradiction((name, other), f"{file} would be replaced: choose another file to write")
+    if settings.data.dataset_name and Path(settings.data.dataset_name).is_dir():
+        yield from inside_data("output", images.output, dataset_name=settings.data.dataset_name)
 
 
 def _set(group: Group, *names: str) -> Iterator[str]:

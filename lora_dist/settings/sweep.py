@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from lora_dist.settings import train, train_contradictions
 from lora_dist.settings.cli import did_you_mean, flat_fields
-from lora_dist.settings.fields import SEVERAL, Contradiction, Count, Group
+from lora_dist.settings.fields import Contradiction, Count, Group, several
 
 _FIELDS = flat_fields(train.Settings)
 _SEARCHED_GROUPS = {"model", "lora", "augmentation", "optimization"}
@@ -31,7 +31,9 @@ def _split_words(value: Any) -> Any:
 class SweepGroup(Group):
     """Sweep"""
 
-    search: Annotated[list[str], BeforeValidator(_split_words)] = Field(default=[], json_schema_extra=SEVERAL)
+    search: Annotated[list[str], BeforeValidator(_split_words)] = Field(
+        default=[], json_schema_extra=several("NAME=RANGE")
+    )
     """Training settings to search, separated by spaces: NAME=LOW..HIGH for a range, NAME=log:LOW..HIGH for a
     logarithmic range, or NAME=VALUE,VALUE for a choice. lora_alpha keeps its ratio to lora_r. Default: learning_rate,
     head_learning_rate, weight_decay, lora_r and lora_dropout."""

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lora_dist.settings.fields import (
-    SEVERAL,
     SINGLE_LABEL,
     Blocks,
     Color,
@@ -31,6 +30,7 @@ from lora_dist.settings.fields import (
     ProblemType,
     Resume,
     Trackers,
+    several,
 )
 
 FULL_LEARNING_RATE = 5e-5
@@ -55,7 +55,7 @@ class ModelSettings(Group):
     """Train a linear head on these features of the backbone: the output of its own pooler, its class token, or the mean
     of its patches. Default: the classifier that transformers has for the model; without one, the pooler, or else the
     mean. The model records it."""
-    image_size: ImageSize | None = Field(default=None, json_schema_extra=SEVERAL)
+    image_size: ImageSize | None = Field(default=None, json_schema_extra=several("N"))
     """Height and width of the images, or one number for both. Position embeddings of the base model are interpolated.
     Default: the size of its image processor. The model records it."""
     drop_path: Fraction | None = None
@@ -179,7 +179,7 @@ class DataSettings(Group):
     averaged over the readable samples."""
     transparent_background: Color = "white"
     """Color behind transparent images: white, black or R,G,B. ignore: drop the alpha channel. The model records it."""
-    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=SEVERAL)
+    pixel_range: PixelRange | None = Field(default=None, json_schema_extra=several("X"))
     """LOW HIGH: in images of more than 8 bits, LOW becomes 0 and HIGH becomes 255. Default: the range of 64 training
     images, or validation images with --streaming. The model records it."""
     max_image_pixels: MaxPixels | None = None

@@ -2,7 +2,14 @@
 
 from collections.abc import Iterator
 
-from lora_dist.settings.fields import MULTI_LABEL, Contradiction, impossible_output, missing_paths, same_folders
+from lora_dist.settings.fields import (
+    MULTI_LABEL,
+    Contradiction,
+    impossible_output,
+    inside_data,
+    missing_paths,
+    same_folders,
+)
 from lora_dist.settings.train import DataSettings, OptimizationSettings, Settings
 
 _METRICS = {
@@ -142,6 +149,11 @@ def _files(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(("exclude", "dataset_name"), "only images in folders can be excluded: remove one of them")
     yield from missing_paths(data.train_dir, data.validation_dir, data.exclude, data.test_dir, data.labels_file)
     yield from impossible_output(run.output_dir)
+    folders = {name: getattr(data, name) for name in ("train_dir", "validation_dir", "test_dir")}
+    if data.labels_file:  # files that are not listed are no part of the data
+        del folders["train_dir"]
+    yield from inside_data("output_dir", run.output_dir, **folders)
+    yield from inside_data("cache_dir", data.cache_dir, **folders)
 
 
 def _optimization(settings: Settings) -> Iterator[Contradiction]:

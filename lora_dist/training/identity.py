@@ -219,7 +219,7 @@ def conversion_of(
         found = found._replace(all_depths=True)
     if found.pixel_range is None:
         # A stream has no random access.
-        limits = (data.train if isinstance(data.train, Split) else data.validation).pixel_range()
+        limits = (data.train if isinstance(data.train, Split) else data.validation).pixel_range(found)
         if limits is not None:
             logger.info("images of more than 8 bits: %g to %g become 0 to 255; see --pixel_range", *limits)
         found = found._replace(pixel_range=limits)

@@ -67,9 +67,9 @@ class Conversion(NamedTuple):
         if is_deep(image):
             pixels = np.asarray(image)
             shown = Image.fromarray(self._eight_bits(pixels, image.mode)).convert("RGB")
-            color = image.info.get("transparency")
-            if self.transparent_background is not None and self.all_depths and color is not None:
-                shown.paste(self.transparent_background, mask=Image.fromarray(pixels == color))
+            value = self.transparent_value(image)
+            if self.transparent_background is not None and value is not None:
+                shown.paste(self.transparent_background, mask=Image.fromarray(pixels == value))
             return shown
         if self.transparent_background is not None and image.has_transparency_data:
             shown = image.convert("RGBA")
@@ -77,6 +77,11 @@ class Conversion(NamedTuple):
                 background = Image.new("RGBA", image.size, (*self.transparent_background, 255))
                 return Image.alpha_composite(background, shown).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
+
+    def transparent_value(self, image: Image.Image) -> Any:
+        """The value of the pixels of an image of more than 8 bits in whose place the background is shown, or None."""
+        is_shown = self.transparent_background is not None and self.all_depths
+        return image.info.get("transparency") if is_shown else None
 
     def _eight_bits(self, pixels: np.ndarray, mode: str) -> np.ndarray:
         if self.pixel_range is not None:

@@ -190,22 +190,24 @@ def load_rgb(source: ImageSource, name: str = "", conversion: Conversion = AS_TR
         return picture.whole()
 
 
-def find_pixel_range(images: Iterable[tuple[str | bytes | Image.Image, str]]) -> tuple[float, float] | None:
+def find_pixel_range(
+    images: Iterable[tuple[str | bytes | Image.Image, str]], conversion: Conversion
+) -> tuple[float, float] | None:
     """The range of the pixels of those images that have more than 8 bits, without the outermost 0.1% on both sides.
 
-    `images` are sources and names, as `opened` takes them. Returns None if no readable image has more than 8 bits.
+    `images` are sources and names, as `opened` takes them. Pixels in whose place the `conversion` shows the background
+    do not count. Returns None if no readable image has more than 8 bits.
     """
-    return range_of(deep_pixels(source, name) for source, name in images)
+    return range_of(deep_pixels(source, name, conversion) for source, name in images)
 
 
-def deep_pixels(source: str | bytes | Image.Image, name: str) -> np.ndarray | None:
+def deep_pixels(source: str | bytes | Image.Image, name: str, conversion: Conversion) -> np.ndarray | None:
     """Up to `RANGE_PIXELS` evenly spaced pixels of an image of more than 8 bits; None for any other image."""
     with suppress(UnreadableImageError), _named(name), ExitStack() as stack:
         image = _image(source, name, stack)
         if is_deep(image):
             pixels = np.asarray(image, dtype=np.float64).ravel()
-            # The color of transparent pixels says nothing about the others.
-            pixels = pixels[pixels != image.info.get("transparency")]
+            pixels = pixels[pixels != conversion.transparent_value(image)]
             return pixels[:: -(-pixels.size // RANGE_PIXELS) or 1]
     return None
 

@@ -27,10 +27,10 @@ def require_distinct(names: Iterable[str]) -> None:
         )
 
 
-def warn_of_case(names: Iterable[str]) -> None:
-    """Warns of class names that differ only in upper and lower case."""
-    if same := _groups(names, str.casefold):
-        logger.warning("classes whose names differ only in upper and lower case: %s", same)
+def warn_of_similar(names: Iterable[str]) -> None:
+    """Warns of class names that differ only in upper and lower case, or as 7 and 007."""
+    if same := _groups(names, lambda name: re.sub(r"^0+(?=\d+$)", "", name.casefold())):
+        logger.warning("classes whose names differ only in upper and lower case or in leading zeros: %s", same)
 
 
 def _groups(names: Iterable[str], key: Callable[[str], str]) -> str:

@@ -52,14 +52,17 @@ def read_class_folders(
     folders = [folder for folder in folders if absolute(str(folder)) not in excluded]
     classes = [folder.name for folder in folders]
     if not classes:
-        lists = [str(other) for other in others if other.suffix.lower() in (".csv", ".tsv")]
-        advice = f", or name the file of their labels: --labels_file {lists[0]}" if lists else ""
+        file = _label_list(others)
+        advice = f", or name the file of their labels: --labels_file {file}" if file else ""
+        if any(other.name in ("metadata.jsonl", "metadata.parquet") for other in others):
+            advice = f", or use the labels of `datasets`: --dataset_name {directory}"
         raise UserError(
             f"{directory} has no class folders: put the images of each class into a sub-folder named after it, "
             f"such as {directory}/rose/1.jpg{advice}"
         )
     if not set(classes) <= set(known):
         _require_classes(root, folders, flag)
+        _require_no_flat_splits(root, folders, others, flag)
         _warn_of_shared_folders(root, folders)
     found = ClassFolders(classes, [], [], list(map(str, others)))
     for label, folder in enumerate(folders):
@@ -100,12 +103,16 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
     right = {name: right[name] for name in ((flag,) if flag != "train_dir" else ("train_dir", "validation_dir"))}
     wanted = right[flag]
     splits = [folder for name, folder in names.items() if name in SPLIT_NAMES and _holds_classes(folder)]
+    within = [folder for folder in splits if len(inner) > 2 and _inner_names(folder) <= {one.name for one in inner}]
     if len(splits) > 1 or (splits == [wanted] and len(inner) > 1 and names.keys() <= SPLIT_NAMES):
         listed = ", ".join(folder.name for folder in inner if folder.name.lower() in SPLIT_NAMES)
         cause = f"its folders {listed} are splits, not classes"
     elif wanted and _holds_classes(wanted) and (beside := [one for one in inner if not _holds_classes(one)]):
         others = ", ".join(folder.name for folder in beside)
         cause, right = f"its folder {wanted.name} contains class folders; these do not: {others}", {flag: wanted}
+    elif within:
+        cause = f"its folder {within[0].name} is a split with the classes of the others, not a class"
+        raise UserError(f"--{flag} {root}: {cause}; move it to another place, or list it for --exclude")
     elif directory != root:
         cause, right = f"its only folder {folders[0].name} contains the class folders", {flag: directory}
     else:
@@ -113,6 +120,27 @@ def _require_classes(root: Path, folders: list[Path], flag: str) -> None:
     flags = " ".join(f"--{name} {folder}" for name, folder in right.items() if folder)
     advice = f"use {flags}" if right[flag] else f"set --{flag} to the folder with the class folders"
     raise UserError(f"--{flag} {root}: {cause}; {advice}")
+
+
+def _require_no_flat_splits(root: Path, folders: list[Path], others: list[Path], flag: str) -> None:
+    """Raises `UserError` if the folders are named as splits, and a file beside them may have the labels; else warns."""
+    splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
+    if len(splits) < min(2, len(folders)):
+        return
+    named = ", ".join(folder.name for folder in splits)
+    if file := _label_list(others):
+        folder = next((folder for folder in splits if folder.name.lower() in TRAINING_NAMES), splits[0])
+        raise UserError(
+            f"--{flag} {root}: its folders {named} are splits, not classes; name the folder and the file of its "
+            f"labels: --train_dir {folder} --labels_file {file}"
+        )
+    logger.warning("%s: its folders %s are taken for classes, and are named as splits", root, named)
+
+
+def _label_list(files: list[Path]) -> Path | None:
+    """The file among `files` that may list labels: a table, of several one that is named after training images."""
+    tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
+    return next((file for file in tables if "train" in file.name.lower()), tables[0] if tables else None)
 
 
 def _warn_of_shared_folders(root: Path, folders: list[Path]) -> None:

@@ -8,6 +8,7 @@ import csv
 import io
 import logging
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -60,7 +61,9 @@ SPLITS = {
     for name in names
 }
 MISSING = ("nan", "NaN", "<NA>", "#N/A")
-"""Texts by which other programs mark a missing label."""
+"""Texts by which other programs mark a missing value."""
+_DOUBTFUL = {"na", "n/a", "none", "null", "-nan"}
+"""Further such texts, in lower case, which may also be the names of classes."""
 _SHOWN = 3
 _SHOWN_CHARACTERS = 80
 _HEADER_HINT = " (if that is a header, name its columns with --image_column_name and --label_column_name)"
@@ -146,6 +149,10 @@ def read_labels_file(
             f"--labels_file {file}: the column of labels has 0 and 1 only, which are no labels. Name a column of 0 and "
             f"1 for each label, such as --label_column_name cat,dog"
         )
+    if multi_label and not names and len(chosen) > 1 and all(len(row.labels) < 2 for row in chosen.values()):
+        some = next((label for row in chosen.values() for label in row.labels), "")
+        text = "--labels_file %s: no image has more than one label (such as %s); a semicolon separates labels in a cell"
+        logger.warning(text, file, some)
     classes = names or sorted({label for row in chosen.values() for label in row.labels})
     require_distinct(classes)
     paths = [path for path in found.images if path in chosen]
@@ -185,6 +192,8 @@ def _rows_by_path(
             continue
         if not row.labels and not multi_label:
             problems["lines without a label (see --problem_type)"].append(f"line {row.line}: {row.path}")
+        if doubtful := _DOUBTFUL & set(map(str.lower, row.labels)):
+            notes["labels that are classes, unless you empty their cells"].append(f"line {row.line}: {min(doubtful)}")
         if row.split not in ("", *SPLITS):
             problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
         if path not in chosen:
@@ -207,14 +216,17 @@ def _rows(
 ) -> Iterator[_Row]:
     """The rows of a file, with the number of their line; `names` are its columns of 0 and 1, one for each label."""
     where = f"--labels_file {file}"
+    if Path(file).suffix.lower() in (".json", ".jsonl", ".parquet"):
+        raise UserError(
+            f"{where}: JSON and parquet are not read; write a CSV with the columns path and label. An image folder of "
+            f"`datasets` is --dataset_name FOLDER, without --train_dir"
+        )
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not a text file in UTF-8; save the table as CSV in UTF-8") from error
-    if Path(file).suffix.lower() in (".json", ".jsonl"):
-        raise UserError(f"{where}: JSON is not read; write a CSV with the columns path and label")
     some = [line for line in text.splitlines()[:_INSPECTED_LINES] if line.strip()]
     delimiter = delimiter_of(some, multi_label)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
@@ -231,16 +243,16 @@ def _rows(
         raise UserError(f"{where}: no column {missing[0]} of --slice_columns; the first line has {', '.join(header)}")
     sliced = [header.index(name) for name in slice_columns]
     for line, cells in lines[has_header:]:
-        values = {name: cells[place] if place < len(cells) else "" for name, place in places.items()}
-        slices = tuple(cells[place] if place < len(cells) else "" for place in sliced)
+        known = ["" if cell in MISSING else cell for cell in cells]
+        values = {name: known[place] if place < len(known) else "" for name, place in places.items()}
+        slices = tuple(known[place] if place < len(known) else "" for place in sliced)
         if names:
             labels, wrong = indicated(cells, indicators)
             problems["cells that are neither 0 nor 1"] += [f"line {line}: {one}" for one in wrong]
         elif multi_label:
-            labels = labels_in("" if values["label"] in MISSING else values["label"], delimiter)
+            labels = labels_in(values["label"], delimiter)
         else:
-            is_label = visible_name(values["label"]) and values["label"] not in MISSING
-            labels = (values["label"],) if is_label else ()
+            labels = (values["label"],) if visible_name(values["label"]) else ()
         yield _Row(line, values["path"], labels, values.get("split", "").lower(), values.get("group", ""), slices)
 
 
@@ -281,16 +293,18 @@ def _places(first: Sequence[str], columns: Mapping[str, str | None], where: str)
 class _Finder:
     """Finds the image that a path in the file means: relative to the folder, or absolute by whichever links.
 
-    A path may lack the suffix if only one image has the name.
+    A path may lack the suffix, and may have composed accents in place of others, if only one image has such a name.
     """
 
     def __init__(self, directory: str, images: Iterable[str]) -> None:
         self._directory = directory
         self._resolved = os.path.realpath(directory)
         self._images = {absolute(path): path for path in images}
-        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._like: dict[str, list[str]] = defaultdict(list)
         for known, path in self._images.items():
-            self._by_stem[os.path.splitext(known)[0]].append(path)
+            stem = os.path.splitext(known)[0]
+            for form in {stem, *(() if known.isascii() else map(_composed, (known, stem)))}:
+                self._like[form].append(path)
 
     def __call__(self, path: str) -> str | None:
         for form in (path, path.replace("\\", "/")):
@@ -300,13 +314,20 @@ class _Finder:
         return None
 
     def _image(self, known: str) -> str | None:
-        same = self._by_stem.get(known, [])
-        return self._images.get(known) or (same[0] if len(same) == 1 else None)
+        if found := self._images.get(known):
+            return found
+        like = self._like.get(known) or self._like.get(_composed(known), [])
+        return like[0] if len(like) == 1 else None
 
     def _in_directory(self, known: str) -> str:
         """The path below the folder as it was named, of a file that other links lead to."""
         parent = os.path.relpath(os.path.realpath(os.path.dirname(known)), self._resolved)  # noqa: PTH120
         return absolute(os.path.join(self._directory, parent, os.path.basename(known)))
+
+
+def _composed(path: str) -> str:
+    """A path with each accent in one character with its letter; macOS and some archives have two."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def _is_excluded(path: str, excluded: Collection[str]) -> bool:

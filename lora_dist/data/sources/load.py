@@ -1,5 +1,6 @@
 """Loads folders, Hub data sets and local files as two splits under one label map."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, load_dataset
 
 from lora_dist import demo
 from lora_dist.data.sampling.training_split import TrainingSplit
-from lora_dist.data.sources.class_names import require_distinct, warn_of_case
+from lora_dist.data.sources.class_names import require_distinct, warn_of_similar
 from lora_dist.data.sources.class_numbers import require_same_numbers_in
 from lora_dist.data.sources.columns import find_image_column
 from lora_dist.data.sources.datasets_cache import with_writable_cache
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
-from lora_dist.data.sources.folders import read_class_folders
+from lora_dist.data.sources.folders import VALIDATION_NAMES, read_class_folders
 from lora_dist.data.sources.image_files import warn_of_ignored
 from lora_dist.data.sources.label_arrays import classes_in
 from lora_dist.data.sources.label_column import READINGS, LabelReading
@@ -68,8 +69,21 @@ def load_data(settings: DataSettings, seed: int) -> ImageData:
         _, validation = _labelled(reading, tables[1], column, settings.label_column_name, labels, excluded)
         validation = _with_slices(validation, tables[1], settings)
     else:
+        _say_unused_split(settings, tables[0])
         train, validation = _held_out(_with_slices(train, tables[0], settings), settings, seed)
     return _checked(settings, labels, train, validation, load_test(settings, labels), seed)
+
+
+def _say_unused_split(settings: DataSettings, table: Dataset) -> None:
+    """Logs that a data set has a validation split which the settings do not name."""
+    if settings.dataset_name is None or settings.fold:
+        return
+    listing = Path(settings.dataset_name) / "dataset_dict.json"
+    splits = json.loads(listing.read_text(encoding="utf-8"))["splits"] if listing.is_file() else table.info.splits or ()
+    unused = [name for name in splits if name.lower() in VALIDATION_NAMES and not settings.train_split.startswith(name)]
+    if unused:
+        text = "the data set has a split %s, which is not used: --validation_split %s validates on it"
+        logger.info(text, unused[0], unused[0])
 
 
 def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) -> ImageData:
@@ -322,7 +336,7 @@ def _labelled(
     unknown = sorted(reading.names_in(named) - index_of.keys())
     require_distinct([*labels, *unknown])
     if known is None:
-        warn_of_case(labels)
+        warn_of_similar(labels)
     if unknown:
         raise UserError(
             f"the {name} data has classes that the training data lacks: {', '.join(unknown)}. "

@@ -245,6 +245,8 @@ def reading_data(name: str | None, split: str) -> Iterator[None]:
         # `datasets` raises a different class for each of a missing name, split, file and network.
         cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
         advice = next((f". {advice}" for words, advice in _ADVICE.items() if words in str(cause)), "")
+        if not advice and Path(name or "").is_file():
+            advice = ". It is a file: name the directory that contains it"
         raise UserError(
             f"cannot load split {split!r} of data set {name!r}: {type(cause).__name__}: "
             f"{str(cause).rstrip('.!') if advice else cause}{advice}"

@@ -53,10 +53,10 @@ class Split:
         sample = self.read(0, [index])[index]
         return load_rgb(sample.source, sample.name, conversion)
 
-    def pixel_range(self) -> tuple[float, float] | None:
+    def pixel_range(self, conversion: Conversion) -> tuple[float, float] | None:
         """`find_pixel_range` of evenly spaced samples; the same on every process."""
         samples = self.read(0, range(len(self))[:: -(-len(self) // RANGE_IMAGES)])
-        return find_pixel_range((sample.source, sample.name) for sample in samples.values())
+        return find_pixel_range(((sample.source, sample.name) for sample in samples.values()), conversion)
 
     def name(self, index: int) -> str:
         return self.read(0, [index])[index].name

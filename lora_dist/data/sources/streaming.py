@@ -13,7 +13,7 @@ from lora_dist.data.pixels.images import UnreadableImageError, from_cell
 from lora_dist.data.sampling.interleave import Interleave, Layout, Piece
 from lora_dist.data.sampling.order import SampleOrder
 from lora_dist.data.sampling.training_split import EncodedSample, Reader
-from lora_dist.data.sources.class_names import require_distinct, warn_of_case
+from lora_dist.data.sources.class_names import require_distinct, warn_of_similar
 from lora_dist.data.sources.columns import class_names
 from lora_dist.data.sources.load import ImageData, check_classes, load_test, load_validation
 from lora_dist.data.sources.shards import Row, ShardIndex, ShardSource, find_source, load_index
@@ -152,7 +152,7 @@ def load_streamed(settings: DataSettings, seed: int, processes: int) -> ImageDat
     names = class_names(source.label_feature, set(index.labels))
     labels = list(names.values())
     require_distinct(labels)
-    warn_of_case(labels)
+    warn_of_similar(labels)
     validation = load_validation(settings, seed, labels)
     class_of = {value: label for label, value in enumerate(names)}
     check_classes(settings, labels, {class_of[label] for label in index.labels}, validation)

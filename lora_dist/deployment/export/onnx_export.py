@@ -30,7 +30,7 @@ from lora_dist.deployment.export.onnx_model import (
 )
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
-from lora_dist.metrics.predictions import class_folder
+from lora_dist.metrics.predictions import class_folder, common_folder
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.decision import MULTI_LABEL
@@ -259,12 +259,13 @@ def _cost(
     images = changed = labelled = right_before = right_after = 0
     multi_label = exact.decision.problem_type == MULTI_LABEL
     names = set() if multi_label else set(exact.labels)
+    root = common_folder(files)
     rows = (classify(one, files, inference, top_k=1) for one in (exact, rounded))
     for before, after in zip(*rows, strict=True):
         if before.error is not None:
             continue
         answer_before, answer_after = ([name for name, _ in row.answer] for row in (before, after))
-        folder = class_folder(before.path, names)
+        folder = class_folder(before.path, names, root)
         images += 1
         changed += set(answer_before) != set(answer_after)
         labelled += folder is not None

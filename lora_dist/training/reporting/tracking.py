@@ -94,13 +94,9 @@ class Tracker:
             self._events.write(SummaryWriter.add_scalar, name, math.inf if value is None else value, step)
 
     def say(self, message: str) -> None:
-        """Shows a message above the progress bar, or logs it if there is no bar."""
+        """Logs a message on the process that writes."""
         if self.enabled:
-            # `tqdm.write` would draw the bar, even before the first update.
-            if self._bar.disable or self._bar.n == self._bar.initial:
-                logger.info(message)
-            else:
-                self._bar.write(message, file=sys.stderr)
+            logger.info(message)
 
     def progress_line(self, step: int, epoch: float, values: Mapping[str, float], seconds_left: float) -> None:
         """The progress bar's content as a line, where there is no terminal."""

@@ -152,7 +152,7 @@ def test_a_folder_without_classes_and_a_report_within_the_data_are_refused(tmp_p
     with pytest.raises(UserError, match="no class folders"):
         audit(settings_of("--train_dir", tmp_path))
     for inside in (tmp_path, tmp_path / "reports" / "1"):
-        with pytest.raises(UserError, match="--output_dir, --train_dir: the report would become part of the data"):
+        with pytest.raises(UserError, match=r"--output_dir, --train_dir: .* would become part of the data"):
             settings_of("--train_dir", tmp_path, "--output_dir", inside)
     with pytest.raises(UserError, match="no data: set a folder"):
         settings_of()

@@ -1,5 +1,6 @@
 """Options and kinds of models that meet in one prediction."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_rows_on_the_terminal_in_fp32_come_alone(
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 7
     assert said.err == ""
+
+
+@pytest.mark.parametrize("kind", ["adapter", "several"])
+def test_a_csv_has_no_more_columns_than_the_model_has_classes(
+    kind: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = tmp_path / "rows.csv"
+    predict(flags(adapter=request.getfixturevalue(kind), images=images, output=out, top_k=5))
+    with out.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[-3:] == ["label_3", "score_3", "error"]
+    assert all(len(row) == len(header) and all(row[:-1]) for row in rows if kind == "adapter")
 
 
 def test_parts_without_heat_maps_are_not_continued_with_them(

@@ -1,5 +1,6 @@
 """Parts of a prediction: what makes them those of the same one."""
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -95,6 +96,27 @@ def test_parts_of_another_prediction_are_refused(change: dict[str, object], tmp_
     files: Any = change.pop("files", FILES)
     with pytest.raises(UserError, match="parts of a prediction of other images, or by another model"):
         Parts(tmp_path / "rows.jsonl", [None], Files(files), plan | change)
+
+
+def test_rows_of_images_that_changed_since_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of those alone that were written before the change; files that are not there stay as they are."""
+    files = [str(tmp_path / name) for name in FILES]
+    for file in files[1:]:
+        Path(file).touch()
+    made: list[int] = []
+
+    def rows(indices: Sequence[int]) -> Iterator[Row]:
+        made.extend(indices)
+        return _rows(indices)
+
+    Parts(tmp_path / "rows.jsonl", [None], Files(files), {}).write({None: rows})
+    time.sleep(0.02)  # the clock of a file system
+    made.clear()
+    os.utime(files[7], (1, 1))  # as a copy that keeps the times of the new file
+    with caplog.at_level(logging.INFO):
+        Parts(tmp_path / "rows.jsonl", [None], Files(files), {}).write({None: rows})
+    assert made == [6, 7, 8]
+    assert "3 rows are made again, because images changed since" in caplog.text
 
 
 def test_a_part_that_is_missing_is_said(tmp_path: Path) -> None:

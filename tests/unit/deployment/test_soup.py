@@ -17,8 +17,9 @@ LABELS = ["x", "y"]
 CPU = torch.device("cpu")
 
 
-def _accuracy(classifier: Classifier, files: list[str]) -> float:
-    return soup.accuracy(classifier, files, Inference(CPU, batch_size=4, num_workers=0))
+def _accuracy(classifier: Classifier, files: list[str], root: Path | None = None) -> float:
+    root = root or Path(files[0]).parents[1]
+    return soup.accuracy(classifier, str(root), files, Inference(CPU, batch_size=4, num_workers=0))
 
 
 def _opposite(adapter: Path, directory: Path) -> None:
@@ -79,3 +80,5 @@ def test_images_outside_folders_of_classes_do_not_count(
     assert _accuracy(model, more) == 1
     with pytest.raises(UserError, match="needs readable images in folders named after the classes"):
         _accuracy(model, [str(tmp_path / "loose.png")])
+    with pytest.raises(UserError, match="no readable image is in a folder named after a class"):
+        _accuracy(model, files[:1], root=Path(files[0]).parent)

@@ -82,6 +82,16 @@ def test_folders_are_labels_if_they_are_classes() -> None:
     assert folder_label([*nested, "photos/other/4.png"], ["a", "b"])(nested[0]) is None
 
 
+def test_folders_around_all_images_are_no_labels() -> None:
+    """Such as the name of a user, or of the folder of one class that contains others."""
+    paths = ["/home/a/photos/1.png", "/home/a/photos/b/2.png"]
+    assert folder_label(paths, ["a", "b"]) is no_label
+    within = ["/home/a/photos/a/1.png", "/home/a/photos/b/2.png"]
+    assert [folder_label(within, ["a", "b"])(path) for path in within] == ["a", "b"]
+    both = [predictions_of([{"path": path, "label": label} for path in paths]) for label in ("a", "b")]
+    assert folder_label_by_predictions(*both) is no_label
+
+
 def test_a_class_that_is_never_predicted_counts_as_one() -> None:
     """Without it, only images of predicted classes would be compared."""
     label_of = folder_label_by_predictions(_rows(a_1="a", b_1="a", c_1="b"), _rows(a_1="a", b_1="a", c_1="a"))

@@ -196,3 +196,24 @@ def test_a_path_of_nothing_is_named_before_anything_is_loaded(line: str, problem
         PredictSettings, line.split(), prog="", description="", contradictions=lambda _: (), takes_config=False
     )
     assert [problem.message.partition(": ")[2] for problem in missing_paths(settings)] == problems
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("--images x --labels_file t.csv --output ./t.csv", "--output, --labels_file: t.csv would be replaced"),
+        ("--images_from t.csv --output link.csv", "--output, --images_from: t.csv would be replaced"),
+        ("--images x --compare_to t.csv --output t.csv", "--output, --compare_to: t.csv would be replaced"),
+        ("--images x --class_names t.csv --grid t.csv", "--grid, --class_names: t.csv would be replaced"),
+        ("--dataset_name data --dataset_split test --output data/rows.csv", "would become part of the data"),
+    ],
+)
+def test_what_a_prediction_reads_is_not_replaced(
+    line: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "t.csv").write_text("path,label\n")
+    (tmp_path / "link.csv").symlink_to("t.csv")
+    with pytest.raises(UserError, match=problem):
+        _parse(f"--adapter a {line}")

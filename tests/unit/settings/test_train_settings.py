@@ -16,6 +16,7 @@ from lora_dist.settings import cli, trainer_flags
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.settings.predict import PredictSettings
+from lora_dist.settings.sweep import SweepSettings
 from lora_dist.settings.train import Settings
 from lora_dist.settings.train_contradictions import contradictions
 
@@ -204,6 +205,14 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--train_dir", "/tmp", "--validation_dir", "/tmp/../tmp"], "--validation_dir, --train_dir: the same folder"),
         (["--train_dir", "/tmp", "--test_dir", "/tmp"], "--test_dir, --train_dir: the same folder"),
+        (
+            ["--train_dir", "/tmp", "--output_dir", "/tmp/x/run"],
+            "--output_dir, --train_dir: /tmp/x/run would become part",
+        ),
+        (
+            ["--train_dir", "/usr", "--test_dir", "/tmp", "--cache_dir", "/tmp/c"],
+            "--cache_dir, --test_dir: /tmp/c would",
+        ),
         (["--dataset_name", "x", "--validation_split", "train"], "--validation_split, --train_split: the same split"),
         (["--dataset_name", "x", "--do_eval_only"], "set --adapter_name_or_path"),
         (["--train_dir", "/tmp", "--streaming"], "folders cannot be streamed"),
@@ -467,6 +476,15 @@ def test_long_choices_are_in_the_text_of_help() -> None:
     assert all(len(one.metavar()) <= 60 for kind in classes for one in cli.flat_fields(kind).values())
 
 
+def test_a_flag_of_several_words_shows_one_of_them() -> None:
+    fields = {name: field for kind in (SweepSettings, PredictSettings) for name, field in cli.flat_fields(kind).items()}
+    shown = {name: field.metavar() for name, field in fields.items() if field.takes_several}
+    assert shown == {
+        "adapter": "ADAPTER", "weights": "X", "images": "FILE", "image_size": "N", "pixel_range": "X",
+        "search": "NAME=RANGE",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", cli.recipe_names())
 def test_a_recipe_survives_a_round_trip_through_yaml(name: str, tmp_path: Path) -> None:
     settings = parse("--config", name)
@@ -537,7 +555,7 @@ def test_the_device_supports_only_crops_and_flips(folder: Path) -> None:
 
 def test_pretrained_weights_trained_in_full_have_a_lower_default_rate() -> None:
     def rate(*flags: str) -> float:
-        return parse("--train_dir", ".", *flags).with_default_learning_rate().optimization.learning_rate
+        return parse("--train_dir", "/usr", *flags).with_default_learning_rate().optimization.learning_rate
 
     assert rate() == rate("--tuning", "head") == 5e-3
     assert rate("--tuning", "full") == 5e-5
@@ -589,7 +607,7 @@ def test_other_channels_than_rgb_are_refused_in_a_sentence(folder: Path) -> None
 
 def test_the_batch_size_of_evaluations_has_a_default_unless_given() -> None:
     sizes = [
-        parse("--train_dir", ".", *flags).with_default_eval_batch_size(8).optimization.per_device_eval_batch_size
+        parse("--train_dir", "/usr", *flags).with_default_eval_batch_size(8).optimization.per_device_eval_batch_size
         for flags in ((), ("--per_device_eval_batch_size", "64"), ("--per_device_train_batch_size", "64"))
     ]
     assert sizes == [8, 64, 8]

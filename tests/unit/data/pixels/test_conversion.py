@@ -113,8 +113,21 @@ def test_the_transparent_color_of_a_deep_image_is_no_part_of_the_range() -> None
     samples = np.full((4, 4, 1), 65535)
     samples[1:3] = np.arange(8).reshape(2, 4, 1)
     content = _png(samples, 16, 0, struct.pack(">H", 65535))
-    assert find_pixel_range([(content, "icon")]) == pytest.approx((0, 7), abs=0.01)
-    assert find_pixel_range([(_png(samples[:1], 16, 0, struct.pack(">H", 65535)), "icon")]) is None
+    shown = ON_WHITE._replace(all_depths=True)
+    assert find_pixel_range([(content, "icon")], shown) == pytest.approx((0, 7), abs=0.01)
+    assert find_pixel_range([(_png(samples[:1], 16, 0, struct.pack(">H", 65535)), "icon")], shown) is None
+
+
+@pytest.mark.parametrize("conversion", [AS_TRANSFORMERS._replace(all_depths=True), ON_WHITE])
+def test_a_transparent_color_that_is_shown_as_it_is_counts_for_the_range(conversion: Conversion) -> None:
+    """With `--transparent_background ignore`, and as older releases did."""
+    samples = np.full((4, 4, 1), 65535)
+    samples[1:3] = np.arange(8).reshape(2, 4, 1)
+    content = _png(samples, 16, 0, struct.pack(">H", 65535))
+    low, high = find_pixel_range([(content, "icon")], conversion)
+    assert (low, high) == pytest.approx((0, 65535), abs=0.2)
+    shown = np.asarray(load_rgb(content, conversion=conversion._replace(pixel_range=(low, high))))
+    assert (shown[0, 0, 0], shown[1, 0, 0]) == (255, 0)
 
 
 def test_a_bundle_of_an_older_release_goes_on_to_ignore_the_transparent_color_of_other_depths() -> None:
@@ -182,7 +195,7 @@ def test_opaque_images_of_eight_bits_are_the_same_with_every_conversion(mode: st
 def test_deep_images_are_scaled_by_the_range_of_the_data(pixels: np.ndarray, suffix: str, tmp_path: Path) -> None:
     file = str(tmp_path / f"deep.{suffix}")
     Image.fromarray(pixels.reshape(16, 16)).save(file)
-    found = find_pixel_range([(file, file)])
+    found = find_pixel_range([(file, file)], ON_WHITE)
     assert found is not None
     assert found[0] == pytest.approx(float(pixels[0]), abs=0.01 * np.ptp(pixels.astype(float)))
     assert found[1] == pytest.approx(float(pixels[-1]), abs=0.01 * np.ptp(pixels.astype(float)))
@@ -202,8 +215,8 @@ def test_a_range_comes_from_deep_images_alone(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     Image.fromarray(np.full((4, 4), 7, dtype=np.uint16)).save(tmp_path / "constant.png")
     names = [(str(tmp_path / name), name) for name in ("photo.png", "bad.png", "constant.png")]
-    assert find_pixel_range(names[:2]) is None
-    assert find_pixel_range(names) == (7.0, 8.0)
+    assert find_pixel_range(names[:2], ON_WHITE) is None
+    assert find_pixel_range(names, ON_WHITE) == (7.0, 8.0)
 
 
 def test_a_deep_image_without_a_range_is_warned_of_once(
@@ -259,12 +272,12 @@ def test_the_range_of_a_split_is_that_of_evenly_spaced_images(tmp_path: Path) ->
             value = 100 * (number + 1) + 5000 * (name == "b")
             Image.fromarray(np.full((8, 8), value, dtype=np.uint16)).save(tmp_path / name / f"{number:02}.png")
     split = load_data(DataSettings(train_dir=str(tmp_path)), 0).train
-    low, high = split.pixel_range()
+    low, high = split.pixel_range(ON_WHITE)
     assert low < 500
     assert high > 8500
-    assert split.pixel_range() == (low, high)
+    assert split.pixel_range(ON_WHITE) == (low, high)
 
 
 def test_a_folder_of_photographs_has_no_range(tmp_path: Path) -> None:
     make_folder(tmp_path / "photos", per_class=3)
-    assert load_data(DataSettings(train_dir=str(tmp_path / "photos")), 0).train.pixel_range() is None
+    assert load_data(DataSettings(train_dir=str(tmp_path / "photos")), 0).train.pixel_range(ON_WHITE) is None

@@ -129,11 +129,14 @@ def test_an_image_of_too_many_pixels_is_named_with_the_setting(tmp_path: Path) -
         allow_pixels(None)
 
 
-def test_a_command_prints_no_warning_of_pillow_for_an_image_within_the_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", ["logs.set_up_logs(is_main=True)", "workers.set_up_worker(0)"])
+def test_no_process_prints_a_warning_of_pillow_for_an_image_within_the_limit(process: str, tmp_path: Path) -> None:
+    """Neither a command nor a worker process of a loader that is not forked."""
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
     code = (
-        "import sys; from lora_dist.logs import set_up_logs; from lora_dist.data.pixels import images\n"
-        "set_up_logs(is_main=True); images.limits.allow_pixels(2000); images.load_rgb(sys.argv[1])"
+        "import sys; from lora_dist import logs; from lora_dist.processes import workers\n"
+        "from lora_dist.data.pixels import images\n"
+        f"{process}; images.limits.allow_pixels(2000); images.load_rgb(sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "large.png")]
     assert "Bomb" not in subprocess.run(command, check=True, capture_output=True, text=True).stderr

@@ -84,12 +84,39 @@ def test_class_folders_with_the_same_folders_are_told(
     assert (advice in caplog.text) if advice else not caplog.text
 
 
+def test_a_split_among_the_classes_is_none_of_them(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=("cat", "dog", "val/cat", "val/dog"), per_class=2)
+    for message in refusals(train_dir=tmp_path):
+        assert message == (
+            f"--train_dir {tmp_path}: its folder val is a split with the classes of the others, not a class; move it "
+            f"to another place, or list it for --exclude"
+        )
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'val'}\n")
+    settings = DataSettings(train_dir=str(tmp_path), exclude=str(tmp_path / "list.txt"))
+    assert load_data(settings, 42).labels == ["cat", "dog"]
+
+
 def test_a_folder_of_images_beside_a_split_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, classes=("train/cat", "train/dog", "new"), per_class=2)
     for message in refusals(train_dir=tmp_path):
         assert message.endswith(
             f"its folder train contains class folders; these do not: new; use --train_dir {tmp_path / 'train'}"
         )
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "val", "more"), ("train",)])
+def test_splits_without_class_folders_beside_a_file_of_labels_are_no_classes(
+    splits: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the archives of competitions. Without the file, it is said that they are taken for classes."""
+    make_folder(tmp_path, classes=splits, per_class=3)
+    load_data(DataSettings(train_dir=str(tmp_path)), 42)
+    assert "are taken for classes, and are named as splits" in caplog.text
+    for name in ("sample_submission.csv", "train.csv"):
+        (tmp_path / name).write_text("id,label\n")
+    advice = f"--train_dir {tmp_path / splits[0]} --labels_file {tmp_path / 'train.csv'}"
+    for message in refusals(train_dir=tmp_path):
+        assert message.endswith(f"are splits, not classes; name the folder and the file of its labels: {advice}")
 
 
 @pytest.mark.parametrize("depth", ["flowers", "flowers/flowers"])

@@ -106,6 +106,13 @@ def test_a_cell_of_several_labels_is_no_class_without_a_word(photos: Path, caplo
     assert "such as cat;dog: if these are several labels, add --problem_type multi_label_classification" in caplog.text
 
 
+def test_a_file_without_a_mark_between_labels_is_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Spaces, commas and lists of Python do not separate labels."""
+    data = _load(photos, ["path,label", "0.png,scab rust", *(f"{number}.png,healthy" for number in range(1, 8))])
+    assert data.labels == ["healthy", "scab rust"]
+    assert "no image has more than one label (such as scab rust); a semicolon separates labels in a cell" in caplog.text
+
+
 ANIMALS = ClassLabel(names=["dog", "cow", "cat", "bird"])
 
 

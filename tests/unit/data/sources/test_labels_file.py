@@ -1,6 +1,8 @@
 """Labels in a text file: every form of it, all that is wrong at once, and groups that stay together."""
 
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -107,6 +109,36 @@ def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
         _load(photos)
 
 
+def test_a_label_that_may_mean_none_is_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write(photos, "path,label", *_lines()[:8], *(f"{_path(number)},None" for number in (9, 10, 11)))
+    assert _load(photos).labels == ["None", "rose"]
+    assert "labels that are classes, unless you empty their cells: 3, e.g. line 10: none" in caplog.text
+
+
+def test_numbers_with_leading_zeros_are_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a table that a spreadsheet changed in part."""
+    _write(photos, "path,label", *(f"{_path(number)},{('7', '007', 'a')[number % 3]}" for number in range(12)))
+    assert _load(photos).labels == ["007", "7", "a"]
+    assert "or in leading zeros: '007' and '7'" in caplog.text
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("suffix", ["", ".png"])
+def test_accents_in_names_may_be_written_in_two_ways(
+    forms: tuple[Literal["NFC", "NFD"], ...], suffix: str, photos: Path
+) -> None:
+    """As in archives that were made on macOS."""
+    in_folder, in_file = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
+    make_image(0, 0).save(photos / f"{in_folder}.png")
+    _write(photos, "path,label", *_lines(), f"{in_file}{suffix},tulip")
+    listed = read_labels_file(str(photos), str(photos / "labels.csv"))
+    assert str(photos / f"{in_folder}.png") in listed.paths
+    if suffix:  # the name as it is written wins
+        make_image(0, 1).save(photos / f"{in_file}.png")
+        listed = read_labels_file(str(photos), str(photos / "labels.csv"))
+        assert str(photos / f"{in_folder}.png") not in listed.paths
+
+
 def test_a_number_is_the_same_class_with_and_without_decimals(photos: Path) -> None:
     _write(photos, "path,label", *(f"{_path(number)},{('1', '1.0', '2')[number % 3]}" for number in range(12)))
     with pytest.raises(UserError, match=r"in decimals: '1' and '1\.0'"):
@@ -119,7 +151,7 @@ def test_classes_that_differ_in_case_and_a_second_column_of_labels_are_told(
     lines = [f"{_path(number)},{('Rose', 'rose')[number % 2]},x" for number in range(12)]
     _write(photos, "path,label,class", *lines)
     assert _load(photos).labels == ["Rose", "rose"]
-    assert "differ only in upper and lower case: 'Rose' and 'rose'" in caplog.text
+    assert "differ only in upper and lower case or in leading zeros: 'Rose' and 'rose'" in caplog.text
     assert "the labels are those of column label, not of class; --label_column_name" in caplog.text
 
 
@@ -129,7 +161,9 @@ def test_a_quote_that_is_not_closed_is_found(photos: Path) -> None:
         _load(photos)
 
 
-@pytest.mark.parametrize(("name", "said"), [("labels.jsonl", "JSON is not read"), ("labels.xlsx", "save the table as")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("metadata.jsonl", "is --dataset_name FOLDER"), ("labels.xlsx", "save the table as")]
+)
 def test_other_tables_are_refused_with_the_way_out(name: str, said: str, photos: Path) -> None:
     (photos / name).write_bytes(b'{"path": "00.png", "label": "a"}\n' if name.endswith("l") else b"PK\x03\x04\xff")
     with pytest.raises(UserError, match=said):
@@ -170,6 +204,14 @@ def test_the_audit_takes_the_columns_of_training(photos: Path) -> None:
         audit(AuditSettings(data=AuditData(train_dir=str(photos), labels_file=file, group_column_name="clinic")))
     with pytest.raises(UserError, match="groups in several splits: 1"):
         _load(photos, group_column_name="clinic")
+
+
+def test_a_missing_value_is_no_value_of_any_column(photos: Path) -> None:
+    """Images of unknown patients are not those of one patient called nan."""
+    lines = [f"{line},nan,NaN,<NA>" for line in _lines()]
+    file = _write(photos, "path,label,split,group,site", *lines)
+    listed = read_labels_file(str(photos), str(file), slice_columns=("site",))
+    assert (set(listed.splits), listed.groups, set(listed.slices["site"])) == ({"train"}, listed.paths, {""})
 
 
 def test_groups_stay_on_one_side(photos: Path) -> None:
@@ -222,6 +264,9 @@ def test_a_file_beside_images_without_class_folders_is_named(photos: Path) -> No
     (photos / "deep").rmdir()
     file = _write(photos, *_lines(), name="train.csv")
     with pytest.raises(UserError, match=f"or name the file of their labels: --labels_file {file}"):
+        load_data(DataSettings(train_dir=str(photos)), 0)
+    _write(photos, "{}", name="metadata.jsonl")
+    with pytest.raises(UserError, match=f"or use the labels of `datasets`: --dataset_name {photos}"):
         load_data(DataSettings(train_dir=str(photos)), 0)
 
 

@@ -571,6 +571,26 @@ def test_a_data_set_that_is_nowhere_and_a_split_that_it_lacks_are_named(
 # Columns and labels
 
 
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_a_validation_split_that_is_not_used_is_told(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = DatasetDict({"train": _table(LABELS), "valid": _table(LABELS)})
+    if form == "saved":
+        splits.save_to_disk(tmp_path)
+    else:
+        for name, table in splits.items():
+            table.to_parquet(tmp_path / f"{name}-00000.parquet")
+    name = "valid" if form == "saved" else "validation"  # the name that `datasets` gives to such files
+    with caplog.at_level("INFO"):
+        load(dataset_name=tmp_path)
+    assert f"a split {name}, which is not used: --validation_split {name} validates on it" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        load(dataset_name=tmp_path, validation_split=name)
+    assert "which is not used" not in caplog.text
+
+
 def _saved(directory: Path, columns: dict[str, Any], features: Features | None = None) -> Path:
     Dataset.from_dict(columns, features=features).save_to_disk(directory)
     return directory

@@ -325,6 +325,10 @@ def test_what_cannot_be_streamed_is_refused(photos: Path, tmp_path: Path) -> Non
         find_source(streaming(data, label_column_name="nope"))
     with pytest.raises(UserError, match=r"cannot load split 'train' of data set '.*/nowhere'"):
         find_source(streaming(tmp_path / "nowhere"))
+    file = next(data.rglob("*.parquet"))
+    for read in (find_source, lambda _: load_data(DataSettings(dataset_name=str(file)), 0)):
+        with pytest.raises(UserError, match="It is a file: name the directory that contains it"):
+            read(streaming(file))
 
 
 def test_the_number_of_threads_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
