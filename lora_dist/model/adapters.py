@@ -64,7 +64,7 @@ class Adapter:
     directory: Path
 
 
-def read_adapter(model: nn.Module, files: AdapterFiles) -> Adapter:
+def adapter_for(model: nn.Module, files: AdapterFiles) -> Adapter:
     """Converts an adapter of any release of PEFT and `transformers` to the names of a base model.
 
     Raises:

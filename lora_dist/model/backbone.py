@@ -251,7 +251,7 @@ def read_config(name: str, **source: Any) -> Any:
     return config
 
 
-def load_base_of(
+def load_base_of_run(
     settings: Settings,
     labels: Sequence[str],
     revision: str | None = None,

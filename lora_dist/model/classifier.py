@@ -169,7 +169,7 @@ def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any
             f"fingerprint {base.fingerprint}, and those of {bundle.trained_base} had {bundle.fingerprint}. Name "
             f"the base that has these weights: --base_model in prediction, --model_name_or_path in training"
         )
-    adapter = adapters.read_adapter(base.model, bundle.files)
+    adapter = adapters.adapter_for(base.model, bundle.files)
     random = [parameter for parameter in base.missing if parameter not in adapter.state]
     if random:
         raise UserError(f"neither {base.name} nor the adapter in {directory} has weights for {', '.join(random[:5])}")

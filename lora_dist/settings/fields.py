@@ -209,8 +209,10 @@ def same_folders(train_dir: str | None, **others: str | None) -> Iterator[Contra
 
 def inside_data(name: str, output: str | None, **folders: str | None) -> Iterator[Contradiction]:
     """Yields a contradiction for each folder of data, by the name of its setting, that the output would be inside."""
+    if not output or _mode(output)[1]:
+        return
     for other, folder in folders.items():
-        if output and folder and Path(output).resolve().is_relative_to(Path(folder).resolve()):
+        if folder and not _mode(folder)[1] and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
             yield Contradiction((name, other), f"{output} would become part of the data: use another directory")
 
 

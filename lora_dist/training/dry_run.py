@@ -17,6 +17,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches
 from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import ErrorCollector, UserError
+from lora_dist.model.adapter_io import PREFIX
 from lora_dist.model.parameter_names import is_counted
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
@@ -182,7 +183,7 @@ def _groups(model: nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and is_counted(name):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            key = re.sub(r"\b\d+\b", "*", name.removeprefix("base_model.model.")), shape
+            key = re.sub(r"\b\d+\b", "*", name.removeprefix(PREFIX)), shape
             groups[key] = groups.get(key, 0) + 1
     lines = [f"  {count:>4} x {list(shape)}  {name}" for (name, shape), count in groups.items()]
     yield from lines[:MOST_LINES]

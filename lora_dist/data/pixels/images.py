@@ -61,7 +61,7 @@ class Picture:
         if conversion.pixel_range is None and is_deep(image):
             _warn_of_depth(image.mode, name)
         if image.format not in ("JPEG", "MPO"):
-            conversion.open(image)
+            conversion.scale_transparent_color(image)
             # Of other formats, the header alone need not tell the size.
             image.load()
         self._orientation = _orientation(image)

@@ -22,7 +22,7 @@ from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.figures import reliability_picture
 from lora_dist.model import adapters, bundle
-from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.backbone import Base, load_base_of_run
 from lora_dist.model.license import license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
 from lora_dist.model.temperature import Calibration, fold
@@ -313,7 +313,9 @@ class ResultWriter:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
             kept = self.base
-            base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
+            base = load_base_of_run(
+                settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor
+            )
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import BaseOptions, load_base, load_base_of
+from lora_dist.model.backbone import BaseOptions, load_base, load_base_of_run
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.injection import adapted_layers
@@ -175,7 +175,7 @@ def test_a_base_without_an_image_processor_takes_another(tmp_path: Path) -> None
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
     processor.save_pretrained(other)
     named = ModelSettings(model_name_or_path=str(directory), image_processor_name=str(other))
-    base = load_base_of(Settings(model=named), LABELS)
+    base = load_base_of_run(Settings(model=named), LABELS)
     write_adapter(tmp_path / "adapter", make_trainable(base, named, LoraSettings()), base, "card\n")
     classifier = load_classifier(tmp_path / "adapter")
     assert list(classifier.processor.image_mean) == [0.1, 0.2, 0.3]
@@ -190,6 +190,6 @@ def test_timm_models_and_processors_go_together(tmp_path: Path) -> None:
     for sentence, (model, processor) in mixed.items():
         settings = Settings(model=ModelSettings(model_name_or_path=str(model), image_processor_name=str(processor)))
         with pytest.raises(UserError, match=sentence):
-            load_base_of(settings, LABELS)
+            load_base_of_run(settings, LABELS)
     with pytest.raises(UserError, match="leave --pooling out"):
         load_base(str(base), LABELS, BaseOptions(pooling="mean"))
