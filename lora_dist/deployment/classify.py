@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.inputs import Files, Inputs
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.metrics.predictions import UNKNOWN
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.features import PooledFeatures
@@ -114,7 +114,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--device {name}: not on this machine ({first_line(error)})") from error
     return device
 
 

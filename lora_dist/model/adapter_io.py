@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -168,8 +168,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # A crafted pickle makes torch raise any exception.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{damaged} {reason}") from error
+        raise UserError(f"{damaged} {first_line(error)}") from error
     if isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):

@@ -17,7 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.model import adapter_io
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.legacy_names import LegacyNames, current_names
@@ -233,8 +233,7 @@ def _as_user_error(prefix: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{prefix}: {reason}") from error
+        raise UserError(f"{prefix}: {first_line(error)}") from error
 
 
 def _check_types(config: Any, directory: Path) -> None:

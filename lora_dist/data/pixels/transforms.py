@@ -19,7 +19,7 @@ from lora_dist.data.pixels.limits import CROPPED_RATIO, CentreCrop, TooLongError
 from lora_dist.data.pixels.mixing import NOWHERE, Area
 from lora_dist.data.pixels.processor import ProcessorError, processed
 from lora_dist.data.pixels.views import View
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.settings.train import AugmentationSettings
 
 _POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
@@ -309,10 +309,9 @@ def _prepared(processor: Any, image: Image.Image) -> Any:
         raise
     except Exception as error:
         # Each processor has its own for settings that it does not take.
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"the image processor {type(processor).__name__} cannot prepare an RGB image: {reason}. Correct its "
-            f"configuration, or take a base model and an image processor for RGB images"
+            f"the image processor {type(processor).__name__} cannot prepare an RGB image: {first_line(error)}. Correct "
+            f"its configuration, or take a base model and an image processor for RGB images"
         ) from error
 
 

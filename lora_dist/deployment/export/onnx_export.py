@@ -29,7 +29,7 @@ from lora_dist.deployment.export.onnx_model import (
     load_onnx,
 )
 from lora_dist.deployment.export.preprocessing import describe
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.metrics.predictions import class_folder, common_folder
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
@@ -202,7 +202,7 @@ def _to_onnx(model: nn.Module, temperature: float, example: Tensor, out: Path) -
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"--onnx {out}: torch.onnx cannot export {type(merged.model).__name__}: {reason}") from error
     assert program is not None
     return program.model_proto
