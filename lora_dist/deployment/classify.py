@@ -200,7 +200,8 @@ def choose_workers(device: torch.device, batch_bytes: int) -> int:
 
     Args:
         device: where the model runs.
-        batch_bytes: bytes of a batch of 8-bit pixels. Each process keeps up to three in shared memory.
+        batch_bytes: bytes of a batch of 8-bit pixels. Each process keeps up to three in shared memory, of which
+            half is left free.
     """
     if device.type == "cpu":
         return 1
