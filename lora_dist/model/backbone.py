@@ -20,6 +20,7 @@ from lora_dist.model.classifier_config import classifier_config, prefixes_to_rem
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
+from lora_dist.model.initial_values import marked_memory, require_values
 from lora_dist.model.input_check import require_fit
 from lora_dist.settings.fields import SINGLE_LABEL
 from lora_dist.settings.train import Settings
@@ -361,20 +362,21 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     """The model, and the names of weights that are missing or of another shape, and of those that it does not have.
 
     Raises:
-        UserError: as `require_same_layers` and `require_content`.
+        UserError: as `require_same_layers`, `require_content` and `require_values`.
     """
     for file in _weight_files(Path(name)):
         require_content(file)
     renamed = prefixes_to_remove(config)
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        name,
-        config=config,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        dtype=torch.float32,
-        key_mapping=renamed,
-        **options.source,
-    )
+    with marked_memory():
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            key_mapping=renamed,
+            **options.source,
+        )
     if renamed:
         # `save_pretrained` would put the prefix back, where loading does not look for it.
         model._weight_conversions = [
@@ -383,4 +385,5 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
     unused = sorted(loading["unexpected_keys"])
     require_same_layers(model, sorted(loading["missing_keys"]), unused)
+    require_values(model, missing)
     return model, missing, unused

@@ -1,0 +1,58 @@
+"""Models with code of their own that leaves weights and buffers without values when `transformers` loads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lora_dist_testing.edits import edit_json
+from lora_dist_testing.tiny import make_remote_model
+from torch import nn
+
+from lora_dist.errors import UserError
+from lora_dist.model.backbone import BaseOptions, load_base
+
+LABELS = ["x", "y", "z"]
+
+
+def _model(directory: Path, code: str) -> Path:
+    """Writes a model of 2 classes with more code in its class."""
+    make_remote_model(directory)
+    file = directory / "remote.py"
+    head, processor = file.read_text().split("class RemoteProcessor")
+    file.write_text(f"import torch\n{head}{code}\nclass RemoteProcessor{processor}")
+    return directory
+
+
+def _base(directory: Path, labels: list[str], seed: int = 0) -> nn.Linear:
+    options = BaseOptions(trust_remote_code=True, seed=seed, fit_classes=True)
+    return load_base(str(directory), labels, options).model.classifier
+
+
+def test_a_head_that_the_code_does_not_initialise_is_as_torch_initialises_it(tmp_path: Path) -> None:
+    """It was what was in memory: other numbers in each process."""
+    directory = _model(tmp_path, "    def _init_weights(self, module):\n        pass")
+    before = _base(directory, ["x", "y"]).weight
+    edit_json(directory / "config.json", id2label={"0": "p", "1": "q"}, label2id=None)
+    assert torch.equal(_base(directory, ["p", "q"]).weight, before), "the head of the checkpoint"
+    for labels in (LABELS, ["x", "y"]):
+        head, again, other = (_base(directory, labels, seed) for seed in (3, 3, 4))
+        assert head.weight.shape == (len(labels), 32)
+        limit = 32**-0.5
+        assert limit / 2 < head.weight.abs().max() <= limit
+        assert head.bias.abs().max() <= limit
+        assert torch.equal(head.weight, again.weight)
+        assert not torch.equal(head.weight, other.weight)
+        assert not torch.equal(head.weight[:2], before)
+
+
+@pytest.mark.parametrize("values", ["torch.full((1,), 2.0)", "torch.arange(3)"])
+def test_a_buffer_that_is_made_in_the_constructor_alone_is_named(values: str, tmp_path: Path) -> None:
+    """`transformers` calls the constructor without memory; the model would compute with what is in it."""
+    code = (
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        f"        self.register_buffer('scale', {values}, persistent=False)"
+    )
+    with pytest.raises(UserError, match="the code of RemoteModel gives scale no values when transformers loads it"):
+        _base(_model(tmp_path, code), LABELS)
+    assert torch.get_deterministic_debug_mode() == 0
