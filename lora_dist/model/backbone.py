@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,10 @@ def cannot_load(name: str, error: Exception) -> UserError:
     """Converts an error of `transformers` to a `UserError`, with advice on the Hub if that is the reason."""
     if isinstance(error, ImportError):
         # The messages of `transformers` contain the command; a ModuleNotFoundError has the name.
-        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [error.name or ""]
+        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [(error.name or "").partition(".")[0]]
+        package = packages[0]
+        if error.name and find_spec(package):
+            return UserError(f"the code of the model {name!r} does not run with the installed {package}: {error}")
         line = f"pip install {' '.join(packages)}" if packages[0] else str(error).strip()
         return UserError(f"the model {name!r} needs a package that is not installed: {line}")
     if "trust_remote_code" in str(error):
@@ -306,6 +310,11 @@ def cannot_load(name: str, error: Exception) -> UserError:
         reason = (
             "pytorch_model.bin is damaged, or holds more than tensors, and is not opened. Ask its author for "
             "model.safetensors, or for a file that torch.load reads with weights_only=True"
+        )
+    if "meta tensor" in reason:
+        reason = (
+            f"its constructor needs the values of tensors, and transformers calls it without memory: correct its code, "
+            f"where it says .item(), .tolist() or float() ({reason})"
         )
     if isinstance(error, StrictDataclassError):
         reason = f"config.json is damaged: {' '.join(reason.split())}"

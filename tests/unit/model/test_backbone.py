@@ -464,7 +464,7 @@ def test_a_missing_package_is_named_with_the_command(model: str, package: str, v
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ModuleNotFoundError("No module named 'einops'", name="einops"), "pip install einops"),
+        (ModuleNotFoundError("No module named 'no_such'", name="no_such.layers"), "pip install no_such"),
         (ImportError("This needs packages that were not found: a, b. Run `pip install a b`"), "pip install a b"),
         (ImportError("libcuda.so.1: cannot open"), "libcuda.so.1: cannot open"),
     ],

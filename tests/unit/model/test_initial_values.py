@@ -1,4 +1,4 @@
-"""Models with code of their own that leaves weights and buffers without values when `transformers` loads them."""
+"""Models with code of their own that leaves weights without values when `transformers` loads them, or fails then."""
 
 from pathlib import Path
 
@@ -56,3 +56,33 @@ def test_a_buffer_that_is_made_in_the_constructor_alone_is_named(values: str, tm
     with pytest.raises(UserError, match="the code of RemoteModel gives scale no values when transformers loads it"):
         _base(_model(tmp_path, code), LABELS)
     assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "    from transformers.pytorch_utils import prune_heads",
+            "does not run with the installed transformers: cannot",
+        ),
+        (
+            "    def __init__(self, config):\n        super().__init__(config)\n        self.classifier.bias.tolist()",
+            r"its constructor needs the values of tensors, and transformers calls it without memory",
+        ),
+    ],
+)
+def test_code_for_earlier_releases_is_refused_in_a_sentence(code: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        _base(_model(tmp_path, code), LABELS)
+    assert "pip install" not in str(raised.value)
+
+
+def test_code_of_a_backbone_alone_is_refused_without_a_question(tmp_path: Path) -> None:
+    """`transformers` asked at a terminal whether to run the code, also with --trust_remote_code."""
+    make_remote_model(tmp_path)
+    edit_json(
+        tmp_path / "config.json",
+        auto_map={"AutoConfig": "remote.RemoteConfig", "AutoModel": "remote.RemoteModel"},
+    )
+    with pytest.raises(UserError, match=r"its code has no image classifier \(AutoModelForImageClassification"):
+        _base(tmp_path, LABELS)
