@@ -33,7 +33,7 @@ def require_values(model: nn.Module, names: Sequence[str]) -> None:
         names: parameters and buffers that the checkpoint lacks; those that no checkpoint has are added.
 
     Raises:
-        UserError: a weight is of no layer of torch, or a buffer has no values.
+        UserError: a marked weight is of no layer of torch, or a buffer is marked.
     """
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
@@ -46,9 +46,15 @@ def require_values(model: nn.Module, names: Sequence[str]) -> None:
         if not marked:
             continue
         if not callable(reset := getattr(module, "reset_parameters", None)):
+            name, kind = full[marked[0]], type(model).__name__
+            if name in names:
+                raise UserError(
+                    f"the checkpoint lacks {name}, or has it in another shape, and the code of {kind} does not "
+                    f"initialise it: take another checkpoint, or correct its config.json"
+                )
             raise UserError(
-                f"the code of {type(model).__name__} gives {full[marked[0]]} no values when transformers loads it: let "
-                f"its _init_weights compute them, or take another base model"
+                f"the code of {kind} gives {name} no values when transformers loads it: let its _init_weights compute "
+                f"them, or take another base model"
             )
         kept = {name: tensor.clone() for name, tensor in own.items() if name not in marked}
         reset()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_dist_testing.edits import edit_json
+from lora_dist_testing.architectures import make_checkpoint
+from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import make_remote_model
 from torch import nn
 
@@ -43,6 +44,13 @@ def test_a_head_that_the_code_does_not_initialise_is_as_torch_initialises_it(tmp
         assert torch.equal(head.weight, again.weight)
         assert not torch.equal(head.weight, other.weight)
         assert not torch.equal(head.weight[:2], before)
+
+
+def test_a_weight_that_neither_checkpoint_nor_code_gives_values_is_refused(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "timm vit")
+    edit_tensors(directory / "model.safetensors", lambda state: state.pop("pos_embed"))
+    with pytest.raises(UserError, match=r"the checkpoint lacks timm_model\.pos_embed, or has it in another shape, and"):
+        _base(directory, LABELS)
 
 
 @pytest.mark.parametrize("values", ["torch.full((1,), 2.0)", "torch.arange(3)"])
