@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_dist.model.classifier_config import classifier_config, prefixes_to_rem
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
 from lora_dist.model.image_size import configured_size, resize_model, resize_processor
+from lora_dist.model.initial_values import marked_memory, require_values
 from lora_dist.model.input_check import require_fit
 from lora_dist.settings.fields import SINGLE_LABEL
 from lora_dist.settings.train import Settings
@@ -284,7 +286,10 @@ def cannot_load(name: str, error: Exception) -> UserError:
     """Converts an error of `transformers` to a `UserError`, with advice on the Hub if that is the reason."""
     if isinstance(error, ImportError):
         # The messages of `transformers` contain the command; a ModuleNotFoundError has the name.
-        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [error.name or ""]
+        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [(error.name or "").partition(".")[0]]
+        package = packages[0]
+        if error.name and find_spec(package):
+            return UserError(f"the code of the model {name!r} does not run with the installed {package}: {error}")
         line = f"pip install {' '.join(packages)}" if packages[0] else str(error).strip()
         return UserError(f"the model {name!r} needs a package that is not installed: {line}")
     if "trust_remote_code" in str(error):
@@ -305,6 +310,11 @@ def cannot_load(name: str, error: Exception) -> UserError:
         reason = (
             "pytorch_model.bin is damaged, or holds more than tensors, and is not opened. Ask its author for "
             "model.safetensors, or for a file that torch.load reads with weights_only=True"
+        )
+    if "meta tensor" in reason:
+        reason = (
+            f"its constructor needs the values of tensors, and transformers calls it without memory: correct its code, "
+            f"where it says .item(), .tolist() or float() ({reason})"
         )
     if isinstance(error, StrictDataclassError):
         reason = f"config.json is damaged: {' '.join(reason.split())}"
@@ -361,20 +371,21 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     """The model, and the names of weights that are missing or of another shape, and of those that it does not have.
 
     Raises:
-        UserError: as `require_same_layers` and `require_content`.
+        UserError: as `require_same_layers`, `require_content` and `require_values`.
     """
     for file in _weight_files(Path(name)):
         require_content(file)
     renamed = prefixes_to_remove(config)
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        name,
-        config=config,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        dtype=torch.float32,
-        key_mapping=renamed,
-        **options.source,
-    )
+    with marked_memory():
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            key_mapping=renamed,
+            **options.source,
+        )
     if renamed:
         # `save_pretrained` would put the prefix back, where loading does not look for it.
         model._weight_conversions = [
@@ -383,4 +394,5 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     missing = sorted({*loading["missing_keys"], *(mismatch[0] for mismatch in loading["mismatched_keys"])})
     unused = sorted(loading["unexpected_keys"])
     require_same_layers(model, sorted(loading["missing_keys"]), unused)
+    require_values(model, missing)
     return model, missing, unused

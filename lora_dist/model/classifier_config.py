@@ -81,6 +81,11 @@ def _as_vit(config: ViTMAEConfig) -> ViTConfig:
 
 def _pooled_config(config: Any, pooling: str | None, size: tuple[int, int]) -> PooledBackboneConfig:
     backbone = getattr(config, "vision_config", config)
+    if type(backbone).__module__.startswith("transformers_modules."):
+        raise ValueError(
+            "its code has no image classifier (AutoModelForImageClassification in auto_map): add one, or do not run "
+            "the code if transformers has a model of its own for the checkpoint"
+        )
     if backbone.model_type == "timm_wrapper":
         raise ValueError("a timm model has a head on pooled features of its own; leave --pooling out")
     outputs = _output_shapes(backbone, size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dist.errors import UserError
+from lora_dist.model.initial_values import require_values
 
 logger = logging.getLogger(__name__)
 EMPTY_FINGERPRINT = hashlib.sha256().hexdigest()[:32]
@@ -108,11 +109,16 @@ def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missi
     if not from_0:
         reason = f"classes that are not numbered from 0 ({', '.join(map(str, sorted(before)[:3]))}, …)"
     logger.warning("the base has %s: giving it a new head", reason)
-    for module in dict.fromkeys(model.get_submodule(name.rpartition(".")[0]) for name in dimensions):
-        for parameter in module.parameters(recurse=False):
+    renewed: list[str] = []
+    for prefix in dict.fromkeys(name.rpartition(".")[0] for name in dimensions):
+        module = model.get_submodule(prefix)
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             # `transformers` does not initialise weights that it has loaded.
             parameter._is_hf_initialized = False
+            nn.init.constant_(parameter, torch.nan)
+            renewed.append(name)
         model._init_weights(module)
+    require_values(model, renewed)
     return sorted(dimensions)
 
 

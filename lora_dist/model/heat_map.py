@@ -14,6 +14,8 @@ from lora_dist.model.adapters import base_of
 
 MOST_PREFIX_TOKENS = 16
 """Class and register tokens that may come before those of the patches."""
+_NUMBERS_OF_QUERIES = ("num_output_groups", "num_latents")
+"""Settings of GroupViT and Perceiver, whose tokens collect patches from the whole image."""
 
 
 def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | None = None) -> Tensor:
@@ -35,10 +37,12 @@ def heat_maps(model: nn.Module, pixel_values: Tensor, classes: Sequence[int] | N
     Raises:
         UserError: no block of the model has a feature map.
     """
-    if hasattr(getattr(getattr(base_of(model), "config", None), "backbone_config", None), "num_output_groups"):
+    config = getattr(base_of(model), "config", None)
+    backbone = getattr(config, "backbone_config", config)
+    if any(hasattr(backbone, number) for number in _NUMBERS_OF_QUERIES):
         raise UserError(
-            "GroupViT has no feature map to explain its predictions by: its last tokens are groups of patches, not "
-            "places in the image"
+            f"{getattr(backbone, 'model_type', 'the model')} has no feature map to explain its predictions by: its "
+            f"last tokens are learned queries, not places in the image"
         )
     for modules in (_blocks(model), list(model.modules())):
         found = _heat_maps(model, modules, pixel_values, classes)

@@ -35,6 +35,8 @@ def require_fit(model: Any, processor: Any) -> None:
         advice = "Change size or crop_size in preprocessor_config.json, or take another base model"
         if _channels(model.config) != 3:
             advice = "Take a base model for RGB images"
+        elif isinstance(error, TypeError):
+            advice = "Take a base model whose forward pass takes pixel_values alone"
         raise UserError(
             f"{kind} takes {_expected(model.config)}, and its image processor gives 3 x {size}: "
             f"{first_line(error)}. {advice}"
@@ -50,9 +52,12 @@ def require_fit(model: Any, processor: Any) -> None:
         )
     expected = [2, model.config.num_labels]
     if list(logits.shape) != expected:
+        advice = "that classifies each image by itself, and whose head pools its features (global_pool of timm)"
+        if logits.dim() == 2 and len(logits) == 2:
+            advice = "whose head follows num_labels of its configuration"
         raise UserError(
             f"{kind} returns logits of shape {list(logits.shape)} for two images, not {expected}: take a base model "
-            f"that classifies each image by itself, and whose head pools its features (global_pool of timm)"
+            f"{advice}"
         )
     if not logits.isfinite().all():
         raise UserError(f"{kind} gives logits that are not finite for a black image: its weights are probably damaged")

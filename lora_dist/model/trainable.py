@@ -58,10 +58,10 @@ def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> n
 
 
 def set_training(model: nn.Module) -> None:
-    """Sets training mode, except for frozen batch norms, whose statistics must not change."""
+    """Sets training mode, except for frozen norms with running statistics, which must not change."""
     model.train()
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not _trains(module):
+        if any(name.startswith("running_") for name in module._buffers) and not _trains(module):
             module.eval()
 
 

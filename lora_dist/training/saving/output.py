@@ -100,7 +100,10 @@ class Output:
                 moved.
         """
         if adapters.mutates_base(model) and not self.adapter_init.exists() and step:
-            raise UserError(f"{self.adapter_init} is missing; the trained adapter cannot be converted without it")
+            raise UserError(
+                f"{self.adapter_init} is missing, and the trained adapter cannot be converted without it: copy it from "
+                f"the directory of the run that is resumed"
+            )
         self.root.mkdir(parents=True, exist_ok=True)
         used = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
         before = dict(read_settings(self.config))

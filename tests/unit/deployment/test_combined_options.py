@@ -112,7 +112,7 @@ def test_a_server_says_why_it_cannot_explain(tmp_path: Path) -> None:
         answer = client.post("/explain", files={"file": ("a.png", encoded())})
         assert client.post("/predict", files={"files": ("a.png", encoded())}).status_code == 200
     assert answer.status_code == 501
-    assert "its last tokens are groups of patches" in answer.json()["detail"]
+    assert "its last tokens are learned queries" in answer.json()["detail"]
 
 
 def test_each_label_of_an_image_is_explained(several: Path, images: Path, tmp_path: Path) -> None:

@@ -149,6 +149,17 @@ def test_batch_norm_statistics_move_where_the_batch_norm_trains(
     assert all(name in dict(trained_tensors(model)) for name in before) == move
 
 
+def test_the_statistics_of_other_frozen_norms_stay(tmp_path: Path) -> None:
+    base = _base(make_model(tmp_path / "resnet", "resnet"))
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    base.model.resnet.embedder.embedder.normalization = norm
+    model = make_trainable(base, ModelSettings(), LORA)
+    before = _statistics(norm)
+    assert before
+    _step(model, base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _statistics(norm).items())
+
+
 def test_trained_tensors_are_all_that_a_model_needs_to_become_the_trained_one(architecture: Path) -> None:
     for tuning in ("lora", "head", "full"):
         base = _base(architecture)
@@ -453,7 +464,7 @@ def test_a_missing_package_is_named_with_the_command(model: str, package: str, v
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ModuleNotFoundError("No module named 'einops'", name="einops"), "pip install einops"),
+        (ModuleNotFoundError("No module named 'no_such'", name="no_such.layers"), "pip install no_such"),
         (ImportError("This needs packages that were not found: a, b. Run `pip install a b`"), "pip install a b"),
         (ImportError("libcuda.so.1: cannot open"), "libcuda.so.1: cannot open"),
     ],

@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_dist_testing.architectures import CONFIGS
 from lora_dist_testing.backbones import make_backbone
 from lora_dist_testing.tiny import make_config, make_image, make_model, write_bundle
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    PerceiverForImageClassificationLearned,
+    ViTImageProcessor,
+)
 
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
@@ -108,6 +113,16 @@ def test_a_model_without_feature_maps_is_named() -> None:
 
     with pytest.raises(UserError, match="Means has no feature map"):
         heat_maps(Means(), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("latents", [16, 24])
+def test_latents_are_no_places_of_an_image(latents: int) -> None:
+    """Perceiver's would have the shape of a map, or the attention between them."""
+    config = CONFIGS["perceiver"]()
+    config.num_latents = latents
+    model = PerceiverForImageClassificationLearned(config).eval()
+    with pytest.raises(UserError, match=r"perceiver has no feature map .*: its last tokens are learned queries"):
+        heat_maps(model, torch.zeros(1, 3, 32, 32))
 
 
 def test_each_readable_image_gets_a_picture_and_keeps_its_row(tmp_path: Path) -> None:

@@ -71,18 +71,39 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path), LABELS)
 
 
-def test_a_model_with_an_auxiliary_head_is_refused(tmp_path: Path) -> None:
-    class TwoHeads(torch.nn.Module):
-        """As `TimmWrapperForImageClassification` of Inception v3 with `aux_logits`."""
+class _Model(torch.nn.Module):
+    config = ViTConfig(num_labels=3)
 
-        config = ViTConfig(num_labels=3)
 
-        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
-            logits = torch.zeros(len(pixel_values), 3)
-            return ImageClassifierOutput(logits=(logits, logits))
+class _TwoHeads(_Model):
+    """As `TimmWrapperForImageClassification` of Inception v3 with `aux_logits`."""
 
-    with pytest.raises(UserError, match=r"TwoHeads returns 2 outputs in place of logits: turn its auxiliary head off"):
-        require_fit(TwoHeads(), ViTImageProcessor())
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        logits = torch.zeros(len(pixel_values), 3)
+        return ImageClassifierOutput(logits=(logits, logits))
+
+
+class _OwnClasses(_Model):
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=torch.zeros(len(pixel_values), 7))
+
+
+class _OtherInput(_Model):
+    def forward(self, images: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=torch.zeros(len(images), 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (_TwoHeads(), r"returns 2 outputs in place of logits: turn its auxiliary head off, such as aux_logits"),
+        (_OwnClasses(), r"returns logits of shape \[2, 7\] .*: take a base model whose head follows num_labels"),
+        (_OtherInput(), r"Take a base model whose forward pass takes pixel_values alone"),
+    ],
+)
+def test_code_that_is_no_classifier_of_the_classes_is_refused(model: torch.nn.Module, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        require_fit(model, ViTImageProcessor())
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
