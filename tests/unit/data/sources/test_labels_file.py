@@ -233,6 +233,22 @@ def test_groups_stay_on_one_side(photos: Path) -> None:
         _load(photos)
 
 
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ("path,label,group", "each of the 2 groups has a class that no other group has"),
+        ("path,site,label", "no class has two images"),
+    ],
+)
+def test_a_hold_out_that_is_not_possible_says_why(columns: str, reason: str, photos: Path) -> None:
+    lines = (
+        f"{_path(number)},{number % 2},{number % 2 if columns.endswith('group') else number}" for number in range(12)
+    )
+    _write(photos, columns, *lines)
+    with pytest.raises(UserError, match=f"no image can be held out for validation, because {reason}"):
+        _load(photos)
+
+
 def test_grouped_splits_come_near_the_fraction_of_each_class_and_depend_on_the_seed() -> None:
     random = np.random.default_rng(0)
     groups = random.integers(0, 200, 2000).astype(str)
