@@ -109,6 +109,14 @@ def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
         _load(photos)
 
 
+def test_a_name_without_suffix_of_several_files_is_told(photos: Path) -> None:
+    """Such as a photo and its mask."""
+    make_image(0, 0).save(photos / "00.jpg")
+    _write(photos, "id,label", "00,rose", "02,tulip")
+    with pytest.raises(UserError, match=r"add the suffix\): 1, e\.g\. line 2: 00 is 00\.jpg, 00\.png"):
+        _load(photos)
+
+
 def test_a_label_that_may_mean_none_is_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(photos, "path,label", *_lines()[:8], *(f"{_path(number)},None" for number in (9, 10, 11)))
     assert _load(photos).labels == ["None", "rose"]
