@@ -35,6 +35,11 @@ class NonFiniteGradientError(Exception):
     """The gradient of an update is not finite, and not because of fp16 loss scaling; no update is made."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message that is not empty, or the name of its type."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 class ErrorCollector:
     """Collects the errors of a dry run, which reports all of them. Any other run ends at the first one.
 

@@ -132,7 +132,7 @@ def require_together(runs: Sequence[Run]) -> None:
         if differing := _differing(first.settings, run.settings):
             flags = ", ".join(f"--{name}" for name in differing)
             logger.warning("%s and %s differ in %s", first.directory, run.directory, flags)
-        if run.predictions.several != first.predictions.several:
+        if run.predictions.multi_label != first.predictions.multi_label:
             raise UserError(f"{first.directory} and {run.directory} have different problem types")
         if run.predictions.classes != first.predictions.classes:
             raise UserError(f"{first.directory} and {run.directory} have different classes")

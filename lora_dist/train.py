@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_dist.errors import ErrorCollector, UserError
 from lora_dist.processes.failure import report_failure
-from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.processes.run_lock import RunLock
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             contradictions=contradictions,
         )
         if __name__ == "__main__":
-            move_to_huge_pages()
+            restart_with_huge_pages()
         if settings.run.do_eval_only:
             require_writable(Path(settings.run.output_dir))
             from lora_dist.training.evaluate_only import evaluate_only
@@ -74,24 +74,25 @@ def fit(config: str | os.PathLike[str] | None = None, **settings: Any) -> Traini
     if threading.current_thread() is not threading.main_thread():
         raise UserError("lora_dist.fit handles signals, such as Ctrl-C: call it in the main thread")
     with report_failure(), RunLock() as lock:
-        read = from_keywords(Settings, config, settings, prog="lora_dist.fit", contradictions=contradictions)
-        if read.run.dry_run or read.run.do_eval_only:
+        chosen = from_keywords(Settings, config, settings, prog="lora_dist.fit", contradictions=contradictions)
+        if chosen.run.dry_run or chosen.run.do_eval_only:
             raise UserError("lora_dist.fit trains: for --dry_run and --do_eval_only use python -m lora_dist.train")
         from lora_dist.processes.runtime import torch_flags_restored
 
         with torch_flags_restored():
-            train(read, lock)
+            train(chosen, lock)
 
     from lora_dist.training.saving.output import Output
 
-    output = Output(Path(read.run.output_dir))
-    path = output.model if read.model.tuning == "full" else output.adapter
+    output = Output(Path(chosen.run.output_dir))
+    path = output.model if chosen.model.tuning == "full" else output.adapter
     return TrainingResult(path, json.loads(output.results.read_text(encoding="utf-8")), output.root)
 
 
 def train(settings: Settings, lock: RunLock) -> None:
-    """Trains, evaluates the best checkpoint, and writes the adapter."""
-    options, errors = settings.run, ErrorCollector(settings.run.dry_run)
+    """Prepares a run, and reports it (--dry_run), or trains, evaluates and writes the result."""
+    options = settings.run
+    errors = ErrorCollector(options.dry_run)
     with errors.collect():
         require_writable(Path(options.output_dir))
     # Imported here, because the settings are to be read, and a mistake in them reported, before torch is loaded.
@@ -99,13 +100,13 @@ def train(settings: Settings, lock: RunLock) -> None:
     from lora_dist.data.sources.split import Split
     from lora_dist.processes.watch import Watch
     from lora_dist.storage.atomic import finish_replacing
-    from lora_dist.training import loop
     from lora_dist.training.assembly import assemble
     from lora_dist.training.dry_run import dry_run
-    from lora_dist.training.failures import stopped_on_request
+    from lora_dist.training.failures import resume_hint_added, stopped_on_request
     from lora_dist.training.final_evaluation import final_evaluations
     from lora_dist.training.frozen_backbone import on_features
     from lora_dist.training.launching import launch_run, lock_output
+    from lora_dist.training.loop import training_loop
     from lora_dist.training.probe import probe
     from lora_dist.training.reporting.external_trackers import require_trackers
     from lora_dist.training.reporting.report import announce, show_inputs
@@ -119,7 +120,8 @@ def train(settings: Settings, lock: RunLock) -> None:
             streaming.prepare(settings.data)
         accelerator = launch_run(settings)
         watch.watch_peers()
-        output, resumed, publisher = Output(Path(options.output_dir)), None, None
+        output = Output(Path(options.output_dir))
+        resumed = publisher = None
         with errors.collect():
             if not options.dry_run:
                 lock_output(lock, output.root, accelerator, options.ddp_timeout)
@@ -136,23 +138,23 @@ def train(settings: Settings, lock: RunLock) -> None:
         announce(assembled.data, run.plan, run.schedule, assembled.parameters, accelerator, run.precision)
         if options.dry_run:
             with watch.watching():
-                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, run.progress.step, errors)
+                dry_run(run, assembled.data, assembled.parameters, assembled.sizes, errors)
             return
     run.tracker.settings(flatten(run.settings))
-    show_inputs(run, run.progress.step)
-    with stopped_on_request(run), watch.watching():
+    show_inputs(run)
+    with resume_hint_added(run), stopped_on_request(run), watch.watching():
         heads = list(result_writer.base.heads)
         if options.probe and isinstance(assembled.data.train, Split):
-            probe(run, heads, assembled.data.train, output.probe, run.progress.step)
+            probe(run, heads, assembled.data.train, output.probe)
         run = on_features(run, heads)
         reselect_best(run)
-        loop.fit(run, result_writer.push_best)
+        training_loop(run, result_writer.push_best)
         run.checkpointer.restore_best(run.progress)
         evaluation, test = final_evaluations(run, assembled.data)
         result_writer.finalize(run, evaluation, test)
-        run.preemption.saved()
+        run.preemption.clear_save_request()
     accelerator.end_training()
-    # No process waits for another one any more, and all files of the run are written.
+    # Last, because an upload may take long: no process waits for another one any more.
     result_writer.publish(run)
 
 

@@ -22,18 +22,18 @@ class LabelFindings(NamedTuple):
     notes: list[str]
 
 
-def read_out_of_fold(file: str, several: bool) -> Predictions:
+def read_out_of_fold(file: str, multi_label: bool) -> Predictions:
     """Reads a file of predictions with the probabilities of every class, or that of a run's directory.
 
     Args:
-        several: whether the images have any number of labels, instead of one class.
+        multi_label: whether the images have any number of labels, instead of one class.
 
     Raises:
         UserError: the file cannot be read, has no probabilities, or is of another problem type.
     """
     predictions = read_predictions(file)
-    if predictions.several != several:
-        kind, advice = ("several labels", "add") if predictions.several else ("one class", "remove")
+    if predictions.multi_label != multi_label:
+        kind, advice = ("several labels", "add") if predictions.multi_label else ("one class", "remove")
         raise UserError(
             f"--predictions {file}: it has {kind} per image: {advice} --problem_type multi_label_classification"
         )
@@ -73,7 +73,7 @@ def label_findings(scanned: Scanned, predictions: Predictions, file: str) -> Lab
         f"images have another label than in {file}": relabelled,
     }
     notes = [f"{count:,} {what}: their labels are not judged" for what, count in counts.items() if count]
-    find = _of_several if predictions.several else _of_one_class
+    find = _of_label_sets if predictions.multi_label else _of_one_class
     chosen = predictions.select([row for _, row in judged])
     assert chosen.probabilities is not None
     findings = list(find([index for index, _ in judged], chosen, chosen.probabilities))
@@ -102,7 +102,7 @@ def _of_one_class(files: Sequence[int], predictions: Predictions, probabilities:
         yield _finding(message, files[issue.row])
 
 
-def _of_several(files: Sequence[int], predictions: Predictions, probabilities: np.ndarray) -> Iterator[Finding]:
+def _of_label_sets(files: Sequence[int], predictions: Predictions, probabilities: np.ndarray) -> Iterator[Finding]:
     names = predictions.classes
     for issue in find_label_set_issues(label_matrix(predictions.given, names), probabilities):
         what = "given, but not predicted" if issue.is_given else "not given, but predicted"

@@ -76,7 +76,7 @@ def _lookups(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _chunks(counts: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of nonzero counts, in chunks whose counts add up to about `_CHUNK`."""
+    """Yields the indices where `counts` is not 0, in pieces whose counts add up to about `_CHUNK`."""
     chunk = np.flatnonzero(counts)
     if len(chunk):
         yield from np.split(chunk, np.flatnonzero(np.diff(np.cumsum(counts[chunk]) // _CHUNK)) + 1)

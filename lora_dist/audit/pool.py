@@ -1,7 +1,6 @@
 """A process pool that survives crashed and hung workers; only the file that a worker was reading is lost."""
 
 import multiprocessing
-import os
 import signal
 import threading
 import warnings
@@ -12,6 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
+
+from lora_dist.processes.parent_death import end_with_starter
 
 R = TypeVar("R")
 
@@ -103,11 +104,4 @@ def _no_interrupt() -> Iterator[None]:
 def _set_up() -> None:
     # The report covers what Pillow warns about.
     warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=end_with_starter, daemon=True).start()

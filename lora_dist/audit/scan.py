@@ -108,7 +108,7 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _phash(small: Image.Image) -> int:
-    """Perceptual hash: one bit per low frequency, set if it exceeds their median ("pHash", Zauner 2010)."""
+    """Perceptual hash (pHash, Zauner 2010): one bit per low-frequency DCT coefficient, set if above their median."""
     gray = np.asarray(small.convert("L"), dtype=np.float64)
     lowest = (_COSINES @ gray @ _COSINES.T).ravel()[1:]
     # Without the margin, rounding errors would set the bits of plain images.

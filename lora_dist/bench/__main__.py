@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from lora_dist.processes.failure import report_failure
-from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_launcher
 from lora_dist.settings.bench import BenchSettings, contradictions
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
             BenchSettings, flags, prog="lora_dist.bench", description=DESCRIPTION, contradictions=contradictions
         )
         if __name__ == "__main__":
-            move_to_huge_pages()
+            restart_with_huge_pages()
         with tempfile.TemporaryDirectory() as directory:
             bench(settings, flags, Path(directory))
 

@@ -15,7 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 from lora_dist.errors import UserError
-from lora_dist.processes.huge_pages import environment_before, move_to_huge_pages
+from lora_dist.processes.huge_pages import environment_before, restart_with_huge_pages
 from lora_dist.processes.lifetime import exit_on_user_error, run_command
 from lora_dist.processes.parent_death import end_with_parent
 from lora_dist.settings.bench import BenchSettings, contradictions
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer, *flags = argv_or(argv)
     settings = parse(BenchSettings, flags, prog="lora_dist.bench", description="", contradictions=contradictions)
     if __name__ == "__main__" and trainer == "ours":
-        move_to_huge_pages()
+        restart_with_huge_pages()
     with tempfile.TemporaryDirectory() as directory:
         print(json.dumps(measure_trainer(trainer, settings, Path(directory))._asdict()))
 

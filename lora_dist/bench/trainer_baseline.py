@@ -22,7 +22,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base_of
+from lora_dist.model.backbone import load_base_of_run
 from lora_dist.model.targets import resolve_targets
 from lora_dist.model.trainable import layers_called
 from lora_dist.processes.devices import computes_on_cpu
@@ -94,7 +94,7 @@ def time_baseline(settings: BenchSettings, directory: Path) -> tuple[int, float,
     arguments = _arguments(settings, directory)
     data = load_data(settings.data, settings.run.seed)
     assert isinstance(data.train, Split)
-    base, lora = load_base_of(settings, data.labels), settings.lora
+    base, lora = load_base_of_run(settings, data.labels), settings.lora
     model = get_peft_model(
         base.model,
         LoraConfig(

@@ -1,4 +1,4 @@
-"""Copies the items of worker processes to the device; on CUDA one item ahead, while the device computes."""
+"""Copies what the workers load to the device. On CUDA, the next item is copied while the current one is in use."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar

@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.inputs import Files, Inputs
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.metrics.predictions import UNKNOWN
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.features import PooledFeatures
@@ -114,7 +114,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--device {name}: not on this machine ({first_line(error)})") from error
     return device
 
 
@@ -158,7 +158,7 @@ def classify(
     classifier.model.to(device)
     inputs = Files(images) if isinstance(images, Sequence) else images
     chosen = range(len(inputs)) if indices is None else indices
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     batch_size = choose_batch_size(inference.batch_size, device, transforms)
     loader = _decoding_loader(inputs, chosen, transforms, max(batch_size, MIN_DECODED), inference)
     with ExitStack() as stack:
@@ -188,7 +188,7 @@ def _decoding_loader(
         workers = choose_workers(inference.device, size * 3 * transforms.height * transforms.width)
     return worker_loader(
         _Decoder(inputs, transforms),
-        batch_sampler=_Slices(indices, size),
+        batch_sampler=BatchSampler(indices, size, drop_last=False),
         workers=workers,
         pin_memory=inference.device.type == "cuda",
         timeout=POLL_SECONDS,
@@ -200,7 +200,8 @@ def choose_workers(device: torch.device, batch_bytes: int) -> int:
 
     Args:
         device: where the model runs.
-        batch_bytes: bytes of a batch of 8-bit pixels. Each process keeps up to three in shared memory.
+        batch_bytes: bytes of a batch of 8-bit pixels. Each process keeps up to three in shared memory, of which
+            half is left free.
     """
     if device.type == "cpu":
         return 1
@@ -239,19 +240,6 @@ def _are_slow_to_decode(inputs: Inputs, indices: Sequence[int]) -> bool:
         return True
     files = [Path(image.name) for image in inputs.read(indices)]
     return sum(file.stat().st_size for file in files if file.is_file()) > TINY_FILE * len(files)
-
-
-class _Slices:
-    """Slices of `size` of the indices: the batches of a `DataLoader`, made when they are needed."""
-
-    def __init__(self, indices: Sequence[int], size: int) -> None:
-        self._indices, self._size = indices, size
-
-    def __iter__(self) -> Iterator[Sequence[int]]:
-        return (self._indices[start : start + self._size] for start in range(0, len(self._indices), self._size))
-
-    def __len__(self) -> int:
-        return -(-len(self._indices) // self._size)
 
 
 class _DecodedBatch(NamedTuple):

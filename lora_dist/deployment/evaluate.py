@@ -40,8 +40,8 @@ def read_other_predictions(settings: Images) -> Predictions | None:
     return read_predictions(settings.compare_to) if settings.compare_to else None
 
 
-def read_labels(settings: PredictSettings, several: bool) -> Listed | None:
-    """Reads the file of --labels_file for a model of `several` labels per image, or of one class.
+def read_labels(settings: PredictSettings, multi_label: bool) -> Listed | None:
+    """Reads the file of --labels_file for a model of several labels per image (`multi_label`), or of one class.
 
     Raises:
         UserError: the file is wrong.
@@ -54,7 +54,7 @@ def read_labels(settings: PredictSettings, several: bool) -> Listed | None:
         "label": images.label_column_name,
         "group": images.group_column_name,
     }
-    return read_labels_file(demo.local_path(images.images[0]), images.labels_file, columns, several=several)
+    return read_labels_file(demo.local_path(images.images[0]), images.labels_file, columns, multi_label=multi_label)
 
 
 class Evaluation:
@@ -67,7 +67,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str], several: bool
+        self, settings: Images, reference: Reference, files: Sequence[str], classes: Collection[str], multi_label: bool
     ) -> None:
         """
         Args:
@@ -75,24 +75,24 @@ class Evaluation:
             reference: what to compare with.
             files: the images, in order.
             classes: of the model.
-            several: whether an image has any number of labels, instead of one class.
+            multi_label: whether an image has any number of labels, instead of one class.
 
         Raises:
             UserError: a label of --labels_file is no class of the model, or --compare_to is of another problem type.
         """
         self._settings = settings
         self._files = files
-        self._several = several
+        self._multi_label = multi_label
         listed, self._other = reference
         if listed is None:
-            self._label_of: Callable[[str], Any] = no_label if several else folder_label(files, classes)
+            self._label_of: Callable[[str], Any] = no_label if multi_label else folder_label(files, classes)
             self._groups: Mapping[str, str] = {}
         else:
-            _require_classes(settings, listed, classes, several)
-            self._label_of = _labels_of(listed, several).get
+            _require_classes(settings, listed, classes, multi_label)
+            self._label_of = _labels_of(listed, multi_label).get
             self._groups = _groups_of(listed)
-        if self._other and self._other.several != several:
-            kinds = ("several labels", "one class") if several else ("one class", "several labels")
+        if self._other and self._other.multi_label != multi_label:
+            kinds = ("several labels", "one class") if multi_label else ("one class", "several labels")
             raise UserError(
                 f"--compare_to {settings.compare_to}: this model has {kinds[0]} per image, and those predictions "
                 f"{kinds[1]}"
@@ -110,7 +110,7 @@ class Evaluation:
         """Whether there is anything to compare with."""
         return self._label_of is not no_label or self._other is not None
 
-    def seen(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def collect(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yields `rows` unchanged, and collects their answers. They are in the order of the files, by adapter.
 
         With several labels per image, `top_k` of the rows has the scores of all labels.
@@ -128,7 +128,7 @@ class Evaluation:
             return
         if self._settings.min_confidence is not None:
             self._confidences.setdefault(row.adapter, array("d")).append(row.top_k[0][1])
-        if self._several:
+        if self._multi_label:
             scored = sorted(row.top_k)
             self._labels.setdefault(row.adapter, [label for label, _ in scored])
             self._scores.setdefault(row.adapter, array("f")).extend(score for _, score in scored)
@@ -168,7 +168,7 @@ class Evaluation:
             groups=[self._groups.get(path) for path in paths],
             classes=labels,
             probabilities=np.array(self._scores[adapter]).reshape(-1, len(labels)) if labels else None,
-            several=self._several,
+            multi_label=self._multi_label,
         )
 
     def caption(self, row: Row) -> str:
@@ -193,12 +193,12 @@ def _answer(row: Row) -> Any:
     return row.top_k[0][0] if row.labels is None else tuple(sorted(label for label, _ in row.labels))
 
 
-def _require_classes(settings: Images, listed: Listed, classes: Collection[str], several: bool) -> None:
+def _require_classes(settings: Images, listed: Listed, classes: Collection[str], multi_label: bool) -> None:
     if unknown := sorted(set(listed.classes) - set(classes)):
         raise UserError(
             f"--labels_file {settings.labels_file}: labels that are not classes of the model: {', '.join(unknown)}"
         )
-    columns = indicator_columns(settings.label_column_name) if several else []
+    columns = indicator_columns(settings.label_column_name) if multi_label else []
     if columns and (unnamed := sorted(set(classes) - set(columns))):
         raise UserError(
             f"--label_column_name {settings.label_column_name}: the model also has the labels {', '.join(unnamed)}, "
@@ -206,10 +206,12 @@ def _require_classes(settings: Images, listed: Listed, classes: Collection[str],
         )
 
 
-def _labels_of(listed: Listed, several: bool) -> dict[str, Any]:
+def _labels_of(listed: Listed, multi_label: bool) -> dict[str, Any]:
     """The class of each image by its path, or the tuple of its labels in order."""
     names = listed.classes
-    answers = (tuple(sorted(names[index] for index in label)) if several else names[label] for label in listed.labels)
+    answers = (
+        tuple(sorted(names[index] for index in label)) if multi_label else names[label] for label in listed.labels
+    )
     return dict(zip(listed.paths, answers, strict=True))
 
 

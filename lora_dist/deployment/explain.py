@@ -48,7 +48,7 @@ def explained(
     """
     # Not in the inference mode of `classify`, whose tensors have no gradients.
     classifier.model.to(device)
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     size = choose_batch_size(batch_size, device, transforms)
     with writing(directory, "explain"):
         directory.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from lora_dist import demo, hub
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import MIN_DECODED, choose_batch_size, choose_device
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
@@ -59,7 +58,7 @@ class ImageClassifier:
         self.device = device
         classifier.model.to(device)
         self._classifier = classifier
-        self._transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+        self._transforms = classifier.transforms()
 
     # A str is a sequence of str as well; the first overload that fits counts.
     @overload

@@ -235,7 +235,7 @@ def _require_rows(count: int, name: str | None, split: str | None) -> None:
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Resolves files, folders (recursively) and patterns to files, in order and without duplicates.
+    """Lists the files of `names` (files, folders with all below them, glob patterns), in this order and each once.
 
     Raises:
         UserError: a name matches no image.

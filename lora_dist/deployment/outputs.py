@@ -66,7 +66,9 @@ def writer(
     else:
         to_rows = partial(_json_lines, output_type=output_type)
     if output is None:
-        yield to_rows(_utf8_stdout())
+        with _writing_to_stdout():
+            write_row = to_rows(_utf8_stdout())
+        yield _writing_to_stdout()(write_row)
         return
     path = Path(output)
     with writing(path, "output"):
@@ -85,6 +87,15 @@ def _utf8_stdout() -> Any:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     return sys.stdout
+
+
+@contextmanager
+def _writing_to_stdout() -> Iterator[None]:
+    """Turns errors of this block, e.g. a full disk, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the predictions cannot be written to standard output ({error.strerror})") from error
 
 
 def _content(row: Row, output_type: OutputType) -> dict[str, Any]:

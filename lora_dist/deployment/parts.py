@@ -108,6 +108,11 @@ class Parts:
                 raise
         self._tell("begun")
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first one, which joins the parts."""
+        return self._rank == 0
+
     def _begin(self, files: Sequence[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         plan = self.directory / _PLAN
@@ -136,13 +141,10 @@ class Parts:
             count = self._images_of(outdated)
             logger.info("%s: %s rows are made again, because images changed since", self.directory, f"{count:,}")
 
-    def write(self, rows_of: RowsOf) -> bool:
+    def write(self, rows_of: RowsOf) -> None:
         """Classifies the images of this process and writes their parts, except those that an earlier run has written.
 
         The first process then waits until the others have written theirs.
-
-        Returns:
-            Whether this process is the first one, which joins the parts.
 
         Raises:
             UserError: the disk is full or cannot be written, or another process has failed.
@@ -168,10 +170,9 @@ class Parts:
             self._tell("written")
             if self._rank == 0:
                 self._wait_for("written", range(self._world_size), show)
-        return self._rank == 0
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept_rows_reported(self) -> Iterator[None]:
         """Says how much is kept if this block ends with an error, such as a full disk, or with Ctrl-C."""
         try:
             yield

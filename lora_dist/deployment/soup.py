@@ -61,7 +61,7 @@ def accuracy(classifier: Classifier, root: str, files: Sequence[str], inference:
     right = [row.top_k[0][0] == folders[row.path] for row in rows if row.error is None]
     if not right:
         raise UserError(
-            f"--greedy_soup: no readable image is in a folder named after a class ({classifier.labels[0]}, …)"
+            f"--greedy_soup needs readable images in folders named after the classes ({classifier.labels[0]}, …)"
         )
     if len(right) < len(files):
         logger.warning("%d of %d images are unreadable or in no folder of a class", len(files) - len(right), len(files))

@@ -22,22 +22,16 @@ def cast_base(model: nn.Module, heads: Sequence[str]) -> None:
         heads: names of the modules that train in full.
 
     Raises:
-        UserError: layers of the base follow a head, or train as well.
+        UserError: layers of the base train as well.
     """
     compute_in(model, "bf16")
-    head = ""
     for name, parameter in model.named_parameters():
-        if is_head(name, heads):
-            head = name
-        elif lora_layer_of(name) is None:
-            if parameter.requires_grad:
-                raise UserError(f"--base_dtype bfloat16: {name} of the base trains as well. Use --mixed_precision bf16")
-            if head:
-                raise UserError(
-                    f"--base_dtype bfloat16: {head} trains in fp32, and {name} of the base, which follows it, would be "
-                    f"in bf16. Use --mixed_precision bf16 instead"
-                )
-            parameter.data = parameter.data.to(torch.bfloat16)
+        if is_head(name, heads) or lora_layer_of(name) is not None:
+            continue
+        if parameter.requires_grad:
+            raise UserError(f"--base_dtype bfloat16: {name} of the base trains as well. Use --mixed_precision bf16")
+        parameter.data = parameter.data.to(torch.bfloat16)
+    clear_cached(model)
     for name, module in model.named_modules():
         if is_head(name, heads) and next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(_in_its_dtype)
@@ -54,13 +48,15 @@ def require_bf16_forward(model: nn.Module, pixel_values: Tensor) -> None:
     """Classifies images [B, 3, H, W], on the device of the model, whose base is in bf16.
 
     Raises:
-        UserError: the model does not run, for example because it has constants in fp32 (CSATv2 of timm).
+        UserError: the model does not run, for example because it has constants in fp32 (CSATv2 of timm), or because
+            layers of its base follow one that trains in fp32.
     """
     try:
         with torch.compiler.set_stance("force_eager"):
             model.eval()(pixel_values=pixel_values)
     except RuntimeError as error:
         raise UserError(
-            f"--base_dtype bfloat16: the model does not run in bf16 ({error}). Leave --base_dtype out"
+            f"--base_dtype bfloat16: the model does not run with its base in bf16 and what trains in fp32 ({error}). "
+            f"Use --mixed_precision bf16 instead"
         ) from error
     clear_cached(model)

@@ -88,7 +88,7 @@ class Engine(Protocol):
         """Loads the state of fp16 loss scaling from any engine; ignores a state in another form."""
 
 
-def share_statistics(engine: Engine) -> None:
+def broadcast_statistics(engine: Engine) -> None:
     """Broadcasts the trained buffers of rank 0, such as the running statistics of batch norms.
 
     These are saved and become part of the result. Only DDP broadcasts buffers by itself.

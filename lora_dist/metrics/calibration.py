@@ -78,7 +78,7 @@ def fit_temperature(samples: ScoredSamples) -> float | None:
 
 
 def confidences(samples: ScoredSamples, temperature: float = 1.0) -> Confidences:
-    """Computes confidences and losses at a temperature."""
+    """Divides the logits by a temperature; returns each sample's highest probability, if it is right, and its loss."""
     logits = samples.logits / temperature
     best = logits.softmax(dim=-1).max(dim=-1)
     loss = cross_entropy(logits, samples.labels, reduction="none")

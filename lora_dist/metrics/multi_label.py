@@ -59,11 +59,11 @@ def multi_label_metrics(
 
     Returns:
         `mAP`, the mean average precision of the labels that a sample has; `micro_f1` over all decisions; `macro_f1`,
-        the mean F1 of the labels that a sample has or is said to have. And for each label average precision, precision,
-        recall, F1, threshold, support and the counts of right and wrong decisions.
+        the mean F1 of the labels that a sample has or is predicted to have. And for each label average precision,
+        precision, recall, F1, threshold, support and the counts of right and wrong decisions.
     """
-    said = scores >= thresholds
-    right, claimed, support = (said & positive).sum(axis=0), said.sum(axis=0), positive.sum(axis=0)
+    predicted = scores >= thresholds
+    right, claimed, support = (predicted & positive).sum(axis=0), predicted.sum(axis=0), positive.sum(axis=0)
     precisions = [average_precision(*columns) for columns in zip(scores.T, positive.T, strict=True)]
     f1 = 2 * right / np.maximum(support + claimed, 1)
     seen = (support + claimed) > 0

@@ -12,7 +12,7 @@ _FEWEST_RESAMPLES = 100
 
 
 def measure_label_sets(
-    said: np.ndarray, positive: np.ndarray, scores: np.ndarray | None, groups: np.ndarray | None = None
+    predicted: np.ndarray, positive: np.ndarray, scores: np.ndarray | None, groups: np.ndarray | None = None
 ) -> Measured:
     """`mAP`, `micro_f1` and `macro_f1`, as `multi_label_metrics`, with their intervals (see `bootstrap`).
 
@@ -20,27 +20,27 @@ def measure_label_sets(
     far to both sides of the value as the farther percentile.
 
     Args:
-        said: whether an image is said to have a label, bool [N, labels].
+        predicted: whether an image is predicted to have a label, bool [N, labels].
         positive: whether it has the label, bool [N, labels].
         scores: float [N, labels]; without them, there is no mAP.
         groups: group of each image, shape [N], if groups are known.
     """
-    measure = label_set_measure(said, positive, scores)
-    metrics = whole(measure, len(said))
-    intervals = bootstrap(measure, len(said), groups, label_set_resamples(said))
+    measure = label_set_measure(predicted, positive, scores)
+    metrics = whole(measure, len(predicted))
+    intervals = bootstrap(measure, len(predicted), groups, label_set_resamples(predicted))
     around = {name: symmetric(metrics[name], interval) for name, interval in intervals.items()}
     return Measured(metrics, {name: (max(low, 0.0), min(high, 1.0)) for name, (low, high) in around.items()})
 
 
-def label_set_resamples(said: np.ndarray) -> int:
+def label_set_resamples(predicted: np.ndarray) -> int:
     """The number of resamples for labels of this shape: `RESAMPLES`, or fewer of very many images and labels."""
-    return max(_FEWEST_RESAMPLES, min(RESAMPLES, _MOST_WEIGHTS // max(1, said.size)))
+    return max(_FEWEST_RESAMPLES, min(RESAMPLES, _MOST_WEIGHTS // max(1, predicted.size)))
 
 
-def label_set_measure(said: np.ndarray, positive: np.ndarray, scores: np.ndarray | None) -> Measure:
+def label_set_measure(predicted: np.ndarray, positive: np.ndarray, scores: np.ndarray | None) -> Measure:
     """Returns the function that measures resamples. Arguments as `measure_label_sets`."""
     # Sums of whole numbers below 2**24 are exact in float32.
-    right, sizes = (said & positive).astype(np.float32), said.astype(np.float32) + positive
+    right, sizes = (predicted & positive).astype(np.float32), predicted.astype(np.float32) + positive
     rankings = [] if scores is None else [_ranking(*columns) for columns in zip(scores.T, positive.T, strict=True)]
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -95,7 +95,13 @@ def _ranking(scores: np.ndarray, positive: np.ndarray) -> _Ranking:
 
 
 def _sums(weights: np.ndarray, images: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sums of the weights [R, N] of images from each start to the next one, shape [R, starts]."""
+    """Sums of weights per segment, shape [R, starts]; a segment of `images` goes from one of `starts` to the next.
+
+    Args:
+        weights: shape [R, N].
+        images: columns of `weights`.
+        starts: first index into `images` of each segment.
+    """
     return np.add.reduceat(np.take(weights, images, axis=1), starts, axis=1)
 
 

@@ -53,7 +53,10 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = N
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of McNemar's exact test: the chance that a fair coin gives a split at least as uneven."""
+    """Returns the two-sided p-value of McNemar's exact test.
+
+    It is the probability that as many fair coin tosses split at least as unevenly.
+    """
     count, fewer = only_first + only_second, min(only_first, only_second)
     k = np.arange(fewer)
     # Logarithms of the binomial coefficients, which overflow for some thousands of images.
@@ -77,7 +80,7 @@ class LabelSetComparison(NamedTuple):
 
 
 def compare_label_sets(
-    said: tuple[np.ndarray, np.ndarray],
+    predicted: tuple[np.ndarray, np.ndarray],
     positive: np.ndarray,
     scores: tuple[np.ndarray, np.ndarray] | None,
     groups: np.ndarray | None = None,
@@ -86,13 +89,13 @@ def compare_label_sets(
     for all images of random groups.
 
     Args:
-        said: whether each model says that an image has a label, bool [N, labels].
+        predicted: whether each model says that an image has a label, bool [N, labels].
         positive: whether the image has it, bool [N, labels].
         scores: of each model, float [N, labels]; without them, the mAP is not compared.
         groups: group of each image, shape [N], of images that are not independent.
     """
     known = (None, None) if scores is None else scores
-    measures = [label_set_measure(one, positive, score) for one, score in zip(said, known, strict=True)]
+    measures = [label_set_measure(one, positive, score) for one, score in zip(predicted, known, strict=True)]
 
     def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
         first, second = (measure(weights) for measure in measures)
@@ -102,8 +105,10 @@ def compare_label_sets(
     measured = whole(differences, size)
     found = bootstrap(differences, size, groups, label_set_resamples(positive))
     intervals = {name: symmetric(measured[name], interval) for name, interval in found.items()}
-    # Right labels, and labels said or given: their sums make up the micro F1.
-    counts = [np.stack([(one & positive).sum(axis=1), one.sum(axis=1) + positive.sum(axis=1)], axis=1) for one in said]
+    # Right labels, and labels predicted or given: their sums make up the micro F1.
+    counts = [
+        np.stack([(one & positive).sum(axis=1), one.sum(axis=1) + positive.sum(axis=1)], axis=1) for one in predicted
+    ]
     total = (counts[0] + counts[1]).sum(axis=0)
 
     def distance(change: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class Predictions:
         groups: group of each; None where there is none.
         classes: names of the columns of `probabilities`; of several labels, at least these.
         probabilities: of every class, shape [N, K]; None unless the file has them for all images.
-        several: whether an image has any number of labels, instead of one class.
+        multi_label: whether an image has any number of labels, instead of one class.
     """
 
     paths: list[str]
@@ -52,7 +52,7 @@ class Predictions:
     groups: list[str | None]
     classes: list[str]
     probabilities: np.ndarray | None
-    several: bool = False
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -117,29 +117,29 @@ def read_predictions(name: str | Path) -> Predictions:
 def predictions_of(rows: Iterable[Mapping[str, Any]]) -> Predictions:
     """Returns the predictions of rows of a file, without probabilities that have no names of classes."""
     rows = list(rows)
-    several = any(row.get("labels") is not None for row in rows)
-    named = [_scores_of(row, several) for row in rows]
+    multi_label = any(row.get("labels") is not None for row in rows)
+    named = [_scores_of(row, multi_label) for row in rows]
     classes = sorted({name for by_class in named for name in by_class or ()})
     probabilities = None
     # Of several labels, `top_k` may have the scores of some of them.
-    if rows and all(by_class is not None and not (several and len(by_class) < len(classes)) for by_class in named):
+    if rows and all(by_class is not None and not (multi_label and len(by_class) < len(classes)) for by_class in named):
         values = [[(by_class or {}).get(name, 0.0) for name in classes] for by_class in named]
         probabilities = np.array(values, dtype=np.float64)
     return Predictions(
         [row["path"] for row in rows],
-        [_names_of(row.get("labels")) if several else _class_of(row) for row in rows],
-        [_given_of(row, several) for row in rows],
+        [_names_of(row.get("labels")) if multi_label else _class_of(row) for row in rows],
+        [_given_of(row, multi_label) for row in rows],
         [row.get("group") for row in rows],
         classes,
         probabilities,
-        several,
+        multi_label,
     )
 
 
-def _scores_of(row: Mapping[str, Any], several: bool) -> Mapping[str, float] | None:
+def _scores_of(row: Mapping[str, Any], multi_label: bool) -> Mapping[str, float] | None:
     """The scores of a row by class, if they have names. A label whose logits are not finite has none."""
-    found = row.get("scores" if several else "probabilities")
-    if several and found is None and isinstance(row.get("top_k"), list):
+    found = row.get("scores" if multi_label else "probabilities")
+    if multi_label and found is None and isinstance(row.get("top_k"), list):
         found = {entry["label"]: entry["score"] for entry in row["top_k"]}
     return found if isinstance(found, Mapping) else None
 
@@ -151,8 +151,8 @@ def _names_of(labels: Any) -> tuple[str, ...]:
     return tuple(sorted(one["label"] if isinstance(one, Mapping) else one for one in labels or () if one))
 
 
-def _given_of(row: Mapping[str, Any], several: bool) -> Any:
-    if not several:
+def _given_of(row: Mapping[str, Any], multi_label: bool) -> Any:
+    if not multi_label:
         return row.get("given_label")
     return None if row.get("given_labels") is None else _names_of(row["given_labels"])
 
@@ -190,18 +190,20 @@ def write_predictions(file: Path, predictions: Predictions, scores: Iterable[flo
 
 
 def _content(predictions: Predictions, row: int, score: float | None) -> dict[str, Any]:
-    several = predictions.several
+    multi_label = predictions.multi_label
     given, predicted = predictions.given[row], predictions.predicted[row]
     content: dict[str, Any] = {"path": predictions.paths[row]}
-    content |= {"given_labels": given, "labels": predicted} if several else {"given_label": given, "label": predicted}
-    content |= {} if several else {"score": score}
+    content |= (
+        {"given_labels": given, "labels": predicted} if multi_label else {"given_label": given, "label": predicted}
+    )
+    content |= {} if multi_label else {"score": score}
     if predictions.groups[row] is not None:
         content["group"] = predictions.groups[row]
     if predictions.probabilities is not None:
         # Nine digits tell all float32 apart, so the file ranks images as the run did.
         known = predictions.probabilities[row].tolist()
         values = (float(f"{value:.9g}") if math.isfinite(value) else None for value in known)
-        content["scores" if several else "probabilities"] = dict(zip(predictions.classes, values, strict=True))
+        content["scores" if multi_label else "probabilities"] = dict(zip(predictions.classes, values, strict=True))
     return content
 
 
@@ -254,7 +256,7 @@ def folder_label_by_predictions(first: Predictions, second: Predictions) -> Call
     The classes are the predicted ones. If all of these have folders, the other folders are classes as well. Images with
     several labels have none by their folders.
     """
-    if first.several or second.several:
+    if first.multi_label or second.multi_label:
         return no_label
     predicted = frozenset(name for name in (*first.predicted, *second.predicted) if name is not None)
     root = common_folder(first.paths)

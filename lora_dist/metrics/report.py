@@ -35,7 +35,7 @@ def evaluation_lines(predictions: Predictions) -> Iterator[str]:
     Of one class per image, these are accuracy, macro F1 and the confusion matrix; of several labels, mAP if all scores
     are known, micro and macro F1.
     """
-    yield from (_label_set_lines if predictions.several else _one_class_lines)(predictions)
+    yield from (_label_set_lines if predictions.multi_label else _one_class_lines)(predictions)
 
 
 def _one_class_lines(predictions: Predictions) -> Iterator[str]:
@@ -53,11 +53,13 @@ def _one_class_lines(predictions: Predictions) -> Iterator[str]:
 
 def _label_set_lines(predictions: Predictions) -> Iterator[str]:
     names = _all_labels(predictions)
-    said, positive = label_matrix(predictions.predicted, names), label_matrix(predictions.given, names)
+    predicted, positive = label_matrix(predictions.predicted, names), label_matrix(predictions.given, names)
     yield from _metric_lines(
-        len(said), measure_label_sets(said, positive, _scores(predictions, names), groups_of(predictions))
+        len(predicted), measure_label_sets(predicted, positive, _scores(predictions, names), groups_of(predictions))
     )
-    yield from _class_lines(names, (said & positive).sum(axis=0), positive.sum(axis=0), said.sum(axis=0), "label")
+    yield from _class_lines(
+        names, (predicted & positive).sum(axis=0), positive.sum(axis=0), predicted.sum(axis=0), "label"
+    )
 
 
 def _metric_lines(count: int, measured: Measured) -> Iterator[str]:
@@ -66,7 +68,7 @@ def _metric_lines(count: int, measured: Measured) -> Iterator[str]:
 
 
 def _all_labels(*several: Predictions) -> list[str]:
-    """The labels that images have, or are said to have, and those with scores."""
+    """Returns all labels that occur as given or predicted ones, or that have scores, sorted."""
     found = {name for one in several for names in (*one.given, *one.predicted) for name in names or ()}
     return sorted(found.union(*(one.classes for one in several)))
 
@@ -79,7 +81,7 @@ def _scores(predictions: Predictions, names: Sequence[str]) -> np.ndarray | None
 def _class_lines(
     names: Sequence[str], hits: np.ndarray, support: np.ndarray, claimed: np.ndarray, word: str = "class"
 ) -> Iterator[str]:
-    """Precision, recall and F1 of each class, by its images that are right, that have it, and that are said to."""
+    """Precision, recall and F1 of each class, by its images that are right, that have it, and that are predicted to."""
     rows = [[word, "precision", "recall", "F1", "images"]]
     for index, name in enumerate(names[:MOST_CLASSES]):
         f1 = 2 * hits / np.maximum(support + claimed, 1)
@@ -173,10 +175,10 @@ def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str
         UserError: the two sets have different labels for an image, or one is of several labels per image.
     """
     first, second, left_out = pair
-    if first.several != second.several:
+    if first.multi_label != second.multi_label:
         raise UserError(
-            f"{names[0] if first.several else names[1]} has several labels per image, and the other one class: they "
-            f"cannot be compared"
+            f"{names[0] if first.multi_label else names[1]} has several labels per image, and the other one class: "
+            f"they cannot be compared"
         )
     if left_out:
         yield f"{left_out:,} images are in one of the two sets alone, and are left out"
@@ -185,7 +187,7 @@ def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str
         known = _same(path, one, other)
         given.append(label_of(path) if known is None else known)
     different = pair.disagreements()
-    kind = "labels" if first.several else "classes"
+    kind = "labels" if first.multi_label else "classes"
     yield f"{names[0]} and {names[1]} predict different {kind} for {len(different):,} of {len(first):,} images"
     for row in different[:_DISAGREEMENTS]:
         yield from _disagreement(first.paths[row], first.predicted[row], second.predicted[row], given[row])
@@ -195,12 +197,12 @@ def comparison_lines(pair: Pair, names: tuple[str, str], label_of: Callable[[str
     if not labelled:
         why = (
             ": compare with the directory of a run, or by lora_dist.predict with --labels_file"
-            if first.several
+            if first.multi_label
             else ", and the images' folders are not named after the predicted classes"
         )
         yield f"no paired test: no label is known{why}"
         return
-    test_lines = _label_set_test_lines if first.several else _test_lines
+    test_lines = _label_set_test_lines if first.multi_label else _test_lines
     yield from test_lines(first.select(labelled), second.select(labelled), [given[row] for row in labelled], names)
 
 

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 
+_POINTER = b"version https://git-lfs"
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 
@@ -71,6 +72,13 @@ def result_of_run(directory: Path) -> str:
         if (inside / file).is_file():
             return f". It is {what}; pass its result, {inside}"
     return ""
+
+
+def require_content(file: Path) -> None:
+    """Raises a `UserError` if a file is what `git clone` leaves of a large file where Git LFS is not installed."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{file} is a pointer of Git LFS, and not the file itself: run `git lfs pull` beside it")
 
 
 def plain_name(key: str) -> str | None:
@@ -145,6 +153,7 @@ def _weights_file(directory: Path) -> Path:
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     damaged = f"the adapter in {file.parent} is damaged:"
+    require_content(file)
     try:
         if file.name == WEIGHTS:
             return load_file(file)
@@ -159,8 +168,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # A crafted pickle makes torch raise any exception.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{damaged} {reason}") from error
+        raise UserError(f"{damaged} {first_line(error)}") from error
     if isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):

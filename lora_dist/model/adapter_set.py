@@ -11,7 +11,7 @@ from lora_dist.model.adapters import Adapter
 from lora_dist.model.backbone import Base
 from lora_dist.model.bundle import AdapterBundle, label_map, read_bundle
 from lora_dist.model.classifier import Classifier, attach_adapter, load_base_of_bundle
-from lora_dist.model.decision import mean_decision
+from lora_dist.model.decision import MULTI_LABEL, mean_decision
 from lora_dist.model.temperature import UNCALIBRATED
 from lora_dist.model.weighted_sum import weighted_sum
 
@@ -26,6 +26,16 @@ class AdapterSet:
     """
 
     classifiers: dict[str, Classifier]
+
+    @property
+    def first(self) -> Classifier:
+        """The first classifier."""
+        return next(iter(self.classifiers.values()))
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a classifier has several labels per image."""
+        return any(one.decision.problem_type == MULTI_LABEL for one in self.classifiers.values())
 
     def set_adapter(self, name: str) -> Classifier:
         """Activates an adapter and returns its classifier.
@@ -76,7 +86,7 @@ def load_weighted_sum(
         UserError: as `load_adapter_set` and `weighted_sum`, or classes or processors differ.
     """
     adapter_set = load_adapter_set(directories, base_model, trust_remote_code, labels)
-    first = next(iter(adapter_set.classifiers.values()))
+    first = adapter_set.first
     loaded: list[Adapter] = []
     for name, directory in directories.items():
         classifier = adapter_set.set_adapter(name)

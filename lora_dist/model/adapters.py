@@ -17,7 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.model import adapter_io
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, WEIGHTS, AdapterFiles
 from lora_dist.model.legacy_names import LegacyNames, current_names
@@ -64,7 +64,7 @@ class Adapter:
     directory: Path
 
 
-def read_adapter(model: nn.Module, files: AdapterFiles) -> Adapter:
+def adapter_for(model: nn.Module, files: AdapterFiles) -> Adapter:
     """Converts an adapter of any release of PEFT and `transformers` to the names of a base model.
 
     Raises:
@@ -157,7 +157,7 @@ def set_adapter_state(model: nn.Module, adapter: Adapter, state: Mapping[str, Te
     """Loads tensors under plain names into an adapter of a model.
 
     Raises:
-        UserError: keys are missing or unexpected, or shapes differ; in the names of the adapter's files.
+        UserError: keys are missing or unexpected, or shapes differ; the message has the names of the adapter's files.
     """
     assert isinstance(model, PeftModel)
     found = list(_adapter_tensors(model, name))
@@ -233,8 +233,7 @@ def _as_user_error(prefix: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{prefix}: {reason}") from error
+        raise UserError(f"{prefix}: {first_line(error)}") from error
 
 
 def _check_types(config: Any, directory: Path) -> None:

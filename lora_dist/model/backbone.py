@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
 from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
+from lora_dist.model.adapter_io import require_content
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
@@ -230,14 +231,27 @@ def read_processor(name: str | Path, trust_remote_code: bool) -> Any:
 
 
 def read_config(name: str, **source: Any) -> Any:
-    """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`."""
-    config = AutoConfig.from_pretrained(name, **source)
+    """Reads the configuration of a model of transformers or timm. Arguments as `AutoConfig.from_pretrained`.
+
+    Raises:
+        ValueError: its label map is none; other errors are those of `transformers`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+    except (AttributeError, TypeError, ValueError) as error:
+        found = PreTrainedConfig.get_config_dict(name, **source)[0].get("id2label")
+        if found and not (isinstance(found, dict) and all(str(number).isdecimal() for number in found)):
+            raise ValueError(
+                'the label map (id2label) in its config.json does not map numbers to names: write it as {"0": "first '
+                'class", "1": "second class", …}, or remove it'
+            ) from error
+        raise
     # timm saves it with the other arguments, and `transformers` would pass it a second time.
     (getattr(config, "model_args", None) or {}).pop("num_classes", None)
     return config
 
 
-def load_base_of(
+def load_base_of_run(
     settings: Settings,
     labels: Sequence[str],
     revision: str | None = None,
@@ -286,6 +300,12 @@ def cannot_load(name: str, error: Exception) -> UserError:
     # `transformers` goes on with the names of all models that it has.
     reason = re.split(r"\nModel type should be one of|, or one of the following `model_type`", str(error))[0]
     reason = reason or type(error).__name__
+    if "Weights only load failed" in reason:
+        # torch's own message advises to run the code in it.
+        reason = (
+            "pytorch_model.bin is damaged, or holds more than tensors, and is not opened. Ask its author for "
+            "model.safetensors, or for a file that torch.load reads with weights_only=True"
+        )
     if isinstance(error, StrictDataclassError):
         reason = f"config.json is damaged: {' '.join(reason.split())}"
     lacks_processor = "load image processor" in reason
@@ -341,8 +361,10 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     """The model, and the names of weights that are missing or of another shape, and of those that it does not have.
 
     Raises:
-        UserError: as `require_same_layers`.
+        UserError: as `require_same_layers` and `require_content`.
     """
+    for file in _weight_files(Path(name)):
+        require_content(file)
     renamed = prefixes_to_remove(config)
     model, loading = AutoModelForImageClassification.from_pretrained(
         name,

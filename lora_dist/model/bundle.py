@@ -21,7 +21,7 @@ from lora_dist.errors import UserError
 from lora_dist.model import adapter_io, adapters, infer_metadata
 from lora_dist.model.adapter_io import AdapterFiles
 from lora_dist.model.backbone import Base
-from lora_dist.model.decision import Decision, MostLikely, decision_of
+from lora_dist.model.decision import MULTI_LABEL, Decision, MostLikely, decision_of
 from lora_dist.model.head import EMPTY_FINGERPRINT
 from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import UNCALIBRATED, Calibration
@@ -38,7 +38,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a bundle about its input and output: images to model input, and logits to an answer."""
+    """What a bundle stores besides weights: how images become model input, and how logits become an answer."""
 
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED
@@ -227,7 +227,10 @@ def read_labels(directory: Path) -> list[str]:
     try:
         names = {int(number): str(label) for number, label in found.items()}
     except (AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: its label map (id2label) does not map numbers to names") from error
+        raise UserError(
+            f'{path} is damaged: its label map (id2label) does not map numbers to names: write it as {{"0": "first '
+            f'class", "1": "second class", …}}'
+        ) from error
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"the label map in {path} is not numbered from 0")
     return [names[index] for index in range(len(names))]
@@ -246,10 +249,15 @@ def read_decision(directory: Path, labels: Sequence[str]) -> Decision:
     """Reads the problem type of a bundle or model, and the thresholds of several labels.
 
     Raises:
-        UserError: a file is damaged, or has thresholds of other labels.
+        UserError: a file is damaged, or has thresholds of other labels, or every image would get the same class.
     """
     path, problem_type = directory / THRESHOLDS, _entry(directory / "config.json", "problem_type")
     record = _read_record(path, lambda content: content, None)
+    if len(labels) == 1 and problem_type != MULTI_LABEL:
+        raise UserError(
+            f"{directory} has a single class, {labels[0]}, which every image would get. If its output is the logit of "
+            f'that class, as of a model with a sigmoid, set "problem_type": "{MULTI_LABEL}" in its config.json'
+        )
     try:
         return decision_of(problem_type, record, labels)
     except UserError as error:

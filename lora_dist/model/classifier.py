@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
+from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, parameter_names
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, result_of_run
@@ -46,6 +47,10 @@ class Classifier:
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED
     decision: Decision = field(default_factory=MostLikely)
+
+    def transforms(self) -> ImageTransforms:
+        """Returns what turns images into inputs of the model."""
+        return ImageTransforms(self.processor, conversion=self.conversion)
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Computes logits [B, classes] in fp32 of inputs [B, 3, H, W] on the device of the model: its own, divided by
@@ -152,7 +157,7 @@ def attach_adapter(base: Base, bundle: AdapterBundle, name: str = parameter_name
 
 
 def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any]:
-    """Returns a bundle's adapter in the names of its base, and the processor that it was trained with.
+    """Returns a bundle's adapter with the parameter names of its base, and its processor, or else that of the base.
 
     Raises:
         UserError: the adapter was trained on another base, or neither has weights that the model needs.
@@ -164,7 +169,7 @@ def check_base(base: Base, bundle: AdapterBundle) -> tuple[adapters.Adapter, Any
             f"fingerprint {base.fingerprint}, and those of {bundle.trained_base} had {bundle.fingerprint}. Name "
             f"the base that has these weights: --base_model in prediction, --model_name_or_path in training"
         )
-    adapter = adapters.read_adapter(base.model, bundle.files)
+    adapter = adapters.adapter_for(base.model, bundle.files)
     random = [parameter for parameter in base.missing if parameter not in adapter.state]
     if random:
         raise UserError(f"neither {base.name} nor the adapter in {directory} has weights for {', '.join(random[:5])}")

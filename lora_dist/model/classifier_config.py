@@ -11,6 +11,7 @@ from transformers import (
     ViTMAEConfig,
 )
 
+from lora_dist.errors import first_line
 from lora_dist.model.pooled_backbone import (
     PooledBackboneConfig,
     PooledBackboneForImageClassification,
@@ -115,7 +116,7 @@ def _output_shapes(config: Any, size: tuple[int, int]) -> Any:
         raise
     except Exception as error:
         # Each model has its own exception for inputs that it does not take.
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{why}and its backbone cannot be used with images alone ({reason})") from error
     if all(outputs.get(name) is None for name in ("pooler_output", "summary", "last_hidden_state")):
         raise ValueError(f"{why}and its backbone returns no features (it returns {', '.join(outputs)})")

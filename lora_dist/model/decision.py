@@ -51,7 +51,11 @@ class MostLikely:
 
 @dataclass(frozen=True)
 class AboveThresholds:
-    """Several labels per image: sigmoid, and the labels whose scores reach their `thresholds`, in class order."""
+    """Several labels per image: the sigmoid, and the labels whose scores reach their thresholds, highest score first.
+
+    Attributes:
+        thresholds: one per class, in class order.
+    """
 
     thresholds: tuple[float, ...]
     problem_type: str = MULTI_LABEL

@@ -102,7 +102,7 @@ def first_calls(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
 
 
 def layer_positions(model: nn.Module, pixel_values: Tensor) -> dict[str, int]:
-    """Returns the linear layers and convolutions through which features pass, with the positions that each computes.
+    """Returns the linear layers and convolutions that features pass through, each with its number of positions.
 
     That is 1 after pooling, as in squeeze-and-excitation. Layers that a forward pass does not call are left out, and
     those that compute a table from constants, such as the relative positions of Swin v2. Arguments as `find_blocks`.

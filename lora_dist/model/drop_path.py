@@ -1,4 +1,4 @@
-"""Sets the stochastic depth of a base model (`--drop_path`); its configuration keeps the rate that it had."""
+"""Builds a base model with the stochastic depth of `--drop_path`, without changing the rate in its configuration."""
 
 from typing import Any
 

@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +77,9 @@ def class_dimensions(config: Any, make: Callable[[Any], Any]) -> dict[str, int]:
 def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missing: Sequence[str]) -> list[str]:
     """Fits the head of a base that classifies as many classes to `labels`, and logs what it changes.
 
-    If the names are the same in another order, the head is permuted. If they differ, it is replaced, as for another
-    number of classes. If they are LABEL_0, LABEL_1 …, they say nothing, and the head stays.
+    If the names are the same in another order, the head is permuted. If they differ, or are not numbered from 0, it is
+    replaced, as for another number of classes. If they are LABEL_0, LABEL_1 … or not given, they say nothing, and the
+    head stays.
 
     Args:
         before: `id2label` of the base.
@@ -87,21 +89,25 @@ def fit_head(model: Any, before: Mapping[int, str], labels: Sequence[str], missi
         The parameters that are random now.
     """
     names = [str(before[index]) for index in sorted(before)]
-    if len(names) != len(labels) or names == list(labels):
+    from_0 = sorted(before) == [*range(len(before))]
+    if (from_0 and names == list(labels)) or (missing and len(names) != len(labels)):
         return []
     dimensions = class_dimensions(model.config, type(model))
     if not dimensions or dimensions.keys() & {*missing}:
         return []
-    if names == [f"LABEL_{index}" for index in range(len(names))]:
-        logger.info("keeping the head of the base, which does not name its %d classes", len(names))
+    if from_0 and names == [f"LABEL_{index}" for index in before]:
+        logger.info("keeping the head of the base, which does not name its %d classes", len(labels))
         return []
-    if (order := reordering(names, labels)) is not None:
+    if from_0 and (order := reordering(names, labels)) is not None:
         logger.info("the base has the same classes in another order: permuting its head")
         for name, dimension in dimensions.items():
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.index_select(dimension, order)
         return []
-    logger.warning("the base has other classes (%s, …) than the data: giving it a new head", ", ".join(names[:3]))
+    reason = f"other classes ({', '.join(names[:3])}, …) than the data"
+    if not from_0:
+        reason = f"classes that are not numbered from 0 ({', '.join(map(str, sorted(before)[:3]))}, …)"
+    logger.warning("the base has %s: giving it a new head", reason)
     for module in dict.fromkeys(model.get_submodule(name.rpartition(".")[0]) for name in dimensions):
         for parameter in module.parameters(recurse=False):
             # `transformers` does not initialise weights that it has loaded.
@@ -131,16 +137,30 @@ def fingerprint(model: nn.Module, heads: Sequence[str]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
-def require_same_layers(model: Any, missing: Sequence[str], unexpected: Iterable[str]) -> None:
-    """Raises a `UserError` if a checkpoint has other weights than the model inside one of its modules.
+def require_same_layers(model: Any, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raises a `UserError` if a checkpoint has other weights than the model, or other ones inside one of its modules.
 
-    Such weights are of another architecture, or were fused for inference, as timm's `reparameterize_model` does. Layers
-    that it lacks, and modules that only the checkpoint has, such as a decoder, are no such case.
+    Such weights are of another architecture, or were fused for inference, as timm's `reparameterize_model` does, or
+    were saved with a wrapper of the model, which gives them other names. Layers that it lacks, and modules that only
+    the checkpoint has, such as a decoder, are no such case.
 
     Args:
         missing: parameters and buffers that the checkpoint lacks.
         unexpected: names in the checkpoint that the model does not have.
     """
+    kind = getattr(model.config, "architecture", None) or type(model).__name__
+    prefix = re.escape(model.base_model_prefix)
+    wrapped = next((name for name in unexpected if re.search(rf"^({prefix}\.)?module\.|\b_orig_mod\.", name)), None)
+    if missing and wrapped is not None:
+        raise UserError(
+            f"the checkpoint does not fit {kind}: it has names such as {wrapped}, which a wrapper gave them. Save the "
+            f"model inside the wrapper (module. is that of DataParallel, _orig_mod. that of torch.compile)"
+        )
+    if unexpected and {name for name, _ in model.named_parameters()} <= {*missing}:
+        raise UserError(
+            f"the checkpoint does not fit {kind}: it has names such as {unexpected[0]}, and none such as {missing[0]}. "
+            f"Rename its weights, or correct its config.json"
+        )
     modules = {above for name, _ in model.named_parameters() for above in _above(name)} - {model.base_model_prefix}
     owners = {
         next((above for above in _above(name) if above in modules), ""): name
@@ -151,9 +171,8 @@ def require_same_layers(model: Any, missing: Sequence[str], unexpected: Iterable
     for lacking, other in pairs:
         if lacking not in of_classes:
             raise UserError(
-                f"the checkpoint does not fit {getattr(model.config, 'architecture', None) or type(model).__name__}: "
-                f"it lacks {lacking} and has {other} instead. If it was fused for inference, take the checkpoint from "
-                f"before that; otherwise correct its config.json"
+                f"the checkpoint does not fit {kind}: it lacks {lacking} and has {other} instead. If it was fused for "
+                f"inference, take the checkpoint from before that; otherwise correct its config.json"
             )
 
 

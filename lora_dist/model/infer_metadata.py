@@ -35,7 +35,8 @@ def labels_of(
     """Returns class names for an adapter without a label map: the given ones, else LABEL_0, LABEL_1 … with a warning.
 
     Raises:
-        UserError: the number of given names is not the number of classes of the adapter's head.
+        UserError: the number of given names is not the number of classes of the adapter's head, or the base, whose head
+            the adapter uses, does not number its classes from 0.
     """
     base = demo.local_path(base)
     try:
@@ -53,7 +54,12 @@ def labels_of(
             )
         return list(given)
     if count is None:
-        return [config.id2label[index] for index in range(expected)]
+        if sorted(config.id2label) != [*range(expected)]:
+            raise UserError(
+                f"the label map (id2label) of the base {base} is not numbered from 0: name the classes with "
+                f"--class_names"
+            )
+        return [str(config.id2label[index]) for index in range(expected)]
     logger.warning(
         "%s has no label map, so classes are named LABEL_0 …; pass names with --class_names", files.directory
     )

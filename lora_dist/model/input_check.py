@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 
 
 @torch.no_grad()
@@ -32,17 +32,22 @@ def require_fit(model: Any, processor: Any) -> None:
     except MemoryError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
         advice = "Change size or crop_size in preprocessor_config.json, or take another base model"
         if _channels(model.config) != 3:
             advice = "Take a base model for RGB images"
         raise UserError(
-            f"{kind} takes {_expected(model.config)}, and its image processor gives 3 x {size}: {reason}. {advice}"
+            f"{kind} takes {_expected(model.config)}, and its image processor gives 3 x {size}: "
+            f"{first_line(error)}. {advice}"
         ) from error
     finally:
         model.train(was_training)
     if logits is None:
         raise UserError(f"{kind} returns no logits and cannot be trained as a classifier")
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(
+            f"{kind} returns {len(logits)} outputs in place of logits: turn its auxiliary head off, such as aux_logits "
+            f"in the model_args of timm's config.json"
+        )
     expected = [2, model.config.num_labels]
     if list(logits.shape) != expected:
         raise UserError(

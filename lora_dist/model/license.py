@@ -10,6 +10,7 @@ from huggingface_hub import metadata_load
 from transformers.utils import cached_file
 
 from lora_dist import demo
+from lora_dist.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def license_of(base: str, revision: str | None, is_on_hub: bool) -> License | No
         )
         metadata = (metadata_load(Path(card)) or {}) if card else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        logger.warning("cannot read the license in the model card of %s: %s", base, str(error).partition("\n")[0])
+        logger.warning("cannot read the license in the model card of %s: %s", base, first_line(error))
         return None
     found = {key: metadata[key] for key in _KEYS if metadata.get(key)}
     if "license" not in found:

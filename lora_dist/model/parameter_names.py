@@ -21,12 +21,12 @@ def is_lora_b(name: str) -> bool:
 
 def is_head(name: str, heads: Sequence[str]) -> bool:
     """Whether a parameter, of an adapted model or not, belongs to one of the head's modules."""
-    return is_in(name.removeprefix("base_model.model."), heads)
+    return is_in(name.removeprefix(adapter_io.PREFIX), heads)
 
 
 def lora_layer_of(name: str) -> str | None:
     """Returns the layer that a parameter of LoRA adapts, or None for another parameter."""
-    return name.removeprefix("base_model.model.").partition(".lora_")[0] if ".lora_" in name else None
+    return name.removeprefix(adapter_io.PREFIX).partition(".lora_")[0] if ".lora_" in name else None
 
 
 def plain_parameter(name: str) -> str:

@@ -17,7 +17,7 @@ class PooledBackboneConfig(PreTrainedConfig):
 
     Attributes:
         backbone_config: configuration of the backbone.
-        pooling: `pooler` (the backbone's own), `class_token` or `mean` (of the patches).
+        pooling: `pooler` (the output of the backbone's own pooler), `class_token`, or `mean` (of the patch tokens).
         prefix_tokens: class and register tokens before the patches.
         feature_size: width of the pooled features.
     """

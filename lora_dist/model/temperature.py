@@ -23,7 +23,7 @@ class Calibration(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Calibration":
-        """From the JSON object that `record` gave; raises `ValueError` or `TypeError` for anything else."""
+        """Reads what `record` returned; missing fields have their defaults. Raises any exception for anything else."""
         made = cls(*(float(record.get(name, 1.0)) for name in cls._fields))
         for name, value in zip(cls._fields, made, strict=True):
             if not 0 < value < math.inf:

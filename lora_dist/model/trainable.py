@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_trainable(base: Base, settings: ModelSettings, lora: LoraSettings) -> nn.Module:
-    """Prepares the base for training with LoRA, of the head alone, or of all weights.
+    """Sets up a base for training LoRA and the head, the head alone, or all weights; returns the model to train.
 
     Raises:
         UserError: the model does not support these settings.

@@ -14,7 +14,7 @@ from lora_dist.hub import local_directory
 from lora_dist.model import adapters
 from lora_dist.model.adapter_io import split_lora_name
 from lora_dist.model.adapters import Adapter
-from lora_dist.model.backbone import Base, load_base_of, report_weights
+from lora_dist.model.backbone import Base, load_base_of_run, report_weights
 from lora_dist.model.bundle import AdapterBundle, read_bundle
 from lora_dist.model.classifier import check_base, own_processor
 from lora_dist.model.head import class_dimensions, is_in, reordering
@@ -82,7 +82,7 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
         UserError: given settings differ from the adapter's, or the adapter was trained on another base.
     """
     if not settings.model.adapter_name_or_path:
-        base = load_base_of(settings, labels)
+        base = load_base_of_run(settings, labels)
         report_weights(base)
         return settings, base, None
     directory = local_directory(settings.model.adapter_name_or_path)
@@ -91,7 +91,7 @@ def load_warm_start(settings: Settings, labels: Sequence[str]) -> tuple[Settings
     given = settings.model.model_name_or_path if "model_name_or_path" in settings.model.model_fields_set else None
     bundle = read_bundle(directory, given, settings.model.trust_remote_code, None)
     settings = settings.model_copy(update={"model": _model_of(bundle, settings.model, given)})
-    base = load_base_of(settings, labels, processor=own_processor(bundle))
+    base = load_base_of_run(settings, labels, processor=own_processor(bundle))
     adapter, processor = check_base(base, bundle)
     # Training may go on at another image size.
     processor = processor if base.image_size is None else resize_processor(processor, base.image_size)

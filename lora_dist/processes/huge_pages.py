@@ -13,7 +13,7 @@ _ADDED = {"GLIBC_TUNABLES": _TUNABLES, "LORA_DIST_ON_HUGE_PAGES": "1"}
 """Variables of a restarted process. The second marks it: users may unset GLIBC_TUNABLES, or set the same value."""
 
 
-def move_to_huge_pages() -> None:
+def restart_with_huge_pages() -> None:
     """Re-executes the running command, as the same process, so that glibc takes memory in huge pages and keeps freed
     memory.
 
@@ -35,7 +35,7 @@ def move_to_huge_pages() -> None:
 
 
 def is_restarted() -> bool:
-    """Whether `move_to_huge_pages` has restarted the running command, which has read its command line before."""
+    """Whether `restart_with_huge_pages` has restarted the running command, which has read its command line before."""
     return _has_added(os.environ)
 
 
@@ -44,6 +44,6 @@ def _has_added(environment: Mapping[str, str]) -> bool:
 
 
 def environment_before(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables without those that `move_to_huge_pages` added."""
+    """Returns the environment variables without those that `restart_with_huge_pages` added."""
     added = _ADDED.keys() if _has_added(environment) else set()
     return {name: value for name, value in environment.items() if name not in added}

@@ -1,7 +1,7 @@
 """Why a process ended, for the summary in which the launcher of torch lists the processes that failed.
 
-The launcher prints the summary, and a long traceback of its own, below all messages of its processes. Without a reason
-it refers to a page about tracebacks.
+The launcher prints the summary, and a long traceback of its own, below all messages of its processes. If a process
+writes no reason, the summary only refers to a page about tracebacks.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_reason(message: str) -> None:
-    """Writes the reason to the file that the launcher (`accelerate launch`, `torchrun`) reads; nothing without one."""
+    """Writes why the process ended to TORCHELASTIC_ERROR_FILE, which the launcher reads, if it is set."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return

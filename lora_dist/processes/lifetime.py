@@ -58,6 +58,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     """
     global _owned
     _owned = True
+    _open_standard_streams()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     try:
@@ -67,6 +68,15 @@ def run_command(main: Callable[[], object]) -> NoReturn:
         # each of its workers.
         end_process(_exit_code(error))
     end_process(0)
+
+
+def _open_standard_streams() -> None:
+    """Opens `/dev/null` for standard streams that are closed; files of a run would get their descriptors otherwise."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
@@ -102,7 +112,7 @@ def owns_process() -> bool:
 
 
 def limit_exit(code: int, seconds: float | None = None) -> None:
-    """Exits with this code after some seconds (default: `GRACE_SECONDS`), whatever the process does until then.
+    """Starts a timer that ends the process with this code after `seconds` (default: `GRACE_SECONDS`).
 
     Call it before anything that may block, such as writing to a pipe that nobody reads.
     """

@@ -1,6 +1,7 @@
 """Ends this process when its parent process dies (PR_SET_PDEATHSIG)."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,6 +28,17 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """Makes the kernel send a signal to this process when its parent dies. Does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def end_with_starter() -> None:
+    """Waits in a thread of a `multiprocessing` process until the process that started it dies, and then ends this one.
+
+    The parent may be another one, the fork server, which lives as long as any process that it forked.
+    """
+    starter = multiprocessing.parent_process()
+    if starter is not None:
+        starter.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_orphan() -> bool:

@@ -24,7 +24,10 @@ class StopRequested(Exception):  # noqa: N818  (not an error)
 
 
 class Preemption:
-    """Listens for stop signals and the save file, and makes all processes act on them at the same step."""
+    """Listens for stop signals and the save file, and makes all processes act on them at the same step.
+
+    The training loop saves the checkpoint, and `training.failures.stopped_on_request` ends the run.
+    """
 
     def __init__(self, accelerator: Accelerator, save_file: Path) -> None:
         """
@@ -85,18 +88,18 @@ class Preemption:
         Raises:
             StopRequested: on every process, if any of them has received a stop signal.
         """
-        asked: Sequence[float] = self.requests()
+        requested: Sequence[float] = self.requests()
         if self._accelerator.num_processes > 1:
             if summed is None:
-                own = torch.tensor(asked, dtype=torch.float32, device=self._accelerator.device)
+                own = torch.tensor(requested, dtype=torch.float32, device=self._accelerator.device)
                 summed = self._accelerator.reduce(own, "sum").tolist()
-            asked = summed
-        stop, save = asked
+            requested = summed
+        stop, save = requested
         if stop:
             raise StopRequested
         return bool(save)
 
-    def saved(self) -> None:
+    def clear_save_request(self) -> None:
         """Deletes the file that requested a checkpoint."""
         if self._accelerator.is_main_process:
             self._save_file.unlink(missing_ok=True)

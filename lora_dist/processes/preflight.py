@@ -1,4 +1,4 @@
-"""Checks that all processes start and can communicate, before the model and the data are loaded."""
+"""Barriers of the start-up that name the missing processes, and a timed all-reduce."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.distributed import DistError, all_reduce, is_initialized
 
 from lora_dist import waiting
-from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
+from lora_dist.errors import ProcessError, TrainingStoppedError, UserError, first_line
 from lora_dist.processes.failure import format_ranks, read_failure
 from lora_dist.processes.lifetime import end_process, end_with_error
 from lora_dist.processes.rendezvous import launch_store, store_lost
@@ -93,7 +93,7 @@ class Preflight:
                     failure = read_failure(self._store)
                 raise failure or ProcessError(
                     f"all {self._world_size} processes have arrived, but this one could not connect to the others: "
-                    f"{str(error).splitlines()[0]}. Check that no firewall blocks traffic between the nodes and that "
+                    f"{first_line(error)}. Check that no firewall blocks traffic between the nodes and that "
                     f"NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right network interface."
                 ) from error
 
@@ -104,7 +104,7 @@ class Preflight:
         unfinished = (
             f"all {self._world_size} processes have arrived, but an all-reduce did not finish within {self._limit}. "
             f"Check that no firewall blocks traffic between the nodes and that NCCL_SOCKET_IFNAME and "
-            f"GLOO_SOCKET_IFNAME name the right interface. NCCL_DEBUG=INFO logs details."
+            f"GLOO_SOCKET_IFNAME name the right network interface. NCCL_DEBUG=INFO logs details."
         )
         numbers = torch.zeros(SIZE, device=accelerator.device)
         seconds = []

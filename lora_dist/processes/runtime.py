@@ -204,7 +204,7 @@ def prepare_fsdp() -> None:
 
 
 def engine_launched() -> str:
-    """The engine that `accelerate launch` asks for beyond plain data parallel: DEEPSPEED, FSDP or NO."""
+    """The engine in the launch file: DEEPSPEED, FSDP, or NO for a single process or plain data parallel."""
     for engine in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             return engine
@@ -292,18 +292,18 @@ def require_bf16(precision: str, on_cpu: bool, engine: str) -> None:
 
 
 def half_precision() -> str:
-    """The half precision of the CUDA device of this process: "bf16" if it has that, or else "fp16"; "no" on a CPU."""
+    """Returns the half precision to use: "bf16" from compute capability 8.0 on, "fp16" on older GPUs, "no" on a CPU."""
     if computes_on_cpu() or not torch.cuda.is_available():
         return "no"
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
-def choose_precision(asked: str, launched: str, on_cpu: bool, half: str) -> str:
+def choose_precision(requested: str, launched: str, on_cpu: bool, half: str) -> str:
     """The precision to train in, from the setting, the launch file and the device.
 
     Args:
-        asked: the setting.
+        requested: the setting.
         launched: the value of the launch file.
         on_cpu: whether the machine has no accelerator.
         half: as `half_precision` returns.
@@ -313,16 +313,16 @@ def choose_precision(asked: str, launched: str, on_cpu: bool, half: str) -> str:
     """
     if launched == "fp8":
         raise UserError("the launch file says mixed_precision: fp8, which is not supported: set bf16 there")
-    if asked != "auto" and launched != "no" and asked != launched:
+    if requested != "auto" and launched != "no" and requested != launched:
         raise UserError(
-            f"--mixed_precision {asked}, but the launch file says mixed_precision: {launched}; remove one of them"
+            f"--mixed_precision {requested}, but the launch file says mixed_precision: {launched}; remove one of them"
         )
-    wanted = asked if asked != "auto" else launched
-    if on_cpu and wanted == "fp16":
-        raise UserError("fp16 needs a GPU and this machine has none; use --mixed_precision no (fp32)")
-    if on_cpu and wanted == "bf16" and not cpu_has_bf16():
+    precision = requested if requested != "auto" else launched
+    if on_cpu and precision == "fp16":
+        raise UserError("fp16 needs a GPU, and this process computes on the CPU; use --mixed_precision no (fp32)")
+    if on_cpu and precision == "bf16" and not cpu_has_bf16():
         logger.warning("bf16 is very slow on this CPU; --mixed_precision no (fp32) is the faster choice")
-    return half if asked == "auto" and launched == "no" else wanted
+    return half if requested == "auto" and launched == "no" else precision
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

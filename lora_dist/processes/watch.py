@@ -88,29 +88,29 @@ class Watch:
         self._peer_thread: threading.Thread | None = None
         self._failure: UserError | None = None
 
-    def now(self, name: str, first: bool = False) -> None:
+    def enter(self, name: str, extra_time: bool = False) -> None:
         """Records the current activity of the main thread and restarts its timer. Called at every sign of progress.
 
         Args:
             name: such as `update 12: waiting for micro-batch 3`.
-            first: whether to allow `FIRST_SECONDS` more; always allowed before `warmed_up`.
+            extra_time: whether to allow `FIRST_SECONDS` more; always allowed before `end_warm_up`.
         """
-        patience = FIRST_SECONDS if first or self._is_patient or not self._is_warm else 0.0
+        patience = FIRST_SECONDS if extra_time or self._is_patient or not self._is_warm else 0.0
         self._activity = Activity(name, time.monotonic(), patience)
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """Records progress within the current activity."""
-        self.warmed_up()
-        self.now(self._activity.name)
+        self.end_warm_up()
+        self.enter(self._activity.name)
 
-    def warmed_up(self) -> None:
+    def end_warm_up(self) -> None:
         """Records that the first update is done, so that the extra time ends."""
         self._is_warm = True
 
     @contextmanager
     def watching_step(self, name: str) -> Iterator[None]:
-        """Ends this process if a step before `watching` takes too long. Records the activity `name`, as `now` does."""
-        self.now(name, first=True)
+        """Ends this process if a step before `watching` takes too long. Enters the activity `name`."""
+        self.enter(name, extra_time=True)
         if not (owns_process() and self._timeout):
             yield
             return
@@ -155,7 +155,7 @@ class Watch:
         if not owns_process():
             yield
             return
-        self.now("starting")
+        self.enter("starting")
         self.watch_peers()
         progress_thread = threading.Thread(target=self._watch_progress, args=(self._ended,), name="watch", daemon=True)
         if self._timeout:

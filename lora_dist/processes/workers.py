@@ -6,7 +6,6 @@ import math
 import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.util
-import os
 import shutil
 import signal
 import sys
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.logs import ignore_warnings_of_pillow
 from lora_dist.processes.lifetime import STACKS_SIGNAL
-from lora_dist.processes.parent_death import end_with_parent
+from lora_dist.processes.parent_death import end_with_parent, end_with_starter
 from lora_dist.processes.signals import STOP_SIGNALS
 from lora_dist.storage.disk import free_bytes, readable
 
@@ -158,7 +157,7 @@ def set_up_worker(worker: int) -> None:
     """For `worker_init_fn`: the first thing that a worker process does."""
     end_with_parent()
     if multiprocessing.get_start_method() == "forkserver" or sys.platform != "linux":
-        threading.Thread(target=_end_with_trainer, daemon=True).start()
+        threading.Thread(target=end_with_starter, daemon=True).start()
     # Schedulers and terminals signal a whole group. The trainer needs its workers to finish the update.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -167,17 +166,6 @@ def set_up_worker(worker: int) -> None:
     # Keeps the worker from finalizing objects that it inherited through fork: a store's destructor joins a thread that
     # only the parent has.
     gc.freeze()
-
-
-def _end_with_trainer() -> None:
-    """Ends this worker when the process that reads from it dies.
-
-    The parent of a worker may be the fork server, which in turn lives as long as any of its workers.
-    """
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        multiprocessing.connection.wait([trainer.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def require_shared_memory(needed: int) -> None:

@@ -271,9 +271,8 @@ def _unknown_flags(leftover: list[str], known: Collection[str]) -> Iterable[str]
             yield f"{token.partition('=')[0]}: unknown flag{did_you_mean(name, known)}"
             after_flag = True
         elif not after_flag:
-            yield f"{token}: value without a flag"
-        else:
-            after_flag = False
+            is_config = "config" in known and token.endswith((".yaml", ".yml", ".json"))
+            yield f"{token}: value without a flag" + (f"; did you mean --config {token}?" if is_config else "")
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -60,7 +60,7 @@ def _named_numbers(value: Any) -> Any:
 
 
 def _blocks(value: Any) -> Any:
-    """Checks `last:N`, and makes a list of the numbers of blocks."""
+    """Checks `last:N`; makes a list of block indices of anything else, such as `0,1,2`."""
     if isinstance(value, str) and value.startswith("last:"):
         if not value[5:].isdecimal() or int(value[5:]) == 0:
             raise ValueError("expected last:N, such as last:4")
@@ -76,12 +76,34 @@ def _trackers(value: Any) -> Any:
     return names
 
 
+def _interval(value: Any) -> Any:
+    """Checks `epoch`, `no` or a number of updates."""
+    if value not in ("epoch", "no") and not (str(value).isdecimal() and int(value) > 0):
+        raise ValueError("expected a number of updates, epoch or no")
+    return value
+
+
+def _resume(value: Any) -> Any:
+    """Makes `auto`, or None, of the yes and no that `Trainer` takes."""
+    return {"true": "auto", "yes": "auto", "false": None, "no": None}.get(str(value).lower(), value)
+
+
+def _metric(value: Any) -> Any:
+    """The name of a metric without the `eval_` that it has in `Trainer` and in results."""
+    return value.removeprefix("eval_") if isinstance(value, str) else value
+
+
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
     BeforeValidator(_trackers),
 ]
-Interval = Annotated[int, Field(gt=0)] | Literal["epoch", "no"]
+Interval = Annotated[int | Literal["epoch", "no"], BeforeValidator(_interval)]
+Resume = Annotated[str | None, BeforeValidator(_resume)]
+Metric = Annotated[
+    Literal["accuracy", "balanced_accuracy", "top5_accuracy", "mAP", "micro_f1", "macro_f1", "loss"],
+    BeforeValidator(_metric),
+]
 Count = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -187,8 +209,10 @@ def same_folders(train_dir: str | None, **others: str | None) -> Iterator[Contra
 
 def inside_data(name: str, output: str | None, **folders: str | None) -> Iterator[Contradiction]:
     """Yields a contradiction for each folder of data, by the name of its setting, that the output would be inside."""
+    if not output or _mode(output)[1]:
+        return
     for other, folder in folders.items():
-        if output and folder and Path(output).resolve().is_relative_to(Path(folder).resolve()):
+        if folder and not _mode(folder)[1] and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
             yield Contradiction((name, other), f"{output} would become part of the data: use another directory")
 
 

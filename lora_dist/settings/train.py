@@ -19,6 +19,7 @@ from lora_dist.settings.fields import (
     ImageSize,
     Interval,
     MaxPixels,
+    Metric,
     Names,
     NonNegative,
     NonNegativeInt,
@@ -27,6 +28,7 @@ from lora_dist.settings.fields import (
     Positive,
     Probability,
     ProblemType,
+    Resume,
     Trackers,
     several,
 )
@@ -246,7 +248,7 @@ class OptimizationSettings(Group):
     warmup_ratio: Fraction = 0.0
     """Warmup as a fraction of all updates."""
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Optimizer. sgd has one moment instead of two, and needs a higher --learning_rate."""
+    """Optimizer. sgd keeps one number per weight instead of the two of AdamW, and needs a higher --learning_rate."""
     momentum: Fraction = 0.9
     """Momentum of SGD, without Nesterov."""
     weight_decay: NonNegative = 0.0
@@ -274,9 +276,7 @@ class OptimizationSettings(Group):
     the weight of images with the label relative to those without it; balanced: negatives / positives."""
     focal_gamma: NonNegative = 0.0
     """Gamma of focal loss, which lowers the weight of samples that are classified well. 0: cross-entropy."""
-    metric_for_best_model: Literal[
-        "accuracy", "balanced_accuracy", "top5_accuracy", "mAP", "micro_f1", "macro_f1", "loss"
-    ] = "accuracy"
+    metric_for_best_model: Metric = "accuracy"
     """Validation metric that selects the best checkpoint; the loss decides between equal ones. With several labels:
     mAP (default), micro_f1, macro_f1 or loss."""
     max_nonfinite_updates: Count = 3
@@ -301,7 +301,7 @@ class RunSettings(Group):
     """Save a checkpoint every N updates, every epoch, or only with each evaluation and at the end (no)."""
     save_total_limit: Count = 2
     """Number of checkpoints to keep besides the best one."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Resume = None
     """auto: resume from the newest complete checkpoint in --output_dir, or start from scratch without one. Or the path
     of a checkpoint in --output_dir, or in another directory if --output_dir is empty."""
     ddp_timeout: Count = 1800

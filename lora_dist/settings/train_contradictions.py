@@ -28,12 +28,12 @@ def contradictions(settings: Settings) -> Iterator[Contradiction]:
 def _problem_type(settings: Settings) -> Iterator[Contradiction]:
     """Yields settings that do not work with the problem type."""
     data, optimization = settings.data, settings.optimization
-    several = data.problem_type == MULTI_LABEL
-    metric, known = optimization.metric_for_best_model, _METRICS[several]
-    if metric not in known and (not several or "metric_for_best_model" in optimization.model_fields_set):
+    multi_label = data.problem_type == MULTI_LABEL
+    metric, known = optimization.metric_for_best_model, _METRICS[multi_label]
+    if metric not in known and (not multi_label or "metric_for_best_model" in optimization.model_fields_set):
         text = f"{metric} is not a metric of {data.problem_type}: use {', '.join(known[:-1])} or {known[-1]}"
         yield Contradiction(("metric_for_best_model", "problem_type"), text)
-    if not several:
+    if not multi_label:
         return
     if data.train_dir and not data.labels_file:
         yield Contradiction(

@@ -109,7 +109,11 @@ def remove_directory(path: Path, renamed: Callable[[], object] = lambda: None) -
 def remove_leftovers(parent: Path) -> None:
     """Removes incomplete directories and files that killed processes left in `parent`."""
     for leftover in [*parent.glob(f"{_WRITING}*"), *parent.glob(f"{_REMOVING}*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -1,9 +1,13 @@
-"""Free disk space, and sizes as text."""
+"""Free disk space, and sizes as text.
+
+What happens on a full disk is where files are written: checkpoints in `training/saving/checkpointer.py`, the result in
+`training/saving/result_writer.py`, curves in `training/reporting/curve_files.py`, all others in `storage/writable.py`.
+"""
 
 import shutil
 from pathlib import Path
 
-from lora_dist.storage.writable import standing
+from lora_dist.storage.writable import nearest_existing
 
 SAFETY = 1.1
 """Factor on required disk space, for headers, logs and images."""
@@ -11,7 +15,7 @@ SAFETY = 1.1
 
 def free_bytes(root: Path) -> int:
     """Free bytes on the disk of a directory, which need not exist."""
-    return shutil.disk_usage(standing(root)).free
+    return shutil.disk_usage(nearest_existing(root)).free
 
 
 def readable(size: float) -> str:

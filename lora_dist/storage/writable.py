@@ -17,7 +17,7 @@ def require_writable(root: Path, flag: str = "--output_dir") -> None:
         flag: Named in the message.
     """
     try:
-        there = standing(root)
+        there = nearest_existing(root)
         for part in root.absolute().relative_to(there).parts:
             # Raises if the name is too long.
             _exists(there / part)
@@ -32,7 +32,7 @@ def require_writable(root: Path, flag: str = "--output_dir") -> None:
         ) from error
 
 
-def standing(root: Path) -> Path:
+def nearest_existing(root: Path) -> Path:
     """Returns the directory, or its nearest parent that exists."""
     there = root.absolute()
     while not _exists(there):

@@ -1,1 +1,1 @@
-"""A search for hyperparameters: training runs on the workers of this machine, with values that Optuna proposes."""
+"""A search for hyperparameters: several training runs at a time, with values that Optuna proposes."""

@@ -52,7 +52,7 @@ def report(sweep: Sweep) -> bool:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Yields the lines of a table. Columns that do not fit beside the first three follow in further blocks.
+    """Yields the lines of a table. One wider than `width` is split into blocks, each of which repeats three columns.
 
     Args:
         header: names; long ones go on in a further line after an underscore.

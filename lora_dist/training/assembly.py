@@ -53,7 +53,7 @@ from lora_dist.training.problem_types import PROBLEM_TYPES
 from lora_dist.training.progress import Progress
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect
-from lora_dist.training.run import TrainingRun, is_over
+from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.checkpointer import Checkpointer
 from lora_dist.training.saving.disk_budget import Sizes, require_disk_space
@@ -71,7 +71,7 @@ class Assembled:
     """A run that is ready to start or to resume.
 
     Attributes:
-        run: what `fit` trains.
+        run: what the training loop works on.
         parameters: numbers of trainable and of all parameters.
         sizes: bytes of the checkpoints and the result.
     """
@@ -143,7 +143,7 @@ def assemble(
     writes = accelerator.is_main_process and not options.dry_run
     made_with = flatten(settings)
     if writes:
-        finished = is_over(settings, progress, schedule.total_steps)
+        finished = progress.is_over(schedule.total_steps, optimization.early_stopping_patience)
         finished = finished and not must_reselect(settings, data.validation, progress)
         origin = settings_of_run(resumed)
         made_with = output.begin(made_with, data.describe_splits(), engine.unwrapped, progress.step, finished, origin)

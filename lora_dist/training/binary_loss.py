@@ -48,7 +48,11 @@ class BinaryLoss(NamedTuple):
 
 
 def make_binary_loss(settings: Settings, data: ImageData) -> BinaryLoss:
-    """Returns the loss of a run; raises `UserError` if the file of weights cannot be read or lacks a label."""
+    """Builds the loss function for several labels per image.
+
+    Raises:
+        UserError: the file of --class_weights cannot be read, or does not give each label, and no other, a weight.
+    """
     chosen, weights = settings.optimization.class_weights, None
     if chosen == "balanced":
         assert isinstance(data.train, Split)

@@ -17,6 +17,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches
 from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import ErrorCollector, UserError
+from lora_dist.model.adapter_io import PREFIX
 from lora_dist.model.parameter_names import is_counted
 from lora_dist.model.trainable import set_training
 from lora_dist.settings.cli import flatten
@@ -27,7 +28,7 @@ from lora_dist.training.reporting.throughput import peak_memory_mb
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.disk_budget import Sizes
 from lora_dist.training.schedule import is_due
-from lora_dist.training.step import LostBatchError, NonFiniteLossError, make_update
+from lora_dist.training.step import LostBatchError, make_update
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,6 @@ def dry_run(
     data: ImageData,
     parameters: tuple[int, int],
     sizes: Sizes,
-    first_step: int,
     errors: ErrorCollector,
 ) -> None:
     """Prints the settings as YAML and the plan of the run. Must be called on every process.
@@ -63,24 +63,24 @@ def dry_run(
     Args:
         parameters: trainable and all.
         sizes: of the files that it writes.
-        first_step: updates that are done.
         errors: errors that were found so far.
 
     Raises:
         UserError: an update cannot be made.
     """
-    measured = measure(run, parameters[1], first_step)
+    measured = measure(run, parameters[1])
     if run.engine.accelerator.is_main_process:
         print(yaml.safe_dump(flatten(run.settings), sort_keys=False, allow_unicode=True))
-        print(describe(run, data, parameters, sizes, measured, first_step), flush=True)
+        print(describe(run, data, parameters, sizes, measured), flush=True)
     run.engine.accelerator.end_training()
     if not errors.found:
         logger.info("nothing was written")
 
 
-def measure(run: TrainingRun, all_parameters: int, first_step: int) -> Measurement:
-    """Makes two updates from `first_step` on, and evaluates one batch. Must be called on every process."""
+def measure(run: TrainingRun, all_parameters: int) -> Measurement:
+    """Makes the next two updates, and evaluates one batch. Must be called on every process."""
     device = run.engine.accelerator.device
+    first_step = run.progress.step
     steps = range(first_step, min(first_step + UPDATES, run.schedule.total_steps))
     stream = run.stream(steps.start, steps.stop)
     update = time_updates(run, steps, stream)[-1] if steps else 0.0
@@ -104,14 +104,14 @@ def time_updates(run: TrainingRun, steps: range, stream: Iterator[Batch]) -> lis
     seconds = []
     for step in steps:
         start = time.perf_counter()
-        run.watch.now(f"update {step + 1}", first=True)
+        run.watch.enter(f"update {step + 1}", extra_time=True)
         try:
             with update_explained(step):
-                make_update(run.begin_update(step), stream, run.settings.optimization.max_grad_norm)
+                update = make_update(run.begin_update(step), stream, run.settings.optimization.max_grad_norm)
+                if update.nonfinite:
+                    raise UserError(f"the {update.nonfinite} of update {step + 1} is not finite; see --learning_rate")
                 if run.average is not None:
                     run.average.update(step)
-        except NonFiniteLossError as error:
-            raise UserError(f"the {error.what} of update {step + 1} is not finite; see --learning_rate") from error
         except LostBatchError as error:
             raise data_failure(error) from error
         seconds.append(time.perf_counter() - start)
@@ -129,11 +129,11 @@ def _time_evaluation(run: TrainingRun) -> float:
 
 
 def describe(
-    run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement, first_step: int
+    run: TrainingRun, data: ImageData, parameters: tuple[int, int], sizes: Sizes, measured: Measurement
 ) -> str:
     """Returns the plan of the run as text, one line per topic."""
     plan, schedule, accelerator = run.plan, run.schedule, run.engine.accelerator
-    options = run.settings.run
+    options, first_step = run.settings.run, run.progress.step
     trainable, total = parameters
     steps, samples = schedule.total_steps - first_step, min(plan.effective_batch, plan.num_samples)
     evaluations = sum(
@@ -183,7 +183,7 @@ def _groups(model: nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and is_counted(name):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            key = re.sub(r"\b\d+\b", "*", name.removeprefix("base_model.model.")), shape
+            key = re.sub(r"\b\d+\b", "*", name.removeprefix(PREFIX)), shape
             groups[key] = groups.get(key, 0) + 1
     lines = [f"  {count:>4} x {list(shape)}  {name}" for (name, shape), count in groups.items()]
     yield from lines[:MOST_LINES]

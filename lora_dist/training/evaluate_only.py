@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from lora_dist.data.pixels.limits import allow_pixels
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_validation
 from lora_dist.engines.engine import unsharded
 from lora_dist.errors import TrainingStoppedError, UserError
@@ -42,7 +41,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
     with preflight.first_process_first("loaded"):
         split = load_validation(settings.data, settings.run.seed, classifier.labels)
     preflight.arrive("ready")
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     settings = settings.with_default_eval_batch_size(
         inference_batch_size(accelerator.device, transforms.height, transforms.width)
     )
@@ -58,7 +57,7 @@ def evaluate_only(settings: Settings, lock: RunLock) -> None:
         problem=problem,
     )
     with watch.watching():
-        evaluation = evaluator(after_batch=watch.moved, with_probabilities=settings.data.fold is not None)
+        evaluation = evaluator(after_batch=watch.progressed, with_probabilities=settings.data.fold is not None)
     if accelerator.is_main_process:
         metrics = {f"eval_{name}": value for name, value in measured(evaluation).items()}
         print(json.dumps(without_nan(metrics)), flush=True)

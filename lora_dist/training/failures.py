@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 def stopped_on_request(run: TrainingRun) -> Iterator[None]:
     """Takes signals as requests to stop, from the first update until the result has been written.
 
-    Adds to every error the update from which the run can be resumed.
-
     Raises:
         TrainingStoppedError: a stop was requested, and the state could not be saved.
         PreemptedError: a stop was requested; the state has been saved.
@@ -38,13 +36,20 @@ def stopped_on_request(run: TrainingRun) -> Iterator[None]:
                 + (run.resume_hint or "There is no checkpoint.")
             ) from None
         raise PreemptedError(f"{stopped_after}, which is saved. {run.resume_hint}") from None
-    except TrainingStoppedError:
+    finally:
+        run.tracker.flush()
+
+
+@contextmanager
+def resume_hint_added(run: TrainingRun) -> Iterator[None]:
+    """Adds to an error the update from which the run can be resumed, if the error does not say it."""
+    try:
+        yield
+    except (TrainingStoppedError, PreemptedError):
         raise
     except Exception as error:
         _add_resume_hint(error, run)
         raise
-    finally:
-        run.tracker.flush()
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def on_features(run: TrainingRun, heads: list[str]) -> TrainingRun:
     start = time.perf_counter()
     model = run.engine.unwrapped
     head = base_of(model).get_submodule(heads[0])
-    run.watch.now("computing the features of the frozen backbone", first=True)
+    run.watch.enter("computing the features of the frozen backbone", extra_time=True)
     split, evaluator = run.images.split, run.evaluator
     assert isinstance(split, Split)
     train = collect(run, model, head, split, _train_loader(run))
@@ -82,7 +82,7 @@ def collect(run: TrainingRun, model: nn.Module, head: nn.Module, split: Split, l
             model(pixel_values=batch.pixel_values)
             values.append(calls.pop()[0].detach())
             found.append(batch.indices.where(batch.weights > 0, PADDING_INDEX))
-            run.watch.now("computing the features of the frozen backbone")
+            run.watch.enter("computing the features of the frozen backbone")
             run.preemption.check()
     padded = (accelerator.pad_across_processes(torch.cat(part), pad_index=PADDING_INDEX) for part in (values, found))
     rows, indices = (accelerator.gather(part).cpu() for part in padded)

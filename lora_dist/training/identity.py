@@ -59,6 +59,12 @@ _BOOKKEEPING = {
     "transformers_version",
 }
 """Entries of a model's configuration and processor that do not change what the model computes."""
+_DECIDED_BY = {
+    "effective_batch": "--per_device_train_batch_size x --gradient_accumulation_steps x processes",
+    "train_data": "images and labels, --exclude, and what is held out: --train_val_split, --validation_dir, --seed",
+    "processor": "see --image_processor_name",
+}
+"""What decides an entry that is not the name of a flag, by the part of its name before the first dot."""
 _SHOWN = 5
 """Classes that an error names."""
 
@@ -132,8 +138,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
             for number, old, new in islice((one for one in changed if one[1] != one[2]), _SHOWN):
                 yield f"class {number} was {old} and is now {new}"
         else:
-            advice = " (see --image_processor_name)" if name.startswith("processor.") else ""
-            yield f"{name} was {before} and is now {value}{advice}"
+            decided_by = _DECIDED_BY.get(name.partition(".")[0])
+            yield f"{name} was {before} and is now {value}" + (f" ({decided_by})" if decided_by else "")
             if name == "train_data" and "conversion" not in saved:
                 yield (
                     "the checkpoint is from an older release, which read fewer kinds of files and selected other "

@@ -1,4 +1,4 @@
-"""Launches a run by its settings, and locks its output."""
+"""Initializes the process group and the `Accelerator` of a run, and locks its output directory."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -62,7 +62,7 @@ class LabelSetEvaluation:
         return len(self.read)
 
     @cached_property
-    def said(self) -> np.ndarray:
+    def predicted(self) -> np.ndarray:
         """Whether the score of each label reaches its threshold, bool [N, labels]."""
         return self.scores >= self.thresholds
 
@@ -81,7 +81,7 @@ class LabelSetEvaluation:
 
     def _measured(self, chosen: np.ndarray) -> Measured:
         groups = None if self.groups is None else self.groups[chosen]
-        return measure_label_sets(self.said[chosen], self.references[chosen], self.scores[chosen], groups)
+        return measure_label_sets(self.predicted[chosen], self.references[chosen], self.scores[chosen], groups)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,11 @@ class MultiLabel:
     def answers(
         self, evaluation: LabelSetEvaluation, split: Split, indices: Sequence[int], labels: Sequence[str]
     ) -> list[str]:
-        said = evaluation.said
-        return [f"is {_names(split.labels[index], labels)}\nsaid {_names(said[index], labels)}" for index in indices]
+        predicted = evaluation.predicted
+        return [
+            f"is {_names(split.labels[index], labels)}\npredicted {_names(predicted[index], labels)}"
+            for index in indices
+        ]
 
     def pictures(self, evaluation: LabelSetEvaluation, labels: Sequence[str]) -> dict[str, Image.Image]:
         """None: a confusion matrix has one class of each image."""
@@ -166,15 +169,15 @@ class MultiLabel:
     def write_predictions(
         self, file: Path, evaluation: LabelSetEvaluation, split: Split, labels: Sequence[str]
     ) -> None:
-        names, said, groups, read = split.names(), evaluation.said, split.groups, evaluation.read.tolist()
+        names, predicted, groups, read = split.names(), evaluation.predicted, split.groups, evaluation.read.tolist()
         predictions = Predictions(
             paths=[names[row] for row in read],
-            predicted=[_labels(said[row], labels) for row in read],
+            predicted=[_labels(predicted[row], labels) for row in read],
             given=[_labels(split.labels[row], labels) for row in read],
             groups=[None if groups is None else str(groups[row]) for row in read],
             classes=list(labels),
             probabilities=evaluation.scores[read],
-            several=True,
+            multi_label=True,
         )
         write_predictions(file, predictions)
 

@@ -3,8 +3,8 @@
 from lora_dist.settings.fields import MULTI_LABEL, SINGLE_LABEL
 from lora_dist.training.multi_label_problem import LabelSetEvaluation, MultiLabel
 from lora_dist.training.problem import ProblemType
-from lora_dist.training.single_label_problem import Evaluation, SingleLabel
+from lora_dist.training.single_label_problem import SingleLabel, SingleLabelEvaluation
 
 PROBLEM_TYPES: dict[str, ProblemType] = {SINGLE_LABEL: SingleLabel(), MULTI_LABEL: MultiLabel()}
 
-EvaluationResult = Evaluation | LabelSetEvaluation
+EvaluationResult = SingleLabelEvaluation | LabelSetEvaluation

@@ -4,14 +4,22 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-_FORMER_NAMES = {"blind_updates": "consecutive_unreadable", "settled_step": "last_evaluated_step"}
+from lora_dist.training.step import Update
+
+_FORMER_NAMES = {
+    "blind_updates": "consecutive_unreadable",
+    "settled_step": "last_evaluated_step",
+    "skipped_in_a_row": "consecutive_skipped",
+    "nonfinite_in_a_row": "consecutive_nonfinite",
+}
 
 
 @dataclass
 class Progress:
     """Progress counters of a run.
 
-    There is no random state here: order, augmentation and dropout follow from the seed and from `step`.
+    A run resumes after update `step`. The epoch and the samples follow from it (`BatchPlan`), and order, augmentation
+    and dropout from it and the seed: there is no random state.
 
     Attributes:
         step: number of completed updates.
@@ -22,8 +30,8 @@ class Progress:
         best_data: fingerprint of the validation data that it was measured on.
         stale_evaluations: evaluations since the metric last improved, for early stopping.
         skipped_updates: updates skipped by fp16 loss scaling or because they were not finite.
-        skipped_in_a_row: updates that fp16 loss scaling skipped since the last applied one.
-        nonfinite_in_a_row: updates that were skipped since the last applied one because they were not finite.
+        consecutive_skipped: updates that fp16 loss scaling skipped since the last applied one.
+        consecutive_nonfinite: updates that were skipped since the last applied one because they were not finite.
         unreadable_images: samples skipped because their image could not be read; counted again in each epoch.
         consecutive_unreadable: updates in a row, up to this one, without a readable image.
         train_seconds: time spent in updates, evaluation and saving not counted.
@@ -46,8 +54,8 @@ class Progress:
     best_data: str | None = None
     stale_evaluations: int = 0
     skipped_updates: int = 0
-    skipped_in_a_row: int = 0
-    nonfinite_in_a_row: int = 0
+    consecutive_skipped: int = 0
+    consecutive_nonfinite: int = 0
     unreadable_images: int = 0
     consecutive_unreadable: int = 0
     train_seconds: float = 0.0
@@ -71,27 +79,31 @@ class Progress:
         count = self.loss_count - self.logged_loss_count
         return (self.loss_sum - self.logged_loss_sum) / count if count else math.nan
 
-    def note_update(self, loss: float, grad_norm: float, skipped: bool) -> None:
-        """Adds an update to the counters, including one that fp16 loss scaling skipped."""
-        self.loss_sum += loss
-        self.loss_count += 1
-        self.grad_norm = grad_norm
-        self.skipped_updates += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row if skipped else 0
+    def finish_update(self, update: Update, samples: int, seconds: float) -> None:
+        """Goes to the next step, also after an update that was skipped.
 
-    def note_nonfinite(self) -> None:
-        """Counts an update that was skipped because it was not finite."""
-        self.skipped_updates += 1
-        self.nonfinite_in_a_row += 1
-
-    def note_samples(self, samples: int, unreadable: int, seconds: float) -> None:
-        """Counts an update, with its samples over all processes and the seconds that it took."""
+        Args:
+            update: the results of the update.
+            samples: number of its samples, over all processes.
+            seconds: that it took.
+        """
         self.step += 1
         self.samples += samples
-        self.unreadable_images += unreadable
-        self.consecutive_unreadable = self.consecutive_unreadable + 1 if unreadable == samples else 0
         self.train_seconds += seconds
+        self.unreadable_images += update.unreadable
+        self.consecutive_unreadable = self.consecutive_unreadable + 1 if update.unreadable == samples else 0
+        if update.nonfinite:
+            self.skipped_updates += 1
+            self.consecutive_nonfinite += 1
+            return
+        self.loss_sum += update.loss
+        self.loss_count += 1
+        self.grad_norm = update.grad_norm
+        if update.skipped:
+            self.skipped_updates += 1
+            self.consecutive_skipped += 1
+        else:
+            self.consecutive_skipped = self.consecutive_nonfinite = 0
 
     def note_log(self) -> None:
         """Resets `mean_loss`: the next mean starts here."""
@@ -113,6 +125,10 @@ class Progress:
         if improved or wins_tie:
             self.best_step, self.best_value, self.best_loss = self.step, value, loss
         return improved or wins_tie
+
+    def is_over(self, total_steps: int, patience: int | None) -> bool:
+        """Whether all updates are done, or early stopping (`patience` evaluations) ends the run."""
+        return self.step >= total_steps or (patience is not None and self.stale_evaluations >= patience)
 
     def forget_best(self) -> None:
         """Makes the next evaluation the best so far."""

@@ -7,7 +7,7 @@ from lora_dist.training.run import TrainingRun
 
 
 def must_reselect(settings: Settings, validation: Split, progress: Progress) -> bool:
-    """Whether the best update so far was selected by another metric, or on other validation data."""
+    """Whether the metric or the validation data has changed since the best update was selected."""
     now = settings.optimization.metric_for_best_model, validation.fingerprint()
     # Checkpoints of older releases do not record them.
     return now != (progress.best_metric or now[0], progress.best_data or now[1])

@@ -145,15 +145,15 @@ class TrainingRun:
         def after_batch() -> None:
             number = next(numbers)
             # Other processes may still be starting their workers.
-            self.watch.now(f"{name}: batch {number}", first=number == 2)
+            self.watch.enter(f"{name}: batch {number}", extra_time=number == 2)
             self.preemption.check()
 
-        self.watch.now(f"{name}: batch 1", first=True)
+        self.watch.enter(f"{name}: batch 1", extra_time=True)
         return (evaluator or self.evaluator)(after_batch, with_probabilities, keep_logits)
 
     def save(self) -> None:
         """Saves a checkpoint."""
-        self.watch.now(f"saving after update {self.progress.step}", first=True)
+        self.watch.enter(f"saving after update {self.progress.step}", extra_time=True)
         self.tracker.flush()
         self.checkpointer.save(self.progress)
         self.watch.resume_hint = self.resume_hint
@@ -170,14 +170,9 @@ class TrainingRun:
 
     def is_over(self) -> bool:
         """Whether all updates are done, or early stopping has run out of patience."""
-        return is_over(self.settings, self.progress, self.schedule.total_steps)
+        patience = self.settings.optimization.early_stopping_patience
+        return self.progress.is_over(self.schedule.total_steps, patience)
 
     def epoch(self, step: int) -> float:
         """Epochs trained after `step` updates."""
         return self.plan.samples_before(step) / self.plan.num_samples
-
-
-def is_over(settings: Settings, progress: Progress, total_steps: int) -> bool:
-    """Whether all updates are done, or early stopping has run out of patience."""
-    patience = settings.optimization.early_stopping_patience
-    return progress.step >= total_steps or (patience is not None and progress.stale_evaluations >= patience)

@@ -37,7 +37,7 @@ MAX_MATRIX = 100
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class SingleLabelEvaluation:
     """Metrics of one evaluation, and the results of each sample.
 
     Attributes:
@@ -114,7 +114,7 @@ class SingleLabel:
     def results(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Index, label, prediction and rank of the label [B, 4]; confidence and loss [B, 2].
 
-        Where a logit is not finite the prediction is -1, the rank `NO_RANK`, confidence and loss NaN.
+        If a logit of a sample is not finite, its prediction is -1, its rank `NO_RANK`, and confidence and loss are NaN.
         """
         log_probabilities = logits.log_softmax(dim=-1)
         confidence, prediction = log_probabilities.max(dim=-1)
@@ -127,7 +127,9 @@ class SingleLabel:
         integers = torch.stack([batch.indices, batch.labels, prediction, rank], dim=1)
         return integers, torch.stack([confidence, loss], dim=1)
 
-    def evaluation(self, split: Split, labels: Sequence[str], integers: np.ndarray, reals: np.ndarray) -> Evaluation:
+    def evaluation(
+        self, split: Split, labels: Sequence[str], integers: np.ndarray, reals: np.ndarray
+    ) -> SingleLabelEvaluation:
         rows = integers[:, 0]
         results: dict[str, Any] = ClassificationMetric(len(labels)).compute(
             predictions=integers[:, 2],
@@ -136,7 +138,7 @@ class SingleLabel:
             ranks=integers[:, 3],
             losses=reals[:, 1],
         )
-        return Evaluation(
+        return SingleLabelEvaluation(
             metrics={name: results[name] for name in SCALARS if name in results},
             per_class=results["per_class"],
             confusion=np.array(results["confusion"], dtype=np.int64).reshape(-1, 3),
@@ -149,7 +151,7 @@ class SingleLabel:
             slice_values=split.slices,
         )
 
-    def decision(self, evaluation: Evaluation) -> Decision:
+    def decision(self, evaluation: SingleLabelEvaluation) -> Decision:
         return MostLikely()
 
     def fixed(self, decision: Decision) -> "SingleLabel":
@@ -158,20 +160,24 @@ class SingleLabel:
     def caption(self, label: Any, labels: Sequence[str]) -> str:
         return labels[int(label)]
 
-    def answers(self, evaluation: Evaluation, split: Split, indices: Sequence[int], labels: Sequence[str]) -> list[str]:
+    def answers(
+        self, evaluation: SingleLabelEvaluation, split: Split, indices: Sequence[int], labels: Sequence[str]
+    ) -> list[str]:
         return [
             f"is {labels[split.labels[index]]}\n"
-            f"said {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
+            f"predicted {labels[evaluation.predictions[index]]} {evaluation.confidences[index]:.0%}"
             for index in indices
         ]
 
-    def pictures(self, evaluation: Evaluation, labels: Sequence[str]) -> dict[str, Image.Image]:
+    def pictures(self, evaluation: SingleLabelEvaluation, labels: Sequence[str]) -> dict[str, Image.Image]:
         return {"confusion_matrix": confusion_picture(evaluation.confusion, labels)}
 
-    def details(self, evaluation: Evaluation, labels: Sequence[str]) -> dict[str, Any]:
+    def details(self, evaluation: SingleLabelEvaluation, labels: Sequence[str]) -> dict[str, Any]:
         return {"confusion_matrix": _confusion_matrix(evaluation.confusion, labels)}
 
-    def write_predictions(self, file: Path, evaluation: Evaluation, split: Split, labels: Sequence[str]) -> None:
+    def write_predictions(
+        self, file: Path, evaluation: SingleLabelEvaluation, split: Split, labels: Sequence[str]
+    ) -> None:
         read = np.flatnonzero(evaluation.references >= 0).tolist()
         names, groups = split.names(), split.groups
         predicted = evaluation.predictions.tolist()
@@ -186,7 +192,7 @@ class SingleLabel:
         scores = [float(score) if np.isfinite(score) else None for score in evaluation.confidences[read]]
         write_predictions(file, predictions, scores)
 
-    def chance_level(self, evaluation: Evaluation) -> tuple[float, str]:
+    def chance_level(self, evaluation: SingleLabelEvaluation) -> tuple[float, str]:
         """The share of the largest class, which a model reaches that always predicts it."""
         support = [row["support"] for row in evaluation.per_class]
         share = max(support) / max(1, sum(support)) if len(support) > 1 else math.nan

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Update(NamedTuple):
         skipped: whether fp16 loss scaling skipped the update.
         unreadable: number of samples, over all processes, whose image could not be read; `loss` excludes them.
         requests: sums over all processes of the requests that were given to `GradientAccumulator.step`.
+        nonfinite: None, or what is not finite, "loss" or "gradient": the weights are then unchanged.
+        suspects: dataset rows, on this process, of the samples that may be the cause of that.
     """
 
     loss: float
@@ -30,24 +32,8 @@ class Update(NamedTuple):
     skipped: bool
     unreadable: int
     requests: list[float]
-
-
-class NonFiniteLossError(Exception):
-    """The loss or gradient of an update is not finite.
-
-    Attributes:
-        what: "loss" or "gradient".
-        indices: dataset rows, on this process, of the samples that may be the cause.
-        unreadable: as in `Update`.
-        requests: as in `Update`.
-    """
-
-    def __init__(self, what: str, indices: list[int], unreadable: int, requests: list[float]) -> None:
-        super().__init__(what)
-        self.what = what
-        self.indices = indices
-        self.unreadable = unreadable
-        self.requests = requests
+    nonfinite: Literal["loss", "gradient"] | None = None
+    suspects: Sequence[int] = ()
 
 
 class LostBatchError(Exception):
@@ -149,7 +135,7 @@ class GradientAccumulator:
         self._suspects.append((batch.indices, losses.detach()))
 
     def step(self, max_grad_norm: float, requests: Sequence[bool] = ()) -> Update:
-        """Clips the gradient and makes the optimizer step.
+        """Clips the gradient and makes the optimizer step, if the loss and the gradient are finite.
 
         All that the host needs to know is read from the device at once, because each read waits for the device.
 
@@ -158,7 +144,6 @@ class GradientAccumulator:
             requests: of this process, to be summed over all processes; the same number on each.
 
         Raises:
-            NonFiniteLossError: the loss or gradient is not finite; the weights are unchanged.
             LostBatchError: on every process, if a micro-batch failed to load on any of them; the weights are unchanged.
             BrokenUpdateError: the optimizer failed while updating the weights.
         """
@@ -169,7 +154,7 @@ class GradientAccumulator:
         ]
         sums = engine.accelerator.reduce(torch.stack([self._loss, self._unreadable, self._weight, *flags]), "sum")
         read = torch.cat([sums, engine.clip_gradient(max_grad_norm)]).tolist()
-        (loss_sum, left_out, weight, lost_batches, *asked), clipped = read[: len(sums)], read[len(sums) :]
+        (loss_sum, left_out, weight, lost_batches, *requested), clipped = read[: len(sums)], read[len(sums) :]
         if lost_batches:
             raise LostBatchError(self._failure)
         unreadable = int(left_out)
@@ -178,15 +163,15 @@ class GradientAccumulator:
         loss = loss_sum / weight if weight else 0.0
         if not math.isfinite(loss):
             found = [int(index) for indices, seen in self._suspects for index in indices[~seen.isfinite()]]
-            raise NonFiniteLossError("loss", found, unreadable, asked)
+            return Update(loss, math.nan, False, unreadable, requested, "loss", found)
         try:
             grad_norm = engine.step(clipped)
-        except NonFiniteGradientError as error:
+        except NonFiniteGradientError:
             found = [int(index) for indices, _ in self._suspects for index in indices]
-            raise NonFiniteLossError("gradient", found, unreadable, asked) from error
+            return Update(loss, math.nan, False, unreadable, requested, "gradient", found)
         except Exception as error:
             raise BrokenUpdateError(str(error)) from error
-        return Update(loss, grad_norm, engine.was_skipped(), unreadable, asked)
+        return Update(loss, grad_norm, engine.was_skipped(), unreadable, requested)
 
 
 def make_update(gradient: GradientAccumulator, stream: Iterator[Batch], max_grad_norm: float) -> Update:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lora_dist.engines.engine import Engine, share_statistics
+from lora_dist.engines.engine import Engine, broadcast_statistics
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.evaluation import NothingToEvaluateError
 
@@ -50,7 +50,7 @@ class WeightAverage:
         """
         trained = self._engine.trainable_state()
         self._engine.load_trainable_state(self._average)
-        share_statistics(self._engine)
+        broadcast_statistics(self._engine)
         try:
             yield
         except Exception as error:

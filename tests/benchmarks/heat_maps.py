@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from lora_dist import demo
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.image_files import find_files
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.heat_map import heat_maps
@@ -35,7 +34,7 @@ def quarter(scores: Tensor, size: tuple[int, int]) -> Tensor:
 def main(adapter: str) -> None:
     """Prints the figures for an adapter of the demo."""
     classifier = load_classifier(Path(adapter))
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     files = find_files(demo.local_path("demo:digits/validation"))[0][::EVERY]
     images = transforms.batch([transforms.load(file) for file in files])
     size = (images.shape[2], images.shape[3])

@@ -76,10 +76,10 @@ def _run(module: str, *arguments: object, codes: tuple[int, ...] = (0,)) -> None
         raise SystemExit(f"{module}: {result.stderr}")
 
 
-def found_by_audit(directory: Path, folds: int, epochs: float, several: bool) -> list[Found]:
+def found_by_audit(directory: Path, folds: int, epochs: float, multi_label: bool) -> list[Found]:
     """Trains on each fold, gathers the predictions, and returns what the audit finds likely wrong, the surest first."""
     data: dict[str, object] = {"train_dir": directory / "digits"}
-    if several:
+    if multi_label:
         data |= {"labels_file": directory / "digits.csv", "problem_type": "multi_label_classification"}
     runs = [directory / f"fold-{number}" for number in range(1, folds + 1)]
     for number, run in enumerate(runs, start=1):
@@ -101,13 +101,13 @@ def found_by_audit(directory: Path, folds: int, epochs: float, several: bool) ->
     _run("lora_dist.audit", *(f"--{name}={value}" for name, value in data.items()), *predictions, codes=(3, 4))
     report = json.loads((directory / "audit" / "report.json").read_text(encoding="utf-8"))
     issues = [one for one in report["findings"] if one["kind"] == "label_issue"]
-    return [(one["files"][0]["path"], one["message"].split(" (")[0] if several else "") for one in issues]
+    return [(one["files"][0]["path"], one["message"].split(" (")[0] if multi_label else "") for one in issues]
 
 
 def other_answers(predictions: Predictions) -> list[Found]:
     """The images whose predicted class is another one than the given one, or their labels that differ."""
     pairs = zip(predictions.paths, predictions.given, predictions.predicted, strict=True)
-    if predictions.several:
+    if predictions.multi_label:
         return [(path, name) for path, given, said in pairs for name in sorted({*given} ^ {*said})]
     return [(path, "") for path, given, said in pairs if given != said]
 
@@ -130,14 +130,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.keep or Path(temporary)
-        write = write_flipped_sets if arguments.several else write_flipped
+        write = write_flipped_sets if arguments.multi_label else write_flipped
         flipped = write(directory / "digits", arguments.share, arguments.seed)
-        found = found_by_audit(directory, arguments.folds, arguments.epochs, arguments.several)
+        found = found_by_audit(directory, arguments.folds, arguments.epochs, arguments.multi_label)
         predictions = read_predictions(directory / "out_of_fold.jsonl")
-    print(f"| listed | {'labels' if arguments.several else 'images'} | precision | recall |\n|---|---|---|---|")
+    print(f"| listed | {'labels' if arguments.multi_label else 'images'} | precision | recall |\n|---|---|---|---|")
     print(row("likely wrong", found, flipped))
     print(row(f"the {SUREST} surest of these", found[:SUREST], flipped))
-    others = "that the thresholds decide otherwise" if arguments.several else "whose predicted class is another one"
+    others = "that the thresholds decide otherwise" if arguments.multi_label else "whose predicted class is another one"
     print(row(f"all {others}", other_answers(predictions), flipped))
 
 

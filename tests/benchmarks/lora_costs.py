@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lora_dist.model.injection import inject, without_lora
-from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.settings.train import LoraSettings
 
 HEAD = "classifier"
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=112)
     args = parser.parse_args()
-    move_to_huge_pages()  # as training does
+    restart_with_huge_pages()  # as training does
     base = make_classifier("dinov2_s", args.image_size).model
     contenders = {"base": with_lora(base, 0.0, peft_layers=True)}
     for dropout in (0.0, 0.1):

@@ -18,7 +18,7 @@ from result_files import add_rows
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.classification import ClassificationMetric
 from lora_dist.training.reporting.report import write_evaluation
-from lora_dist.training.single_label_problem import SCALARS, Evaluation, SingleLabel
+from lora_dist.training.single_label_problem import SCALARS, SingleLabel, SingleLabelEvaluation
 
 
 def _peak_mb() -> float:
@@ -38,7 +38,7 @@ def evaluate(classes: int, images: int, directory: Path) -> dict[str, object]:
         ranks=(predicted != true).astype(np.int64),
         losses=random.random(images),
     )
-    evaluation = Evaluation(
+    evaluation = SingleLabelEvaluation(
         metrics={name: results[name] for name in SCALARS},
         per_class=results["per_class"],
         confusion=np.array(results["confusion"], dtype=np.int64).reshape(-1, 3),

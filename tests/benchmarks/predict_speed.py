@@ -40,7 +40,7 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
 from lora_dist.deployment.classify import Inference, choose_batch_size, classify
 from lora_dist.model.classifier import Classifier
-from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import restart_with_huge_pages
 
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}
 JPEG_SIZE = (500, 375)
@@ -152,9 +152,9 @@ def main() -> None:
     parser.add_argument("--memory", type=int, metavar="FILES")
     arguments = parser.parse_args()
     if arguments.memory:
-        move_to_huge_pages()  # as the command does
+        restart_with_huge_pages()  # as the command does
     classifier = make_classifier(arguments.model, arguments.image_size)
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     arguments.batch_size = choose_batch_size(arguments.batch_size, CPU, transforms)
     size = (32, 32) if arguments.model == "demo" else JPEG_SIZE
     with tempfile.TemporaryDirectory() as folder:

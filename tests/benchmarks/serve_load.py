@@ -25,7 +25,6 @@ import torch
 from result_files import add_rows
 
 from lora_dist import demo
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.model.classifier import Classifier, load_classifier
 from lora_dist.processes.cores import available_cores
@@ -45,7 +44,7 @@ class Load(NamedTuple):
 
 def bare_rate(classifier: Classifier, files: list[Path], seconds: float) -> tuple[float, float]:
     """Images per second, and CPU seconds per image, of the model alone."""
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     size = choose_batch_size(None, CPU, transforms)
     batches = transforms.batch([transforms.load(str(file)) for file in files[: 16 * size]]).split(size)
     done, start, cpu = 0, time.perf_counter(), time.process_time()

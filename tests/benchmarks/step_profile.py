@@ -18,7 +18,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import make_engine
 from lora_dist.model.injection import inject
 from lora_dist.model.trainable import set_training
-from lora_dist.processes.huge_pages import move_to_huge_pages
+from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
 from lora_dist.training.loss import Loss
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
     args = parser.parse_args()
-    move_to_huge_pages()  # as training does
+    restart_with_huge_pages()  # as training does
     accelerator = launch("no")
     model = inject(make_classifier("vit_s", args.image_size).model, LoraSettings(), ["classifier"])
     settings = OptimizationSettings()

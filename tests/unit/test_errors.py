@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from lora_dist.errors import ProcessError, TrainingStoppedError, UserError
+from lora_dist.errors import ProcessError, TrainingStoppedError, UserError, first_line
 from lora_dist.processes.lifetime import exit_on_user_error
 
 
@@ -67,3 +67,8 @@ def test_a_mistake_in_the_program_keeps_its_traceback_and_success_its_result() -
     with pytest.raises(ZeroDivisionError):
         command(ZeroDivisionError())
     assert command(None) == "done"
+
+
+def test_the_first_line_of_an_error_without_a_message_is_its_type() -> None:
+    found = [first_line(ValueError(text)) for text in ("", " \n\n", "\n one\ntwo")]
+    assert found == ["ValueError", "ValueError", "one"]

@@ -30,7 +30,7 @@ class Conversion(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Conversion":
-        """From the JSON object that `record` gave; raises `ValueError` or `TypeError` for anything else."""
+        """Reads what `record` returned; missing fields have their defaults. Raises any exception for anything else."""
         background, limits = record.get("transparent_background"), record.get("pixel_range")
         if background is not None and (
             len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background)
@@ -50,8 +50,11 @@ class Conversion(NamedTuple):
         values: dict[str, Any] = {name: None if value is None else list(value) for name, value in ranges.items()}
         return values | ({"all_depths": True} if self.all_depths else {})
 
-    def open(self, image: Image.Image) -> None:
-        """Makes the transparent color of a PNG image that is not loaded yet that of its pixels, which Pillow scales."""
+    def scale_transparent_color(self, image: Image.Image) -> None:
+        """Scales the transparent color (tRNS) of a PNG of 1, 2, 4 or 16 bits as Pillow scales its pixels.
+
+        Must be called before the image is loaded.
+        """
         color = image.info.get("transparency")
         if not (self.all_depths and isinstance(image, PngImageFile) and image.tile) or color is None:
             return

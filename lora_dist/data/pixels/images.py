@@ -61,7 +61,7 @@ class Picture:
         if conversion.pixel_range is None and is_deep(image):
             _warn_of_depth(image.mode, name)
         if image.format not in ("JPEG", "MPO"):
-            conversion.open(image)
+            conversion.scale_transparent_color(image)
             # Of other formats, the header alone need not tell the size.
             image.load()
         self._orientation = _orientation(image)
@@ -111,7 +111,7 @@ class _Pixels(Picture):
 
 
 def _stored_box(box: Box, orientation: int, size: tuple[int, int]) -> Box:
-    """The box of an upright image in the coordinates of its file, whose image is of `size`."""
+    """Converts a box of the upright image to coordinates of the stored image of `size`, which is not yet rotated."""
     left, top, right, bottom = box if orientation < 5 else (box[1], box[0], box[3], box[2])
     if orientation in (2, 3, 7, 8):
         left, right = size[0] - right, size[0] - left

@@ -1,6 +1,6 @@
 """RGB images to model input: by the image processor itself for evaluation, as random views for training."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from lora_dist.data.pixels.limits import CROPPED_RATIO, CentreCrop, TooLongError
 from lora_dist.data.pixels.mixing import NOWHERE, Area
 from lora_dist.data.pixels.processor import ProcessorError, processed
 from lora_dist.data.pixels.views import View
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.settings.train import AugmentationSettings
 
 _POLICIES = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
@@ -280,16 +280,17 @@ def output_size(processor: Any) -> tuple[int, int]:
     name, sizes = type(processor).__name__, []
     for shape in ((48, 64, 3), (64, 48, 3)):
         made = _prepared(processor, Image.fromarray(np.zeros(shape, dtype=np.uint8)))
-        if "pixel_values" not in made:
+        if not isinstance(made, Mapping) or "pixel_values" not in made:
+            names = ", ".join(made) if isinstance(made, Mapping) else type(made).__name__
             raise UserError(
-                f"the image processor {name} makes {', '.join(made)} of an image, not pixel_values: such models are "
-                f"not supported"
+                f"the image processor {name} makes {names} of an image, not pixel_values: such models are not supported"
             )
         found = list(made["pixel_values"].shape[1:])
         if len(found) != 3 or found[0] != 3:
             raise UserError(
-                f"the image processor {name} makes {found} of an image, not [3, height, width]; take a checkpoint of "
-                f"a fixed resolution, such as google/siglip2-base-patch16-224 instead of one of SigLIP 2 NaFlex"
+                f"the image processor {name} makes {found} of an image, not [3, height, width]; if the model takes "
+                f"whole images of one size, name a processor that makes them with --image_processor_name. SigLIP 2 "
+                f"NaFlex does not: take a checkpoint of a fixed resolution, such as google/siglip2-base-patch16-224"
             )
         sizes.append((found[1], found[2]))
     if sizes[0] != sizes[1]:
@@ -304,14 +305,13 @@ def output_size(processor: Any) -> tuple[int, int]:
 def _prepared(processor: Any, image: Image.Image) -> Any:
     try:
         return processor(image, return_tensors="pt")
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, ImportError):
         raise
     except Exception as error:
         # Each processor has its own for settings that it does not take.
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"the image processor {type(processor).__name__} cannot prepare an RGB image: {reason}. Correct its "
-            f"configuration, or take a base model and an image processor for RGB images"
+            f"the image processor {type(processor).__name__} cannot prepare an RGB image: {first_line(error)}. Correct "
+            f"its configuration, or take a base model and an image processor for RGB images"
         ) from error
 
 

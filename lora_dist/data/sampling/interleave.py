@@ -34,7 +34,7 @@ class Layout:
     by shard.
 
     Attributes:
-        lengths: samples in each lane, descending, shape [L].
+        lengths: number of samples in each lane, longest lane first, shape [L].
         lane_starts: flat position of each lane, and of the end, shape [L + 1].
         shards: shards in flat order, shape [S].
         shard_starts: flat position of each of `shards`, ascending, shape [S].
@@ -116,7 +116,7 @@ class Layout:
 
 
 class Interleave:
-    """The `SampleOrder` of shards with `sizes` samples, in `count` lanes, each shuffled in blocks of an even size."""
+    """The `SampleOrder` of shards with `sizes` samples in `count` lanes; each lane is shuffled in blocks of `block`."""
 
     def __init__(self, sizes: np.ndarray, count: int, block: int, seed: int) -> None:
         assert block >= 2

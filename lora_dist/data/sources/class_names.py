@@ -14,7 +14,7 @@ ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 
 def visible_name(name: str) -> str:
-    """A class name without differences that cannot be seen: spaces, zero-width characters, composition of accents."""
+    """Normalizes spaces, zero-width characters and accents (NFC), so that names that look the same are equal."""
     return " ".join(unicodedata.normalize("NFC", name.translate(ZERO_WIDTH)).split())
 
 

@@ -29,7 +29,11 @@ def _called(features: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def only(columns: Sequence[str], features: Mapping[str, Any], content: str, flag: str) -> str:
-    """The only one of `columns`; raises `UserError`, which names the flag to choose one with, unless there is one."""
+    """Returns the only one of `columns`.
+
+    Raises:
+        UserError: there is none, or there are several; the message names the flag to choose one with.
+    """
     if len(columns) != 1:
         found = "no column" if not columns else f"columns {', '.join(columns)}"
         raise UserError(f"{found} of {content} in the data set; name one with --{flag}: {listed(features)}")
@@ -37,7 +41,7 @@ def only(columns: Sequence[str], features: Mapping[str, Any], content: str, flag
 
 
 def listed(features: Mapping[str, Any]) -> str:
-    """The names of columns, and of the fields of columns that have any, such as `json.label`."""
+    """All column names, for an error message; a column with fields is listed as its fields, such as `json.label`."""
     fields = {name: list(feature) if isinstance(feature, dict) else [] for name, feature in features.items()}
     return ", ".join(
         chosen for name, inner in fields.items() for chosen in ([f"{name}.{one}" for one in inner] or [name])

@@ -1,7 +1,7 @@
 """A list of files to exclude from the data: the audit writes it, a person may edit it, training reads it.
 
 One path per line, relative to the current directory or absolute. Empty lines and lines that begin with `#` are skipped.
-A path with a line break or other special characters is written as a JSON string in double quotes.
+A path with unprintable characters, or with spaces at an end, is written as a JSON string in double quotes.
 """
 
 import json

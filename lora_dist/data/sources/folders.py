@@ -171,7 +171,7 @@ def _inner_names(folder: Path) -> set[str]:
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether a folder has images in its sub-folders, and none beside them."""
+    """Whether a folder has images in its sub-folders, and none directly in it."""
     if leads_back(folder):
         return False
     folders, others = _entries(folder)

@@ -1,4 +1,4 @@
-"""Several labels of an image in a table or a file of labels: in one cell with a separator, or in columns of 0 and 1."""
+"""Several labels per image in a table or a file: in one cell with a separator, or in a column of 0 and 1 per label."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ _VALUES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "fals
 """Meaning of the cells of a column of 0 and 1, in lower case."""
 
 
-def delimiter_of(lines: Sequence[str], several: bool) -> str:
-    """The delimiter of a file: comma, semicolon or tab. With `several`, a semicolon may separate labels of a cell."""
+def delimiter_of(lines: Sequence[str], multi_label: bool) -> str:
+    """The delimiter of a file: comma, semicolon or tab. With `multi_label`, a semicolon may separate labels."""
     counts = {mark: min((line.count(mark) for line in lines), default=0) for mark in ",;\t"}
-    if several and (counts[","] or counts["\t"]):
+    if multi_label and (counts[","] or counts["\t"]):
         del counts[";"]
     return max(counts, key=counts.__getitem__)
 

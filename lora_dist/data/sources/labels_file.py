@@ -1,7 +1,7 @@
 """Labels of the images of a folder in a text file: path, label and optionally split and group of one image per line.
 
-An image has one class, or with `several` any number of labels: in one cell, with a mark between them, or in a column of
-0 and 1 for each label.
+An image has one class, or with `multi_label` any number of labels: in one cell, with a mark between them, or in a
+column of 0 and 1 for each label.
 """
 
 import csv
@@ -77,7 +77,7 @@ class Listed(NamedTuple):
     Attributes:
         classes: names of the classes, sorted.
         paths: image files.
-        labels: class of each as an index of `classes`; with `several`, a list of such indices.
+        labels: class of each as an index of `classes`; with `multi_label`, a list of such indices.
         splits: `train`, `validation` or `test` of each.
         groups: group of each; without a column of groups, all different.
         ignored: files of the folder that are no images, without the file of labels.
@@ -118,7 +118,7 @@ def read_labels_file(
     columns: Mapping[str, str | None] | None = None,
     excluded: Collection[str] = (),
     slice_columns: Sequence[str] = (),
-    several: bool = False,
+    multi_label: bool = False,
 ) -> Listed:
     """Reads the labels of the images of a folder.
 
@@ -128,28 +128,28 @@ def read_labels_file(
         columns: names of columns that were given, by the names in `FIELDS`.
         excluded: absolute paths of folders to leave out.
         slice_columns: further columns to read.
-        several: whether an image has any number of labels, instead of one class.
+        multi_label: whether an image has any number of labels, instead of one class.
 
     Raises:
         UserError: names all files that are missing, contradictions and lines without a label at once.
     """
     found = find_files(directory, excluded)
     problems: dict[str, list[str]] = defaultdict(list)
-    names = indicator_columns((columns or {}).get("label")) if several else []
-    rows = list(_rows(file, columns or {}, slice_columns, several, names, problems))
+    names = indicator_columns((columns or {}).get("label")) if multi_label else []
+    rows = list(_rows(file, columns or {}, slice_columns, multi_label, names, problems))
     notes: dict[str, list[str]] = defaultdict(list)
-    chosen = _rows_by_path(rows, directory, found.images, excluded, several, problems, notes)
+    chosen = _rows_by_path(rows, directory, found.images, excluded, multi_label, problems, notes)
     unlisted = [path for path in found.images if path not in chosen and absolute(path) not in excluded]
     notes["images that are not listed, and left out"] += unlisted
     splits = {path: SPLITS.get(row.split, "train") for path, row in chosen.items()}
     problems["groups in several splits"] += _torn_groups(chosen, splits)
     _tell(f"--labels_file {file}", problems, notes)
-    if several and not names and chosen and is_indicator([row.labels for row in chosen.values()]):
+    if multi_label and not names and chosen and is_indicator([row.labels for row in chosen.values()]):
         raise UserError(
             f"--labels_file {file}: the column of labels has 0 and 1 only, which are no labels. Name a column of 0 and "
             f"1 for each label, such as --label_column_name cat,dog"
         )
-    if several and not names and len(chosen) > 1 and all(len(row.labels) < 2 for row in chosen.values()):
+    if multi_label and not names and len(chosen) > 1 and all(len(row.labels) < 2 for row in chosen.values()):
         some = next((label for row in chosen.values() for label in row.labels), "")
         text = "--labels_file %s: no image has more than one label (such as %s); a semicolon separates labels in a cell"
         logger.warning(text, file, some)
@@ -163,7 +163,7 @@ def read_labels_file(
     return Listed(
         classes,
         paths,
-        [numbers if several else numbers[0] for numbers in numbered],
+        [numbers if multi_label else numbers[0] for numbers in numbered],
         [splits[path] for path in paths],
         [chosen[path].group or path for path in paths],
         [path for path in found.ignored if absolute(path) != absolute(file)],
@@ -176,7 +176,7 @@ def _rows_by_path(
     directory: str,
     images: Sequence[str],
     excluded: Collection[str],
-    several: bool,
+    multi_label: bool,
     problems: dict[str, list[str]],
     notes: dict[str, list[str]],
 ) -> dict[str, _Row]:
@@ -194,7 +194,7 @@ def _rows_by_path(
                 hint = _HEADER_HINT if row.line == 1 else ""
                 problems["files that do not exist"].append(f"line {row.line}: {row.path[:_SHOWN_CHARACTERS]}{hint}")
             continue
-        if not row.labels and not several:
+        if not row.labels and not multi_label:
             problems["lines without a label (see --problem_type)"].append(f"line {row.line}: {row.path}")
         if doubtful := _DOUBTFUL & set(map(str.lower, row.labels)):
             notes["labels that are classes, unless you empty their cells"].append(f"line {row.line}: {min(doubtful)}")
@@ -214,7 +214,7 @@ def _rows(
     file: str,
     columns: Mapping[str, str | None],
     slice_columns: Sequence[str],
-    several: bool,
+    multi_label: bool,
     names: Sequence[str],
     problems: dict[str, list[str]],
 ) -> Iterator[_Row]:
@@ -232,7 +232,7 @@ def _rows(
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not a text file in UTF-8; save the table as CSV in UTF-8") from error
     some = [line for line in text.splitlines()[:_INSPECTED_LINES] if line.strip()]
-    delimiter = delimiter_of(some, several)
+    delimiter = delimiter_of(some, multi_label)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     try:
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
@@ -253,7 +253,7 @@ def _rows(
         if names:
             labels, wrong = indicated(cells, indicators)
             problems["cells that are neither 0 nor 1"] += [f"line {line}: {one}" for one in wrong]
-        elif several:
+        elif multi_label:
             labels = labels_in(values["label"], delimiter)
         else:
             labels = (values["label"],) if visible_name(values["label"]) else ()

@@ -91,18 +91,18 @@ def _load_listed(settings: DataSettings, seed: int, excluded: frozenset[str]) ->
     assert settings.train_dir is not None
     assert settings.labels_file is not None
     reading = READINGS[settings.problem_type]
-    several = settings.problem_type == MULTI_LABEL
+    multi_label = settings.problem_type == MULTI_LABEL
     folder = demo.local_path(settings.train_dir)
     columns = given_columns(settings)
-    listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns, several)
+    listed = read_labels_file(folder, settings.labels_file, columns, excluded, settings.slice_columns, multi_label)
     warn_of_ignored(settings.train_dir, listed.ignored)
-    if not several and (joined := next((name for name in listed.classes if ";" in name), None)):
+    if not multi_label and (joined := next((name for name in listed.classes if ";" in name), None)):
         text = "classes have a semicolon, such as %s: if these are several labels, add --problem_type %s"
         logger.warning(text, joined, MULTI_LABEL)
     for split in ("validation", "test"):
         if split in listed.splits and getattr(settings, f"{split}_dir"):
             raise UserError(f"--{split}_dir and --labels_file {settings.labels_file} both name {split} images: use one")
-    table = _table_of(listed.classes, listed.paths, listed.labels, excluded, several)
+    table = _table_of(listed.classes, listed.paths, listed.labels, excluded, multi_label)
     # `_table_of` leaves out files whose names cannot be in a table.
     place = {path: index for index, path in enumerate(listed.paths)}
     kept = np.array([place[path] for path in table["image"]], dtype=np.int64)
@@ -237,9 +237,9 @@ def _load_table(
 
 
 def _table_of(
-    classes: list[str], paths: list[str], labels: Sequence[Any], excluded: frozenset[str], several: bool = False
+    classes: list[str], paths: list[str], labels: Sequence[Any], excluded: frozenset[str], multi_label: bool = False
 ) -> Dataset:
-    """A table of files and their labels: a class of each, or a list of classes if there are `several`."""
+    """A table of files and their labels: a class of each, or with `multi_label` a list of classes."""
     # Arrow cannot hold file names that are not UTF-8.
     odd = {path for path in paths if not _is_utf8(path)}
     if found := sorted(path for path in odd if absolute(path) not in excluded):
@@ -249,7 +249,7 @@ def _table_of(
         )
     kept = [index for index, path in enumerate(paths) if path not in odd]
     columns = {"image": [paths[index] for index in kept], "label": [labels[index] for index in kept]}
-    feature: Any = List(ClassLabel(names=classes)) if several else ClassLabel(names=classes)
+    feature: Any = List(ClassLabel(names=classes)) if multi_label else ClassLabel(names=classes)
     return Dataset.from_dict(columns).cast_column("label", feature)
 
 

@@ -258,7 +258,7 @@ class ShardIndex:
     """The shards of a source, without empty ones.
 
     Attributes:
-        files: file of each shard as an index of the source's, shape [S].
+        files: for each shard, the position of its file among those of the source, shape [S].
         groups: row group of each shard in its file, 0 in a tar file, shape [S].
         first_rows: first row of each shard in its file, shape [S].
         sizes: samples in each shard, shape [S].

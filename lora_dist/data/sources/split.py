@@ -63,7 +63,7 @@ class Split:
 
     def names(self) -> list[str]:
         """The path of each sample's file; the number of its row for images inside a table, of which none is
-        read. Named as `lora_dist.predict` names them, so that their predictions can be compared."""
+        read. `lora_dist.predict` writes the same names, so that predictions can be compared."""
         if not holds_files(self.table, self.column):
             return [f"row {row}" for row in self.table_rows]
         files = list(files_of(self.table, self.column))
@@ -120,7 +120,7 @@ class Split:
         return digest.hexdigest()[:16]
 
     def _sizes(self) -> np.ndarray:
-        """Bytes of each sample's file, shape [N], 0 for images that are not files. Reads no image from the table."""
+        """Encoded bytes of each sample's image, shape [N]; 0 for arrays and missing files. Decodes no image."""
         if not holds_files(self.table, self.column):
             return np.zeros(len(self))
         sizes = [_size(path) if length is None else length for path, length in files_of(self.table, self.column)]

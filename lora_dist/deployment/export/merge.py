@@ -1,31 +1,24 @@
 """Merges an adapter into its base, and checks that the result gives the same logits."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from lora_dist.data.pixels.images import UnreadableImageError
-from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.demo import photographs
-from lora_dist.deployment.export.destinations import require_free_directory
+from lora_dist.deployment.destinations import require_free_directory
+from lora_dist.deployment.export.checks import check_images, logits, require_same_after_loading
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.classifier import Classifier
 from lora_dist.model.license import License, license_of
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, loaded_difference, relative_difference
+from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
 from lora_dist.model.shared_weights import save_model
 from lora_dist.model.temperature import Calibration, fold
 from lora_dist.storage.atomic import whole_directory
 
-MAX_IMAGES = 16
-"""Images on which logits are compared."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -63,7 +56,7 @@ def merge_to(
     """
     require_free_directory(out, "merge_to")
     dtype = DTYPES[precision]
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     images = check_images(files, transforms)
     pixels = transforms.batch(images)
     raw = logits(classifier.model, pixels)
@@ -93,12 +86,6 @@ def merge_to(
         bundle.write_metadata(temporary, merged.config, classifier.processor, card, records)
         require_same_after_loading(temporary, out, "merge_to", images, after, trust_remote_code)
     return measured
-
-
-@torch.inference_mode()
-def logits(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Computes logits [B, classes] of model inputs [B, 3, H, W]."""
-    return model(pixel_values=pixels).logits
 
 
 def _round(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -150,32 +137,3 @@ def _card(
         )
     lines += ["", '    pipeline("image-classification", model="THIS_DIRECTORY")', ""]
     return "\n".join([*lines, *(license_.section() if license_ else [])])
-
-
-def require_same_after_loading(
-    temporary: Path, out: Path, flag: str, images: Sequence[Image.Image], expected: Tensor, trust_remote_code: bool
-) -> None:
-    """Checks that a written model, still in a temporary directory, gives the expected logits [B, classes].
-
-    Raises:
-        UserError: it does not; the message names `out` and its flag.
-    """
-    difference = loaded_difference(temporary, images, expected, trust_remote_code)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"--{flag} {out}: the written model gave other logits after loading, by {difference:.1e} of the largest, "
-            f"and was removed. This is a bug of lora_dist or a library: please report it with their versions"
-        )
-
-
-def check_images(files: Sequence[str], transforms: ImageTransforms) -> list[Image.Image]:
-    """Loads the first readable ones of the user's images, else packaged photographs."""
-    return list(islice(_readable(files, transforms), MAX_IMAGES)) or list(
-        islice(_readable(photographs(), transforms), MAX_IMAGES)
-    )
-
-
-def _readable(files: Sequence[str], transforms: ImageTransforms) -> Iterator[Image.Image]:
-    for file in files:
-        with suppress(UnreadableImageError):
-            yield transforms.load(file)

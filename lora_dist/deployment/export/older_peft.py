@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_dist import demo
-from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.deployment.export.destinations import require_free_directory
-from lora_dist.deployment.export.merge import check_images, logits, require_same_after_loading
+from lora_dist.deployment.destinations import require_free_directory
+from lora_dist.deployment.export.checks import check_images, logits, require_same_after_loading
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
@@ -64,7 +63,7 @@ def export_legacy_names(
         UserError: `out` cannot be written, or the exported adapter gives other logits after loading.
     """
     require_free_directory(out, "export_legacy_names")
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    transforms = classifier.transforms()
     images = check_images(files, transforms)
     expected = logits(classifier.model, transforms.batch(images))
     adapter = adapters.active_adapter(classifier.model)

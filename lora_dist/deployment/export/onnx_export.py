@@ -1,4 +1,4 @@
-"""Exports a classifier to one ONNX file, merged, with dynamic batch size, labels and preprocessing, and checks it."""
+"""Merges an adapter and writes one ONNX file, with labels and preprocessing in its metadata; checks its logits."""
 
 import json
 import logging
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lora_dist import extras
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import Inference, classify
-from lora_dist.deployment.export.destinations import require_free_file
-from lora_dist.deployment.export.merge import check_images, logits
+from lora_dist.deployment.destinations import require_free_file
+from lora_dist.deployment.export.checks import check_images, logits
 from lora_dist.deployment.export.onnx_model import (
     CONVERSION,
     INPUT,
@@ -29,7 +29,7 @@ from lora_dist.deployment.export.onnx_model import (
     load_onnx,
 )
 from lora_dist.deployment.export.preprocessing import describe
-from lora_dist.errors import UserError
+from lora_dist.errors import UserError, first_line
 from lora_dist.metrics.predictions import class_folder, common_folder
 from lora_dist.model import adapters
 from lora_dist.model.classifier import Classifier
@@ -103,7 +103,12 @@ def export(
     import onnx
 
     require_free_file(out, "onnx")
-    transforms = ImageTransforms(classifier.processor, conversion=classifier.conversion)
+    if classifier.processor.to_dict().get("auto_map"):
+        raise UserError(
+            f"--onnx {out}: the image processor {type(classifier.processor).__name__} has code of its own, which an "
+            f"ONNX file does not contain; write the model with --merge_to instead"
+        )
+    transforms = classifier.transforms()
     pixels = transforms.batch(check_images(files, transforms))
     temperature = classifier.calibration.temperature
     expected = logits(classifier.model, pixels) / temperature
@@ -197,7 +202,7 @@ def _to_onnx(model: nn.Module, temperature: float, example: Tensor, out: Path) -
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"--onnx {out}: torch.onnx cannot export {type(merged.model).__name__}: {reason}") from error
     assert program is not None
     return program.model_proto
@@ -252,8 +257,8 @@ def _cost(
 ) -> RoundingCost:
     inference = Inference(torch.device("cpu"), batch_size)
     images = changed = labelled = right_before = right_after = 0
-    several = exact.decision.problem_type == MULTI_LABEL
-    names = frozenset() if several else frozenset(exact.labels)
+    multi_label = exact.decision.problem_type == MULTI_LABEL
+    names = frozenset() if multi_label else frozenset(exact.labels)
     root = common_folder(files)
     rows = (classify(one, files, inference, top_k=1) for one in (exact, rounded))
     for before, after in zip(*rows, strict=True):
@@ -266,5 +271,5 @@ def _cost(
         labelled += folder is not None
         right_before += answer_before == [folder]
         right_after += answer_after == [folder]
-    answer = "set of labels" if several else "class"
+    answer = "set of labels" if multi_label else "class"
     return RoundingCost(weights, images, changed, labelled, right_before, right_after, answer)

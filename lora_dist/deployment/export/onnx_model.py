@@ -26,7 +26,7 @@ CONVERSION = "conversion"
 PROBLEM_TYPE = "problem_type"
 """Metadata key of the problem type of `transformers`; files of older releases have none."""
 THRESHOLDS = "thresholds"
-"""Metadata key of the content of `thresholds.json`; `null` for one class per image."""
+"""Metadata key of the content of `thresholds.json`, which is `null` for a model of one class per image."""
 
 WEIGHTS = "weights"
 """Metadata key of the precision of the weights, followed by details: `fp32`, `fp16` or `int8, dynamic`."""

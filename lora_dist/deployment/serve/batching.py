@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.deployment.explain import overlays
 from lora_dist.model.adapter_set import AdapterSet
@@ -46,9 +45,7 @@ class Batcher:
             device: the model is moved there.
             after_batch: called with the name of an adapter, the number of its images, and the seconds they took.
         """
-        self.transforms = {
-            name: ImageTransforms(one.processor, conversion=one.conversion) for name, one in served.classifiers.items()
-        }
+        self.transforms = {name: one.transforms() for name, one in served.classifiers.items()}
         for classifier in served.classifiers.values():
             classifier.model.to(device)
         self._served = served

@@ -83,7 +83,7 @@ class Service:
         return content.getvalue()
 
     def close(self) -> None:
-        """Ends the threads after the model has answered all requests that it has."""
+        """Cancels images that wait to be decoded; ends the model's thread once it has answered all others."""
         self._decoders.shutdown(cancel_futures=True)
         self._batcher.close()
 

@@ -1,4 +1,4 @@
-"""Curves on disk, as TensorBoard's events and as JSON lines: neither stops a run when it cannot be written."""
+"""Curves on disk, as TensorBoard's events and as JSON lines. A failed write is logged, and never stops the run."""
 
 import errno
 import json

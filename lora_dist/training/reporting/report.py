@@ -82,7 +82,7 @@ def show_evaluation(tracker: Tracker, evaluator: Evaluator, evaluation: Evaluati
 
 @contextmanager
 def _optional(missing: str) -> Iterator[None]:
-    """Logs a warning in place of an error, because a missing picture is no reason to stop a run."""
+    """Logs an exception of the block as a warning: a run must not stop for a missing picture."""
     try:
         yield
     except Exception as error:
@@ -144,14 +144,15 @@ def explain_worst(
         tracker.picture("eval/worst_explained", grid(shown, captions), step)
 
 
-def show_inputs(run: TrainingRun, step: int) -> None:
-    """Adds a grid of the training inputs of update `step`, as augmented, to TensorBoard.
+def show_inputs(run: TrainingRun) -> None:
+    """Adds a grid of the training inputs of the next update, as augmented, to TensorBoard.
 
     Raises:
         ProcessError: names an image that cannot be read.
     """
     if not run.tracker.enabled:
         return
+    step = run.progress.step
     samples = next(run.plan.micro_batches(step))[:INPUTS]
     try:
         batch = run.images.batch(samples)

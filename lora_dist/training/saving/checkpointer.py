@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lora_dist.engines.engine import Engine, share_statistics
+from lora_dist.engines.engine import Engine, broadcast_statistics
 from lora_dist.errors import UserError
 from lora_dist.model.parameter_names import lora_layer_of
 from lora_dist.model.trainable import trained_tensors
@@ -195,7 +195,7 @@ class Checkpointer:
             weights = self._average.state()
         if weights is not None:
             self._engine.load_trainable_state(weights)
-            share_statistics(self._engine)
+            broadcast_statistics(self._engine)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor] | None:
         """Returns the weights of the best update. If they are lost, returns None and sets `best_step` to None."""

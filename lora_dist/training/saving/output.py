@@ -188,7 +188,11 @@ def find_resume(output: Output, resume_from_checkpoint: str | None) -> Checkpoin
 
 
 def _find_newest(output: Output) -> Checkpoint | None:
-    """Returns the newest complete checkpoint of a run, or None if the run has no checkpoints and no results."""
+    """Returns the newest complete checkpoint; None for a new run.
+
+    Raises:
+        UserError: there are results, or damaged checkpoints, but no complete one.
+    """
     newest = checkpoint.read_newest(output.checkpoints)
     if newest is not None:
         path, content = newest

@@ -50,7 +50,7 @@ class Publisher:
     """Pushes one directory at a time. A newer one replaces one that waits for its turn or its next try.
 
     Attributes:
-        name: of the repository; without a namespace until the Hub has named one.
+        name: of the repository; the full `namespace/name` once the Hub has opened it.
     """
 
     def __init__(self, name: str, private: bool, waits: Sequence[float] = WAITS) -> None:
@@ -167,7 +167,7 @@ class Publisher:
 
 
 def _with_hub_errors(call: Callable[[], None]) -> None:
-    """Turns any other exception into a `HubError`, so that it ends neither the thread nor the run."""
+    """Calls `call`, and turns every exception into a `HubError`, so that it ends neither the thread nor the run."""
     try:
         call()
     except HubError:

@@ -22,7 +22,7 @@ from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.figures import reliability_picture
 from lora_dist.model import adapters, bundle
-from lora_dist.model.backbone import Base, load_base_of
+from lora_dist.model.backbone import Base, load_base_of_run
 from lora_dist.model.license import license_of
 from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
 from lora_dist.model.temperature import Calibration, fold
@@ -80,7 +80,7 @@ class ResultWriter:
     _loaded: list[tuple[Base, nn.Module]] = field(default_factory=list)
 
     def push_best(self, run: TrainingRun, evaluation: EvaluationResult) -> None:
-        """Pushes the current best model to the Hub. Failures are logged and do not stop the run."""
+        """Writes the current best model for the Hub and queues the upload. Failures are logged; the run goes on."""
         if not run.settings.hub.push_to_hub:
             return
         trained = run.result_weights()
@@ -105,52 +105,76 @@ class ResultWriter:
         Raises:
             ResultNotWrittenError: the directory cannot be written to.
         """
-        run.watch.now("writing the result", first=True)
-        accelerator, tracker, validation = run.engine.accelerator, run.tracker, self.data.validation
-        problem = run.evaluator.problem
+        run.watch.enter("writing the result", extra_time=True)
         trained = run.engine.trainable_state()
-        conversion = run.evaluator.transforms.conversion
         indices = np.flatnonzero(np.isfinite(evaluation.losses))[:CHECKED_IMAGES]
-        images = [validation.image(index, conversion) for index in indices]
+        images = [self.data.validation.image(index, run.evaluator.transforms.conversion) for index in indices]
         expected = _logits(run, images) if images else None
-        if accelerator.is_main_process:
+        if run.engine.accelerator.is_main_process:
             report = None
             if evaluation.scored is not None:
                 report = calibrate(evaluation.scored, None if test is None else test.scored)
             results = self._results(run, evaluation, test)
             results |= {} if report is None else {"calibration": report.record()}
-            written = self._result(run)
-            try:
-                remaining = self._write(written, run, trained, evaluation, results, report)
-                write_evaluation(self.output.evaluation, problem, evaluation, self.data.labels)
-                problem.write_predictions(self.output.predictions, evaluation, validation, self.data.labels)
-                write_json(self.output.results, results)
-            except (OSError, SafetensorError) as error:
-                raise ResultNotWrittenError(
-                    f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
-                ) from error
-            _, model = self._fresh_model(run.settings)
-            explain_worst(tracker, run.evaluator, model, evaluation, run.progress.step)
-            del model
-            # The check loads the base once more. Wrapped modules hold each other.
-            self._loaded.clear()
-            gc.collect()
+            remaining = self._write_files(run, trained, evaluation, results, report)
+            self._explain_worst(run, evaluation)
             if expected is not None:
                 scale = 1.0 if report is None else remaining.temperature / report.temperature
                 self._check(run, images, expected * scale)
             else:
-                logger.warning("%s is not checked: no validation image has finite logits", written)
-            tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
-            for line in self._summary(run, results, evaluation, test):
-                tracker.say(line)
-            if report is not None:
-                tracker.say(str(report))
-                for picture in _pictures(report).values():
-                    tracker.picture("calibration/reliability", picture, run.progress.step)
-            tracker.close()
-            # Below the progress bar, which ends here.
-            warn_of_chance_level(problem, evaluation)
-        accelerator.wait_for_everyone()
+                logger.warning("%s is not checked: no validation image has finite logits", self._result(run))
+            self._report(run, results, evaluation, test, report)
+        run.engine.accelerator.wait_for_everyone()
+
+    def _write_files(
+        self,
+        run: TrainingRun,
+        trained: dict[str, Tensor],
+        evaluation: EvaluationResult,
+        results: dict[str, Any],
+        report: CalibrationReport | None,
+    ) -> Calibration:
+        """Writes all files of the result; returns the calibration that is not part of the weights."""
+        problem, labels = run.evaluator.problem, self.data.labels
+        try:
+            remaining = self._write(self._result(run), run, trained, evaluation, results, report)
+            write_evaluation(self.output.evaluation, problem, evaluation, labels)
+            problem.write_predictions(self.output.predictions, evaluation, self.data.validation, labels)
+            write_json(self.output.results, results)
+        except (OSError, SafetensorError) as error:
+            raise ResultNotWrittenError(
+                f"cannot write the result to {self.output.root}: {error}. Free space, then: {run.resume_hint}"
+            ) from error
+        return remaining
+
+    def _explain_worst(self, run: TrainingRun, evaluation: EvaluationResult) -> None:
+        _, model = self._fresh_model(run.settings)
+        explain_worst(run.tracker, run.evaluator, model, evaluation, run.progress.step)
+        del model
+        # The check loads the base once more. Wrapped modules hold each other.
+        self._loaded.clear()
+        gc.collect()
+
+    def _report(
+        self,
+        run: TrainingRun,
+        results: dict[str, Any],
+        evaluation: EvaluationResult,
+        test: EvaluationResult | None,
+        report: CalibrationReport | None,
+    ) -> None:
+        """Logs the result, and closes the tracker."""
+        tracker = run.tracker
+        tracker.hyperparameters(flatten(run.settings), evaluation.metrics)
+        for line in self._summary(run, results, evaluation, test):
+            tracker.say(line)
+        if report is not None:
+            tracker.say(str(report))
+            for picture in _pictures(report).values():
+                tracker.picture("calibration/reliability", picture, run.progress.step)
+        tracker.close()
+        # Below the progress bar, which ends here.
+        warn_of_chance_level(run.evaluator.problem, evaluation)
 
     def _summary(
         self, run: TrainingRun, results: dict[str, Any], evaluation: EvaluationResult, test: EvaluationResult | None
@@ -289,7 +313,9 @@ class ResultWriter:
         """The model to load trained tensors into. Loaded once, so that a run does not depend on the Hub later."""
         if not self._loaded:
             kept = self.base
-            base = load_base_of(settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor)
+            base = load_base_of_run(
+                settings, self.data.labels, kept.revision, fit_classes=False, processor=kept.processor
+            )
             self._loaded.append((base, make_trainable(base, settings.model, settings.lora)))
         return self._loaded[0]
 
@@ -320,7 +346,7 @@ def _logits(run: TrainingRun, images: list[Image.Image]) -> Tensor:
 
 
 def _message(run: TrainingRun) -> str:
-    """The message of the commit: the update and the metric of its weights."""
+    """Returns the message of the commit on the Hub, such as `Step 120: accuracy 0.9130`."""
     progress, name = run.progress, run.settings.optimization.metric_for_best_model
     if progress.best_step is None or progress.best_value is None:
         return f"Step {progress.step}"

@@ -158,7 +158,7 @@ def load_adapter(model: Any, directory: Path, name: str = "default", num_labels:
     """Reads an adapter and puts it on its base."""
     from lora_dist.model import adapter_io, adapters
 
-    return adapters.attach_adapter(model, adapters.read_adapter(model, adapter_io.read(directory)), name, num_labels)
+    return adapters.attach_adapter(model, adapters.adapter_for(model, adapter_io.read(directory)), name, num_labels)
 
 
 def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:

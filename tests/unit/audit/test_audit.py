@@ -29,7 +29,8 @@ from lora_dist_testing.tiny import make_folder, make_image
 from PIL import Image, ImageEnhance, ImageFilter
 
 from lora_dist.audit import pool
-from lora_dist.audit.__main__ import audit, main
+from lora_dist.audit.__main__ import main
+from lora_dist.audit.audit import audit
 from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
 from lora_dist.audit.near_duplicates import connected, near_pairs

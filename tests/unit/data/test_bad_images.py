@@ -24,7 +24,7 @@ from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSet
 from lora_dist.train import main
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.problem import worst_samples
-from lora_dist.training.single_label_problem import Evaluation
+from lora_dist.training.single_label_problem import SingleLabelEvaluation
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_a_sample_that_is_read_by_two_processes_is_counted_once(tmp_path: Path) 
     assert sum(int(mark.sum()) for mark in marks if mark is not None) == 2 * 9
 
 
-def _evaluation(root: Path, vit: Path, **settings: Any) -> Evaluation:
+def _evaluation(root: Path, vit: Path, **settings: Any) -> SingleLabelEvaluation:
     data = load_data(DataSettings(train_dir=str(root / "train"), validation_dir=str(root / "validation")), seed=0)
     base = load_base(str(vit), data.labels)
     perturb(make_trainable(base, ModelSettings(tuning="full"), LoraSettings()))

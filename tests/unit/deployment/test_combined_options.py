@@ -14,7 +14,7 @@ from lora_dist_testing.tiny import write_bundle
 from lora_dist_testing.uploads import encoded
 from PIL import Image
 
-from lora_dist.deployment import parts
+from lora_dist.deployment import parts, prediction
 from lora_dist.deployment.serve import server
 from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.errors import UserError
@@ -77,7 +77,7 @@ def test_parts_without_heat_maps_are_not_continued_with_them(
     adapter: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their images would have none."""
-    monkeypatch.setattr(parts, "MAX_IMAGES", 3)
+    monkeypatch.setattr(prediction, "MAX_IMAGES", 3)
     out = flags(adapter=adapter, images=images, output=tmp_path / "rows.jsonl")
     with monkeypatch.context() as killed:
         killed.setattr(parts.Parts, "remove", lambda _: None)

@@ -12,6 +12,7 @@ import pytest
 from lora_dist.deployment import outputs
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.outputs import RECORD, writer
+from lora_dist.errors import UserError
 
 LISTS: tuple[Literal["probabilities", "logits", "embeddings"], ...] = ("probabilities", "logits", "embeddings")
 
@@ -71,3 +72,16 @@ def test_a_parquet_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write(Row("second", []))
     assert pq.read_table(tmp_path / "rows.parquet")["path"].to_pylist() == ["first"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+@pytest.mark.parametrize("format_", ["jsonl", "csv"])
+def test_a_full_disk_behind_standard_output_is_told_in_one_sentence(
+    format_: Literal["jsonl", "csv"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open("/dev/full", "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    monkeypatch.setattr("sys.stdout", full)
+    told = r"written to standard output \(No space left on device\)"
+    with pytest.raises(UserError, match=told), writer(None, format_, 1) as write:
+        write(Row("a.png", [("a", 0.5)]))
+    with pytest.raises(OSError, match="No space"):
+        full.close()

@@ -49,7 +49,7 @@ def test_an_end_before_its_time_says_what_is_kept(
         raise error
 
     parts = Parts(tmp_path / "rows.csv", [None], Files(FILES), {})
-    with pytest.raises(type(error)), parts.kept():
+    with pytest.raises(type(error)), parts.kept_rows_reported():
         predict()
     kept = {7: 6, len(FILES): len(FILES)}[count]
     assert f"{parts.directory} has {kept} of 130 rows: the same command continues from them" in caplog.text

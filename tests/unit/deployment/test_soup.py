@@ -78,7 +78,7 @@ def test_images_outside_folders_of_classes_do_not_count(
     (Path(files[0]).parent / "broken.png").write_bytes(b"broken")
     more = [*files, str(tmp_path / "loose.png"), str(Path(files[0]).parent / "broken.png")]
     assert _accuracy(model, more) == 1
-    with pytest.raises(UserError, match="no readable image is in a folder named after a class"):
+    with pytest.raises(UserError, match="needs readable images in folders named after the classes"):
         _accuracy(model, [str(tmp_path / "loose.png")])
-    with pytest.raises(UserError, match="no readable image is in a folder named after a class"):
+    with pytest.raises(UserError, match="needs readable images in folders named after the classes"):
         _accuracy(model, files[:1], root=Path(files[0]).parent)

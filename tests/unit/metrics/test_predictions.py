@@ -116,7 +116,7 @@ def test_several_labels_are_read_from_every_format(tmp_path: Path) -> None:
     pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
         found = read_predictions(tmp_path / name)
-        assert found.several
+        assert found.multi_label
         assert (found.paths, found.predicted, found.given) == (["1.png", "2.png"], [("cat", "dog"), ()], [None, None])
         assert found.probabilities is None
     whole = [{"path": f"{number}.png", "labels": [], "top_k": scored[::step]} for number, step in enumerate((1, -1))]
@@ -148,14 +148,14 @@ def test_scores_are_written_so_that_the_order_of_images_stays(tmp_path: Path) ->
     np.testing.assert_array_equal(found.probabilities.astype(np.float32), scores)
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_groups_of_one_of_two_files_are_those_of_both(several: bool) -> None:
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_groups_of_one_of_two_files_are_those_of_both(multi_label: bool) -> None:
     """Twenty copies of five images, of which one model says more right: five groups cannot show that it is better."""
-    right: Any = ("a",) if several else "a"
-    wrong: Any = ("b",) if several else "b"
+    right: Any = ("a",) if multi_label else "a"
+    wrong: Any = ("b",) if multi_label else "b"
     paths, groups = [f"{n}.png" for n in range(100)], [f"patient {n % 5}" for n in range(100)]
-    first = Predictions(paths, [right] * 100, [right] * 100, list(groups), [], None, several)
-    second = Predictions(paths, [wrong] * 60 + [right] * 40, [None] * 100, [None] * 100, [], None, several)
+    first = Predictions(paths, [right] * 100, [right] * 100, list(groups), [], None, multi_label)
+    second = Predictions(paths, [wrong] * 60 + [right] * 40, [None] * 100, [None] * 100, [], None, multi_label)
     for pair in ((first, second), (second, first)):
         lines = list(comparison_lines(paired(*pair), ("one", "two"), no_label))
         assert "group" in lines[-1]

@@ -365,6 +365,10 @@ def test_a_missing_or_damaged_file_is_named(name: str, saved: Path, vit: Path) -
     (saved / name).write_bytes(b"{ no")
     with pytest.raises(UserError, match=f"{saved.name} is damaged"):
         load_adapter(_base(vit).model, saved)
+    if name == "adapter_model.safetensors":
+        (saved / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS"):
+            load_adapter(_base(vit).model, saved)
     (saved / name).unlink()
     with pytest.raises(UserError, match=f"no {name}"):
         load_adapter(_base(vit).model, saved)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,29 @@ def test_a_checkpoint_whose_layers_have_other_weights_is_refused(tmp_path: Path)
 
     edit_tensors(directory / "model.safetensors", rename)
     with pytest.raises(UserError, match=r"it lacks convnext\..*pwconv1\.bias and has convnext\..*fc1\.bias instead"):
+        _base(directory)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "renamed", "message"),
+    [
+        (r"^", "module.", r"names such as module\.\S+, which a wrapper gave them"),
+        (r"^", "_orig_mod.", r"names such as _orig_mod\.\S+, which a wrapper gave them"),
+        (r"layer\.1\.", "layer.1._orig_mod.", r"names such as vit\.\S+\._orig_mod\.\S+, which a wrapper gave them"),
+        (r"^", "net.", r"names such as net\.\S+, and none such as \S+\. Rename its weights"),
+    ],
+)
+def test_a_checkpoint_with_the_names_of_a_wrapper_is_refused(
+    pattern: str, renamed: str, message: str, tmp_path: Path
+) -> None:
+    directory = make_model(tmp_path / "vit", num_labels=3)
+
+    def rename(state: dict[str, Tensor]) -> None:
+        for key in list(state):
+            state[re.sub(pattern, renamed, key)] = state.pop(key)
+
+    edit_tensors(directory / "model.safetensors", rename)
+    with pytest.raises(UserError, match=message):
         _base(directory)
 
 
@@ -442,6 +467,25 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"cannot load the base model '{directory}'"):
+        _base(directory)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", POINTER, r"model\.safetensors is a pointer of Git LFS.*: run `git lfs pull`"),
+        ("pytorch_model.bin", POINTER, r"pytorch_model\.bin is a pointer of Git LFS.*: run `git lfs pull`"),
+        ("pytorch_model.bin", pickle.dumps(Path), r"pytorch_model\.bin is damaged, or holds more than tensors"),
+    ],
+)
+def test_files_without_weights_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "vit")
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
         _base(directory)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.older_peft import export_legacy_names
+from lora_dist.deployment.export.onnx_export import export
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, bundle
 from lora_dist.model.backbone import BaseOptions, load_base
@@ -132,6 +133,20 @@ def test_a_missing_or_wrong_label_map_is_refused(
     with pytest.raises(UserError, match=words) as caught:
         load_classifier(directory)
     assert str(directory / "config.json") in str(caught.value)
+
+
+def test_a_model_of_one_class_is_refused_unless_its_output_has_a_threshold(tmp_path: Path) -> None:
+    """A softmax over one output is 1 for every image."""
+    whole = make_model(tmp_path / "whole", num_labels=1)
+    _edit(whole / "config.json", id2label={"0": "yes"}, label2id={"yes": 0})
+    with pytest.raises(UserError, match=r'a single class, yes, which every image would get.* "multi_label_classif'):
+        load_classifier(whole)
+    _edit(whole / "config.json", problem_type="multi_label_classification")
+    classifier = load_classifier(whole)
+    pixels = ImageTransforms(classifier.processor).batch([make_image(0, 0), make_image(1, 0)])
+    with torch.inference_mode():
+        scores = classifier.probabilities(pixels)
+        torch.testing.assert_close(scores, classifier.logits(pixels).sigmoid())
 
 
 def test_labels_are_read_by_number_and_not_by_place_in_the_file(adapter: Path) -> None:
@@ -293,6 +308,8 @@ def test_code_that_comes_with_a_base_runs_where_it_is_trusted_and_nowhere_else(t
         found = load_classifier(directory, trust_remote_code=True)
         assert type(adapters.base_of(found.model)).__name__ == "RemoteModel"
         torch.testing.assert_close(_logits(found.model, found.processor), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="RemoteProcessor has code of its own, which an ONNX file does not contain"):
+        export(load_classifier(adapter, trust_remote_code=True), tmp_path / "model.onnx", [])
 
 
 def test_code_that_comes_with_the_base_of_a_foreign_adapter_is_not_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model import adapters, injection
-from lora_dist.model.backbone import Base, BaseOptions, load_base, load_base_of
+from lora_dist.model.backbone import Base, BaseOptions, load_base, load_base_of_run
 from lora_dist.model.bundle import write_adapter, write_model
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.head import EMPTY_FINGERPRINT, class_dimensions, find_heads, fingerprint
@@ -189,12 +189,12 @@ def test_the_head_of_a_base_with_the_same_classes_in_another_order_is_permuted(
 ) -> None:
     directory, expected = _classifier(tmp_path, name, ["x", "y", "z"])
     with caplog.at_level(logging.INFO):
-        base = load_base_of(_settings(directory), ["z", "x", "y"])
+        base = load_base_of_run(_settings(directory), ["z", "x", "y"])
     torch.testing.assert_close(_logits(base.model, base), expected[:, [2, 0, 1]])
     assert "same classes in another order" in caplog.text
     assert base.missing == []
     caplog.clear()
-    base = load_base_of(_settings(directory), ["x", "y", "z"])
+    base = load_base_of_run(_settings(directory), ["x", "y", "z"])
     torch.testing.assert_close(_logits(base.model, base), expected)
     assert "head" not in caplog.text
 
@@ -204,7 +204,7 @@ def test_the_head_of_a_base_with_other_classes_is_made_anew(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory, expected = _classifier(tmp_path, name, ["x", "y", "z"])
-    base, again, other = (load_base_of(_settings(directory, seed), ["p", "q", "r"]) for seed in (3, 3, 4))
+    base, again, other = (load_base_of_run(_settings(directory, seed), ["p", "q", "r"]) for seed in (3, 3, 4))
     assert "the base has other classes (x, y, z, …) than the data" in caplog.text
     assert torch.equal(_logits(base.model, base), _logits(again.model, base))
     assert not torch.allclose(_logits(base.model, base), _logits(other.model, base))
@@ -217,7 +217,7 @@ def test_the_head_of_a_base_with_other_classes_is_made_anew(
         class_dimensions(base.model.config, type(base.model))
     )
     assert base.missing == []
-    fresh = load_base_of(_settings(directory), ["p", "q", "r", "s"]).model.state_dict()
+    fresh = load_base_of_run(_settings(directory), ["p", "q", "r", "s"]).model.state_dict()
     for key in (key for key in fresh if before[key].shape != fresh[key].shape and key.endswith("weight")):
         assert 0.3 < after[key].std() / fresh[key].std() < 3, "as for another number of classes"
 
@@ -227,28 +227,61 @@ def test_the_head_of_a_base_that_does_not_name_its_classes_stays(
 ) -> None:
     directory, expected = _classifier(tmp_path, "vit", ["LABEL_0", "LABEL_1", "LABEL_2"])
     with caplog.at_level(logging.INFO):
-        base = load_base_of(_settings(directory), ["z", "x", "y"])
+        base = load_base_of_run(_settings(directory), ["z", "x", "y"])
     torch.testing.assert_close(_logits(base.model, base), expected)
     assert "keeping the head of the base" in caplog.text
+
+
+@pytest.mark.parametrize("names", [None, {}])
+def test_the_head_of_a_base_without_a_label_map_stays(
+    names: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, expected = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    edit_json(directory / "config.json", id2label=names)
+    with caplog.at_level(logging.INFO):
+        base = load_base_of_run(_settings(directory), ["z", "x", "y"])
+    torch.testing.assert_close(_logits(base.model, base), expected)
+    assert "keeping the head of the base, which does not name its 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize("names", [{"1": "x", "2": "y", "3": "z"}, {"0": "x", "1": "y", "5": "z"}])
+def test_the_head_of_a_base_whose_classes_are_not_numbered_from_0_is_made_anew(
+    names: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows which of its outputs is which class."""
+    directory, expected = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    edit_json(directory / "config.json", id2label=names, label2id=None)
+    for labels in (["x", "y", "z"], ["z", "x", "y"]):
+        base = load_base_of_run(_settings(directory), labels)
+        assert not torch.allclose(_logits(base.model, base).sort().values, expected.sort().values)
+    assert caplog.text.count("the base has classes that are not numbered from 0 (") == 2
+
+
+@pytest.mark.parametrize("names", [["x", "y", "z"], {"x": 0, "y": 1, "z": 2}, "x, y, z"])
+def test_a_base_whose_label_map_is_none_is_refused(names: Any, tmp_path: Path) -> None:
+    directory, _ = _classifier(tmp_path, "vit", ["x", "y", "z"])
+    edit_json(directory / "config.json", id2label=names)
+    with pytest.raises(UserError, match=r"id2label\) in its config\.json does not map numbers to names: write it as "):
+        load_base_of_run(_settings(directory), ["x", "y", "z"])
 
 
 def test_class_names_that_are_numbers_are_those_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory, expected = _classifier(tmp_path, "vit", ["7", "8", "9"])
     edit_json(directory / "config.json", id2label={"0": 7, "1": 8, "2": 9})
-    base = load_base_of(_settings(directory), ["8", "9", "7"])
+    base = load_base_of_run(_settings(directory), ["8", "9", "7"])
     torch.testing.assert_close(_logits(base.model, base), expected[:, [1, 2, 0]])
-    load_base_of(_settings(directory), ["x", "y", "z"])
+    load_base_of_run(_settings(directory), ["x", "y", "z"])
     assert "the base has other classes (7, 8, 9, …) than the data" in caplog.text
 
 
 def test_the_problem_type_of_the_base_does_not_stay(tmp_path: Path) -> None:
     directory, _ = _classifier(tmp_path, "vit", ["x", "y", "z"])
     assert json.loads((directory / "config.json").read_text())["problem_type"] == "multi_label_classification"
-    base = load_base_of(_settings(directory), ["x", "y", "z"])
+    base = load_base_of_run(_settings(directory), ["x", "y", "z"])
     write_adapter(tmp_path / "adapter", make_trainable(base, ModelSettings(), LoraSettings()), base, "card\n")
     merged: Any = adapters.merge(load_classifier(tmp_path / "adapter").model)
     write_model(tmp_path / "merged", merged, base.processor, "card\n")
-    full = load_base_of(_settings(directory), ["x", "y", "z"])
+    full = load_base_of_run(_settings(directory), ["x", "y", "z"])
     write_model(tmp_path / "full", full.model, full.processor, "card\n")
     for name in ("adapter", "merged", "full"):
         config = json.loads((tmp_path / name / "config.json").read_text())

@@ -81,6 +81,10 @@ def test_an_adapter_without_a_head_has_that_of_its_base(guide: Path, caplog: pyt
     assert classifier.labels == ["no", "yes"]
     assert "no label map" not in caplog.text
     assert logits(classifier.model).shape == (2, 2)
+    edit_json(guide.parent / "base" / "config.json", id2label={"1": "no", "2": "yes"})
+    with pytest.raises(UserError, match=r"is not numbered from 0: name the classes with --class_names"):
+        load_classifier(guide)
+    assert load_classifier(guide, labels=["no", "yes"]).labels == ["no", "yes"]
 
 
 def test_weights_that_nobody_brings_are_not_left_random(guide: Path) -> None:

@@ -10,14 +10,23 @@ import torch
 from lora_dist_testing.architectures import make_checkpoint
 from lora_dist_testing.edits import edit_json, edit_tensors
 from lora_dist_testing.tiny import CLASSES, make_image, make_model, view_of
-from transformers import AutoImageProcessor, Siglip2ImageProcessor, TextNetImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    LlavaOnevisionImageProcessor,
+    Siglip2ImageProcessor,
+    TextNetImageProcessor,
+    ViTConfig,
+    ViTImageProcessor,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import BaseOptions, load_base, load_base_of
+from lora_dist.model.backbone import BaseOptions, load_base, load_base_of_run
 from lora_dist.model.bundle import write_adapter
 from lora_dist.model.classifier import load_classifier
 from lora_dist.model.injection import adapted_layers
+from lora_dist.model.input_check import require_fit
 from lora_dist.model.trainable import make_trainable
 from lora_dist.model.warm_start import load_warm_start
 from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings, Settings
@@ -28,6 +37,10 @@ LABELS = list(CLASSES)
 PROCESSORS = [
     (ViTImageProcessor(size={"height": 48, "width": 40}), r"takes 3 x 32 x 32, and its image processor gives 3 x 48 x"),
     (Siglip2ImageProcessor(patch_size=8, max_num_patches=16), r"makes \[16, 192\] of an image, not \[3, height, width"),
+    (
+        LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64]]),
+        r"makes \[\d, 3, 32, 32\] of an image, not \[3, height, width\]; .* with --image_processor_name",
+    ),
     (TextNetImageProcessor(size={"shortest_edge": 32}), r"keeps each image's own shape \(32 x 64 or 64 x 32\)"),
     (ViTImageProcessor(size={"longest_edge": 32}), r"ViTImageProcessor cannot prepare an RGB image: .*Size must"),
     (
@@ -38,7 +51,7 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(
-    ("processor", "message"), PROCESSORS, ids=["size", "patches", "own shape", "edge", "no deviation"]
+    ("processor", "message"), PROCESSORS, ids=["size", "patches", "crops", "own shape", "edge", "no deviation"]
 )
 def test_a_processor_that_does_not_fit_is_said_when_the_base_is_loaded(
     processor: ViTImageProcessor, message: str, tmp_path: Path
@@ -56,6 +69,20 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     type(model)(model.config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"takes 1 x 32 x 32, and its image processor gives 3 x 32 x 32"):
         load_base(str(tmp_path), LABELS)
+
+
+def test_a_model_with_an_auxiliary_head_is_refused(tmp_path: Path) -> None:
+    class TwoHeads(torch.nn.Module):
+        """As `TimmWrapperForImageClassification` of Inception v3 with `aux_logits`."""
+
+        config = ViTConfig(num_labels=3)
+
+        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+            logits = torch.zeros(len(pixel_values), 3)
+            return ImageClassifierOutput(logits=(logits, logits))
+
+    with pytest.raises(UserError, match=r"TwoHeads returns 2 outputs in place of logits: turn its auxiliary head off"):
+        require_fit(TwoHeads(), ViTImageProcessor())
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -148,7 +175,7 @@ def test_a_base_without_an_image_processor_takes_another(tmp_path: Path) -> None
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
     processor.save_pretrained(other)
     named = ModelSettings(model_name_or_path=str(directory), image_processor_name=str(other))
-    base = load_base_of(Settings(model=named), LABELS)
+    base = load_base_of_run(Settings(model=named), LABELS)
     write_adapter(tmp_path / "adapter", make_trainable(base, named, LoraSettings()), base, "card\n")
     classifier = load_classifier(tmp_path / "adapter")
     assert list(classifier.processor.image_mean) == [0.1, 0.2, 0.3]
@@ -163,6 +190,6 @@ def test_timm_models_and_processors_go_together(tmp_path: Path) -> None:
     for sentence, (model, processor) in mixed.items():
         settings = Settings(model=ModelSettings(model_name_or_path=str(model), image_processor_name=str(processor)))
         with pytest.raises(UserError, match=sentence):
-            load_base_of(settings, LABELS)
+            load_base_of_run(settings, LABELS)
     with pytest.raises(UserError, match="leave --pooling out"):
         load_base(str(base), LABELS, BaseOptions(pooling="mean"))

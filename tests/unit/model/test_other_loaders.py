@@ -13,7 +13,6 @@ from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.model.classifier import Classifier, load_classifier
 
 LABELS = ["day", "night"]
@@ -36,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     write_bundle(root / "adapter", base, LABELS)
     classifier = load_classifier(root / "adapter")
     image = Image.linear_gradient("L").convert("RGB").resize((40, 32))
-    pixels = ImageTransforms(classifier.processor, conversion=classifier.conversion).batch([image])
+    pixels = classifier.transforms().batch([image])
     return Trained(base, root / "adapter", classifier, image, pixels)
 
 

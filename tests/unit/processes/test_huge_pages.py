@@ -17,7 +17,7 @@ from pathlib import Path
 from lora_dist.processes import huge_pages
 
 {before}
-huge_pages.move_to_huge_pages()
+huge_pages.restart_with_huge_pages()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -31,7 +31,7 @@ lifetime.run_command(main)
         ("raise PreemptedError('after update 3')", "stopped: after update 3"),
         ("raise ZeroDivisionError('odd')", "ZeroDivisionError: odd"),
         ("raise SystemExit('no such thing')", "no such thing"),
-        ("with stalled.watching(): stalled.now('hangs'); time.sleep(60)", "error: no progress for"),
+        ("with stalled.watching(): stalled.enter('hangs'); time.sleep(60)", "error: no progress for"),
     ],
 )
 def test_the_summary_of_the_launcher_has_the_reason(body: str, shown: str, tmp_path: Path) -> None:

@@ -104,6 +104,22 @@ def test_output_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     assert "cannot write to standard output" in result.stderr
 
 
+def test_closed_standard_streams_get_no_files_of_the_command(tmp_path: Path) -> None:
+    """Text for a closed stream would go into the file that got its descriptor."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys\nfrom lora_dist.processes.lifetime import run_command\ndef main():\n"
+        "    with open('result', 'w') as file:\n        print('a line')\n"
+        "        os.system('echo another; echo third >&2')\n        file.write(f'{file.fileno()}')\n"
+        "run_command(main)\n",
+        encoding="utf-8",
+    )
+    closing = f"exec {sys.executable} command.py <&- >&- 2>&-"
+    result = subprocess.run(["sh", "-c", closing], cwd=tmp_path, check=False, timeout=60)
+    assert result.returncode == 0
+    assert int((tmp_path / "result").read_text(encoding="utf-8")) > 2
+
+
 def test_a_signal_shows_the_stacks_of_all_threads_and_the_command_goes_on(tmp_path: Path) -> None:
     body = "import os\nos.kill(os.getpid(), signal.SIGQUIT)\ntime.sleep(0.5)\nprint('went on')"
     result, _ = _run(tmp_path, body)
@@ -151,7 +167,7 @@ def _full_pipe() -> tuple[int, int]:
     [
         ("raise ZeroDivisionError", 1),
         ("raise UserError('no such file')", 2),
-        ("stalled.now('hangs')\nstalled.warmed_up()\nwith stalled.watching(): time.sleep(600)", 124),
+        ("stalled.enter('hangs')\nstalled.end_warm_up()\nwith stalled.watching(): time.sleep(600)", 124),
     ],
 )
 def test_a_command_ends_although_standard_error_blocks(body: str, code: int, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_file_asks_for_a_checkpoint_until_there_is_one(preemption: Preemption,
     (tmp_path / "SAVE").touch()
     assert preemption.check()
     assert preemption.check()
-    preemption.saved()
+    preemption.clear_save_request()
     assert not preemption.check()
     assert list(tmp_path.iterdir()) == []
 

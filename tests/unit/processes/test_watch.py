@@ -23,10 +23,10 @@ def sleeping(seconds):
 def main():
     with watched.watching():
         for number in range(3):
-            watched.now(f"update {number}: computing")
+            watched.enter(f"update {number}: computing")
             time.sleep(0.3)
-            watched.warmed_up()
-        watched.now("update 3: waiting for micro-batch 7")
+            watched.end_warm_up()
+        watched.enter("update 3: waiting for micro-batch 7")
         sleeping(float(sys.argv[3]))
     print("done", flush=True)
 

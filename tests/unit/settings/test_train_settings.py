@@ -143,6 +143,34 @@ def test_foreign_flags_are_answered_with_what_they_mean_and_not_with_the_nearest
     ]
 
 
+def test_values_of_trainer_are_understood(folder: Path) -> None:
+    told = *flags(train_dir=folder), "--metric_for_best_model", "eval_loss", "--resume_from_checkpoint", "True"
+    settings = parse(*told)
+    assert settings.optimization.metric_for_best_model == "loss"
+    assert settings.run.resume_from_checkpoint == "auto"
+    assert parse(*told, "--resume_from_checkpoint", "false").run.resume_from_checkpoint is None
+    assert parse(*told, "--resume_from_checkpoint", "runs/x").run.resume_from_checkpoint == "runs/x"
+    given = {"train_dir": folder, "resume_from_checkpoint": True}
+    read = cli.from_keywords(Settings, None, given, prog="", contradictions=contradictions)
+    assert read.run.resume_from_checkpoint == "auto"
+
+
+def test_typical_slips_of_users_of_trainer_and_timm_are_answered(folder: Path) -> None:
+    message = problems_of(
+        *("run.yaml", "-b", 32, "--train_dir", folder, "--eval_steps", 0.1, "--train_batch_size", 8),
+        *("--model-ema", "--input-size", 3, 224, 224, "--early_stopping_threshold", 0.1),
+    )
+    assert message.splitlines()[1:] == [
+        "  run.yaml: value without a flag; did you mean --config run.yaml?",
+        "  -b: unknown flag; use --per_device_train_batch_size",
+        "  --train_batch_size: unknown flag; use --per_device_train_batch_size",
+        "  --model_ema: unknown flag; use --ema_decay",
+        "  --input_size: unknown flag; use --image_size",
+        "  --early_stopping_threshold: unknown flag; remove it: every improvement counts",
+        "  --eval_steps: '0.1' is not valid: expected a number of updates, epoch or no",
+    ]
+
+
 def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("learning_rat: 1\nlora_dropout: 2\n")

@@ -157,7 +157,7 @@ def test_a_checkpoint_without_the_record_was_trained_without_weights() -> None:
 def test_other_samples_of_an_older_release_are_explained() -> None:
     saved = {"train_data": "1"}
     found = list(differences(saved, {"train_data": "2"}))
-    assert found[0] == "train_data was 1 and is now 2"
+    assert found[0].startswith("train_data was 1 and is now 2 (images and labels, --exclude, ")
     assert "older release" in found[1]
     assert "--max_train_samples" in found[1]
     assert len(list(differences({**saved, "conversion": {}}, {"train_data": "2", "conversion": {}}))) == 1

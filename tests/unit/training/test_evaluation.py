@@ -19,7 +19,7 @@ from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings, OptimizationSettings, Settings
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.problem import worst_samples
-from lora_dist.training.single_label_problem import Evaluation, SingleLabel
+from lora_dist.training.single_label_problem import SingleLabel, SingleLabelEvaluation
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def evaluator(model: nn.Module, base: Base, data: ImageData, batch_size: int = 8
 
 
 @pytest.fixture(scope="module")
-def evaluation(base: Base, data: ImageData) -> Evaluation:
+def evaluation(base: Base, data: ImageData) -> SingleLabelEvaluation:
     return evaluator(base.model, base, data)()
 
 
 def test_every_number_is_that_of_scikit_learn_on_the_logits(
-    base: Base, data: ImageData, evaluation: Evaluation
+    base: Base, data: ImageData, evaluation: SingleLabelEvaluation
 ) -> None:
     split = data.validation
     pixels = torch.stack([base.processor(split.image(i), return_tensors="pt")["pixel_values"][0] for i in range(27)])
@@ -72,14 +72,16 @@ def test_every_number_is_that_of_scikit_learn_on_the_logits(
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 27, 100])
-def test_the_batch_size_changes_nothing(batch_size: int, base: Base, data: ImageData, evaluation: Evaluation) -> None:
+def test_the_batch_size_changes_nothing(
+    batch_size: int, base: Base, data: ImageData, evaluation: SingleLabelEvaluation
+) -> None:
     other = evaluator(base.model, base, data, batch_size)()
     assert other.metrics == pytest.approx(evaluation.metrics, rel=1e-5)
     np.testing.assert_array_equal(other.predictions, evaluation.predictions)
     np.testing.assert_allclose(other.losses, evaluation.losses, rtol=1e-4)
 
 
-def test_the_worst_images_are_those_with_the_highest_loss(evaluation: Evaluation) -> None:
+def test_the_worst_images_are_those_with_the_highest_loss(evaluation: SingleLabelEvaluation) -> None:
     worst = worst_samples(evaluation.losses, 5)
     assert len(worst) == 5
     assert evaluation.losses[worst].tolist() == sorted(evaluation.losses.tolist(), reverse=True)[:5]

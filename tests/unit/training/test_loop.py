@@ -28,12 +28,16 @@ def _run(vit: Path, photos: Path, out: Path, *more: object) -> Path:
 
 
 @pytest.mark.parametrize("patience", [1, 3])
-def test_a_run_that_gets_no_better_stops_early(patience: int, vit: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_run_that_gets_no_better_stops_early(
+    patience: int, vit: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """With a learning rate that changes nothing, the first evaluation stays the best."""
     _run(vit, photos, tmp_path, "--early_stopping_patience", patience, "--learning_rate", 1e-30)
     results = results_of(tmp_path)
     assert results["step"] == 1 + patience
     assert results["best_step"] == 1
+    told = f"stopped early: accuracy has not improved since update 1 (--early_stopping_patience {patience})"
+    assert told in capfd.readouterr().err
     assert [line["step"] for line in lines_of(tmp_path) if "train/loss" in line] == list(range(1, 2 + patience))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 

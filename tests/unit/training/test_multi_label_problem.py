@@ -117,7 +117,7 @@ def test_an_evaluation_chooses_thresholds_and_keeps_the_scores() -> None:
     assert worst_samples(found.losses, 9) == [0, 3, 1]
     assert 0.27 < found.thresholds[0] < 0.88
     assert found.per_class[0]["f1"] == 1
-    assert problem.answers(found, split, [1, 3], NAMES) == ["is bird\nsaid bird", "is cat\nsaid cat"]
+    assert problem.answers(found, split, [1, 3], NAMES) == ["is bird\npredicted bird", "is cat\npredicted cat"]
     assert problem.caption(np.array([0, 0, 0]), NAMES) == "(none)"
     assert problem.pictures(found, NAMES) == {}
     chance, _ = problem.chance_level(found)

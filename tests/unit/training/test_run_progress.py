@@ -3,6 +3,7 @@
 import pytest
 
 from lora_dist.training.progress import Progress
+from lora_dist.training.step import Update
 
 
 @pytest.mark.parametrize(
@@ -31,12 +32,13 @@ def test_of_equal_metrics_the_one_with_the_lower_loss_is_the_best_without_ending
 
 def test_updates_that_loss_scaling_skips_are_not_counted_as_not_finite() -> None:
     progress = Progress()
-    for _ in range(2):
-        progress.note_update(1.0, 0.0, skipped=True)
-    progress.note_nonfinite()
-    assert (progress.skipped_in_a_row, progress.nonfinite_in_a_row, progress.skipped_updates) == (2, 1, 3)
-    progress.note_update(1.0, 0.5, skipped=False)
-    assert (progress.skipped_in_a_row, progress.nonfinite_in_a_row) == (0, 0)
+    skipped = Update(loss=1.0, grad_norm=0.0, skipped=True, unreadable=0, requests=[])
+    for update in (skipped, skipped, Update(float("nan"), float("nan"), False, 0, [], "loss")):
+        progress.finish_update(update, samples=4, seconds=1.0)
+    assert (progress.consecutive_skipped, progress.consecutive_nonfinite, progress.skipped_updates) == (2, 1, 3)
+    assert progress.mean_loss == 1.0
+    progress.finish_update(skipped._replace(skipped=False), samples=4, seconds=1.0)
+    assert (progress.consecutive_skipped, progress.consecutive_nonfinite, progress.step) == (0, 0, 4)
 
 
 def test_a_best_of_an_older_checkpoint_has_no_loss_and_wins_a_tie() -> None:

@@ -9,7 +9,7 @@ import pytest
 from lora_dist_testing import unprivileged
 from lora_dist_testing.tiny import make_folder, make_image
 
-from lora_dist.audit.__main__ import audit
+from lora_dist.audit.audit import audit
 from lora_dist.data.sources.load import load_data
 from lora_dist.deployment.inputs import find_images
 from lora_dist.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lora_dist_testing.tiny import make_folder, make_image
 
-from lora_dist.audit.__main__ import audit
+from lora_dist.audit.audit import audit
 from lora_dist.data.sources.labels_file import grouped_split, read_labels_file
 from lora_dist.data.sources.load import ImageData, load_data, load_validation
 from lora_dist.errors import UserError

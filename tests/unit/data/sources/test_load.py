@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from lora_dist_testing import unprivileged
 from lora_dist_testing.tiny import make_folder, make_image, make_png, write_tar
 
-from lora_dist.audit.__main__ import audit
+from lora_dist.audit.audit import audit
 from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.sources.exclusions import Section, write_exclusions
 from lora_dist.data.sources.load import ImageData, load_data, load_validation

@@ -85,7 +85,7 @@ def _is_parquet(images: Images) -> bool:
 
 
 def _require_parquet_file(path: Path, flag: str) -> None:
-    """As `_require_file`, but a pipe or device would be replaced by a file."""
+    """As `_require_file`; also refuses a pipe or a device, which writing parquet would replace by a file."""
     _require_file(path, flag)
     if not is_plain_file(str(path)):
         raise UserError(f"--{flag} {path}: not a file, as parquet needs; use --format jsonl or csv")

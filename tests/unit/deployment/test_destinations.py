@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from lora_dist_testing.disks import small_disk
 
-from lora_dist.deployment.export.destinations import require_destinations, require_free_directory
+from lora_dist.deployment.destinations import require_destinations, require_free_directory
 from lora_dist.errors import UserError
 from lora_dist.settings.predict import PredictSettings
 from lora_dist.storage.writable import writing
