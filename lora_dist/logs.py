@@ -22,21 +22,32 @@ class AboveBars(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
-        # A process that was forked has copies of bars that it does not show.
-        if not self.stream.isatty() or os.getpid() != self._process:
+        if not self.stream.isatty():
+            super().emit(record)
+            return
+        if os.getpid() != self._process:
+            # The bars of a forked process are copies. The process that shows them draws them anew, below the message.
+            if self._bars():
+                self.stream.write("\r\x1b[K")
             super().emit(record)
             return
         with tqdm.get_lock():
-            bars = [bar for bar in getattr(tqdm, "_instances", ()) if self._shows(bar)]
+            bars = self._bars()
             for bar in bars:
                 bar.clear(nolock=True)
             super().emit(record)
             for bar in bars:
                 bar.refresh(nolock=True)
 
+    def _bars(self) -> list[tqdm]:
+        """The bars that have been drawn."""
+        return [bar for bar in getattr(tqdm, "_instances", ()) if self._shows(bar)]
+
     def _shows(self, bar: tqdm) -> bool:
-        """Whether a bar has been drawn; another thread may be making it."""
-        return hasattr(bar, "start_t") and bar.fp == self.stream and not bar.disable and bar.last_print_n > bar.initial
+        # Another thread may be making the bar.
+        if not hasattr(bar, "start_t") or bar.disable or bar.fp != self.stream:
+            return False
+        return bar.delay == 0 or bar.last_print_n > bar.initial
 
 
 def set_up_logs(is_main: bool) -> None:

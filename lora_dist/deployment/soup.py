@@ -55,7 +55,7 @@ def accuracy(classifier: Classifier, root: str, files: Sequence[str], inference:
     """
     if classifier.decision.problem_type == MULTI_LABEL:
         raise UserError("--greedy_soup measures one class per image, and these adapters give several labels: --average")
-    labels = set(classifier.labels)
+    labels = frozenset(classifier.labels)
     folders = {file: folder for file in files if (folder := class_folder(file, labels, absolute(root)))}
     rows = classify(classifier, list(folders), inference, top_k=1)
     right = [row.top_k[0][0] == folders[row.path] for row in rows if row.error is None]

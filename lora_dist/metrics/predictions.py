@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -238,10 +238,16 @@ def common_folder(paths: Iterable[str]) -> str:
     return os.path.commonpath([os.path.abspath(folder) for folder in folders]) if folders else ""  # noqa: PTH100
 
 
-def class_folder(path: str, classes: Collection[str], root: str) -> str | None:
+def class_folder(path: str, classes: frozenset[str], root: str) -> str | None:
     """Returns the innermost folder around an image that is named after a class, at any depth below `root`, or None."""
-    inside = takewhile(lambda folder: str(folder) != root, Path(os.path.abspath(path)).parents)  # noqa: PTH100
-    return next((folder.name for folder in inside if folder.name in classes), None)
+    return _class_of_folder(os.path.dirname(path), classes, root)  # noqa: PTH120
+
+
+@lru_cache(maxsize=4096)
+def _class_of_folder(folder: str, classes: frozenset[str], root: str) -> str | None:
+    around = Path(os.path.abspath(folder))  # noqa: PTH100
+    inside = takewhile(lambda one: str(one) != root, (around, *around.parents))
+    return next((one.name for one in inside if one.name in classes), None)
 
 
 def folder_label_by_predictions(first: Predictions, second: Predictions) -> Callable[[str], str | None]:
@@ -252,10 +258,10 @@ def folder_label_by_predictions(first: Predictions, second: Predictions) -> Call
     """
     if first.multi_label or second.multi_label:
         return no_label
-    predicted = {name for name in (*first.predicted, *second.predicted) if name is not None}
+    predicted = frozenset(name for name in (*first.predicted, *second.predicted) if name is not None)
     root = common_folder(first.paths)
     folders = {path: class_folder(path, predicted, root) for path in first.paths}
-    others = {Path(path).parent.name for path, folder in folders.items() if folder is None}
+    others = frozenset(Path(path).parent.name for path, folder in folders.items() if folder is None)
     # A name that is also that of a folder inside a class is no class.
     nested = any(class_folder(path, others, root) for path, folder in folders.items() if folder is not None)
     all_have_folders = predicted <= set(folders.values()) and not nested

@@ -2,25 +2,25 @@
 
 import fcntl
 import logging
+import multiprocessing
 import os
 import pty
 import struct
-import sys
 import termios
 import time
 
-import pytest
 from tqdm import tqdm
 
 from lora_dist.logs import AboveBars
 
+ERASE = "\x1b[K"
 
-def test_messages_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_messages_stand_above_the_bar() -> None:
     """Warnings of any module, while the bar is shown and before it is."""
     reading, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(terminal, "w", buffering=1) as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
         logger = logging.Logger("lora_dist.any")
         logger.addHandler(AboveBars(stderr))
         bar = tqdm(total=3, delay=1e-3, mininterval=0, bar_format="{n_fmt}/{total_fmt}", file=stderr)
@@ -28,11 +28,31 @@ def test_messages_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(2e-3)
         bar.update(2)
         logger.warning("first\nsecond")
+        worker = multiprocessing.get_context("fork").Process(target=logger.warning, args=("of a worker",))
+        worker.start()
+        worker.join()
+        bar.refresh()
         bar.close()
         print("the end", file=stderr)
         shown = b""
         while b"the end" not in shown:
             shown += os.read(reading, 10_000)
     os.close(reading)
-    lines = [line.rstrip("\r").rpartition("\r")[2] for line in shown.decode().split("\n")]
-    assert lines[:5] == ["before", "first", "second", "2/3", "the end"]
+    lines = [line.rstrip("\r").rpartition("\r")[2].removeprefix(ERASE) for line in shown.decode().split("\n")]
+    assert lines[:6] == ["before", "first", "second", "of a worker", "2/3", "the end"]
+
+
+def test_a_bar_that_is_drawn_at_once_gives_way_to_the_first_message() -> None:
+    reading, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w", buffering=1) as stderr:
+        logger = logging.Logger("lora_dist.any")
+        logger.addHandler(AboveBars(stderr))
+        bar = tqdm(total=3, bar_format="{n_fmt}/{total_fmt}", file=stderr)
+        logger.warning("first")
+        bar.close()
+        shown = b""
+        while b"first\r\n" not in shown:
+            shown += os.read(reading, 10_000)
+    os.close(reading)
+    assert shown.decode().partition("first")[0].endswith("0/3\r   \r")

@@ -155,7 +155,12 @@ def require_labels(values: Sequence[Any], feature: Any, column: str, source: str
 
 
 def class_names(feature: Any, values: set[Any]) -> dict[Any, str]:
-    """Class name of each label value, in class order: the order of a ClassLabel `feature`, else sorted `values`."""
+    """Class name of each label value, in class order: the order of a ClassLabel `feature`, else sorted `values`.
+
+    Values lose spaces and line breaks around them, such as the end of a .txt file, where this joins no classes.
+    """
     if isinstance(feature, ClassLabel):
         return dict(enumerate(feature.names))
-    return {value: str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))}
+    ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
+    names = {value: str(value).strip() for value in ordered}
+    return names if len(set(names.values())) == len(names) else {value: str(value) for value in ordered}

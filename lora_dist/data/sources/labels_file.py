@@ -185,6 +185,10 @@ def _rows_by_path(
     chosen: dict[str, _Row] = {}
     for row in rows:
         path = path_of(row.path)
+        if path is None and (several_files := path_of.alike(row.path)):
+            named = ", ".join(map(os.path.basename, several_files[:_SHOWN]))
+            problems["names of several files (add the suffix)"].append(f"line {row.line}: {row.path} is {named}")
+            continue
         if path is None:
             if not _is_excluded(os.path.join(directory, row.path), excluded):
                 hint = _HEADER_HINT if row.line == 1 else ""
@@ -312,6 +316,10 @@ class _Finder:
             if found := self._image(known) or self._image(self._in_directory(known)):
                 return found
         return None
+
+    def alike(self, path: str) -> list[str]:
+        """The images whose names differ from a path in their suffix or in the form of accents only."""
+        return self._like.get(_composed(absolute(os.path.join(self._directory, path))), [])
 
     def _image(self, known: str) -> str | None:
         if found := self._images.get(known):

@@ -144,8 +144,17 @@ def _held_out(train: Split, settings: DataSettings, seed: int) -> tuple[Split, S
             )
     elif groups is None:
         kept, held_out = stratified_split(train.labels, settings.train_val_split, seed)
+        reason = "no class has two images"
     else:
         kept, held_out = grouped_split(train.labels, groups, settings.train_val_split, seed)
+        reason = f"each of the {len(set(groups))} groups has a class that no other group has"
+    if len(train) and not len(held_out):
+        raise UserError(
+            f"no image can be held out for validation, because {reason}: add images, or name those to validate on with "
+            f"--validation_dir, --validation_split or a column of splits"
+        )
+    if groups is not None:
+        logger.info("whole groups are held out: there are %d of them", len(set(groups)))
     return train.select(kept), train.select(held_out)
 
 

@@ -258,7 +258,7 @@ def _cost(
     inference = Inference(torch.device("cpu"), batch_size)
     images = changed = labelled = right_before = right_after = 0
     multi_label = exact.decision.problem_type == MULTI_LABEL
-    names = set() if multi_label else set(exact.labels)
+    names = frozenset() if multi_label else frozenset(exact.labels)
     root = common_folder(files)
     rows = (classify(one, files, inference, top_k=1) for one in (exact, rounded))
     for before, after in zip(*rows, strict=True):

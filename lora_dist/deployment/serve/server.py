@@ -118,7 +118,8 @@ def _add_predictions(app: FastAPI, service: Service, default_top_k: int) -> None
     @app.exception_handler(RequestValidationError)
     async def refuse_form(request: Request, error: RequestValidationError) -> Response:
         field, images = ("file", "an image") if request.url.path == "/explain" else ("files", "images")
-        if not any(problem["loc"] == ("body", field) for problem in error.errors()):
+        # An answer of FastAPI repeats the content of a field without a file name.
+        if not any(problem["loc"][0] == "body" for problem in error.errors()):
             return await request_validation_exception_handler(request, error)
         url = request.url.replace(query="")
         detail = f"send {images} in the field '{field}' of a form: curl -F {field}=@one.jpg {url}"

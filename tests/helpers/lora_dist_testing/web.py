@@ -39,8 +39,13 @@ def post(
     url: str, files: Sequence[tuple[str, bytes]], query: str = "", field: str = "files", path: str = "/predict"
 ) -> tuple[int, Any]:
     """Uploads files to an endpoint; the status, and the JSON of the answer."""
+    return post_body(f"{url}{path}{query}", multipart(files, field))
+
+
+def post_body(url: str, body: bytes) -> tuple[int, Any]:
+    """Posts the body of a form; the status, and the JSON of the answer."""
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-    request = urllib.request.Request(f"{url}{path}{query}", multipart(files, field), headers)
+    request = urllib.request.Request(url, body, headers)
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return response.status, json.load(response)

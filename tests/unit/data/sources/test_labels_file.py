@@ -109,6 +109,14 @@ def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
         _load(photos)
 
 
+def test_a_name_without_suffix_of_several_files_is_told(photos: Path) -> None:
+    """Such as a photo and its mask."""
+    make_image(0, 0).save(photos / "00.jpg")
+    _write(photos, "id,label", "00,rose", "02,tulip")
+    with pytest.raises(UserError, match=r"add the suffix\): 1, e\.g\. line 2: 00 is 00\.jpg, 00\.png"):
+        _load(photos)
+
+
 def test_a_label_that_may_mean_none_is_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(photos, "path,label", *_lines()[:8], *(f"{_path(number)},None" for number in (9, 10, 11)))
     assert _load(photos).labels == ["None", "rose"]
@@ -230,6 +238,22 @@ def test_groups_stay_on_one_side(photos: Path) -> None:
     torn = [line.replace(",,0", f",{'train' if number else 'val'},0") for number, line in enumerate(lines)]
     _write(photos, "path,label,split,patient", *torn)
     with pytest.raises(UserError, match=r"groups in several splits: 1, e\.g\. 0: train, validation"):
+        _load(photos)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ("path,label,group", "each of the 2 groups has a class that no other group has"),
+        ("path,site,label", "no class has two images"),
+    ],
+)
+def test_a_hold_out_that_is_not_possible_says_why(columns: str, reason: str, photos: Path) -> None:
+    lines = (
+        f"{_path(number)},{number % 2},{number % 2 if columns.endswith('group') else number}" for number in range(12)
+    )
+    _write(photos, columns, *lines)
+    with pytest.raises(UserError, match=f"no image can be held out for validation, because {reason}"):
         _load(photos)
 
 

@@ -712,6 +712,18 @@ def test_class_names_that_look_the_same_are_refused(other: str, tmp_path: Path) 
         audit(AuditSettings(data=AuditData(train_dir=str(tmp_path / "both"))))
 
 
+def test_a_line_break_after_a_label_is_no_part_of_its_class(tmp_path: Path) -> None:
+    """As in .txt files of tar archives, by splits and rows."""
+    for name, cat in (("table", "cat\n"), ("other", " cat")):
+        _saved(tmp_path / name, {"image": _cells([0] * 4), "label": [cat, "dog\n"] * 2}, _features(Value("string")))
+    data = load(dataset_name=tmp_path / "table")
+    assert (data.labels, counts(data.train, 2)) == (["cat", "dog"], [1, 1])
+    other = load_validation(
+        DataSettings(dataset_name=str(tmp_path / "other"), validation_split="train"), 0, data.labels
+    )
+    assert other.labels.tolist() == [0, 1, 0, 1]
+
+
 def test_several_image_columns_have_to_be_told_apart(tmp_path: Path) -> None:
     features = Features({"left": Image(), "right": Image(), "label": ClassLabel(names=["x", "y"])})
     _saved(tmp_path, {"left": _cells([0] * 4), "right": _cells([1] * 4), "label": [0, 1] * 2}, features)

@@ -22,7 +22,7 @@ import torch
 import uvicorn
 from lora_dist_testing.tiny import write_bundle
 from lora_dist_testing.uploads import HEAD, encoded, png_of
-from lora_dist_testing.web import BOUNDARY, Browser, multipart, post
+from lora_dist_testing.web import BOUNDARY, Browser, multipart, post, post_body
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BitImageProcessor, ViTImageProcessor
@@ -196,7 +196,13 @@ def test_a_wrong_parameter_is_refused(url: str, query: str) -> None:
 
 
 def test_a_request_without_the_field_of_the_form_is_told_how_to_send_a_file(url: str) -> None:
-    for status, answer in (post(url, [("a.png", GOOD)], field="image"), post(url, [])):
+    # `curl -F files=<one.jpg` sends a file without its name.
+    nameless = multipart([("a.png", GOOD)]).replace(b'; filename="a.png"', b"")
+    for status, answer in (
+        post(url, [("a.png", GOOD)], field="image"),
+        post(url, []),
+        post_body(f"{url}/predict", nameless),
+    ):
         assert status == 422
         assert answer["detail"] == f"send images in the field 'files' of a form: curl -F files=@one.jpg {url}/predict"
     explained = post(url, [("a.png", GOOD)], field="files", path="/explain")
