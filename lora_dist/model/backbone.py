@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_io import require_content
+from lora_dist.model.adapter_io import require_content, result_of_run
 from lora_dist.model.classifier_config import classifier_config, prefixes_to_remove
 from lora_dist.model.drop_path import RATE, restore_rate, with_rate
 from lora_dist.model.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
@@ -282,6 +282,19 @@ def load_base_of_run(
     return load_base(settings.model.model_name_or_path, labels, options)
 
 
+def _in_timm(name: str) -> str:
+    """Names on the Hub of the checkpoints of a model that is given by its name in timm; empty for other names."""
+    architecture = name.partition(".")[0]
+    if "/" in name or find_spec("timm") is None:
+        return ""
+    import timm
+
+    if not timm.is_model(architecture):
+        return ""
+    checkpoints = timm.list_pretrained(f"{architecture}.*") if architecture == name else [name]
+    return " or ".join(f"timm/{one}" for one in checkpoints[:3]) or f"timm/{architecture}.TAG"
+
+
 def cannot_load(name: str, error: Exception) -> UserError:
     """Converts an error of `transformers` to a `UserError`, with advice on the Hub if that is the reason."""
     if isinstance(error, ImportError):
@@ -302,6 +315,8 @@ def cannot_load(name: str, error: Exception) -> UserError:
             f"with lora_dist.predict --adapter {name} --merge_to DIRECTORY"
         )
     message = f"cannot load the base model {name!r} as an image classifier: "
+    if not (Path(name) / "config.json").is_file() and (of_run := result_of_run(Path(name))):
+        return UserError(f"{message}it has no config.json{of_run}, as --adapter_name_or_path or --model_name_or_path")
     # `transformers` goes on with the names of all models that it has.
     reason = re.split(r"\nModel type should be one of|, or one of the following `model_type`", str(error))[0]
     reason = reason or type(error).__name__
@@ -332,6 +347,8 @@ def cannot_load(name: str, error: Exception) -> UserError:
         elsewhere += "\nIf it has no image processor, name one with --image_processor_name"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return UserError(f"{message}there is no such directory.{elsewhere}")
+    if found := _in_timm(name):
+        return UserError(f"{message}there is no such directory, and models of timm are called {found}")
     return UserError(
         f"{message}there is no such directory, and loading it from the Hub failed: {reason}{elsewhere}\n"
         f"Without a network, run `hf download {name}` beforehand; the small demo:vit needs no network"

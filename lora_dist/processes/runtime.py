@@ -170,8 +170,9 @@ def _require_company() -> None:
     if "MASTER_ADDR" in os.environ:
         raise UserError(
             f"MASTER_ADDR={os.environ['MASTER_ADDR']} is set, but WORLD_SIZE is not: several processes were requested, "
-            f"but only one was started. In the launch file, set distributed_type: MULTI_GPU to start them, on CPUs too "
-            f"(see accelerate_configs/ddp_cpu.yaml). For a single process, set num_processes: 1 or unset MASTER_ADDR."
+            f"but only one was started. `accelerate launch --multi_gpu`, or distributed_type: MULTI_GPU in the launch "
+            f"file, starts them, on CPUs too (see accelerate_configs/ddp_cpu.yaml). For a single process, set "
+            f"num_processes: 1 or unset MASTER_ADDR."
         )
     if os.environ.get("RANK", "0") != "0":
         raise UserError(

@@ -186,4 +186,5 @@ def _validated(settings: SweepSettings, name: str, text: str) -> Any:
     try:
         return value_of(with_values(settings, {name: text}), name)
     except ValidationError as error:
-        raise ValueError(f"{name}={text}: {error.errors()[0]['msg']}") from error
+        hint = "; a range is LOW..HIGH" if ":" in text else ""
+        raise ValueError(f"{name}={text}: {error.errors()[0]['msg']}{hint}") from error

@@ -1,5 +1,6 @@
 """Combinations of settings of a training run that cannot work."""
 
+import os
 from collections.abc import Iterator
 
 from lora_dist.settings.fields import (
@@ -148,6 +149,9 @@ def _files(settings: Settings) -> Iterator[Contradiction]:
     if data.exclude and data.dataset_name:
         yield Contradiction(("exclude", "dataset_name"), "only images in folders can be excluded: remove one of them")
     yield from missing_paths(data.train_dir, data.validation_dir, data.exclude, data.test_dir, data.labels_file)
+    weights = settings.optimization.class_weights
+    if weights not in ("none", "balanced") and not os.path.isfile(weights):  # noqa: PTH113
+        yield Contradiction(("class_weights",), f"no such file: {weights}; the values are none, balanced, or a file")
     yield from impossible_output(run.output_dir)
     folders = {name: getattr(data, name) for name in ("train_dir", "validation_dir", "test_dir")}
     if data.labels_file:  # files that are not listed are no part of the data

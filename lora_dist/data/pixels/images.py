@@ -241,6 +241,9 @@ def _named(name: str) -> Iterator[None]:
         size = str(error).partition(",")[0]
         raise UnreadableImageError(f"{name}: {size}; --max_image_pixels sets another limit") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            elsewhere = "" if error.filename in (None, name) else f": {error.filename}"
+            raise UnreadableImageError(f"{name}: {error.strerror}{elsewhere}") from error
         # Pillow's decoders raise whatever a damaged file leads them to, struct.error and RuntimeError among them.
         raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
 

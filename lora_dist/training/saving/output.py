@@ -119,7 +119,8 @@ class Output:
         for name, value in used.items():
             if before.get(name, value) != value:
                 note = "; ignored, because no update is left" if finished and name not in MEASURED_BY else ""
-                logger.warning("--%s was %s when the run began and is now %s%s", name, before[name], value, note)
+                was, now = ("not set" if one is None else one for one in (before[name], value))
+                logger.warning("--%s was %s when the run began and is now %s%s", name, was, now, note)
         lines = "# The settings of this run; to run it again: --config THIS_FILE --output_dir ANOTHER_DIRECTORY\n"
         kept = {name: value for name, value in before.items() if name not in MEASURED_BY}
         made_with = used | kept if finished else used

@@ -436,6 +436,21 @@ def test_a_name_that_can_only_be_a_path_is_told_from_one_of_the_hub(name: str, p
     assert ("what the client says" in message) == (name == "someone/nothing")
 
 
+def test_the_directory_of_a_run_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"It is the output directory of a run; pass its result, {tmp_path}/adapter"):
+        _base(tmp_path)
+
+
+def test_a_name_of_timm_is_answered_with_its_names_on_the_hub() -> None:
+    pytest.importorskip("timm")
+    for name in ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"):
+        message = str(cannot_load(name, OSError("what the client says")))
+        assert "models of timm are called timm/vit_tiny_patch16_224.augreg_in21k" in message
+    assert "timm" not in str(cannot_load("vit_of_nobody", OSError("what the client says")))
+
+
 def test_advice_about_the_hub_is_for_errors_of_the_hub(vit: Path, tmp_path: Path) -> None:
     """Not for a model that is no classifier, and without the names of all that are."""
     shutil.copy(vit / "preprocessor_config.json", tmp_path)

@@ -49,6 +49,7 @@ def test_ranges_and_choices_have_the_type_of_their_setting() -> None:
         ("learning_rate=1e-2..1e-4", "learning_rate=1e-2..1e-4: a range is two ascending numbers"),
         ("weight_decay=log:0..1", "weight_decay=log:0..1: a logarithmic range begins above 0"),
         ("learning_rate=0..1", "learning_rate=0: Input should be greater than 0"),
+        ("learning_rate=1e-5:1e-3", "unable to parse string as a number; a range is LOW..HIGH"),
         ("lora_r=4,many", "lora_r=many: Input should be a valid integer"),
         ("lora_r=1.5..4", "lora_r=1.5: Input should be a valid integer"),
         ("lora_alpha=8..inf", "lora_alpha=inf: Input should be a valid integer"),

@@ -201,6 +201,7 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name(folder: Path, t
         (["--train_dir", "/nowhere"], "no such directory: /nowhere"),
         (["--train_dir", "/tmp", "--exclude", "/nowhere.txt"], "--exclude: no such file: /nowhere.txt"),
         (["--train_dir", "/tmp", "--exclude", "/tmp"], "--exclude: no such file: /tmp"),
+        (["--train_dir", "/tmp", "--class_weights", "w.yaml"], "--class_weights: no such file: w.yaml; the values are"),
         (["--dataset_name", "x", "--exclude", __file__], "only images in folders can be excluded"),
         (["--dataset_name", "x", "--validation_dir", "/tmp"], "--validation_split"),
         (["--train_dir", "/tmp", "--validation_dir", "/tmp/../tmp"], "--validation_dir, --train_dir: the same folder"),

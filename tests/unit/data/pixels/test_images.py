@@ -119,6 +119,12 @@ def test_an_unknown_file_is_described_by_its_content(content: bytes, said: str, 
         assert str(caught.value) == f"photo.jpg: {said}"
 
 
+def test_a_missing_file_is_named_once() -> None:
+    with pytest.raises(UnreadableImageError) as caught:
+        load_rgb("no/photo.jpg")
+    assert str(caught.value) == "no/photo.jpg: No such file or directory"
+
+
 @pytest.mark.parametrize("cell", [None, "", {"path": None, "bytes": None}, [[[0, 0, 0]]]])
 def test_a_cell_without_an_image_is_named(cell: object) -> None:
     with pytest.raises(UnreadableImageError, match=r"^row 3: not an image: "):

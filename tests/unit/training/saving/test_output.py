@@ -202,11 +202,12 @@ def test_a_setting_that_changed_since_the_run_began_is_told(
     launch("no")
     settings = flatten(Settings())
     Output(tmp_path).begin(settings, SPLITS, model(vit), 0, False)
-    changed = settings | {"learning_rate": 0.1, "lora_dropout": 0.5, "resume_from_checkpoint": "auto"}
+    changed = settings | {"learning_rate": 0.1, "lora_dropout": 0.5, "resume_from_checkpoint": "auto", "ema_decay": 0.9}
     Output(tmp_path).begin(changed, SPLITS, model(vit), 4, False)
     said = capsys.readouterr().err
     assert "--learning_rate was 0.005 when the run began and is now 0.1" in said
     assert "--lora_dropout was 0.1" in said
+    assert "--ema_decay was not set when the run began and is now 0.9" in said
     assert "resume_from_checkpoint" not in said
 
 
