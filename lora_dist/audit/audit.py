@@ -1,6 +1,5 @@
 """Scans and checks the images of a data set, and writes the report."""
 
-import io
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -149,8 +148,6 @@ def write_report(report: Report, settings: AuditSettings) -> None:
         write_quarantine(report, directory / "quarantine.txt")
         if judges_labels:
             write_quarantine(report, directory / LIKELY_WRONG, also=["label_issue"])
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     for line in report.lines():
         print(line)
     count = len(report.excluded) + len(left_out(report.findings))

@@ -7,6 +7,7 @@ ever. A command therefore runs in `run_command`, which limits the time for clean
 
 import atexit
 import faulthandler
+import io
 import multiprocessing
 import os
 import signal
@@ -58,7 +59,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     """
     global _owned
     _owned = True
-    _open_standard_streams()
+    _prepare_standard_streams()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     try:
@@ -70,13 +71,18 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     end_process(0)
 
 
-def _open_standard_streams() -> None:
-    """Opens `/dev/null` for standard streams that are closed; files of a run would get their descriptors otherwise."""
+def _prepare_standard_streams() -> None:
+    """Opens `/dev/null` for closed streams, and escapes what standard output cannot encode, as standard error does.
+
+    Files of a run would get the descriptors of closed streams otherwise.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:

@@ -104,6 +104,14 @@ def test_output_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     assert "cannot write to standard output" in result.stderr
 
 
+def test_a_terminal_of_another_encoding_shows_escapes(tmp_path: Path) -> None:
+    code = "from lora_dist.processes.lifetime import run_command\nrun_command(lambda: print('rosé'))"
+    shown = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=60
+    )
+    assert shown == rb"ros\xe9" + b"\n"
+
+
 def test_closed_standard_streams_get_no_files_of_the_command(tmp_path: Path) -> None:
     """Text for a closed stream would go into the file that got its descriptor."""
     script = tmp_path / "command.py"
