@@ -94,6 +94,7 @@ def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            _require_working_directory()
             return command(*args, **kwargs)
         except UserError as error:
             write_reason(f"{error.label}: {error}")
@@ -110,6 +111,13 @@ def exit_on_user_error(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(128 + signal.SIGINT)
 
     return run
+
+
+def _require_working_directory() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError as error:
+        raise UserError("the working directory has been deleted; change to another one") from error
 
 
 def owns_process() -> bool:

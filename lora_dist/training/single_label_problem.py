@@ -193,9 +193,9 @@ class SingleLabel:
         write_predictions(file, predictions, scores)
 
     def chance_level(self, evaluation: SingleLabelEvaluation) -> tuple[float, str]:
-        """The share of the largest class, which a model reaches that always predicts it."""
-        support = [row["support"] for row in evaluation.per_class]
-        share = max(support) / max(1, sum(support)) if len(support) > 1 else math.nan
+        """The share of the largest class, which a model reaches that always predicts it; NaN if it is the only one."""
+        support = [row["support"] for row in evaluation.per_class if row["support"]]
+        share = max(support) / sum(support) if len(support) > 1 else math.nan
         return share, "the share of the largest class"
 
 

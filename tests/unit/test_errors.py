@@ -1,6 +1,7 @@
 """How a command ends on what the user can put right: a line and a code, once, and no traceback."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,17 @@ def test_ctrl_c_is_a_word_and_a_code(
         command(KeyboardInterrupt())
     assert end.value.code == 130
     assert capsys.readouterr().err == said
+
+
+def test_a_deleted_working_directory_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit):
+        command(None)
+    assert capsys.readouterr().err == "error: the working directory has been deleted; change to another one\n"
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback_and_success_its_result() -> None:

@@ -71,6 +71,13 @@ def test_every_number_is_that_of_scikit_learn_on_the_logits(
     assert [row["support"] for row in evaluation.per_class] == [11, 9, 7]
 
 
+def test_images_of_one_class_have_no_chance_level(evaluation: SingleLabelEvaluation) -> None:
+    """A model that is right on all of them would be said to have learned little."""
+    assert SingleLabel().chance_level(evaluation)[0] == 11 / 27
+    of_one = [row | {"support": row["support"] // 11} for row in evaluation.per_class]
+    assert np.isnan(SingleLabel().chance_level(replace(evaluation, per_class=of_one))[0])
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 27, 100])
 def test_the_batch_size_changes_nothing(
     batch_size: int, base: Base, data: ImageData, evaluation: SingleLabelEvaluation
