@@ -1,6 +1,7 @@
 """The interface for Python: light to import, typed, and a run that returns what it leaves."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -93,3 +94,12 @@ def test_another_thread_is_refused_before_anything_is_loaded() -> None:
     thread.start()
     thread.join(60)
     assert "main thread" in str(caught[0])
+
+
+def test_the_package_lists_its_commands() -> None:
+    listed = subprocess.check_output([sys.executable, "-m", "lora_dist"], text=True, timeout=60)
+    package = Path(lora_dist.__file__).parent
+    mains = {path for path in package.rglob("*.py") if "run_command(main)" in path.read_text(encoding="utf-8")}
+    commands = {path.stem for path in mains if path.parent == package}
+    commands |= {path.parent.name for path in mains if path.name == "__main__.py"}
+    assert commands == set(re.findall(r"python -m lora_dist\.(\w+)", listed))
