@@ -14,7 +14,7 @@ from lora_dist.audit.checks import check
 from lora_dist.audit.findings import File, Scanned, left_out
 from lora_dist.audit.label_findings import label_findings, read_out_of_fold
 from lora_dist.audit.pool import in_processes
-from lora_dist.audit.report import Report, write_json, write_page, write_quarantine
+from lora_dist.audit.report import Report, counted, write_json, write_page, write_quarantine
 from lora_dist.audit.scan import Facts, range_pixels, scan, thumbnail
 from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.data.pixels.images import RANGE_IMAGES, range_of
@@ -152,10 +152,14 @@ def write_report(report: Report, settings: AuditSettings) -> None:
         print(line)
     count = len(report.excluded) + len(left_out(report.findings))
     if count:
-        print(f"{count:,} files to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
+        print(f"{counted(count, 'file')} to leave out: lora_dist.train --exclude {output / 'quarantine.txt'}")
     if proposed := report.counts()["proposed"]:
         print(f"that list proposes {proposed:,} more, commented out with #: look at them first")
     if judges_labels:
         number = sum(finding.kind.name == "label_issue" for finding in report.findings)
-        print(f"{number:,} labels are likely wrong; to leave these out as well: --exclude {output / LIKELY_WRONG}")
+        are = "is" if number == 1 else "are"
+        print(
+            f"{counted(number, 'label')} {are} likely wrong; to leave these out as well: "
+            f"--exclude {output / LIKELY_WRONG}"
+        )
     print(f"report: {output / 'report.html'}")

@@ -86,7 +86,8 @@ class Report:
         counts = self.counts()
         yield (
             f"{counts['images']:,} images in {counts['classes']:,} classes ({counts['train']:,} training, "
-            f"{counts['validation']:,} validation): {counts['errors']:,} errors, {counts['warnings']:,} warnings"
+            f"{counts['validation']:,} validation): {counted(counts['errors'], 'error')}, "
+            f"{counted(counts['warnings'], 'warning')}"
         )
         for kind, findings in self.by_kind().items():
             yield f"{kind.severity}: {kind.title.lower()}: {len(findings):,}"
@@ -100,6 +101,11 @@ class Report:
         more = [f"{len(finding.files) - SHOWN_LINES:,} more"] if len(finding.files) > SHOWN_LINES else []
         message = [visible(finding.message)] if finding.message else []
         return ": ".join([*([", ".join(names + more)] if names else []), *message])
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns `1 error` or `2 errors`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def visible(text: str) -> str:

@@ -35,7 +35,7 @@ from lora_dist.audit.checks import check
 from lora_dist.audit.findings import KINDS, File, Finding, Scanned, exit_code, left_out
 from lora_dist.audit.near_duplicates import connected, near_pairs
 from lora_dist.audit.pool import in_processes
-from lora_dist.audit.report import Report, visible, write_json, write_page, write_quarantine
+from lora_dist.audit.report import Report, counted, visible, write_json, write_page, write_quarantine
 from lora_dist.audit.scan import Facts, scan, thumbnail
 from lora_dist.data.sources.exclusions import absolute, read_exclusions
 from lora_dist.demo import local_path
@@ -661,3 +661,7 @@ def test_an_image_counts_for_each_of_its_labels(tmp_path: Path) -> None:
     assert ["the same folder" in problem.message for problem in contradictions(same)] == [True]
     refused = AuditSettings(data=AuditData(train_dir=str(tmp_path), problem_type="multi_label_classification"))
     assert "set --labels_file" in " ".join(problem.message for problem in contradictions(refused))
+
+
+def test_one_finding_is_counted_as_one() -> None:
+    assert [counted(count, "warning") for count in (0, 1, 2000)] == ["0 warnings", "1 warning", "2,000 warnings"]
