@@ -316,7 +316,8 @@ def cannot_load(name: str, error: Exception) -> UserError:
         )
     message = f"cannot load the base model {name!r} as an image classifier: "
     if not (Path(name) / "config.json").is_file() and (of_run := result_of_run(Path(name))):
-        return UserError(f"{message}it has no config.json{of_run}, as --adapter_name_or_path or --model_name_or_path")
+        flag = "adapter_name_or_path" if of_run.endswith("adapter") else "model_name_or_path"
+        return UserError(f"{message}it has no config.json{of_run}, as --{flag}")
     # `transformers` goes on with the names of all models that it has.
     reason = re.split(r"\nModel type should be one of|, or one of the following `model_type`", str(error))[0]
     reason = reason or type(error).__name__
