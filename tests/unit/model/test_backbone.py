@@ -439,7 +439,9 @@ def test_a_name_that_can_only_be_a_path_is_told_from_one_of_the_hub(name: str, p
 def test_the_directory_of_a_run_is_told_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=rf"It is the output directory of a run; pass its result, {tmp_path}/adapter, as --adapter_n"):
+    with pytest.raises(
+        UserError, match=rf"It is the output directory of a run; pass its result, {tmp_path}/adapter, as --adapter_n"
+    ):
         _base(tmp_path)
 
 
