@@ -243,5 +243,5 @@ def test_all_renamed_flags_of_trainer_and_timm_are_listed() -> None:
 
 def test_one_time_is_named_for_the_tests() -> None:
     files = [".ci/run", ".github/workflows/ci.yml", "CONTRIBUTING.md", "tests/README.md"]
-    wanted = "half an hour on two cores"
+    wanted = "25 minutes on two cores"
     assert [file for file in files if wanted not in (ROOT / file).read_text(encoding="utf-8")] == []
