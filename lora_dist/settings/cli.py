@@ -18,6 +18,7 @@ from lora_dist.errors import UserError
 from lora_dist.processes.huge_pages import is_restarted
 from lora_dist.settings import trainer_flags
 from lora_dist.settings.fields import Contradiction
+from lora_dist.settings.yaml_text import parse_yaml
 
 logger = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
@@ -295,22 +296,9 @@ def _find_config(name: str) -> Path:
     )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice. PyYAML would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See `yaml.constructor.BaseConstructor.construct_mapping`."""
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            line, name = key.start_mark.line + 1, getattr(key, "value", None)
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(name, line) != line:
-                raise yaml.YAMLError(f"{name} is set on line {lines[name]} and again on line {line}")
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

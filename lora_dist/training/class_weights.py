@@ -16,6 +16,7 @@ from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
 from lora_dist.settings.train import Settings
+from lora_dist.settings.yaml_text import parse_yaml
 from lora_dist.training.loss import Loss, SampleLoss
 
 _SHOWN = 5
@@ -48,7 +49,7 @@ def read_weights(file: str, labels: Sequence[str]) -> Tensor:
     where = f"--class_weights {file}"
     try:
         # BaseLoader keeps class names such as `no` and `1` as text.
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), yaml.BaseLoader)
+        content = parse_yaml(Path(file).read_text(encoding="utf-8"), yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; the values are none, balanced, or a file") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -19,6 +19,7 @@ from lora_dist.settings.predict import PredictSettings
 from lora_dist.settings.sweep import SweepSettings
 from lora_dist.settings.train import Settings
 from lora_dist.settings.train_contradictions import contradictions
+from lora_dist.settings.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[3]
 STREAM = ["--dataset_name", "x", "--streaming", "--validation_split", "test"]
@@ -568,6 +569,11 @@ def test_a_key_that_is_set_twice_is_refused_with_both_lines(tmp_path: Path) -> N
     (tmp_path / "twice.yaml").write_text("# run\nlearning_rate: 0.1\nseed: 3\nlearning_rate: 0.2\n")
     with pytest.raises(UserError, match="learning_rate is set on line 2 and again on line 4"):
         parse("--config", str(tmp_path / "twice.yaml"))
+
+
+@pytest.mark.parametrize("text", ["&a {b: *a}", "- &a [*a, {c: 1}]", "{a: {b: 1}, c: {b: 2}}", "1", ""])
+def test_other_yaml_is_parsed(text: str) -> None:
+    assert repr(parse_yaml(text)) == repr(yaml.safe_load(text))
 
 
 def test_settings_in_sections_are_named_as_such(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_file_of_weights_is_read_or_refused_by_name(tmp_path: Path) -> None:
         (["no"], "no: many", "not a positive number"),
         (["no"], "- no", "expected one line for each class"),
         (["no"], "{", "not a YAML or JSON file"),
+        (["no"], '{"no": 1, "no": 2}', "no is set on line 1 and again on line 1"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
