@@ -22,7 +22,7 @@ class AboveBars(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
-        if not self.stream.isatty():
+        if self.stream.closed or not self.stream.isatty():
             super().emit(record)
             return
         if os.getpid() != self._process:
