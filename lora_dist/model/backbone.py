@@ -365,7 +365,8 @@ def report_weights(base: Base) -> None:
     head = find_heads(base.model) if base.missing else []
     if random := [name for name in base.missing if not is_in(name, head)]:
         logger.warning(
-            "the checkpoint of %s lacks %s, or has them in another shape: these weights are random, and train in full",
+            "the checkpoint of %s lacks %s, or has them in another shape: these weights are random, and train in full "
+            "if the logits depend on them",
             base.name,
             _first_of(random),
         )
