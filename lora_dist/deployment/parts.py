@@ -124,7 +124,8 @@ class Parts:
                 f"{self.directory} has parts of a prediction of other images, or by another model or settings: run "
                 f"that one to its end, delete the directory, or choose another --output"
             )
-        if files:
+        # The others begin later, when the first one already counts on the parts that are there.
+        if self.is_first and files:
             self._remove_outdated(files)
 
     def _remove_outdated(self, files: Sequence[str]) -> None:

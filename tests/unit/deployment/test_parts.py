@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed import HashStore
 
 from lora_dist.deployment.classify import Row
 from lora_dist.deployment.inputs import Files
@@ -117,6 +118,26 @@ def test_rows_of_images_that_changed_since_are_made_again(tmp_path: Path, caplog
         Parts(tmp_path / "rows.jsonl", [None], Files(files), {}).write({None: rows})
     assert made == [6, 7, 8]
     assert "3 rows are made again, because images changed since" in caplog.text
+
+
+def test_a_process_that_starts_later_removes_no_part_that_the_first_one_counts_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when an image is changed while the other processes still load the model."""
+    files = [str(tmp_path / name) for name in FILES]
+    for file in files:
+        Path(file).touch()
+    Parts(tmp_path / "rows.jsonl", [None], Files(files), {}).write({None: _rows})
+    store = HashStore()
+    monkeypatch.setattr("lora_dist.deployment.parts.launch_store", lambda _: store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    first = Parts(tmp_path / "rows.jsonl", [None], Files(files), {})
+    time.sleep(0.02)  # the clock of a file system
+    os.utime(files[7])
+    monkeypatch.setenv("RANK", "1")
+    Parts(tmp_path / "rows.jsonl", [None], Files(files), {}).write({None: _rows})
+    assert len(list(first.rows())) == len(files)
 
 
 def test_a_part_that_is_missing_is_said(tmp_path: Path) -> None:
