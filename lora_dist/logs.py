@@ -22,7 +22,13 @@ class AboveBars(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
-        if self.stream.closed or not self.stream.isatty():
+        try:
+            self._write(record)
+        except Exception:
+            self.handleError(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        if not self.stream.isatty():
             super().emit(record)
             return
         if os.getpid() != self._process:

@@ -1,6 +1,7 @@
 """What is logged while a progress bar stands at a terminal."""
 
 import fcntl
+import io
 import logging
 import multiprocessing
 import os
@@ -8,7 +9,9 @@ import pty
 import struct
 import termios
 import time
+from typing import Any
 
+import pytest
 from tqdm import tqdm
 
 from lora_dist.logs import AboveBars
@@ -56,3 +59,15 @@ def test_a_bar_that_is_drawn_at_once_gives_way_to_the_first_message() -> None:
             shown += os.read(reading, 10_000)
     os.close(reading)
     assert shown.decode().partition("first")[0].endswith("0/3\r   \r")
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed later", "never open"])
+def test_a_message_for_a_closed_stream_raises_nothing(is_closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of any handler of `logging`. Without standard error, as of pythonw, Python has None in its place."""
+    stream: Any = io.StringIO() if is_closed else None
+    monkeypatch.setattr("sys.stderr", None)
+    logger = logging.Logger("lora_dist.any")
+    logger.addHandler(AboveBars(stream))
+    if is_closed:
+        stream.close()
+    logger.warning("unseen")
