@@ -4,10 +4,22 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from lora_dist.demo import is_packaged
 
@@ -76,11 +88,11 @@ def _trackers(value: Any) -> Any:
     return names
 
 
-def _interval(value: Any) -> Any:
-    """Checks `epoch`, `no` or a number of updates."""
-    if value not in ("epoch", "no") and not (str(value).isdecimal() and int(value) > 0):
-        raise ValueError("expected a number of updates, epoch or no")
-    return value
+def _interval(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Checks `epoch`, `no` or a number of updates; one message in place of one for each of them."""
+    with suppress(ValidationError):
+        return validate(value)
+    raise ValueError("expected a number of updates, epoch or no")
 
 
 def _resume(value: Any) -> Any:
@@ -98,7 +110,7 @@ Trackers = Annotated[
     list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]],
     BeforeValidator(_trackers),
 ]
-Interval = Annotated[int | Literal["epoch", "no"], BeforeValidator(_interval)]
+Interval = Annotated[Annotated[int, Field(gt=0)] | Literal["epoch", "no"], WrapValidator(_interval)]
 Resume = Annotated[str | None, BeforeValidator(_resume)]
 Metric = Annotated[
     Literal["accuracy", "balanced_accuracy", "top5_accuracy", "mAP", "micro_f1", "macro_f1", "loss"],
@@ -208,11 +220,18 @@ def same_folders(train_dir: str | None, **others: str | None) -> Iterator[Contra
 
 
 def inside_data(name: str, output: str | None, **folders: str | None) -> Iterator[Contradiction]:
-    """Yields a contradiction for each folder of data, by the name of its setting, that the output would be inside."""
+    """Yields a contradiction for each folder of data, by the name of its setting, that the output would be inside.
+
+    Hidden folders in it are no data.
+    """
     if not output or _mode(output)[1]:
         return
     for other, folder in folders.items():
-        if folder and not _mode(folder)[1] and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
+        if not folder or _mode(folder)[1]:
+            continue
+        way = Path(os.path.relpath(os.path.realpath(output), os.path.realpath(folder)))
+        # From the folder to the output, by `..` if it is outside.
+        if not any(part.startswith(".") for part in way.parts):
             yield Contradiction((name, other), f"{output} would become part of the data: use another directory")
 
 

@@ -144,6 +144,14 @@ def test_foreign_flags_are_answered_with_what_they_mean_and_not_with_the_nearest
     ]
 
 
+def test_hidden_folders_of_the_data_may_have_outputs(folder: Path) -> None:
+    """They become no classes, and their files no images."""
+    hidden = {"output_dir": f"{folder}/.runs/1", "cache_dir": f"{folder}/rose/.cache"}
+    assert parse("--train_dir", folder, *flags(**hidden)).run.output_dir == hidden["output_dir"]
+    with pytest.raises(UserError, match="would become part of the data"):
+        parse("--train_dir", folder, "--output_dir", f"{folder}/runs/.1/../2")
+
+
 def test_values_of_trainer_are_understood(folder: Path) -> None:
     told = *flags(train_dir=folder), "--metric_for_best_model", "eval_loss", "--resume_from_checkpoint", "True"
     settings = parse(*told)
@@ -337,6 +345,8 @@ def test_yaml_no_is_an_interval_and_yes_is_not_the_interval_of_one(tmp_path: Pat
     file = tmp_path / "run.yaml"
     file.write_text("dataset_name: x\neval_steps: no\n")
     assert parse("--config", file).run.eval_steps == "no"
+    file.write_text("dataset_name: x\neval_steps: 500.0\n")
+    assert parse("--config", file).run.eval_steps == 500
     file.write_text("dataset_name: x\neval_steps: yes\n")
     assert "--eval_steps: True is not valid" in problems_of("--config", file)
 
