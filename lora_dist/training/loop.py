@@ -214,10 +214,9 @@ def _evaluate(run: TrainingRun) -> EvaluationResult | None:
     run.tracker.say(f"eval at step {progress.step}: {shown}{'  (best)' if best else ''}")
     show_evaluation(run.tracker, run.evaluator, evaluation, progress.step)
     if run.is_over() and progress.step < run.schedule.total_steps:
-        run.tracker.say(
-            f"stopped early: {name} has not improved since update {progress.best_step} "
-            f"(--early_stopping_patience {progress.stale_evaluations})"
-        )
+        stale = progress.stale_evaluations
+        number = "the last evaluation" if stale == 1 else f"the last {stale} evaluations"
+        run.tracker.say(f"stopped early: {name} has not improved in {number} (--early_stopping_patience)")
     return evaluation if best else None
 
 

@@ -36,7 +36,8 @@ def test_a_run_that_gets_no_better_stops_early(
     results = results_of(tmp_path)
     assert results["step"] == 1 + patience
     assert results["best_step"] == 1
-    told = f"stopped early: accuracy has not improved since update 1 (--early_stopping_patience {patience})"
+    number = "the last evaluation" if patience == 1 else f"the last {patience} evaluations"
+    told = f"stopped early: accuracy has not improved in {number} (--early_stopping_patience)"
     assert told in capfd.readouterr().err
     assert [line["step"] for line in lines_of(tmp_path) if "train/loss" in line] == list(range(1, 2 + patience))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
