@@ -80,7 +80,8 @@ def _say_unused_split(settings: DataSettings, table: Dataset) -> None:
         return
     listing = Path(settings.dataset_name) / "dataset_dict.json"
     splits = json.loads(listing.read_text(encoding="utf-8"))["splits"] if listing.is_file() else table.info.splits or ()
-    unused = [name for name in splits if name.lower() in VALIDATION_NAMES and not settings.train_split.startswith(name)]
+    used = {one.partition("[")[0].strip() for one in f"{settings.train_split}+{settings.test_split}".split("+")}
+    unused = [name for name in splits if name.lower() in VALIDATION_NAMES and name not in used]
     if unused:
         text = "the data set has a split %s, which is not used: --validation_split %s validates on it"
         logger.info(text, unused[0], unused[0])

@@ -588,6 +588,9 @@ def test_a_validation_split_that_is_not_used_is_told(
     caplog.clear()
     with caplog.at_level("INFO"):
         load(dataset_name=tmp_path, validation_split=name)
+        load(dataset_name=tmp_path, test_split=name)
+        if form == "parquet":
+            load(dataset_name=tmp_path, train_split=f"train+{name}[:9]")
     assert "which is not used" not in caplog.text
 
 
