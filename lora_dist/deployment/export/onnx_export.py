@@ -103,7 +103,7 @@ def export(
     import onnx
 
     require_free_file(out, "onnx")
-    if classifier.processor.to_dict().get("auto_map"):
+    if type(classifier.processor).__module__.startswith("transformers_modules."):
         raise UserError(
             f"--onnx {out}: the image processor {type(classifier.processor).__name__} has code of its own, which an "
             f"ONNX file does not contain; write the model with --merge_to instead"

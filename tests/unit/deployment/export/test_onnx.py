@@ -14,6 +14,7 @@ import pytest
 import torch
 from lora_dist_testing.architectures import PROCESSORS as ARCHITECTURE_PROCESSORS
 from lora_dist_testing.architectures import make_checkpoint
+from lora_dist_testing.edits import edit_json
 from lora_dist_testing.processors import PROCESSORS
 from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 from PIL import Image
@@ -40,6 +41,8 @@ PHOTOGRAPHS = photographs()
 def adapter(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundles") / "adapter"
     write_bundle(directory, vit, LABELS, scale=0.5, lora_r=4)
+    # As of a model on the Hub whose code transformers has taken over.
+    edit_json(directory / "preprocessor_config.json", auto_map={"AutoImageProcessor": "processing.ViTImageProcessor"})
     return directory
 
 
