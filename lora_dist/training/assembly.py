@@ -37,6 +37,7 @@ from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.watch import Watch
 from lora_dist.processes.workers import require_shared_memory
 from lora_dist.settings.cli import flatten
+from lora_dist.settings.fields import SINGLE_LABEL
 from lora_dist.settings.train import Settings
 from lora_dist.training.batch_size import fit_batch_size
 from lora_dist.training.evaluation import Evaluator
@@ -221,8 +222,13 @@ def _load(settings: Settings, accelerator: Accelerator, errors: ErrorCollector) 
     """Loads the data. A dry run checks the model even if the data cannot be loaded."""
     try:
         if settings.data.streaming:
-            return streaming.load_streamed(settings.data, settings.run.seed, accelerator.num_processes)
-        return load_data(settings.data, settings.run.seed)
+            data = streaming.load_streamed(settings.data, settings.run.seed, accelerator.num_processes)
+        else:
+            data = load_data(settings.data, settings.run.seed)
+        if len(data.labels) == 1 and settings.data.problem_type == SINGLE_LABEL:
+            name = data.labels[0]
+            raise UserError(f"the data has a single class, {name}: there is nothing to classify. Add images of another")
+        return data
     except UserError:
         if errors.dry_run:
             with errors.collect():
