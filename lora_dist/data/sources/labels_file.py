@@ -247,7 +247,7 @@ def _rows(
         raise UserError(f"{where}: no column {missing[0]} of --slice_columns; the first line has {', '.join(header)}")
     sliced = [header.index(name) for name in slice_columns]
     for line, cells in lines[has_header:]:
-        known = ["" if cell in MISSING else cell for cell in cells]
+        known = ["" if cell in MISSING and place != places["path"] else cell for place, cell in enumerate(cells)]
         values = {name: known[place] if place < len(known) else "" for name, place in places.items()}
         slices = tuple(known[place] if place < len(known) else "" for place in sliced)
         if names:

@@ -109,6 +109,13 @@ def test_a_label_that_is_no_text_is_missing(photos: Path) -> None:
         _load(photos)
 
 
+def test_a_file_may_be_called_as_a_missing_value_is(photos: Path) -> None:
+    make_image(0, 0).save(photos / "nan.jpg")
+    _write(photos, "id,label", *_lines(), "nan,rose", "NaN,rose")
+    with pytest.raises(UserError, match=r"files that do not exist: 1, e\.g\. line 15: NaN"):
+        _load(photos)
+
+
 def test_a_name_without_suffix_of_several_files_is_told(photos: Path) -> None:
     """Such as a photo and its mask."""
     make_image(0, 0).save(photos / "00.jpg")
