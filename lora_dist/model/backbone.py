@@ -291,7 +291,8 @@ def _in_timm(name: str) -> str:
 
     if not timm.is_model(architecture):
         return ""
-    checkpoints = timm.list_pretrained(f"{architecture}.*") if architecture == name else [name]
+    known = timm.list_pretrained(f"{architecture}.*")
+    checkpoints = [name] if name in known else known
     return " or ".join(f"timm/{one}" for one in checkpoints[:3]) or f"timm/{architecture}.TAG"
 
 

@@ -447,7 +447,8 @@ def test_the_directory_of_a_run_is_told_from_a_model(tmp_path: Path) -> None:
 
 def test_a_name_of_timm_is_answered_with_its_names_on_the_hub() -> None:
     pytest.importorskip("timm")
-    for name in ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"):
+    names = ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.no_such_tag")
+    for name in names:
         message = str(cannot_load(name, OSError("what the client says")))
         assert "models of timm are called timm/vit_tiny_patch16_224.augreg_in21k" in message
     assert "timm" not in str(cannot_load("vit_of_nobody", OSError("what the client says")))
