@@ -196,8 +196,8 @@ def _rows_by_path(
             continue
         if not row.labels and not multi_label:
             problems["lines without a label (see --problem_type)"].append(f"line {row.line}: {row.path}")
-        if doubtful := _DOUBTFUL & set(map(str.lower, row.labels)):
-            notes["labels that are classes, unless you empty their cells"].append(f"line {row.line}: {min(doubtful)}")
+        if doubtful := [label for label in row.labels if label.lower() in _DOUBTFUL]:
+            notes["labels that are classes, unless you empty their cells"].append(f"line {row.line}: {doubtful[0]}")
         if row.split not in ("", *SPLITS):
             problems["unknown splits; they are train, validation and test"].append(f"line {row.line}: {row.split}")
         if path not in chosen:

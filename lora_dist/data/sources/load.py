@@ -155,7 +155,7 @@ def _held_out(train: Split, settings: DataSettings, seed: int) -> tuple[Split, S
             f"--validation_dir, --validation_split or a column of splits"
         )
     if groups is not None:
-        logger.info("whole groups are held out: there are %d of them", len(set(groups)))
+        logger.info("each of the %d groups is held out as a whole, or not at all", len(set(groups)))
     return train.select(kept), train.select(held_out)
 
 

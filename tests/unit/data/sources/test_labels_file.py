@@ -127,7 +127,7 @@ def test_a_name_without_suffix_of_several_files_is_told(photos: Path) -> None:
 def test_a_label_that_may_mean_none_is_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(photos, "path,label", *_lines()[:8], *(f"{_path(number)},None" for number in (9, 10, 11)))
     assert _load(photos).labels == ["None", "rose"]
-    assert "labels that are classes, unless you empty their cells: 3, e.g. line 10: none" in caplog.text
+    assert "labels that are classes, unless you empty their cells: 3, e.g. line 10: None" in caplog.text
 
 
 def test_numbers_with_leading_zeros_are_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
