@@ -46,10 +46,14 @@ def contradictions(settings: BenchSettings) -> Iterator[Contradiction]:
     if augmentation.augmentation not in ("none", "basic"):
         yield Contradiction(("compare", "augmentation"), "the PEFT guide supports only none and basic")
     for group, name in (
-        (augmentation, "random_erasing"), (augmentation, "mixup_alpha"), (augmentation, "cutmix_alpha"),
-        (settings.lora, "use_dora"), (settings.optimization, "focal_gamma"), (settings.data, "balanced_sampling"),
+        (augmentation, "random_erasing"),
+        (augmentation, "mixup_alpha"),
+        (augmentation, "cutmix_alpha"),
+        (settings.lora, "use_dora"),
+        (settings.optimization, "focal_gamma"),
+        (settings.data, "balanced_sampling"),
         (settings.run, "deterministic"),
-    ):  # fmt: skip
+    ):
         if getattr(group, name):
             yield Contradiction(("compare", name), "the PEFT guide does not support it: remove one of them")
     if settings.model.base_dtype != "float32":

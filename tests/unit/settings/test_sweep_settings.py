@@ -26,9 +26,13 @@ def _parsed(*search: str, **settings: object) -> SweepSettings:
 
 def test_ranges_and_choices_have_the_type_of_their_setting() -> None:
     settings = _parsed(
-        "learning_rate=log:1e-4..1e-2", "lora-r=4..32", "lora_dropout=0..0.5", "optim=sgd,adamw_torch",
-        "use_rslora=true,false", "model_name_or_path=../vit,demo:vit",
-    )  # fmt: skip
+        "learning_rate=log:1e-4..1e-2",
+        "lora-r=4..32",
+        "lora_dropout=0..0.5",
+        "optim=sgd,adamw_torch",
+        "use_rslora=true,false",
+        "model_name_or_path=../vit,demo:vit",
+    )
     assert axes_of(settings) == [
         Axis("learning_rate", low=1e-4, high=1e-2, log=True),
         Axis("lora_r", low=4, high=32),
@@ -109,9 +113,7 @@ def test_alpha_keeps_its_ratio_to_the_rank() -> None:
 def test_the_settings_as_given_are_a_point_of_the_search_if_they_lie_in_its_ranges() -> None:
     settings = _parsed()
     rates = {"learning_rate": 8e-3, "head_learning_rate": 8e-3}
-    assert as_given(settings, axes_of(settings)) == {
-        **rates, "weight_decay": "0", "lora_r": "16", "lora_dropout": 0.1
-    }  # fmt: skip
+    assert as_given(settings, axes_of(settings)) == {**rates, "weight_decay": "0", "lora_r": "16", "lora_dropout": 0.1}
     for outside in (_parsed(learning_rate=1), _parsed(lora_r=5)):
         assert as_given(outside, axes_of(outside)) is None
 

@@ -51,10 +51,7 @@ def test_the_best_comes_first_and_failures_are_told(
     monkeypatch.setenv("COLUMNS", "60")
     assert report(sweep)
     said = capsys.readouterr().out
-    assert said.startswith(
-        "                           learning_\n"
-        "trial  accuracy     ended       rate  lora_r\n"
-    )  # fmt: skip
+    assert said.startswith("                           learning_\ntrial  accuracy     ended       rate  lora_r\n")
     lines = said.splitlines()
     assert [line.split()[0] for line in lines[2:8]] == ["1", "3", "0", "2", "4", "5"]
     assert lines[2].split() == ["1", "0.9000", "complete", "0.0002", "16"]
@@ -68,9 +65,15 @@ def test_all_trials_are_in_one_file(sweep: Sweep) -> None:
     with (sweep.root / "trials.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0] == {
-        "trial": "1", "accuracy": "0.9", "ended": "complete", "learning_rate": "0.0002", "lora_r": "16",
-        "evaluations": "1", "train_runtime": "1.5", "reason": "",
-    }  # fmt: skip
+        "trial": "1",
+        "accuracy": "0.9",
+        "ended": "complete",
+        "learning_rate": "0.0002",
+        "lora_r": "16",
+        "evaluations": "1",
+        "train_runtime": "1.5",
+        "reason": "",
+    }
     assert rows[-1]["accuracy"] == ""
     assert rows[-1]["reason"].count("out of memory") == 30
 
@@ -97,8 +100,10 @@ def test_checkpoints_of_trials_that_have_ended_go_and_the_best_model_stays(sweep
             (sweep.output_of(number) / name).mkdir(parents=True)
     remove_unneeded(sweep)
     assert sorted(str(path.relative_to(sweep.root)) for path in sweep.root.glob("*/[cm]*")) == [
-        "trial-0001/model", "trial-0006/checkpoints", "trial-0006/model",
-    ]  # fmt: skip
+        "trial-0001/model",
+        "trial-0006/checkpoints",
+        "trial-0006/model",
+    ]
     assert len(list(sweep.root.glob("*/adapter"))) == 7
 
 
