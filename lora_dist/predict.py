@@ -23,7 +23,7 @@ from lora_dist.settings.predict_contradictions import contradictions, missing_pa
 if TYPE_CHECKING:
     import torch
 
-    from lora_dist.model.adapter_set import AdapterSet
+    from lora_dist.model.trained.adapter_set import AdapterSet
 
 EXIT_BAD_IMAGES = 1
 
@@ -59,7 +59,7 @@ def predict(argv: list[str] | None) -> None:
     from lora_dist.deployment.export import exports, onnx_export
     from lora_dist.deployment.inputs import files_of, find_inputs
     from lora_dist.deployment.prediction import classify_and_write
-    from lora_dist.model.adapter_set import AdapterSet
+    from lora_dist.model.trained.adapter_set import AdapterSet
     from lora_dist.processes.threads import share_cores
 
     logs.set_up_logs(is_main=os.environ.get("RANK", "0") == "0")

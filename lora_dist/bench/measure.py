@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_dist.data.batch import Batch
 from lora_dist.data.loader import workers_of
 from lora_dist.errors import ErrorCollector
-from lora_dist.model.injection import without_lora
+from lora_dist.model.lora.injection import without_lora
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.bench import BenchSettings
 from lora_dist.training.assembly import assemble

@@ -22,9 +22,9 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base_of_run
-from lora_dist.model.targets import resolve_targets
-from lora_dist.model.trainable import layers_called
+from lora_dist.model.base.backbone import load_base_of_run
+from lora_dist.model.lora.targets import resolve_targets
+from lora_dist.model.lora.trainable import layers_called
 from lora_dist.processes.devices import computes_on_cpu
 from lora_dist.processes.runtime import choose_precision, engine_launched, half_precision
 from lora_dist.settings.bench import BenchSettings

@@ -18,8 +18,8 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.inputs import Files, Inputs
 from lora_dist.errors import UserError, first_line
 from lora_dist.metrics.predictions import UNKNOWN
-from lora_dist.model.classifier import Classifier
 from lora_dist.model.features import PooledFeatures
+from lora_dist.model.trained.classifier import Classifier
 from lora_dist.processes.cores import cores_per_process
 from lora_dist.processes.devices import computes_on_cpu, inference_batch_size
 from lora_dist.processes.workers import (

@@ -16,8 +16,8 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import Row, choose_batch_size
 from lora_dist.deployment.inputs import Inputs, NamedImage
 from lora_dist.figures import grid, to_images
-from lora_dist.model.classifier import Classifier
 from lora_dist.model.heat_map import heat_maps
+from lora_dist.model.trained.classifier import Classifier
 from lora_dist.storage.writable import writing
 
 logger = logging.getLogger(__name__)

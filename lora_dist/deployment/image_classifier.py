@@ -16,8 +16,8 @@ from lora_dist.deployment.classify import MIN_DECODED, choose_batch_size, choose
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
 from lora_dist.logs import quiet_transformers
-from lora_dist.model import checkpoint_adapter
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trained import checkpoint_adapter
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """Path of an image file, a Pillow image, or an array of `ARRAYS`."""

@@ -19,10 +19,11 @@ from lora_dist.deployment import soup
 from lora_dist.deployment.classify import Inference
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.inputs import find_images
-from lora_dist.model import adapter_io, adapters, checkpoint_adapter, infer_metadata
-from lora_dist.model.adapter_set import AdapterSet, load_adapter_set, load_weighted_sum
-from lora_dist.model.classifier import Classifier, load_classifier
-from lora_dist.model.temperature import UNCALIBRATED
+from lora_dist.model.lora import adapter_io, adapters
+from lora_dist.model.trained import checkpoint_adapter, infer_metadata
+from lora_dist.model.trained.adapter_set import AdapterSet, load_adapter_set, load_weighted_sum
+from lora_dist.model.trained.classifier import Classifier, load_classifier
+from lora_dist.model.trained.temperature import UNCALIBRATED
 from lora_dist.processes.lifetime import at_end
 from lora_dist.settings.predict import ModelSource, PredictSettings
 

@@ -17,7 +17,7 @@ from lora_dist.deployment.inputs import Inputs, files_of
 from lora_dist.deployment.parts import MAX_IMAGES, Parts, RowsOf, digest_of
 from lora_dist.deployment.progress import Progress
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import AdapterSet
+from lora_dist.model.trained.adapter_set import AdapterSet
 from lora_dist.processes.launch_summary import write_reason
 from lora_dist.settings.predict import PredictSettings
 

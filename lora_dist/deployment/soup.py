@@ -8,8 +8,8 @@ from lora_dist.data.sources.exclusions import absolute
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.errors import UserError
 from lora_dist.metrics.predictions import class_folder
-from lora_dist.model.classifier import Classifier
-from lora_dist.model.decision import MULTI_LABEL
+from lora_dist.model.trained.classifier import Classifier
+from lora_dist.model.trained.decision import MULTI_LABEL
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora_dist.model.trainable import trained_tensors
+from lora_dist.model.lora.trainable import trained_tensors
 
 
 class RunningStatistics:

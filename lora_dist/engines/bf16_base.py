@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import UserError
-from lora_dist.model.parameter_names import is_head, lora_layer_of
-from lora_dist.model.trainable import clear_cached
+from lora_dist.model.lora.parameter_names import is_head, lora_layer_of
+from lora_dist.model.lora.trainable import clear_cached
 
 
 def cast_base(model: nn.Module, heads: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from torch.distributed import broadcast
 from lora_dist.engines.half_precision import DTYPES, compute_in
 from lora_dist.engines.torch_engine import TorchEngine
 from lora_dist.engines.zero_engine import ZeroEngine
-from lora_dist.model.trainable import trained_tensors
+from lora_dist.model.lora.trainable import trained_tensors
 from lora_dist.settings.train import OptimizationSettings
 
 

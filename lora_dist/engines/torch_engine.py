@@ -17,8 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import NonFiniteGradientError
-from lora_dist.model import adapters
-from lora_dist.model.trainable import host_copy, load_trained, trained_tensors
+from lora_dist.model.lora import adapters
+from lora_dist.model.lora.trainable import host_copy, load_trained, trained_tensors
 
 
 class TorchEngine:

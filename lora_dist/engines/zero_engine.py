@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_dist.engines.batch_norm_statistics import RunningStatistics
 from lora_dist.engines.half_precision import compute_in
 from lora_dist.errors import NonFiniteGradientError, UserError
-from lora_dist.model.trainable import clear_cached, host_copy, trained_tensors
+from lora_dist.model.lora.trainable import clear_cached, host_copy, trained_tensors
 from lora_dist.settings.train import OptimizationSettings
 
 DEFAULTS = {

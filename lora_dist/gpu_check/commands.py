@@ -17,8 +17,8 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped
 from lora_dist.gpu_check.small_run import run_flags
 from lora_dist.launch_files import LAUNCH_FILES
-from lora_dist.model.classifier import load_classifier
-from lora_dist.model.parity import relative_difference, without_tf32
+from lora_dist.model.trained.classifier import load_classifier
+from lora_dist.model.trained.parity import relative_difference, without_tf32
 from lora_dist.processes.devices import cpu_has_bf16
 from lora_dist.processes.runtime import half_precision
 

@@ -15,12 +15,12 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.gpu_check.outcome import Failed, Machine, Skipped
 from lora_dist.gpu_check.small_run import run_flags
-from lora_dist.model.lora_layer import LoraLinear, draw_mask
-from lora_dist.model.parity import relative_difference, without_tf32
+from lora_dist.model.lora.lora_layer import LoraLinear, draw_mask
+from lora_dist.model.trained.parity import relative_difference, without_tf32
 from lora_dist.processes.runtime import versions
 from lora_dist.settings.bench import BenchSettings, contradictions
 from lora_dist.settings.cli import parse
-from lora_dist.training.loss import Loss
+from lora_dist.training.problems.loss import Loss
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.step import GradientAccumulator, Update, make_update
 

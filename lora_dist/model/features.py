@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_dist.errors import UserError
-from lora_dist.model.adapters import base_of
-from lora_dist.model.head import class_dimensions
+from lora_dist.model.base.head import class_dimensions
+from lora_dist.model.lora.adapters import base_of
 
 _WRAPPERS = re.compile(r"\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
 """Parts that PEFT inserts into the name of a module that it wraps."""

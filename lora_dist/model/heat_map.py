@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lora_dist.errors import UserError
-from lora_dist.model.adapters import base_of
+from lora_dist.model.lora.adapters import base_of
 
 MOST_PREFIX_TOKENS = 16
 """Class and register tokens that may come before those of the patches."""

@@ -26,10 +26,10 @@ from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
 from lora_dist.engines.engine import Engine, fuses, make_engine, on_device
 from lora_dist.engines.zero_engine import moments_of
 from lora_dist.errors import ErrorCollector, UserError
-from lora_dist.model.backbone import Base
-from lora_dist.model.injection import adapted_layers
-from lora_dist.model.trainable import blank_image, count_parameters, make_trainable, parameter_steps
-from lora_dist.model.warm_start import WarmStart, load_warm_start
+from lora_dist.model.base.backbone import Base
+from lora_dist.model.lora.injection import adapted_layers
+from lora_dist.model.lora.trainable import blank_image, count_parameters, make_trainable, parameter_steps
+from lora_dist.model.trained.warm_start import WarmStart, load_warm_start
 from lora_dist.processes.agreement import VISIBLE_SECONDS, require_agreement
 from lora_dist.processes.devices import inference_batch_size
 from lora_dist.processes.preemption import Preemption
@@ -50,7 +50,7 @@ from lora_dist.training.identity import (
     with_pooling,
 )
 from lora_dist.training.optimizer import make_optimizer
-from lora_dist.training.problem_types import PROBLEM_TYPES
+from lora_dist.training.problems.problem_types import PROBLEM_TYPES
 from lora_dist.training.progress import Progress
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.reselect_best import must_reselect

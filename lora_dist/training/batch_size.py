@@ -12,7 +12,7 @@ from torch import nn
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.engines.engine import on_device
 from lora_dist.errors import UserError
-from lora_dist.model.trainable import set_training
+from lora_dist.model.lora.trainable import set_training
 from lora_dist.settings.train import OptimizationSettings
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.loader import batches
 from lora_dist.data.sources.load import ImageData
 from lora_dist.errors import ErrorCollector, UserError
-from lora_dist.model.adapter_io import PREFIX
-from lora_dist.model.parameter_names import is_counted
-from lora_dist.model.trainable import set_training
+from lora_dist.model.lora.adapter_io import PREFIX
+from lora_dist.model.lora.parameter_names import is_counted
+from lora_dist.model.lora.trainable import set_training
 from lora_dist.settings.cli import flatten
 from lora_dist.storage.disk import free_bytes, readable
 from lora_dist.training.failures import data_failure, update_explained

@@ -9,7 +9,7 @@ from lora_dist.data.sources.load import load_validation
 from lora_dist.engines.engine import unsharded
 from lora_dist.errors import TrainingStoppedError, UserError
 from lora_dist.hub import local_directory
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.processes.devices import inference_batch_size
 from lora_dist.processes.preflight import Preflight
 from lora_dist.processes.run_lock import RunLock
@@ -17,7 +17,7 @@ from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
 from lora_dist.training.evaluation import Evaluator
 from lora_dist.training.launching import launch_run, lock_output
-from lora_dist.training.problem_types import PROBLEM_TYPES
+from lora_dist.training.problems.problem_types import PROBLEM_TYPES
 from lora_dist.training.reporting.report import measured, write_evaluation
 from lora_dist.training.saving.output import Output, require_empty, without_nan
 

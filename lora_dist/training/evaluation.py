@@ -24,8 +24,8 @@ from lora_dist.errors import ProcessError, UserError
 from lora_dist.metrics.calibration import ScoredSamples
 from lora_dist.processes.workers import worker_loader
 from lora_dist.settings.train import DataSettings
-from lora_dist.training.problem import ProblemType, by_sample
-from lora_dist.training.single_label_problem import SingleLabel
+from lora_dist.training.problems.problem import ProblemType, by_sample
+from lora_dist.training.problems.single_label_problem import SingleLabel
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from lora_dist.data.sources.load import ImageData
-from lora_dist.training.problem_types import EvaluationResult
+from lora_dist.training.problems.problem_types import EvaluationResult
 from lora_dist.training.run import TrainingRun
 
 

@@ -20,8 +20,8 @@ from lora_dist.data.feature_batches import Features, TrainFeatures
 from lora_dist.data.loader import WorkerBatchSampler, batches, workers_of
 from lora_dist.data.sampling.order import PADDING_INDEX, Sample, evaluation_batches
 from lora_dist.data.sources.split import Split
-from lora_dist.model.adapters import base_of
-from lora_dist.model.trainable import set_training
+from lora_dist.model.lora.adapters import base_of
+from lora_dist.model.lora.trainable import set_training
 from lora_dist.processes.workers import worker_loader
 from lora_dist.training.run import TrainingRun
 

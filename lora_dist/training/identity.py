@@ -11,11 +11,11 @@ from lora_dist.data.sampling.order import BatchPlan
 from lora_dist.data.sources.load import ImageData
 from lora_dist.data.sources.split import Split
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import Base
-from lora_dist.model.warm_start import WarmStart
+from lora_dist.model.base.backbone import Base
+from lora_dist.model.trained.warm_start import WarmStart
 from lora_dist.settings.fields import SINGLE_LABEL, color_name, color_of
 from lora_dist.settings.train import DataSettings, Settings
-from lora_dist.training.class_weights import describe_weights
+from lora_dist.training.problems.class_weights import describe_weights
 from lora_dist.training.saving.checkpoint import Checkpoint
 from lora_dist.training.saving.output import Output, read_settings
 

@@ -11,11 +11,11 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.sampling.order import PADDING_INDEX
 from lora_dist.engines.engine import broadcast_statistics
 from lora_dist.errors import TrainingStoppedError
-from lora_dist.model.trainable import set_training
+from lora_dist.model.lora.trainable import set_training
 from lora_dist.processes.preemption import StopRequested
 from lora_dist.training.evaluation import NothingToEvaluateError
 from lora_dist.training.failures import saved_on_failure, update_explained
-from lora_dist.training.problem_types import EvaluationResult
+from lora_dist.training.problems.problem_types import EvaluationResult
 from lora_dist.training.reporting.report import show_evaluation
 from lora_dist.training.reporting.throughput import ThroughputMeter, peak_memory_mb
 from lora_dist.training.run import TrainingRun

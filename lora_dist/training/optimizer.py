@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_dist.model.parameter_names import is_head, is_lora_b, plain_parameter
+from lora_dist.model.lora.parameter_names import is_head, is_lora_b, plain_parameter
 from lora_dist.settings.train import OptimizationSettings
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from lora_dist.data.feature_batches import Features
 from lora_dist.data.sources.split import Split
-from lora_dist.model.adapters import base_of
+from lora_dist.model.lora.adapters import base_of
 from lora_dist.storage.atomic import replace_file
 from lora_dist.training.frozen_backbone import collect
 from lora_dist.training.run import TrainingRun

@@ -17,10 +17,10 @@ from lora_dist.engines.engine import Engine
 from lora_dist.processes.preemption import Preemption
 from lora_dist.processes.watch import Watch
 from lora_dist.settings.train import Settings
-from lora_dist.training.class_weights import planned_weight
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.loss import SampleLoss
-from lora_dist.training.problem_types import EvaluationResult
+from lora_dist.training.problems.class_weights import planned_weight
+from lora_dist.training.problems.loss import SampleLoss
+from lora_dist.training.problems.problem_types import EvaluationResult
 from lora_dist.training.progress import Progress
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.checkpointer import Checkpointer

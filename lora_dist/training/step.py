@@ -11,7 +11,7 @@ from lora_dist.data.batch import Batch
 from lora_dist.data.pixels.transforms import seed_of
 from lora_dist.engines.engine import Engine
 from lora_dist.errors import NonFiniteGradientError
-from lora_dist.training.loss import SampleLoss
+from lora_dist.training.problems.loss import SampleLoss
 
 
 class Update(NamedTuple):

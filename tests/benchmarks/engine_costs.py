@@ -23,12 +23,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import Engine, engine_name, make_engine
-from lora_dist.model.injection import inject
-from lora_dist.model.trainable import set_training
+from lora_dist.model.lora.injection import inject
+from lora_dist.model.lora.trainable import set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
-from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.problems.loss import Loss
 from lora_dist.training.progress import Progress
 from lora_dist.training.saving.checkpointer import Checkpointer
 from lora_dist.training.step import GradientAccumulator, make_update

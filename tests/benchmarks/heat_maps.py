@@ -13,8 +13,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from lora_dist import demo
 from lora_dist.data.sources.image_files import find_files
-from lora_dist.model.classifier import load_classifier
 from lora_dist.model.heat_map import heat_maps
+from lora_dist.model.trained.classifier import load_classifier
 
 EVERY = 8
 """Of so many validation images, one is measured."""

@@ -22,7 +22,7 @@ from result_files import add_rows
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lora_dist.model.injection import inject, without_lora
+from lora_dist.model.lora.injection import inject, without_lora
 from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.settings.train import LoraSettings
 

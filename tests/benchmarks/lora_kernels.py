@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from lora_dist.engines.bf16_base import cast_base
-from lora_dist.model.injection import inject, without_lora
+from lora_dist.model.lora.injection import inject, without_lora
 from lora_dist.settings.train import LoraSettings
 
 HEAD = "classifier"

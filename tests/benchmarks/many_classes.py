@@ -17,8 +17,8 @@ from result_files import add_rows
 
 from lora_dist.figures import confusion_picture
 from lora_dist.metrics.classification import ClassificationMetric
+from lora_dist.training.problems.single_label_problem import SCALARS, SingleLabel, SingleLabelEvaluation
 from lora_dist.training.reporting.report import write_evaluation
-from lora_dist.training.single_label_problem import SCALARS, SingleLabel, SingleLabelEvaluation
 
 
 def _peak_mb() -> float:

@@ -39,7 +39,7 @@ from lora_dist.data.pixels.images import load_rgb
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
 from lora_dist.deployment.classify import Inference, choose_batch_size, classify
-from lora_dist.model.classifier import Classifier
+from lora_dist.model.trained.classifier import Classifier
 from lora_dist.processes.huge_pages import restart_with_huge_pages
 
 SMALL: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_labels": 101}

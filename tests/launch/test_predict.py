@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import pipeline
 
 from lora_dist.deployment.classify import Inference, classify
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 
 LABELS = ['comma, "quoted"', "two\nlines", "émoji 🦊 & <b>HTML</b>"]
 MODES = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "F")

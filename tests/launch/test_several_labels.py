@@ -23,8 +23,8 @@ from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.server import make_app
 from lora_dist.metrics.predictions import label_matrix, read_predictions
-from lora_dist.model.adapter_set import AdapterSet
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.adapter_set import AdapterSet
+from lora_dist.model.trained.classifier import load_classifier
 
 STEPS, MIDDLE = 8, 3
 CPU = torch.device("cpu")

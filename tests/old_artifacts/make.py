@@ -12,7 +12,7 @@ from tiny import make_folder
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessor
 
 from lora_dist import train
-from lora_dist.model.bundle import load_classifier
+from lora_dist.model.trained.bundle import load_classifier
 
 IMAGE_TIME = 1_700_000_000
 

@@ -21,8 +21,8 @@ from lora_dist import hub, hub_client, train
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.hub import HubError, local_directory, open_repository, upload
-from lora_dist.model.backbone import load_base
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.training.saving.publisher import Publisher, Push
 
 NOW = (0.0, 0.0, 0.0)

@@ -13,7 +13,7 @@ from lora_dist.data.sources.load import load_data
 from lora_dist.data.sources.streaming import prepare
 from lora_dist.errors import UserError
 from lora_dist.hub import local_directory, open_repository, upload
-from lora_dist.model.backbone import load_base
+from lora_dist.model.base.backbone import load_base
 from lora_dist.settings.train import DataSettings
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lora_dist import train
 from lora_dist.data.cache.image_cache import CachedSplit, cached
 from lora_dist.data.sources.load import load_data
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.settings.train import DataSettings
 
 ARTIFACTS = Path(__file__).parents[1] / "old_artifacts"

@@ -95,15 +95,21 @@ def test_folders_import_one_way() -> None:
     assert order.index("model") < order.index("deployment")
 
 
-def test_data_imports_go_down() -> None:
-    """From the loader to batches and their cache, to the sources of samples, to their order and their pixels."""
-    floors = ({"sampling", "pixels"}, {"sources"}, {"batch", "cache", "feature_batches", "prefetch"}, {"loader"})
-    floor_of = {f"lora_dist.data.{room}": number for number, rooms in enumerate(floors) for room in rooms}
+@pytest.mark.parametrize(
+    ("folder", "floors"),
+    [
+        ("data", ({"sampling", "pixels"}, {"sources"}, {"batch", "cache", "feature_batches", "prefetch"}, {"loader"})),
+        ("model", ({"base"}, {"lora"}, {"trained", "features", "heat_map"})),
+    ],
+)
+def test_imports_inside_a_folder_go_down(folder: str, floors: tuple[set[str], ...]) -> None:
+    """From the loader to batches, sources, order and pixels; from trained classifiers to LoRA to the base model."""
+    floor_of = {f"lora_dist.{folder}.{room}": number for number, rooms in enumerate(floors) for room in rooms}
 
     def floor(module: str) -> int | None:
         return next((floor_of[room] for room in floor_of if f"{module}.".startswith(f"{room}.")), None)
 
-    modules = {module: floor(module) for module in TREES if module.startswith("lora_dist.data.")}
+    modules = {module: floor(module) for module in TREES if module.startswith(f"lora_dist.{folder}.")}
     assert None not in modules.values()
     upward = [
         (module, name)
@@ -138,9 +144,9 @@ def test_who_imports_peft() -> None:
     """The guide's recipe in the benchmark does, too: it is not ours."""
     importers = {module for module, tree in TREES.items() if any(_root(name) == "peft" for name in _imports(tree))}
     assert importers == {
-        "lora_dist.model.adapters",
-        "lora_dist.model.injection",
-        "lora_dist.model.lora_layer",
+        "lora_dist.model.lora.adapters",
+        "lora_dist.model.lora.injection",
+        "lora_dist.model.lora.lora_layer",
         "lora_dist.bench.trainer_baseline",
     }
 
@@ -151,7 +157,7 @@ def _root(name: str) -> str:
 
 def test_prediction_needs_no_accelerator_and_no_deepspeed() -> None:
     found = _reached("lora_dist.predict")
-    assert "lora_dist.model.bundle" in found
+    assert "lora_dist.model.trained.bundle" in found
     assert not {_root(name) for name in found} & {"accelerate", "deepspeed"}
 
 

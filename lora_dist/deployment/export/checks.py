@@ -13,7 +13,7 @@ from lora_dist.data.pixels.images import UnreadableImageError
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.demo import photographs
 from lora_dist.errors import UserError
-from lora_dist.model.parity import TOLERANCE, loaded_difference
+from lora_dist.model.trained.parity import TOLERANCE, loaded_difference
 
 MAX_IMAGES = 16
 """Images on which logits are compared."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_dist.deployment.export import merge, older_peft, onnx_export, onnx_model
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 from lora_dist.settings.predict import PredictSettings
 from lora_dist.storage.writable import writing
 

@@ -11,12 +11,13 @@ from torch import nn
 from lora_dist.deployment.destinations import require_free_directory
 from lora_dist.deployment.export.checks import check_images, logits, require_same_after_loading
 from lora_dist.errors import UserError
-from lora_dist.model import adapters, bundle
-from lora_dist.model.classifier import Classifier
-from lora_dist.model.license import License, license_of
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
-from lora_dist.model.shared_weights import save_model
-from lora_dist.model.temperature import Calibration, fold
+from lora_dist.model.base.license import License, license_of
+from lora_dist.model.base.shared_weights import save_model
+from lora_dist.model.lora import adapters
+from lora_dist.model.trained import bundle
+from lora_dist.model.trained.classifier import Classifier
+from lora_dist.model.trained.parity import HALF_PRECISION_TOLERANCE, relative_difference
+from lora_dist.model.trained.temperature import Calibration, fold
 from lora_dist.storage.atomic import whole_directory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -17,10 +17,12 @@ from lora_dist import demo
 from lora_dist.deployment.destinations import require_free_directory
 from lora_dist.deployment.export.checks import check_images, logits, require_same_after_loading
 from lora_dist.errors import UserError
-from lora_dist.model import adapters, bundle
-from lora_dist.model.adapter_io import ADAPTER_CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
-from lora_dist.model.classifier import Classifier
-from lora_dist.model.legacy_names import LegacyNames
+from lora_dist.model.base.model_files import ADAPTER_CONFIG
+from lora_dist.model.lora import adapters
+from lora_dist.model.lora.adapter_io import OLD_WEIGHTS, PREFIX, WEIGHTS, split_lora_name
+from lora_dist.model.lora.legacy_names import LegacyNames
+from lora_dist.model.trained import bundle
+from lora_dist.model.trained.classifier import Classifier
 from lora_dist.storage.atomic import whole_directory
 
 

@@ -31,10 +31,10 @@ from lora_dist.deployment.export.onnx_model import (
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError, first_line
 from lora_dist.metrics.predictions import class_folder, common_folder
-from lora_dist.model import adapters
-from lora_dist.model.classifier import Classifier
-from lora_dist.model.decision import MULTI_LABEL
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, relative_difference
+from lora_dist.model.lora import adapters
+from lora_dist.model.trained.classifier import Classifier
+from lora_dist.model.trained.decision import MULTI_LABEL
+from lora_dist.model.trained.parity import HALF_PRECISION_TOLERANCE, relative_difference
 from lora_dist.storage.atomic import replace_file
 
 TOLERANCE = 1e-4

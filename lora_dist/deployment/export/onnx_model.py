@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor
 from lora_dist import extras
 from lora_dist.data.pixels.conversion import Conversion
 from lora_dist.errors import UserError
-from lora_dist.model.classifier import Classifier
-from lora_dist.model.decision import decision_of
+from lora_dist.model.trained.classifier import Classifier
+from lora_dist.model.trained.decision import decision_of
 
 INPUT, OUTPUT = "pixel_values", "logits"
 LABELS = "labels"

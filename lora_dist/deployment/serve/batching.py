@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_dist.deployment.classify import choose_batch_size
 from lora_dist.deployment.explain import overlays
-from lora_dist.model.adapter_set import AdapterSet
+from lora_dist.model.trained.adapter_set import AdapterSet
 
 
 class _Request(NamedTuple):

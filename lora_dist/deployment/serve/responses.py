@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from lora_dist.deployment.classify import Row
-from lora_dist.model.classifier import Classifier
+from lora_dist.model.trained.classifier import Classifier
 
 
 class Score(BaseModel):

@@ -26,9 +26,9 @@ from lora_dist.deployment.serve.responses import Health, Predictions
 from lora_dist.deployment.serve.service import Service
 from lora_dist.deployment.serve.uploads import RefusedUploadError
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import AdapterSet
-from lora_dist.model.classifier import Classifier
-from lora_dist.model.decision import MULTI_LABEL
+from lora_dist.model.trained.adapter_set import AdapterSet
+from lora_dist.model.trained.classifier import Classifier
+from lora_dist.model.trained.decision import MULTI_LABEL
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.responses import Predictions, predictions_of
 from lora_dist.deployment.serve.uploads import RefusedUploadError, check_name, decode
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import AdapterSet
+from lora_dist.model.trained.adapter_set import AdapterSet
 from lora_dist.processes.cores import available_cores
 
 MAX_DECODERS = 4

@@ -18,8 +18,8 @@ from lora_dist.figures import grid, to_images
 from lora_dist.metrics.intervals import NAMES, Measured
 from lora_dist.metrics.slices import slice_rows
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.problem import ProblemType, worst_samples
-from lora_dist.training.problem_types import EvaluationResult
+from lora_dist.training.problems.problem import ProblemType, worst_samples
+from lora_dist.training.problems.problem_types import EvaluationResult
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.run import TrainingRun
 from lora_dist.training.saving.output import write_json

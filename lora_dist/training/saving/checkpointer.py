@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_dist.engines.engine import Engine, broadcast_statistics
 from lora_dist.errors import UserError
-from lora_dist.model.parameter_names import lora_layer_of
-from lora_dist.model.trainable import trained_tensors
+from lora_dist.model.lora.parameter_names import lora_layer_of
+from lora_dist.model.lora.trainable import trained_tensors
 from lora_dist.processes.runtime import versions
 from lora_dist.training.identity import differences
 from lora_dist.training.progress import Progress

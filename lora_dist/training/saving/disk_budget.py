@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_dist.errors import UserError
-from lora_dist.model.trainable import count_parameters, trained_tensors
+from lora_dist.model.lora.trainable import count_parameters, trained_tensors
 from lora_dist.storage.disk import SAFETY, free_bytes, readable
 
 

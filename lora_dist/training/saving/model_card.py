@@ -9,9 +9,9 @@ import yaml
 
 from lora_dist.metrics.intervals import with_interval
 from lora_dist.metrics.slices import slice_rows
-from lora_dist.model.license import License
-from lora_dist.model.temperature import UNCALIBRATED, Calibration
-from lora_dist.training.problem import ProblemType
+from lora_dist.model.base.license import License
+from lora_dist.model.trained.temperature import UNCALIBRATED, Calibration
+from lora_dist.training.problems.problem import ProblemType
 
 MOST_CLASSES = 100
 _KINDS = {"lora": "A LoRA adapter", "head": "A classification head", "full": "A model"}

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_dist.errors import UserError
 from lora_dist.metrics.predictions import FILE
-from lora_dist.model import adapters
+from lora_dist.model.lora import adapters
 from lora_dist.processes.run_lock import LOCK
 from lora_dist.storage.atomic import replace_file, unused, whole_directory
 from lora_dist.training.saving import checkpoint

@@ -21,17 +21,18 @@ from lora_dist.engines.bf16_base import cast_base
 from lora_dist.engines.engine import unsharded
 from lora_dist.errors import ProcessError, UserError
 from lora_dist.figures import reliability_picture
-from lora_dist.model import adapters, bundle
-from lora_dist.model.backbone import Base, load_base_of_run
-from lora_dist.model.license import license_of
-from lora_dist.model.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
-from lora_dist.model.temperature import Calibration, fold
-from lora_dist.model.trainable import load_trained, make_trainable
+from lora_dist.model.base.backbone import Base, load_base_of_run
+from lora_dist.model.base.license import license_of
+from lora_dist.model.lora import adapters
+from lora_dist.model.lora.trainable import load_trained, make_trainable
+from lora_dist.model.trained import bundle
+from lora_dist.model.trained.parity import HALF_PRECISION_TOLERANCE, TOLERANCE, require_same_logits, without_tf32
+from lora_dist.model.trained.temperature import Calibration, fold
 from lora_dist.processes.runtime import environment
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import Settings
 from lora_dist.training.probe import in_words, read_probe
-from lora_dist.training.problem_types import EvaluationResult
+from lora_dist.training.problems.problem_types import EvaluationResult
 from lora_dist.training.reporting.report import (
     explain_worst,
     headline_lines,

@@ -25,7 +25,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from lora_dist.model.pooled_backbone import make_backbone as build
+from lora_dist.model.base.pooled_backbone import make_backbone as build
 from lora_dist_testing.architectures import PLAIN
 
 _TEXT = {**PLAIN, "vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}

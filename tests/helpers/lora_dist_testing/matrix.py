@@ -21,12 +21,12 @@ from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.onnx_export import export
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import Base, load_base
-from lora_dist.model.bundle import write_adapter, write_model
-from lora_dist.model.classifier import load_classifier
-from lora_dist.model.head import is_in
-from lora_dist.model.parity import relative_difference
-from lora_dist.model.trainable import load_trained, make_trainable, set_training, trained_tensors
+from lora_dist.model.base.backbone import Base, load_base
+from lora_dist.model.base.head import is_in
+from lora_dist.model.lora.trainable import load_trained, make_trainable, set_training, trained_tensors
+from lora_dist.model.trained.bundle import write_adapter, write_model
+from lora_dist.model.trained.classifier import load_classifier
+from lora_dist.model.trained.parity import relative_difference
 from lora_dist.settings.train import AugmentationSettings, LoraSettings, ModelSettings
 from lora_dist_testing.architectures import TIMM, make_checkpoint
 from lora_dist_testing.tiny import CLASSES, make_image, perturb, view_of

@@ -156,7 +156,7 @@ def make_remote_model(directory: Path) -> Path:
 
 def load_adapter(model: Any, directory: Path, name: str = "default", num_labels: int | None = None) -> Any:
     """Reads an adapter and puts it on its base."""
-    from lora_dist.model import adapter_io, adapters
+    from lora_dist.model.lora import adapter_io, adapters
 
     return adapters.attach_adapter(model, adapters.adapter_for(model, adapter_io.read(directory)), name, num_labels)
 
@@ -182,9 +182,9 @@ def write_bundle(
     **lora: Any,
 ) -> tuple[Any, Any]:
     """Writes the bundle of an adapter with perturbed weights; returns its model and the base it was made on."""
-    from lora_dist.model.backbone import load_base
-    from lora_dist.model.bundle import write_adapter
-    from lora_dist.model.trainable import make_trainable
+    from lora_dist.model.base.backbone import load_base
+    from lora_dist.model.lora.trainable import make_trainable
+    from lora_dist.model.trained.bundle import write_adapter
     from lora_dist.settings.train import LoraSettings, ModelSettings
 
     base = load_base(str(base_model), list(labels))

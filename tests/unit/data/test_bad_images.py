@@ -17,14 +17,14 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan, Sample, ShuffledOrder
 from lora_dist.data.sources.load import load_data
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import AugmentationSettings, DataSettings, LoraSettings, ModelSettings
 from lora_dist.train import main
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.problem import worst_samples
-from lora_dist.training.single_label_problem import SingleLabelEvaluation
+from lora_dist.training.problems.problem import worst_samples
+from lora_dist.training.problems.single_label_problem import SingleLabelEvaluation
 
 CPU = torch.device("cpu")
 

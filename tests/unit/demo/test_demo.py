@@ -16,8 +16,8 @@ from lora_dist import demo
 from lora_dist.data.sources.load import load_data
 from lora_dist.demo import digits, fashion_mnist
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.license import license_of
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.base.license import license_of
 from lora_dist.settings.train import DataSettings
 
 

@@ -32,7 +32,7 @@ from lora_dist.deployment.export import merge
 from lora_dist.deployment.inputs import find_images
 from lora_dist.deployment.outputs import draw_grid, spread, writer
 from lora_dist.errors import UserError
-from lora_dist.model.classifier import Classifier
+from lora_dist.model.trained.classifier import Classifier
 
 HARD = [
     "plain",

@@ -18,11 +18,11 @@ from lora_dist.deployment import parts, prediction
 from lora_dist.deployment.serve import server
 from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import AdapterSet
-from lora_dist.model.bundle import Records, write_adapter
-from lora_dist.model.classifier import load_classifier
-from lora_dist.model.decision import AboveThresholds
-from lora_dist.model.temperature import Calibration
+from lora_dist.model.trained.adapter_set import AdapterSet
+from lora_dist.model.trained.bundle import Records, write_adapter
+from lora_dist.model.trained.classifier import load_classifier
+from lora_dist.model.trained.decision import AboveThresholds
+from lora_dist.model.trained.temperature import Calibration
 from lora_dist.predict import predict
 
 LABELS = ("a", "b", "c")

@@ -14,8 +14,8 @@ from sklearn import metrics as sklearn
 
 from lora_dist.compare import main as compare
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import Records, write_adapter
-from lora_dist.model.decision import AboveThresholds
+from lora_dist.model.trained.bundle import Records, write_adapter
+from lora_dist.model.trained.decision import AboveThresholds
 from lora_dist.predict import predict
 
 

@@ -19,8 +19,8 @@ from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.onnx_export import export
 from lora_dist.deployment.image_classifier import ImageClassifier
 from lora_dist.errors import UserError
-from lora_dist.model.classifier import Classifier, load_classifier
-from lora_dist.model.decision import AboveThresholds
+from lora_dist.model.trained.classifier import Classifier, load_classifier
+from lora_dist.model.trained.decision import AboveThresholds
 
 LABELS = ["rose", "tulip", "daisy"]
 

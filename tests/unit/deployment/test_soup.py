@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from lora_dist.deployment import soup
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import load_weighted_sum
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trained.adapter_set import load_weighted_sum
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 LABELS = ["x", "y"]
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import lora_dist
 from lora_dist.engines.bf16_base import cast_base, require_bf16_forward
 from lora_dist.engines.engine import make_engine
 from lora_dist.errors import UserError
-from lora_dist.model import adapters, lora_layer
-from lora_dist.model.backbone import load_base
-from lora_dist.model.head import fingerprint
-from lora_dist.model.trainable import blank_image, load_trained, make_trainable, set_training
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.base.head import fingerprint
+from lora_dist.model.lora import adapters, lora_layer
+from lora_dist.model.lora.trainable import blank_image, load_trained, make_trainable, set_training
 from lora_dist.processes.runtime import launch, require_bf16
 from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lora_dist.engines.torch_engine import TorchEngine, leave_frozen_out, offloading, order_for_convolutions, precision
 from lora_dist.engines.zero_engine import scaling_of, set_scaling
-from lora_dist.model.backbone import load_base
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, ModelSettings
 

@@ -8,10 +8,10 @@ from lora_dist_testing.tiny import ARCHITECTURES, WITHOUT_PREFIX, make_model, wr
 from torch import Tensor, nn
 
 from lora_dist.data.pixels.transforms import output_size
-from lora_dist.model.adapter_set import load_adapter_set
-from lora_dist.model.backbone import load_base
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.base.backbone import load_base
 from lora_dist.model.features import PooledFeatures
+from lora_dist.model.trained.adapter_set import load_adapter_set
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 LABELS = ["a", "b", "c"]
 

@@ -23,9 +23,9 @@ from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.explain import SIDE, explained, file_of
 from lora_dist.deployment.inputs import Files
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import BaseOptions, load_base
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.base.backbone import BaseOptions, load_base
 from lora_dist.model.heat_map import heat_maps
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 
 class Red(nn.Module):

@@ -25,7 +25,7 @@ from PIL import features
 from lora_dist import predict
 from lora_dist.data.pixels.images import UnreadableImageError, load_rgb
 from lora_dist.errors import UserError
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.settings.audit import AuditSettings
 from lora_dist.settings.audit import contradictions as audit_contradictions
 from lora_dist.settings.cli import flat_fields, parse

@@ -18,7 +18,7 @@ from lora_dist_testing.tiny import make_image, write_bundle
 
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.older_peft import export_legacy_names
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 
 INTERPRETERS = [path for path in os.environ.get("LORA_DIST_OLD_PYTHON", "").split(":") if path]
 LABELS = ["x", "y", "z"]

@@ -13,7 +13,7 @@ from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 LABELS = ["day", "night"]
 

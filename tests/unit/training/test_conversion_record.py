@@ -20,8 +20,8 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.deployment.classify import Inference, classify
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.errors import UserError
-from lora_dist.model.bundle import CONVERSION
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.trained.bundle import CONVERSION
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 ON_WHITE = Conversion((255, 255, 255), all_depths=True)
 STEPS = ("--max_train_steps", 2, "--augmentation", "none")
@@ -114,7 +114,7 @@ def test_the_server_shows_an_upload_on_the_recorded_background(trained: Path, ic
 
     from lora_dist.deployment.serve.request_limits import Limits
     from lora_dist.deployment.serve.server import make_app
-    from lora_dist.model.adapter_set import AdapterSet
+    from lora_dist.model.trained.adapter_set import AdapterSet
 
     file = icons / "validation" / "a" / "0.png"
     classifier = load_classifier(trained / "adapter")

@@ -12,12 +12,12 @@ from device_reads import Reads
 
 from lora_dist.data.batch import Batch
 from lora_dist.engines.engine import make_engine
-from lora_dist.model.backbone import load_base
-from lora_dist.model.trainable import make_trainable, set_training
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable, set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
-from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.problems.loss import Loss
 from lora_dist.training.step import GradientAccumulator, make_update
 
 

@@ -13,13 +13,13 @@ from torch import nn
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import ImageData, load_data
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import Base, load_base
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import Base, load_base
+from lora_dist.model.lora.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import DataSettings, LoraSettings, ModelSettings, OptimizationSettings, Settings
 from lora_dist.training.evaluation import Evaluator
-from lora_dist.training.problem import worst_samples
-from lora_dist.training.single_label_problem import SingleLabel, SingleLabelEvaluation
+from lora_dist.training.problems.problem import worst_samples
+from lora_dist.training.problems.single_label_problem import SingleLabel, SingleLabelEvaluation
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lora_dist_testing.backbones import make_backbone
 
-from lora_dist.model.backbone import BaseOptions, load_base
+from lora_dist.model.base.backbone import BaseOptions, load_base
 from lora_dist.training.identity import _entries, differences
 
 

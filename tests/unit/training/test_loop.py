@@ -16,7 +16,7 @@ from lora_dist import train
 from lora_dist.data.batch import EvaluationImages
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sources.load import load_data
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.settings.train import DataSettings
 from lora_dist.training.reporting.tracking import Tracker
 from lora_dist.training.saving.result_writer import ResultWriter

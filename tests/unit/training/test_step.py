@@ -16,8 +16,8 @@ from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.data.sampling.order import BatchPlan, ShuffledOrder
 from lora_dist.data.sources.load import load_data
 from lora_dist.engines.engine import Engine, make_engine
-from lora_dist.model.backbone import Base, load_base
-from lora_dist.model.trainable import make_trainable, set_training
+from lora_dist.model.base.backbone import Base, load_base
+from lora_dist.model.lora.trainable import make_trainable, set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import (
     AugmentationSettings,
@@ -26,8 +26,8 @@ from lora_dist.settings.train import (
     ModelSettings,
     OptimizationSettings,
 )
-from lora_dist.training.loss import Loss
 from lora_dist.training.optimizer import make_optimizer
+from lora_dist.training.problems.loss import Loss
 from lora_dist.training.schedule import Schedule
 from lora_dist.training.step import GradientAccumulator, Update, make_update
 

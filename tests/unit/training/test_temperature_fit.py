@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import pipeline
 
 from lora_dist.data.pixels.transforms import ImageTransforms
-from lora_dist.model.bundle import CALIBRATION, read_calibration
-from lora_dist.model.classifier import load_classifier
+from lora_dist.model.trained.bundle import CALIBRATION, read_calibration
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.train import main
 
 SETTINGS: dict[str, Any] = {

@@ -16,11 +16,11 @@ from transformers import AutoModelForImageClassification, pipeline
 from lora_dist.deployment.export.merge import merge_to
 from lora_dist.deployment.export.older_peft import export_legacy_names
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
-from lora_dist.model.classifier import load_classifier
-from lora_dist.model.parity import relative_difference
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable
+from lora_dist.model.trained.bundle import write_adapter
+from lora_dist.model.trained.classifier import load_classifier
+from lora_dist.model.trained.parity import relative_difference
 from lora_dist.settings.train import LoraSettings, ModelSettings
 
 LABELS = ["x", "y", "z"]

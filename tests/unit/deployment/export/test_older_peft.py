@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from lora_dist.deployment.export.older_peft import card_of, export_legacy_names
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import load_adapter_set
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_adapter
-from lora_dist.model.classifier import load_classifier
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable
+from lora_dist.model.trained.adapter_set import load_adapter_set
+from lora_dist.model.trained.bundle import write_adapter
+from lora_dist.model.trained.classifier import load_classifier
 from lora_dist.predict import predict
 from lora_dist.settings.train import LoraSettings, ModelSettings
 

@@ -30,8 +30,8 @@ from lora_dist.deployment.export.onnx_export import RoundingCost, export
 from lora_dist.deployment.export.onnx_model import load_onnx
 from lora_dist.deployment.export.preprocessing import describe
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.classifier import Classifier, load_classifier
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.trained.classifier import Classifier, load_classifier
 
 LABELS = ["a", "b, c", "émoji 🦊"]
 PHOTOGRAPHS = photographs()

@@ -12,8 +12,8 @@ from transformers import ViTImageProcessor
 
 from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import AdapterSet
-from lora_dist.model.classifier import Classifier
+from lora_dist.model.trained.adapter_set import AdapterSet
+from lora_dist.model.trained.classifier import Classifier
 
 COLORS = ["red", "lime", "blue"]
 

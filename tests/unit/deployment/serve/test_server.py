@@ -34,8 +34,8 @@ from lora_dist.deployment.serve.batching import Batcher
 from lora_dist.deployment.serve.request_limits import Limits
 from lora_dist.deployment.serve.server import make_app, run
 from lora_dist.errors import UserError
-from lora_dist.model.adapter_set import AdapterSet, load_adapter_set
-from lora_dist.model.classifier import Classifier
+from lora_dist.model.trained.adapter_set import AdapterSet, load_adapter_set
+from lora_dist.model.trained.classifier import Classifier
 
 LABELS = ["<b>red</b>", "green & co", "blau 🦊"]
 LIMITS = Limits(body=300_000, pixels=20_000, files=8)

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from lora_dist.engines.engine import Engine, make_engine
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.trainable import make_trainable, set_training
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable, set_training
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.train import LoraSettings, ModelSettings, OptimizationSettings
 from lora_dist.training.optimizer import make_optimizer

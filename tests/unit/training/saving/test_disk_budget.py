@@ -13,9 +13,9 @@ from lora_dist_testing.tiny import make_model
 
 from lora_dist import train
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.bundle import write_model
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable
+from lora_dist.model.trained.bundle import write_model
 from lora_dist.settings.train import LoraSettings, ModelSettings
 from lora_dist.storage.disk import readable
 from lora_dist.storage.writable import require_writable

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_dist.model.license import License, license_of
+from lora_dist.model.base.license import License, license_of
+from lora_dist.training.problems.single_label_problem import SingleLabel
 from lora_dist.training.saving.model_card import MOST_CLASSES, ModelCard, Reference
-from lora_dist.training.single_label_problem import SingleLabel
 
 RESULTS: dict[str, Any] = {
     "eval_accuracy": 0.87654,

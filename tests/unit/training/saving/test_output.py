@@ -12,8 +12,8 @@ from lora_dist_testing.tiny import perturb
 from peft import PeftModel
 
 from lora_dist.errors import UserError
-from lora_dist.model.backbone import load_base
-from lora_dist.model.trainable import make_trainable
+from lora_dist.model.base.backbone import load_base
+from lora_dist.model.lora.trainable import make_trainable
 from lora_dist.processes.runtime import launch
 from lora_dist.settings.cli import flatten
 from lora_dist.settings.train import LoraSettings, ModelSettings, Settings

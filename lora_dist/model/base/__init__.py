@@ -1,0 +1,1 @@
+"""The base model: loading, its head, the size of its images, and models without a head."""

@@ -1,0 +1,1 @@
+"""LoRA in a base model: its layers, names and files, and the parameters that train."""

@@ -1,0 +1,1 @@
+"""Trained classifiers: their files and labels, loading, and how logits become an answer."""
