@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from reads import Reads
+from device_reads import Reads
 from torch.profiler import ProfilerActivity, profile
 
 from lora_dist.bench.measure import assemble_unwritten
