@@ -1,11 +1,8 @@
 """Loads the base model of a classifier."""
 
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,13 @@ from lora_dist import demo, hub_client
 from lora_dist.data.pixels.transforms import output_size
 from lora_dist.errors import UserError
 from lora_dist.model.base.classifier_config import classifier_config, prefixes_to_remove
-from lora_dist.model.base.drop_path import RATE, restore_rate, with_rate
+from lora_dist.model.base.drop_path import restore_rate, with_rate
 from lora_dist.model.base.head import find_heads, fingerprint, fit_head, is_in, require_same_layers
 from lora_dist.model.base.image_size import configured_size, resize_model, resize_processor
 from lora_dist.model.base.initial_values import marked_memory, require_values
 from lora_dist.model.base.input_check import require_fit
-from lora_dist.model.base.model_files import require_content, result_of_run
+from lora_dist.model.base.load_errors import cannot_load, loading_errors
+from lora_dist.model.base.model_files import require_content, weight_files
 from lora_dist.settings.fields import SINGLE_LABEL
 from lora_dist.settings.train import Settings
 
@@ -115,7 +113,7 @@ def load_base(name: str, labels: Sequence[str], options: BaseOptions = DEFAULTS)
     place, drop_path = demo.local_path(name), options.drop_path
     torch.manual_seed(options.seed)
     with (
-        _loading_errors(name, place, drop_path),
+        loading_errors(name, place, drop_path),
         hub_client.reading(f"the base model {name}", f"`hf download {name}`"),
     ):
         config = read_config(place, **options.source)
@@ -152,23 +150,6 @@ def load_base(name: str, labels: Sequence[str], options: BaseOptions = DEFAULTS)
         pooling=getattr(model.config, "pooling", None),
         image_size=image_size,
     )
-
-
-@contextmanager
-def _loading_errors(name: str, place: str, drop_path: float | None) -> Iterator[None]:
-    """Raises each error of loading as a `UserError`.
-
-    A missing name, an unreachable Hub, a missing package, a truncated file, and a configuration that a library does not
-    take: each model has its own exception for them.
-    """
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if drop_path is not None and RATE in str(error):
-            raise UserError(f"--drop_path: {name} has no stochastic depth; leave it out ({error})") from error
-        raise cannot_load(place, error) from error
 
 
 def _changed_size(config: Any, processor: Any, options: BaseOptions) -> tuple[int, int] | None:
@@ -282,85 +263,6 @@ def load_base_of_run(
     return load_base(settings.model.model_name_or_path, labels, options)
 
 
-def _in_timm(name: str) -> str:
-    """Names on the Hub of the checkpoints of a model that is given by its name in timm; empty for other names."""
-    architecture = name.partition(".")[0]
-    if "/" in name or find_spec("timm") is None:
-        return ""
-    import timm
-
-    if not timm.is_model(architecture):
-        return ""
-    known = timm.list_pretrained(f"{architecture}.*")
-    checkpoints = [name] if name in known else known
-    return " or ".join(f"timm/{one}" for one in checkpoints[:3]) or f"timm/{architecture}.TAG"
-
-
-def cannot_load(name: str, error: Exception) -> UserError:
-    """Converts an error of `transformers` to a `UserError`, with advice on the Hub if that is the reason."""
-    if isinstance(error, ImportError):
-        # The messages of `transformers` contain the command; a ModuleNotFoundError has the name.
-        packages = re.findall(r"pip install ([\w .-]+)`", str(error)) or [(error.name or "").partition(".")[0]]
-        package = packages[0]
-        if error.name and find_spec(package):
-            return UserError(f"the code of the model {name!r} does not run with the installed {package}: {error}")
-        line = f"pip install {' '.join(packages)}" if packages[0] else str(error).strip()
-        return UserError(f"the model {name!r} needs a package that is not installed: {line}")
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"the model {name!r} contains its own code. If you trust its source, --trust_remote_code runs it"
-        )
-    if (Path(name) / "adapter_config.json").is_file() and not _weight_files(Path(name)):
-        return UserError(
-            f"{name!r} is an adapter, not a base model: continue its training with --adapter_name_or_path, or merge it "
-            f"with lora_dist.predict --adapter {name} --merge_to DIRECTORY"
-        )
-    message = f"cannot load the base model {name!r} as an image classifier: "
-    if not (Path(name) / "config.json").is_file() and (of_run := result_of_run(Path(name))):
-        flag = "adapter_name_or_path" if of_run.endswith("adapter") else "model_name_or_path"
-        return UserError(f"{message}it has no config.json{of_run}, as --{flag}")
-    # `transformers` goes on with the names of all models that it has.
-    reason = re.split(r"\nModel type should be one of|, or one of the following `model_type`", str(error))[0]
-    reason = reason or type(error).__name__
-    if "Weights only load failed" in reason:
-        # torch's own message advises to run the code in it.
-        reason = (
-            "pytorch_model.bin is damaged, or holds more than tensors, and is not opened. Ask its author for "
-            "model.safetensors, or for a file that torch.load reads with weights_only=True"
-        )
-    if "meta tensor" in reason:
-        reason = (
-            f"its constructor needs the values of tensors, and transformers calls it without memory: correct its code, "
-            f"where it says .item(), .tolist() or float() ({reason})"
-        )
-    if isinstance(error, StrictDataclassError):
-        reason = f"config.json is damaged: {' '.join(reason.split())}"
-    lacks_processor = "load image processor" in reason
-    if lacks_processor and Path(name).is_dir():
-        return UserError(
-            f"the model {name!r} has no image processor (preprocessor_config.json): name one with "
-            f"--image_processor_name"
-        )
-    from_hub = isinstance(error, OSError) and "does not appear to have" not in reason
-    if Path(name).is_dir() or not from_hub:
-        return UserError(f"{message}{reason}")
-    elsewhere = "\nIf it has moved, pass its location: predict as --base_model, train as --model_name_or_path"
-    if lacks_processor:
-        elsewhere += "\nIf it has no image processor, name one with --image_processor_name"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        return UserError(f"{message}there is no such directory.{elsewhere}")
-    if found := _in_timm(name):
-        return UserError(f"{message}there is no such directory, and models of timm are called {found}")
-    return UserError(
-        f"{message}there is no such directory, and loading it from the Hub failed: {reason}{elsewhere}\n"
-        f"Without a network, run `hf download {name}` beforehand; the small demo:vit needs no network"
-    )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    return [*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*")]
-
-
 def report_weights(base: Base) -> None:
     """Says which weights of a base are random besides its head, and which ones of its checkpoint it does not use."""
     head = find_heads(base.model) if base.missing else []
@@ -393,7 +295,7 @@ def _pretrained(name: str, config: Any, options: BaseOptions) -> tuple[Any, list
     Raises:
         UserError: as `require_same_layers`, `require_content` and `require_values`.
     """
-    for file in _weight_files(Path(name)):
+    for file in weight_files(Path(name)):
         require_content(file)
     renamed = prefixes_to_remove(config)
     with marked_memory():

@@ -1,4 +1,4 @@
-"""Recognizes what is taken for the files of a model: the directory of a run, and pointers of Git LFS."""
+"""Finds the files of a model, and recognizes what is taken for them: the directory of a run, pointers of Git LFS."""
 
 from pathlib import Path
 
@@ -8,15 +8,25 @@ ADAPTER_CONFIG = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 
 
-def result_of_run(directory: Path) -> str:
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the files of weights of a whole model."""
+    return [*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*")]
+
+
+def find_result(directory: Path) -> Path | None:
+    """Returns the adapter or model that a run wrote, if the directory is that of the run or of its checkpoints."""
+    run = directory.parent if directory.name == "checkpoints" else directory
+    results = ((run / "adapter", ADAPTER_CONFIG), (run / "model", "config.json"))
+    return next((result for result, file in results if (result / file).is_file()), None)
+
+
+def result_hint(directory: Path) -> str:
     """Returns a hint for an error message if the directory is that of a run, else an empty string."""
-    run, what = directory, "the output directory of a run"
-    if directory.name == "checkpoints":
-        run, what = directory.parent, "the directory of a run's checkpoints"
-    for inside, file in ((run / "adapter", ADAPTER_CONFIG), (run / "model", "config.json")):
-        if (inside / file).is_file():
-            return f". It is {what}; pass its result, {inside}"
-    return ""
+    result = find_result(directory)
+    what = (
+        "the directory of a run's checkpoints" if directory.name == "checkpoints" else "the output directory of a run"
+    )
+    return "" if result is None else f". It is {what}; pass its result, {result}"
 
 
 def require_content(file: Path) -> None:

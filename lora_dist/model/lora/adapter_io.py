@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_dist.errors import UserError, first_line
-from lora_dist.model.base.model_files import ADAPTER_CONFIG, require_content, result_of_run
+from lora_dist.model.base.model_files import ADAPTER_CONFIG, require_content, result_hint
 
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
@@ -56,7 +56,7 @@ def require_adapter(directory: Path) -> None:
         raise UserError(f"no such directory: {directory}")
     if (directory / ADAPTER_CONFIG).is_file():
         return
-    instead = result_of_run(directory)
+    instead = result_hint(directory)
     if (directory / "config.json").is_file():
         instead = ". It is a whole model: pass it to predict as --model, and to train as --model_name_or_path"
     raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG}{instead}")

@@ -39,7 +39,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Records:
-    """What a bundle stores besides weights: how images become model input, and how logits become an answer."""
+    """The records of a bundle besides its weights: how to prepare images, and how to turn logits into an answer."""
 
     conversion: Conversion = AS_TRANSFORMERS
     calibration: Calibration = UNCALIBRATED

@@ -11,7 +11,7 @@ from lora_dist.data.pixels.conversion import AS_TRANSFORMERS, Conversion
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
 from lora_dist.model.base.backbone import Base, BaseOptions, load_base, read_processor
-from lora_dist.model.base.model_files import ADAPTER_CONFIG, result_of_run
+from lora_dist.model.base.model_files import ADAPTER_CONFIG, result_hint
 from lora_dist.model.lora import adapters, parameter_names
 from lora_dist.model.trained.bundle import (
     BASE_MODEL,
@@ -106,7 +106,7 @@ def load_classifier(
         bundle = read_bundle(directory, base_model, trust_remote_code, labels)
         return attach_adapter(load_base_of_bundle(bundle), bundle)
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} is not a model: it has no config.json{result_of_run(directory)}")
+        raise UserError(f"{directory} is not a model: it has no config.json{result_hint(directory)}")
     names = read_labels(directory)
     decision = read_decision(directory, names)
     whole = load_base(

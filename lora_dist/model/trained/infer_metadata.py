@@ -10,8 +10,9 @@ from transformers import AutoModelForImageClassification
 
 from lora_dist import demo, hub_client
 from lora_dist.errors import UserError
-from lora_dist.model.base.backbone import cannot_load, read_config
+from lora_dist.model.base.backbone import read_config
 from lora_dist.model.base.head import class_dimensions
+from lora_dist.model.base.load_errors import cannot_load
 from lora_dist.model.lora.adapter_io import AdapterFiles
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from transformers import (
 
 from lora_dist.data.pixels.transforms import ImageTransforms
 from lora_dist.errors import UserError
-from lora_dist.model.base.backbone import Base, BaseOptions, cannot_load, load_base
+from lora_dist.model.base.backbone import Base, BaseOptions, load_base
 from lora_dist.model.base.head import find_heads, fingerprint
 from lora_dist.model.lora import adapters, parameter_names
 from lora_dist.model.lora.trainable import count_parameters, load_trained, make_trainable, set_training, trained_tensors
@@ -421,21 +421,6 @@ def test_a_damaged_configuration_is_refused_in_a_sentence(vit: Path, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("./nowhere", "there is no such directory"),
-        ("/no/where", "there is no such directory"),
-        ("models/vit/best", "there is no such directory"),
-        ("someone/nothing", "run `hf download someone/nothing` beforehand"),
-    ],
-)
-def test_a_name_that_can_only_be_a_path_is_told_from_one_of_the_hub(name: str, part: str) -> None:
-    message = str(cannot_load(name, OSError("what the client says")))
-    assert part in message
-    assert ("what the client says" in message) == (name == "someone/nothing")
-
-
 def test_the_directory_of_a_run_is_told_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -443,30 +428,6 @@ def test_the_directory_of_a_run_is_told_from_a_model(tmp_path: Path) -> None:
         UserError, match=rf"It is the output directory of a run; pass its result, {tmp_path}/adapter, as --adapter_n"
     ):
         _base(tmp_path)
-
-
-def test_a_name_of_timm_is_answered_with_its_names_on_the_hub() -> None:
-    pytest.importorskip("timm")
-    names = ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.no_such_tag")
-    for name in names:
-        message = str(cannot_load(name, OSError("what the client says")))
-        assert "models of timm are called timm/vit_tiny_patch16_224.augreg_in21k" in message
-    assert "timm" not in str(cannot_load("vit_of_nobody", OSError("what the client says")))
-
-
-def test_advice_about_the_hub_is_for_errors_of_the_hub(vit: Path, tmp_path: Path) -> None:
-    """Not for a model that is no classifier, and without the names of all that are."""
-    shutil.copy(vit / "preprocessor_config.json", tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="no image classifier of type bert") as caught:
-        _base(tmp_path)
-    assert "ViTConfig" not in str(caught.value)
-    assert caught.value.__cause__ is not None
-    for error in (caught.value.__cause__, OSError("a/b does not appear to have a file named config.json")):
-        assert isinstance(error, Exception)
-        message = str(cannot_load("a/b", error))
-        assert "hf download" not in message
-        assert "If it has moved" not in message
 
 
 @pytest.mark.parametrize(("model", "package"), [("timm_wrapper", "timm"), ("dinat", "natten")])
@@ -477,18 +438,6 @@ def test_a_missing_package_is_named_with_the_command(model: str, package: str, v
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model}", "architecture": "vit_tiny_patch16_224"}}')
     with pytest.raises(UserError, match=rf"^the model '{tmp_path}' needs a package .*: pip install {package}$"):
         _base(tmp_path, init_from_config=True)
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (ModuleNotFoundError("No module named 'no_such'", name="no_such.layers"), "pip install no_such"),
-        (ImportError("This needs packages that were not found: a, b. Run `pip install a b`"), "pip install a b"),
-        (ImportError("libcuda.so.1: cannot open"), "libcuda.so.1: cannot open"),
-    ],
-)
-def test_an_import_that_fails_is_one_sentence(error: ImportError, line: str) -> None:
-    assert str(cannot_load("org/name", error)) == f"the model 'org/name' needs a package that is not installed: {line}"
 
 
 def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
