@@ -128,13 +128,14 @@ def _require_no_flat_splits(root: Path, folders: list[Path], others: list[Path],
     if len(splits) < min(2, len(folders)):
         return
     named = ", ".join(folder.name for folder in splits)
+    what = f"its folder {named} is named as a split" if len(splits) == 1 else f"its folders {named} are named as splits"
     if file := _label_list(others):
         folder = next((folder for folder in splits if folder.name.lower() in TRAINING_NAMES), splits[0])
         raise UserError(
-            f"--{flag} {root}: its folders {named} are splits, not classes; name the folder and the file of its "
-            f"labels: --train_dir {folder} --labels_file {file}"
+            f"--{flag} {root}: {what}, not as classes; name the folder and the file of its labels: "
+            f"--train_dir {folder} --labels_file {file}. Otherwise, move {file.name} to another place"
         )
-    logger.warning("%s: its folders %s are taken for classes, and are named as splits", root, named)
+    logger.warning("%s: %s; the names of folders are taken for classes", root, what)
 
 
 def _label_list(files: list[Path]) -> Path | None:

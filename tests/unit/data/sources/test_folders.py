@@ -111,12 +111,13 @@ def test_splits_without_class_folders_beside_a_file_of_labels_are_no_classes(
     """As in the archives of competitions. Without the file, it is said that they are taken for classes."""
     make_folder(tmp_path, classes=splits, per_class=3)
     load_data(DataSettings(train_dir=str(tmp_path)), 42)
-    assert "are taken for classes, and are named as splits" in caplog.text
+    named = "is named as a split" if len(splits) == 1 else "are named as splits"
+    assert f"{named}; the names of folders are taken for classes" in caplog.text
     for name in ("sample_submission.csv", "train.csv"):
         (tmp_path / name).write_text("id,label\n")
     advice = f"--train_dir {tmp_path / splits[0]} --labels_file {tmp_path / 'train.csv'}"
     for message in refusals(train_dir=tmp_path):
-        assert message.endswith(f"are splits, not classes; name the folder and the file of its labels: {advice}")
+        assert f"{named}, not as classes; name the folder and the file of its labels: {advice}. Otherwise, " in message
 
 
 @pytest.mark.parametrize("depth", ["flowers", "flowers/flowers"])
