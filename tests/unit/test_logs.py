@@ -1,17 +1,13 @@
-"""What is logged while a progress bar stands at a terminal."""
+"""Messages of the log beside a progress bar at a terminal."""
 
-import fcntl
 import io
 import logging
 import multiprocessing
-import os
-import pty
-import struct
-import termios
 import time
 from typing import Any
 
 import pytest
+from lora_dist_testing.terminals import terminal
 from tqdm import tqdm
 
 from lora_dist.logs import AboveBars
@@ -21,9 +17,7 @@ ERASE = "\x1b[K"
 
 def test_messages_stand_above_the_bar() -> None:
     """Warnings of any module, while the bar is shown and before it is."""
-    reading, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with os.fdopen(terminal, "w", buffering=1) as stderr:
+    with terminal() as (stderr, shown):
         logger = logging.Logger("lora_dist.any")
         logger.addHandler(AboveBars(stderr))
         bar = tqdm(total=3, delay=1e-3, mininterval=0, bar_format="{n_fmt}/{total_fmt}", file=stderr)
@@ -37,28 +31,18 @@ def test_messages_stand_above_the_bar() -> None:
         bar.refresh()
         bar.close()
         print("the end", file=stderr)
-        shown = b""
-        while b"the end" not in shown:
-            shown += os.read(reading, 10_000)
-    os.close(reading)
-    lines = [line.rstrip("\r").rpartition("\r")[2].removeprefix(ERASE) for line in shown.decode().split("\n")]
+        lines = [line.rstrip("\r").rpartition("\r")[2].removeprefix(ERASE) for line in shown("the end").split("\n")]
     assert lines[:6] == ["before", "first", "second", "of a worker", "2/3", "the end"]
 
 
 def test_a_bar_that_is_drawn_at_once_gives_way_to_the_first_message() -> None:
-    reading, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with os.fdopen(terminal, "w", buffering=1) as stderr:
+    with terminal() as (stderr, shown):
         logger = logging.Logger("lora_dist.any")
         logger.addHandler(AboveBars(stderr))
         bar = tqdm(total=3, bar_format="{n_fmt}/{total_fmt}", file=stderr)
         logger.warning("first")
         bar.close()
-        shown = b""
-        while b"first\r\n" not in shown:
-            shown += os.read(reading, 10_000)
-    os.close(reading)
-    assert shown.decode().partition("first")[0].endswith("0/3\r   \r")
+        assert shown("first\r\n").partition("first")[0].endswith("0/3\r   \r")
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed later", "never open"])

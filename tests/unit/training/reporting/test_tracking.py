@@ -1,12 +1,7 @@
 """Curves that go on where a killed run left them, and nothing at all from the processes that do not write."""
 
-import fcntl
 import json
-import os
-import pty
-import struct
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -14,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lora_dist_testing.disks import fill, small_disk
+from lora_dist_testing.terminals import terminal
 from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -175,9 +171,7 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saving says something while the progress bar stands."""
-    reading, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with os.fdopen(terminal, "w", buffering=1) as stderr:
+    with terminal() as (stderr, shown):
         monkeypatch.setattr(sys, "stderr", stderr)
         one = tracker(tmp_path)
         for step in (1, 2):
@@ -185,12 +179,8 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
             one.advance(step, 0.5, 10)
         one.flush()
         print("saved", file=stderr)
-        shown = b""
-        while b"saved" not in shown:
-            shown += os.read(reading, 10_000)
+        before = shown("saved").partition("saved")[0]
         one.close()
-    os.close(reading)
-    before = shown.decode().partition("saved")[0]
     assert "step 2/10" in before
     *_, erased, line = before.split("\r")
     assert (erased.strip(), line) == ("", "")
@@ -198,29 +188,21 @@ def test_a_message_after_a_flush_has_a_line_of_its_own_at_a_terminal(
 
 def test_a_message_before_the_first_update_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty bar would share its line with the next log, such as that of the features after --probe."""
-    reading, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with os.fdopen(terminal, "w", buffering=1) as stderr:
+    with terminal() as (stderr, shown):
         monkeypatch.setattr(sys, "stderr", stderr)
         one = tracker(tmp_path)
         one.say("before training")
         one.close()
         print("the end", file=stderr)
-        shown = b""
-        while b"the end" not in shown:
-            shown += os.read(reading, 10_000)
-        assert b"step 0/10" not in shown
-    os.close(reading)
+        assert "step 0/10" not in shown("the end")
 
 
 def test_a_run_without_updates_left_shows_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one that was killed in its last evaluation, and resumes."""
-    reading, terminal = pty.openpty()
-    with os.fdopen(terminal, "w", buffering=1) as stderr:
+    with terminal() as (stderr, shown):
         monkeypatch.setattr(sys, "stderr", stderr)
         one = tracker(tmp_path, first_step=10)
         one.say("evaluated")
         one.close()
         print("the end", file=stderr)
-        assert os.read(reading, 10_000).decode().splitlines() == ["the end"]
-    os.close(reading)
+        assert shown("the end").splitlines() == ["the end"]
