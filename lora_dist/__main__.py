@@ -11,7 +11,7 @@ COMMANDS = {
     "gpu_check": "check this machine and its GPUs",
     "launch_files": "list or copy the launch files for accelerate",
 }
-"""What each command of the package does."""
+"""The commands of the package, each with its purpose."""
 
 if __name__ == "__main__":
     for name, what in COMMANDS.items():

@@ -179,7 +179,9 @@ class Evaluation:
 
 def _rejection_lines(labelled: Predictions, confidence: np.ndarray, threshold: float) -> Iterator[str]:
     """Yields which share of the labelled images is answered with --min_confidence, and how accurately."""
-    correct = np.array([said == given for said, given in zip(labelled.predicted, labelled.given, strict=True)])
+    correct = np.array(
+        [predicted == given for predicted, given in zip(labelled.predicted, labelled.given, strict=True)]
+    )
     (row,) = coverage(confidence, correct, [threshold])
     accuracy = "" if row.accuracy is None else f", with accuracy {row.accuracy:.4f}"
     yield ""

@@ -21,7 +21,7 @@ from lora_dist.model.trained.adapter_set import AdapterSet
 from lora_dist.processes.launch_summary import write_reason
 from lora_dist.settings.predict import PredictSettings
 
-logger = logging.getLogger("lora_dist.predict")
+logger = logging.getLogger(__name__)
 
 
 def classify_and_write(

@@ -1,6 +1,6 @@
 """Free disk space, and sizes as text.
 
-What happens on a full disk is where files are written: checkpoints in `training/saving/checkpointer.py`, the result in
+The modules that write files handle a full disk: checkpoints in `training/saving/checkpointer.py`, the result in
 `training/saving/result_writer.py`, curves in `training/reporting/curve_files.py`, all others in `storage/writable.py`.
 """
 

@@ -64,7 +64,7 @@ _DECIDED_BY = {
     "train_data": "images and labels, --exclude, and what is held out: --train_val_split, --validation_dir, --seed",
     "processor": "see --image_processor_name",
 }
-"""What decides an entry that is not the name of a flag, by the part of its name before the first dot."""
+"""The settings that decide an entry which is not named after one, by the part of its name before the first dot."""
 _SHOWN = 5
 """Classes that an error names."""
 

@@ -1,4 +1,4 @@
-"""What a killed process leaves of files and directories that it was writing."""
+"""Removes the files and directories that a killed process was writing."""
 
 from pathlib import Path
 
